@@ -1,0 +1,40 @@
+# Every target sets up what it needs: the virtual environment .venv, by scripts/setup_env.py.
+# MOEFOLD_PYTHON chooses the interpreter, ARGS goes to pytest or to the script: make test ARGS="-k fold"
+
+MOEFOLD_PYTHON ?= python3
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint types bench clean setup-demo setup-test
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: setup-demo ## set up, then run the main job on CPU ranks, end to end
+	$(PYTHON) examples/demo.py $(ARGS)
+
+test: setup-test ## set up, then run the tests, without the slow ones
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not slow" $(ARGS)
+
+test-all: setup-test ## set up, then run all the tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(ARGS)
+
+lint: setup-test ## check the style of the code (ruff)
+	$(PYTHON) -m ruff check .
+
+types: setup-test ## check the types of the package (mypy)
+	$(PYTHON) -m mypy
+
+bench: setup-test ## run the benchmarks
+	$(PYTHON) benchmarks/run.py $(ARGS)
+
+clean: ## remove caches, build products and .venv
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup-demo:
+	@$(MOEFOLD_PYTHON) scripts/setup_env.py demo
+
+setup-test:
+	@$(MOEFOLD_PYTHON) scripts/setup_env.py test
