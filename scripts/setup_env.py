@@ -217,11 +217,11 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def pip_command(*arguments: str | Path) -> list[str | Path]:
-    return [VENV_PYTHON, "-I", "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", *arguments]
+    return [VENV_PYTHON, "-I", "-m", "pip", "-qq", "--no-input", "--disable-pip-version-check", *arguments]
 
 
 def pip(*arguments: str | Path) -> None:
-    """Runs pip in the environment; raises if it fails. Its warnings and errors are seen."""
+    """Runs pip in the environment; raises if it fails. Its errors are seen, its progress and warnings are not."""
     subprocess.run(pip_command(*arguments), cwd=ROOT, check=True)
 
 
