@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files: reading and writing Hugging Face checkpoints, and layout-free training checkpoints.
+
+This floor knows files, names and boxes of tensors; it knows no models.
+"""
+
+from lightning_moefold.checkpoint.hf_reader import CheckpointError, HFCheckpoint
+from lightning_moefold.checkpoint.hf_writer import OutputTensor, write_hf_checkpoint
+
+__all__ = ["CheckpointError", "HFCheckpoint", "OutputTensor", "write_hf_checkpoint"]

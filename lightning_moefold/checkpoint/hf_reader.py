@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads slices of a Hugging Face checkpoint (safetensors, one file or several with an index).
+
+Headers are checked as a whole before anything is read: file by file against the index, tensor by tensor against the
+shapes that the model expects. Only safetensors is ever read, and only files inside the directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+#: Buffers that old checkpoints carry and no model needs.
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not fit the model; the message names file or tensor."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class HFCheckpoint:
+    """A checkpoint directory, its headers read and checked, its tensors not yet.
+
+    Args:
+        path: Directory with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated, outside the directory, or contradicts the index.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is not a directory; give a directory in Hugging Face format.")
+        weight_map = self._weight_map()
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in sorted(set(weight_map.values())):
+            self._read_header(self.path / file, {name for name, where in weight_map.items() if where == file})
+
+    def _weight_map(self) -> dict[str, str]:
+        index = self.path / _INDEX
+        if not index.is_file():
+            if not (self.path / _SINGLE).is_file():
+                raise CheckpointError(f"{self.path} holds neither {_SINGLE} nor {_INDEX}; only safetensors is read.")
+            with _open(self.path / _SINGLE) as file:
+                return dict.fromkeys(file.keys(), _SINGLE)
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is not a safetensors index ({type(error).__name__}: {error}).") from None
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index} has a weight_map that does not map names to files.")
+        root = self.path.resolve()
+        for name, file in weight_map.items():
+            # A shard may be a symbolic link (the hub's cache is made of them), but its name must not leave the directory.
+            plain = Path(file)
+            if plain.is_absolute() or ".." in plain.parts or plain.suffix != ".safetensors":
+                raise CheckpointError(f"{index} says that {name!r} lies in {file!r}, which is not a safetensors file inside {root}.")
+            if not (self.path / plain).is_file():
+                raise CheckpointError(f"{self.path / plain} is missing, but {_INDEX} names it for {name!r}.")
+        return weight_map
+
+    def _read_header(self, file: Path, expected: set[str]) -> None:
+        with _open(file) as opened:
+            names = set(opened.keys())
+            for name in sorted(expected - names):
+                raise CheckpointError(f"{file} does not hold {name!r}, which the index places there.")
+            for name in expected:
+                part = opened.get_slice(name)
+                kind = part.get_dtype()
+                if kind not in DTYPES:
+                    raise CheckpointError(f"{name!r} in {file} has dtype {kind}; only {', '.join(DTYPES)} are read.")
+                self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), DTYPES[kind])
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], optional: frozenset[str] = frozenset()) -> None:
+        """Checks names and shapes against those of a model.
+
+        Args:
+            expected: Shape of every tensor that must be there.
+            optional: Names that may be there as well (a tied head, say).
+
+        Raises:
+            CheckpointError: Naming the first missing, extra or misshapen tensor and how many more there are.
+        """
+        missing = [name for name in expected if name not in self.tensors]
+        if missing:
+            raise CheckpointError(f"{self.path} has no tensor {missing[0]!r}{_more(missing)}, which the configuration asks for.")
+        extra = sorted(n for n in self.tensors if n not in expected and n not in optional and not n.endswith(_IGNORED_SUFFIXES))
+        if extra:
+            raise CheckpointError(f"{self.path} holds {extra[0]!r}{_more(extra)}, which a model of its configuration does not have.")
+        for name, shape in expected.items():
+            if self.tensors[name].shape != tuple(shape):
+                raise CheckpointError(
+                    f"{name!r} in {self.tensors[name].file} has shape {list(self.tensors[name].shape)}, "
+                    f"but the configuration makes it {list(shape)}."
+                )
+
+    def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        """Reads part of a tensor, in its stored dtype.
+
+        Raises:
+            CheckpointError: If the file cannot be read.
+        """
+        stored = self.tensors[name]
+        with _open(stored.file) as file:
+            return file.get_slice(name)[slices] if slices else file.get_tensor(name)
+
+
+class _Opened:
+    """safe_open with errors in our words."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __enter__(self):  # type: ignore[no-untyped-def]  # safetensors has no type for an open file
+        try:
+            self._handle = safe_open(str(self._file), framework="pt")
+            return self._handle.__enter__()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._file} is damaged or truncated ({error}).") from None
+
+    def __exit__(self, *exc: object) -> None:
+        self._handle.__exit__(*exc)
+
+
+def _open(file: Path) -> _Opened:
+    return _Opened(file)
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

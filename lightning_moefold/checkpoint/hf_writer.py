@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a Hugging Face checkpoint from parameters that are spread over ranks.
+
+Files are planned first, the same on every rank; each file is written by one rank, and the ranks take turns, so that
+writing is spread and no rank ever holds more than one file's tensors. A save appears under its name only when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_moefold import comm
+from lightning_moefold.layout import Box
+from lightning_moefold.mesh import Axis
+
+#: Files beside the weights that make a checkpoint usable; copied from the source.
+SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One parameter to write: where its pieces are, and under which names it goes to disk.
+
+    Args:
+        shape: Global shape.
+        dtype: On disk.
+        names: Names on disk; one, or one for each index of the first dimension.
+        stacked: Whether the first dimension counts ``names``.
+        owners: Rank and box of each piece; together they hold every element once.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    names: tuple[str, ...]
+    stacked: bool
+    owners: tuple[tuple[int, Box], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_hf_checkpoint(
+    path: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, OutputTensor],
+    piece: Callable[[str], Tensor],
+    world: Axis,
+    *,
+    max_shard_size: int = 5_000_000_000,
+    side_files_from: Path | None = None,
+) -> None:
+    """Writes ``path`` with config, safetensors shards and index. Collective: every rank calls it.
+
+    Args:
+        path: Directory to make. One that holds a checkpoint is replaced; one with other files in it is refused.
+        config: Content of ``config.json``.
+        tensors: What to write, by our names, the same on every rank.
+        piece: Gives this rank's piece of a parameter.
+        world: All ranks.
+        max_shard_size: Bytes after which a new file is begun; a single parameter may exceed it.
+        side_files_from: Directory whose tokenizer and generation files are copied along.
+
+    Raises:
+        OSError: If the directory holds foreign files or cannot be written; raised on every rank.
+    """
+    target = Path(path)
+    names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
+    if world.size > 1:
+        dist.broadcast_object_list(names, src=world.ranks[0])
+    work = names[0]
+    files = _plan_files(tensors, max_shard_size)
+    _on_first_rank(world, lambda: _prepare(target, work))
+    try:
+        error: Exception | None = None
+        for number, (file, members) in enumerate(files.items()):
+            writer = number % world.size
+            gathered: dict[str, Tensor] = {}
+            for name in members:
+                whole = _gather(tensors[name], piece(name), writer, world)
+                if whole is not None:
+                    gathered |= _split(tensors[name], whole)
+            if gathered and error is None:
+                try:
+                    save_file(gathered, str(work / file), metadata={"format": "pt"})
+                except Exception as failure:
+                    error = failure  # kept until all ranks can hear of it; peers still send their pieces meanwhile
+        comm.agree_on_error(error, world)
+        _on_first_rank(world, lambda: _finish(target, work, config, tensors, files, side_files_from))
+    finally:
+        if world.index == 0 and work.exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _on_first_rank(world: Axis, action: Callable[[], None]) -> None:
+    error: Exception | None = None
+    if world.index == 0:
+        try:
+            action()
+        except Exception as failure:
+            error = failure
+    comm.agree_on_error(error, world)
+
+
+def _plan_files(tensors: Mapping[str, OutputTensor], limit: int) -> dict[str, list[str]]:
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _prepare(target: Path, work: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; give a directory that is new or holds a checkpoint.")
+    if target.is_dir():
+        foreign = [p.name for p in sorted(target.iterdir()) if not _is_checkpoint_file(p)]
+        if foreign:
+            raise FileExistsError(f"{target} holds {foreign[0]!r}, which is no part of a checkpoint; give another directory.")
+    work.mkdir(parents=True)
+
+
+def _is_checkpoint_file(path: Path) -> bool:
+    known = (*SIDE_FILES, "config.json", "model.safetensors.index.json")
+    return path.is_file() and (path.name in known or path.suffix == ".safetensors")
+
+
+def _gather(tensor: OutputTensor, mine: Tensor, writer: int, world: Axis) -> Tensor | None:
+    """The whole tensor on rank ``writer`` (on the CPU), None elsewhere."""
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype) if world.index == writer else None
+    for rank, box in tensor.owners:
+        if rank == world.index == writer and whole is not None:
+            whole[box.slices()] = mine.to(tensor.dtype).cpu()
+        elif rank == world.index:
+            dist.send(mine.to(tensor.dtype).contiguous(), dst=world.ranks[writer], group=world.group)
+        elif whole is not None:
+            part = torch.empty(box.sizes, dtype=tensor.dtype, device=mine.device)
+            dist.recv(part, src=world.ranks[rank], group=world.group)
+            whole[box.slices()] = part.cpu()
+    return whole
+
+
+def _split(tensor: OutputTensor, whole: Tensor) -> dict[str, Tensor]:
+    if not tensor.stacked:
+        return {tensor.names[0]: whole}
+    return {name: part.clone() for name, part in zip(tensor.names, whole.unbind(0), strict=True)}
+
+
+def _finish(
+    target: Path,
+    work: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, OutputTensor],
+    files: Mapping[str, Iterable[str]],
+    side_files_from: Path | None,
+) -> None:
+    (work / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if len(files) > 1:
+        weight_map = {disk: file for file, members in files.items() for name in members for disk in tensors[name].names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        numbers = {"total_size": total, "total_parameters": sum(torch.Size(t.shape).numel() for t in tensors.values())}
+        index = {"metadata": numbers, "weight_map": weight_map}
+        (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for name in SIDE_FILES:
+        if side_files_from is not None and (side_files_from / name).is_file():
+            shutil.copyfile(side_files_from / name, work / name)
+    replace_directory(work, target)
+
+
+def replace_directory(work: Path, target: Path) -> None:
+    """Puts the complete directory ``work`` in the place of ``target``; at any moment one of the two is whole."""
+    if not target.exists():
+        os.replace(work, target)
+        return
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
+    os.replace(target, old)
+    os.replace(work, target)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink()

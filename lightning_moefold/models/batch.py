@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A language-model batch, read once: labels shifted, documents found, padding marked, errors noted.
+
+Errors in the data (a token id outside the vocabulary, too few rows) are only *noted* here: all ranks agree on them before
+one raises (:mod:`.losses`), or its peers would wait for it forever.
+
+Legend: B rows, S positions, N = B * S tokens, T tokens of this tp rank, V vocabulary, M micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_moefold.layout import even_split
+from lightning_moefold.mesh import Axis
+from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.modules.base import wide
+from lightning_moefold.modules.rotary import rotary_tables
+from lightning_moefold.modules.sequence import SequenceBatch, visible_keys
+
+IGNORED = -100
+
+
+@dataclass
+class CausalLMBatch:
+    """What the model needs of a batch on this rank.
+
+    Args:
+        token_N: Token ids, each within the vocabulary (bad ones replaced).
+        sequence: What the layers need.
+        labels: The labels as given, ``[B, S]``, for a custom loss.
+        target_N: The label each position predicts; ``IGNORED`` where none.
+        weight_N: Weight of each position's loss, in at least float32.
+        labelled_index: Positions that have a target.
+        faults: Float vector ``[bad ids, bad labels, missing rows]`` on the device, zero where all is well.
+    """
+
+    token_N: Tensor
+    sequence: SequenceBatch
+    labels: Tensor | None
+    target_N: Tensor
+    weight_N: Tensor
+    labelled_index: Tensor
+    faults: Tensor
+    _position_BS: Tensor
+    _config: MoEConfig
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.sequence.rows
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.sequence.length
+
+    def place(self, dtype: torch.dtype) -> None:
+        """Makes the rotary tables, once the dtype of the hidden states is known."""
+        config = self._config
+        tables = rotary_tables(self._position_BS, config.head_dim, config.rope_theta, dtype, config.rope_scaling_factor)
+        self.sequence.cos_BSh, self.sequence.sin_BSh = tables
+
+
+def read_batch(
+    config: MoEConfig,
+    tp: Axis,
+    num_microbatches: int,
+    *,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    document_ids: Tensor | None,
+    loss_weights: Tensor | None,
+    keep_all: bool,
+) -> CausalLMBatch:
+    """Reads the arguments of :meth:`.causal_lm.MoECausalLM.forward`.
+
+    Args:
+        config: The model's configuration.
+        tp: Axis over which tokens are spread.
+        num_microbatches: M.
+        input_ids: ``[B, S]``.
+        labels: ``[B, S]`` or None; likewise the others.
+        attention_mask: 0 for padding.
+        position_ids: ``[B, S]`` or ``[1, S]``.
+        document_ids: ``[B, S]``.
+        loss_weights: ``[B, S]``.
+        keep_all: Every position's output is needed, padding included.
+    """
+    _check_shapes(input_ids, labels, attention_mask, position_ids, document_ids, loss_weights)
+    rows, length = input_ids.shape
+    device, vocab = input_ids.device, config.vocab_size
+    run_BS = _document_runs(document_ids, position_ids, attention_mask)
+    target_BS = _targets(labels, document_ids, input_ids)
+    bad_label = (target_BS != IGNORED) & ((target_BS < 0) | (target_BS >= vocab))
+    bad_token = (input_ids < 0) | (input_ids >= vocab)
+    faults = torch.stack([bad_token.sum(), bad_label.sum(), torch.tensor(max(0, num_microbatches - rows), device=device)])
+    target_N = target_BS.masked_fill(bad_label, 0).flatten()
+    weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else _shift(loss_weights, 0)
+    sequence = SequenceBatch(rows, length, tp=tp, num_microbatches=num_microbatches)
+    mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
+    sequence.mask_BSS = visible_keys(mask, run_BS)
+    needed_BS = None if keep_all or labels is None or mask is None else mask.bool() | (target_BS != IGNORED)
+    _mark_tokens(sequence, mask, needed_BS, num_microbatches, device)
+    if config.output_router_logits and config.num_moe_layers:
+        sequence.routing = []
+    return CausalLMBatch(
+        token_N=input_ids.masked_fill(bad_token, 0).flatten(),
+        sequence=sequence,
+        labels=labels,
+        target_N=target_N,
+        weight_N=weight_BS.to(wide(weight_BS.dtype)).flatten(),
+        labelled_index=(target_N != IGNORED).nonzero().squeeze(1),
+        faults=faults.double(),
+        _position_BS=_positions(position_ids, run_BS if document_ids is not None else None, length, device),
+        _config=config,
+    )
+
+
+def _check_shapes(input_ids: Tensor, *others: Tensor | None) -> None:
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}.")
+    names = ("labels", "attention_mask", "position_ids", "document_ids", "loss_weights")
+    for name, tensor in zip(names, others, strict=True):
+        if tensor is None or tensor.shape == input_ids.shape:
+            continue
+        if name == "position_ids" and tuple(tensor.shape) in ((1, input_ids.shape[1]), (input_ids.shape[1],)):
+            continue
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, but input_ids has {list(input_ids.shape)}; make them equal.")
+
+
+def _shift(x_BS: Tensor, last: float) -> Tensor:
+    """Position t takes the value of position t + 1."""
+    return torch.cat([x_BS[:, 1:], torch.full_like(x_BS[:, :1], last)], dim=1)
+
+
+def _targets(labels: Tensor | None, document_ids: Tensor | None, like: Tensor) -> Tensor:
+    if labels is None:
+        return torch.full_like(like, IGNORED)
+    target_BS = _shift(labels, IGNORED)
+    if document_ids is not None:
+        target_BS = target_BS.masked_fill(_shift(document_ids, -1) != document_ids, IGNORED)
+    return target_BS
+
+
+def _document_runs(document_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Number of the document each token belongs to, or None where each row is one."""
+    if document_ids is not None:
+        starts = document_ids[:, 1:] != document_ids[:, :-1]
+    elif position_ids is not None and attention_mask is None:
+        position_BS = position_ids.view(-1, position_ids.shape[-1])
+        starts = position_BS[:, 1:] != position_BS[:, :-1] + 1
+    else:
+        return None
+    if not bool(starts.any()):
+        return None
+    first = torch.zeros_like(starts[:, :1])
+    return torch.cat([first, starts], dim=1).cumsum(1)
+
+
+def _positions(position_ids: Tensor | None, run_BS: Tensor | None, length: int, device: torch.device) -> Tensor:
+    if position_ids is not None:
+        return position_ids.view(-1, length)
+    place_1S = torch.arange(length, device=device).unsqueeze(0)
+    if run_BS is None:
+        return place_1S
+    begins = torch.cat([torch.ones_like(run_BS[:, :1]), run_BS[:, 1:] - run_BS[:, :-1]], dim=1).bool()
+    start_BS = torch.where(begins, place_1S, 0).cummax(dim=1).values
+    return place_1S - start_BS
+
+
+def _mark_tokens(
+    sequence: SequenceBatch, mask: Tensor | None, needed_BS: Tensor | None, num_microbatches: int, device: torch.device
+) -> None:
+    """Which of this rank's tokens are routed, which are counted, and to which micro-batch each belongs.
+
+    Padding whose output nobody asks for is routed nowhere: exact, and it saves the experts' work.
+    """
+    if sequence.padding or needed_BS is not None:
+        real_BS = torch.ones(sequence.rows, sequence.length, dtype=torch.bool, device=device) if needed_BS is None else needed_BS
+        sequence.routed_T = sequence.shard(real_BS.flatten(), value=False)
+        sequence.num_routed = int(sequence.routed_T.sum())
+    if sequence.padding or mask is not None:
+        counted_BS = torch.ones(sequence.rows, sequence.length, device=device) if mask is None else mask
+        sequence.counted_T = sequence.shard(counted_BS.bool().flatten(), value=False)
+    if num_microbatches > 1:
+        sizes = torch.tensor(even_split(sequence.rows, num_microbatches), device=device)
+        microbatch_B = torch.arange(num_microbatches, device=device).repeat_interleave(sizes)
+        sequence.microbatch_T = sequence.shard(microbatch_B.repeat_interleave(sequence.length))

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoECausalLM: a Mixtral, Qwen2-MoE or Qwen3-MoE language model that computes the same under every fold.
+
+Legend: B rows, S positions, N = B * S tokens, T tokens of this tp rank, D hidden size, V vocabulary, M micro-batches.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
+from lightning_moefold.fold import Fold
+from lightning_moefold.layout import ParameterLayout, ParameterPlan
+from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
+from lightning_moefold.models.batch import CausalLMBatch, read_batch
+from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.hf_config import to_hf_config
+from lightning_moefold.models.losses import GlobalLoss, Losses
+from lightning_moefold.models.names import parameter_entries
+from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
+from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
+from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
+
+LossFunction = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass
+class CausalLMOutput:
+    """What a forward pass returns.
+
+    Args:
+        loss: Language-model loss plus weighted auxiliary loss over the *global* batch; the same on every rank, bit by bit.
+            None without labels.
+        lm_loss: Mean loss of all label tokens on all ranks.
+        aux_loss: Load-balancing loss, unweighted; None unless ``output_router_logits`` is on.
+        logits: ``[B, S, V]``; None where this rank does not hold them (see :meth:`MoECausalLM.forward`).
+    """
+
+    loss: Tensor | None = None
+    lm_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Decoder(nn.Module):
+    """Embedding, decoder layers and final norm. Layers are named by their number in the whole model.
+
+    Args:
+        config: The model's configuration.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.embed_tokens = VocabularyEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleDict({str(i): _make_layer(config, i) for i in range(config.num_hidden_layers)})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, batch: CausalLMBatch) -> Tensor:
+        """Hidden states after the final norm, ``[T, D]``."""
+        x_TD = self.embed_tokens(batch.token_N, batch.sequence)
+        batch.place(x_TD.dtype)
+        for layer in self.layers.values():
+            x_TD = layer(x_TD, batch.sequence)
+        return self.norm(x_TD)
+
+
+def _make_layer(config: MoEConfig, index: int) -> DecoderLayer:
+    attention = Attention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        qk_norm_eps=config.rms_norm_eps if config.qk_norm else None,
+        sliding_window=config.sliding_windows[index],
+        rope_theta=config.rope_theta,
+    )
+    mlp: MoELayer | GatedMLP
+    if config.is_moe_layer(index):
+        mlp = MoELayer(
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.moe_intermediate_size,
+            normalize_weights=config.norm_topk_prob,
+            shared_ffn_hidden_size=config.shared_expert_intermediate_size,
+            activation=config.hidden_act,
+        )
+    else:
+        mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+    return DecoderLayer(config.hidden_size, attention, mlp, config.rms_norm_eps)
+
+
+class MoECausalLM(nn.Module):
+    """A decoder-only MoE language model.
+
+    In one process it is an ordinary module. In a LightningModule's ``configure_model`` under
+    :class:`~lightning_moefold.MoEFoldStrategy` it is made without storage, and each rank then reads only its own slices.
+
+    Args:
+        config: The model's configuration.
+
+    Attributes:
+        mesh: The folded mesh once the strategy has parallelised the model, else None.
+        layouts: Where each parameter's pieces lie.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        tied = self.model.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, tied)
+        self.num_microbatches = 1
+        self.mesh: FoldedMesh | None = None
+        self.layouts: dict[str, ParameterLayout] = {
+            name: ParameterLayout(entry.shape, ParameterPlan()) for name, entry in parameter_entries(config).items()
+        }
+        self.source: WeightSource | None = None
+        self.weights_pending = False
+        if config.router_aux_loss_coef > 0 and not config.output_router_logits and config.num_moe_layers:
+            warnings.warn(
+                f"router_aux_loss_coef={config.router_aux_loss_coef} has no effect because output_router_logits is off, as "
+                "in transformers; pass output_router_logits=True to train with the load-balancing loss.",
+                stacklevel=3,
+            )
+
+    # ---- making ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None, **config_overrides: Any) -> MoECausalLM:
+        """Reads a directory in Hugging Face format: config.json and safetensors.
+
+        Args:
+            path: The directory.
+            dtype: Of the parameters in memory; torch's default dtype if not given (inside a Trainer that follows the
+                precision: float32 for ``32-true`` and ``bf16-mixed``, bfloat16 for ``bf16-true``).
+            **config_overrides: Replace fields of config.json, such as ``output_router_logits=True``.
+
+        Raises:
+            ConfigError: If the architecture or a field is not supported.
+            CheckpointError: If a tensor is missing, extra or misshapen, or a file damaged.
+        """
+        config = MoEConfig.from_pretrained(path, **config_overrides)
+        return cls._make(config, CheckpointWeights(HFCheckpoint(path), config), dtype)
+
+    @classmethod
+    def from_config(
+        cls, config: MoEConfig | Mapping[str, Any] | str | Path, seed: int = 0, dtype: torch.dtype | None = None
+    ) -> MoECausalLM:
+        """Makes a model with random weights that depend on seed and names only, not on the fold.
+
+        Args:
+            config: A configuration, Hugging Face's dictionary, or a directory with config.json.
+            seed: Of the weights.
+            dtype: Of the parameters in memory; torch's default dtype if not given.
+        """
+        if isinstance(config, (str, Path)):
+            config = MoEConfig.from_pretrained(config)
+        elif not isinstance(config, MoEConfig):
+            config = MoEConfig.from_hf(config)
+        return cls._make(config, SeededWeights(config, seed), dtype)
+
+    @classmethod
+    def _make(cls, config: MoEConfig, source: WeightSource, dtype: torch.dtype | None) -> MoECausalLM:
+        dtype = dtype or torch.get_default_dtype()
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        model.source, model.weights_pending = source, True
+        if not weights_are_deferred():
+            model.to_empty(device="cpu")
+            model.load_weights()
+        return model
+
+    @torch.no_grad()
+    def load_weights(self) -> None:
+        """Fills this rank's pieces from the model's source. Local: no rank waits for another.
+
+        Raises:
+            CheckpointError: If a file cannot be read.
+        """
+        assert self.source is not None, "a model made by its constructor has no source of weights"
+        for buffer in self.buffers():
+            buffer.zero_()
+        for name, parameter in self.named_parameters():
+            mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            mine.copy_(self.source.read(name, self.layouts[name].box(self.fold, self.rank)))
+        self.weights_pending = False
+
+    # ---- the fold ----------------------------------------------------------------------------------------------
+
+    @property
+    def fold(self) -> Fold:
+        """The fold of the model; one rank before it is parallelised."""
+        return Fold(1) if self.mesh is None else self.mesh.fold
+
+    @property
+    def rank(self) -> int:
+        """This rank in the fold."""
+        return 0 if self.mesh is None else self.mesh.rank
+
+    @property
+    def tp(self) -> Axis:
+        """Tensor parallel axis."""
+        return SINGLE if self.mesh is None else self.mesh.tp
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """The MoE layers on this rank by their number in the whole model."""
+        return {int(i): m.mlp for i, m in self.model.layers.items() if isinstance(m.mlp, MoELayer)}
+
+    # ---- running -----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        loss_fn: LossFunction | None = None,
+        gather_logits: bool = False,
+        **extras: Any,
+    ) -> CausalLMOutput:
+        """Runs the model on this data rank's rows. Collective: all ranks call it together.
+
+        Args:
+            input_ids: ``[B, S]``, int64.
+            labels: ``[B, S]``, at the positions of ``input_ids`` (shifted inside), -100 is ignored.
+            attention_mask: ``[B, S]``, 0 for padding.
+            position_ids: ``[B, S]`` or ``[1, S]``; 0, 1, ... by default. Where they jump and there is neither mask nor
+                document ids, a new document begins, as in ``transformers``.
+            document_ids: ``[B, S]``; attention and positions restart where they change, and no label crosses a border.
+            loss_weights: ``[B, S]``, weight of each label's loss, at the positions of ``labels``; the loss is then
+                ``sum(w * l) / sum(w)``.
+            loss_fn: ``loss_fn(logits, labels, **extras) -> (sum, weight)`` in place of cross-entropy, with whole logits
+                ``[B, S, V]``; the loss is the sum over all ranks divided by the weight over all ranks.
+            gather_logits: Return whole logits on every rank even with tensor parallelism, or beside labels.
+            **extras: Passed to ``loss_fn``; without one, an unknown argument is an error.
+
+        Returns:
+            The losses, with labels; the logits without labels where tp is 1, or with ``gather_logits``.
+
+        Raises:
+            ValueError: If shapes disagree, a token id or label lies outside the vocabulary on any rank (raised on all), or
+                a rank has fewer rows than there are micro-batches.
+            TypeError: For an argument that nobody takes.
+        """
+        if extras and loss_fn is None:
+            raise TypeError(f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras.")
+        batch = read_batch(
+            self.config, self.tp, self.num_microbatches, input_ids=input_ids, labels=labels, attention_mask=attention_mask,
+            position_ids=position_ids, document_ids=document_ids, loss_weights=loss_weights,
+            keep_all=gather_logits or loss_fn is not None,
+        )  # fmt: skip
+        with torch.autocast(input_ids.device.type, enabled=False):
+            x_ND = batch.sequence.gather(self.model(batch))
+            wants_logits = gather_logits or (labels is None and self.tp.size == 1)
+            logits = self.lm_head.logits(x_ND).view(batch.rows, batch.length, -1) if wants_logits or loss_fn else None
+            local = self._local_loss(x_ND, logits, batch, loss_fn, extras)
+            losses = GlobalLoss(self.config, self.mesh).reduce(local, batch)
+        return self._output(losses, logits if wants_logits else None, labels is not None)
+
+    def _local_loss(
+        self, x_ND: Tensor, logits: Tensor | None, batch: CausalLMBatch, loss_fn: LossFunction | None, extras: dict[str, Any]
+    ) -> tuple[Tensor, Tensor] | None:
+        """This data rank's sum of losses and its weight."""
+        if batch.labels is None:
+            return None
+        if loss_fn is not None:
+            total, weight = loss_fn(logits, batch.labels, **extras)
+            return total, torch.as_tensor(weight, device=total.device, dtype=total.dtype).detach()
+        labelled = batch.labelled_index
+        weight_N = batch.weight_N[labelled]
+        total = self.lm_head.cross_entropy(x_ND.index_select(0, labelled), batch.target_N[labelled], weight_N)
+        return total, weight_N.sum()
+
+    def _output(self, losses: Losses, logits: Tensor | None, labelled: bool) -> CausalLMOutput:
+        if not labelled or losses.lm is None:
+            return CausalLMOutput(aux_loss=losses.aux, logits=logits)
+        loss = losses.lm
+        if losses.aux is not None:
+            loss = loss + self.config.router_aux_loss_coef * losses.aux
+        return CausalLMOutput(loss, losses.lm, losses.aux, logits)
+
+    # ---- writing -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None, max_shard_size: int = 5_000_000_000) -> None:
+        """Writes a directory that ``transformers`` loads. Collective: every rank calls it.
+
+        Args:
+            path: The directory; one that holds a checkpoint is replaced, one with other files in it is refused.
+            dtype: On disk; by default that of the source, else that of the configuration, else that in memory.
+            max_shard_size: Bytes after which a new file is begun.
+
+        Raises:
+            OSError: If the directory cannot be written; raised on every rank, with nothing left half-written.
+        """
+        self.release_gathered_weights()
+        parameters = dict(self.named_parameters())
+        ranks = list(range(self.fold.world_size))
+        tensors = {}
+        for name, entry in parameter_entries(self.config).items():
+            owners = tuple(self.layouts[name].owners(self.fold, ranks))
+            tensors[name] = OutputTensor(entry.shape, self._disk_dtype(name, dtype), entry.sources, entry.stacked, owners)
+
+        def piece(name: str) -> Tensor:
+            parameter = parameters[name].detach()
+            return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+        config = dict(self.config.raw) or to_hf_config(self.config)
+        if dtype is not None:
+            config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": str(dtype).removeprefix("torch.")}
+        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
+        world = SINGLE if self.mesh is None else self.mesh.world
+        write_hf_checkpoint(path, config, tensors, piece, world, max_shard_size=max_shard_size, side_files_from=origin)
+
+    def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
+        stored = self.source.dtype(name) if self.source is not None else None
+        named = getattr(torch, self.config.dtype, None) if self.config.dtype else None
+        return dtype or stored or named or next(self.parameters()).dtype
+
+    def release_gathered_weights(self) -> None:
+        """Lets go of weights that a forward pass gathered, so that ``named_parameters`` gives this rank's pieces."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoEConfig: what a Mixtral, Qwen2-MoE or Qwen3-MoE ``config.json`` means. Pure Python.
+
+Old and new spellings are read (``rope_theta`` or ``rope_parameters``, ``num_experts`` or ``num_local_experts``,
+``torch_dtype`` or ``dtype``). A field that changes the result is honoured or refused by name; defaults are those of
+``transformers``' own configuration classes.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
+
+#: Fields that do not change what training computes.
+_NEUTRAL = frozenset(
+    "_name_or_path add_cross_attention architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward "
+    "cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping eos_token_id "
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id "
+    "id2label is_decoder is_encoder_decoder label2id length_penalty max_length max_position_embeddings min_length model_type "
+    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states "
+    "output_scores prefix problem_type pruned_heads remove_invalid_values repetition_penalty return_dict "
+    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder "
+    "tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache "
+    "attn_implementation _attn_implementation experts_implementation _experts_implementation initializer_range".split()
+)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be read or honoured; the message names the field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A decoder-only MoE language model. Field names are those of ``transformers`` where it has one.
+
+    Args:
+        model_type: ``"mixtral"``, ``"qwen2_moe"`` or ``"qwen3_moe"``.
+        vocab_size: V.
+        hidden_size: D.
+        num_hidden_layers: Decoder layers.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key/value heads.
+        head_dim: Length of a head.
+        intermediate_size: Width of *dense* feed-forward layers (0 where the family has none).
+        moe_intermediate_size: Width of one routed expert.
+        shared_expert_intermediate_size: Width of the shared expert; 0 for none.
+        num_experts: Routed experts per MoE layer.
+        num_experts_per_tok: Experts per token.
+        norm_topk_prob: Divide a token's weights by their sum.
+        decoder_sparse_step: Layer i is MoE only if ``(i + 1) % decoder_sparse_step == 0``.
+        mlp_only_layers: Layers that are dense whatever the step says.
+        qkv_bias: Biases on q, k, v.
+        output_bias: Bias on o.
+        qk_norm: RMSNorm on every query and key head.
+        rms_norm_eps: Of every norm.
+        rope_theta: Rotary base.
+        rope_scaling_factor: Linear position interpolation; 1 for none.
+        sliding_windows: Window of each layer, None where it sees everything.
+        tie_word_embeddings: Head and embedding are one parameter.
+        pad_token_id: Token whose embedding gets no gradient.
+        hidden_act: Activation of all feed-forward layers.
+        router_aux_loss_coef: Weight of the load-balancing loss.
+        output_router_logits: The load-balancing loss is part of the loss only if this is on, as in ``transformers``.
+        initializer_range: Standard deviation of initial weights.
+        dtype: Of the stored weights, as a name such as ``"bfloat16"``; None if the file does not say.
+        raw: The configuration as read, with overrides; what is written back.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling_factor: float = 1.0
+    sliding_windows: tuple[int | None, ...] = ()
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    hidden_act: str = "silu"
+    router_aux_loss_coef: float = 0.001
+    output_router_logits: bool = False
+    initializer_range: float = 0.02
+    dtype: str | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                    "moe_intermediate_size", "num_experts", "num_experts_per_tok", "decoder_sparse_step")
+        for name in positive:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_attention_heads}."
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ConfigError(f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}.")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} is odd, and rotary embedding turns pairs; use an even head_dim.")
+        if self.hidden_act not in _ACTIVATIONS:
+            raise ConfigError(f"hidden_act={self.hidden_act!r} is not supported; use one of {', '.join(_ACTIVATIONS)}.")
+        if not self.sliding_windows:
+            object.__setattr__(self, "sliding_windows", (None,) * self.num_hidden_layers)
+
+    # ---- structure ---------------------------------------------------------------------------------------------
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether layer ``index`` has experts (otherwise it is dense)."""
+        return index not in self.mlp_only_layers and (index + 1) % self.decoder_sparse_step == 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with experts."""
+        return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
+
+    @property
+    def dense_widths(self) -> dict[str, int]:
+        """Feed-forward widths that are cut over tp, by config field."""
+        widths = {}
+        if self.num_moe_layers < self.num_hidden_layers:
+            widths["intermediate_size"] = self.intermediate_size
+        if self.shared_expert_intermediate_size and self.num_moe_layers:
+            widths["shared_expert_intermediate_size"] = self.shared_expert_intermediate_size
+        return widths
+
+    @property
+    def expert_widths(self) -> dict[str, int]:
+        """Feed-forward widths that are cut over etp, by config field."""
+        name = "intermediate_size" if self.model_type == "mixtral" else "moe_intermediate_size"
+        return {name: self.moe_intermediate_size} if self.num_moe_layers else {}
+
+    # ---- size and work -----------------------------------------------------------------------------------------
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's attention block, biases and head norms included."""
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        total = self.hidden_size * (q + 2 * kv) + q * self.hidden_size
+        total += (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.output_bias + 2 * self.head_dim * self.qk_norm
+        return total
+
+    def layer_parameters(self, index: int, *, active: bool = False) -> int:
+        """Parameters of one decoder layer; with ``active``, only those a token passes through."""
+        total = self.attention_parameters + 2 * self.hidden_size
+        if not self.is_moe_layer(index):
+            return total + 3 * self.hidden_size * self.intermediate_size
+        experts = self.num_experts_per_tok if active else self.num_experts
+        total += self.hidden_size * self.num_experts + experts * 3 * self.hidden_size * self.moe_intermediate_size
+        if self.shared_expert_intermediate_size:
+            total += 3 * self.hidden_size * self.shared_expert_intermediate_size + self.hidden_size
+        return total
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Parameters of the model; with ``active``, only those a token passes through (embedding and head included)."""
+        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
+        return ends + sum(self.layer_parameters(i, active=active) for i in range(self.num_hidden_layers))
+
+    def forward_flops_per_token(self, sequence_length: int) -> float:
+        """Matrix-product FLOPs of one token's forward pass: 2 per active weight, plus attention.
+
+        Attention counts the keys that a causal query sees, on average half the sequence (or its window). The embedding is
+        a look-up and counts nothing; norms, activations and softmax are left out, as is customary for MFU. Backward costs
+        twice as much again.
+        """
+        weights, keys = 0.0, 0.0
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        for index in range(self.num_hidden_layers):
+            weights += self.hidden_size * (2 * q + 2 * kv)
+            if self.is_moe_layer(index):
+                weights += self.hidden_size * self.num_experts
+                weights += 3 * self.hidden_size * self.num_experts_per_tok * self.moe_intermediate_size
+                if self.shared_expert_intermediate_size:
+                    weights += 3 * self.hidden_size * self.shared_expert_intermediate_size + self.hidden_size
+            else:
+                weights += 3 * self.hidden_size * self.intermediate_size
+            window = min(self.sliding_windows[index] or sequence_length, sequence_length)
+            keys += window * (1 - (window - 1) / (2 * sequence_length)) if window else 0
+        weights += self.vocab_size * self.hidden_size
+        return 2 * weights + 2 * 2 * q * keys
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **overrides: Any) -> MoEConfig:
+        """Reads ``config.json`` in the directory ``path``.
+
+        Raises:
+            ConfigError: If the file is missing or unreadable, or a field cannot be honoured.
+        """
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"{file} does not exist; give a directory in Hugging Face format.")
+        try:
+            raw = json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} is not valid JSON ({error}).") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{file} does not hold a JSON object.")
+        return cls.from_hf(raw, **overrides)
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], **overrides: Any) -> MoEConfig:
+        """Reads a configuration dictionary in Hugging Face's form.
+
+        Args:
+            raw: The dictionary; not changed.
+            **overrides: Replace fields of it, such as ``output_router_logits=True``.
+
+        Raises:
+            ConfigError: If the architecture is not supported or a field cannot be honoured.
+        """
+        from lightning_moefold.models.hf_config import read_hf_config
+
+        return read_hf_config({**raw, **overrides}, overrides)
+
+    def with_overrides(self, **overrides: Any) -> MoEConfig:
+        """A copy with dataclass fields replaced (not re-read from :attr:`raw`)."""
+        unknown = set(overrides) - {f.name for f in fields(self)}
+        if unknown:
+            raise ConfigError(f"MoEConfig has no field {sorted(unknown)[0]!r}.")
+        return replace(self, **overrides)
+
+
+def warn_unknown(names: set[str]) -> None:
+    """One warning that names configuration fields nobody here has heard of."""
+    unknown = sorted(names - _NEUTRAL)
+    if unknown:
+        warnings.warn(f"config.json has fields that are not known here and are ignored: {', '.join(unknown)}.", stacklevel=3)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From each rank's share to the loss of the whole batch: one collective, the same bits on every rank.
+
+    lm   = sum over all ranks of loss sums / sum over all ranks of weights
+    aux  = mean over micro-batches of  E * sum_e f_e * P_e        (``transformers``' formula, pooled over all layers)
+
+with ``f_e`` the choices of expert e and ``P_e`` its summed probability, each divided by the number of (token, layer)
+pairs that count, over all ranks. The balanced value is top-k, not 1. Backward needs no communication: the gradient of the
+global value with respect to this rank's tokens depends on the others only through counts and weights, which are known.
+
+Legend: M micro-batches, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_moefold import comm
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.models.batch import CausalLMBatch
+from lightning_moefold.models.config import MoEConfig
+
+
+@dataclass
+class Losses:
+    """Global losses; None where there are no labels, or no statistics."""
+
+    lm: Tensor | None
+    aux: Tensor | None
+
+
+class _WithValue(torch.autograd.Function):
+    """Has the value of the global loss and the gradient of this rank's share of it, times a scale."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return value.to(share.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0] * ctx.scale, None, None
+
+
+class GlobalLoss:
+    """Reduces losses over the ranks of a stage.
+
+    Args:
+        config: The model's configuration.
+        mesh: The folded mesh, or None on one rank.
+    """
+
+    def __init__(self, config: MoEConfig, mesh: FoldedMesh | None) -> None:
+        self.config, self.mesh = config, mesh
+        # A loss that training_step returns means the average over data ranks, whose gradients are summed: the strategy
+        # multiplies it by 1 / (dp * cp). This loss is the global mean already, so its backward undoes that.
+        self.scale = float(mesh.dp_cp.size) if mesh is not None else 1.0
+
+    def reduce(self, local: tuple[Tensor, Tensor] | None, batch: CausalLMBatch) -> Losses:
+        """Collective over the stage.
+
+        Args:
+            local: Sum of losses and weight on this data rank (equal on its tp ranks), or None without labels.
+            batch: For statistics and faults.
+
+        Raises:
+            ValueError: On every rank, if any rank's data is at fault.
+        """
+        statistics = batch.sequence.routing or []
+        zero = batch.faults.new_zeros(2)
+        sums = zero if local is None else torch.stack([local[0].detach().double(), local[1].detach().double()])
+        # tp ranks computed the same sums: one of them contributes. Their tokens, hence statistics, are distinct.
+        first = self.mesh is None or self.mesh.tp.index == 0
+        head = torch.cat([sums, batch.faults]) if first else torch.cat([zero, torch.zeros_like(batch.faults)])
+        counts_ME = probability_ME = None
+        parts = [head]
+        if statistics:
+            counts_ME = torch.stack([s.counts_ME for s in statistics]).sum(0)
+            probability_ME = torch.stack([s.probability_ME for s in statistics]).sum(0)
+            parts += [counts_ME.double().flatten(), probability_ME.detach().double().flatten()]
+        totals = torch.cat(parts)
+        if self.mesh is not None:
+            comm.all_reduce_raw(totals, self.mesh.stage)
+        self._check_faults(totals[2:5], batch)
+        lm = None if local is None else self._language_loss(local[0], totals[0], totals[1])
+        if counts_ME is None or probability_ME is None:
+            return Losses(lm, None)
+        all_counts, all_probability = totals[5:].view(2, *counts_ME.shape).unbind(0)
+        return Losses(lm, self._auxiliary_loss(probability_ME, all_counts, all_probability))
+
+    def _language_loss(self, local: Tensor, total: Tensor, weight: Tensor) -> Tensor:
+        weight = torch.where(weight == 0, torch.ones_like(weight), weight)
+        share = local / weight.to(local.dtype)
+        return _WithValue.apply(share, total / weight, self.scale)
+
+    def _auxiliary_loss(self, local_ME: Tensor, counts_ME: Tensor, probability_ME: Tensor) -> Tensor:
+        pairs_M1 = (counts_ME.sum(-1, keepdim=True) / self.config.num_experts_per_tok).clamp(min=1)
+        slope_ME = counts_ME / pairs_M1.square() * (self.config.num_experts / counts_ME.shape[0])
+        share = (slope_ME.to(local_ME.dtype) * local_ME).sum()
+        return _WithValue.apply(share, (slope_ME * probability_ME).sum(), self.scale)
+
+    def _check_faults(self, faults: Tensor, batch: CausalLMBatch) -> None:
+        if self.mesh is None and not faults.is_cuda and not bool(faults.any()):
+            return
+        tokens, labels, rows = (int(n) for n in faults.tolist())
+        if tokens or labels:
+            what = f"{tokens} token ids" if tokens else f"{labels} labels"
+            hint = "check that tokenizer and model belong together" + ("" if tokens else "; -100 is ignored")
+            raise ValueError(f"{what} in the batch lie outside the vocabulary of {self.config.vocab_size}; {hint}.")
+        if rows:
+            raise ValueError(
+                f"a rank's batch has fewer rows than num_microbatches={batch.sequence.num_microbatches}; "
+                "use a larger batch size (and drop_last=True for a short last batch), or fewer micro-batches."
+            )

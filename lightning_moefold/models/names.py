@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names and shapes of every parameter, ours and Hugging Face's on disk. Pure Python.
+
+Ours follow transformers' module paths, except that the experts of a layer are three stacks with an expert axis::
+
+    model.layers.3.mlp.experts.gate_proj  [E, F, D]   <- model.layers.3.mlp.experts.{0..E-1}.gate_proj.weight  [F, D]
+
+On disk Mixtral says ``block_sparse_moe`` for ``mlp``, and ``w1 w3 w2`` for gate, up and down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_moefold.models.config import MoEConfig
+
+_MIXTRAL_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+@dataclass(frozen=True)
+class ParameterEntry:
+    """One of our parameters and where it comes from.
+
+    Args:
+        shape: Its global shape.
+        sources: Names on disk: one, or one for each index of the first dimension.
+        stacked: Whether the first dimension counts ``sources``.
+    """
+
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    stacked: bool = False
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor on disk."""
+        return self.shape[1:] if self.stacked else self.shape
+
+
+def parameter_entries(config: MoEConfig) -> dict[str, ParameterEntry]:
+    """Every parameter of a model of ``config`` by our name, in the order of the layers.
+
+    A tied head is not listed: it is the embedding.
+    """
+    d = config.hidden_size
+    entries = {"model.embed_tokens.weight": _single("model.embed_tokens.weight", config.vocab_size, d)}
+    for index in range(config.num_hidden_layers):
+        entries |= _layer_entries(config, index)
+    entries["model.norm.weight"] = _single("model.norm.weight", d)
+    if not config.tie_word_embeddings:
+        entries["lm_head.weight"] = _single("lm_head.weight", config.vocab_size, d)
+    return entries
+
+
+def _single(name: str, *shape: int) -> ParameterEntry:
+    return ParameterEntry(shape, (name,))
+
+
+def _layer_entries(config: MoEConfig, index: int) -> dict[str, ParameterEntry]:
+    layer, d, h = f"model.layers.{index}", config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * h, config.num_key_value_heads * h
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (q, d),
+        "self_attn.k_proj.weight": (kv, d),
+        "self_attn.v_proj.weight": (kv, d),
+        "self_attn.o_proj.weight": (d, q),
+        "post_attention_layernorm.weight": (d,),
+    }
+    if config.qkv_bias:
+        shapes |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if config.output_bias:
+        shapes["self_attn.o_proj.bias"] = (d,)
+    if config.qk_norm:
+        shapes |= {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
+    if not config.is_moe_layer(index):
+        shapes |= _gated("mlp", d, config.intermediate_size)
+    elif config.shared_expert_intermediate_size:
+        shapes |= _gated("mlp.shared_expert", d, config.shared_expert_intermediate_size)
+        shapes["mlp.shared_expert_gate.weight"] = (1, d)
+    entries = {f"{layer}.{name}": _single(f"{layer}.{name}", *shape) for name, shape in shapes.items()}
+    if config.is_moe_layer(index):
+        entries |= _moe_entries(config, layer)
+    return entries
+
+
+def _gated(prefix: str, d: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.gate_proj.weight": (width, d),
+        f"{prefix}.up_proj.weight": (width, d),
+        f"{prefix}.down_proj.weight": (d, width),
+    }
+
+
+def _moe_entries(config: MoEConfig, layer: str) -> dict[str, ParameterEntry]:
+    mixtral = config.model_type == "mixtral"
+    e, f, d = config.num_experts, config.moe_intermediate_size, config.hidden_size
+    block = f"{layer}.block_sparse_moe" if mixtral else f"{layer}.mlp"
+    entries = {f"{layer}.mlp.gate.weight": _single(f"{block}.gate.weight", e, d)}
+    for name, shape in (("gate_proj", (e, f, d)), ("up_proj", (e, f, d)), ("down_proj", (e, d, f))):
+        part = _MIXTRAL_EXPERT[name] if mixtral else name
+        sources = tuple(f"{block}.experts.{i}.{part}.weight" for i in range(e))
+        entries[f"{layer}.mlp.experts.{name}"] = ParameterEntry(shape, sources, stacked=True)
+    return entries

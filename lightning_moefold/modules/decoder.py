@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pre-norm decoder layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_moefold.modules.attention import Attention
+from lightning_moefold.modules.base import ParallelModule
+from lightning_moefold.modules.mlp import GatedMLP
+from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.modules.norm import RMSNorm
+from lightning_moefold.modules.sequence import SequenceBatch
+
+
+class DecoderLayer(ParallelModule):
+    """Attention and a feed-forward block (MoE or dense), each behind an RMSNorm and a residual.
+
+    Args:
+        hidden_size: D.
+        attention: The attention block.
+        mlp: The MoE layer, or a dense gated feed-forward layer.
+        norm_eps: Epsilon of both norms.
+    """
+
+    def __init__(self, hidden_size: int, attention: Attention, mlp: MoELayer | GatedMLP, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(hidden_size, norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)
+        self.mlp = mlp
+
+    def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
+        """``[T, D] -> [T, D]`` with a batch description; ``[B, S, D] -> [B, S, D]`` without, on one rank."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), batch)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), batch)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gated feed-forward layer (SwiGLU, arXiv 2002.05202): dense layers and the shared expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_moefold.fold import Fold
+from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
+from lightning_moefold.modules.base import Linear, ParallelModule
+from lightning_moefold.modules.sequence import SequenceBatch
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class GatedMLP(ParallelModule):
+    """``down(act(gate(x)) * up(x))``; the width F is cut over tp.
+
+    Args:
+        hidden_size: D.
+        ffn_hidden_size: F.
+        activation: A name in :data:`ACTIVATIONS`.
+    """
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str = "silu") -> None:
+        super().__init__()
+        self.ffn_hidden_size = ffn_hidden_size
+        self.activation = ACTIVATIONS[activation]
+        self.gate_proj = Linear(hidden_size, ffn_hidden_size)
+        self.up_proj = Linear(hidden_size, ffn_hidden_size)
+        self.down_proj = Linear(ffn_hidden_size, hidden_size)
+
+    def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
+        """Rows of gate and up, columns of down."""
+        sizes = even_split(self.ffn_hidden_size, fold.tp)
+        rows, columns = (ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1))
+        return {"gate_proj.weight": rows, "up_proj.weight": rows, "down_proj.weight": columns}
+
+    def forward(self, x: Tensor, batch: SequenceBatch | None = None) -> Tensor:
+        """``[T, D] -> [T, D]`` (without ``batch``, ``[..., D] -> [..., D]`` on one rank)."""
+        x_ND = x if batch is None else batch.gather(x)
+        y_ND = self.down_proj(self.activation(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+        return y_ND if batch is None else batch.reduce_scatter(y_ND)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Root-mean-square normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moefold.modules.base import ParallelModule, local, wide
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the input and one number per token; the normalised tensor is made again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x_wide = x.to(wide(x.dtype))
+        scale = torch.linalg.vecdot(x_wide, x_wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        ctx.save_for_backward(x, weight, scale)
+        return (x_wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        x_hat = x.to(scale.dtype) * scale
+        grad_wide = grads[0].to(scale.dtype)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            product = grad_wide * x_hat
+            grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            inner = grad_wide * weight.to(scale.dtype)
+            mean = torch.linalg.vecdot(inner, x_hat).div_(x.shape[-1]).unsqueeze(-1)
+            grad_x = inner.sub_(x_hat.mul_(mean)).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
+
+
+class RMSNorm(ParallelModule):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, statistics in at least float32.
+
+    Args:
+        size: Length of the last dimension.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., size] -> [..., size]``."""
+        return _RMSNorm.apply(x, local(self.weight), self.eps)

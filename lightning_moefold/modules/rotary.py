@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split form of Llama and its kin.
+
+Legend: B rows, S positions, H heads, d head size, h = d / 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_moefold.modules.base import wide
+
+
+def rotary_tables(
+    position_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling_factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, each ``[B, S, h]``, computed in at least float32.
+
+    Args:
+        position_BS: Positions, int64.
+        head_dim: d, even.
+        theta: Base of the geometric series of frequencies.
+        dtype: Of the returned tables.
+        scaling_factor: Linear position interpolation: frequencies are divided by it.
+    """
+    exact = wide(dtype)
+    exponent_h = torch.arange(0, head_dim, 2, device=position_BS.device, dtype=exact) / head_dim
+    frequency_h = 1.0 / (theta**exponent_h) / scaling_factor
+    angle_BSh = position_BS.unsqueeze(-1).to(exact) * frequency_h
+    return angle_BSh.cos().to(dtype), angle_BSh.sin().to(dtype)
+
+
+def rotate(x_BSHd: Tensor, cos_BSh: Tensor, sin_BSh: Tensor) -> Tensor:
+    """Turns each head's pairs ``(x[i], x[i + h])`` by their position's angle; same shape out."""
+    first, second = x_BSHd.chunk(2, dim=-1)
+    cos, sin = cos_BSh.unsqueeze(2), sin_BSh.unsqueeze(2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

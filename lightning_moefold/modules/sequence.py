@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SequenceBatch: what the layers must know about a batch besides its hidden states.
+
+Between blocks the hidden states are just tokens: the rows of a batch are flattened to N = B * S tokens, padded to a
+multiple of tp, and each tensor parallel rank holds T of them (sequence parallelism). Nothing but attention cares where a
+row ends, so nothing is communicated between attention and MoE.
+
+Legend: B rows, S positions per row, N = B * S, P = N padded to a multiple of tp, T = P / tp, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_moefold import comm
+from lightning_moefold.mesh import SINGLE, Axis
+
+
+@dataclass
+class RoutingStatistics:
+    """What the auxiliary loss needs of one layer, for this rank's tokens.
+
+    Args:
+        counts_ME: Choices of each expert per micro-batch, int64.
+        probability_ME: Sum of the router's probabilities per micro-batch; differentiable.
+    """
+
+    counts_ME: Tensor
+    probability_ME: Tensor
+
+
+@dataclass
+class SequenceBatch:
+    """Shape, positions and masks of a batch on this rank.
+
+    Args:
+        rows: B.
+        length: S.
+        cos_BSh: Rotary table, or None where positions are not used.
+        sin_BSh: Likewise.
+        mask_BSS: Which key each query may see beyond what causality says, bool, broadcastable over rows; None for all.
+        tp: Tensor parallel axis over which the tokens are spread.
+        routed_T: False for tokens that go to no expert; None if all go.
+        num_routed: How many of ``routed_T`` are True, so that no layer has to ask the device.
+        counted_T: False for tokens that routing statistics leave out; None if all count.
+        microbatch_T: Micro-batch of each token; None where there is one.
+        num_microbatches: M.
+        routing: Where MoE layers put their statistics; None if nobody asks.
+    """
+
+    rows: int
+    length: int
+    cos_BSh: Tensor | None = None
+    sin_BSh: Tensor | None = None
+    mask_BSS: Tensor | None = None
+    tp: Axis = SINGLE
+    routed_T: Tensor | None = None
+    num_routed: int | None = None
+    counted_T: Tensor | None = None
+    microbatch_T: Tensor | None = None
+    num_microbatches: int = 1
+    routing: list[RoutingStatistics] | None = None
+    _windowed: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        """N, without padding."""
+        return self.rows * self.length
+
+    @property
+    def padding(self) -> int:
+        """P - N."""
+        return -self.tokens % self.tp.size
+
+    def pad(self, x_ND: Tensor, value: float = 0) -> Tensor:
+        """``[N, ...] -> [P, ...]``."""
+        if self.padding == 0:
+            return x_ND
+        return F.pad(x_ND, [0, 0] * (x_ND.dim() - 1) + [0, self.padding], value=value)
+
+    def shard(self, x_ND: Tensor, value: float = 0) -> Tensor:
+        """This rank's tokens, ``[N, ...] -> [T, ...]`` (a cut: every rank already holds all of them)."""
+        if self.tp.size == 1:
+            return x_ND
+        x_PD = self.pad(x_ND, value)
+        part = x_PD.shape[0] // self.tp.size
+        return x_PD.narrow(0, self.tp.index * part, part)
+
+    def gather(self, x_TD: Tensor) -> Tensor:
+        """All tokens of the tp group, ``[T, D] -> [N, D]``; gradients of the ranks are summed."""
+        return comm.all_gather(x_TD, self.tp)[: self.tokens]
+
+    def reduce_scatter(self, x_ND: Tensor) -> Tensor:
+        """Sums partial results over tp and keeps this rank's tokens, ``[N, D] -> [T, D]``."""
+        return comm.reduce_scatter(self.pad(x_ND), self.tp)
+
+    def mask_for(self, window: int | None, device: torch.device) -> Tensor | None:
+        """The mask ``[B or 1, 1, S, S]`` (True: may attend, causality included), or None where plain causal attention does.
+
+        Args:
+            window: A query sees at most this many keys, itself included; None for all.
+            device: Where to make it.
+        """
+        limited = window is not None and window < self.length
+        if self.mask_BSS is None and not limited:
+            return None
+        key = window if limited and window is not None else 0
+        if key not in self._windowed:
+            place_S = torch.arange(self.length, device=device)
+            distance_SS = place_S[:, None] - place_S[None, :]
+            allowed = distance_SS >= 0
+            if limited:
+                allowed = allowed & (distance_SS < key)
+            allowed = allowed.unsqueeze(0)
+            if self.mask_BSS is not None:
+                allowed = allowed & self.mask_BSS
+            self._windowed[key] = allowed.unsqueeze(1)
+        return self._windowed[key]
+
+
+def visible_keys(attention_mask_BS: Tensor | None, document_BS: Tensor | None) -> Tensor | None:
+    """Which keys a query may see, causality aside: real tokens, of its own document. ``[B, 1 or S, S]`` bool, or None."""
+    visible = None
+    if attention_mask_BS is not None:
+        visible = attention_mask_BS.bool().unsqueeze(1)
+    if document_BS is not None:
+        same = document_BS.unsqueeze(2) == document_BS.unsqueeze(1)
+        visible = same if visible is None else visible & same
+    return visible

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embedding and output head, cut over the vocabulary, and a cross-entropy that never holds all logits.
+
+The vocabulary is split as ``torch.chunk`` splits it, so tp need not divide it and nothing is padded in storage.
+
+Legend: N tokens of the rows on this rank, T tokens of this tp rank, C rows of a chunk, D hidden size, V vocabulary, v
+local part of it, G tp ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_moefold import comm
+from lightning_moefold.fold import Fold
+from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, chunk_split
+from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
+from lightning_moefold.modules.base import ParallelModule, local, wide
+from lightning_moefold.modules.sequence import SequenceBatch
+
+#: Logits made at a time: large enough for an efficient product, small enough to stay far below the whole.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of logits made at a time for a local vocabulary of this size."""
+    return max(128, _CHUNK_ELEMENTS // max(vocabulary, 1))
+
+
+class _VocabularyParallel(ParallelModule):
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+        self.tp = SINGLE
+
+    def bind(self, mesh: FoldedMesh) -> None:
+        """Takes the tensor parallel axis."""
+        self.tp = mesh.tp
+
+    def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
+        """Rows of the vocabulary."""
+        cut = Cut("tp", 0, chunk_split(self.vocab_size, fold.tp))
+        return {"weight": ParameterPlan(cuts=(cut,), gradient=TensorGradient.SHARDED)}
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return chunk_split(self.vocab_size, self.tp.size)
+
+    @property
+    def _first(self) -> int:
+        return sum(self._sizes[: self.tp.index])
+
+
+class VocabularyEmbedding(_VocabularyParallel):
+    """Token embedding ``[V, D]``.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D.
+        padding_idx: A token whose row gets no gradient (as in ``torch.nn.Embedding``).
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, padding_idx: int | None = None) -> None:
+        super().__init__(vocab_size, hidden_size)
+        self.padding_idx = padding_idx
+
+    def forward(self, token_N: Tensor, batch: SequenceBatch) -> Tensor:
+        """Embeds all tokens of the rows and keeps this rank's: ``[N] -> [T, D]``."""
+        size = self._sizes[self.tp.index]
+        local_N = token_N - self._first
+        padding = None if self.padding_idx is None else self.padding_idx - self._first
+        padding = padding if padding is not None and 0 <= padding < size else None
+        weight_vD = local(self.weight)
+        if self.tp.size == 1:
+            return F.embedding(local_N, weight_vD, padding)
+        absent_N = (local_N < 0) | (local_N >= size)
+        if size == 0:
+            x_ND = weight_vD.sum() + weight_vD.new_zeros((token_N.shape[0], weight_vD.shape[1]))
+        else:
+            x_ND = F.embedding(local_N.masked_fill(absent_N, 0), weight_vD, padding).masked_fill(absent_N.unsqueeze(-1), 0)
+        return batch.reduce_scatter(x_ND)
+
+
+class VocabularyHead(_VocabularyParallel):
+    """Output projection ``[V, D]``, and the losses over it.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D.
+        tied: An embedding whose weight is the head's; the head then has no parameter of its own.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, tied: VocabularyEmbedding | None = None) -> None:
+        super().__init__(vocab_size, hidden_size)
+        if tied is not None:
+            self.register_parameter("weight", None)
+        # In a tuple, so that the embedding is not registered a second time.
+        self._tied = (tied,)
+
+    def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
+        """Rows of the vocabulary; nothing where the weight is the embedding's."""
+        return super().plans(fold) if self._tied[0] is None else {}
+
+    def _local_weight(self) -> Tensor:
+        return local(self.weight if self._tied[0] is None else self._tied[0].weight)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """Logits over the whole vocabulary, ``[N, D] -> [N, V]``, on every tp rank; every rank must go on alike."""
+        local_Nv = F.linear(x_ND, self._local_weight())
+        if self.tp.size == 1:
+            return local_Nv
+        most = max(self._sizes)
+        padded_vN = F.pad(local_Nv, [0, most - local_Nv.shape[1]]).t().contiguous()
+        parts = comm.gather_identical(padded_vN, self.tp).split(most)
+        return torch.cat([part[:size] for part, size in zip(parts, self._sizes, strict=True)]).t()
+
+    def cross_entropy(self, x_ND: Tensor, label_N: Tensor, weight_N: Tensor) -> Tensor:
+        """Weighted sum of the negative log-likelihoods; the same value on every tp rank.
+
+        Args:
+            x_ND: Hidden states of the tokens that have a label.
+            label_N: Their labels, each within the vocabulary.
+            weight_N: Weight of each token's loss, in at least float32.
+
+        Returns:
+            A scalar in the dtype of ``weight_N``. Gradients are made together with the value, chunk by chunk, so the
+            logits are computed once and only ``C x v`` of them exist at a time.
+        """
+        return _CrossEntropy.apply(x_ND, self._local_weight(), label_N, weight_N, self._first, self.tp)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_vD: Tensor, label_N: Tensor, scale_N: Tensor, first: int, tp: Axis
+    ) -> Tensor:
+        want_x, want_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x_ND) if want_x else None
+        grad_weight = torch.zeros_like(weight_vD, dtype=wide(weight_vD.dtype)) if want_weight else None
+        total = scale_N.new_zeros(())
+        rows = chunk_rows(weight_vD.shape[0])
+        for start in range(0, x_ND.shape[0], rows):
+            part = slice(start, start + rows)
+            x_CD, scale_C = x_ND[part], scale_N[part]
+            logits_Cv = (x_CD @ weight_vD.t()).to(scale_N.dtype)
+            target_C = label_N[part] - first
+            loss_C, log_sum_C, local_C = _log_likelihood(logits_Cv, target_C, tp)
+            total += (loss_C * scale_C).sum()
+            if not (want_x or want_weight):
+                continue
+            slope_Cv = _slope(logits_Cv, log_sum_C, target_C, local_C, scale_C).to(x_ND.dtype)
+            if grad_x is not None:
+                torch.mm(slope_Cv, weight_vD, out=grad_x[part])
+            if grad_weight is not None:
+                if grad_weight.dtype == slope_Cv.dtype:
+                    grad_weight.addmm_(slope_Cv.t(), x_CD)
+                else:
+                    grad_weight += slope_Cv.t() @ x_CD
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight_vD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        grad_x, grad_weight = (None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
+        return grad_x, grad_weight, None, None, None, None
+
+
+def _log_likelihood(logits_Cv: Tensor, target_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and log-sum-exp of each row over the whole vocabulary, and whether its target is held here.
+
+    Each rank contributes (maximum, sum of exponentials, target's logit), exchanged in one all-gather.
+    """
+    size = logits_Cv.shape[1]
+    local_C = (target_C >= 0) & (target_C < size)
+    if size:
+        top_C = logits_Cv.amax(-1)
+        sum_C = (logits_Cv - top_C.unsqueeze(-1)).exp_().sum(-1)
+        picked_C = logits_Cv.gather(1, target_C.clamp(0, size - 1).unsqueeze(1)).squeeze(1).masked_fill(~local_C, 0)
+    else:
+        top_C = logits_Cv.new_full(target_C.shape, float("-inf"))
+        sum_C, picked_C = torch.zeros_like(top_C), torch.zeros_like(top_C)
+    top_GC, sum_GC, picked_GC = comm.all_gather_raw(torch.stack((top_C, sum_C, picked_C)), tp).view(tp.size, 3, -1).unbind(1)
+    most_C = top_GC.amax(0)
+    log_sum_C = ((top_GC - most_C).exp() * sum_GC).sum(0).log() + most_C
+    return log_sum_C - picked_GC.sum(0), log_sum_C, local_C
+
+
+def _slope(logits_Cv: Tensor, log_sum_C: Tensor, target_C: Tensor, local_C: Tensor, scale_C: Tensor) -> Tensor:
+    """Gradient of the weighted loss with respect to the local logits, made in their place."""
+    slope_Cv = logits_Cv.sub_(log_sum_C.unsqueeze(-1)).exp_()
+    if slope_Cv.shape[1]:
+        index_C1 = target_C.clamp(0, slope_Cv.shape[1] - 1).unsqueeze(1)
+        slope_Cv.scatter_add_(1, index_C1, -local_C.to(slope_Cv.dtype).unsqueeze(1))
+    return slope_Cv.mul_(scale_C.unsqueeze(-1))

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Applies a fold to a model: cut parameters over tp, ep and etp, then wrap both families with FSDP2.
+
+    experts   DTensor on (ep, etp)   fully_shard over edp       nested in its layer
+    dense     DTensor on (tp)        fully_shard over dp x cp   per layer, then the rest of the model
+
+Reductions are plain sums in both families: divide factor 1 with a forced sum is the one setting that is right on every
+mesh size and backend (torch divides twice on a mesh of one rank otherwise, and gloo cannot pre-multiply).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules.base import ParallelModule
+from lightning_moefold.modules.experts import Experts
+from lightning_moefold.modules.router import Router
+
+_TENSOR_AXES = {Family.DENSE: ("tp",), Family.EXPERT: ("ep", "etp")}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How data parallelism stores and computes.
+
+    Args:
+        reshard_after_forward: Let go of gathered weights between forward and backward ("full") or keep them ("optimizer").
+        mixed_dtype: Compute in this dtype and reduce gradients in float32; None to compute as stored.
+    """
+
+    reshard_after_forward: bool = False
+    mixed_dtype: torch.dtype | None = None
+
+    def policy(self, storage: torch.dtype, *, cast: bool = True) -> MixedPrecisionPolicy:
+        """FSDP2's policy; gradients of 16-bit weights are reduced in float32."""
+        compute = self.mixed_dtype if cast else None
+        narrow = (compute or storage) in (torch.bfloat16, torch.float16)
+        return MixedPrecisionPolicy(compute, torch.float32 if narrow else None, cast_forward_inputs=False)
+
+
+def parallelize(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding, device: torch.device) -> None:
+    """Parallelises ``model`` in place and gives it its weights. No rank waits for another.
+
+    Args:
+        model: With real weights, or without storage and with a source of weights.
+        mesh: Of the fold; the fold must suit the model.
+        sharding: Data-parallel storage.
+        device: Where the parameters go.
+
+    Raises:
+        FoldError: If the fold does not suit the model.
+        CheckpointError: If a weight cannot be read.
+        RuntimeError: If the model is parallelised already.
+    """
+    if model.mesh is not None:
+        raise RuntimeError(f"the model is parallelised under fold {model.mesh.fold} already; make a new one for another fold.")
+    mesh.fold.validate(model.config)
+    plans = _collect_plans(model, mesh)
+    model.layouts = {
+        name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh) for name, p in model.named_parameters()
+    }
+    _cut_over_tensor_axes(model, mesh)
+    model.mesh = mesh
+    for module in model.modules():
+        if isinstance(module, ParallelModule):
+            module.bind(mesh)
+    _wrap(model, mesh, sharding)
+    if model.weights_pending:
+        model.to_empty(device=device)
+        model.load_weights()
+    else:
+        model.to(device)
+
+
+def _collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPlan]:
+    return {
+        f"{prefix}.{name}": plan
+        for prefix, module in model.named_modules()
+        if isinstance(module, ParallelModule)
+        for name, plan in module.plans(mesh.fold).items()
+    }
+
+
+def _layout(shape: tuple[int, ...], plan: ParameterPlan, mesh: FoldedMesh) -> ParameterLayout:
+    layout = ParameterLayout(shape, plan)
+    if mesh.data_mesh(plan.family) is None:
+        return layout
+    sizes = layout.tensor_box(mesh.place).sizes
+    return replace(layout, data_dim=_data_dim(sizes, plan.family, mesh.fold.size(layout.data_axis)))
+
+
+def _data_dim(sizes: tuple[int, ...], family: Family, ranks: int) -> int:
+    """Experts whose local number does not divide by edp are cut along the next dimension instead, where that divides."""
+    if family is Family.DENSE:
+        return 0
+    return next((dim for dim in (0, 1) if sizes[dim] % ranks == 0), 0)
+
+
+def _cut_over_tensor_axes(model: MoECausalLM, mesh: FoldedMesh) -> None:
+    for name, layout in model.layouts.items():
+        prefix, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(prefix)
+        parameter = owner.get_parameter(leaf)
+        storage = mesh.storage_mesh(layout.plan.family, *_TENSOR_AXES[layout.plan.family])
+        if storage is None:
+            continue
+        dims = {cut.axis: cut.dim for cut in layout.plan.cuts}
+        placements: list[Placement] = [Shard(dims[a]) if a in dims else Replicate() for a in storage.mesh_dim_names or ()]
+        piece = parameter.detach()[layout.tensor_box(mesh.place).slices()].clone()
+        # Shape and stride are given because a piece may be uneven (query heads are cut at head borders).
+        stored = DTensor.from_local(
+            piece, storage, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+        owner.register_parameter(leaf, nn.Parameter(stored, requires_grad=parameter.requires_grad))
+
+
+def _wrap(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding) -> None:
+    dense, expert = mesh.data_mesh(Family.DENSE), mesh.data_mesh(Family.EXPERT)
+    storage = next(model.parameters()).dtype
+    policy, uncast = sharding.policy(storage), sharding.policy(storage, cast=False)
+    reshard = sharding.reshard_after_forward
+    plain_experts: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, Experts) and expert is None:
+            plain_experts |= set(module.parameters())
+        elif isinstance(module, Experts) and expert is not None:
+            fully_shard(
+                module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard,
+                shard_placement_fn=lambda p, n=expert.size(): Shard(_data_dim(_local_shape(p), Family.EXPERT, n)),
+            )  # fmt: skip
+        elif isinstance(module, Router) and dense is not None and sharding.mixed_dtype is not None:
+            # The router computes in float32 whatever the precision, so its weight is not cast.
+            fully_shard(module, mesh=dense, mp_policy=uncast, reshard_after_forward=reshard)
+    if dense is not None:
+        for unit in (*model.model.layers.values(), model):
+            fully_shard(
+                unit, mesh=dense, mp_policy=policy, reshard_after_forward=reshard and unit is not model,
+                ignored_params=plain_experts,
+            )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return tuple(parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The norm of all gradients across both meshes, every logical parameter counted once, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moefold import comm
+from lightning_moefold.mesh import Axis
+from lightning_moefold.parallel.gradients import local_part
+
+
+class GradientNorm:
+    """Global L2 norm, and clipping by it.
+
+    Args:
+        world: All ranks.
+        counts_here: Whether this rank is the one that counts a parameter's piece (replicas count once).
+        device: Where to reduce.
+    """
+
+    def __init__(self, world: Axis, counts_here: Callable[[nn.Parameter], bool], device: torch.device) -> None:
+        self.world, self.counts_here, self.device = world, counts_here, device
+
+    @torch.no_grad()
+    def total(self, parameters: list[nn.Parameter]) -> Tensor:
+        """L2 norm over all ranks, the same bits on each; a scalar in float64. Collective."""
+        owned = [local_part(p.grad) for p in parameters if p.grad is not None and self.counts_here(p)]
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        if owned:
+            norms = torch._foreach_norm([g.to(torch.promote_types(g.dtype, torch.float32)) for g in owned])
+            square += torch.stack([n.double() for n in norms]).square().sum()
+        return comm.all_reduce_raw(square, self.world).sqrt()
+
+    @torch.no_grad()
+    def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        """Scales all gradients so that their norm is at most ``max_norm`` (torch's formula); returns the norm before."""
+        norm = self.total(parameters)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        grads = [local_part(p.grad) for p in parameters if p.grad is not None]
+        for dtype in {g.dtype for g in grads}:
+            torch._foreach_mul_([g for g in grads if g.dtype == dtype], factor.to(dtype))
+        return norm
