@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoE Parallel Folding for PyTorch Lightning."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_moefold.fold import Fold, FoldError
+from lightning_moefold.models import MoECausalLM, MoEConfig
+from lightning_moefold.strategy import MoEFoldStrategy
+
+__version__ = "0.1.0"
+__all__ = ["Fold", "FoldError", "MoECausalLM", "MoEConfig", "MoEFoldStrategy"]
+
+if MoEFoldStrategy.strategy_name not in StrategyRegistry:
+    StrategyRegistry.register(
+        MoEFoldStrategy.strategy_name, MoEFoldStrategy, description="MoE Parallel Folding: separate mappings for attention and experts"
+    )

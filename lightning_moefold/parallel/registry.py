@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameter is which: names, layouts, and what each gradient still needs, for a whole LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_moefold.layout import Box, Family, ParameterLayout, TensorGradient
+from lightning_moefold.mesh import Axis, FoldedMesh
+from lightning_moefold.models import MoECausalLM
+
+
+class ParameterRegistry:
+    """Made once parameters are final.
+
+    Parameters of a :class:`MoECausalLM` have a layout. All others are the user's own: dense, replicated on every rank, with
+    identical gradients over tp and gradients summed over data ranks, as under DDP.
+
+    Args:
+        root: The LightningModule.
+        mesh: The folded mesh.
+    """
+
+    def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
+        self.mesh = mesh
+        self.layouts: dict[str, ParameterLayout] = {}
+        for prefix, module in root.named_modules():
+            if isinstance(module, MoECausalLM):
+                module.release_gathered_weights()
+                self.layouts |= {f"{prefix}.{name}" if prefix else name: lay for name, lay in module.layouts.items()}
+        self.names = {id(p): name for name, p in root.named_parameters()}
+        self._parameters = dict(root.named_parameters())
+
+    @property
+    def sharded(self) -> bool:
+        """Whether any parameter is stored in pieces by the strategy, even if one rank holds them all."""
+        return bool(self.layouts)
+
+    def own(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The user's own parameters."""
+        return ((name, p) for name, p in self._parameters.items() if name not in self.layouts)
+
+    def box(self, name: str) -> Box:
+        """The part of parameter ``name`` that this rank stores."""
+        return self.layouts[name].box(self.mesh.fold, self.mesh.rank)
+
+    def owns(self, name: str) -> bool:
+        """Whether this rank is the one that counts and writes its piece of ``name``."""
+        if name not in self.layouts:
+            return self.mesh.stage.index == 0
+        return self.layouts[name].is_owner(self.mesh.fold, self.mesh.rank)
+
+    def counts_here(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank counts the parameter's piece in a norm."""
+        name = self.names.get(id(parameter))
+        return self.mesh.stage.index == 0 if name is None else self.owns(name)
+
+    def unfinished_gradients(self) -> Iterator[tuple[nn.Parameter, Axis]]:
+        """Parameters whose gradients FSDP2 does not finish, each with the axis over which it is to be summed."""
+        for name, parameter in self._parameters.items():
+            layout = self.layouts.get(name)
+            if layout is None:
+                yield parameter, self.mesh.dp_cp
+            elif layout.plan.family is Family.DENSE and not layout.plan.cuts:
+                if layout.plan.gradient is TensorGradient.PARTIAL:
+                    yield parameter, self.mesh.tp

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work under a fold, each refused in one sentence that says what to do."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from lightning_moefold.fold import Fold
+
+_CALLBACKS = {
+    StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
+    WeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
+    OnExceptionCheckpoint: "a save needs every rank, and only the failing one would call it; use ModelCheckpoint",
+    BackboneFinetuning: "it adds parameters to the optimizer by hand; freeze with requires_grad_(False) in configure_model",
+    LearningRateFinder: "it saves and restores the model behind the strategy's back; tune on a small model in one process",
+    BatchSizeFinder: "it saves and restores the model behind the strategy's back; set the batch size by hand",
+}
+
+
+class UnsupportedFeature(ValueError):
+    """Something that cannot work under this strategy; the message says what to do instead."""
+
+
+def check_fold(fold: Fold) -> None:
+    """Dimensions that are laid out but not yet carried out.
+
+    Raises:
+        UnsupportedFeature: For context or pipeline parallelism.
+    """
+    for name, size in (("context_parallel_size", fold.cp), ("pipeline_parallel_size", fold.pp)):
+        if size > 1:
+            raise UnsupportedFeature(f"{name}={size} is not implemented yet; use {name}=1.")
+
+
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Checks what is known before anything is built.
+
+    Raises:
+        UnsupportedFeature: Naming the feature and the way out.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, reason in _CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise UnsupportedFeature(f"{type(callback).__name__} does not work with MoEFoldStrategy: {reason}.")
+        if isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False):
+            raise UnsupportedFeature("ModelCheckpoint(save_on_exception=True) would save on the failing rank only; turn it off.")
+    if trainer.strategy._layer_sync is not None:
+        raise UnsupportedFeature("sync_batchnorm=True is not supported; leave it off, or use a norm without batch statistics.")
+    if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
+        raise UnsupportedFeature("a compiled LightningModule is not supported; compile blocks inside configure_model instead.")
+
+
+def check_optimizers(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Checks what ``configure_optimizers`` returned.
+
+    Raises:
+        UnsupportedFeature: For optimizers that need whole parameters or re-evaluate the closure.
+    """
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    for optimizer in trainer.optimizers:
+        if type(optimizer).__name__ == "LBFGS":
+            raise UnsupportedFeature("LBFGS takes inner products of whole parameters; use AdamW or SGD.")

@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoEFoldStrategy: the Lightning life cycle of a folded run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_moefold import comm
+from lightning_moefold.checkpoint.sharded import load_meta
+from lightning_moefold.fold import Fold
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.models.weights import deferred_weights
+from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
+from lightning_moefold.parallel.registry import ParameterRegistry
+from lightning_moefold.precision import MoEFoldPrecision
+from lightning_moefold.refusals import UnsupportedFeature, check_fold, check_optimizers, check_trainer
+from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
+
+log = logging.getLogger(__name__)
+
+
+class MoEFoldStrategy(ParallelStrategy):
+    """Trains MoE language models with attention and experts under different parallel mappings over the same ranks.
+
+    Data parallel sizes are derived: ``dp = world / (tp * cp * pp)`` for attention and dense layers and
+    ``edp = world / (etp * ep * pp)`` for experts.
+
+    Args:
+        tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut (with sequence parallelism).
+        context_parallel_size: Ranks over which a sequence is cut. Only 1 so far.
+        pipeline_parallel_size: Pipeline stages. Only 1 so far.
+        expert_parallel_size: Ranks over which the experts of a layer are spread.
+        expert_tensor_parallel_size: Ranks over which each expert is cut.
+        fold: All sizes in one string, such as ``"tp2 | ep4"``, instead of the arguments above.
+        num_microbatches: Micro-batches of a batch; part of the mathematics of the auxiliary loss. None means 1.
+        dispatcher: How tokens travel; ``"alltoall"``.
+        data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward and
+            backward; ``"full"`` lets go of them after forward.
+        timeout: Of the collectives.
+        process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if not given.
+
+    Raises:
+        ValueError: For arguments that contradict each other or are not known.
+
+    Example::
+
+        trainer = L.Trainer(
+            strategy=MoEFoldStrategy(tensor_parallel_size=2, expert_parallel_size=4),
+            accelerator="cpu", devices=4)
+    """
+
+    strategy_name = "moefold"
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        context_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        expert_tensor_parallel_size: int = 1,
+        *,
+        fold: str | None = None,
+        num_microbatches: int | None = None,
+        dispatcher: Literal["alltoall"] = "alltoall",
+        data_parallel_sharding: Literal["optimizer", "full"] = "optimizer",
+        timeout: timedelta | None = default_pg_timeout,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (
+            tensor_parallel_size, context_parallel_size, pipeline_parallel_size, expert_parallel_size, expert_tensor_parallel_size,
+        )  # fmt: skip
+        if fold is not None and any(size != 1 for size in sizes):
+            raise ValueError(f"fold={fold!r} and parallel sizes are both given; use one or the other.")
+        if num_microbatches is not None and num_microbatches < 1:
+            raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
+        for name, value, known in (
+            ("dispatcher", dispatcher, ("alltoall",)),
+            ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known; use {' or '.join(map(repr, known))}.")
+        self._sizes, self._fold_text = sizes, fold
+        self.num_microbatches = num_microbatches or 1
+        self.dispatcher = dispatcher
+        self.data_parallel_sharding = data_parallel_sharding
+        self.num_nodes = 1
+        self._timeout = timeout
+        self._process_group_backend = process_group_backend
+        self._mesh: FoldedMesh | None = None
+        self._registry: ParameterRegistry | None = None
+
+    # ---- the fold ----------------------------------------------------------------------------------------------
+
+    @property
+    def fold(self) -> Fold:
+        """The fold. Known once the world size is."""
+        return self.mesh.fold
+
+    @property
+    def mesh(self) -> FoldedMesh:
+        """Process groups and device meshes.
+
+        Raises:
+            RuntimeError: Before the processes have started.
+        """
+        if self._mesh is None:
+            raise RuntimeError("the fold is known once the processes have started; ask for it inside a hook, not before fit.")
+        return self._mesh
+
+    @property
+    def dp_rank(self) -> int:
+        """Which part of the data this rank reads; the same on all ranks of a tp, cp or pp group."""
+        return self.mesh.place["dp"]
+
+    @property
+    def dp_size(self) -> int:
+        """Number of parts the data is split into."""
+        return self.fold.dp
+
+    # ---- what Lightning asks -----------------------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """Lightning injects samplers and reduces logged values only where this is true."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return self._registry is None or not self._registry.sharded
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin if self._precision_plugin is not None else MoEFoldPrecision(Precision())
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        wrapped = plugin is None or isinstance(plugin, MoEFoldPrecision)
+        self._precision_plugin = plugin if wrapped else MoEFoldPrecision(plugin)
+
+    @property
+    def _precision(self) -> MoEFoldPrecision:
+        assert isinstance(self.precision_plugin, MoEFoldPrecision)
+        return self.precision_plugin
+
+    # ---- processes ---------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def set_world_ranks(self) -> None:
+        """Tells the cluster environment and Lightning's rank-zero helpers who we are."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        reset_seed()
+        self.set_world_ranks()
+        fold = self._make_fold()
+        self._connect_processes()
+        if self._mesh is None or self._mesh.fold != fold:
+            # FSDP2 casts the parameters in mixed precision, so there even a data axis of one rank is wrapped.
+            mixed = self._precision.mixed_dtype is not None
+            self._mesh = FoldedMesh(fold, self.root_device.type, timeout=self._timeout, wrap_single=mixed)
+            rank_zero_info(f"Fold: {fold}")
+
+    def _make_fold(self) -> Fold:
+        if self._fold_text is not None:
+            fold = Fold.parse(self._fold_text, self.world_size)
+        else:
+            fold = Fold(self.world_size, *self._sizes)
+        check_fold(fold)
+        return fold
+
+    def _connect_processes(self) -> None:
+        assert self.cluster_environment is not None
+        device = self.root_device
+        backend = self._process_group_backend or _get_default_process_group_backend_for_device(device)
+        on_cuda = device.type == "cuda"
+        if on_cuda and backend == "nccl":
+            # Objects and files travel over gloo; only tensors on the device use NCCL.
+            backend = "cpu:gloo,cuda:nccl"
+        _init_dist_connection(
+            self.cluster_environment, backend, timeout=self._timeout, device_id=device if on_cuda else None
+        )
+
+    # ---- set-up ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        # A MoECausalLM made here gets no storage: setup() parallelises it, then each rank reads its slices. Other modules
+        # are made as they are, so that initialisation by hand in configure_model is not lost.
+        with deferred_weights(), self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        check_trainer(trainer, self.lightning_module)
+        self.accelerator.setup(trainer)
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
+            loop.inference_mode = False  # FSDP2 and DTensor do not go with inference tensors
+        if self._registry is None:
+            self.model = self.precision_plugin.convert_module(self.model)
+        self._parallelize()
+        self.model_to_device()
+        self._registry = ParameterRegistry(self.lightning_module, self.mesh)
+        self._synchronize_own_state()
+        self._prepare_precision()
+        self.barrier("setup")
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+            check_optimizers(trainer, self.lightning_module)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _parallelize(self) -> None:
+        """Parallelises the models that are not yet; an error on one rank is raised on all."""
+        assert self.lightning_module is not None
+        sharding = Sharding(self.data_parallel_sharding == "full", self._precision.mixed_dtype)
+        error: Exception | None = None
+        for model in [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]:
+            model.num_microbatches = self.num_microbatches
+            if model.mesh is self.mesh:
+                continue
+            try:
+                parallelize(model, self.mesh, sharding, self.root_device)
+            except Exception as failure:
+                error = failure
+        comm.agree_on_error(error, self.mesh.world)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def _synchronize_own_state(self) -> None:
+        """The user's own parameters and buffers start out as rank 0's, as under DDP."""
+        assert self._registry is not None and self.lightning_module is not None
+        if not _distributed_is_initialized() or self.mesh.world.size == 1:
+            return
+        models = [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]
+        ours = {id(b) for m in models for b in m.buffers()}
+        own = [p.detach() for _, p in self._registry.own()]
+        own += [b for b in self.lightning_module.buffers() if id(b) not in ours]
+        for tensor in own:
+            dist.broadcast(tensor, src=0)
+
+    def _prepare_precision(self) -> None:
+        assert self._registry is not None
+        precision = self._precision
+        precision.loss_scale = 1.0 / self.mesh.dp_cp.size
+        precision.gradient_sum = GradientSum(self._registry.unfinished_gradients())
+        precision.gradient_norm = GradientNorm(self.mesh.world, self._registry.counts_here, self.root_device)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        # Optimizers of an earlier entry point may refer to parameters that no longer exist.
+        self._reset_optimizers_and_schedulers()
+        super().setup_optimizers(trainer)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Lightning seeds workers by global rank; ranks of one data replica must draw the same augmentations.
+        if isinstance(dataloader, DataLoader):
+            function = dataloader.worker_init_fn
+            if isinstance(function, partial) and function.func is pl_worker_init_function:
+                dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.dp_rank)
+        return dataloader
+
+    # ---- running -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        units = [m for m in self._modules() if isinstance(m, FSDPModule)]
+        for unit in units:
+            unit.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_requires_gradient_sync(True, recurse=False)
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return list(self.lightning_module.modules()) if self.lightning_module is not None else []
+
+    def _release_gathered_weights(self) -> None:
+        for module in self._modules():
+            if isinstance(module, MoECausalLM):
+                module.release_gathered_weights()
+
+    @override
+    def on_validation_end(self) -> None:
+        self._release_gathered_weights()
+
+    @override
+    def on_test_end(self) -> None:
+        self._release_gathered_weights()
+
+    # ---- communication -----------------------------------------------------------------------------------------
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if _distributed_is_initialized():
+            on_cuda = self.root_device.type == "cuda"
+            dist.barrier(device_ids=[self.root_device.index] if on_cuda else None)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduces over the ranks that read different data (dp), unless a group is given.
+
+        Ranks of a tp, cp or pp group hold the same values; counting them again would be wrong for sums.
+        """
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if group is None:
+            axis = self.mesh.axis("dp")
+            if axis.size == 1:
+                return tensor
+            group = axis.group
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        # Over the world, whatever reduce() does: every rank must take the same decision.
+        value = comm.all_reduce_raw(torch.tensor(int(decision), device=self.root_device), self.mesh.world)
+        return bool(value == self.mesh.world.size) if all else bool(value)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    @property
+    def _sharded(self) -> bool:
+        return self._registry is not None and self._registry.sharded
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._release_gathered_weights()
+        return super().lightning_module_state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if not self._sharded:
+            return super().optimizer_state(optimizer)
+        assert self._registry is not None
+        return optimizer_state(optimizer, self._registry)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None) -> None:
+        if not self._sharded:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if storage_options is not None:
+            raise TypeError("MoEFoldStrategy writes checkpoints itself and takes no storage_options; leave them out.")
+        assert self._registry is not None
+        save_training_state(self.broadcast(filepath), checkpoint, self._registry)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if not self._sharded:
+            if path.is_dir():
+                raise UnsupportedFeature(f"{path} was saved by a model with MoE layers; this module has none.")
+            return super().load_checkpoint(path, weights_only)
+        if path.is_file():
+            raise UnsupportedFeature(f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
+                                     "Face format and start from that.")
+        assert self._registry is not None and self.lightning_module is not None
+        meta = load_meta(path)
+        self._release_gathered_weights()
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        load_training_state(path, meta, self._registry, self.lightning_module, self.optimizers if fitting else [])
+        return meta
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if not self._sharded:
+            super().load_model_state_dict(checkpoint, strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if not self._sharded:
+            super().load_optimizer_state_dict(checkpoint)
+
+    @override
+    def teardown(self) -> None:
+        # Unlike the base class: sharded parameters stay where they are.
+        if self.cluster_environment is not None:
+            self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
+        self.checkpoint_io.teardown()

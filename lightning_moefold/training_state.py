@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between Lightning's checkpoint dictionary and the layout-free files: models and optimizers under global names.
+
+    model.<parameter or buffer>              optimizer.<i>.<parameter>.<state>
+
+Optimizer state of a parameter's shape is stored in that parameter's boxes; anything else (a step counter) whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_moefold.checkpoint import CheckpointError
+from lightning_moefold.checkpoint.sharded import TensorPiece, load_sharded, save_sharded, stored_tensors
+from lightning_moefold.parallel import local_part
+from lightning_moefold.parallel.registry import ParameterRegistry
+
+
+def optimizer_state(optimizer: Optimizer | LightningOptimizer, registry: ParameterRegistry) -> dict[str, Any]:
+    """State by parameter name: ``{"state": {name: {key: value}}, "param_groups": [...]}``.
+
+    Raises:
+        CheckpointError: If the optimizer holds a parameter that the module does not have.
+    """
+    optimizer = _unwrap(optimizer)
+    names = _names(optimizer, registry)
+    state = {names[id(p)]: dict(values) for p, values in optimizer.state.items()}
+    groups = [
+        {k: v for k, v in group.items() if k != "params"} | {"params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _unwrap(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _names(optimizer: Optimizer, registry: ParameterRegistry) -> dict[int, str]:
+    names = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in registry.names:
+                raise CheckpointError("the optimizer holds a parameter that is not in the module; register it as a parameter.")
+            names[id(parameter)] = registry.names[id(parameter)]
+    return names
+
+
+def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: ParameterRegistry) -> None:
+    """Writes Lightning's ``checkpoint``. Collective.
+
+    Args:
+        path: Directory to make.
+        checkpoint: As Lightning dumps it; ``state_dict`` and ``optimizer_states`` are taken out of it.
+        registry: Of the module.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, value in checkpoint.pop("state_dict").items():
+        tensors[f"model.{name}"] = _describe(value, name, registry)
+    groups = []
+    for index, state in enumerate(checkpoint.pop("optimizer_states", [])):
+        groups.append(_plain(state["param_groups"]))
+        for name, values in state["state"].items():
+            for key, value in values.items():
+                tensors[f"optimizer.{index}.{name}.{key}"] = _describe(value, name, registry)
+    meta = {**checkpoint, "fold": str(registry.mesh.fold), "optimizer_groups": groups}
+    save_sharded(path, tensors, meta, registry.mesh.world)
+
+
+def _plain(value: Any) -> Any:
+    """Hyper-parameters as numbers, since a learning rate may be a tensor."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.cpu()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    local = local_part(tensor)
+    layout = registry.layouts.get(name)
+    if layout is None or tuple(tensor.shape) != layout.shape and tuple(local.shape) != registry.box(name).sizes:
+        return local
+    return TensorPiece.of(local, registry.box(name), layout.shape, writes=registry.owns(name))
+
+
+def load_training_state(
+    path: str | Path,
+    meta: dict[str, Any],
+    registry: ParameterRegistry,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer | LightningOptimizer],
+) -> None:
+    """Fills the module and the optimizers from a checkpoint saved under any fold. Collective.
+
+    Args:
+        path: The checkpoint.
+        meta: What :func:`~.checkpoint.sharded.load_meta` gave; loses its optimizer groups.
+        registry: Of the module.
+        module: The LightningModule.
+        optimizers: To be filled; none when only weights are wanted.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit the module or the optimizers.
+    """
+    stored = stored_tensors(path)
+    tensors = {f"model.{name}": _describe(value, name, registry) for name, value in module.state_dict().items()}
+    missing = [name for name in tensors if name not in stored]
+    extra = [name for name in stored if name.startswith("model.") and name not in tensors]
+    if missing or extra:
+        what = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the module does not have"
+        raise CheckpointError(f"{path} {what}; load it with the module it was saved from.")
+    groups = meta.pop("optimizer_groups", [])
+    if optimizers and len(groups) != len(optimizers):
+        raise CheckpointError(f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured.")
+    fills = [_prepare_optimizer(i, _unwrap(o), groups[i], stored, registry, tensors) for i, o in enumerate(optimizers)]
+    load_sharded(path, tensors)
+    for optimizer, values in fills:
+        optimizer.state.clear()
+        for parameter, state in values.items():
+            optimizer.state[parameter] = state
+
+
+def _prepare_optimizer(
+    index: int,
+    optimizer: Optimizer,
+    groups: list[dict[str, Any]],
+    stored: dict[str, Any],
+    registry: ParameterRegistry,
+    tensors: dict[str, Tensor],
+) -> tuple[Optimizer, dict[nn.Parameter, dict[str, Tensor]]]:
+    """Makes empty state of the stored shapes, and asks for it to be read."""
+    names = _names(optimizer, registry)
+    if [g["params"] for g in groups] != [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups]:
+        raise CheckpointError(f"optimizer {index} groups its parameters differently from the checkpoint; configure it alike.")
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update({k: v for k, v in saved.items() if k != "params"})
+    by_name = {name: p for p in (q for g in optimizer.param_groups for q in g["params"]) for name in [names[id(p)]]}
+    prefix = f"optimizer.{index}."
+    values: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for full, item in stored.items():
+        name, _, key = full.removeprefix(prefix).rpartition(".")
+        if not full.startswith(prefix) or name not in by_name:
+            continue
+        parameter = by_name[name]
+        value = _empty_state(parameter, tuple(item.size), item.properties.dtype)
+        tensors[full] = _describe(value, name, registry)
+        values.setdefault(parameter, {})[key] = value
+    return optimizer, values
+
+
+def _empty_state(parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if shape != tuple(parameter.shape):
+        return torch.empty(shape, dtype=dtype)
+    if not isinstance(parameter, DTensor):
+        return torch.empty(shape, dtype=dtype, device=parameter.device)
+    local = torch.empty_like(local_part(parameter), dtype=dtype)
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
