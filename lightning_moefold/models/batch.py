@@ -17,7 +17,6 @@ from torch import Tensor
 from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.rotary import rotary_tables
 from lightning_moefold.modules.sequence import SequenceBatch, visible_keys
 
@@ -33,7 +32,7 @@ class CausalLMBatch:
         sequence: What the layers need.
         labels: The labels as given, ``[B, S]``, for a custom loss.
         target_N: The label each position predicts; ``IGNORED`` where none.
-        weight_N: Weight of each position's loss, in at least float32.
+        weight_N: Weight of each position's loss.
         labelled_index: Positions that have a target.
         faults: Float vector ``[bad ids, bad labels, missing rows]`` on the device, zero where all is well.
     """
@@ -114,7 +113,7 @@ def read_batch(
         sequence=sequence,
         labels=labels,
         target_N=target_N,
-        weight_N=weight_BS.to(wide(weight_BS.dtype)).flatten(),
+        weight_N=weight_BS.flatten(),
         labelled_index=(target_N != IGNORED).nonzero().squeeze(1),
         faults=faults.double(),
         _position_BS=_positions(position_ids, run_BS if document_ids is not None else None, length, device),

@@ -27,6 +27,7 @@ from lightning_moefold.models.hf_config import to_hf_config
 from lightning_moefold.models.losses import GlobalLoss, Losses
 from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
+from lightning_moefold.modules.base import wide
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
@@ -281,7 +282,7 @@ class MoECausalLM(nn.Module):
             total, weight = loss_fn(logits, batch.labels, **extras)
             return total, torch.as_tensor(weight, device=total.device, dtype=total.dtype).detach()
         labelled = batch.labelled_index
-        weight_N = batch.weight_N[labelled]
+        weight_N = batch.weight_N[labelled].to(wide(x_ND.dtype))
         total = self.lm_head.cross_entropy(x_ND.index_select(0, labelled), batch.target_N[labelled], weight_N)
         return total, weight_N.sum()
 

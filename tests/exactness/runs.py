@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a training case in one rank of the pool: an ordinary LightningModule under an ordinary Trainer."""
+
+from __future__ import annotations
+
+import fnmatch
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_moefold import MoECausalLM, MoEFoldStrategy
+from lightning_moefold.testing import PoolEnvironment
+from lightning_moefold.testing.pieces import Piece, owned_pieces
+
+
+@dataclass
+class RankRun:
+    """What one rank saw."""
+
+    losses: list[float] = field(default_factory=list)
+    lm_losses: list[float] = field(default_factory=list)
+    aux_losses: list[float | None] = field(default_factory=list)
+    grads: list[dict[str, Piece]] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    weights: dict[str, Piece] = field(default_factory=dict)
+    fold: str = ""
+
+
+class BatchList(Dataset):
+    def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.batches[index]
+
+
+class Case(pl.LightningModule):
+    def __init__(self, path: str, run: RankRun, spec: dict[str, Any]) -> None:
+        super().__init__()
+        self.path, self.run, self.spec, self.model = path, run, spec, None
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        self.model = MoECausalLM.from_pretrained(self.path, **self.spec.get("overrides", {}))
+        for name, parameter in self.model.named_parameters():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in self.spec.get("frozen", ())):
+                parameter.requires_grad_(False)
+
+    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        output = self.model(**batch)
+        self.run.losses.append(output.loss.item())
+        self.run.lm_losses.append(output.lm_loss.item())
+        self.run.aux_losses.append(None if output.aux_loss is None else output.aux_loss.item())
+        return output.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.run.grads.append(owned_pieces(self.model, "grad"))
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:  # type: ignore[no-untyped-def]
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        norm = self.trainer.precision_plugin.grad_norm
+        if norm is not None:
+            self.run.grad_norms.append(norm.item())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if self.spec.get("optimizer", "adamw") == "sgd":
+            return torch.optim.SGD(parameters, lr=self.spec.get("lr", 1e-2), momentum=0.9)
+        return torch.optim.AdamW(parameters, lr=self.spec.get("lr", 1e-2), betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], spec: dict[str, Any]) -> RankRun:
+    """Trains on ``batches[step][data rank]``; one optimizer step per ``accumulate`` batches."""
+    run = RankRun()
+    module = Case(path, run, spec)
+    strategy = MoEFoldStrategy(
+        fold=fold,
+        num_microbatches=spec.get("num_microbatches"),
+        data_parallel_sharding=spec.get("sharding", "optimizer"),
+    )
+    world = dist.get_world_size()
+    from lightning_moefold import Fold
+
+    dp_rank = Fold.parse(fold, world).coordinates(dist.get_rank())["dp"]
+    loader = DataLoader(BatchList([step[dp_rank] for step in batches]), batch_size=None, shuffle=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy,
+        plugins=[PoolEnvironment()],
+        precision=spec.get("precision", "64-true"),
+        max_epochs=1,
+        accumulate_grad_batches=spec.get("accumulate", 1),
+        gradient_clip_val=spec.get("clip"),
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+        default_root_dir=tempfile.gettempdir(),
+    )
+    trainer.fit(module, loader)
+    run.weights = owned_pieces(module.model)
+    run.fold = str(strategy.fold)
+    return run
