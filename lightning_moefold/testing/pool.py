@@ -7,6 +7,7 @@ processes, and builds and destroys a process group for every case.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -20,19 +21,21 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import connection as mp_connection
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch.distributed as dist
+from typing_extensions import Self
 
 from lightning_moefold.testing.worker import LOOPBACK, Outcome, RankFailure, Request
 
 _START_SECONDS = 300.0  # to import torch and the function's module; machines with few cores start ranks in turn
 _GRACE_SECONDS = 3.0  # for the other ranks, once one has failed
 _SETTLE_SECONDS = 30.0  # to destroy the process group
+_FAILED_SETTLE_SECONDS = 10.0  # the same after a failure, when the rank is easily replaced
 _TAIL_BYTES = 4000
 
 _BOOTSTRAP = """
@@ -165,7 +168,7 @@ class RankPool:
         """Ends all processes and removes their temporary files. Harmless when repeated."""
         self._finalizer()
 
-    def __enter__(self) -> RankPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -240,7 +243,7 @@ class RankPool:
         """
         for worker in workers.values():
             worker.send("finish")
-        outcomes = _collect(workers, _SETTLE_SECONDS)
+        outcomes = _collect(workers, _SETTLE_SECONDS if strict else _FAILED_SETTLE_SECONDS)
         if strict:
             self._check(name, workers, outcomes, _SETTLE_SECONDS, in_case=False)
         for rank in workers:
@@ -284,10 +287,8 @@ class _Worker:
         self.send(request)
 
     def send(self, message: Any) -> None:
-        try:
+        with contextlib.suppress(OSError):  # it is dead: the next receive tells
             self.connection.send_bytes(pickle.dumps(message))
-        except OSError:
-            pass  # it is dead: the next receive tells
 
     def receive(self) -> Outcome:
         """Reads the answer to the last message; a process that ended counts as a failure."""

@@ -19,6 +19,7 @@ that succeeded keeps its group until *all* ranks have: closing earlier could bre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import faulthandler
 import functools
@@ -33,10 +34,11 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -120,15 +122,14 @@ def main(fd: int, parent: int, traces: str) -> None:
         traces: File that receives the stacks of all threads on ``SIGUSR1``.
     """
     _die_with(parent)
-    trace_file = open(traces, "w")  # noqa: SIM115 - faulthandler needs it open for the life of the process
-    faulthandler.register(signal.SIGUSR1, file=trace_file, all_threads=True)
     connection = Connection(fd)
-    try:
+    with open(traces, "w") as trace_file, contextlib.suppress(EOFError, ConnectionError):
+        _register_stack_dump(trace_file)
         _send(connection, Outcome())
         while True:
-            _run_case(connection, pickle.loads(connection.recv_bytes()))
-    except (EOFError, ConnectionError):
-        pass
+            request = pickle.loads(connection.recv_bytes())
+            _register_stack_dump(trace_file)
+            _run_case(connection, request)
 
 
 def dumps(value: Any) -> bytes:
@@ -162,7 +163,9 @@ class _ResultPickler(pickle.Pickler):
 
 
 def _load_tensor(data: bytes) -> torch.Tensor:
-    return torch.load(io.BytesIO(data), weights_only=True)
+    tensor = torch.load(io.BytesIO(data), weights_only=True)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
 
 
 def _die_with(parent: int) -> None:
@@ -177,6 +180,15 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
+def _register_stack_dump(file: TextIO) -> None:
+    """Makes ``SIGUSR1`` write the stacks of all threads; anew for each case.
+
+    A ``Trainer`` resets, when it is done, all signals to the handlers that Python knows of, and this one it does not.
+    """
+    faulthandler.unregister(signal.SIGUSR1)  # else register() takes the handler to be in place
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+
+
 def _send(connection: Connection, outcome: Outcome) -> None:
     connection.send_bytes(pickle.dumps(outcome))
 
@@ -187,12 +199,15 @@ def _run_case(connection: Connection, request: Request) -> None:
     try:
         _restore_defaults(request)
         call = _load_call(request)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - reported, whatever it is
         outcome = Outcome(failure=RankFailure.current())
     _send(connection, outcome)
     message = pickle.loads(connection.recv_bytes())
     if message == "go" and call is not None:
-        _send(connection, _call(request, *call))
+        outcome = _call(request, *call)
+        _send(connection, outcome)  # before the group goes: with operations under way, that can block
+        if outcome.failure is not None:
+            _destroy_group()
         message = pickle.loads(connection.recv_bytes())
     assert message == "finish", message
     del call
@@ -200,18 +215,13 @@ def _run_case(connection: Connection, request: Request) -> None:
     _send(connection, Outcome())
 
 
-def _call(
-    request: Request, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Outcome:
-    """Calls the function inside a fresh process group; a failure takes the group down at once."""
+def _call(request: Request, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+    """Calls the function inside a fresh process group, which it leaves standing."""
     try:
         _join_group(request)
         return Outcome(payload=dumps(function(*args, **kwargs)))
-    except BaseException:
-        failure = RankFailure.current()
-    # Outside the except clause: the traceback, and with it the frames that hold the group, is gone by now.
-    _destroy_group()
-    return Outcome(failure=failure)
+    except BaseException:  # noqa: BLE001 - reported, SystemExit included
+        return Outcome(failure=RankFailure.current())
 
 
 def _join_group(request: Request) -> None:

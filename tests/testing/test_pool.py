@@ -80,7 +80,8 @@ def dtensor_sum(shape: tuple[int, ...]) -> float:
     init_device_mesh("cpu", shape)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     tensor = distribute_tensor(torch.arange(16.0).view(4, 4), mesh, [Shard(0), Shard(1)])
-    return float((tensor * 2).sum().full_tensor())
+    total: Any = (tensor * 2).sum()
+    return float(total.full_tensor())
 
 
 def return_a_dtensor() -> Any:
@@ -115,6 +116,10 @@ def fit_boring_model(root: str) -> tuple[int, int, bool]:
     return trainer.global_rank, trainer.global_step, all(torch.equal(weight, other) for other in gathered)
 
 
+def refuse_devices() -> None:
+    PoolEnvironment().validate_settings(num_devices=3, num_nodes=1)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_results_come_in_rank_order(pool: RankPool, ranks: int) -> None:
     results = pool.run(total, 1.0, ranks=ranks)
@@ -144,36 +149,6 @@ def test_failure_while_others_wait_in_a_collective(pool: RankPool) -> None:
     assert "about to fail" in str(caught.value)
     after = pool.run(total, 0.0, ranks=4)
     assert before[2]["pid"] == after[2]["pid"]
-
-
-def test_failure_while_others_hang(pool: RankPool) -> None:
-    start = time.monotonic()
-    with pytest.raises(RankError, match="fail_while_others_sleep") as caught:
-        pool.run(fail_while_others_sleep, 0, ranks=2)
-    assert time.monotonic() - start < 10
-    assert caught.value.exception_types == {0: "KeyError"}
-    assert caught.value.hung == [1]
-    assert "in fail_while_others_sleep" in str(caught.value).split("rank 1 was at")[1]
-    assert len(pool.run(total, 0.0, ranks=2)) == 2
-
-
-def test_deadline(pool: RankPool) -> None:
-    start = time.monotonic()
-    with pytest.raises(RankTimeout, match="hang_on.*ranks \\[1\\] of 2") as caught:
-        pool.run(hang_on, 1, ranks=2, timeout=1.0)
-    assert time.monotonic() - start < 8
-    assert caught.value.unfinished == [1]
-    assert "in hang_on" in caught.value.stacks[1]
-    assert "going to sleep" in str(caught.value)
-    assert len(pool.run(total, 0.0, ranks=2)) == 2
-
-
-def test_death_of_a_process(pool: RankPool) -> None:
-    with pytest.raises(RankError) as caught:
-        pool.run(die_on, 1, ranks=2)
-    assert caught.value.exception_types[1] == "ProcessDied"
-    assert "exit code 3" in caught.value.messages[1]
-    assert len(pool.run(total, 0.0, ranks=2)) == 2
 
 
 def test_cases_do_not_see_each_other(pool: RankPool) -> None:
@@ -219,8 +194,35 @@ def test_lightning_trains_with_ddp(pool: RankPool, tmp_path: Path) -> None:
         pool.run(refuse_devices, ranks=1)
 
 
-def refuse_devices() -> None:
-    PoolEnvironment().validate_settings(num_devices=3, num_nodes=1)
+# The cases below end processes, whose restart takes seconds: they come last.
+
+
+def test_failure_while_others_hang(pool: RankPool) -> None:
+    start = time.monotonic()
+    with pytest.raises(RankError, match="fail_while_others_sleep") as caught:
+        pool.run(fail_while_others_sleep, 0, ranks=2)
+    assert time.monotonic() - start < 10
+    assert caught.value.exception_types == {0: "KeyError"}
+    assert caught.value.hung == [1]
+    assert "in fail_while_others_sleep" in str(caught.value).split("rank 1 was at")[1]
+
+
+def test_death_of_a_process(pool: RankPool) -> None:
+    with pytest.raises(RankError) as caught:
+        pool.run(die_on, 1, ranks=2)
+    assert caught.value.exception_types[1] == "ProcessDied"
+    assert "exit code 3" in caught.value.messages[1]
+
+
+def test_deadline(pool: RankPool) -> None:
+    start = time.monotonic()
+    with pytest.raises(RankTimeout, match="hang_on.*ranks \\[1\\] of 2") as caught:
+        pool.run(hang_on, 1, ranks=2, timeout=1.0)
+    assert time.monotonic() - start < 8
+    assert caught.value.unfinished == [1]
+    assert "in hang_on" in caught.value.stacks[1]
+    assert "going to sleep" in str(caught.value)
+    assert len(pool.run(total, 0.0, ranks=2)) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")

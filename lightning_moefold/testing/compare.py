@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparing tensors by name, with one number per tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_LISTED = 5
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Measures ``max|a - b| / max|b|``.
+
+    Args:
+        a: The tensor to judge.
+        b: The reference, of the same shape.
+
+    Returns:
+        The error; for an exactly zero reference 0 if ``a`` is exactly zero as well, else infinity. Infinite, too, if
+        either holds a NaN or an infinity.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
+    if b.numel() == 0:
+        return 0.0
+    a, b = a.detach().to(torch.float64), b.detach().to(torch.float64)
+    difference, scale = float((a - b).abs().max()), float(b.abs().max())
+    if not math.isfinite(difference) or not math.isfinite(scale):
+        return math.inf
+    if scale == 0.0:
+        return 0.0 if difference == 0.0 else math.inf
+    return difference / scale
+
+
+def assert_close_by_name(
+    actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tol: float, what: str
+) -> None:
+    """Asserts that two sets of tensors have the same names, and errors below a tolerance.
+
+    Args:
+        actual: The tensors to judge. None stands for "there is none", as with the gradient of a frozen parameter.
+        expected: The reference.
+        tol: Largest :func:`relative_error` allowed.
+        what: What the tensors are, for the message.
+
+    Raises:
+        AssertionError: Listing missing and extra names, and the worst tensors with their errors.
+    """
+    lines = []
+    if missing := sorted(expected.keys() - actual.keys()):
+        lines.append(f"missing: {', '.join(missing)}")
+    if extra := sorted(actual.keys() - expected.keys()):
+        lines.append(f"extra: {', '.join(extra)}")
+    bad = []
+    for name in expected.keys() & actual.keys():
+        error, note = _judge(actual[name], expected[name])
+        if not error <= tol:
+            bad.append((error, name, note))
+    bad.sort(key=lambda item: (-item[0], item[1]))
+    if bad:
+        lines.append(f"{len(bad)} of {len(expected)} tensors differ by more than {tol:g}, the worst:")
+        lines += [f"  {error:.3e}  {name}  {note}" for error, name, note in bad[:_LISTED]]
+    if lines:
+        raise AssertionError("\n".join([what, *lines]))
+
+
+def _judge(a: Tensor | None, b: Tensor | None) -> tuple[float, str]:
+    """Returns the error of a pair, and a remark that helps to read it."""
+    if a is None and b is None:
+        return 0.0, ""
+    if a is None or b is None:
+        return math.inf, f"(is {'None' if a is None else 'a tensor'}, expected {'None' if b is None else 'a tensor'})"
+    if a.shape != b.shape:
+        return math.inf, f"(shape {tuple(a.shape)}, expected {tuple(b.shape)})"
+    if b.numel() == 0:
+        return 0.0, ""
+    return relative_error(a, b), f"(max |expected| {float(b.detach().abs().max()):.3e})"
