@@ -141,7 +141,7 @@ def test_failure_while_others_wait_in_a_collective(pool: RankPool) -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="fail_on") as caught:
         pool.run(fail_on, 2, ranks=4)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert next(iter(caught.value.failures)) == 2
     assert caught.value.exception_types[2] == "ValueError"
     assert caught.value.messages[2] == "rank 2 has a reason"
@@ -201,7 +201,7 @@ def test_failure_while_others_hang(pool: RankPool) -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="fail_while_others_sleep") as caught:
         pool.run(fail_while_others_sleep, 0, ranks=2)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert caught.value.exception_types == {0: "KeyError"}
     assert caught.value.hung == [1]
     assert "in fail_while_others_sleep" in str(caught.value).split("rank 1 was at")[1]
@@ -218,7 +218,7 @@ def test_deadline(pool: RankPool) -> None:
     start = time.monotonic()
     with pytest.raises(RankTimeout, match="hang_on.*ranks \\[1\\] of 2") as caught:
         pool.run(hang_on, 1, ranks=2, timeout=1.0)
-    assert time.monotonic() - start < 8
+    assert time.monotonic() - start < 30
     assert caught.value.unfinished == [1]
     assert "in hang_on" in caught.value.stacks[1]
     assert "going to sleep" in str(caught.value)
@@ -226,12 +226,12 @@ def test_deadline(pool: RankPool) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
-def test_ranks_die_with_their_parent() -> None:
+def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
     script = (
         "import os, time; from lightning_moefold.testing import RankPool; pool = RankPool(1);"
         "print(pool.run(os.getpid, ranks=1)[0], flush=True); time.sleep(60)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
