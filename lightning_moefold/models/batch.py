@@ -101,7 +101,8 @@ def read_batch(
     faults = torch.stack([bad_token.sum(), bad_label.sum(), torch.tensor(max(0, num_microbatches - rows), device=device)])
     target_N = target_BS.masked_fill(bad_label, 0).flatten()
     weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else _shift(loss_weights, 0)
-    sequence = SequenceBatch(rows, length, tp=tp, num_microbatches=num_microbatches)
+    sequence = SequenceBatch(rows, length, tp=tp)
+    sequence.num_microbatches = num_microbatches
     mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
     sequence.mask_BSS = visible_keys(mask, run_BS)
     needed_BS = None if keep_all or labels is None or mask is None else mask.bool() | (target_BS != IGNORED)

@@ -10,7 +10,7 @@ Legend: B rows, S positions per row, N = B * S, P = N padded to a multiple of tp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,17 +33,21 @@ class RoutingStatistics:
     probability_ME: Tensor
 
 
-@dataclass
 class SequenceBatch:
     """Shape, positions and masks of a batch on this rank.
+
+    Not a dataclass, on purpose: FSDP2 copies dataclasses (and the lists in them) that pass through a wrapped module, and
+    statistics put into a copy would be lost.
 
     Args:
         rows: B.
         length: S.
         cos_BSh: Rotary table, or None where positions are not used.
         sin_BSh: Likewise.
-        mask_BSS: Which key each query may see beyond what causality says, bool, broadcastable over rows; None for all.
         tp: Tensor parallel axis over which the tokens are spread.
+
+    Attributes:
+        mask_BSS: Which key each query may see beyond what causality says, bool, broadcastable over rows; None for all.
         routed_T: False for tokens that go to no expert; None if all go.
         num_routed: How many of ``routed_T`` are True, so that no layer has to ask the device.
         counted_T: False for tokens that routing statistics leave out; None if all count.
@@ -52,19 +56,19 @@ class SequenceBatch:
         routing: Where MoE layers put their statistics; None if nobody asks.
     """
 
-    rows: int
-    length: int
-    cos_BSh: Tensor | None = None
-    sin_BSh: Tensor | None = None
-    mask_BSS: Tensor | None = None
-    tp: Axis = SINGLE
-    routed_T: Tensor | None = None
-    num_routed: int | None = None
-    counted_T: Tensor | None = None
-    microbatch_T: Tensor | None = None
-    num_microbatches: int = 1
-    routing: list[RoutingStatistics] | None = None
-    _windowed: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    def __init__(
+        self, rows: int, length: int, cos_BSh: Tensor | None = None, sin_BSh: Tensor | None = None, *, tp: Axis = SINGLE
+    ) -> None:
+        self.rows, self.length, self.tp = rows, length, tp
+        self.cos_BSh, self.sin_BSh = cos_BSh, sin_BSh
+        self.mask_BSS: Tensor | None = None
+        self.routed_T: Tensor | None = None
+        self.num_routed: int | None = None
+        self.counted_T: Tensor | None = None
+        self.microbatch_T: Tensor | None = None
+        self.num_microbatches = 1
+        self.routing: list[RoutingStatistics] | None = None
+        self._windowed: dict[int, Tensor] = {}
 
     @property
     def tokens(self) -> int:

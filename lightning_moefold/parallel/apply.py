@@ -115,7 +115,7 @@ def _cut_over_tensor_axes(model: MoECausalLM, mesh: FoldedMesh) -> None:
         dims = {cut.axis: cut.dim for cut in layout.plan.cuts}
         placements: list[Placement] = [Shard(dims[a]) if a in dims else Replicate() for a in storage.mesh_dim_names or ()]
         piece = parameter.detach()[layout.tensor_box(mesh.place).slices()].clone()
-        # Shape and stride are given because a piece may be uneven (query heads are cut at head borders).
+        # Shape and stride are given because a piece may be uneven (the vocabulary need not divide by tp).
         stored = DTensor.from_local(
             piece, storage, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
