@@ -55,7 +55,7 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 raise UnsupportedFeature(f"{type(callback).__name__} does not work with MoEFoldStrategy: {reason}.")
         if isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False):
             raise UnsupportedFeature("ModelCheckpoint(save_on_exception=True) would save on the failing rank only; turn it off.")
-    if trainer.strategy._layer_sync is not None:
+    if getattr(trainer.strategy, "_layer_sync", None) is not None:
         raise UnsupportedFeature("sync_batchnorm=True is not supported; leave it off, or use a norm without batch statistics.")
     if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
         raise UnsupportedFeature("a compiled LightningModule is not supported; compile blocks inside configure_model instead.")

@@ -189,8 +189,9 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        wrapped = plugin is None or isinstance(plugin, MoEFoldPrecision)
-        self._precision_plugin = plugin if wrapped else MoEFoldPrecision(plugin)
+        if plugin is not None and not isinstance(plugin, MoEFoldPrecision):
+            plugin = MoEFoldPrecision(plugin)
+        self._precision_plugin = plugin
 
     @property
     def _precision(self) -> MoEFoldPrecision:
@@ -210,7 +211,7 @@ class MoEFoldStrategy(ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     @override
     def setup_environment(self) -> None:
@@ -226,10 +227,8 @@ class MoEFoldStrategy(ParallelStrategy):
             rank_zero_info(f"Fold: {fold}")
 
     def _make_fold(self) -> Fold:
-        if self._fold_text is not None:
-            fold = Fold.parse(self._fold_text, self.world_size)
-        else:
-            fold = Fold(self.world_size, *self._sizes)
+        text, world = self._fold_text, self.world_size
+        fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
         check_fold(fold)
         return fold
 
@@ -257,7 +256,9 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        assert self.accelerator is not None
+        assert self.model is not None
+        assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
         self.accelerator.setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
@@ -299,7 +300,8 @@ class MoEFoldStrategy(ParallelStrategy):
 
     def _synchronize_own_state(self) -> None:
         """The user's own parameters and buffers start out as rank 0's, as under DDP."""
-        assert self._registry is not None and self.lightning_module is not None
+        assert self._registry is not None
+        assert self.lightning_module is not None
         if not _distributed_is_initialized() or self.mesh.world.size == 1:
             return
         models = [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]
@@ -436,7 +438,8 @@ class MoEFoldStrategy(ParallelStrategy):
         if path.is_file():
             raise UnsupportedFeature(f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
                                      "Face format and start from that.")
-        assert self._registry is not None and self.lightning_module is not None
+        assert self._registry is not None
+        assert self.lightning_module is not None
         meta = load_meta(path)
         self._release_gathered_weights()
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING

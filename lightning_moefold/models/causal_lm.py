@@ -27,8 +27,8 @@ from lightning_moefold.models.hf_config import to_hf_config
 from lightning_moefold.models.losses import GlobalLoss, Losses
 from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
-from lightning_moefold.modules.base import wide
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
+from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]

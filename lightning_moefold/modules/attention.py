@@ -96,7 +96,7 @@ class Attention(ParallelModule):
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Rows of q, k, v and columns of o, each where tp divides its heads."""
-        plans = {}
+        plans: dict[str, ParameterPlan] = {}
         for names, heads in ((("q_proj",), self.num_heads), (("k_proj", "v_proj"), self.num_kv_heads)):
             if heads % fold.tp:
                 continue

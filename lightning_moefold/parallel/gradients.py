@@ -22,7 +22,8 @@ _BUCKET_ELEMENTS = 16 * 1024 * 1024
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's piece, without a copy and outside autograd."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 class GradientSum:

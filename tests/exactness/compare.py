@@ -107,9 +107,8 @@ def compare(actual: list[runs.RankRun], expected: ReferenceRun, tolerance: float
     _close(actual[0].losses, expected.losses, tolerance, f"losses, {what}")
     _close(actual[0].grad_norms, expected.grad_norms, tolerance, f"norms, {what}")
     for step, grads in enumerate(expected.grads):
-        assert_close_by_name(
-            {**dict.fromkeys(grads), **assemble(run.grads[step] for run in actual)}, grads, tolerance, f"gradients of step {step}, {what}"
-        )
+        found = {**dict.fromkeys(grads), **assemble(run.grads[step] for run in actual)}
+        assert_close_by_name(found, grads, tolerance, f"gradients of step {step}, {what}")
     assert_close_by_name(assemble(run.weights for run in actual), expected.weights, tolerance, f"weights, {what}")
 
 
