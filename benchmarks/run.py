@@ -71,7 +71,8 @@ def main() -> None:
         print(f"Qwen2-MoE, {parameters / 1e6:.1f}M parameters, {args.experts} experts top-{args.top_k}, {args.rows} rows of "
               f"{args.length} tokens per rank, {args.precision}, AdamW (fused), median of {args.rounds} rounds of {args.steps} steps")
         print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n")
-        print("| ranks | contender | tokens/s | ratio | CPU s/step | ratio | peak GB/rank | ratio |\n|--:|---|--:|--:|--:|--:|--:|--:|")
+        print("| ranks | contender | tokens/s | ratio | CPU s/step | ratio | peak GB/rank | ratio |")
+        print("|--:|---|--:|--:|--:|--:|--:|--:|")
         for world, contenders in CONTENDERS.items():
             rounds = [{name: run(c, world, checkpoint, args) for name, c in contenders.items()} for _ in range(args.rounds)]
             base = None

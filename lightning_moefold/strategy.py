@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import (
+    _destroy_dist_connection,
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
@@ -33,6 +35,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_moefold import comm
@@ -44,7 +47,7 @@ from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
-from lightning_moefold.refusals import UnsupportedFeature, check_fold, check_optimizers, check_trainer
+from lightning_moefold.refusals import UnsupportedFeature, check_blocks, check_fold, check_optimizers, check_trainer
 from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
 
 log = logging.getLogger(__name__)
@@ -240,9 +243,12 @@ class MoEFoldStrategy(ParallelStrategy):
         if on_cuda and backend == "nccl":
             # Objects and files travel over gloo; only tensors on the device use NCCL.
             backend = "cpu:gloo,cuda:nccl"
+        fresh = not dist.is_initialized()
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self._timeout, device_id=device if on_cuda else None
         )
+        if fresh and on_cuda:
+            atexit.register(_destroy_dist_connection)  # torch complains about NCCL groups that nobody destroyed
 
     # ---- set-up ------------------------------------------------------------------------------------------------
 
@@ -260,6 +266,7 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        check_blocks(self.lightning_module, self.fold)
         self.accelerator.setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
             loop.inference_mode = False  # FSDP2 and DTensor do not go with inference tensors
@@ -269,6 +276,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self.model_to_device()
         self._registry = ParameterRegistry(self.lightning_module, self.mesh)
         self._synchronize_own_state()
+        self._confine_metrics()
         self._prepare_precision()
         self.barrier("setup")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -308,8 +316,21 @@ class MoEFoldStrategy(ParallelStrategy):
         ours = {id(b) for m in models for b in m.buffers()}
         own = [p.detach() for _, p in self._registry.own()]
         own += [b for b in self.lightning_module.buffers() if id(b) not in ours]
-        for tensor in own:
-            dist.broadcast(tensor, src=0)
+        for dtype in sorted({t.dtype for t in own}, key=str):
+            members = [t for t in own if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in members])
+            dist.broadcast(flat, src=0)
+            for tensor, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def _confine_metrics(self) -> None:
+        """Metrics of torchmetrics reduce over the world by default, which would count the ranks of a tp group several times."""
+        axis = self.mesh.axis("dp")
+        for metric in (m for m in self._modules() if isinstance(m, Metric)):
+            if metric.process_group is None and axis.size < self.mesh.world.size:
+                metric.process_group = axis.group
+                if axis.size == 1:
+                    metric.distributed_available_fn = _never
 
     def _prepare_precision(self) -> None:
         assert self._registry is not None
@@ -335,15 +356,24 @@ class MoEFoldStrategy(ParallelStrategy):
 
     # ---- running -----------------------------------------------------------------------------------------------
 
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        # A forward pass after backward (in a hook, say) leaves weights gathered; they are out of date now.
+        self._release_gathered_weights()
+        return result
+
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
         units = [m for m in self._modules() if isinstance(m, FSDPModule)]
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
+        self._precision.gradient_sum.deferred = True
         try:
             yield
         finally:
+            self._precision.gradient_sum.deferred = False
             for unit in units:
                 unit.set_requires_gradient_sync(True, recurse=False)
 
@@ -361,6 +391,10 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def on_test_end(self) -> None:
+        self._release_gathered_weights()
+
+    @override
+    def on_predict_end(self) -> None:
         self._release_gathered_weights()
 
     # ---- communication -----------------------------------------------------------------------------------------
@@ -465,3 +499,8 @@ class MoEFoldStrategy(ParallelStrategy):
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
+
+
+def _never() -> bool:
+    """For a metric that has nobody to reduce with (a function, so that it can be pickled)."""
+    return False

@@ -22,13 +22,15 @@ from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
 from lightning_moefold.modules.base import ParallelModule, local, wide
 from lightning_moefold.modules.sequence import SequenceBatch
 
-#: Logits made at a time: large enough for an efficient product, small enough to stay far below the whole.
-_CHUNK_ELEMENTS = 1 << 22
+#: Logits made at a time: large enough for an efficient product, small enough to stay far below the whole. A GPU writes the
+#: whole weight gradient once per chunk, so it wants more.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows of logits made at a time for a local vocabulary of this size."""
-    return max(128, _CHUNK_ELEMENTS // max(vocabulary, 1))
+def chunk_rows(vocab_size: int, tp: int, device_type: str) -> int:
+    """Rows of logits made at a time; the same on all tp ranks, whose parts of the vocabulary may differ by one."""
+    widest = chunk_split(vocab_size, tp)[0]
+    return max(128, _CHUNK_ELEMENTS.get(device_type, 1 << 22) // widest)
 
 
 class _VocabularyParallel(ParallelModule):
@@ -132,19 +134,29 @@ class VocabularyHead(_VocabularyParallel):
             A scalar in the dtype of ``weight_N``. Gradients are made together with the value, chunk by chunk, so the
             logits are computed once and only ``C x v`` of them exist at a time.
         """
-        return _CrossEntropy.apply(x_ND, self._local_weight(), label_N, weight_N, self._first, self.tp)
+        rows = chunk_rows(self.vocab_size, self.tp.size, x_ND.device.type)
+        # Whether gradients are wanted is not visible inside the function when they are switched off around it.
+        wanted = torch.is_grad_enabled()
+        return _CrossEntropy.apply(x_ND, self._local_weight(), label_N, weight_N, self._first, self.tp, rows, wanted)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_vD: Tensor, label_N: Tensor, scale_N: Tensor, first: int, tp: Axis
+        ctx: Any,
+        x_ND: Tensor,
+        weight_vD: Tensor,
+        label_N: Tensor,
+        scale_N: Tensor,
+        first: int,
+        tp: Axis,
+        rows: int,
+        wanted: bool,
     ) -> Tensor:
-        want_x, want_weight = ctx.needs_input_grad[:2]
+        want_x, want_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x_ND) if want_x else None
         grad_weight = torch.zeros_like(weight_vD, dtype=wide(weight_vD.dtype)) if want_weight else None
         total = scale_N.new_zeros(())
-        rows = chunk_rows(weight_vD.shape[0])
         for start in range(0, x_ND.shape[0], rows):
             part = slice(start, start + rows)
             x_CD, scale_C = x_ND[part], scale_N[part]
@@ -166,9 +178,9 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = (None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None, None
 
 
 def _loss_and_slope(logits_Cv: Tensor, target_C: Tensor, scale_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
