@@ -56,6 +56,10 @@ class TimedCase(Case):
         self.time.now += 1000.0
         self.log("val/loss", self.model(**batch).loss)
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        if "save_by_hand" in self.spec:
+            self.trainer.save_checkpoint(f"{self.spec['save_by_hand']}/{self.global_step}.ckpt")
+
     def on_train_epoch_end(self) -> None:
         self.time.now += 1000.0
 
@@ -167,8 +171,8 @@ def monitored_fit(path: str, fold: str, batches: list[list[dict[str, torch.Tenso
     counts: Counter[str] = Counter()
     with counted_collectives([mfu, load], counts):
         trainer = _trainer(fold, spec, [mfu, load, Watcher(seen, mfu, load), RowRecorder(seen)])
-        for epochs in range(1, 1 + spec.get("fits", 1)):
-            trainer.fit_loop.max_epochs = epochs
+        for fit in range(1, 1 + spec.get("fits", 1)):
+            trainer.fit_loop.max_epochs = fit * spec.get("epochs", 1)
             loader = DataLoader(BatchList(mine), batch_size=None)
             trainer.fit(module, loader, loader if spec.get("validate") else None)
     seen.collectives, seen.history, seen.peak = dict(counts), load.history, mfu.peak

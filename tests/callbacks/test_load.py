@@ -86,7 +86,8 @@ def test_missing_packages_cost_one_warning(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_fair_shares() -> None:
-    np.testing.assert_equal(fair_shares(load([3, 1, 2], [4, 4], [0, 0, 0])), [[1.5, 0.5, 1], [1, 1, np.nan], [np.nan] * 3])
+    found = fair_shares(load([3, 1, 2], [4, 4], [0, 0, 0]))
+    np.testing.assert_equal(found, [[1.5, 0.5, 1], [1, 1, np.nan], [np.nan] * 3])
 
 
 def test_history_goes_on_from_where_a_fit_starts(tmp_path: Path) -> None:

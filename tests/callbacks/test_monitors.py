@@ -155,15 +155,24 @@ def test_accumulation_counts_optimizer_steps(pool: RankPool, checkpoint: Path, t
     ]
 
 
-@pytest.mark.parametrize("weights_only", [False, True])
-@pytest.mark.parametrize("validate", [False, True])
-def test_validation_and_saves_take_no_time(
-    pool: RankPool, checkpoint: Path, tmp_path: Path, validate: bool, weights_only: bool
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},  # the end of an epoch alone
+        {"validate": True},
+        {"save": True},
+        {"save": True, "saving": {"save_weights_only": True}},
+        {"save": True, "saving": {"save_weights_only": True}, "validate": True},
+        {"save_by_hand": True},
+    ],
+    ids=["epoch", "validate", "save", "weights", "weights-validate", "by-hand"],
+)
+def test_validation_saves_and_epoch_ends_take_no_time(
+    pool: RankPool, checkpoint: Path, tmp_path: Path, spec: dict[str, Any]
 ) -> None:
-    saving = {"save": str(tmp_path / "saved"), "saving": {"save_weights_only": weights_only}}
-    spec = {"validate": validate, "fits": 2, **saving}
-    seen = run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(3, padding="none"), **spec)
-    assert [figures["train/step_time"] for figures in seen[0].mfu] == [1, 1, 1, 1]  # a step of each fit is warm-up
+    folders = {name: str(tmp_path / name) for name in ("save", "save_by_hand") if name in spec}
+    seen = run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(2, padding="none"), epochs=2, **(spec | folders))
+    assert [figures["train/step_time"] for figures in seen[0].mfu] == [1, 1, 1]  # the first of four steps is warm-up
 
 
 def test_fit_twice_and_a_schedule_of_its_own(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
