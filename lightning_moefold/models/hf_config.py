@@ -129,7 +129,8 @@ def _qwen(reader: _Reader, family: str, layers: int) -> dict[str, Any]:
 
 def _qwen_windows(reader: _Reader, qwen2: bool, layers: int) -> tuple[int | None, ...]:
     used = bool(reader.get("use_sliding_window", default=False))
-    window = (reader.get("sliding_window", default=4096) or None) if used else None
+    window = reader.get("sliding_window", default=4096) or None  # stored even where it is not used
+    window = window if used else None
     reader.get("max_window_layers", default=None)
     types = reader.get("layer_types", default=None)
     if not qwen2:
