@@ -313,7 +313,9 @@ def make_trainer(args: argparse.Namespace, *callbacks: Callback) -> L.Trainer:
 def make_loggers(args: argparse.Namespace) -> list[Logger]:
     loggers: list[Logger] = [CSVLogger(args.output, name="logs")]
     if args.wandb_project:
-        loggers.append(WandbLogger(project=args.wandb_project, save_dir=args.output, offline=args.wandb_offline))
+        wandb = WandbLogger(project=args.wandb_project, save_dir=args.output, offline=args.wandb_offline)
+        wandb._wandb_init.pop("anonymous", None)  # Lightning always passes it, and W&B warns of it
+        loggers.append(wandb)
     return loggers
 
 
@@ -415,7 +417,8 @@ def quiet() -> None:
         ".*smaller than the logging interval",
         ".*Using `DistributedSampler` with the dataloaders",
         ".*sync_dist=True",  # the loss is that of all ranks already
-        ".*isinstance.treespec, LeafSpec",  # between Lightning and torch
+        ".*isinstance.treespec, LeafSpec",  # between Lightning and torch, as the next
+        ".*nn.functional.all_gather is deprecated",
         "Checkpoint directory .* exists and is not empty",
         ".*router_aux_loss_coef",  # --no-aux-loss
     ):
