@@ -22,6 +22,10 @@ from lightning_moefold.mesh import Axis
 
 Counts = Sequence[int]
 
+# torch 2.13 gave these two new names and warns of the old ones, which are all that 2.11 has.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # ---- plain collectives (no gradient) ---------------------------------------------------------------------------------
 
 
@@ -30,7 +34,7 @@ def all_gather_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_ND
     out = x_ND.new_empty((axis.size * x_ND.shape[0], *x_ND.shape[1:]))
-    dist.all_gather_into_tensor(out, x_ND.contiguous(), group=axis.group)
+    _all_gather_single(out, x_ND.contiguous(), group=axis.group)
     return out
 
 
@@ -39,7 +43,7 @@ def reduce_scatter_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_ND
     out = x_ND.new_empty((x_ND.shape[0] // axis.size, *x_ND.shape[1:]))
-    dist.reduce_scatter_tensor(out, x_ND.contiguous(), group=axis.group)
+    _reduce_scatter_single(out, x_ND.contiguous(), group=axis.group)
     return out
 
 
