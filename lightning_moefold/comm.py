@@ -54,6 +54,18 @@ def all_reduce_raw(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
+def broadcast_flat(tensors: Sequence[Tensor], axis: Axis) -> None:
+    """Gives all ranks the first one's values, in place, with one broadcast per dtype."""
+    if axis.size == 1:
+        return
+    for dtype in sorted({t.dtype for t in tensors}, key=str):  # in an order that all ranks share
+        members = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in members])
+        dist.broadcast(flat.view(torch.uint8) if dtype == torch.bool else flat, src=axis.ranks[0], group=axis.group)
+        for tensor, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
 def all_to_all_raw(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:
     """Sends ``send[i]`` rows to rank i and receives ``receive[i]`` rows from it: ``[sum(send), D] -> [sum(receive), D]``."""
     if axis.size == 1:
