@@ -116,7 +116,7 @@ def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
         if world.index == 0:
             try:
                 replace_directory(work, target)
-            except OSError as failure:
+            except Exception as failure:
                 error = failure
         comm.agree_on_error(error, world)
     finally:

@@ -89,7 +89,7 @@ def state_pieces(optimizer: torch.optim.Optimizer, model: MoECausalLM) -> dict[s
 class Finetune(pl.LightningModule):
     def __init__(self, path: str, early: bool = False, **spec: Any) -> None:
         super().__init__()
-        self.save_hyperparameters("path", "spec")
+        self.save_hyperparameters()
         self.path, self.spec, self.report = path, spec, Report()
         self.model: MoECausalLM | None = None
         if early:  # in __init__ rather than in configure_model
