@@ -84,18 +84,20 @@ class WorkModel:
     def __init__(self, module: pl.LightningModule, token_count_fn: TokenCount | None, count_padding: bool) -> None:
         self.module, self.token_count_fn, self.count_padding = module, token_count_fn, count_padding
         self._flops_per_token = _flops_per_token(module)
+        # Asked once: a look-up that fails is slow in a Module.
+        self._states_flops = getattr(module, "flops_per_batch", None) is not None
 
     @property
     def knows_flops(self) -> bool:
         """Whether model FLOPs can be told."""
-        return self._flops_per_token is not None or getattr(self.module, "flops_per_batch", None) is not None
+        return self._flops_per_token is not None or self._states_flops
 
     def read(self, batch: Any) -> BatchShape | None:
         """What is to be remembered of a batch."""
         shape = read_shape(batch, self.token_count_fn, self.count_padding)
-        flops = getattr(self.module, "flops_per_batch", None)
-        if flops is None:
+        if not self._states_flops:
             return shape
+        flops: Any = self.module.flops_per_batch
         return replace(shape or BatchShape(0, 0), flops=float(flops))
 
     def count(self, shapes: Iterable[BatchShape | None]) -> tuple[float, float]:
