@@ -132,7 +132,9 @@ class FoldedMesh:
             if len(ranks) == self.fold.world_size and dist.group.WORLD is not None:
                 self._groups[ranks] = dist.group.WORLD
             else:
-                # Only its members take part in making a group: a thousand ranks need not wait for each other's.
+                # Only its members take part in making a group, so a thousand ranks need not wait for each other's. Where NCCL
+                # splits the world's communicator all ranks take part after all: every axis partitions them, and which
+                # groups are shared is the same for all, so they come here equally often.
                 self._groups[ranks] = dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True)
         return self._groups[ranks]
 

@@ -42,6 +42,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_moefold import comm
+from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh
@@ -524,7 +525,13 @@ class MoEFoldStrategy(ParallelStrategy):
                                      "Face format and start from that.")
         assert self._registry is not None
         assert self.lightning_module is not None
-        meta = load_meta(path)
+        error: Exception | None = None
+        meta: dict[str, Any] = {}
+        try:
+            meta = load_meta(path)
+        except CheckpointError as failure:
+            error = failure
+        comm.agree_on_error(error, self.mesh.world)
         self._release_gathered_weights()
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         load_training_state(path, meta, self._registry, self.lightning_module, self.optimizers if fitting else [])

@@ -109,8 +109,8 @@ def read_batch(
     sequence = SequenceBatch(rows, length, tp=tp)
     sequence.num_microbatches = num_microbatches
     mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
-    sequence.mask_BSS = visible_keys(mask, run_BS)
     needed_BS = None if keep_all or labels is None or mask is None else mask.bool() | (target_BS != IGNORED)
+    sequence.mask_BSS = visible_keys(None if _is_trailing(mask, needed_BS) else mask, run_BS)
     _mark_tokens(sequence, mask, needed_BS, num_microbatches, device)
     sequence.wants_routing = config.output_router_logits and config.num_moe_layers > 0
     return CausalLMBatch(
@@ -125,6 +125,14 @@ def read_batch(
         _position_BS=_positions(position_ids, run_BS if document_ids is not None else None, length, device),
         _config=config,
     )
+
+
+def _is_trailing(mask_BS: Tensor | None, needed_BS: Tensor | None) -> bool:
+    """Whether causality alone keeps padding away from every position that is asked for: it follows all of them."""
+    if mask_BS is None or needed_BS is None:
+        return False
+    real_BS = mask_BS.bool()
+    return bool((real_BS[:, 1:] <= real_BS[:, :-1]).all() & ~(needed_BS & ~real_BS).any())
 
 
 def stand_in(config: MoEConfig, tp: Axis, num_microbatches: int, device: torch.device, error: ValueError) -> CausalLMBatch:

@@ -30,7 +30,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 def chunk_rows(vocab_size: int, tp: int, device_type: str) -> int:
     """Rows of logits made at a time; the same on all tp ranks, whose parts of the vocabulary may differ by one."""
     widest = chunk_split(vocab_size, tp)[0]
-    return max(128, _CHUNK_ELEMENTS.get(device_type, 1 << 22) // widest)
+    return max(1, _CHUNK_ELEMENTS.get(device_type, 1 << 22) // widest)
 
 
 class _VocabularyParallel(ParallelModule):

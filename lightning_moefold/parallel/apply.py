@@ -155,6 +155,20 @@ def _wrap(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    _prefetch(list(model.model.layers.values()))
+
+
+def _prefetch(layers: list[nn.Module]) -> None:
+    """Has each layer gather its experts and the next layer early.
+
+    The dispatcher waits for token counts in every layer, so the host is never ahead and gathers nothing in advance by
+    itself.
+    """
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        candidates: list[nn.Module | None] = [*layer.modules(), following]
+        ahead = [m for m in candidates if isinstance(m, FSDPModule) and m is not layer]
+        if isinstance(layer, FSDPModule) and ahead:
+            layer.set_modules_to_forward_prefetch(ahead)
 
 
 def _expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:
