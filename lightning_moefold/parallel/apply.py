@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -165,10 +166,9 @@ def _prefetch(layers: list[nn.Module]) -> None:
     itself.
     """
     for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        candidates: list[nn.Module | None] = [*layer.modules(), following]
-        ahead = [m for m in candidates if isinstance(m, FSDPModule) and m is not layer]
+        ahead = [m for m in (*layer.modules(), following) if isinstance(m, FSDPModule) and m is not layer]
         if isinstance(layer, FSDPModule) and ahead:
-            layer.set_modules_to_forward_prefetch(ahead)
+            layer.set_modules_to_forward_prefetch(cast("list[FSDPModule]", ahead))
 
 
 def _expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:
