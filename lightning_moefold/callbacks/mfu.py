@@ -129,11 +129,9 @@ class MFUMonitor(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._stopwatch is None:
-            return
-        if self._saved_at != _latest_saves(trainer):
-            self._stopwatch.skip()  # weights alone were saved, which no hook announces
-        self._stopwatch.resume()
+        if self._stopwatch is not None:
+            self._skip_saves(trainer)
+            self._stopwatch.resume()
 
     @override
     def on_train_batch_end(
@@ -155,23 +153,30 @@ class MFUMonitor(pl.Callback):
 
     # What is not training: the watch stands still until the next training batch begins.
 
-    def _pause(self) -> None:
+    def _pause(self, trainer: pl.Trainer) -> None:
         if self._stopwatch is not None:
+            self._skip_saves(trainer)
             self._stopwatch.pause()
+
+    def _skip_saves(self, trainer: pl.Trainer) -> None:
+        """Leaves out the time since the step if weights alone were saved in it, which no hook announces."""
+        assert self._stopwatch is not None
+        if self._saved_at != _latest_saves(trainer):
+            self._stopwatch.skip()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._pause()
+        self._pause(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._pause()
+        self._pause(trainer)
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._pause()
+        self._pause(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -222,8 +227,8 @@ class MFUMonitor(pl.Callback):
         peak = cuda_peak_flops(device, precision)
         if peak is None:
             rank_zero_warn(
-                f"MFUMonitor knows no peak of {torch.cuda.get_device_name(device)!r} for precision={precision!r}, so MFU "
-                "is not logged; pass peak_flops, the dense peak of one device in FLOP/s."
+                f"MFUMonitor knows no peak of {torch.cuda.get_device_name(device)!r} for precision={precision!r}, so "
+                "MFU is not logged; pass peak_flops, the dense peak of one device in FLOP/s."
             )
             return UNKNOWN
         return peak

@@ -119,7 +119,9 @@ def summarize_model(module: pl.LightningModule, fold: Fold) -> ModelSummary:
         if layout not in stored:
             stored[layout] = Counter({rank: layout.box(fold, rank).numel for rank in range(fold.world_size)})
         kind = _kind(name) if name in layouts else _OTHER
-        for size in (kinds[kind], families[layout.plan.family.value], total):
+        # A model that no fold has touched has no families in its layouts yet.
+        family = Family.EXPERT if kind == "experts" else layout.plan.family
+        for size in (kinds[kind], families[family.value], total):
             _add(size, layout, share if kind == "experts" else 1.0, parameter.requires_grad, stored[layout])
     groups = {kind: kinds[kind] for kind in _ORDER if kind in kinds}
     groups |= {f"{f.value} family": families[f.value] for f in Family if f.value in families}
