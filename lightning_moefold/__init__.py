@@ -12,5 +12,7 @@ __all__ = ["Fold", "FoldError", "MoECausalLM", "MoEConfig", "MoEFoldStrategy"]
 
 if MoEFoldStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(
-        MoEFoldStrategy.strategy_name, MoEFoldStrategy, description="MoE Parallel Folding: separate mappings for attention and experts"
+        MoEFoldStrategy.strategy_name,
+        MoEFoldStrategy,
+        description="MoE Parallel Folding: separate mappings for attention and experts",
     )

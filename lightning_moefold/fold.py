@@ -34,9 +34,20 @@ class FoldError(ValueError):
 class FoldableConfig(Protocol):
     """What :meth:`Fold.validate` needs to know of a model."""
 
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_experts: int
+    @property
+    def num_hidden_layers(self) -> int:
+        """Decoder layers."""
+        ...
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of an MoE layer; 0 where there is none."""
+        ...
 
     @property
     def dense_widths(self) -> dict[str, int]:
@@ -89,15 +100,21 @@ class Fold:
         for name in self.__dataclass_fields__:
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise FoldError(f"{name}={size!r} is not a positive integer; give a whole number of ranks, 1 to leave it off.")
+                raise FoldError(f"{name}={size!r} is not a positive integer; give a number of ranks, 1 to leave it off.")
         self._check_division("pipeline_parallel_size", self.pp, self.world_size, f"world_size={self.world_size}")
         stage = self.world_size // self.pp
         where = f"the {stage} ranks of a stage (world_size={self.world_size} / pp={self.pp})"
-        for outer, inner in (("context_parallel_size", "tensor_parallel_size"), ("expert_parallel_size", "expert_tensor_parallel_size")):
+        pairs = (
+            ("context_parallel_size", "tensor_parallel_size"),
+            ("expert_parallel_size", "expert_tensor_parallel_size"),
+        )
+        for outer, inner in pairs:
             outer_size, inner_size = getattr(self, outer), getattr(self, inner)
             if stage % (outer_size * inner_size):
                 legal = [d for d in divisors(stage) if stage % (d * inner_size) == 0]
-                hint = f"with {inner}={inner_size} use {outer} in {_listed(legal)}" if legal else f"use {inner} in {_listed(divisors(stage))}"
+                hint = f"use {inner} in {_listed(divisors(stage))}"
+                if legal:
+                    hint = f"with {inner}={inner_size} use {outer} in {_listed(legal)}"
                 raise FoldError(
                     f"{inner}={inner_size} x {outer}={outer_size} = {inner_size * outer_size} does not divide {where}; {hint}."
                 )

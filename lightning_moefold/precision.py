@@ -84,8 +84,8 @@ class MoEFoldPrecision(Precision):
     # ---- what a fold adds --------------------------------------------------------------------------------------
 
     @override
-    def backward(
-        self, tensor: Tensor, model: pl.LightningModule, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
         # The loss is this data rank's; its gradient is averaged over data ranks, as everywhere in Lightning. Reductions
         # are plain sums, so the average is made here.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import (
+    _destroy_dist_connection,
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
@@ -33,6 +35,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_moefold import comm
@@ -44,7 +47,7 @@ from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
-from lightning_moefold.refusals import UnsupportedFeature, check_fold, check_optimizers, check_trainer
+from lightning_moefold.refusals import UnsupportedFeature, check_blocks, check_fold, check_optimizers, check_trainer
 from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
 
 log = logging.getLogger(__name__)
@@ -189,8 +192,9 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        wrapped = plugin is None or isinstance(plugin, MoEFoldPrecision)
-        self._precision_plugin = plugin if wrapped else MoEFoldPrecision(plugin)
+        if plugin is not None and not isinstance(plugin, MoEFoldPrecision):
+            plugin = MoEFoldPrecision(plugin)
+        self._precision_plugin = plugin
 
     @property
     def _precision(self) -> MoEFoldPrecision:
@@ -210,7 +214,7 @@ class MoEFoldStrategy(ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     @override
     def setup_environment(self) -> None:
@@ -226,10 +230,8 @@ class MoEFoldStrategy(ParallelStrategy):
             rank_zero_info(f"Fold: {fold}")
 
     def _make_fold(self) -> Fold:
-        if self._fold_text is not None:
-            fold = Fold.parse(self._fold_text, self.world_size)
-        else:
-            fold = Fold(self.world_size, *self._sizes)
+        text, world = self._fold_text, self.world_size
+        fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
         check_fold(fold)
         return fold
 
@@ -241,9 +243,12 @@ class MoEFoldStrategy(ParallelStrategy):
         if on_cuda and backend == "nccl":
             # Objects and files travel over gloo; only tensors on the device use NCCL.
             backend = "cpu:gloo,cuda:nccl"
+        fresh = not dist.is_initialized()
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self._timeout, device_id=device if on_cuda else None
         )
+        if fresh and on_cuda:
+            atexit.register(_destroy_dist_connection)  # torch complains about NCCL groups that nobody destroyed
 
     # ---- set-up ------------------------------------------------------------------------------------------------
 
@@ -257,8 +262,11 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        assert self.accelerator is not None
+        assert self.model is not None
+        assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        check_blocks(self.lightning_module, self.fold)
         self.accelerator.setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
             loop.inference_mode = False  # FSDP2 and DTensor do not go with inference tensors
@@ -268,6 +276,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self.model_to_device()
         self._registry = ParameterRegistry(self.lightning_module, self.mesh)
         self._synchronize_own_state()
+        self._confine_metrics()
         self._prepare_precision()
         self.barrier("setup")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -299,15 +308,29 @@ class MoEFoldStrategy(ParallelStrategy):
 
     def _synchronize_own_state(self) -> None:
         """The user's own parameters and buffers start out as rank 0's, as under DDP."""
-        assert self._registry is not None and self.lightning_module is not None
+        assert self._registry is not None
+        assert self.lightning_module is not None
         if not _distributed_is_initialized() or self.mesh.world.size == 1:
             return
         models = [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]
         ours = {id(b) for m in models for b in m.buffers()}
         own = [p.detach() for _, p in self._registry.own()]
         own += [b for b in self.lightning_module.buffers() if id(b) not in ours]
-        for tensor in own:
-            dist.broadcast(tensor, src=0)
+        for dtype in sorted({t.dtype for t in own}, key=str):
+            members = [t for t in own if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in members])
+            dist.broadcast(flat, src=0)
+            for tensor, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def _confine_metrics(self) -> None:
+        """Metrics of torchmetrics reduce over the world by default, which would count the ranks of a tp group several times."""
+        axis = self.mesh.axis("dp")
+        for metric in (m for m in self._modules() if isinstance(m, Metric)):
+            if metric.process_group is None and axis.size < self.mesh.world.size:
+                metric.process_group = axis.group
+                if axis.size == 1:
+                    metric.distributed_available_fn = _never
 
     def _prepare_precision(self) -> None:
         assert self._registry is not None
@@ -333,15 +356,24 @@ class MoEFoldStrategy(ParallelStrategy):
 
     # ---- running -----------------------------------------------------------------------------------------------
 
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        # A forward pass after backward (in a hook, say) leaves weights gathered; they are out of date now.
+        self._release_gathered_weights()
+        return result
+
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
         units = [m for m in self._modules() if isinstance(m, FSDPModule)]
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
+        self._precision.gradient_sum.deferred = True
         try:
             yield
         finally:
+            self._precision.gradient_sum.deferred = False
             for unit in units:
                 unit.set_requires_gradient_sync(True, recurse=False)
 
@@ -359,6 +391,10 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def on_test_end(self) -> None:
+        self._release_gathered_weights()
+
+    @override
+    def on_predict_end(self) -> None:
         self._release_gathered_weights()
 
     # ---- communication -----------------------------------------------------------------------------------------
@@ -436,7 +472,8 @@ class MoEFoldStrategy(ParallelStrategy):
         if path.is_file():
             raise UnsupportedFeature(f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
                                      "Face format and start from that.")
-        assert self._registry is not None and self.lightning_module is not None
+        assert self._registry is not None
+        assert self.lightning_module is not None
         meta = load_meta(path)
         self._release_gathered_weights()
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
@@ -462,3 +499,8 @@ class MoEFoldStrategy(ParallelStrategy):
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
+
+
+def _never() -> bool:
+    """For a metric that has nobody to reduce with (a function, so that it can be pickled)."""
+    return False

@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make or complete the virtual environment .venv.")
     parser.add_argument("profile", choices=sorted(EXTRA_OF))
     profile = parser.parse_args().profile
-    if sys.version_info < (3, 10):  # noqa: UP036  (whoever gets here with an older one must be told)
+    if sys.version_info < (3, 10):  # noqa: UP036 - an older Python must be told so
         sys.exit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}: set MOEFOLD_PYTHON to a newer one")
     with exclusive():
         provide(profile)

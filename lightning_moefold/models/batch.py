@@ -18,7 +18,7 @@ from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules.rotary import rotary_tables
-from lightning_moefold.modules.sequence import SequenceBatch, visible_keys
+from lightning_moefold.modules.sequence import RoutingStatistics, SequenceBatch, visible_keys
 
 IGNORED = -100
 
@@ -34,6 +34,7 @@ class CausalLMBatch:
         target_N: The label each position predicts; ``IGNORED`` where none.
         weight_N: Weight of each position's loss.
         labelled_index: Positions that have a target.
+        routing: Routing statistics of the layers, as the decoder collects them.
         faults: Float vector ``[bad ids, bad labels, missing rows]`` on the device, zero where all is well.
     """
 
@@ -44,6 +45,7 @@ class CausalLMBatch:
     weight_N: Tensor
     labelled_index: Tensor
     faults: Tensor
+    routing: list[RoutingStatistics]
     _position_BS: Tensor
     _config: MoEConfig
 
@@ -101,13 +103,13 @@ def read_batch(
     faults = torch.stack([bad_token.sum(), bad_label.sum(), torch.tensor(max(0, num_microbatches - rows), device=device)])
     target_N = target_BS.masked_fill(bad_label, 0).flatten()
     weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else _shift(loss_weights, 0)
-    sequence = SequenceBatch(rows, length, tp=tp, num_microbatches=num_microbatches)
+    sequence = SequenceBatch(rows, length, tp=tp)
+    sequence.num_microbatches = num_microbatches
     mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
     sequence.mask_BSS = visible_keys(mask, run_BS)
     needed_BS = None if keep_all or labels is None or mask is None else mask.bool() | (target_BS != IGNORED)
     _mark_tokens(sequence, mask, needed_BS, num_microbatches, device)
-    if config.output_router_logits and config.num_moe_layers:
-        sequence.routing = []
+    sequence.wants_routing = config.output_router_logits and config.num_moe_layers > 0
     return CausalLMBatch(
         token_N=input_ids.masked_fill(bad_token, 0).flatten(),
         sequence=sequence,
@@ -116,6 +118,7 @@ def read_batch(
         weight_N=weight_BS.flatten(),
         labelled_index=(target_N != IGNORED).nonzero().squeeze(1),
         faults=faults.double(),
+        routing=[],
         _position_BS=_positions(position_ids, run_BS if document_ids is not None else None, length, device),
         _config=config,
     )

@@ -48,33 +48,39 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
     heads = reader.get("num_attention_heads")
     hidden = reader.get("hidden_size")
     theta, factor = _rope(reader, family)
-    common = dict(
-        model_type=family,
-        vocab_size=reader.get("vocab_size"),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=reader.get("num_key_value_heads", default=None) or heads,
-        head_dim=reader.get("head_dim", default=None) or hidden // heads,
-        num_experts_per_tok=reader.get("num_experts_per_tok", default={"mixtral": 2, "qwen2_moe": 4}.get(family, 8)),
-        rms_norm_eps=reader.get("rms_norm_eps", default=1e-5 if family == "mixtral" else 1e-6),
-        rope_theta=theta,
-        rope_scaling_factor=factor,
-        tie_word_embeddings=bool(reader.get("tie_word_embeddings", default=False)),
-        pad_token_id=reader.get("pad_token_id", default=None),
-        hidden_act=reader.get("hidden_act", default="silu"),
-        router_aux_loss_coef=reader.get("router_aux_loss_coef", default=0.001),
-        output_router_logits=bool(reader.get("output_router_logits", default=False)),
-        initializer_range=reader.get("initializer_range", default=0.02),
-        dtype=_dtype(reader),
-        raw={k: v for k, v in raw.items()},
-    )
+    common = {
+        "model_type": family,
+        "vocab_size": reader.get("vocab_size"),
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": reader.get("num_key_value_heads", default=None) or heads,
+        "head_dim": reader.get("head_dim", default=None) or hidden // heads,
+        "num_experts_per_tok": reader.get("num_experts_per_tok", default={"mixtral": 2, "qwen2_moe": 4}.get(family, 8)),
+        "rms_norm_eps": reader.get("rms_norm_eps", default=1e-5 if family == "mixtral" else 1e-6),
+        "rope_theta": theta,
+        "rope_scaling_factor": factor,
+        "tie_word_embeddings": bool(reader.get("tie_word_embeddings", default=False)),
+        "pad_token_id": _padding(reader),
+        "hidden_act": reader.get("hidden_act", default="silu"),
+        "router_aux_loss_coef": reader.get("router_aux_loss_coef", default=0.001),
+        "output_router_logits": bool(reader.get("output_router_logits", default=False)),
+        "initializer_range": reader.get("initializer_range", default=0.02),
+        "dtype": _dtype(reader),
+        "raw": dict(raw.items()),
+    }
     specific = _mixtral(reader, layers) if family == "mixtral" else _qwen(reader, family, layers)
     warn_unknown(set(raw) - reader.seen)
     unknown = set(overrides) - reader.seen
     if unknown:
         raise ConfigError(f"override {sorted(unknown)[0]!r} is not a field of a {family} configuration that changes the result.")
     return MoEConfig(**{**common, **specific})
+
+
+def _padding(reader: _Reader) -> int | None:
+    """A negative index counts from the end of the vocabulary, as in torch.nn.Embedding."""
+    index = reader.get("pad_token_id", default=None)
+    return index + reader.get("vocab_size") if index is not None and index < 0 else index
 
 
 def _dtype(reader: _Reader) -> str | None:
@@ -99,38 +105,38 @@ def _rope(reader: _Reader, family: str) -> tuple[float, float]:
 
 def _mixtral(reader: _Reader, layers: int) -> dict[str, Any]:
     window = reader.get("sliding_window", default=None)
-    return dict(
-        intermediate_size=0,
-        moe_intermediate_size=reader.get("intermediate_size"),
-        shared_expert_intermediate_size=0,
-        num_experts=reader.get("num_local_experts", "num_experts", default=8),
-        norm_topk_prob=True,
-        sliding_windows=(window or None,) * layers,
-    )
+    return {
+        "intermediate_size": 0,
+        "moe_intermediate_size": reader.get("intermediate_size"),
+        "shared_expert_intermediate_size": 0,
+        "num_experts": reader.get("num_local_experts", "num_experts", default=8),
+        "norm_topk_prob": True,
+        "sliding_windows": (window or None,) * layers,
+    }
 
 
 def _qwen(reader: _Reader, family: str, layers: int) -> dict[str, Any]:
     qwen2 = family == "qwen2_moe"
-    fields = dict(
-        intermediate_size=reader.get("intermediate_size", default=5632 if qwen2 else 6144),
-        moe_intermediate_size=reader.get("moe_intermediate_size"),
-        shared_expert_intermediate_size=reader.get("shared_expert_intermediate_size", default=5632) if qwen2 else 0,
-        num_experts=reader.get("num_experts", "num_local_experts", default=60 if qwen2 else 128),
-        norm_topk_prob=bool(reader.get("norm_topk_prob", default=False)),
-        decoder_sparse_step=reader.get("decoder_sparse_step", default=1),
-        mlp_only_layers=tuple(reader.get("mlp_only_layers", default=None) or ()),
-        sliding_windows=_qwen_windows(reader, qwen2, layers),
-    )
+    fields = {
+        "intermediate_size": reader.get("intermediate_size", default=5632 if qwen2 else 6144),
+        "moe_intermediate_size": reader.get("moe_intermediate_size"),
+        "shared_expert_intermediate_size": reader.get("shared_expert_intermediate_size", default=5632) if qwen2 else 0,
+        "num_experts": reader.get("num_experts", "num_local_experts", default=60 if qwen2 else 128),
+        "norm_topk_prob": bool(reader.get("norm_topk_prob", default=False)),
+        "decoder_sparse_step": reader.get("decoder_sparse_step", default=1),
+        "mlp_only_layers": tuple(reader.get("mlp_only_layers", default=None) or ()),
+        "sliding_windows": _qwen_windows(reader, qwen2, layers),
+    }
     if qwen2:
-        return fields | dict(qkv_bias=bool(reader.get("qkv_bias", default=True)))
+        return fields | {"qkv_bias": bool(reader.get("qkv_bias", default=True))}
     bias = bool(reader.get("attention_bias", default=False))
-    return fields | dict(qkv_bias=bias, output_bias=bias, qk_norm=True)
+    return fields | {"qkv_bias": bias, "output_bias": bias, "qk_norm": True}
 
 
 def _qwen_windows(reader: _Reader, qwen2: bool, layers: int) -> tuple[int | None, ...]:
     used = bool(reader.get("use_sliding_window", default=False))
-    window = reader.get("sliding_window", default=4096) or None  # stored even where it is not used
-    window = window if used else None
+    width = reader.get("sliding_window", default=4096)
+    window = (width or None) if used else None
     reader.get("max_window_layers", default=None)
     types = reader.get("layer_types", default=None)
     if not qwen2:

@@ -39,7 +39,7 @@ class _WithValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
-        return value.to(share.dtype)
+        return value.to(share.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -70,7 +70,7 @@ class GlobalLoss:
         Raises:
             ValueError: On every rank, if any rank's data is at fault.
         """
-        statistics = batch.sequence.routing or []
+        statistics = batch.routing
         zero = batch.faults.new_zeros(2)
         sums = zero if local is None else torch.stack([local[0].detach().double(), local[1].detach().double()])
         # tp ranks computed the same sums: one of them contributes. Their tokens, hence statistics, are distinct.
@@ -94,7 +94,7 @@ class GlobalLoss:
 
     def _language_loss(self, local: Tensor, total: Tensor, weight: Tensor) -> Tensor:
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)
-        share = local / weight.to(local.dtype)
+        share = (local / weight).to(local.dtype)
         return _WithValue.apply(share, total / weight, self.scale)
 
     def _auxiliary_loss(self, local_ME: Tensor, counts_ME: Tensor, probability_ME: Tensor) -> Tensor:

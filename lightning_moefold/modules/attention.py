@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grouped-query attention, cut over tensor parallel ranks at head borders.
 
-Query heads are split as evenly as possible. Where tp divides the key/value heads, those are split alike. Where it does
-not, the K/V weights are replicated: each rank projects just the key/value heads its queries need, and the gradients are
-partial (summed over tp).
+Query heads are split as evenly as possible. Where tp divides the query (or the key/value) heads, so are the weights of
+their projections. Where it does not, those weights are replicated: each rank uses just the rows of its own query heads, or
+of the key/value heads that they need, and the gradients are partial (summed over tp).
 
 Legend: N tokens, B rows, S positions, D hidden size, d head size, Q local query heads, V local key/value heads.
 """
@@ -78,10 +78,13 @@ class Attention(ParallelModule):
         heads = range(first, first + split[self.tp.index])
         needed = sorted({head // share for head in heads})
         self.local_heads = len(heads)
-        self.kv_first, self.kv_heads = needed[0], len(needed)
-        self.kv_cut = self.num_kv_heads % self.tp.size == 0
+        self.kv_heads = len(needed)
+        d = self.head_dim
+        # The rows of the weights stored on this rank that it uses; None for all of them.
+        self._q_rows = None if self.num_heads % self.tp.size == 0 else slice(first * d, (first + self.local_heads) * d)
+        self._kv_rows = None if self.num_kv_heads % self.tp.size == 0 else slice(needed[0] * d, (needed[-1] + 1) * d)
         # The kernel's own grouping needs each key/value head to serve the same number of consecutive local queries.
-        kv_of_head = [head // share - self.kv_first for head in heads]
+        kv_of_head = [head // share - needed[0] for head in heads]
         grouped = self.local_heads % self.kv_heads == 0
         regular = grouped and kv_of_head == [i // (self.local_heads // self.kv_heads) for i in range(self.local_heads)]
         self.kv_of_head: list[int] | None = None if regular else kv_of_head
@@ -92,19 +95,18 @@ class Attention(ParallelModule):
         self._place_heads()
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
-        """Rows of q (and k, v where tp divides their heads) and columns of o, at head borders."""
-        d = self.head_dim
-        q_sizes = tuple(n * d for n in even_split(self.num_heads, fold.tp))
-        q_rows = ParameterPlan(cuts=(Cut("tp", 0, q_sizes),), gradient=TensorGradient.SHARDED)
-        plans = {"q_proj.weight": q_rows, "o_proj.weight": ParameterPlan(cuts=(Cut("tp", 1, q_sizes),), gradient=TensorGradient.SHARDED)}
-        if self.q_proj.bias is not None:
-            plans["q_proj.bias"] = q_rows
-        if self.num_kv_heads % fold.tp == 0:
-            kv_sizes = tuple(n * d for n in even_split(self.num_kv_heads, fold.tp))
-            kv_rows = ParameterPlan(cuts=(Cut("tp", 0, kv_sizes),), gradient=TensorGradient.SHARDED)
-            plans |= {f"{name}.weight": kv_rows for name in ("k_proj", "v_proj")}
-            if self.k_proj.bias is not None:
-                plans |= {f"{name}.bias": kv_rows for name in ("k_proj", "v_proj")}
+        """Rows of q, k, v and columns of o, each where tp divides its heads."""
+        plans: dict[str, ParameterPlan] = {}
+        for names, heads in ((("q_proj",), self.num_heads), (("k_proj", "v_proj"), self.num_kv_heads)):
+            if heads % fold.tp:
+                continue
+            sizes = (heads // fold.tp * self.head_dim,) * fold.tp
+            rows, columns = (ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1))
+            plans |= {f"{name}.weight": rows for name in names}
+            if self.q_proj.bias is not None:
+                plans |= {f"{name}.bias": rows for name in names}
+            if "q_proj" in names:
+                plans["o_proj.weight"] = columns
         return plans
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
@@ -121,11 +123,13 @@ class Attention(ParallelModule):
             return self._forward_rows(hidden)
         x_ND = batch.gather(hidden)
         rows, length = batch.rows, batch.length
-        q_BSQd = self._heads(self.q_proj(x_ND), rows, length, self.q_norm, batch)
-        k_BSVd = self._heads(self._project_kv(self.k_proj, x_ND), rows, length, self.k_norm, batch)
-        v_BSVd = self._project_kv(self.v_proj, x_ND).view(rows, length, self.kv_heads, self.head_dim)
+        q_BSQd = self._heads(_project(self.q_proj, x_ND, self._q_rows), rows, length, self.q_norm, batch)
+        k_BSVd = self._heads(_project(self.k_proj, x_ND, self._kv_rows), rows, length, self.k_norm, batch)
+        v_BSVd = _project(self.v_proj, x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
         y_NO = self._attend(q_BSQd, k_BSVd, v_BSVd, batch)
-        y_TD = batch.reduce_scatter(F.linear(y_NO, local(self.o_proj.weight)))
+        o_weight = local(self.o_proj.weight)
+        o_weight = o_weight if self._q_rows is None else o_weight[:, self._q_rows]
+        y_TD = batch.reduce_scatter(F.linear(y_NO, o_weight))
         # The bias is added once, to each rank's own tokens, after the sum over tp.
         return y_TD if self.o_proj.bias is None else y_TD + local(self.o_proj.bias)
 
@@ -136,27 +140,31 @@ class Attention(ParallelModule):
         return self(x_BSD.flatten(0, 1), SequenceBatch(rows, length, cos, sin)).view_as(x_BSD)
 
     def _heads(self, x_NO: Tensor, rows: int, length: int, norm: RMSNorm | None, batch: SequenceBatch) -> Tensor:
-        x_BSHd = x_NO.view(rows, length, -1, self.head_dim)
+        x_BSHd = x_NO.view(rows, length, x_NO.shape[-1] // self.head_dim, self.head_dim)
         if norm is not None:
             x_BSHd = norm(x_BSHd)
         if batch.cos_BSh is not None and batch.sin_BSh is not None:
             x_BSHd = rotate(x_BSHd, batch.cos_BSh, batch.sin_BSh)
         return x_BSHd
 
-    def _project_kv(self, projection: Linear, x_ND: Tensor) -> Tensor:
-        if self.kv_cut:
-            return projection(x_ND)
-        rows = slice(self.kv_first * self.head_dim, (self.kv_first + self.kv_heads) * self.head_dim)
-        bias = None if projection.bias is None else local(projection.bias)[rows]
-        return F.linear(x_ND, local(projection.weight)[rows], bias)
-
     def _attend(self, q_BSQd: Tensor, k_BSVd: Tensor, v_BSVd: Tensor, batch: SequenceBatch) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BSQd, k_BSVd, v_BSVd))
+        mask = batch.mask_for(self.sliding_window, q.device)
         if self.kv_of_head is not None:
             index = torch.tensor(self.kv_of_head, device=k.device)
             k, v = k.index_select(1, index), v.index_select(1, index)
-        mask = batch.mask_for(self.sliding_window, q.device)
+        elif mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+            # No CUDA kernel but the slow one takes a mask and groups of heads together.
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         y_BQSd = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
         return y_BQSd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
+
+
+def _project(projection: Linear, x_ND: Tensor, rows: slice | None) -> Tensor:
+    """Applies some rows of a projection (all where ``rows`` is None)."""
+    if rows is None:
+        return projection(x_ND)
+    bias = None if projection.bias is None else local(projection.bias)[rows]
+    return F.linear(x_ND, local(projection.weight)[rows], bias)

@@ -10,7 +10,7 @@ Legend: B rows, S positions per row, N = B * S, P = N padded to a multiple of tp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,38 +33,44 @@ class RoutingStatistics:
     probability_ME: Tensor
 
 
-@dataclass
 class SequenceBatch:
     """Shape, positions and masks of a batch on this rank.
+
+    Not a dataclass, on purpose: FSDP2 copies dataclasses that pass through a wrapped module, and statistics put into a copy
+    would be lost.
 
     Args:
         rows: B.
         length: S.
         cos_BSh: Rotary table, or None where positions are not used.
         sin_BSh: Likewise.
-        mask_BSS: Which key each query may see beyond what causality says, bool, broadcastable over rows; None for all.
         tp: Tensor parallel axis over which the tokens are spread.
+
+    Attributes:
+        mask_BSS: Which key each query may see beyond what causality says, bool, broadcastable over rows; None for all.
         routed_T: False for tokens that go to no expert; None if all go.
         num_routed: How many of ``routed_T`` are True, so that no layer has to ask the device.
         counted_T: False for tokens that routing statistics leave out; None if all count.
         microbatch_T: Micro-batch of each token; None where there is one.
         num_microbatches: M.
-        routing: Where MoE layers put their statistics; None if nobody asks.
+        wants_routing: Whether somebody asks for routing statistics.
+        routing: Where an MoE layer puts its statistics, for its decoder layer to return.
     """
 
-    rows: int
-    length: int
-    cos_BSh: Tensor | None = None
-    sin_BSh: Tensor | None = None
-    mask_BSS: Tensor | None = None
-    tp: Axis = SINGLE
-    routed_T: Tensor | None = None
-    num_routed: int | None = None
-    counted_T: Tensor | None = None
-    microbatch_T: Tensor | None = None
-    num_microbatches: int = 1
-    routing: list[RoutingStatistics] | None = None
-    _windowed: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    def __init__(
+        self, rows: int, length: int, cos_BSh: Tensor | None = None, sin_BSh: Tensor | None = None, *, tp: Axis = SINGLE
+    ) -> None:
+        self.rows, self.length, self.tp = rows, length, tp
+        self.cos_BSh, self.sin_BSh = cos_BSh, sin_BSh
+        self.mask_BSS: Tensor | None = None
+        self.routed_T: Tensor | None = None
+        self.num_routed: int | None = None
+        self.counted_T: Tensor | None = None
+        self.microbatch_T: Tensor | None = None
+        self.num_microbatches = 1
+        self.wants_routing = False
+        self.routing: RoutingStatistics | None = None
+        self._windowed: dict[int, Tensor] = {}
 
     @property
     def tokens(self) -> int:
@@ -117,7 +123,8 @@ class SequenceBatch:
                 allowed = allowed & (distance_SS < key)
             allowed = allowed.unsqueeze(0)
             if self.mask_BSS is not None:
-                allowed = allowed & self.mask_BSS
+                # A padded query sees at least itself: what kernels make of a row without any key differs, NaN included.
+                allowed = (allowed & self.mask_BSS) | (distance_SS == 0)
             self._windowed[key] = allowed.unsqueeze(1)
         return self._windowed[key]
 

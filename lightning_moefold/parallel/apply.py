@@ -11,6 +11,7 @@ mesh size and backend (torch divides twice on a mesh of one rank otherwise, and 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -115,7 +116,7 @@ def _cut_over_tensor_axes(model: MoECausalLM, mesh: FoldedMesh) -> None:
         dims = {cut.axis: cut.dim for cut in layout.plan.cuts}
         placements: list[Placement] = [Shard(dims[a]) if a in dims else Replicate() for a in storage.mesh_dim_names or ()]
         piece = parameter.detach()[layout.tensor_box(mesh.place).slices()].clone()
-        # Shape and stride are given because a piece may be uneven (query heads are cut at head borders).
+        # Shape and stride are given because a piece may be uneven (the vocabulary need not divide by tp).
         stored = DTensor.from_local(
             piece, storage, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
@@ -132,10 +133,10 @@ def _wrap(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding) -> None:
         if isinstance(module, Experts) and expert is None:
             plain_experts |= set(module.parameters())
         elif isinstance(module, Experts) and expert is not None:
+            place = partial(_expert_placement, ranks=expert.size())
             fully_shard(
-                module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard,
-                shard_placement_fn=lambda p, n=expert.size(): Shard(_data_dim(_local_shape(p), Family.EXPERT, n)),
-            )  # fmt: skip
+                module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place
+            )
         elif isinstance(module, Router) and dense is not None and sharding.mixed_dtype is not None:
             # The router computes in float32 whatever the precision, so its weight is not cast.
             fully_shard(module, mesh=dense, mp_policy=uncast, reshard_after_forward=reshard)
@@ -151,5 +152,6 @@ def _wrap(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _local_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    return tuple(parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape)
+def _expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return Shard(_data_dim(tuple(local.shape), Family.EXPERT, ranks))

@@ -22,7 +22,8 @@ _BUCKET_ELEMENTS = 16 * 1024 * 1024
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's piece, without a copy and outside autograd."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 class GradientSum:
@@ -30,43 +31,87 @@ class GradientSum:
 
     Args:
         members: Parameters and the axis over which the gradient of each is summed.
+
+    Attributes:
+        deferred: While true, backward leaves its gradients unsummed; the next backward for which it is false sums them with
+            its own (gradient accumulation).
     """
 
     def __init__(self, members: Iterable[tuple[nn.Parameter, Axis]]) -> None:
         self._by_axis: dict[str, tuple[Axis, list[nn.Parameter]]] = {}
         for parameter, axis in members:
-            if axis.size > 1 and parameter.requires_grad:
+            if axis.size > 1:
                 self._by_axis.setdefault(axis.name, (axis, []))[1].append(parameter)
+        self.deferred = False
+        self._unsummed = False
+        self._summed: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
     def around_backward(self) -> Iterator[None]:
         """Sums the gradients that the backward inside adds; those of earlier ones are sums already and stay as they are."""
-        earlier = {p: p.grad for _, members in self._by_axis.values() for p in members if p.grad is not None}
-        for parameter in earlier:
-            parameter.grad = None
+        if not self._unsummed:
+            self._set_aside()
         try:
             yield
-            for axis, members in self._by_axis.values():
-                self._sum([p.grad for p in members if p.grad is not None], axis)
+            self._unsummed = self.deferred
+            if not self.deferred:
+                for axis, members in self._by_axis.values():
+                    self._sum([p for p in members if p.requires_grad], axis)
         finally:
-            for parameter, grad in earlier.items():
-                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            if not self._unsummed:
+                self._put_back()
 
-    def _sum(self, grads: list[Tensor], axis: Axis) -> None:
-        for dtype in sorted({g.dtype for g in grads}, key=str):  # in an order that all ranks share
-            bucket: list[Tensor] = []
-            for grad in (local_part(g) for g in grads if g.dtype == dtype):
-                bucket.append(grad)
-                if sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
-                    self._sum_bucket(bucket, axis)
-                    bucket = []
-            self._sum_bucket(bucket, axis)
+    def _set_aside(self) -> None:
+        members = [p for _, group in self._by_axis.values() for p in group]
+        self._summed = {p: p.grad for p in members if p.grad is not None}
+        for parameter in self._summed:
+            parameter.grad = None
+
+    def _put_back(self) -> None:
+        for parameter, grad in self._summed.items():
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        self._summed = {}
+
+    def _sum(self, members: list[nn.Parameter], axis: Axis) -> None:
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for parameter in members:
+            bucket.append(parameter)
+            size += local_part(parameter).numel()
+            if size >= _BUCKET_ELEMENTS:
+                self._sum_bucket(bucket, axis)
+                bucket, size = [], 0
+        self._sum_bucket(bucket, axis)
 
     @staticmethod
-    def _sum_bucket(grads: list[Tensor], axis: Axis) -> None:
-        if not grads:
+    def _sum_bucket(members: list[nn.Parameter], axis: Axis) -> None:
+        """One all-reduce, in at least float32, of the same length on every rank whichever gradients exist on it.
+
+        A parameter may be out of use on one rank and in use on another: it counts as zero there, and a flag for each
+        parameter tells whether anybody has a gradient for it.
+        """
+        if not members:
             return
-        flat = torch.cat([g.reshape(-1) for g in grads])
+        pieces = [local_part(p) for p in members]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in pieces) else torch.float32
+        flags = torch.tensor([p.grad is not None for p in members], dtype=dtype, device=pieces[0].device)
+        grads = [torch.zeros_like(x) if p.grad is None else local_part(p.grad) for p, x in zip(members, pieces, strict=True)]
+        flat = torch.cat([flags, *(g.reshape(-1).to(dtype) for g in grads)])
         comm.all_reduce_raw(flat, axis)
-        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        # The flags are read (which waits for the device) only where this rank lacks a gradient.
+        complete = all(p.grad is not None for p in members)
+        present = [1.0] * len(members) if complete else flat[: len(members)].tolist()
+        parts = flat[len(members) :].split([g.numel() for g in grads])
+        for parameter, grad, part, anybody in zip(members, grads, parts, present, strict=True):
+            if anybody:
+                grad.copy_(part.view_as(grad))
+                if parameter.grad is None:
+                    parameter.grad = _like(parameter, grad)
+
+
+def _like(parameter: nn.Parameter, piece: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return piece
+    return DTensor.from_local(
+        piece, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )

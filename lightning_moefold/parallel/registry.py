@@ -63,6 +63,5 @@ class ParameterRegistry:
             layout = self.layouts.get(name)
             if layout is None:
                 yield parameter, self.mesh.dp_cp
-            elif layout.plan.family is Family.DENSE and not layout.plan.cuts:
-                if layout.plan.gradient is TensorGradient.PARTIAL:
-                    yield parameter, self.mesh.tp
+            elif layout.plan.family is Family.DENSE and layout.plan.gradient is TensorGradient.PARTIAL:
+                yield parameter, self.mesh.tp

@@ -144,7 +144,7 @@ def micro_batches(batch: GlobalBatch, num_microbatches: int) -> list[dict[str, T
     if num_microbatches == 1:
         return [join_rows(ranks)]
     if isinstance(batch, Mapping):
-        raise ValueError(f"num_microbatches={num_microbatches} needs one batch per data rank, not their union")  # noqa: TRY004
+        raise ValueError(f"num_microbatches={num_microbatches} needs one batch per data rank, not their union")
     if (fewest := min(len(rank["input_ids"]) for rank in ranks)) < num_microbatches:
         raise ValueError(f"a data rank has {fewest} rows, fewer than num_microbatches={num_microbatches}")
     blocks = [{key: tensor.tensor_split(num_microbatches) for key, tensor in rank.items()} for rank in ranks]

@@ -199,7 +199,7 @@ def _run_case(connection: Connection, request: Request) -> None:
     try:
         _restore_defaults(request)
         call = _load_call(request)
-    except BaseException:  # noqa: BLE001 - reported, whatever it is
+    except BaseException:
         outcome = Outcome(failure=RankFailure.current())
     _send(connection, outcome)
     message = pickle.loads(connection.recv_bytes())
@@ -220,7 +220,7 @@ def _call(request: Request, function: Callable[..., Any], args: tuple[Any, ...],
     try:
         _join_group(request)
         return Outcome(payload=dumps(function(*args, **kwargs)))
-    except BaseException:  # noqa: BLE001 - reported, SystemExit included
+    except BaseException:
         return Outcome(failure=RankFailure.current())
 
 
@@ -253,7 +253,7 @@ def _restore_defaults(request: Request) -> None:
         numpy.random.seed(SEED)
     # Lightning keeps its rank in an attribute set from the environment at import, that is, by the first case.
     if (rank_zero := sys.modules.get("lightning_utilities.core.rank_zero")) is not None:
-        rank_zero.rank_zero_only.rank = request.rank  # type: ignore[attr-defined]
+        rank_zero.rank_zero_only.rank = request.rank
 
 
 def _rank_variables(request: Request) -> dict[str, str]:

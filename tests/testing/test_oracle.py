@@ -186,7 +186,8 @@ def test_microbatches_change_the_auxiliary_loss_only(checkpoints: dict[str, Path
 
 def test_no_label_gives_zero(checkpoint: Path) -> None:
     run = reference_run(checkpoint, make_batches(1, 2, 2, 8, 96, ignore="all"))
-    assert run.losses == [0.0] and run.grad_norms == [0.0]
+    assert run.losses == [0.0]
+    assert run.grad_norms == [0.0]
     assert all(grad is not None and not grad.any() for grad in run.grads[0].values())
 
 
@@ -275,7 +276,8 @@ def test_batches(padding: Any) -> None:
     assert ("attention_mask" in first) == (padding != "none")
     if padding != "none":
         mask = first["attention_mask"]
-        assert mask.all(1).any() and not mask.all()
+        assert mask.all(1).any()
+        assert not mask.all()
         assert (first["labels"][mask == 0] == IGNORE).all()
         predicted_by_padding = (first["labels"][:, 1:] != IGNORE) & (mask[:, :-1] == 0)
         assert not predicted_by_padding.any()
@@ -295,4 +297,5 @@ def test_errors_are_told_by_name() -> None:
         assert_close_by_name({"a": one, "c": one, "d": None}, {"a": one * 2, "b": one, "d": one}, 0.1, "gradients")
     lines = str(caught.value).splitlines()
     assert lines[:3] == ["gradients", "missing: b", "extra: c"]
-    assert "inf  d" in lines[4] and "5.000e-01  a" in lines[5]
+    assert "inf  d" in lines[4]
+    assert "5.000e-01  a" in lines[5]

@@ -127,7 +127,8 @@ def test_results_come_in_rank_order(pool: RankPool, ranks: int) -> None:
     for result in results:
         assert torch.equal(result["sum"], torch.tensor([ranks + sum(range(ranks)) + 0.0]))
         assert not result["sum"].requires_grad
-        assert result["view"].tolist() == [10, 11] and result["view"].untyped_storage().nbytes() == 16
+        assert result["view"].tolist() == [10, 11]
+        assert result["view"].untyped_storage().nbytes() == 16
     assert len({result["pid"] for result in results}) == ranks
 
 
