@@ -20,11 +20,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each rank; torch reads it on import
 os.environ.setdefault("WANDB_SILENT", "true")
 
-import finetune
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+
+import finetune
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"num_hidden_layers": 2, "initializer_range": 0.08}  # learns the most in a minute on a CPU
