@@ -23,8 +23,8 @@ from lightning_moefold.mesh import Axis
 Counts = Sequence[int]
 
 # torch 2.13 gave these two new names and warns of the old ones, which are all that 2.11 has.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
 # ---- plain collectives (no gradient) ---------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def all_gather_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_ND
     out = x_ND.new_empty((axis.size * x_ND.shape[0], *x_ND.shape[1:]))
-    _all_gather_single(out, x_ND.contiguous(), group=axis.group)
+    getattr(dist, ALL_GATHER)(out, x_ND.contiguous(), group=axis.group)
     return out
 
 
@@ -43,7 +43,7 @@ def reduce_scatter_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_ND
     out = x_ND.new_empty((x_ND.shape[0] // axis.size, *x_ND.shape[1:]))
-    _reduce_scatter_single(out, x_ND.contiguous(), group=axis.group)
+    getattr(dist, REDUCE_SCATTER)(out, x_ND.contiguous(), group=axis.group)
     return out
 
 
@@ -52,6 +52,18 @@ def all_reduce_raw(x: Tensor, axis: Axis) -> Tensor:
     if axis.size > 1:
         dist.all_reduce(x, group=axis.group)
     return x
+
+
+def broadcast_flat(tensors: Sequence[Tensor], axis: Axis) -> None:
+    """Gives all ranks the first one's values, in place, with one broadcast per dtype."""
+    if axis.size == 1:
+        return
+    for dtype in sorted({t.dtype for t in tensors}, key=str):  # in an order that all ranks share
+        members = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in members])
+        dist.broadcast(flat.view(torch.uint8) if dtype == torch.bool else flat, src=axis.ranks[0], group=axis.group)
+        for tensor, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def all_to_all_raw(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:

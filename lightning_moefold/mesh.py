@@ -166,6 +166,11 @@ class FoldedMesh:
         """The one-dimensional mesh over which ``fully_shard`` cuts the family; None where it need not wrap."""
         return self.storage_mesh(family, _DATA_AXIS[family])
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether its process groups still exist (whoever destroys the default group destroys them all)."""
+        return all(group in dist.distributed_c10d._world.pg_map for group in self._groups.values())
+
     def destroy(self) -> None:
         """Destroys the groups made here (not the default one). Collective."""
         for group in self._groups.values():

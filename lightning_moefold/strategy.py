@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Generator, Mapping
+import os
+import weakref
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -23,12 +25,13 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
@@ -122,6 +125,8 @@ class MoEFoldStrategy(ParallelStrategy):
         self._timeout = timeout
         self._process_group_backend = process_group_backend
         self._mesh: FoldedMesh | None = None
+        self._converted: weakref.ref[torch.nn.Module] | None = None
+        self._own_buffers_stale = True
         self._registry: ParameterRegistry | None = None
 
     # ---- the fold ----------------------------------------------------------------------------------------------
@@ -224,10 +229,17 @@ class MoEFoldStrategy(ParallelStrategy):
         fold = self._make_fold()
         self._connect_processes()
         if self._mesh is None or self._mesh.fold != fold:
+            self._mesh = self._mesh_of_earlier_trainer(fold)
+        if self._mesh is None:
             # FSDP2 casts the parameters in mixed precision, so there even a data axis of one rank is wrapped.
             mixed = self._precision.mixed_dtype is not None
             self._mesh = FoldedMesh(fold, self.root_device.type, timeout=self._timeout, wrap_single=mixed)
             rank_zero_info(f"Fold: {fold}")
+
+    def _mesh_of_earlier_trainer(self, fold: Fold) -> FoldedMesh | None:
+        """The mesh on which another Trainer has parallelised the module's model, if its fold is ours."""
+        meshes = [m.mesh for m in self._modules() if isinstance(m, MoECausalLM)]
+        return next((mesh for mesh in meshes if mesh is not None and mesh.fold == fold and mesh.is_alive), None)
 
     def _make_fold(self) -> Fold:
         text, world = self._fold_text, self.world_size
@@ -270,13 +282,15 @@ class MoEFoldStrategy(ParallelStrategy):
         self.accelerator.setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
             loop.inference_mode = False  # FSDP2 and DTensor do not go with inference tensors
-        if self._registry is None:
+        if self._converted is None or self._converted() is not self.model:  # once a module, not once an entry point
             self.model = self.precision_plugin.convert_module(self.model)
+            self._converted = weakref.ref(self.model)
         self._parallelize()
         self.model_to_device()
         self._registry = ParameterRegistry(self.lightning_module, self.mesh)
         self._synchronize_own_state()
         self._confine_metrics()
+        self._align_randomness()
         self._prepare_precision()
         self.barrier("setup")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -293,8 +307,6 @@ class MoEFoldStrategy(ParallelStrategy):
         error: Exception | None = None
         for model in [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]:
             model.num_microbatches = self.num_microbatches
-            if model.mesh is self.mesh:
-                continue
             try:
                 parallelize(model, self.mesh, sharding, self.root_device)
             except Exception as failure:
@@ -309,19 +321,31 @@ class MoEFoldStrategy(ParallelStrategy):
     def _synchronize_own_state(self) -> None:
         """The user's own parameters and buffers start out as rank 0's, as under DDP."""
         assert self._registry is not None
-        assert self.lightning_module is not None
-        if not _distributed_is_initialized() or self.mesh.world.size == 1:
-            return
-        models = [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]
-        ours = {id(b) for m in models for b in m.buffers()}
-        own = [p.detach() for _, p in self._registry.own()]
-        own += [b for b in self.lightning_module.buffers() if id(b) not in ours]
-        for dtype in sorted({t.dtype for t in own}, key=str):
-            members = [t for t in own if t.dtype == dtype]
-            flat = torch.cat([t.reshape(-1) for t in members])
-            dist.broadcast(flat, src=0)
-            for tensor, part in zip(members, flat.split([t.numel() for t in members]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        comm.broadcast_flat([p.detach() for _, p in self._registry.own()], self.mesh.world)
+        self._own_buffers_stale = True
+        self._synchronize_own_buffers()
+
+    def _synchronize_own_buffers(self) -> None:
+        """Before a step whose predecessor may have changed them (running statistics), buffers are rank 0's, as under DDP."""
+        if self._own_buffers_stale and self.lightning_module is not None:
+            models = [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]
+            ours = {id(b) for m in models for b in m.buffers()}
+            own = [b.detach() for b in self.lightning_module.buffers() if id(b) not in ours]
+            comm.broadcast_flat(own, self.mesh.world)
+        self._own_buffers_stale = False
+
+    def _align_randomness(self) -> None:
+        """Ranks of one data replica read the same samples, so they must also draw the same dropout and augmentations."""
+        for axis in (self.mesh.axis(name) for name in ("tp", "cp", "pp")):
+            if axis.size == 1:
+                continue
+            states: list[Any] = [_collect_rng_states(include_cuda=False)]
+            if self.root_device.type == "cuda":
+                states.append(torch.cuda.get_rng_state(self.root_device))
+            dist.broadcast_object_list(states, src=axis.ranks[0], group=axis.group)
+            _set_rng_states(states[0])
+            if self.root_device.type == "cuda":
+                torch.cuda.set_rng_state(states[1], self.root_device)
 
     def _confine_metrics(self) -> None:
         """Metrics of torchmetrics reduce over the world by default, which would count the ranks of a tp group several times."""
@@ -347,21 +371,16 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        # Lightning seeds workers by global rank; ranks of one data replica must draw the same augmentations.
+        # Lightning seeds workers by global rank, right after this hook and only where no function is set; ranks of one data
+        # replica must draw the same augmentations. A loader that has been through a Trainer before holds Lightning's function.
         if isinstance(dataloader, DataLoader):
             function = dataloader.worker_init_fn
-            if isinstance(function, partial) and function.func is pl_worker_init_function:
+            lightnings = isinstance(function, partial) and function.func is pl_worker_init_function
+            if lightnings or (function is None and int(os.environ.get("PL_SEED_WORKERS", 0))):
                 dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.dp_rank)
         return dataloader
 
     # ---- running -----------------------------------------------------------------------------------------------
-
-    @override
-    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        # A forward pass after backward (in a hook, say) leaves weights gathered; they are out of date now.
-        self._release_gathered_weights()
-        return result
 
     @contextmanager
     @override
@@ -376,6 +395,37 @@ class MoEFoldStrategy(ParallelStrategy):
             self._precision.gradient_sum.deferred = False
             for unit in units:
                 unit.set_requires_gradient_sync(True, recurse=False)
+
+    @override
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
+    ) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now old.
+        self._release_gathered_weights()
+        return output
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._synchronize_own_buffers()
+        output = super().training_step(*args, **kwargs)
+        self._own_buffers_stale = not self._precision.gradient_sum.deferred
+        return output
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._synchronize_own_buffers()
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._synchronize_own_buffers()
+        return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._synchronize_own_buffers()
+        return super().predict_step(*args, **kwargs)
 
     def _modules(self) -> list[torch.nn.Module]:
         return list(self.lightning_module.modules()) if self.lightning_module is not None else []

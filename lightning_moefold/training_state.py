@@ -63,15 +63,22 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
         registry: Of the module.
     """
     tensors: dict[str, Tensor] = {}
+    extra = {}
     for name, value in checkpoint.pop("state_dict").items():
-        tensors[f"model.{name}"] = _describe(value, name, registry)
+        if isinstance(value, Tensor):
+            tensors[f"model.{name}"] = _describe(value, name, registry)
+        else:  # of nn.Module.get_extra_state
+            extra[name] = value
     groups = []
     for index, state in enumerate(checkpoint.pop("optimizer_states", [])):
         groups.append(_plain(state["param_groups"]))
         for name, values in state["state"].items():
             for key, value in values.items():
                 tensors[f"optimizer.{index}.{name}.{key}"] = _describe(value, name, registry)
-    meta = {**checkpoint, "fold": str(registry.mesh.fold), "optimizer_groups": groups}
+    meta = {**checkpoint, "fold": str(registry.mesh.fold), "optimizer_groups": groups, "extra_state": extra}
+    if registry.mesh.stage.index > 0:
+        # What every rank has is written by one and the same of them: running statistics are rank 0's, as under DDP.
+        tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorPiece)}
     save_sharded(path, tensors, meta, registry.mesh.world)
 
 
@@ -88,7 +95,14 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
     local = local_part(tensor)
     layout = registry.layouts.get(name)
-    if layout is None or tuple(tensor.shape) != layout.shape and tuple(local.shape) != registry.box(name).sizes:
+    if layout is None:
+        return local
+    if tuple(tensor.shape) != layout.shape and tuple(local.shape) != registry.box(name).sizes:
+        if isinstance(tensor, DTensor) and local.numel() != tensor.numel():
+            raise CheckpointError(
+                f"the optimizer keeps state of shape {list(tensor.shape)} for {name!r} of shape {list(layout.shape)}, which "
+                "cannot be stored independently of the fold; use an optimizer with state for each element, such as AdamW."
+            )
         return local
     return TensorPiece.of(local, registry.box(name), layout.shape, writes=registry.owns(name))
 
@@ -113,7 +127,8 @@ def load_training_state(
         CheckpointError: If the checkpoint does not fit the module or the optimizers.
     """
     stored = stored_tensors(path)
-    tensors = {f"model.{name}": _describe(value, name, registry) for name, value in module.state_dict().items()}
+    state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    tensors = {f"model.{name}": _describe(value, name, registry) for name, value in state.items()}
     missing = [name for name in tensors if name not in stored]
     extra = [name for name in stored if name.startswith("model.") and name not in tensors]
     if missing or extra:
@@ -124,6 +139,8 @@ def load_training_state(
         raise CheckpointError(f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured.")
     fills = [_prepare_optimizer(i, _unwrap(o), groups[i], stored, registry, tensors) for i, o in enumerate(optimizers)]
     load_sharded(path, tensors)
+    for name, value in meta.pop("extra_state", {}).items():
+        module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
     for optimizer, values in fills:
         optimizer.state.clear()
         for parameter, state in values.items():
@@ -146,13 +163,18 @@ def _prepare_optimizer(
         group.update({k: v for k, v in saved.items() if k != "params"})
     by_name = {name: p for p in (q for g in optimizer.param_groups for q in g["params"]) for name in [names[id(p)]]}
     prefix = f"optimizer.{index}."
+    # As torch.optim does it: step counters stay on the CPU unless a kernel on the device reads them.
+    on_device = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
     values: dict[nn.Parameter, dict[str, Tensor]] = {}
     for full, item in stored.items():
         name, _, key = full.removeprefix(prefix).rpartition(".")
         if not full.startswith(prefix) or name not in by_name:
             continue
         parameter = by_name[name]
-        value = _empty_state(parameter, tuple(item.size), item.properties.dtype)
+        if key == "step" and not item.size:
+            value = torch.empty((), dtype=item.properties.dtype, device=parameter.device if id(parameter) in on_device else "cpu")
+        else:
+            value = _empty_state(parameter, tuple(item.size), item.properties.dtype)
         tensors[full] = _describe(value, name, registry)
         values.setdefault(parameter, {})[key] = value
     return optimizer, values

@@ -15,7 +15,7 @@ def test_no_deprecated_collectives(tmp_path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            for collective in (comm._all_gather_single, comm._reduce_scatter_single):
+            for collective in (getattr(dist, comm.ALL_GATHER), getattr(dist, comm.REDUCE_SCATTER)):
                 out = torch.zeros(3)
                 collective(out, torch.arange(3.0), group=dist.group.WORLD)
                 assert out.tolist() == [0, 1, 2]

@@ -7,9 +7,11 @@ writing is spread and no rank ever holds more than one file's tensors. A save ap
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -190,14 +192,38 @@ def _finish(
 
 
 def replace_directory(work: Path, target: Path) -> None:
-    """Puts the complete directory ``work`` in the place of ``target``; at any moment one of the two is whole."""
-    if not target.exists():
+    """Puts the complete directory ``work`` in the place of ``target``, whose name always leads to one of the two.
+
+    Where the system cannot exchange two names in one step (it is not Linux, or a network file system), the old one lies
+    beside under a hidden name for a moment, and is put back if the new one cannot take its place.
+    """
+    if not target.exists() and not target.is_symlink():
         os.replace(work, target)
+        return
+    if _exchange(work, target):
+        _remove(work)
         return
     old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
     os.replace(target, old)
-    os.replace(work, target)
-    if old.is_dir():
-        shutil.rmtree(old)
+    try:
+        os.replace(work, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+    _remove(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchanges two names atomically, if the system can."""
+    if sys.platform != "linux":
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        old.unlink()
+        path.unlink()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from lightning_moefold.layout import Box
 from lightning_moefold.mesh import Axis
 
 META = "meta.pt"
+#: What hyper-parameters may hold besides plain data.
+_HARMLESS = (PosixPath, PurePosixPath)
 
 
 class TensorPiece(Tensor):
@@ -106,7 +108,7 @@ def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
         try:
             if world.index == 0:
                 work.mkdir(parents=True)
-                torch.save(dict(meta), work / META)
+                _save_meta(dict(meta), work / META)
         except Exception as failure:
             error = failure
         comm.agree_on_error(error, world)
@@ -114,12 +116,24 @@ def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
         if world.index == 0:
             try:
                 replace_directory(work, target)
-            except OSError as failure:
+            except Exception as failure:
                 error = failure
         comm.agree_on_error(error, world)
     finally:
         if world.index == 0 and work.exists():
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _save_meta(meta: dict[str, Any], file: Path) -> None:
+    torch.save(meta, file)
+    # Now, rather than when somebody needs the checkpoint and it cannot be read.
+    known = {f"{kind.__module__}.{kind.__qualname__}" for kind in _HARMLESS}
+    foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - known)
+    if foreign:
+        raise CheckpointError(
+            f"the checkpoint would hold a {foreign[0]}, and only plain data is ever read back; keep numbers, strings and "
+            "containers of them in hyperparameters and in the state of callbacks and schedulers."
+        )
 
 
 def load_meta(path: str | Path) -> dict[str, Any]:
@@ -132,7 +146,8 @@ def load_meta(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{path} is not a checkpoint of this strategy (it has no {META}).")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(_HARMLESS)):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
 

@@ -35,7 +35,8 @@ class CausalLMBatch:
         weight_N: Weight of each position's loss.
         labelled_index: Positions that have a target.
         routing: Routing statistics of the layers, as the decoder collects them.
-        faults: Float vector ``[bad ids, bad labels, missing rows]`` on the device, zero where all is well.
+        faults: Float vector ``[bad ids, bad labels, missing rows, malformed]`` on the device, zero where all is well.
+        error: Why the batch could not be read, where an empty one stands in its place.
     """
 
     token_N: Tensor
@@ -48,6 +49,7 @@ class CausalLMBatch:
     routing: list[RoutingStatistics]
     _position_BS: Tensor
     _config: MoEConfig
+    error: ValueError | None = None
 
     @property
     def rows(self) -> int:
@@ -100,7 +102,8 @@ def read_batch(
     target_BS = _targets(labels, document_ids, input_ids)
     bad_label = (target_BS != IGNORED) & ((target_BS < 0) | (target_BS >= vocab))
     bad_token = (input_ids < 0) | (input_ids >= vocab)
-    faults = torch.stack([bad_token.sum(), bad_label.sum(), torch.tensor(max(0, num_microbatches - rows), device=device)])
+    missing = torch.tensor([max(0, num_microbatches - rows), 0], device=device)
+    faults = torch.cat([torch.stack([bad_token.sum(), bad_label.sum()]), missing])
     target_N = target_BS.masked_fill(bad_label, 0).flatten()
     weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else _shift(loss_weights, 0)
     sequence = SequenceBatch(rows, length, tp=tp)
@@ -122,6 +125,18 @@ def read_batch(
         _position_BS=_positions(position_ids, run_BS if document_ids is not None else None, length, device),
         _config=config,
     )
+
+
+def stand_in(config: MoEConfig, tp: Axis, num_microbatches: int, device: torch.device, error: ValueError) -> CausalLMBatch:
+    """A batch without labels for a rank whose own cannot be read, so that its peers do not wait for it before all raise."""
+    input_ids = torch.zeros(num_microbatches, 2, dtype=torch.int64, device=device)
+    batch = read_batch(
+        config, tp, num_microbatches, input_ids=input_ids, labels=None, attention_mask=None, position_ids=None,
+        document_ids=None, loss_weights=None, keep_all=False,
+    )  # fmt: skip
+    batch.error = error
+    batch.faults[3] = 1
+    return batch
 
 
 def _check_shapes(input_ids: Tensor, *others: Tensor | None) -> None:

@@ -20,7 +20,7 @@ from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_ch
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
-from lightning_moefold.models.batch import CausalLMBatch, read_batch
+from lightning_moefold.models.batch import CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import to_hf_config
 from lightning_moefold.models.losses import GlobalLoss, Losses
@@ -128,6 +128,7 @@ class MoECausalLM(nn.Module):
         self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, tied)
         self.num_microbatches = 1
         self.mesh: FoldedMesh | None = None
+        self.sharding: Any = None  # how it was parallelised, for whoever would do it again
         self.layouts: dict[str, ParameterLayout] = {
             name: ParameterLayout(entry.shape, ParameterPlan()) for name, entry in parameter_entries(config).items()
         }
@@ -264,11 +265,14 @@ class MoECausalLM(nn.Module):
         """
         if extras and loss_fn is None:
             raise TypeError(f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras.")
-        batch = read_batch(
-            self.config, self.tp, self.num_microbatches, input_ids=input_ids, labels=labels, attention_mask=attention_mask,
-            position_ids=position_ids, document_ids=document_ids, loss_weights=loss_weights,
-            keep_all=gather_logits or loss_fn is not None,
-        )  # fmt: skip
+        try:
+            batch = read_batch(
+                self.config, self.tp, self.num_microbatches, input_ids=input_ids, labels=labels,
+                attention_mask=attention_mask, position_ids=position_ids, document_ids=document_ids,
+                loss_weights=loss_weights, keep_all=gather_logits or loss_fn is not None,
+            )  # fmt: skip
+        except ValueError as error:  # raised below, together with all ranks
+            batch = stand_in(self.config, self.tp, self.num_microbatches, input_ids.device, error)
         with torch.autocast(input_ids.device.type, enabled=False):
             x_ND = batch.sequence.gather(self.model(batch))
             wants_logits = gather_logits or (labels is None and self.tp.size == 1)

@@ -85,11 +85,11 @@ class GlobalLoss:
         totals = torch.cat(parts)
         if self.mesh is not None:
             comm.all_reduce_raw(totals, self.mesh.stage)
-        self._check_faults(totals[2:5], batch)
+        self._check_faults(totals[2:6], batch)
         lm = None if local is None else self._language_loss(local[0], totals[0], totals[1])
         if counts_ME is None or probability_ME is None:
             return Losses(lm, None)
-        all_counts, all_probability = totals[5:].view(2, *counts_ME.shape).unbind(0)
+        all_counts, all_probability = totals[6:].view(2, *counts_ME.shape).unbind(0)
         return Losses(lm, self._auxiliary_loss(probability_ME, all_counts, all_probability))
 
     def _language_loss(self, local: Tensor, total: Tensor, weight: Tensor) -> Tensor:
@@ -106,7 +106,11 @@ class GlobalLoss:
     def _check_faults(self, faults: Tensor, batch: CausalLMBatch) -> None:
         if self.mesh is None and not faults.is_cuda and not bool(faults.any()):
             return
-        tokens, labels, rows = (int(n) for n in faults.tolist())
+        tokens, labels, rows, malformed = (int(n) for n in faults.tolist())
+        if batch.error is not None:
+            raise batch.error
+        if malformed:
+            raise ValueError("the batch of another rank cannot be read; that rank's own error says why.")
         if tokens or labels:
             what = f"{tokens} token ids" if tokens else f"{labels} labels"
             hint = "check that tokenizer and model belong together" + ("" if tokens else "; -100 is ignored")

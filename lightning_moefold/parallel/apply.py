@@ -62,14 +62,19 @@ def parallelize(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding, device
         RuntimeError: If the model is parallelised already.
     """
     if model.mesh is not None:
-        raise RuntimeError(f"the model is parallelised under fold {model.mesh.fold} already; make a new one for another fold.")
+        if model.mesh is mesh and model.sharding == sharding:
+            return
+        raise RuntimeError(
+            f"the model is parallelised under fold {model.mesh.fold} already, with its own storage and precision; "
+            "make a new model for another."
+        )
     mesh.fold.validate(model.config)
     plans = _collect_plans(model, mesh)
     model.layouts = {
         name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh) for name, p in model.named_parameters()
     }
     _cut_over_tensor_axes(model, mesh)
-    model.mesh = mesh
+    model.mesh, model.sharding = mesh, sharding
     for module in model.modules():
         if isinstance(module, ParallelModule):
             module.bind(mesh)

@@ -25,11 +25,14 @@ class ParameterRegistry:
 
     def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
         self.mesh = mesh
-        self.layouts: dict[str, ParameterLayout] = {}
-        for prefix, module in root.named_modules():
+        layouts: dict[int, ParameterLayout] = {}
+        for module in root.modules():
             if isinstance(module, MoECausalLM):
                 module.release_gathered_weights()
-                self.layouts |= {f"{prefix}.{name}" if prefix else name: lay for name, lay in module.layouts.items()}
+                layouts |= {id(p): module.layouts[name] for name, p in module.named_parameters()}
+        # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
+        everything = root.named_parameters(remove_duplicate=False)
+        self.layouts = {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
         self.names = {id(p): name for name, p in root.named_parameters()}
         self._parameters = dict(root.named_parameters())
 
@@ -58,7 +61,7 @@ class ParameterRegistry:
         return self.mesh.stage.index == 0 if name is None else self.owns(name)
 
     def unfinished_gradients(self) -> Iterator[tuple[nn.Parameter, Axis]]:
-        """Parameters whose gradients FSDP2 does not finish, each with the axis over which it is to be summed."""
+        """Parameters whose gradients FSDP2 does not finish, as :class:`~.gradients.GradientSum` takes them."""
         for name, parameter in self._parameters.items():
             layout = self.layouts.get(name)
             if layout is None:

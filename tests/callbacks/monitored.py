@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 
-from lightning_moefold import Fold, MoEFoldStrategy
+from lightning_moefold import Fold, MoEFoldStrategy, comm
 from lightning_moefold.callbacks import FoldSummary, LoadBalanceMonitor, MFUMonitor
 from lightning_moefold.callbacks.summary import summarize_model
 from lightning_moefold.modules.experts import Experts
@@ -26,7 +26,7 @@ from lightning_moefold.testing import PoolEnvironment, join_rows
 from tests.exactness.runs import BatchList, Case, RankRun
 
 _COLLECTIVES = (
-    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "reduce_scatter_tensor", "broadcast",
+    "all_reduce", "all_gather", comm.ALL_GATHER, "all_gather_object", comm.REDUCE_SCATTER, "broadcast",
     "broadcast_object_list", "all_to_all_single", "barrier",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_moefold import MoEConfig
+from lightning_moefold import MoEConfig, comm
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
 from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_batches, make_checkpoint
 from tests.callbacks.monitored import Seen, monitored_fit
@@ -203,7 +203,7 @@ def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path:
     for rank in run(pool, checkpoint, tmp_path, "tp2 | ep2", 4, batches(6), log_every=3, accumulate=1):
         assert rank.collectives == {
             "MFUMonitor.on_train_start:all_reduce": 1,
-            "MFUMonitor.on_train_batch_end:all_gather_into_tensor": 2,
+            f"MFUMonitor.on_train_batch_end:{comm.ALL_GATHER}": 2,
             "LoadBalanceMonitor.on_train_batch_end:all_reduce": 2,
             "LoadBalanceMonitor.on_train_end:broadcast_object_list": 1,  # the Trainer's log_dir
         }

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs that save, load, and are interrupted while saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from lightning_moefold.checkpoint import hf_writer, sharded
+from tests.strategy import finetune
+from tests.strategy.finetune import Report
+
+
+def save_and_go_on(path: str, fold: str, spec: dict[str, Any], folder: str) -> Report:
+    """Two epochs of five steps without a stop, with a checkpoint after every step."""
+    return finetune.fit(path, fold, spec, {"max_epochs": 2, "gradient_clip_val": 0.5}, folder=folder, every_n_train_steps=1)
+
+
+def resume(path: str, folds: list[str], spec: dict[str, Any], checkpoint: str) -> list[Report]:
+    arguments = {"max_epochs": 2, "gradient_clip_val": 0.5}
+    return [finetune.fit(path, fold, spec, arguments, ckpt_path=checkpoint) for fold in folds]
+
+
+class _Broken(Exception):
+    pass
+
+
+def crash(path: str, fold: str, folder: str, where: str) -> tuple[str, list[str], list[str]]:
+    """Saves, then fails on one rank in the middle of saving to the same name.
+
+    Returns:
+        The error, and the files in the folder before and after.
+    """
+    module = finetune.Finetune(path)
+    run = finetune.make(fold, {"max_steps": 1})
+    run.fit(module)
+    target = Path(folder, "model.ckpt")
+    run.save_checkpoint(target)
+    before = _tree(Path(folder))
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise _Broken("the disk is full")
+
+    undo: list[tuple[Any, str, Any]] = []
+    if where == "data" and rank == last:
+        undo = [(dcp.FileSystemWriter, "write_data", fail)]
+    elif where == "meta" and rank == 0:
+        undo = [(torch, "save", fail)]
+    elif where == "finish" and rank == 0:
+        undo = [(dcp.FileSystemWriter, "finish", fail)]
+    elif where == "replace" and rank == 0:
+        undo = [(sharded, "replace_directory", fail)]
+    elif where == "rename" and rank == 0:  # the second of two renames, where the system cannot exchange names
+        replace = hf_writer.os.replace
+        undo = [
+            (hf_writer, "_exchange", lambda *_: False),
+            (hf_writer.os, "replace", lambda a, b: fail() if str(a).endswith(".tmp") else replace(a, b)),
+        ]
+    saved = [(place, name, getattr(place, name)) for place, name, _ in undo]
+    for place, name, value in undo:
+        setattr(place, name, value)
+    error = ""
+    try:
+        run.save_checkpoint(target)
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    finally:
+        for place, name, value in saved:
+            setattr(place, name, value)
+    dist.barrier()
+    after = _tree(Path(folder))
+    again = finetune.make(fold, {"max_steps": 2})
+    again.fit(finetune.Finetune(path), ckpt_path=str(target))  # the old one still loads
+    assert again.global_step == 2
+    return error, before, after
+
+
+def _tree(folder: Path) -> list[str]:
+    dist.barrier()
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A resumed run is the run that was never interrupted, under the same fold and under any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
+from lightning_moefold.testing.pieces import assemble
+from tests.checkpoint import jobs
+from tests.strategy.finetune import Report
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "qwen"
+    return str(make_checkpoint(folder, "qwen2_moe", num_experts=4, vocab_size=97, moe_intermediate_size=8))
+
+
+def _whole(reports: list[Report], what: str) -> dict[str, Any]:
+    return assemble(getattr(report, what) for report in reports)
+
+
+def _compare(resumed: list[Report], full: list[Report], done: int, tolerance: float, what: str) -> None:
+    losses = full[0].losses[done:]
+    for report in resumed:
+        assert report.losses == pytest.approx(losses, rel=max(tolerance, 1e-300)), what
+        assert report.counters == full[0].counters, what
+    for part in ("weights", "state"):
+        assert_close_by_name(_whole(resumed, part), _whole(full, part), tolerance, f"{part}, {what}")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{}, {"optimizer": "sgd", "frozen": ["*.experts.*"]}, {"frozen": ["*.mlp.gate.*", "model.layers.0.*"], "schedule": "step"}],
+    ids=["adamw", "sgd with frozen experts", "adamw with frozen layer"],
+)
+def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any]) -> None:
+    full = pool.run(jobs.save_and_go_on, path, "tp2 | ep2", spec, str(tmp_path), ranks=2)
+    # In the middle of an epoch, and at its end; the same fold computes the same bits.
+    for step in (3, 5):
+        checkpoint = str(tmp_path / f"step={step}.ckpt")
+        resumed = pool.run(jobs.resume, path, ["tp2 | ep2"], spec, checkpoint, ranks=2)
+        _compare([r for [r] in resumed], full, step, 0.0, f"same fold after {step} steps")
+    checkpoint = str(tmp_path / "step=3.ckpt")
+    stored = [r for [r] in pool.run(jobs.resume, path, ["tp2 | ep2"], spec, checkpoint, ranks=2)]
+    for ranks, folds in ((1, [""]), (4, ["| etp2 ep2", "tp4 | ep2 etp2", "tp2 | ep4", ""])):
+        outcome = pool.run(jobs.resume, path, folds, spec, checkpoint, ranks=ranks)
+        for i, fold in enumerate(folds):
+            reports = [r[i] for r in outcome]
+            for part in ("loaded", "loaded_state"):
+                assert_close_by_name(_whole(reports, part), _whole(stored, part), 0.0, f"{part}, {fold!r} on {ranks}")
+            _compare(reports, full, 3, 1e-9, f"{fold!r} on {ranks}")
+
+
+@pytest.mark.parametrize("where", ["data", "meta", "finish", "replace", "rename"])
+def test_crash_while_saving(pool: RankPool, path: str, tmp_path: Path, where: str) -> None:
+    """The error is raised on all ranks, the checkpoint that was there is whole, and nothing else is left."""
+    for error, before, after in pool.run(jobs.crash, path, "tp2 | ep2", str(tmp_path), where, ranks=2):
+        assert "the disk is full" in error
+        assert before == after
+        assert "model.ckpt/meta.pt" in after
