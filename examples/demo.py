@@ -168,13 +168,18 @@ def summarize(
     last = train_losses[-10:]
     heading("3. What happened")
     print(trainer.strategy.fold.table(), end="\n\n")
-    row("train/loss", f"{train_losses[0]:.2f} -> {sum(last) / len(last):.2f} (first step, mean of the last {len(last)})")
+    row(
+        "train/loss", f"{train_losses[0]:.2f} -> {sum(last) / len(last):.2f} (first step, mean of the last {len(last)})"
+    )
     row("val/loss", f"{untrained:.2f} -> {trainer.callback_metrics['val/loss']:.2f} (untrained, best)")
     row("tokens per second", f"{figures['train/tokens_per_second']:,.0f}")
     row("MFU", f"{figures['train/mfu']:.1%} of the matrix product rate measured on these ranks")
     row("load imbalance", f"{figures['moe/load_imbalance']:.2f} (busiest expert / mean; 1 is balanced)")
     row("peak memory", " ".join(f"{m / 1e6:.0f}" for m in memory) + " MB on ranks 0, 1, ...")
-    row("time", f"{seconds:.0f} s with start-up, validation and checkpoints; {figures['train/step_time']:.2f} s per step")
+    row(
+        "time",
+        f"{seconds:.0f} s with start-up, validation and checkpoints; {figures['train/step_time']:.2f} s per step",
+    )
 
 
 def say_what_next(args: argparse.Namespace, trainer: L.Trainer) -> None:

@@ -94,9 +94,7 @@ def demo_config(vocab_size: int, **overrides: object) -> Qwen2MoeConfig:
     return Qwen2MoeConfig(**{"vocab_size": vocab_size, **shape, **overrides})
 
 
-def write_demo_checkpoint(
-    directory: str | Path, *, vocab_size: int = 4096, seed: int = 0, **overrides: object
-) -> Path:
+def write_demo_checkpoint(directory: str | Path, *, vocab_size: int = 4096, seed: int = 0, **overrides: object) -> Path:
     """Writes a small Qwen2-MoE with random weights, and its tokenizer, as `save_pretrained` would.
 
     The checkpoint is complete or invisible: it is written beside `directory` and renamed. Where the same one is

@@ -290,7 +290,9 @@ def make_trainer(args: argparse.Namespace, *callbacks: Callback) -> L.Trainer:
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     monitors = [LearningRateMonitor("step"), MFUMonitor(), LoadBalanceMonitor(per_layer=False), FoldSummary()]
-    in_steps = {"val_check_interval": args.val_every * args.accumulate, "check_val_every_n_epoch": None}
+    in_steps = {}  # or else once per epoch
+    if args.val_every:
+        in_steps = {"val_check_interval": args.val_every * args.accumulate, "check_val_every_n_epoch": None}
     return L.Trainer(
         strategy=MoEFoldStrategy(fold=args.fold),
         accelerator=accelerator,
@@ -306,7 +308,7 @@ def make_trainer(args: argparse.Namespace, *callbacks: Callback) -> L.Trainer:
         enable_model_summary=False,
         logger=make_loggers(args),
         callbacks=[best, *monitors, progress_display(), *callbacks],
-        **(in_steps if args.val_every else {}),
+        **in_steps,
     )
 
 
@@ -426,7 +428,12 @@ def quiet() -> None:
 
 
 def progress_display() -> Callback:
-    return TQDMProgressBar() if sys.stdout.isatty() else ProgressLines()
+    return Bar() if sys.stdout.isatty() else ProgressLines()
+
+
+class Bar(TQDMProgressBar):
+    def get_metrics(self, *args: object) -> dict[str, object]:
+        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
 
 
 class ProgressLines(ProgressBar):

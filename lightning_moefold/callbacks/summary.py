@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -15,6 +16,9 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.strategy import MoEFoldStrategy
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _OTHER = "other"
 #: Kinds of parameters by name, in the order of the table; the first pattern that is found counts.
@@ -165,13 +169,18 @@ class FoldSummary(pl.Callback):
     def _print(self, pl_module: pl.LightningModule, fold: Fold) -> None:
         summary = summarize_model(pl_module, fold)
         try:
-            _print_rich(summary)
+            from rich.console import Console
         except ImportError:
+            print(summary.text())
+            return
+        console = Console()
+        if console.is_terminal or console.is_jupyter:
+            _print_rich(summary, console)
+        else:  # rich takes a file for 80 columns wide, and cuts numbers off
             print(summary.text())
 
 
-def _print_rich(summary: ModelSummary) -> None:
-    from rich.console import Console
+def _print_rich(summary: ModelSummary, console: Console) -> None:
     from rich.table import Table
 
     table = Table(title=f"Fold {summary.fold}", title_justify="left")
@@ -181,4 +190,4 @@ def _print_rich(summary: ModelSummary) -> None:
     for i, row in enumerate(rows):
         last_kind = i + 1 < len(rows) and rows[i + 1][0].endswith("family") and not row[0].endswith("family")
         table.add_row(*row, end_section=last_kind or i == len(rows) - 2)
-    Console().print(table)
+    console.print(table)
