@@ -53,6 +53,27 @@ class Axis:
 SINGLE = Axis("single")
 
 
+#: Groups made here, for the meshes of later Trainers: a group costs connections and, on GPUs, memory, and torch names it by
+#: its ranks, so that one made anew after its predecessor was destroyed would find the addresses of the dead one.
+_made: dict[tuple[tuple[int, ...], timedelta | None], dist.ProcessGroup] = {}
+
+
+def _exists(group: dist.ProcessGroup) -> bool:
+    return group in dist.distributed_c10d._world.pg_map
+
+
+def _shared_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+    """The group of ``ranks``, made on first use. Its members call this in the same order."""
+    if len(ranks) == dist.get_world_size() and dist.group.WORLD is not None:
+        return dist.group.WORLD
+    for key in [key for key, group in _made.items() if not _exists(group)]:  # went with the default group
+        del _made[key]
+    if (ranks, timeout) not in _made:
+        # Only its members take part in making a group: a thousand ranks need not wait for each other's.
+        _made[ranks, timeout] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    return _made[ranks, timeout]
+
+
 class FoldedMesh:
     """Process groups and device meshes of a fold on this rank. Collective: every rank of the world builds it.
 
@@ -129,13 +150,7 @@ class FoldedMesh:
 
     def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         if ranks not in self._groups:
-            if len(ranks) == self.fold.world_size and dist.group.WORLD is not None:
-                self._groups[ranks] = dist.group.WORLD
-            else:
-                # Only its members take part in making a group, so a thousand ranks need not wait for each other's. Where NCCL
-                # splits the world's communicator all ranks take part after all: every axis partitions them, and which
-                # groups are shared is the same for all, so they come here equally often.
-                self._groups[ranks] = dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True)
+            self._groups[ranks] = _shared_group(ranks, self._timeout)
         return self._groups[ranks]
 
     # ---- storage meshes ----------------------------------------------------------------------------------------
@@ -171,11 +186,4 @@ class FoldedMesh:
     @property
     def is_alive(self) -> bool:
         """Whether its process groups still exist (whoever destroys the default group destroys them all)."""
-        return all(group in dist.distributed_c10d._world.pg_map for group in self._groups.values())
-
-    def destroy(self) -> None:
-        """Destroys the groups made here (not the default one). Collective."""
-        for group in self._groups.values():
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
-        self._groups.clear()
+        return all(_exists(group) for group in self._groups.values())

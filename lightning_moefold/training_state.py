@@ -135,6 +135,8 @@ def load_training_state(
         what = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the module does not have"
         raise CheckpointError(f"{path} {what}; load it with the module it was saved from.")
     groups = meta.pop("optimizer_groups", [])
+    if optimizers and not groups:
+        raise CheckpointError(f"{path} holds weights only, and training cannot be resumed from them; save the optimizer as well.")
     if optimizers and len(groups) != len(optimizers):
         raise CheckpointError(f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured.")
     fills = [_prepare_optimizer(i, _unwrap(o), groups[i], stored, registry, tensors) for i, o in enumerate(optimizers)]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class Finetune(pl.LightningModule):
         self.report.validation.append(output.loss.item())
         self.log("val/loss", output.loss)
 
-    def test_step(self, batch: dict[str, Tensor], _: int) -> None:
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.log("test/loss", self.model(**batch).loss)
 
     def predict_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
@@ -198,8 +198,3 @@ def fit(
     run = make(fold, {"callbacks": callbacks, "enable_checkpointing": folder is not None, **arguments})
     run.fit(module, ckpt_path=ckpt_path)
     return finish(module, run)
-
-
-def call(function: Callable[..., Any], folds: list[str], *args: Any) -> list[Any]:
-    """One job for several folds, since starting a job costs time."""
-    return [function(fold, *args) for fold in folds]

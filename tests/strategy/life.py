@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.strategy import finetune
-from tests.strategy.finetune import Finetune, Report, finish, make
+from tests.strategy.finetune import Finetune, Report, make
 
 
 def entry_points(path: str, fold: str, early: bool) -> dict[str, Any]:
@@ -57,9 +56,8 @@ def keep_best(path: str, fold: str, folder: str, weights_only: bool) -> dict[str
     )  # fmt: skip
     run = make(fold, {"max_epochs": 1, "callbacks": [keep], "enable_checkpointing": True})
     run.fit(module)
-    seen: dict[str, Any] = {
-        "files": sorted(p.name for p in Path(folder).iterdir()), "losses": module.report.losses, "best": Path(keep.best_model_path).name,
-    }  # fmt: skip
+    files = sorted(p.name for p in Path(folder).iterdir())
+    seen: dict[str, Any] = {"files": files, "losses": module.report.losses}
     final = run.validate(module)[0]["val/loss"]
     for name in ("best", "last"):
         seen[name] = run.validate(module, ckpt_path=name)[0]["val/loss"]
@@ -114,7 +112,7 @@ class Composite(Finetune):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self.spec.get("peek"):  # gathers weights between backward and step
             with torch.no_grad():
-                self.report.validation.append(self.model(finetune.rows(4, 9)).logits.sum().item())
+                self.report.validation.append(self.model(finetune.rows(4, 9), gather_logits=True).logits.sum().item())
 
     def on_train_start(self) -> None:
         self.report.loaded = owned_pieces(self.model)
@@ -173,12 +171,6 @@ def predict(path: str, fold: str, predict_rows: int) -> Any:
     return [batch.tolist() for batch in run.predict(Finetune(path, predict_rows=predict_rows))]
 
 
-class Unfreezing(pl.Callback):
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for parameter in pl_module.parameters():
-            parameter.requires_grad_(trainer.current_epoch > 0 or not getattr(parameter, "late", False))
-
-
 def kernels(path: str, fold: str, folder: str) -> list[Report]:
     """One AdamW over both meshes, by each of torch's implementations, saved and resumed."""
     reports = []
@@ -190,6 +182,3 @@ def kernels(path: str, fold: str, folder: str) -> list[Report]:
             finetune.fit(path, fold, spec, {"max_epochs": 2}, ckpt_path=str(Path(folder, name, "step=2.ckpt")))
         )
     return reports
-
-
-__all__ = ["Finetune", "finish"]

@@ -121,10 +121,10 @@ def record_hooks(module: pl.LightningModule) -> list[str]:
 
 def trainer(strategy: Any, **arguments: Any) -> pl.Trainer:
     """A quiet Trainer for a rank of the pool."""
-    defaults: dict[str, Any] = dict(
-        accelerator="cpu", devices=dist.get_world_size(), plugins=[PoolEnvironment()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu", "devices": dist.get_world_size(), "plugins": [PoolEnvironment()], "logger": False,
+        "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
     return pl.Trainer(strategy=strategy, **{**defaults, **arguments})
 
 

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The boxes of owners tile each tensor exactly, for random shapes, cuts and folds."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_moefold import Fold
+from lightning_moefold.layout import Cut, Family, ParameterLayout, ParameterPlan, chunk_split, even_split
+from tests.test_fold import folds
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[Fold, ParameterLayout]:
+    fold = draw(folds(16).filter(lambda f: f.pp == 1))
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
+    family = draw(st.sampled_from(Family))
+    split = draw(st.sampled_from([even_split, chunk_split]))
+    cuts = []
+    for axis in ("tp",) if family is Family.DENSE else ("ep", "etp"):
+        free = [d for d in range(len(shape)) if d not in {c.dim for c in cuts}]
+        if free and draw(st.booleans()):
+            dim = draw(st.sampled_from(free))
+            cuts.append(Cut(axis, dim, split(shape[dim], fold.size(axis))))
+    data_dim = draw(st.sampled_from([None, *range(len(shape))]))
+    return fold, ParameterLayout(shape, ParameterPlan(family, tuple(cuts)), data_dim)
+
+
+@given(layouts())
+@settings(max_examples=300, deadline=None)
+def test_owners_tile_the_tensor(case: tuple[Fold, ParameterLayout]) -> None:
+    fold, layout = case
+    times = torch.zeros(layout.shape, dtype=torch.int64)
+    for rank, box in layout.owners(fold, list(range(fold.world_size))):
+        assert layout.box(fold, rank) == box
+        times[box.slices()] += 1
+    assert bool((times == 1).all())
+
+
+@given(layouts())
+@settings(max_examples=100, deadline=None)
+def test_copies_are_copies(case: tuple[Fold, ParameterLayout]) -> None:
+    """Whoever is no owner holds the box of some owner, or an empty one."""
+    fold, layout = case
+    ranks = list(range(fold.world_size))
+    owned = {box for _, box in layout.owners(fold, ranks)}
+    assert all(layout.box(fold, r) in owned or layout.box(fold, r).numel == 0 for r in ranks)
+
+
+@given(st.integers(0, 200), st.integers(1, 17))
+def test_splits(length: int, parts: int) -> None:
+    assert sum(even_split(length, parts)) == sum(chunk_split(length, parts)) == length
+    assert max(even_split(length, parts)) - min(even_split(length, parts)) <= 1
+    chunks = [len(chunk) for chunk in torch.arange(length).chunk(parts)] if length else [0]
+    assert chunk_split(length, parts)[: len(chunks)] == tuple(chunks)
+    assert not any(chunk_split(length, parts)[len(chunks) :])
