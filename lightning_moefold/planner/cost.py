@@ -166,9 +166,10 @@ class CostModel:
     def ranks(self, plan: Plan) -> list[RankTimes]:
         """A micro-batch on each pipeline rank of a plan."""
         layout = pipeline_layout(self.job.model, plan.fold.pp, plan.num_stages_per_rank, plan.schedule)
-        return [self._rank(plan, held) for held in layout]
+        return [self.chunk(plan, held) for held in layout]
 
-    def _rank(self, plan: Plan, held: RankLayers) -> RankTimes:
+    def chunk(self, plan: Plan, held: RankLayers) -> RankTimes:
+        """A micro-batch through some layers of the model."""
         fold = plan.fold
         key = (fold, plan.micro_batch_size, plan.recompute, plan.dispatcher, held)
         if key not in self._cache:

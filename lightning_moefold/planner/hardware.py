@@ -95,7 +95,7 @@ class Hardware:
         memory_bandwidth: Bytes/s of one rank.
         intra: Link between ranks of a node.
         inter: Link between nodes, the share of one rank.
-        reserved_bytes: Memory that the model cannot have: driver context, communication buffers, fragmentation.
+        reserved_bytes: Memory that the model cannot have: driver context, communication buffers, 5% fragmentation.
         kernels: What kernels reach.
     """
 
@@ -106,7 +106,7 @@ class Hardware:
     memory_bandwidth: float
     intra: Link
     inter: Link
-    reserved_bytes: float = 5e9
+    reserved_bytes: float = 8e9
     kernels: Kernels = Kernels()
 
     def __post_init__(self) -> None:

@@ -89,10 +89,18 @@ class Job:
         """FLOPs of one step that MFU counts.
 
         Forward and twice that for backward; active experts only, no recomputation, and causal attention at the half of
-        the square that it computes.
+        the square that it computes. What a capacity drops is not counted.
         """
-        tokens = self.global_batch_size * self.sequence_length
-        return 3 * tokens * self.model.forward_flops_per_token(self.sequence_length)
+        tokens, model = self.global_batch_size * self.sequence_length, self.model
+        expert = 2 * 3 * model.hidden_size * model.moe_intermediate_size * model.num_experts_per_tok
+        dropped = (1 - self.kept) * expert * model.num_moe_layers
+        return 3 * tokens * (model.forward_flops_per_token(self.sequence_length) - dropped)
+
+    @cached_property
+    def kept(self) -> float:
+        """Part of the token slots that no capacity drops."""
+        model = self.model
+        return self.routing.load_factor(model.num_experts, model.num_experts_per_tok, 1, self.capacity_factor)
 
     @property
     def peak_flops(self) -> float:

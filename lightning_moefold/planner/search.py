@@ -78,7 +78,7 @@ class Result:
     Args:
         job: What was planned.
         plans: Best first; those that do not fit are left out unless nothing fits.
-        plain: Plain expert parallelism at its best: the fold without tp, cp, pp, etp of the largest ep that works.
+        plain: Plain expert parallelism (ep alone) at its best, whether it fits or not.
         examined: Folds looked at.
         pool: By routing profile, the plan that is best under it.
     """
@@ -246,14 +246,14 @@ class Planner:
         return sum(self.costs.memory.states(fold, pipeline_layout(self.job.model, fold.pp, 1, "1f1b")[-1], accumulates))
 
     def plain(self) -> Estimate | None:
-        """Plain expert parallelism: data parallel attention, experts over as many ranks as divide them, no more."""
-        job = self.job
-        for ep in reversed(divisors(gcd(job.model.num_experts, job.world_size))):
+        """Plain expert parallelism at its best ep: data parallel attention, no tp, cp, pp or etp."""
+        job, found = self.job, []
+        for ep in divisors(gcd(job.model.num_experts, job.world_size)):
             try:
-                return self.evaluate(Fold(job.world_size, expert_parallel_size=ep))[0]
+                found.append(self.evaluate(Fold(job.world_size, expert_parallel_size=ep))[0])
             except (FoldError, PlanError):
                 continue
-        return None
+        return min(found, key=_rank, default=None)
 
     def smallest(self) -> Estimate:
         """The plan that needs least memory, for when none fits.
@@ -304,6 +304,8 @@ def search(job: Job, space: Space | None = None, keep: int = 10, pool: bool = Tr
     return replace(result, pool=best)
 
 
-def regret(plan: Plan, job: Job, profiles: Iterable[RoutingProfile]) -> dict[str, float]:
-    """Step time of a plan under each profile, in seconds: what it costs to keep it when routing changes."""
-    return {profile.name: CostModel(job.with_routing(profile)).estimate(plan).step_time for profile in profiles}
+def under_each(plans: Iterable[Plan], job: Job, profiles: Iterable[RoutingProfile]) -> dict[str, list[Estimate]]:
+    """Every plan under every profile: what it costs to keep a plan when routing changes."""
+    costs = {profile.name: CostModel(job.with_routing(profile)) for profile in profiles}
+    plans = list(plans)
+    return {name: [model.estimate(plan) for plan in plans] for name, model in costs.items()}
