@@ -9,7 +9,7 @@ import pytest
 from lightning_moefold.fold import Fold, FoldError
 from lightning_moefold.planner import MODELS, PRESETS, Job, PlanError, Planner, Space, find_routing, search
 from lightning_moefold.planner.advice import hints, why_not
-from lightning_moefold.planner.search import legal_folds
+from lightning_moefold.planner.search import Result, legal_folds
 
 
 def job_for(model, ranks, batch=256, **changes):
