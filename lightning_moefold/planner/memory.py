@@ -134,12 +134,15 @@ class MemoryModel:
         q = ceil(model.num_attention_heads / tp) * model.head_dim
         kv = self.costs.local_kv_heads(tp) * model.head_dim
         norm = n * d * b  # the gathered output of the norm feeds q, k, v
-        attention = t * d * b + norm + n * (2 * q + 2 * kv) * b + n * ceil(model.num_attention_heads / tp) * 4
+        heads = (2 + model.qk_norm) * q + (2 + model.qk_norm) * kv  # q, k, v and the output; before their norms too
+        attention = t * d * b + norm + n * heads * b + n * ceil(model.num_attention_heads / tp) * 4
         f, shared = ceil(model.moe_intermediate_size / etp), ceil(model.shared_expert_intermediate_size / tp)
         sent = t * model.num_experts_per_tok
         rows = sent * self.costs.load(ep) * etp
         gated = rows * f * b
-        experts = 2 * t * d * b + t * (d + 2 * model.num_experts) * 4 + rows * d * b + 4 * gated + sent * d * b
+        # The router keeps its input in fp32; without a cast or a gather that is the shared expert's input.
+        router = (0 if b >= 4 and shared and tp == 1 else t * d * max(b, 4)) + 2 * t * model.num_experts * 4
+        experts = t * d * b + router + rows * d * b + 4 * gated + sent * d * b
         if shared:
             experts += n * d * b + 4 * n * shared * b + t * d * b
         dense = t * d * b + n * d * b + 4 * n * ceil(model.intermediate_size / tp) * b
