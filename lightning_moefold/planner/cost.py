@@ -182,7 +182,8 @@ class CostModel:
         embedding, head = self.layers.ends(fold.tp, fold.cp, size)
         body = combine([(held.moe, moe), (held.dense, dense)])
         block = combine([(1, body), (held.first, embedding), (held.last, head)])
-        recompute = {"none": 0.0, "selective": body.selective, "full": body.forward_total}[plan.recompute]
+        again = {"none": 0.0, "selective": body.selective, "experts": body.half, "full": body.forward_total}
+        recompute = again[plan.recompute]
         if self.job.sharding != "full":
             return RankTimes(block, recompute, 0.0, 0.0)
         gather, scatter = self._sharded_traffic(fold, held)

@@ -71,8 +71,8 @@ class Kernels:
 
     gemm_efficiency: float = 0.70
     gemm_half_size: float = 128.0
-    attention_efficiency: float = 0.60
-    attention_backward_ratio: float = 0.75
+    attention_efficiency: float = 0.65
+    attention_backward_ratio: float = 0.80
     attention_half_length: float = 512.0
     memory_efficiency: float = 0.80
     launch: float = 5e-6
@@ -257,7 +257,7 @@ PRESETS: dict[str, Hardware] = {
     "a100": Hardware(
         "a100", 8, {"bf16": 312e12, "fp32": 19.5e12, "fp64": 19.5e12}, 80 * GIB, 2.04e12,
         Link(300e9, 2e-6, 0.80), Link(25e9, 6e-6, 0.85),
-        kernels=Kernels(gemm_efficiency=0.85, gemm_half_size=96.0, attention_efficiency=0.65),
+        kernels=Kernels(gemm_efficiency=0.85, gemm_half_size=96.0),
     ),
     # NVIDIA DGX B200 datasheet: 2.25 PFLOP/s bf16 dense, 180 GB, 8 TB/s; NVLink 1.8 TB/s both ways; 8 x 400 Gb/s.
     "b200": Hardware(

@@ -21,7 +21,7 @@ PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
     "64-true": ("fp64", 8, 8, 8, 8, 16),
 }
 SHARDINGS = ("none", "optimizer", "full")
-RECOMPUTES = ("none", "selective", "full")
+RECOMPUTES = ("none", "selective", "experts", "full")
 DISPATCHERS = ("alltoall", "allgather")
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
 #: Schedules that compute input and weight gradients apart; not with ``sharding="full"``.
@@ -117,7 +117,8 @@ class Plan:
         micro_batch_size: Sequences in a micro-batch of one data-parallel rank.
         schedule: Pipeline schedule; of no effect at pp = 1.
         num_stages_per_rank: Model chunks per rank of the interleaved and V-shaped schedules.
-        recompute: ``"none"``; ``"selective"``: norms and the experts' activation; ``"full"``: whole layers.
+        recompute: ``"none"``; ``"selective"``: norms and gated activations; ``"experts"``: the feed-forward half of a
+            layer, exchange included; ``"full"``: whole layers.
         dispatcher: How tokens travel.
     """
 

@@ -31,7 +31,11 @@ class Compute:
         """``groups`` products of [m, k] and [k, n]. The products of backward have the same sides in another order."""
         if min(m, n, k, groups) <= 0:
             return 0.0
-        kernels, half = self.hardware.kernels, self.hardware.kernels.gemm_half_size
+        kernels = self.hardware.kernels
+        # What a tile costs besides its products does not shrink with the products: faster units need longer sides.
+        half = kernels.gemm_half_size
+        if self.dtype == "fp8":
+            half *= self.hardware.peak("fp8") / self.hardware.peak("bf16")
         efficiency = kernels.gemm_efficiency * m / (m + half) * n / (n + half) * k / (k + half)
         busy = 2 * m * n * k / (self.hardware.peak(self.dtype) * efficiency)
         moved = self.width * (m * k + k * n + m * n) / self._stream

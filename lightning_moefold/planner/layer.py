@@ -38,12 +38,14 @@ class Block:
         backward: The same, gradients of weights included.
         weight: Part of ``backward`` that computes gradients of weights and that nobody waits for.
         selective: What selective recomputation repeats.
+        half: What recomputation of the feed-forward half repeats.
     """
 
     forward: Mapping[str, float]
     backward: Mapping[str, float]
     weight: float = 0.0
     selective: float = 0.0
+    half: float = 0.0
     forward_total: float = field(init=False)
     backward_total: float = field(init=False)
 
@@ -60,8 +62,10 @@ def combine(parts: list[tuple[float, Block]]) -> Block:
         for total, seconds in ((forward, block.forward), (backward, block.backward)):
             for name, value in seconds.items():
                 total[name] += times * value
-    weight = sum(times * block.weight for times, block in parts)
-    return Block(dict(forward), dict(backward), weight, sum(times * block.selective for times, block in parts))
+    weight, selective, half = (
+        sum(times * getattr(block, name) for times, block in parts) for name in ("weight", "selective", "half")
+    )
+    return Block(dict(forward), dict(backward), weight, selective, half)
 
 
 class LayerCosts:
@@ -120,6 +124,7 @@ class LayerCosts:
             "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
             "tp": tp_comm,
         }
+        self._add_casts(forward, backward, n, d + q, q + 2 * kv + d)
         if cp > 1:
             forward["cp"] = self._ring(ring, step_bytes, core)
             backward["cp"] = self._ring(ring, 2 * step_bytes, core_backward)  # gradients of k and v travel along
@@ -156,6 +161,7 @@ class LayerCosts:
             "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
             **comm,
         }
+        self._add_casts(forward, backward, rows, d + f, 2 * f + d)
         if sync:
             forward["launch"] = sync
         return self._with_launches(
@@ -192,6 +198,7 @@ class LayerCosts:
         comm = 2 * self.links.gather(self.shape(tp, 1), n * d * b)
         forward = {"gemm": gemm, "elementwise": elementwise, "tp": comm}
         backward = {"gemm": 2 * gemm, "elementwise": _ELEMENTWISE_BACKWARD * elementwise, "tp": comm}
+        self._add_casts(forward, backward, n, d + f, 2 * f + d)
         return self._with_launches("mlp", forward, backward, gemm, activation)
 
     def _ends(self, tp: int, cp: int, micro_batch: int) -> tuple[Block, Block]:
@@ -206,6 +213,14 @@ class LayerCosts:
         head = Block({"head": gemm + loss, "tp": comm}, {"head": 2 * gemm + loss, "tp": comm}, gemm)
         return embedding, head
 
+    def _add_casts(
+        self, forward: dict[str, float], backward: dict[str, float], rows: float, inputs: int, outputs: int
+    ) -> None:
+        """In fp8, inputs of products forward and gradients backward are read, and written twice (one transposed)."""
+        if self.job.dtype == "fp8":
+            forward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * inputs)
+            backward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * outputs)
+
     def _with_launches(
         self, kind: str, forward: dict[str, float], backward: dict[str, float], weight: float, selective: float
     ) -> Block:
@@ -215,7 +230,8 @@ class LayerCosts:
             missing = least - sum(seconds.values())
             if missing > 0:
                 seconds["launch"] = seconds.get("launch", 0.0) + missing
-        return Block(forward, backward, weight, selective)
+        half = 0.0 if kind == "attention" else sum(forward.values())
+        return Block(forward, backward, weight, selective, half)
 
     # ---- layers ------------------------------------------------------------------------------------------------
 

@@ -151,6 +151,9 @@ class MemoryModel:
         live = exchange + rows * d * b * (1 + (etp > 1))
         if recompute == "full":
             return t * d * b, t * d * b, live + max(everything[0] if self.costs.num_moe else 0.0, everything[1])
+        if recompute == "experts":
+            half = t * d * b
+            return attention + half, attention + half, live + max(experts if self.costs.num_moe else 0.0, dense)
         if recompute == "selective":
             gate = 2 * gated + 2 * n * shared * b
             kept = attention - norm + experts - gate - t * d * b
