@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning_moefold import calibrate
 from lightning_moefold.planner import command as plan_command
 
 
@@ -31,6 +32,7 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "calibrate": Command("measure this machine for the planner", calibrate.configure, calibrate.run),
     "plan": Command("rank the folds of a model on a machine", plan_command.configure, plan_command.run),
 }
 
