@@ -48,7 +48,7 @@ def test_two_cpu_ranks(tmp_path, capsys):
     assert main(["calibrate", "--cpu", "--ranks", "2", "--output", str(file)]) == 0
     hardware = find_hardware(str(file))
     assert hardware.peak("fp32") > 1e8
-    assert 0 < hardware.kernels.gemm_half_size < 1e4
+    assert 0 <= hardware.kernels.gemm_half_size < 1e4
     assert "matrix products" in capsys.readouterr().out
     arguments = [
         "plan",
