@@ -25,7 +25,7 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function, reset_seed
+from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -38,7 +38,6 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_moefold import comm
@@ -49,6 +48,7 @@ from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
+from lightning_moefold.parallel.own import OwnModules, align_randomness
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.refusals import UnsupportedFeature, check_blocks, check_fold, check_optimizers, check_trainer
@@ -127,7 +127,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self._process_group_backend = process_group_backend
         self._mesh: FoldedMesh | None = None
         self._converted: weakref.ref[torch.nn.Module] | None = None
-        self._own_buffers_stale = True
+        self._own: OwnModules | None = None
         self._registry: ParameterRegistry | None = None
 
     # ---- the fold ----------------------------------------------------------------------------------------------
@@ -289,9 +289,9 @@ class MoEFoldStrategy(ParallelStrategy):
         self._parallelize()
         self.model_to_device()
         self._registry = ParameterRegistry(self.lightning_module, self.mesh)
-        self._synchronize_own_state()
-        self._confine_metrics()
-        self._align_randomness()
+        self._own = OwnModules(self.lightning_module, self._registry, self.mesh)
+        self._own.prepare()
+        align_randomness(self.mesh, self.root_device)
         self._prepare_precision()
         self.barrier("setup")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -318,44 +318,6 @@ class MoEFoldStrategy(ParallelStrategy):
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
-
-    def _synchronize_own_state(self) -> None:
-        """The user's own parameters and buffers start out as rank 0's, as under DDP."""
-        assert self._registry is not None
-        comm.broadcast_flat([p.detach() for _, p in self._registry.own()], self.mesh.world)
-        self._own_buffers_stale = True
-        self._synchronize_own_buffers()
-
-    def _synchronize_own_buffers(self) -> None:
-        """Before a step whose predecessor may have changed them (running statistics), buffers are rank 0's, as under DDP."""
-        if self._own_buffers_stale and self.lightning_module is not None:
-            models = [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]
-            ours = {id(b) for m in models for b in m.buffers()}
-            own = [b.detach() for b in self.lightning_module.buffers() if id(b) not in ours]
-            comm.broadcast_flat(own, self.mesh.world)
-        self._own_buffers_stale = False
-
-    def _align_randomness(self) -> None:
-        """Ranks of one data replica read the same samples, so they must also draw the same dropout and augmentations."""
-        for axis in (self.mesh.axis(name) for name in ("tp", "cp", "pp")):
-            if axis.size == 1:
-                continue
-            states: list[Any] = [_collect_rng_states(include_cuda=False)]
-            if self.root_device.type == "cuda":
-                states.append(torch.cuda.get_rng_state(self.root_device))
-            dist.broadcast_object_list(states, src=axis.ranks[0], group=axis.group)
-            _set_rng_states(states[0])
-            if self.root_device.type == "cuda":
-                torch.cuda.set_rng_state(states[1], self.root_device)
-
-    def _confine_metrics(self) -> None:
-        """Metrics of torchmetrics reduce over the world by default, which would count the ranks of a tp group several times."""
-        axis = self.mesh.axis("dp")
-        for metric in (m for m in self._modules() if isinstance(m, Metric)):
-            if metric.process_group is None and axis.size < self.mesh.world.size:
-                metric.process_group = axis.group
-                if axis.size == 1:
-                    metric.distributed_available_fn = _never
 
     def _prepare_precision(self) -> None:
         assert self._registry is not None
@@ -406,11 +368,16 @@ class MoEFoldStrategy(ParallelStrategy):
         self._release_gathered_weights()
         return output
 
+    def _synchronize_own_buffers(self) -> None:
+        if self._own is not None:
+            self._own.synchronize_buffers()
+
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._synchronize_own_buffers()
         output = super().training_step(*args, **kwargs)
-        self._own_buffers_stale = not self._precision.gradient_sum.deferred
+        if self._own is not None:
+            self._own.buffers_stale = not self._precision.gradient_sum.deferred
         return output
 
     @override
@@ -556,8 +523,3 @@ class MoEFoldStrategy(ParallelStrategy):
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
-
-
-def _never() -> bool:
-    """For a metric that has nobody to reduce with (a function, so that it can be pickled)."""
-    return False
