@@ -90,16 +90,12 @@ class FineTune(L.LightningModule):
 
 
 def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices, none for norms and biases; experts apart, as a fused AdamW needs.
-
-    Experts and all else live on different device meshes, and a fused kernel takes the tensors of one. Grouping by
-    name gives the same groups under every fold, so that an optimizer's state can change folds too.
-    """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
+    """Weight decay for matrices, none for norms and biases."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {}
+    for parameter in module.parameters():
         if parameter.requires_grad:
-            groups.setdefault((parameter.ndim >= 2, ".experts." in name), []).append(parameter)
-    return [{"params": group, "weight_decay": weight_decay * matrix} for (matrix, _), group in sorted(groups.items())]
+            groups.setdefault(parameter.ndim >= 2, []).append(parameter)
+    return [{"params": group, "weight_decay": weight_decay * matrix} for matrix, group in sorted(groups.items())]
 
 
 def warmup_cosine(optimizer: Optimizer, warmup: int, total: int, floor: float = 0.1) -> LambdaLR:

@@ -20,15 +20,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("details") / "model", "qwen2_moe", vocab_size=97))
 
 
-def _run(pool: RankPool, checkpoint: str, fold: str, change: Any, spec: dict[str, Any] | None = None) -> None:
-    parsed = Fold.parse(fold, 2)
+def _run(
+    pool: RankPool, checkpoint: str, fold: str, change: Any, spec: dict[str, Any] | None = None, world: int = 2
+) -> None:
+    parsed = Fold.parse(fold, world)
     batches = make_batches(3, parsed.dp, 4 // parsed.dp, 10, 97, seed=5)
     for step in batches:
         for batch in step:
             change(batch)
     spec = {"overrides": {"output_router_logits": True}, "clip": 0.5, "lr": 1e-2, **(spec or {})}
     expected = reference_run(checkpoint, batches, clip=0.5, config_overrides=spec["overrides"])
-    actual = pool.run(runs.train, checkpoint, fold, batches, spec, ranks=2)
+    actual = pool.run(runs.train, checkpoint, fold, batches, spec, ranks=world)
     compare.compare(actual, expected, 1e-9, f"{fold} {spec}")
 
 
@@ -73,3 +75,9 @@ def test_a_forward_before_the_step_leaves_no_stale_weights(
     pool: RankPool, checkpoint: str, fold: str, sharding: str
 ) -> None:
     _run(pool, checkpoint, fold, lambda batch: None, {"peek": True, "sharding": sharding})
+
+
+@pytest.mark.parametrize("kernel", [{"fused": True}, {"foreach": True}], ids=["fused", "foreach"])
+@pytest.mark.parametrize("fold", ["| ep2", "tp2 | ep2", "tp2 | ep4", "tp2 | etp2 ep2"])
+def test_one_optimizer_for_both_meshes(pool: RankPool, checkpoint: str, fold: str, kernel: dict[str, bool]) -> None:
+    _run(pool, checkpoint, fold, lambda batch: None, {"adamw": kernel}, world=4 if "tp2 | e" in fold else 2)
