@@ -51,7 +51,14 @@ from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, para
 from lightning_moefold.parallel.own import OwnModules, align_randomness
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
-from lightning_moefold.refusals import UnsupportedFeature, check_blocks, check_fold, check_optimizers, check_trainer
+from lightning_moefold.refusals import (
+    UnsupportedFeature,
+    check_blocks,
+    check_fold,
+    check_optimizers,
+    check_sharding,
+    check_trainer,
+)
 from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
 
 log = logging.getLogger(__name__)
@@ -71,9 +78,16 @@ class MoEFoldStrategy(ParallelStrategy):
         expert_tensor_parallel_size: Ranks over which each expert is cut.
         fold: All sizes in one string, such as ``"tp2 | ep4"``, instead of the arguments above.
         num_microbatches: Micro-batches of a batch; part of the mathematics of the auxiliary loss. None means 1.
+        pipeline_schedule: Only ``"1f1b"`` so far (there is one stage).
+        num_stages_per_rank: Only 1 so far.
         dispatcher: How tokens travel; ``"alltoall"``.
+        capacity_factor: Only None (dropless) so far.
+        drop_policy: Which tokens an overfull expert drops; without effect while dropless.
+        drop_scope: Over which tokens capacity is counted; without effect while dropless.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward and
-            backward; ``"full"`` lets go of them after forward.
+            backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
+        recompute: Only None (keep all activations) so far.
+        sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
         timeout: Of the collectives.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if not given.
 
@@ -99,8 +113,15 @@ class MoEFoldStrategy(ParallelStrategy):
         *,
         fold: str | None = None,
         num_microbatches: int | None = None,
+        pipeline_schedule: str = "1f1b",
+        num_stages_per_rank: int = 1,
         dispatcher: Literal["alltoall"] = "alltoall",
-        data_parallel_sharding: Literal["optimizer", "full"] = "optimizer",
+        capacity_factor: float | None = None,
+        drop_policy: Literal["probs", "position"] = "probs",
+        drop_scope: Literal["full_sequence", "sub_sequence"] = "full_sequence",
+        data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
+        recompute: str | None = None,
+        sequence_parallel: bool | None = None,
         timeout: timedelta | None = default_pg_timeout,
         process_group_backend: str | None = None,
     ) -> None:
@@ -113,15 +134,22 @@ class MoEFoldStrategy(ParallelStrategy):
         if num_microbatches is not None and num_microbatches < 1:
             raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
         for name, value, known in (
+            ("pipeline_schedule", pipeline_schedule, ("1f1b",)),
+            ("num_stages_per_rank", num_stages_per_rank, (1,)),
             ("dispatcher", dispatcher, ("alltoall",)),
-            ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full")),
+            ("capacity_factor", capacity_factor, (None,)),
+            ("drop_policy", drop_policy, ("probs", "position")),
+            ("drop_scope", drop_scope, ("full_sequence", "sub_sequence")),
+            ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
+            ("recompute", recompute, (None,)),
+            ("sequence_parallel", sequence_parallel, (None, True)),
         ):
             if value not in known:
-                raise ValueError(f"{name}={value!r} is not known; use {' or '.join(map(repr, known))}.")
+                raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
         self._sizes, self._fold_text = sizes, fold
         self.num_microbatches = num_microbatches or 1
         self.dispatcher = dispatcher
-        self.data_parallel_sharding = data_parallel_sharding
+        self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
         self.num_nodes = 1
         self._timeout = timeout
         self._process_group_backend = process_group_backend
@@ -280,6 +308,7 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
         check_blocks(self.lightning_module, self.fold)
+        check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
             loop.inference_mode = False  # FSDP2 and DTensor do not go with inference tensors
@@ -304,7 +333,7 @@ class MoEFoldStrategy(ParallelStrategy):
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
         assert self.lightning_module is not None
-        sharding = Sharding(self.data_parallel_sharding == "full", self._precision.mixed_dtype)
+        sharding = Sharding(self.data_parallel_sharding, self._precision.mixed_dtype)
         error: Exception | None = None
         for model in [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]:
             model.num_microbatches = self.num_microbatches

@@ -66,5 +66,8 @@ class ParameterRegistry:
             layout = self.layouts.get(name)
             if layout is None:
                 yield parameter, self.mesh.dp_cp
-            elif layout.plan.family is Family.DENSE and layout.plan.gradient is TensorGradient.PARTIAL:
+                continue
+            if layout.plan.family is Family.DENSE and layout.plan.gradient is TensorGradient.PARTIAL:
                 yield parameter, self.mesh.tp
+            if layout.data_dim is None:  # replicated, or there is but one copy
+                yield parameter, self.mesh.axis(layout.data_axis)
