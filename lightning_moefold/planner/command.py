@@ -18,6 +18,7 @@ from lightning_moefold.planner.explain import header, legend, pool_text, result_
 from lightning_moefold.planner.hardware import PRESETS, find_hardware
 from lightning_moefold.planner.job import DISPATCHERS, PRECISIONS, RECOMPUTES, SCHEDULES, SHARDINGS, Job, PlanError
 from lightning_moefold.planner.models_zoo import MODELS, find_model
+from lightning_moefold.planner.plot import write_plots
 from lightning_moefold.planner.routing import PROFILES, find_routing
 from lightning_moefold.planner.search import Planner, Result, Space, search
 from lightning_moefold.planner.simulate import simulate, write_chrome_trace
@@ -50,6 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--top", type=int, default=10, metavar="N", help="plans to show (default: 10)")
     add("--no-pool", action="store_true", help="do not search under the other routing profiles")
     add("--timeline", metavar="FILE", help="simulate the best plan's pipeline and write a Chrome trace")
+    add("--plot", metavar="DIR", help="write pictures: MFU and time, memory, DDL roofline of a MoE layer")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -66,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         notes = why_not(result, space)
     if arguments.timeline:
         notes.append(_write_timeline(job, result, Path(arguments.timeline)))
+    if arguments.plot:
+        notes.append("Wrote " + ", ".join(map(str, write_plots(result, arguments.plot))) + ".")
     if arguments.json:
         print(json.dumps(result_json(result, notes, seconds), indent=1))
     else:

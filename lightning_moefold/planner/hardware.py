@@ -7,7 +7,7 @@ the efficiencies below: few, shared by all presets of a kind, and to be replaced
 
 Four of the efficiencies are calibrated on the ten published runs in ``published.py``: ``gemm_efficiency``, ``overlap``,
 ``alltoall_efficiency`` and the efficiency of the link between nodes. The others are round numbers from experience with
-NCCL, cuBLAS and fused attention, and were not varied.
+NCCL, cuBLAS and fused attention, and are round numbers.
 """
 
 from __future__ import annotations
