@@ -13,8 +13,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
@@ -92,14 +90,17 @@ def check_sharding(sharding: str, precision: str, module: nn.Module) -> None:
         )
 
 
-def check_optimizers(trainer: pl.Trainer, module: nn.Module) -> None:
+def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
     """Checks what ``configure_optimizers`` returned.
 
+    Args:
+        trainer: The Trainer.
+        sharded: Whether parameters are stored in pieces; otherwise every rank has them whole, as under DDP.
+
     Raises:
-        UnsupportedFeature: For optimizers that need whole parameters or re-evaluate the closure.
+        UnsupportedFeature: For optimizers that need whole parameters.
     """
-    if trainer.state.fn != TrainerFn.FITTING:
-        return
     for optimizer in trainer.optimizers:
-        if type(optimizer).__name__ == "LBFGS":
-            raise UnsupportedFeature("LBFGS takes inner products of whole parameters; use AdamW or SGD.")
+        kind = type(optimizer).__name__
+        if sharded and kind in ("LBFGS", "Adafactor", "Muon"):
+            raise UnsupportedFeature(f"{kind} computes with whole parameters, of which a rank holds pieces; use AdamW or SGD.")

@@ -30,7 +30,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -325,7 +325,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self.barrier("setup")
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
-            check_optimizers(trainer, self.lightning_module)
+            check_optimizers(trainer, self._registry.sharded)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -501,6 +501,9 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None) -> None:
+        if self._registry is None:  # a callback that saves on exceptions, refused by setup() for just that
+            rank_zero_warn(f"{filepath} is not saved, because the set-up of the strategy has not finished.")
+            return
         if not self._sharded:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return

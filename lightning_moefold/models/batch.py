@@ -150,6 +150,8 @@ def stand_in(config: MoEConfig, tp: Axis, num_microbatches: int, device: torch.d
 def _check_shapes(input_ids: Tensor, *others: Tensor | None) -> None:
     if input_ids.dim() != 2 or input_ids.is_floating_point():
         raise ValueError(f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}.")
+    if not input_ids.numel():
+        raise ValueError(f"input_ids of shape {list(input_ids.shape)} holds no token; give every rank rows in every batch.")
     names = ("labels", "attention_mask", "position_ids", "document_ids", "loss_weights")
     for name, tensor in zip(names, others, strict=True):
         if tensor is None or tensor.shape == input_ids.shape:

@@ -124,6 +124,10 @@ class MoEConfig:
             raise ConfigError(f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}.")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} is odd, and rotary embedding turns pairs; use an even head_dim.")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise ConfigError(f"pad_token_id={self.pad_token_id} lies outside the vocabulary of vocab_size={self.vocab_size}.")
+        if self.pad_token_id is not None and self.pad_token_id < 0:  # counted from the end, as in torch.nn.Embedding
+            object.__setattr__(self, "pad_token_id", self.vocab_size + self.pad_token_id)
         if self.hidden_act not in _ACTIVATIONS:
             raise ConfigError(f"hidden_act={self.hidden_act!r} is not supported; use one of {', '.join(_ACTIVATIONS)}.")
         if not self.sliding_windows:

@@ -8,6 +8,8 @@ from typing import Any
 from lightning_moefold.models.config import FAMILIES, ConfigError, MoEConfig, warn_unknown
 
 _MISSING = object()
+_KV_HEADS = {"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class _Reader:
@@ -43,10 +45,14 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
     reader.refuse_unless("attention_dropout", (0.0, 0, None), "dropout would differ from rank to rank")
     reader.refuse_unless("router_jitter_noise", (0.0, 0, None), "noise would differ from rank to rank")
     reader.refuse_unless("quantization_config", (None,), "quantised weights cannot be trained")
+    reader.refuse_unless("partial_rotary_factor", (1.0, None), "each head is turned as a whole")
     reader.refuse_unless("num_key_value_groups", (None,), "it is derived from the numbers of heads")
     layers = reader.get("num_hidden_layers", default=24 if family != "mixtral" else 32)
     heads = reader.get("num_attention_heads")
     hidden = reader.get("hidden_size")
+    for name, size in (("num_attention_heads", heads), ("hidden_size", hidden)):
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{name}={size!r} must be a positive integer.")
     theta, factor = _rope(reader, family)
     common = {
         "model_type": family,
@@ -54,7 +60,7 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": reader.get("num_key_value_heads", default=None) or heads,
+        "num_key_value_heads": reader.get("num_key_value_heads", default=_KV_HEADS[family]) or heads,
         "head_dim": reader.get("head_dim", default=None) or hidden // heads,
         "num_experts_per_tok": reader.get("num_experts_per_tok", default={"mixtral": 2, "qwen2_moe": 4}.get(family, 8)),
         "rms_norm_eps": reader.get("rms_norm_eps", default=1e-5 if family == "mixtral" else 1e-6),
@@ -146,6 +152,9 @@ def _qwen_windows(reader: _Reader, qwen2: bool, layers: int) -> tuple[int | None
         types = ["sliding_attention" if (i + 1) % 2 and i < most and used else "full_attention" for i in range(layers)]
     if len(types) != layers:
         raise ConfigError(f"layer_types names {len(types)} layers, but num_hidden_layers={layers}.")
+    for kind in types:
+        if kind not in _LAYER_TYPES:
+            raise ConfigError(f"layer_types holds {kind!r}, which is not supported; use {' or '.join(map(repr, _LAYER_TYPES))}.")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs in which something is wrong, on one rank or on all; each returns what this rank was told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, StochasticWeightAveraging
+from torch import Tensor
+
+from lightning_moefold import Fold, MoECausalLM
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.parallel import Sharding, parallelize
+from tests.strategy import finetune
+from tests.strategy.finetune import Finetune, make
+
+
+def told(action: Callable[[], Any]) -> str:
+    """The error of an action, as ``Kind: message``; all ranks must get here."""
+    try:
+        action()
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    else:
+        message = "no error"
+    dist.barrier()
+    return message
+
+
+def make_model(path: str, fold: str, **options: Any) -> MoECausalLM:
+    model = MoECausalLM.from_pretrained(path, **options)
+    parallelize(model, FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu"), Sharding(), torch.device("cpu"))
+    return model
+
+
+def _batches(rank: int) -> dict[str, dict[str, Any]]:
+    """A batch that is wrong on the ranks of data rank ``rank`` only."""
+    good = finetune.rows(4)
+    bad_token, bad_label, negative = good.clone(), good.clone(), good.clone()
+    bad_token[1, 2], bad_label[2, 3], negative[0, 0] = finetune.VOCABULARY, finetune.VOCABULARY + 5, -1
+    return {
+        "token": {"input_ids": bad_token, "labels": good},
+        "negative token": {"input_ids": negative, "labels": good},
+        "label": {"input_ids": good, "labels": bad_label},
+        "few rows": {"input_ids": good[:1], "labels": good[:1]},
+        "no rows": {"input_ids": good[:0], "labels": good[:0]},
+        "shape of labels": {"input_ids": good, "labels": good[:, :3]},
+        "shape of mask": {"input_ids": good, "labels": good, "attention_mask": torch.ones(3, 6)},
+        "floats": {"input_ids": good.float(), "labels": good},
+        "one dimension": {"input_ids": good[0], "labels": good[0]},
+    }
+
+
+def batches(path: str, fold: str) -> dict[str, str]:
+    model = make_model(path, fold)
+    model.num_microbatches = 2
+    assert model.mesh is not None
+    guilty = model.mesh.place["dp"] == 1
+    good: dict[str, Tensor] = {"input_ids": finetune.rows(4), "labels": finetune.rows(4)}
+    return {
+        name: told(lambda b=batch: model(**(b if guilty else good)).loss.backward()) for name, batch in _batches(1).items()
+    } | {"good again": told(lambda: model(**good).loss.backward())}
+
+
+def saves(path: str, folder: str) -> dict[str, str]:
+    model = make_model(path, "| ep2")
+    root = Path(folder)
+    if dist.get_rank() == 0:
+        (root / "foreign").mkdir()
+        (root / "foreign" / "thesis.tex").write_text("years of work")
+        (root / "file").write_text("a file")
+    dist.barrier()
+    places = {"foreign": root / "foreign", "file": root / "file", "below a file": root / "file" / "below"}
+    return {name: told(lambda p=place: model.save_pretrained(p)) for name, place in places.items()}
+
+
+def starts(path: str, folds: list[str]) -> dict[str, str]:
+    return {fold: told(lambda f=fold: make(f, {"max_steps": 1}).fit(Finetune(path))) for fold in folds}
+
+
+class _Optimizers(Finetune):
+    def configure_optimizers(self) -> Any:
+        kind = self.spec["kind"]
+        if kind == "two":
+            halves = list(self.parameters())
+            return [torch.optim.SGD(halves[:3], lr=0.1), torch.optim.SGD(halves[3:], lr=0.1)]
+        if kind == "rows":
+            return _RowState(self.parameters(), {"lr": 0.1})
+        return getattr(torch.optim, kind)(self.parameters())
+
+
+class _RowState(torch.optim.Optimizer):
+    """Keeps a number for each row, as optimizers with factored state do."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["row"] = parameter.grad.abs().sum(-1)
+        return loss
+
+
+def features(path: str, folder: str) -> dict[str, str]:
+    """Parts of Lightning that cannot work."""
+    cases: dict[str, tuple[type[Finetune], dict[str, Any], dict[str, Any]]] = {
+        "sync_batchnorm": (Finetune, {}, {"sync_batchnorm": True}),
+        "StochasticWeightAveraging": (Finetune, {}, {"callbacks": [StochasticWeightAveraging(1e-2)]}),
+        "OnExceptionCheckpoint": (Finetune, {}, {"callbacks": [OnExceptionCheckpoint(folder)], "enable_checkpointing": True}),
+        "save_on_exception": (
+            Finetune, {}, {"callbacks": [ModelCheckpoint(folder, save_on_exception=True)], "enable_checkpointing": True},
+        ),
+        "multiple optimizers": (_Optimizers, {"kind": "two"}, {}),
+        "LBFGS": (_Optimizers, {"kind": "LBFGS"}, {}),
+        "Adafactor": (_Optimizers, {"kind": "Adafactor"}, {}),
+        "state of shape": (
+            _Optimizers, {"kind": "rows"},
+            {"callbacks": [ModelCheckpoint(folder, filename="rows")], "enable_checkpointing": True},
+        ),
+    }  # fmt: skip
+    return {
+        name: told(lambda k=kind, s=spec, a=arguments: make("| ep2", {"max_steps": 1, **a}).fit(k(path, **s)))
+        for name, (kind, spec, arguments) in cases.items()
+    }
+
+
+def loads(paths: list[str], fold: str) -> list[str]:
+    """What a Trainer says to damaged or foreign directories."""
+    return [told(lambda p=path: make(fold, {"max_steps": 1}).fit(Finetune(p))) for path in paths]
+
+
+def damaged_on_one_rank(path: str, broken: str) -> str:
+    """One rank sees a damaged copy (a node's local disk); reading its slices fails there only."""
+    model_path = broken if dist.get_rank() == 1 else path
+
+    def start() -> None:
+        make("| ep2", {"max_steps": 1}).fit(Finetune(model_path))
+
+    original = MoECausalLM.load_weights
+
+    def load(self: MoECausalLM) -> None:
+        if dist.get_rank() == 1:
+            raise OSError("the disk is gone")
+        original(self)
+
+    MoECausalLM.load_weights = load  # type: ignore[method-assign]
+    try:
+        return told(start)
+    finally:
+        MoECausalLM.load_weights = original  # type: ignore[method-assign]
+
+
+def foreign_checkpoint(path: str, other: str, folder: str) -> dict[str, str]:
+    run = make("| ep2", {"max_steps": 1})
+    run.fit(Finetune(path))
+    target = Path(folder, "model.ckpt")
+    run.save_checkpoint(target)
+    seen = {
+        "other model": told(lambda: make("", {"max_steps": 2}).fit(Finetune(other), ckpt_path=str(target))),
+        "other optimizer": told(lambda: make("", {"max_steps": 2}).fit(Finetune(path, frozen=["*.experts.*"]), ckpt_path=str(target))),
+    }
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for file in target.glob("*.distcp"):
+            file.write_bytes(file.read_bytes()[:100])
+        (Path(folder) / "single.ckpt").write_bytes(b"nothing")
+        (Path(folder) / "empty.ckpt").mkdir()
+    dist.barrier()
+    for name, file in (("truncated", target), ("single file", "single.ckpt"), ("empty", "empty.ckpt"), ("absent", "absent.ckpt")):
+        seen[name] = told(lambda f=file: make("", {"max_steps": 2}).fit(Finetune(path), ckpt_path=str(Path(folder, f))))
+    return seen

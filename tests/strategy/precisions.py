@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs about precision and about gradients: what they are, and over which ranks they were summed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_moefold import MoECausalLM, MoEFoldStrategy
+from lightning_moefold.parallel import local_part
+from lightning_moefold.testing.pieces import owned_pieces
+from tests.strategy import finetune
+from tests.strategy.finetune import Finetune, make
+
+
+class Watched(Finetune):
+    """Looks at dtypes inside and outside the model, beside a layer of its own."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.own = nn.Linear(4, 4)
+        self.seen: dict[str, Any] = {}
+        assert self.model is not None
+        layer = self.model.model.layers["0"]
+        layer.self_attn.q_proj.register_forward_hook(lambda m, i, o: self._note("inside", o.dtype))
+        layer.mlp.gate.register_forward_hook(lambda m, i, o: self._note("router", o[0].dtype))
+        layer.mlp.gate.register_forward_pre_hook(lambda m, i: self._note("router weight", m.weight.dtype))
+        layer.register_forward_hook(lambda *_: self._note("autocast inside", torch.is_autocast_enabled("cpu")))
+
+    def _note(self, name: str, value: Any) -> None:
+        self.seen.setdefault(name, str(value))
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        self._note("own", self.own(torch.ones(2, 4, dtype=self.own.weight.dtype)).dtype)
+        self._note("autocast", torch.is_autocast_enabled("cpu"))
+        return super().training_step(batch, index)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._note("gradients", sorted({str(p.grad.dtype) for p in self.model.parameters() if p.grad is not None}))
+        self._note("storage", sorted({str(p.dtype) for p in self.model.parameters()}))
+        if not hasattr(self, "grads"):
+            self.grads = owned_pieces(self.model, "grad")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.02)
+
+
+def train(path: str, fold: str, precision: str, tokens: Tensor, sharding: str = "optimizer") -> dict[str, Any]:
+    """Some steps on the same rows."""
+    module = Watched(path)
+    module.steps = lambda count, seed: finetune.Steps(  # type: ignore[method-assign]
+        tokens, module.trainer.strategy.dp_rank, module.trainer.strategy.dp_size
+    )
+    strategy = MoEFoldStrategy(fold=fold, data_parallel_sharding=sharding)  # type: ignore[arg-type]
+    from tests.strategy.plain import trainer
+
+    trainer(strategy, precision=precision, max_epochs=1, gradient_clip_val=1.0, limit_val_batches=0).fit(module)
+    return {"losses": module.report.losses, "seen": module.seen, "grads": module.grads, "weights": owned_pieces(module.model)}
+
+
+def train_folds(path: str, folds: list[str], precision: str, tokens: Tensor) -> list[dict[str, Any]]:
+    return [train(path, fold, precision, tokens, ("optimizer", "full")[i % 2]) for i, fold in enumerate(folds)]
+
+
+def refuse() -> dict[str, str]:
+    """Plugins that are refused by name. On the CPU Lightning itself turns 16-mixed into bf16-mixed."""
+    from tests.strategy.bad import told
+
+    class TransformerEnginePrecision(Precision):
+        precision = "transformer-engine"  # type: ignore[assignment]
+
+    class UsersPrecision(Precision):
+        pass
+
+    def put(plugin: Precision) -> None:
+        MoEFoldStrategy().precision_plugin = plugin
+
+    return {
+        "16-mixed": told(lambda: put(MixedPrecision("16-mixed", "cuda"))),
+        "16-true": told(lambda: pl.Trainer(strategy=MoEFoldStrategy(), accelerator="cpu", devices=1, precision="16-true")),
+        "16-true'": told(lambda: put(HalfPrecision("16-true"))),
+        "transformer-engine": told(lambda: put(TransformerEnginePrecision())),
+        "UsersPrecision": told(lambda: put(UsersPrecision())),
+    }
+
+
+# ---- probes ----------------------------------------------------------------------------------------------------------
+
+
+def powers(path: str, folds: list[str]) -> list[dict[str, float]]:
+    """The gradient of every parameter if each rank's backward gives 2 ** rank in every element.
+
+    Returns:
+        For each fold, the value of this rank's piece by name; every element of a piece must have the same.
+    """
+    results = []
+    for fold in folds:
+        module = Finetune(path)
+        seen: dict[str, float] = {}
+
+        def probe(optimizer: Any, module: Finetune = module, seen: dict[str, float] = seen) -> None:
+            for name, parameter in module.model.named_parameters():
+                values = local_part(parameter.grad).unique()
+                assert len(values) <= 1, f"{name} holds {values.tolist()}"
+                if len(values):
+                    seen[name] = float(values)
+
+        module.on_before_optimizer_step = probe  # type: ignore[method-assign]
+        module.training_step = lambda batch, index, m=module: _fake_loss(m, batch)  # type: ignore[method-assign]
+        make(fold, {"max_steps": 1, "limit_val_batches": 0}).fit(module)
+        results.append(seen)
+    return results
+
+
+class _Fill(torch.autograd.Function):
+    """Zero, with a gradient of 2 ** rank in every element of the parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, scale: float) -> Tensor:
+        ctx.like, ctx.scale = parameter, scale
+        return parameter.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.full_like(ctx.like, 2.0 ** dist.get_rank()) * ctx.scale * grads[0], None
+
+
+def _fake_loss(module: Finetune, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own loss counts nothing; its parameters' gradients are set through their local parts."""
+    model = module.model
+    assert isinstance(model, MoECausalLM)
+    assert model.mesh is not None
+    loss = model(**batch).loss * 0.0  # gathers the weights, and makes fully_shard expect a backward
+    # training_step's loss is averaged over data ranks, which is undone here: a bare sum over ranks is to be seen.
+    scale = float(model.mesh.dp_cp.size)
+    for parameter in model.parameters():
+        held = parameter.to_local(grad_placements=parameter.placements) if hasattr(parameter, "placements") else parameter
+        loss = loss + _Fill.apply(held, scale)
+    return loss
+
+
+def ones(path: str, folds: list[str]) -> list[tuple[float, int]]:
+    """The norm if every element's gradient is one, and the number of parameters."""
+    results = []
+    for fold in folds:
+        module = Finetune(path)
+        seen: list[float] = []
+
+        def probe(optimizer: Any, module: Finetune = module, seen: list[float] = seen) -> None:
+            for parameter in module.model.parameters():
+                local_part(parameter.grad).fill_(1.0)
+            norm = module.trainer.strategy.precision_plugin.gradient_norm
+            seen.append(norm.total(list(module.parameters())).item())
+            seen.append(norm.clip(list(module.parameters()), 1.0).item())
+            seen.append(norm.total(list(module.parameters())).item())
+
+        module.on_before_optimizer_step = probe  # type: ignore[method-assign]
+        make(fold, {"max_steps": 1, "limit_val_batches": 0}).fit(module)
+        assert seen[0] == seen[1]
+        assert abs(seen[2] - 1.0) < 1e-6
+        results.append((seen[0], module.model.config.num_parameters()))
+    return results
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(path: str, fold: str) -> dict[str, int]:
+    """How many collectives one training step takes: forward, backward, clipping."""
+    counter = _Counting()
+
+    class Counted(Finetune):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                counter.__enter__()
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                counter.__exit__(None, None, None)
+
+    make(fold, {"max_steps": 2, "limit_val_batches": 0, "gradient_clip_val": 1.0}).fit(Counted(path))
+    return dict(counter.counts)
+
+
+def blocked(path: str, fold: str) -> dict[str, Any]:
+    """Whether accumulating batches leave gradients unreduced."""
+    flags: list[list[bool]] = []
+
+    class Watching(Finetune):
+        def on_after_backward(self) -> None:
+            units = [m for m in self.modules() if isinstance(m, FSDPModule)]
+            flags.append(sorted({m._get_fsdp_state()._fsdp_param_group.reduce_grads for m in units
+                                 if m._get_fsdp_state()._fsdp_param_group is not None}))  # fmt: skip
+
+    make(fold, {"max_steps": 1, "accumulate_grad_batches": 2, "limit_val_batches": 0}).fit(Watching(path))
+    return {"flags": flags}
