@@ -207,7 +207,7 @@ def replace_directory(work: Path, target: Path) -> None:
     os.replace(target, old)
     try:
         os.replace(work, target)
-    except OSError:
+    except BaseException:
         os.replace(old, target)
         raise
     _remove(old)
