@@ -94,7 +94,7 @@ def demo_config(vocab_size: int, **overrides: object) -> Qwen2MoeConfig:
     return Qwen2MoeConfig(**{"vocab_size": vocab_size, **shape, **overrides})
 
 
-def write_demo_checkpoint(directory: str | Path, *, vocab_size: int = 4096, seed: int = 0) -> Path:
+def write_demo_checkpoint(directory: str | Path, *, vocab_size: int = 4096, seed: int = 0, **overrides: object) -> Path:
     """Writes a small Qwen2-MoE with random weights, and its tokenizer, as `save_pretrained` would.
 
     The checkpoint is complete or invisible: it is written beside `directory` and renamed. Where the same one is
@@ -104,6 +104,7 @@ def write_demo_checkpoint(directory: str | Path, *, vocab_size: int = 4096, seed
         directory: Where it goes. A checkpoint that this function wrote with other settings is replaced.
         vocab_size: Number of tokens of tokenizer and model.
         seed: Of the weights; the caller's random state is not touched.
+        **overrides: Fields of :func:`demo_config`.
 
     Returns:
         The directory.
@@ -114,7 +115,7 @@ def write_demo_checkpoint(directory: str | Path, *, vocab_size: int = 4096, seed
     directory = Path(directory)
     text = read_python_topics()
     settings = {
-        "config": demo_config(vocab_size).to_dict(),
+        "config": demo_config(vocab_size, **overrides).to_dict(),
         "seed": seed,
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
@@ -126,7 +127,7 @@ def write_demo_checkpoint(directory: str | Path, *, vocab_size: int = 4096, seed
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        _write_model_and_tokenizer(draft, text, vocab_size, seed)
+        _write_model_and_tokenizer(draft, text, vocab_size, seed, overrides)
         sizes = {path.name: path.stat().st_size for path in sorted(draft.iterdir())}
         (draft / MANIFEST).write_text(json.dumps({"settings": settings, "sizes": sizes}, indent=1))
         draft.chmod(0o755)  # mkdtemp's directories are for their owner only
@@ -146,10 +147,13 @@ def _is_complete(directory: Path, settings: dict[str, object]) -> bool:
     return sizes == manifest["sizes"] and manifest["settings"] == json.loads(json.dumps(settings))
 
 
-def _write_model_and_tokenizer(directory: Path, text: str, vocab_size: int, seed: int) -> None:
+def _write_model_and_tokenizer(
+    directory: Path, text: str, vocab_size: int, seed: int, overrides: dict[str, object]
+) -> None:
     tokenizer = train_tokenizer(text, vocab_size)
     tokenizer.save_pretrained(directory)
-    config = demo_config(vocab_size, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = demo_config(vocab_size, **special, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2MoeForCausalLM(config)

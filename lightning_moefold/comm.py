@@ -22,6 +22,10 @@ from lightning_moefold.mesh import Axis
 
 Counts = Sequence[int]
 
+# torch 2.13 gave these two new names and warns of the old ones, which are all that 2.11 has.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
 # ---- plain collectives (no gradient) ---------------------------------------------------------------------------------
 
 
@@ -30,7 +34,7 @@ def all_gather_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_ND
     out = x_ND.new_empty((axis.size * x_ND.shape[0], *x_ND.shape[1:]))
-    dist.all_gather_into_tensor(out, x_ND.contiguous(), group=axis.group)
+    getattr(dist, ALL_GATHER)(out, x_ND.contiguous(), group=axis.group)
     return out
 
 
@@ -39,7 +43,7 @@ def reduce_scatter_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x_ND
     out = x_ND.new_empty((x_ND.shape[0] // axis.size, *x_ND.shape[1:]))
-    dist.reduce_scatter_tensor(out, x_ND.contiguous(), group=axis.group)
+    getattr(dist, REDUCE_SCATTER)(out, x_ND.contiguous(), group=axis.group)
     return out
 
 

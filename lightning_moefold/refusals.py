@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightning_moefold.fold import Fold
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules import MoELayer
 
 _CALLBACKS = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
@@ -57,6 +59,35 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         raise UnsupportedFeature("sync_batchnorm=True is not supported; leave it off, or use a norm without batch statistics.")
     if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
         raise UnsupportedFeature("a compiled LightningModule is not supported; compile blocks inside configure_model instead.")
+
+
+def check_blocks(module: nn.Module, fold: Fold) -> None:
+    """Blocks outside a MoECausalLM are parallelised over data only.
+
+    Raises:
+        UnsupportedFeature: If the fold would cut them.
+    """
+    if fold.tp == fold.ep == fold.etp == 1:
+        return
+    inside = {id(b) for m in module.modules() if isinstance(m, MoECausalLM) for b in m.modules()}
+    for name, block in module.named_modules():
+        if isinstance(block, MoELayer) and id(block) not in inside:
+            raise UnsupportedFeature(
+                f"{name} is a MoELayer outside a MoECausalLM, which is not cut over tp, ep or etp yet; use a fold with these at 1."
+            )
+
+
+def check_sharding(sharding: str, precision: str, module: nn.Module) -> None:
+    """Mixed precision is FSDP2's, so there must be something for it to wrap.
+
+    Raises:
+        UnsupportedFeature: For mixed precision with replicated weights.
+    """
+    if sharding == "none" and precision == "bf16-mixed" and any(isinstance(m, MoECausalLM) for m in module.modules()):
+        raise UnsupportedFeature(
+            "precision='bf16-mixed' with data_parallel_sharding='none' is not supported, as FSDP2 does the casting; "
+            "use data_parallel_sharding='optimizer', or precision='bf16-true'."
+        )
 
 
 def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:

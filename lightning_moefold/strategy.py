@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import weakref
@@ -17,13 +18,14 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import (
+    _destroy_dist_connection,
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, pl_worker_init_function, reset_seed
+from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
@@ -39,15 +41,24 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_moefold import comm
+from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
+from lightning_moefold.parallel.own import OwnModules, align_randomness
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
-from lightning_moefold.refusals import UnsupportedFeature, check_fold, check_optimizers, check_trainer
+from lightning_moefold.refusals import (
+    UnsupportedFeature,
+    check_blocks,
+    check_fold,
+    check_optimizers,
+    check_sharding,
+    check_trainer,
+)
 from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
 
 log = logging.getLogger(__name__)
@@ -67,9 +78,16 @@ class MoEFoldStrategy(ParallelStrategy):
         expert_tensor_parallel_size: Ranks over which each expert is cut.
         fold: All sizes in one string, such as ``"tp2 | ep4"``, instead of the arguments above.
         num_microbatches: Micro-batches of a batch; part of the mathematics of the auxiliary loss. None means 1.
+        pipeline_schedule: Only ``"1f1b"`` so far (there is one stage).
+        num_stages_per_rank: Only 1 so far.
         dispatcher: How tokens travel; ``"alltoall"``.
+        capacity_factor: Only None (dropless) so far.
+        drop_policy: Which tokens an overfull expert drops; without effect while dropless.
+        drop_scope: Over which tokens capacity is counted; without effect while dropless.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward and
-            backward; ``"full"`` lets go of them after forward.
+            backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
+        recompute: Only None (keep all activations) so far.
+        sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
         timeout: Of the collectives.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if not given.
 
@@ -95,8 +113,15 @@ class MoEFoldStrategy(ParallelStrategy):
         *,
         fold: str | None = None,
         num_microbatches: int | None = None,
+        pipeline_schedule: str = "1f1b",
+        num_stages_per_rank: int = 1,
         dispatcher: Literal["alltoall"] = "alltoall",
-        data_parallel_sharding: Literal["optimizer", "full"] = "optimizer",
+        capacity_factor: float | None = None,
+        drop_policy: Literal["probs", "position"] = "probs",
+        drop_scope: Literal["full_sequence", "sub_sequence"] = "full_sequence",
+        data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
+        recompute: str | None = None,
+        sequence_parallel: bool | None = None,
         timeout: timedelta | None = default_pg_timeout,
         process_group_backend: str | None = None,
     ) -> None:
@@ -109,22 +134,28 @@ class MoEFoldStrategy(ParallelStrategy):
         if num_microbatches is not None and num_microbatches < 1:
             raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
         for name, value, known in (
+            ("pipeline_schedule", pipeline_schedule, ("1f1b",)),
+            ("num_stages_per_rank", num_stages_per_rank, (1,)),
             ("dispatcher", dispatcher, ("alltoall",)),
-            ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full")),
+            ("capacity_factor", capacity_factor, (None,)),
+            ("drop_policy", drop_policy, ("probs", "position")),
+            ("drop_scope", drop_scope, ("full_sequence", "sub_sequence")),
+            ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
+            ("recompute", recompute, (None,)),
+            ("sequence_parallel", sequence_parallel, (None, True)),
         ):
             if value not in known:
-                raise ValueError(f"{name}={value!r} is not known; use {' or '.join(map(repr, known))}.")
+                raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
         self._sizes, self._fold_text = sizes, fold
         self.num_microbatches = num_microbatches or 1
         self.dispatcher = dispatcher
-        self.data_parallel_sharding = data_parallel_sharding
+        self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
         self.num_nodes = 1
         self._timeout = timeout
         self._process_group_backend = process_group_backend
         self._mesh: FoldedMesh | None = None
         self._converted: weakref.ref[torch.nn.Module] | None = None
-        self._backward_sync_blocked = False
-        self._own_buffers_stale = True
+        self._own: OwnModules | None = None
         self._registry: ParameterRegistry | None = None
 
     # ---- the fold ----------------------------------------------------------------------------------------------
@@ -253,9 +284,12 @@ class MoEFoldStrategy(ParallelStrategy):
         if on_cuda and backend == "nccl":
             # Objects and files travel over gloo; only tensors on the device use NCCL.
             backend = "cpu:gloo,cuda:nccl"
+        fresh = not dist.is_initialized()
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self._timeout, device_id=device if on_cuda else None
         )
+        if fresh and on_cuda:
+            atexit.register(_destroy_dist_connection)  # torch complains about NCCL groups that nobody destroyed
 
     # ---- set-up ------------------------------------------------------------------------------------------------
 
@@ -273,6 +307,8 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        check_blocks(self.lightning_module, self.fold)
+        check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
             loop.inference_mode = False  # FSDP2 and DTensor do not go with inference tensors
@@ -282,8 +318,9 @@ class MoEFoldStrategy(ParallelStrategy):
         self._parallelize()
         self.model_to_device()
         self._registry = ParameterRegistry(self.lightning_module, self.mesh)
-        self._synchronize_own_state()
-        self._align_randomness()
+        self._own = OwnModules(self.lightning_module, self._registry, self.mesh)
+        self._own.prepare()
+        align_randomness(self.mesh, self.root_device)
         self._prepare_precision()
         self.barrier("setup")
         if trainer.state.fn == TrainerFn.FITTING:
@@ -296,7 +333,7 @@ class MoEFoldStrategy(ParallelStrategy):
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
         assert self.lightning_module is not None
-        sharding = Sharding(self.data_parallel_sharding == "full", self._precision.mixed_dtype)
+        sharding = Sharding(self.data_parallel_sharding, self._precision.mixed_dtype)
         error: Exception | None = None
         for model in [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]:
             model.num_microbatches = self.num_microbatches
@@ -310,35 +347,6 @@ class MoEFoldStrategy(ParallelStrategy):
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
-
-    def _synchronize_own_state(self) -> None:
-        """The user's own parameters and buffers start out as rank 0's, as under DDP."""
-        assert self._registry is not None
-        comm.broadcast_flat([p.detach() for _, p in self._registry.own()], self.mesh.world)
-        self._own_buffers_stale = True
-        self._synchronize_own_buffers()
-
-    def _synchronize_own_buffers(self) -> None:
-        """Before a step whose predecessor may have changed them (running statistics), buffers are rank 0's, as under DDP."""
-        if self._own_buffers_stale and self.lightning_module is not None:
-            models = [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]
-            ours = {id(b) for m in models for b in m.buffers()}
-            own = [b.detach() for b in self.lightning_module.buffers() if id(b) not in ours]
-            comm.broadcast_flat(own, self.mesh.world)
-        self._own_buffers_stale = False
-
-    def _align_randomness(self) -> None:
-        """Ranks of one data replica read the same samples, so they must also draw the same dropout and augmentations."""
-        for axis in (self.mesh.axis(name) for name in ("tp", "cp", "pp")):
-            if axis.size == 1:
-                continue
-            states: list[Any] = [_collect_rng_states(include_cuda=False)]
-            if self.root_device.type == "cuda":
-                states.append(torch.cuda.get_rng_state(self.root_device))
-            dist.broadcast_object_list(states, src=axis.ranks[0], group=axis.group)
-            _set_rng_states(states[0])
-            if self.root_device.type == "cuda":
-                torch.cuda.set_rng_state(states[1], self.root_device)
 
     def _prepare_precision(self) -> None:
         assert self._registry is not None
@@ -372,11 +380,11 @@ class MoEFoldStrategy(ParallelStrategy):
         units = [m for m in self._modules() if isinstance(m, FSDPModule)]
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
-        self._backward_sync_blocked = True
+        self._precision.gradient_sum.deferred = True
         try:
             yield
         finally:
-            self._backward_sync_blocked = False
+            self._precision.gradient_sum.deferred = False
             for unit in units:
                 unit.set_requires_gradient_sync(True, recurse=False)
 
@@ -389,11 +397,16 @@ class MoEFoldStrategy(ParallelStrategy):
         self._release_gathered_weights()
         return output
 
+    def _synchronize_own_buffers(self) -> None:
+        if self._own is not None:
+            self._own.synchronize_buffers()
+
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._synchronize_own_buffers()
         output = super().training_step(*args, **kwargs)
-        self._own_buffers_stale = not self._backward_sync_blocked
+        if self._own is not None:
+            self._own.buffers_stale = not self._precision.gradient_sum.deferred
         return output
 
     @override
@@ -425,6 +438,10 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def on_test_end(self) -> None:
+        self._release_gathered_weights()
+
+    @override
+    def on_predict_end(self) -> None:
         self._release_gathered_weights()
 
     # ---- communication -----------------------------------------------------------------------------------------
@@ -507,7 +524,13 @@ class MoEFoldStrategy(ParallelStrategy):
                                      "Face format and start from that.")
         assert self._registry is not None
         assert self.lightning_module is not None
-        meta = load_meta(path)
+        error: Exception | None = None
+        meta: dict[str, Any] = {}
+        try:
+            meta = load_meta(path)
+        except CheckpointError as failure:
+            error = failure
+        comm.agree_on_error(error, self.mesh.world)
         self._release_gathered_weights()
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         load_training_state(path, meta, self._registry, self.lightning_module, self.optimizers if fitting else [])

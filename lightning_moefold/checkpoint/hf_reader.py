@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +59,7 @@ class HFCheckpoint:
             raise CheckpointError(f"{self.path} is not a directory; give a directory in Hugging Face format.")
         weight_map = self._weight_map()
         self.tensors: dict[str, StoredTensor] = {}
+        self._handles: dict[Path, Any] = {}
         for file in sorted(set(weight_map.values())):
             self._read_header(self.path / file, {name for name, where in weight_map.items() if where == file})
 
@@ -125,9 +127,19 @@ class HFCheckpoint:
         Raises:
             CheckpointError: If the file cannot be read.
         """
-        stored = self.tensors[name]
-        with _open(stored.file) as file:
-            return file.get_slice(name)[slices] if slices else file.get_tensor(name)
+        file = self.tensors[name].file
+        if file not in self._handles:  # opening a file parses its header, which may list thousands of experts
+            self._handles[file] = _Opened(file).__enter__()
+        try:
+            return self._handles[file].get_slice(name)[slices] if slices else self._handles[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{name!r} cannot be read from {file} ({error}).") from None
+
+    def close(self) -> None:
+        """Closes the files that reading left open."""
+        for handle in self._handles.values():
+            handle.__exit__(None, None, None)
+        self._handles.clear()
 
 
 class _Opened:

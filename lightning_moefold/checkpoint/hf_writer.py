@@ -156,11 +156,12 @@ def _gather(tensor: OutputTensor, mine: Tensor, writer: int, world: Axis) -> Ten
         if rank == world.index == writer and whole is not None:
             whole[box.slices()] = mine.to(tensor.dtype).cpu()
         elif rank == world.index:
-            dist.send(mine.to(tensor.dtype).contiguous(), dst=world.ranks[writer], group=world.group)
+            # From and to the CPU, hence over gloo: NCCL would make a communicator for every pair of ranks.
+            dist.send(mine.to(tensor.dtype).cpu().contiguous(), dst=world.ranks[writer], group=world.group)
         elif whole is not None:
-            part = torch.empty(box.sizes, dtype=tensor.dtype, device=mine.device)
+            part = torch.empty(box.sizes, dtype=tensor.dtype)
             dist.recv(part, src=world.ranks[rank], group=world.group)
-            whole[box.slices()] = part.cpu()
+            whole[box.slices()] = part
     return whole
 
 

@@ -18,7 +18,7 @@ from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules.rotary import rotary_tables
-from lightning_moefold.modules.sequence import SequenceBatch, visible_keys
+from lightning_moefold.modules.sequence import RoutingStatistics, SequenceBatch, visible_keys
 
 IGNORED = -100
 
@@ -34,6 +34,7 @@ class CausalLMBatch:
         target_N: The label each position predicts; ``IGNORED`` where none.
         weight_N: Weight of each position's loss.
         labelled_index: Positions that have a target.
+        routing: Routing statistics of the layers, as the decoder collects them.
         faults: Float vector ``[bad ids, bad labels, missing rows, malformed]`` on the device, zero where all is well.
         error: Why the batch could not be read, where an empty one stands in its place.
     """
@@ -45,6 +46,7 @@ class CausalLMBatch:
     weight_N: Tensor
     labelled_index: Tensor
     faults: Tensor
+    routing: list[RoutingStatistics]
     _position_BS: Tensor
     _config: MoEConfig
     error: ValueError | None = None
@@ -107,11 +109,10 @@ def read_batch(
     sequence = SequenceBatch(rows, length, tp=tp)
     sequence.num_microbatches = num_microbatches
     mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
-    sequence.mask_BSS = visible_keys(mask, run_BS)
     needed_BS = None if keep_all or labels is None or mask is None else mask.bool() | (target_BS != IGNORED)
+    sequence.mask_BSS = visible_keys(None if _is_trailing(mask, needed_BS) else mask, run_BS)
     _mark_tokens(sequence, mask, needed_BS, num_microbatches, device)
-    if config.output_router_logits and config.num_moe_layers:
-        sequence.routing = []
+    sequence.wants_routing = config.output_router_logits and config.num_moe_layers > 0
     return CausalLMBatch(
         token_N=input_ids.masked_fill(bad_token, 0).flatten(),
         sequence=sequence,
@@ -120,9 +121,18 @@ def read_batch(
         weight_N=weight_BS.flatten(),
         labelled_index=(target_N != IGNORED).nonzero().squeeze(1),
         faults=faults.double(),
+        routing=[],
         _position_BS=_positions(position_ids, run_BS if document_ids is not None else None, length, device),
         _config=config,
     )
+
+
+def _is_trailing(mask_BS: Tensor | None, needed_BS: Tensor | None) -> bool:
+    """Whether causality alone keeps padding away from every position that is asked for: it follows all of them."""
+    if mask_BS is None or needed_BS is None:
+        return False
+    real_BS = mask_BS.bool()
+    return bool((real_BS[:, 1:] <= real_BS[:, :-1]).all() & ~(needed_BS & ~real_BS).any())
 
 
 def stand_in(config: MoEConfig, tp: Axis, num_microbatches: int, device: torch.device, error: ValueError) -> CausalLMBatch:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +28,14 @@ from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
 from lightning_moefold.modules.base import wide
+from lightning_moefold.modules.sequence import RoutingStatistics
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
-@dataclass
-class CausalLMOutput:
-    """What a forward pass returns.
+class CausalLMOutput(NamedTuple):
+    """What a forward pass returns. A tuple, because FSDP2 (in torch 2.11) sees the tensors in tuples but not in dataclasses.
 
     Args:
         loss: Language-model loss plus weighted auxiliary loss over the *global* batch; the same on every rank, bit by bit.
@@ -70,7 +69,12 @@ class Decoder(nn.Module):
         x_TD = self.embed_tokens(batch.token_N, batch.sequence)
         batch.place(x_TD.dtype)
         for layer in self.layers.values():
-            x_TD = layer(x_TD, batch.sequence)
+            output = layer(x_TD, batch.sequence)
+            if isinstance(output, tuple):
+                x_TD, counts_ME, probability_ME = output
+                batch.routing.append(RoutingStatistics(counts_ME, probability_ME))
+            else:
+                x_TD = output
         return self.norm(x_TD)
 
 
@@ -197,6 +201,7 @@ class MoECausalLM(nn.Module):
         for name, parameter in self.named_parameters():
             mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             mine.copy_(self.source.read(name, self.layouts[name].box(self.fold, self.rank)))
+        self.source.close()
         self.weights_pending = False
 
     # ---- the fold ----------------------------------------------------------------------------------------------
@@ -284,7 +289,8 @@ class MoECausalLM(nn.Module):
             return None
         if loss_fn is not None:
             total, weight = loss_fn(logits, batch.labels, **extras)
-            return total, torch.as_tensor(weight, device=total.device, dtype=total.dtype).detach()
+            total = total.to(wide(total.dtype))
+            return total, torch.as_tensor(weight, device=total.device, dtype=torch.float64).detach()
         labelled = batch.labelled_index
         weight_N = batch.weight_N[labelled].to(wide(x_ND.dtype))
         total = self.lm_head.cross_entropy(x_ND.index_select(0, labelled), batch.target_N[labelled], weight_N)

@@ -67,7 +67,7 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
         "rope_theta": theta,
         "rope_scaling_factor": factor,
         "tie_word_embeddings": bool(reader.get("tie_word_embeddings", default=False)),
-        "pad_token_id": reader.get("pad_token_id", default=None),
+        "pad_token_id": _padding(reader),
         "hidden_act": reader.get("hidden_act", default="silu"),
         "router_aux_loss_coef": reader.get("router_aux_loss_coef", default=0.001),
         "output_router_logits": bool(reader.get("output_router_logits", default=False)),
@@ -81,6 +81,12 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
     if unknown:
         raise ConfigError(f"override {sorted(unknown)[0]!r} is not a field of a {family} configuration that changes the result.")
     return MoEConfig(**{**common, **specific})
+
+
+def _padding(reader: _Reader) -> int | None:
+    """A negative index counts from the end of the vocabulary, as in torch.nn.Embedding."""
+    index = reader.get("pad_token_id", default=None)
+    return index + reader.get("vocab_size") if index is not None and index < 0 else index
 
 
 def _dtype(reader: _Reader) -> str | None:

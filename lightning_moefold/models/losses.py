@@ -39,7 +39,7 @@ class _WithValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, share: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
-        return value.to(share.dtype)
+        return value.to(share.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -70,7 +70,7 @@ class GlobalLoss:
         Raises:
             ValueError: On every rank, if any rank's data is at fault.
         """
-        statistics = batch.sequence.routing or []
+        statistics = batch.routing
         zero = batch.faults.new_zeros(2)
         sums = zero if local is None else torch.stack([local[0].detach().double(), local[1].detach().double()])
         # tp ranks computed the same sums: one of them contributes. Their tokens, hence statistics, are distinct.
@@ -82,19 +82,46 @@ class GlobalLoss:
             counts_ME = torch.stack([s.counts_ME for s in statistics]).sum(0)
             probability_ME = torch.stack([s.probability_ME for s in statistics]).sum(0)
             parts += [counts_ME.double().flatten(), probability_ME.detach().double().flatten()]
-        totals = torch.cat(parts)
+        prints = self._fingerprints(batch)
+        totals = torch.cat([*parts, prints])
         if self.mesh is not None:
             comm.all_reduce_raw(totals, self.mesh.stage)
+        totals, prints = totals.split([len(totals) - len(prints), len(prints)])
         self._check_faults(totals[2:6], batch)
+        self._check_fingerprints(prints)
         lm = None if local is None else self._language_loss(local[0], totals[0], totals[1])
         if counts_ME is None or probability_ME is None:
             return Losses(lm, None)
         all_counts, all_probability = totals[6:].view(2, *counts_ME.shape).unbind(0)
         return Losses(lm, self._auxiliary_loss(probability_ME, all_counts, all_probability))
 
+    def _fingerprints(self, batch: CausalLMBatch) -> Tensor:
+        """A small number for this rank's data and its square, in the slots of its data rank.
+
+        Ranks of a tp group must be given the same batch. They are exactly if, in every slot, tp times the sum of squares is
+        the square of the sum; otherwise a run goes on with garbage and a plausible loss.
+        """
+        if self.mesh is None or self.mesh.tp.size == 1:
+            return batch.faults.new_zeros(0)
+        place_N = torch.arange(batch.token_N.shape[0], device=batch.token_N.device) % 8191 + 1
+        number = ((batch.token_N + 31 * batch.target_N) * place_N).sum() % 1048573
+        slots = batch.faults.new_zeros(self.mesh.dp_cp.size, 2)
+        slots[self.mesh.dp_cp.index] = torch.stack([number, number * number]).double()
+        return slots.flatten()
+
+    def _check_fingerprints(self, prints: Tensor) -> None:
+        if self.mesh is None or not len(prints):
+            return
+        number, square = prints.view(-1, 2).unbind(1)
+        if bool((square * self.mesh.tp.size != number * number).any()):
+            raise ValueError(
+                "ranks of a tensor parallel group were given different batches, but they compute one batch together; shard "
+                "the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed that all ranks share."
+            )
+
     def _language_loss(self, local: Tensor, total: Tensor, weight: Tensor) -> Tensor:
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)
-        share = local / weight.to(local.dtype)
+        share = (local / weight).to(local.dtype)
         return _WithValue.apply(share, total / weight, self.scale)
 
     def _auxiliary_loss(self, local_ME: Tensor, counts_ME: Tensor, probability_ME: Tensor) -> Tensor:

@@ -46,6 +46,10 @@ class WeightSource(Protocol):
         """The dtype in which the parameter is stored, if it is stored."""
         ...
 
+    def close(self) -> None:
+        """Lets go of files."""
+        ...
+
 
 class CheckpointWeights:
     """Weights of a Hugging Face checkpoint, checked against a configuration.
@@ -78,6 +82,10 @@ class CheckpointWeights:
     def dtype(self, name: str) -> torch.dtype | None:
         """See :class:`WeightSource`."""
         return self.checkpoint.tensors[self._entries[name].sources[0]].dtype
+
+    def close(self) -> None:
+        """See :class:`WeightSource`."""
+        self.checkpoint.close()
 
 
 class SeededWeights:
@@ -117,3 +125,6 @@ class SeededWeights:
     def dtype(self, name: str) -> torch.dtype | None:
         """Nothing is stored."""
         return None
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -140,7 +140,7 @@ class Attention(ParallelModule):
         return self(x_BSD.flatten(0, 1), SequenceBatch(rows, length, cos, sin)).view_as(x_BSD)
 
     def _heads(self, x_NO: Tensor, rows: int, length: int, norm: RMSNorm | None, batch: SequenceBatch) -> Tensor:
-        x_BSHd = x_NO.view(rows, length, -1, self.head_dim)
+        x_BSHd = x_NO.view(rows, length, x_NO.shape[-1] // self.head_dim, self.head_dim)
         if norm is not None:
             x_BSHd = norm(x_BSHd)
         if batch.cos_BSh is not None and batch.sin_BSh is not None:
@@ -149,10 +149,13 @@ class Attention(ParallelModule):
 
     def _attend(self, q_BSQd: Tensor, k_BSVd: Tensor, v_BSVd: Tensor, batch: SequenceBatch) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BSQd, k_BSVd, v_BSVd))
+        mask = batch.mask_for(self.sliding_window, q.device)
         if self.kv_of_head is not None:
             index = torch.tensor(self.kv_of_head, device=k.device)
             k, v = k.index_select(1, index), v.index_select(1, index)
-        mask = batch.mask_for(self.sliding_window, q.device)
+        elif mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+            # No CUDA kernel but the slow one takes a mask and groups of heads together.
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         y_BQSd = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )

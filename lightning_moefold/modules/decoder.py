@@ -30,7 +30,16 @@ class DecoderLayer(ParallelModule):
         self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)
         self.mlp = mlp
 
-    def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
-        """``[T, D] -> [T, D]`` with a batch description; ``[B, S, D] -> [B, S, D]`` without, on one rank."""
+    def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """``[T, D] -> [T, D]`` with a batch description; ``[B, S, D] -> [B, S, D]`` without, on one rank.
+
+        Where the batch asks for routing statistics, an MoE layer's counts and probabilities (``[M, E]``) come with the
+        hidden states: FSDP2 watches what a layer returns, and backward through anything else could reach weights that it
+        has let go of.
+        """
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), batch)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), batch)
+        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden), batch)
+        if batch is None or batch.routing is None:
+            return hidden
+        statistics, batch.routing = batch.routing, None
+        return hidden, statistics.counts_ME, statistics.probability_ME

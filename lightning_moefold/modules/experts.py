@@ -6,6 +6,9 @@ Legend: M rows in expert order, L local experts, D hidden size, F expert width (
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +18,9 @@ from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient,
 from lightning_moefold.modules.base import ParallelModule, local
 from lightning_moefold.modules.mlp import ACTIVATIONS
 
-_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class Experts(ParallelModule):
@@ -54,28 +59,86 @@ class Experts(ParallelModule):
             x_MD: Rows in expert order.
             counts_L: Rows of each local expert, int64; their sum is M.
         """
-        gate_LFD, up_LFD, down_LDF = local(self.gate_proj), local(self.up_proj), local(self.down_proj)
-        matmul = grouped_matmul if _grouped_kernel_takes(x_MD, gate_LFD) else looped_matmul
-        inner_MF = self.activation(matmul(x_MD, gate_LFD, counts_L)) * matmul(x_MD, up_LFD, counts_L)
-        return matmul(inner_MF, down_LDF, counts_L)
+        weights = (local(self.gate_proj), local(self.up_proj), local(self.down_proj))
+        if _kernel_takes(x_MD, weights[0]):
+            return _grouped(x_MD, counts_L, self.activation, *weights)
+        return _ExpertByExpert.apply(x_MD, counts_L.tolist(), self.activation, *weights)
 
 
-def _grouped_kernel_takes(x_MD: Tensor, weight_LFD: Tensor) -> bool:
-    """grouped_mm has no float64, and rows of all operands must be multiples of 16 bytes."""
+def _kernel_takes(x_MD: Tensor, weight_LFD: Tensor) -> bool:
+    """The grouped kernel is for CUDA; it has no float64, and rows of all operands must be multiples of 16 bytes."""
     aligned = all(n * x_MD.element_size() % 16 == 0 for n in weight_LFD.shape[1:])
-    return x_MD.dtype in _GROUPED_DTYPES and aligned and x_MD.shape[0] > 0
+    return x_MD.is_cuda and x_MD.dtype in _KERNEL_DTYPES and aligned and x_MD.shape[0] > 0
 
 
-def grouped_matmul(x_MK: Tensor, weight_LNK: Tensor, counts_L: Tensor) -> Tensor:
-    """Row block l of ``x`` times ``weight[l]^T`` in one kernel: ``[M, K] -> [M, N]``."""
+def _grouped(x_MD: Tensor, counts_L: Tensor, activation: Activation, *weights: Tensor) -> Tensor:
+    """All experts in one kernel per product; the counts stay on the device."""
     ends_L = counts_L.cumsum(0).to(torch.int32)
-    return F.grouped_mm(x_MK, weight_LNK.transpose(1, 2), offs=ends_L)
+    gate, up, down = (weight.transpose(1, 2) for weight in weights)
+    inner_MF = activation(F.grouped_mm(x_MD, gate, offs=ends_L)) * F.grouped_mm(x_MD, up, offs=ends_L)
+    return F.grouped_mm(inner_MF, down, offs=ends_L)
 
 
-def looped_matmul(x_MK: Tensor, weight_LNK: Tensor, counts_L: Tensor) -> Tensor:
-    """The same by a loop, for dtypes and shapes the kernel does not take; waits for the counts.
+class _ExpertByExpert(torch.autograd.Function):
+    """One expert after the other, forward and backward, so that its activations are still in the cache when they are used.
 
-    ``unbind`` and not ``weight[l]``: the backward of an index writes a full-size gradient for every expert.
+    Keeps the rows and the two products before the activation (``D + 2F`` numbers per row), and makes the rest again in
+    backward. Gradients go straight into the stacks: indexing a stack under autograd would write a full-size gradient for
+    every expert.
     """
-    parts = zip(x_MK.split(counts_L.tolist()), weight_LNK.unbind(0), strict=True)
-    return torch.cat([x @ weight.t() for x, weight in parts])
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, counts: list[int], activation: Activation, *weights: Tensor) -> Tensor:
+        gate_LFD, up_LFD, down_LDF = weights
+        gate_MF = x_MD.new_empty((x_MD.shape[0], gate_LFD.shape[1]))
+        up_MF, y_MD = torch.empty_like(gate_MF), torch.empty_like(x_MD)
+        for expert, rows in _blocks(counts):
+            gate, up = gate_MF[rows], up_MF[rows]
+            torch.mm(x_MD[rows], gate_LFD[expert].t(), out=gate)
+            torch.mm(x_MD[rows], up_LFD[expert].t(), out=up)
+            torch.mm(activation(gate).mul_(up), down_LDF[expert].t(), out=y_MD[rows])
+        ctx.save_for_backward(x_MD, gate_MF, up_MF, *weights)
+        ctx.counts, ctx.activation = counts, activation
+        return y_MD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_MD, gate_MF, up_MF, gate_LFD, up_LFD, down_LDF = ctx.saved_tensors
+        need_x, need_gate, need_up, need_down = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
+        grad_y, grad_x = grads[0].contiguous(), torch.empty_like(x_MD) if need_x else None
+        stacks = (gate_LFD, up_LFD, down_LDF)
+        wanted = (need_gate, need_up, need_down)
+        # Experts without rows are never visited below: their gradient is zero.
+        grad_gate, grad_up, grad_down = (
+            torch.zeros_like(w) if n and 0 in ctx.counts else torch.empty_like(w) if n else None
+            for w, n in zip(stacks, wanted, strict=True)
+        )
+        for expert, rows in _blocks(ctx.counts):
+            inner, slope_gate, slope_up = _slopes(gate_MF[rows], up_MF[rows], grad_y[rows] @ down_LDF[expert], ctx.activation)
+            if grad_down is not None:
+                torch.mm(grad_y[rows].t(), inner, out=grad_down[expert])
+            if grad_gate is not None:
+                torch.mm(slope_gate.t(), x_MD[rows], out=grad_gate[expert])
+            if grad_up is not None:
+                torch.mm(slope_up.t(), x_MD[rows], out=grad_up[expert])
+            if grad_x is not None:
+                torch.mm(slope_gate, gate_LFD[expert], out=grad_x[rows]).addmm_(slope_up, up_LFD[expert])
+        return grad_x, None, None, grad_gate, grad_up, grad_down
+
+
+def _blocks(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+def _slopes(gate: Tensor, up: Tensor, grad_inner: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
+    """The inner product again, and the gradients with respect to its two factors before the activation."""
+    with torch.enable_grad():
+        leaf = gate.detach().requires_grad_()
+        active = activation(leaf)
+    inner, slope_up = active.detach() * up, active.detach() * grad_inner
+    (slope_gate,) = torch.autograd.grad(active, leaf, grad_inner.mul_(up))
+    return inner, slope_gate, slope_up

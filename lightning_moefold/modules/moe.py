@@ -94,5 +94,5 @@ class MoELayer(ParallelModule):
         if self.training:
             with torch.no_grad():
                 self.load_E += counts_ME.sum(0)
-        if batch is not None and batch.routing is not None:
-            batch.routing.append(routing_statistics(probability_TE, counts_ME, batch))
+        if batch is not None and batch.wants_routing:
+            batch.routing = routing_statistics(probability_TE, counts_ME, batch)

@@ -36,8 +36,8 @@ class RoutingStatistics:
 class SequenceBatch:
     """Shape, positions and masks of a batch on this rank.
 
-    Not a dataclass, on purpose: FSDP2 copies dataclasses (and the lists in them) that pass through a wrapped module, and
-    statistics put into a copy would be lost.
+    Not a dataclass, on purpose: FSDP2 copies dataclasses that pass through a wrapped module, and statistics put into a copy
+    would be lost.
 
     Args:
         rows: B.
@@ -53,7 +53,8 @@ class SequenceBatch:
         counted_T: False for tokens that routing statistics leave out; None if all count.
         microbatch_T: Micro-batch of each token; None where there is one.
         num_microbatches: M.
-        routing: Where MoE layers put their statistics; None if nobody asks.
+        wants_routing: Whether somebody asks for routing statistics.
+        routing: Where an MoE layer puts its statistics, for its decoder layer to return.
     """
 
     def __init__(
@@ -67,7 +68,8 @@ class SequenceBatch:
         self.counted_T: Tensor | None = None
         self.microbatch_T: Tensor | None = None
         self.num_microbatches = 1
-        self.routing: list[RoutingStatistics] | None = None
+        self.wants_routing = False
+        self.routing: RoutingStatistics | None = None
         self._windowed: dict[int, Tensor] = {}
 
     @property
@@ -121,7 +123,8 @@ class SequenceBatch:
                 allowed = allowed & (distance_SS < key)
             allowed = allowed.unsqueeze(0)
             if self.mask_BSS is not None:
-                allowed = allowed & self.mask_BSS
+                # A padded query sees at least itself: what kernels make of a row without any key differs, NaN included.
+                allowed = (allowed & self.mask_BSS) | (distance_SS == 0)
             self._windowed[key] = allowed.unsqueeze(1)
         return self._windowed[key]
 

@@ -22,13 +22,15 @@ from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
 from lightning_moefold.modules.base import ParallelModule, local, wide
 from lightning_moefold.modules.sequence import SequenceBatch
 
-#: Logits made at a time: large enough for an efficient product, small enough to stay far below the whole.
-_CHUNK_ELEMENTS = 1 << 22
+#: Logits made at a time: large enough for an efficient product, small enough to stay far below the whole. A GPU writes the
+#: whole weight gradient once per chunk, so it wants more.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows of logits made at a time for a local vocabulary of this size."""
-    return max(128, _CHUNK_ELEMENTS // max(vocabulary, 1))
+def chunk_rows(vocab_size: int, tp: int, device_type: str) -> int:
+    """Rows of logits made at a time; the same on all tp ranks, whose parts of the vocabulary may differ by one."""
+    widest = chunk_split(vocab_size, tp)[0]
+    return max(1, _CHUNK_ELEMENTS.get(device_type, 1 << 22) // widest)
 
 
 class _VocabularyParallel(ParallelModule):
@@ -132,29 +134,39 @@ class VocabularyHead(_VocabularyParallel):
             A scalar in the dtype of ``weight_N``. Gradients are made together with the value, chunk by chunk, so the
             logits are computed once and only ``C x v`` of them exist at a time.
         """
-        return _CrossEntropy.apply(x_ND, self._local_weight(), label_N, weight_N, self._first, self.tp)
+        rows = chunk_rows(self.vocab_size, self.tp.size, x_ND.device.type)
+        # Whether gradients are wanted is not visible inside the function when they are switched off around it.
+        wanted = torch.is_grad_enabled()
+        return _CrossEntropy.apply(x_ND, self._local_weight(), label_N, weight_N, self._first, self.tp, rows, wanted)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_vD: Tensor, label_N: Tensor, scale_N: Tensor, first: int, tp: Axis
+        ctx: Any,
+        x_ND: Tensor,
+        weight_vD: Tensor,
+        label_N: Tensor,
+        scale_N: Tensor,
+        first: int,
+        tp: Axis,
+        rows: int,
+        wanted: bool,
     ) -> Tensor:
-        want_x, want_weight = ctx.needs_input_grad[:2]
+        want_x, want_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x_ND) if want_x else None
         grad_weight = torch.zeros_like(weight_vD, dtype=wide(weight_vD.dtype)) if want_weight else None
         total = scale_N.new_zeros(())
-        rows = chunk_rows(weight_vD.shape[0])
         for start in range(0, x_ND.shape[0], rows):
             part = slice(start, start + rows)
             x_CD, scale_C = x_ND[part], scale_N[part]
             logits_Cv = (x_CD @ weight_vD.t()).to(scale_N.dtype)
             target_C = label_N[part] - first
-            loss_C, log_sum_C, local_C = _log_likelihood(logits_Cv, target_C, tp)
+            loss_C, slope_Cv = _loss_and_slope(logits_Cv, target_C, scale_C, tp)
             total += (loss_C * scale_C).sum()
             if not (want_x or want_weight):
                 continue
-            slope_Cv = _slope(logits_Cv, log_sum_C, target_C, local_C, scale_C).to(x_ND.dtype)
+            slope_Cv = slope_Cv.to(x_ND.dtype)
             if grad_x is not None:
                 torch.mm(slope_Cv, weight_vD, out=grad_x[part])
             if grad_weight is not None:
@@ -166,35 +178,32 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = (None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None, None
 
 
-def _log_likelihood(logits_Cv: Tensor, target_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and log-sum-exp of each row over the whole vocabulary, and whether its target is held here.
+def _loss_and_slope(logits_Cv: Tensor, target_C: Tensor, scale_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
+    """Each row's loss over the whole vocabulary, and the gradient of ``scale * loss`` in the place of the logits.
 
-    Each rank contributes (maximum, sum of exponentials, target's logit), exchanged in one all-gather.
+    Each rank contributes (maximum, sum of exponentials, target's logit), exchanged in one all-gather. The exponentials are
+    made once: the softmax is ``exp(logit - top) * exp(top - log_sum)``.
     """
     size = logits_Cv.shape[1]
     local_C = (target_C >= 0) & (target_C < size)
+    index_C1 = target_C.clamp(0, max(size - 1, 0)).unsqueeze(1)
     if size:
         top_C = logits_Cv.amax(-1)
-        sum_C = (logits_Cv - top_C.unsqueeze(-1)).exp_().sum(-1)
-        picked_C = logits_Cv.gather(1, target_C.clamp(0, size - 1).unsqueeze(1)).squeeze(1).masked_fill(~local_C, 0)
-    else:
+        picked_C = logits_Cv.gather(1, index_C1).squeeze(1).masked_fill(~local_C, 0)
+        sum_C = logits_Cv.sub_(top_C.unsqueeze(-1)).exp_().sum(-1)
+    else:  # a tp rank beyond the end of a small vocabulary
         top_C = logits_Cv.new_full(target_C.shape, float("-inf"))
         sum_C, picked_C = torch.zeros_like(top_C), torch.zeros_like(top_C)
-    top_GC, sum_GC, picked_GC = comm.all_gather_raw(torch.stack((top_C, sum_C, picked_C)), tp).view(tp.size, 3, -1).unbind(1)
+    mine_3C = torch.stack((top_C, sum_C, picked_C))
+    top_GC, sum_GC, picked_GC = comm.all_gather_raw(mine_3C, tp).view(tp.size, 3, -1).unbind(1)
     most_C = top_GC.amax(0)
     log_sum_C = ((top_GC - most_C).exp() * sum_GC).sum(0).log() + most_C
-    return log_sum_C - picked_GC.sum(0), log_sum_C, local_C
-
-
-def _slope(logits_Cv: Tensor, log_sum_C: Tensor, target_C: Tensor, local_C: Tensor, scale_C: Tensor) -> Tensor:
-    """Gradient of the weighted loss with respect to the local logits, made in their place."""
-    slope_Cv = logits_Cv.sub_(log_sum_C.unsqueeze(-1)).exp_()
-    if slope_Cv.shape[1]:
-        index_C1 = target_C.clamp(0, slope_Cv.shape[1] - 1).unsqueeze(1)
-        slope_Cv.scatter_add_(1, index_C1, -local_C.to(slope_Cv.dtype).unsqueeze(1))
-    return slope_Cv.mul_(scale_C.unsqueeze(-1))
+    slope_Cv = logits_Cv.mul_(((top_C - log_sum_C).exp() * scale_C).unsqueeze(-1))
+    if size:
+        slope_Cv.scatter_add_(1, index_C1, (scale_C * local_C).neg().unsqueeze(1))
+    return log_sum_C - picked_GC.sum(0), slope_Cv

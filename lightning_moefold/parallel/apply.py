@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -33,12 +35,17 @@ class Sharding:
     """How data parallelism stores and computes.
 
     Args:
-        reshard_after_forward: Let go of gathered weights between forward and backward ("full") or keep them ("optimizer").
+        mode: ``"optimizer"`` shards and keeps gathered weights between forward and backward, ``"full"`` lets go of them,
+            ``"none"`` replicates (gradients are then summed like those of a user's own modules).
         mixed_dtype: Compute in this dtype and reduce gradients in float32; None to compute as stored.
     """
 
-    reshard_after_forward: bool = False
+    mode: Literal["optimizer", "full", "none"] = "optimizer"
     mixed_dtype: torch.dtype | None = None
+
+    def data_mesh(self, mesh: FoldedMesh, family: Family) -> DeviceMesh | None:
+        """The mesh over which ``fully_shard`` cuts a family; None where it does not wrap."""
+        return None if self.mode == "none" else mesh.data_mesh(family)
 
     def policy(self, storage: torch.dtype, *, cast: bool = True) -> MixedPrecisionPolicy:
         """FSDP2's policy; gradients of 16-bit weights are reduced in float32."""
@@ -71,7 +78,7 @@ def parallelize(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding, device
     mesh.fold.validate(model.config)
     plans = _collect_plans(model, mesh)
     model.layouts = {
-        name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh) for name, p in model.named_parameters()
+        name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding) for name, p in model.named_parameters()
     }
     _cut_over_tensor_axes(model, mesh)
     model.mesh, model.sharding = mesh, sharding
@@ -95,9 +102,9 @@ def _collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPla
     }
 
 
-def _layout(shape: tuple[int, ...], plan: ParameterPlan, mesh: FoldedMesh) -> ParameterLayout:
+def _layout(shape: tuple[int, ...], plan: ParameterPlan, mesh: FoldedMesh, sharding: Sharding) -> ParameterLayout:
     layout = ParameterLayout(shape, plan)
-    if mesh.data_mesh(plan.family) is None:
+    if sharding.data_mesh(mesh, plan.family) is None:
         return layout
     sizes = layout.tensor_box(mesh.place).sizes
     return replace(layout, data_dim=_data_dim(sizes, plan.family, mesh.fold.size(layout.data_axis)))
@@ -129,10 +136,10 @@ def _cut_over_tensor_axes(model: MoECausalLM, mesh: FoldedMesh) -> None:
 
 
 def _wrap(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding) -> None:
-    dense, expert = mesh.data_mesh(Family.DENSE), mesh.data_mesh(Family.EXPERT)
+    dense, expert = (sharding.data_mesh(mesh, family) for family in (Family.DENSE, Family.EXPERT))
     storage = next(model.parameters()).dtype
     policy, uncast = sharding.policy(storage), sharding.policy(storage, cast=False)
-    reshard = sharding.reshard_after_forward
+    reshard = sharding.mode == "full"
     plain_experts: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, Experts) and expert is None:
@@ -155,6 +162,19 @@ def _wrap(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    _prefetch(list(model.model.layers.values()))
+
+
+def _prefetch(layers: list[nn.Module]) -> None:
+    """Has each layer gather its experts and the next layer early.
+
+    The dispatcher waits for token counts in every layer, so the host is never ahead and gathers nothing in advance by
+    itself.
+    """
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        ahead = [m for m in (*layer.modules(), following) if isinstance(m, FSDPModule) and m is not layer]
+        if isinstance(layer, FSDPModule) and ahead:
+            layer.set_modules_to_forward_prefetch(cast("list[FSDPModule]", ahead))
 
 
 def _expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:

@@ -30,60 +30,88 @@ class GradientSum:
     """Completes gradients after each backward.
 
     Args:
-        members: Parameters, the axis over which the gradient of each is summed, and whether a backward that reaches the
-            parameter on one rank of the axis reaches it on all.
+        members: Parameters and the axis over which the gradient of each is summed.
+
+    Attributes:
+        deferred: While true, backward leaves its gradients unsummed; the next backward for which it is false sums them with
+            its own (gradient accumulation).
     """
 
-    def __init__(self, members: Iterable[tuple[nn.Parameter, Axis, bool]]) -> None:
-        self._by_axis: dict[tuple[str, bool], tuple[Axis, list[nn.Parameter]]] = {}
-        for parameter, axis, together in members:
+    def __init__(self, members: Iterable[tuple[nn.Parameter, Axis]]) -> None:
+        self._by_axis: dict[str, tuple[Axis, list[nn.Parameter]]] = {}
+        for parameter, axis in members:
             if axis.size > 1:
-                self._by_axis.setdefault((axis.name, together), (axis, []))[1].append(parameter)
+                self._by_axis.setdefault(axis.name, (axis, []))[1].append(parameter)
+        self.deferred = False
+        self._unsummed = False
+        self._summed: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
     def around_backward(self) -> Iterator[None]:
         """Sums the gradients that the backward inside adds; those of earlier ones are sums already and stay as they are."""
-        earlier = {p: p.grad for _, members in self._by_axis.values() for p in members if p.grad is not None}
-        for parameter in earlier:
-            parameter.grad = None
+        if not self._unsummed:
+            self._set_aside()
         try:
             yield
-            for (_, together), (axis, members) in self._by_axis.items():
-                self._sum([p for p in members if (p.grad is not None if together else p.requires_grad)], axis)
+            self._unsummed = self.deferred
+            if not self.deferred:
+                for axis, members in self._by_axis.values():
+                    self._sum([p for p in members if p.requires_grad], axis)
         finally:
-            for parameter, grad in earlier.items():
-                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            if not self._unsummed:
+                self._put_back()
+
+    def _set_aside(self) -> None:
+        members = [p for _, group in self._by_axis.values() for p in group]
+        self._summed = {p: p.grad for p in members if p.grad is not None}
+        for parameter in self._summed:
+            parameter.grad = None
+
+    def _put_back(self) -> None:
+        for parameter, grad in self._summed.items():
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        self._summed = {}
 
     def _sum(self, members: list[nn.Parameter], axis: Axis) -> None:
-        for dtype in sorted({p.dtype for p in members}, key=str):  # in an order that all ranks share
-            bucket: list[nn.Parameter] = []
-            elements = 0
-            for parameter in (p for p in members if p.dtype == dtype):
-                bucket.append(parameter)
-                elements += local_part(parameter).numel()
-                if elements >= _BUCKET_ELEMENTS:
-                    self._sum_bucket(bucket, axis)
-                    bucket, elements = [], 0
-            self._sum_bucket(bucket, axis)
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for parameter in members:
+            bucket.append(parameter)
+            size += local_part(parameter).numel()
+            if size >= _BUCKET_ELEMENTS:
+                self._sum_bucket(bucket, axis)
+                bucket, size = [], 0
+        self._sum_bucket(bucket, axis)
 
     @staticmethod
     def _sum_bucket(members: list[nn.Parameter], axis: Axis) -> None:
-        """One all-reduce of gradients and of a flag for each, whether there is one.
+        """One all-reduce, in at least float32, of the same length on every rank whichever gradients exist on it.
 
-        A branch in the user's module may leave a parameter without a gradient on some ranks; the collective is the same on
-        all of them, and the parameter stays without a gradient only where no rank has one.
+        A parameter may be out of use on one rank and in use on another: it counts as zero there, and a flag for each
+        parameter tells whether anybody has a gradient for it.
         """
         if not members:
             return
-        grads = [torch.zeros_like(local_part(p)) if p.grad is None else local_part(p.grad) for p in members]
-        present = grads[0].new_tensor([p.grad is not None for p in members])
-        flat = torch.cat([*(g.reshape(-1) for g in grads), present])
+        pieces = [local_part(p) for p in members]
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in pieces) else torch.float32
+        flags = torch.tensor([p.grad is not None for p in members], dtype=dtype, device=pieces[0].device)
+        grads = [torch.zeros_like(x) if p.grad is None else local_part(p.grad) for p, x in zip(members, pieces, strict=True)]
+        flat = torch.cat([flags, *(g.reshape(-1).to(dtype) for g in grads)])
         comm.all_reduce_raw(flat, axis)
-        *sums, present = flat.split([*(g.numel() for g in grads), len(members)])
-        for grad, part in zip(grads, sums, strict=True):
-            grad.copy_(part.view_as(grad))
-        absent = [(i, p) for i, p in enumerate(members) if p.grad is None]
-        if absent:
-            reached = present.tolist()
-            for i, parameter in absent:
-                parameter.grad = grads[i] if reached[i] else None
+        # The flags are read (which waits for the device) only where this rank lacks a gradient.
+        complete = all(p.grad is not None for p in members)
+        present = [1.0] * len(members) if complete else flat[: len(members)].tolist()
+        parts = flat[len(members) :].split([g.numel() for g in grads])
+        for parameter, grad, part, anybody in zip(members, grads, parts, present, strict=True):
+            if anybody:
+                grad.copy_(part.view_as(grad))
+                if parameter.grad is None:
+                    parameter.grad = _like(parameter, grad)
+
+
+def _like(parameter: nn.Parameter, piece: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return piece
+    return DTensor.from_local(
+        piece, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )

@@ -31,8 +31,10 @@ class GradientNorm:
         owned = [local_part(p.grad) for p in parameters if p.grad is not None and self.counts_here(p)]
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         if owned:
-            norms = torch._foreach_norm([g.to(torch.promote_types(g.dtype, torch.float32)) for g in owned])
-            square += torch.stack([n.double() for n in norms]).square().sum()
+            for dtype in {g.dtype for g in owned}:
+                wide = torch.promote_types(dtype, torch.float32)
+                norms = torch._foreach_norm([g for g in owned if g.dtype == dtype], 2, dtype=wide)
+                square += torch.stack([n.double() for n in norms]).square().sum()
         return comm.all_reduce_raw(square, self.world).sqrt()
 
     @torch.no_grad()

@@ -60,11 +60,14 @@ class ParameterRegistry:
         name = self.names.get(id(parameter))
         return self.mesh.stage.index == 0 if name is None else self.owns(name)
 
-    def unfinished_gradients(self) -> Iterator[tuple[nn.Parameter, Axis, bool]]:
+    def unfinished_gradients(self) -> Iterator[tuple[nn.Parameter, Axis]]:
         """Parameters whose gradients FSDP2 does not finish, as :class:`~.gradients.GradientSum` takes them."""
         for name, parameter in self._parameters.items():
             layout = self.layouts.get(name)
             if layout is None:
-                yield parameter, self.mesh.dp_cp, False
-            elif layout.plan.family is Family.DENSE and layout.plan.gradient is TensorGradient.PARTIAL:
-                yield parameter, self.mesh.tp, True
+                yield parameter, self.mesh.dp_cp
+                continue
+            if layout.plan.family is Family.DENSE and layout.plan.gradient is TensorGradient.PARTIAL:
+                yield parameter, self.mesh.tp
+            if layout.data_dim is None:  # replicated, or there is but one copy
+                yield parameter, self.mesh.axis(layout.data_axis)

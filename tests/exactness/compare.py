@@ -42,7 +42,7 @@ FACTORS: dict[str, list[Any]] = {
     "padding": ["none", "right", "left"],
     "ignore": ["none", "uneven", "one_rank_empty"],
     "frozen": [(), ("*.mlp.gate.weight",), ("*.experts.*",), ("model.embed_tokens.*", "model.layers.0.*")],
-    "sharding": ["optimizer", "full"],
+    "sharding": ["optimizer", "full", "none"],
     "optimizer": ["adamw", "sgd"],
 }
 

@@ -7,13 +7,15 @@ import fnmatch
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_moefold import MoECausalLM, MoEFoldStrategy
+from lightning_moefold import Fold, MoECausalLM, MoEFoldStrategy
+from lightning_moefold.modules import vocabulary
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import Piece, owned_pieces
 
@@ -56,6 +58,9 @@ class Case(pl.LightningModule):
                 parameter.requires_grad_(False)
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        if self.spec.get("shift_tokens_by_rank"):
+            batch = {**batch, "input_ids": (batch["input_ids"] + dist.get_rank()) % self.model.config.vocab_size}
+        self.batch = batch
         output = self.model(**batch)
         self.run.losses.append(output.loss.item())
         self.run.lm_losses.append(output.lm_loss.item())
@@ -64,6 +69,9 @@ class Case(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.run.grads.append(owned_pieces(self.model, "grad"))
+        if self.spec.get("peek"):
+            with torch.no_grad():
+                self.model(**self.batch)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:  # type: ignore[no-untyped-def]
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -75,21 +83,28 @@ class Case(pl.LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         if self.spec.get("optimizer", "adamw") == "sgd":
             return torch.optim.SGD(parameters, lr=self.spec.get("lr", 1e-2), momentum=0.9)
-        return torch.optim.AdamW(parameters, lr=self.spec.get("lr", 1e-2), betas=(0.9, 0.95), weight_decay=0.1)
+        kernel = self.spec.get("adamw", {})
+        return torch.optim.AdamW(parameters, lr=self.spec.get("lr", 1e-2), betas=(0.9, 0.95), weight_decay=0.1, **kernel)
 
 
 def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], spec: dict[str, Any]) -> RankRun:
     """Trains on ``batches[step][data rank]``; one optimizer step per ``accumulate`` batches."""
     run = RankRun()
     module = Case(path, run, spec)
+    with mock.patch.dict(vocabulary._CHUNK_ELEMENTS, {"cpu": spec.get("chunk_elements", 1 << 22)}):
+        _fit(module, fold, batches, spec)
+    run.weights = owned_pieces(module.model)
+    run.fold = str(module.model.fold)
+    return run
+
+
+def _fit(module: Case, fold: str, batches: list[list[dict[str, torch.Tensor]]], spec: dict[str, Any]) -> None:
     strategy = MoEFoldStrategy(
         fold=fold,
         num_microbatches=spec.get("num_microbatches"),
         data_parallel_sharding=spec.get("sharding", "optimizer"),
     )
     world = dist.get_world_size()
-    from lightning_moefold import Fold
-
     dp_rank = Fold.parse(fold, world).coordinates(dist.get_rank())["dp"]
     loader = DataLoader(BatchList([step[dp_rank] for step in batches]), batch_size=None, shuffle=False)
     trainer = pl.Trainer(
@@ -109,6 +124,3 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
         default_root_dir=tempfile.gettempdir(),
     )
     trainer.fit(module, loader)
-    run.weights = owned_pieces(module.model)
-    run.fold = str(strategy.fold)
-    return run

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps side by side in one run: medians over rounds, and ratios to Hugging Face under plain Lightning.
+
+    python benchmarks/run.py [--rounds 3] [--precision 32-true] [--experts 16] ...
+
+Each contender runs in processes of its own, so that peak memory is its own; rounds interleave the contenders, so that a
+busy machine hits them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CONTENDERS = {
+    1: {"HF, Lightning": "hf", "moefold": "moefold"},
+    2: {"HF, DDP": "hf", "HF, FSDP2": "hf-fsdp2", "moefold dp2 | edp2": "moefold:", "moefold dp2 | ep2": "moefold:ep2",
+        "moefold tp2 | ep2": "moefold:tp2 | ep2"},
+}  # fmt: skip
+
+
+def write_checkpoint(path: Path, args: argparse.Namespace) -> int:
+    """A random Qwen2-MoE; returns its number of parameters."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=args.vocab, hidden_size=args.hidden, num_hidden_layers=args.layers, num_attention_heads=8,
+        num_key_value_heads=4, intermediate_size=args.ffn, moe_intermediate_size=args.ffn, num_experts=args.experts,
+        shared_expert_intermediate_size=2 * args.ffn, num_experts_per_tok=args.top_k,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config)
+    model.save_pretrained(path)
+    return sum(p.numel() for p in model.parameters())
+
+
+def run(contender: str, world: int, checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable]
+    if world > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command += [str(HERE / "step.py"), contender, "--checkpoint", str(checkpoint), "--rows", str(args.rows),
+                "--length", str(args.length), "--steps", str(args.steps), "--precision", args.precision]  # fmt: skip
+    threads = max(1, (os.cpu_count() or 1) // world)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{contender} on {world} ranks failed:\n{done.stderr[-3000:]}")
+    return json.loads(lines[-1].removeprefix("RESULT"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("rounds", 3), ("steps", 6), ("rows", 4), ("length", 512), ("hidden", 512), ("layers", 4), ("ffn", 512),
+                          ("experts", 16), ("top-k", 2), ("vocab", 16000)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--precision", default="32-true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "model"
+        parameters = write_checkpoint(checkpoint, args)
+        print(f"Qwen2-MoE, {parameters / 1e6:.1f}M parameters, {args.experts} experts top-{args.top_k}, {args.rows} rows of "
+              f"{args.length} tokens per rank, {args.precision}, AdamW (fused), median of {args.rounds} rounds of {args.steps} steps")
+        print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n")
+        print("| ranks | contender | tokens/s | ratio | CPU s/step | ratio | peak GB/rank | ratio |")
+        print("|--:|---|--:|--:|--:|--:|--:|--:|")
+        for world, contenders in CONTENDERS.items():
+            rounds = [{name: run(c, world, checkpoint, args) for name, c in contenders.items()} for _ in range(args.rounds)]
+            base = None
+            for name in contenders:
+                figures = {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]}
+                base = base or figures
+                print(f"| {world} | {name} | {figures['tokens_per_second']:.0f} | "
+                      f"{figures['tokens_per_second'] / base['tokens_per_second']:.2f} | {figures['cpu_seconds']:.2f} | "
+                      f"{figures['cpu_seconds'] / base['cpu_seconds']:.2f} | {figures['peak_gb']:.2f} | "
+                      f"{figures['peak_gb'] / base['peak_gb']:.2f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert loads of a whole run: which rows the table has, how it is summed, and the history that is kept.
+
+Legend: L MoE layers of the whole model, E experts, P ep ranks of one replica of the experts, R ranks of a pipeline
+stage that hold different experts or replicas (edp * ep), C = E + R columns.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_moefold import comm
+from lightning_moefold.callbacks.common import world_axis
+from lightning_moefold.mesh import Axis
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules import MoELayer
+from lightning_moefold.strategy import MoEFoldStrategy
+
+NO_EXPERT = -1
+"""Count in the columns beyond the last expert of a layer that has fewer than others."""
+
+
+@dataclass(frozen=True)
+class LoadRow:
+    """One MoE layer of the model.
+
+    Args:
+        layer: Its number: in the whole model for a MoECausalLM, else in the order of the module tree.
+        num_experts: Its experts.
+        module: The layer, or None where another pipeline stage holds it.
+    """
+
+    layer: int
+    num_experts: int
+    module: MoELayer | None
+
+
+def find_rows(root: pl.LightningModule) -> list[LoadRow]:
+    """The MoE layers of a LightningModule; the same rows on every rank, whichever layers it holds."""
+    models = [m for m in root.modules() if isinstance(m, MoECausalLM)]
+    layers = [m for m in root.modules() if isinstance(m, MoELayer)]
+    if len(models) != 1 or len(models[0].moe_layers()) != len(layers):
+        return [LoadRow(i, layer.num_experts, layer) for i, layer in enumerate(layers)]
+    config, here = models[0].config, models[0].moe_layers()
+    return [
+        LoadRow(i, config.num_experts, here.get(i)) for i in range(config.num_hidden_layers) if config.is_moe_layer(i)
+    ]
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Loads of an interval, summed over all ranks.
+
+    Args:
+        rows: The layers.
+        counts_LE: How often each expert was chosen; :data:`NO_EXPERT` where a layer has no such expert.
+        rank_rows_LR: Rows that each rank's experts computed.
+    """
+
+    rows: list[LoadRow]
+    counts_LE: NDArray[np.int64]
+    rank_rows_LR: NDArray[np.int64]
+
+    def by_layer(self) -> list[NDArray[np.int64]]:
+        """Counts of each layer's experts."""
+        return [counts_E[: row.num_experts] for row, counts_E in zip(self.rows, self.counts_LE, strict=True)]
+
+
+class LoadReader:
+    """Reads and resets the counters of all MoE layers.
+
+    Args:
+        trainer: In a fit.
+        root: The LightningModule.
+    """
+
+    def __init__(self, trainer: pl.Trainer, root: pl.LightningModule) -> None:
+        self.rows = find_rows(root)
+        self.world: Axis = world_axis(trainer)
+        self.device = trainer.strategy.root_device
+        self.replicas, self.replica, self.parts = _expert_grid(trainer)
+
+    @property
+    def experts(self) -> int:
+        """E: the most experts of any layer."""
+        return max((row.num_experts for row in self.rows), default=0)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Sets this rank's counters to zero."""
+        for row in self.rows:
+            if row.module is not None:
+                row.module.load_E.zero_()
+
+    @torch.no_grad()
+    def read(self) -> ExpertLoad:
+        """Sums the counters over all ranks and resets them. One collective; waits for the device."""
+        table_LC = comm.all_reduce_raw(self._mine(), self.world).cpu().numpy()
+        self.reset()
+        counts_LE = table_LC[:, : self.experts].copy()
+        for row, counts_E in zip(self.rows, counts_LE, strict=True):
+            counts_E[row.num_experts :] = NO_EXPERT
+        return ExpertLoad(self.rows, counts_LE, table_LC[:, self.experts :])
+
+    def _mine(self) -> Tensor:
+        """This rank's ``[L, C]``: its counts, and the rows it sends to each part of the experts of its own replica.
+
+        Tokens are distinct on every rank of tp, cp and dp, and layers on every stage: sums over the world count each
+        token once.
+        """
+        table_LC = torch.zeros(
+            len(self.rows), self.experts + self.replicas * self.parts, dtype=torch.int64, device=self.device
+        )
+        first = self.experts + self.replica * self.parts
+        for i, row in enumerate(self.rows):
+            if row.module is not None:
+                table_LC[i, : row.num_experts] = row.module.load_E
+                # Experts lie on the ep ranks in even blocks.
+                table_LC[i, first : first + self.parts] = row.module.load_E.view(self.parts, -1).sum(1)
+        return table_LC
+
+
+def _expert_grid(trainer: pl.Trainer) -> tuple[int, int, int]:
+    """Replicas of the experts (edp), which of them this rank belongs to, and the parts of each (ep)."""
+    strategy = trainer.strategy
+    if isinstance(strategy, MoEFoldStrategy):
+        return strategy.fold.edp, strategy.mesh.place["edp"], strategy.fold.ep
+    return trainer.world_size, trainer.global_rank, 1
+
+
+@dataclass
+class LoadHistory:
+    """Loads over a run.
+
+    Args:
+        layers: Number of each layer.
+        entries: Optimizer step and counts ``[L, E]`` of the interval that ended with it.
+    """
+
+    layers: list[int] = field(default_factory=list)
+    entries: list[tuple[int, NDArray[np.int64]]] = field(default_factory=list)
+
+    def begin(self, layers: list[int], step: int) -> None:
+        """Starts a fit at ``step``: what an earlier one recorded up to there is kept if the layers are the same."""
+        self.entries = [entry for entry in self.entries if entry[0] <= step and self.layers == layers]
+        self.layers = layers
+
+    def save(self, path: Path) -> None:
+        """Writes ``steps`` ``[N]``, ``layers`` ``[L]`` and ``counts`` ``[N, L, E]`` (int64), complete or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(
+                file,
+                steps=np.array([step for step, _ in self.entries], dtype=np.int64),
+                layers=np.array(self.layers, dtype=np.int64),
+                counts=np.stack([counts_LE for _, counts_LE in self.entries]),
+            )
+        os.replace(partial, path)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of expert loads for Weights & Biases; optional, so whatever is missing costs one warning and no run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from numpy.typing import NDArray
+
+from lightning_moefold.callbacks.expert_load import ExpertLoad
+
+
+class LoadImages:
+    """Logs ``moe/load_heatmap`` (layers x experts) and ``moe/load_histogram`` of load over a fair share.
+
+    Needs wandb, and matplotlib and pillow for the heatmap.
+    """
+
+    def __init__(self) -> None:
+        self._broken = False
+
+    def log(self, trainer: pl.Trainer, load: ExpertLoad) -> None:
+        """Logs the pictures to every WandbLogger. On rank zero only; never raises."""
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        share_LE = fair_shares(load)
+        if self._broken or not loggers or not np.isfinite(share_LE).any():
+            return
+        try:
+            _log(loggers, share_LE, [row.layer for row in load.rows], _logged_step(trainer))
+        except Exception as error:
+            self._broken = True
+            rank_zero_warn(f"LoadBalanceMonitor(heatmap=True) goes on without pictures: {error!r}")
+
+
+def fair_shares(load: ExpertLoad) -> NDArray[np.float64]:
+    """Load of each expert over the layer's mean, ``[L, E]``; NaN for a layer without load, and where no expert is."""
+    share_LE = np.full(load.counts_LE.shape, np.nan)
+    for i, counts_E in enumerate(load.by_layer()):
+        if counts_E.sum() > 0:
+            share_LE[i, : counts_E.size] = counts_E / counts_E.mean()
+    return share_LE
+
+
+def _log(loggers: Iterable[WandbLogger], share_LE: NDArray[np.float64], layers: list[int], step: int) -> None:
+    import wandb
+
+    figure = heatmap(share_LE, layers)
+    histogram = np.histogram(share_LE[np.isfinite(share_LE)], bins=32)
+    for logger in loggers:
+        # Through the logger and not wandb.log(step=...), which would fight over the x axis with Lightning's own.
+        values: dict[str, Any] = {
+            "moe/load_heatmap": wandb.Image(figure),
+            "moe/load_histogram": wandb.Histogram(np_histogram=histogram),
+        }
+        logger.log_metrics(values, step=step)
+
+
+def _logged_step(trainer: pl.Trainer) -> int:
+    return trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning gives its own metrics
+
+
+def heatmap(share_LE: NDArray[np.float64], layers: list[int]) -> Any:
+    """A matplotlib figure of load over a fair share, cut off at 2."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, max(2.0, 0.25 * len(layers) + 1)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", vmin=0, vmax=2, interpolation="nearest")
+    shown = range(0, len(layers), -(-len(layers) // 32))
+    axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
+    axes.set(xlabel="expert", ylabel="layer")
+    figure.colorbar(image, label="load / fair share", extend="max")
+    return figure

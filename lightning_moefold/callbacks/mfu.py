@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MFUMonitor: model FLOPs utilisation, tokens per second, memory.
+
+    MFU = model FLOPs of the global batch / (step time * sum of the ranks' peaks)
+
+with model FLOPs as in :mod:`.work` (PaLM, arXiv 2204.02311, appendix B). Ranks that share a batch (tp, cp, pp) count
+its tokens once.
+
+Legend: W ranks, K columns.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_moefold import comm
+from lightning_moefold.callbacks.common import LogSchedule, log_values, world_axis
+from lightning_moefold.callbacks.peaks import compute_dtype, cuda_peak_flops, measured_peak_flops
+from lightning_moefold.callbacks.stopwatch import Clock, CudaClock, HostClock, Span, Stopwatch
+from lightning_moefold.callbacks.work import UNKNOWN, BatchShape, TokenCount, WorkModel
+
+
+@dataclass
+class Step:
+    """One optimizer step on this rank: when it ran, and its batches."""
+
+    spans: list[Span]
+    batches: list[BatchShape | None]
+
+
+class MFUMonitor(pl.Callback):
+    """Logs model FLOPs utilisation, throughput, step time and memory, the same values on every rank.
+
+    Logged at log steps: ``train/mfu`` (0..1), ``train/tokens_per_second``, ``train/tokens_per_second_per_device``,
+    ``train/tflops_per_device`` (model TFLOP/s), ``train/step_time`` (seconds), ``train/memory_gb`` (10^9 bytes, the
+    largest over ranks: on CUDA the most ever allocated, on CPU the peak resident size of the process), and
+    ``train/grad_norm`` (before clipping) where the strategy clips gradients. What cannot be known is not logged: MFU
+    without a peak or without model FLOPs, tokens without ``input_ids``.
+
+    Time is wall-clock time from one optimizer step to the next, data loading included, averaged over ``window`` steps;
+    of the ranks' times the longest counts. On CUDA it is marked by events on the stream that are read only at log time.
+    Left out is what passes between the start of a validation, a checkpoint or an epoch's end and the start of the next
+    training batch. The sanity check comes before the first batch.
+
+    Model FLOPs are three times those of forward for the experts a token visits and causal attention at the rows'
+    length; recomputation and the work saved on frozen parameters do not change them. The peak is the dense one of the
+    device for the Trainer's precision, times the ranks. On CPU there is no datasheet: a matrix product in the same
+    dtype is measured at the start of training, on all ranks at the same time.
+
+    There is one collective at the start of training, one at each log step (a few numbers per rank), and none per batch.
+
+    Args:
+        log_every_n_steps: Optimizer steps between logs; the Trainer's if not given. Figures of a step at which the
+            Trainer does not log reach its loggers with the next one that it does.
+        peak_flops: Peak of one device in FLOP/s, instead of the table or the measurement.
+        window: Optimizer steps to average over, at most.
+        warmup_steps: First optimizer steps of a fit that are left out: they allocate, compile and connect.
+        count_padding: Count positions that ``attention_mask`` excludes. By default they are no tokens and no work:
+            under this strategy padding visits no expert.
+        token_count_fn: ``token_count_fn(batch) -> (rows, length)`` for batches without ``input_ids`` ``[rows,
+            length]``. Rows of packed documents count as one sequence unless it says otherwise.
+        clock: Gives the time in seconds instead of ``time.perf_counter`` or CUDA events.
+
+    Attributes:
+        latest: The latest figures by name.
+        peak: Peak of all ranks together in FLOP/s once training has started; NaN if not known.
+
+    Raises:
+        ValueError: For a size below one.
+    """
+
+    def __init__(
+        self,
+        log_every_n_steps: int | None = None,
+        peak_flops: float | None = None,
+        window: int = 20,
+        warmup_steps: int = 1,
+        count_padding: bool = False,
+        token_count_fn: TokenCount | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        super().__init__()
+        if window < 1 or warmup_steps < 0 or (peak_flops is not None and peak_flops <= 0):
+            raise ValueError(
+                f"window={window} must be at least 1, warmup_steps={warmup_steps} at least 0, and "
+                f"peak_flops={peak_flops} positive."
+            )
+        self.peak_flops, self.window, self.warmup_steps = peak_flops, window, warmup_steps
+        self.count_padding, self.token_count_fn, self.clock = count_padding, token_count_fn, clock
+        self.latest: dict[str, float] = {}
+        self.peak = UNKNOWN
+        self._schedule = LogSchedule(log_every_n_steps)
+        self._stopwatch: Stopwatch | None = None
+
+    # ---- a fit ---------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.latest = {}
+        self._steps: deque[Step] = deque(maxlen=self.window)
+        self._batches: list[BatchShape | None] = []
+        self._warmup_left = self.warmup_steps
+        self._saved_at: list[Any] = []
+        self._axis = world_axis(trainer)
+        self._device = trainer.strategy.root_device if self._axis.size > 1 else torch.device("cpu")
+        self._work = WorkModel(pl_module, self.token_count_fn, self.count_padding)
+        self._schedule.start(trainer)
+        self.peak = self._total_peak(trainer)
+        self._stopwatch = Stopwatch(self._make_clock(trainer.strategy.root_device))
+
+    def _make_clock(self, device: torch.device) -> Clock:
+        if self.clock is not None:
+            return HostClock(self.clock)
+        return CudaClock(device) if device.type == "cuda" else HostClock()
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._stopwatch is not None:
+            self._skip_saves(trainer)
+            self._stopwatch.resume()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._stopwatch is not None
+        self._saved_at = _latest_saves(trainer)
+        self._batches.append(self._work.read(batch))
+        if not self._schedule.step_ended(trainer):
+            return
+        step, self._batches = Step(self._stopwatch.lap(), self._batches), []
+        if self._warmup_left:
+            self._warmup_left -= 1
+        else:
+            self._steps.append(step)
+        if self._schedule.is_due(trainer):
+            self.latest = self._figures(trainer)
+            log_values(trainer, pl_module, self.latest)
+
+    # What is not training: the watch stands still until the next training batch begins.
+
+    def _pause(self, trainer: pl.Trainer) -> None:
+        if self._stopwatch is not None:
+            self._skip_saves(trainer)
+            self._stopwatch.pause()
+
+    def _skip_saves(self, trainer: pl.Trainer) -> None:
+        """Leaves out the time since the step if weights alone were saved in it, which no hook announces."""
+        assert self._stopwatch is not None
+        if self._saved_at != _latest_saves(trainer):
+            self._stopwatch.skip()
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pause(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._pause(trainer)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._pause(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stopwatch = None
+
+    # ---- figures -------------------------------------------------------------------------------------------------
+
+    def _figures(self, trainer: pl.Trainer) -> dict[str, float]:
+        figures = {}
+        if self._steps:
+            row = self._measure(trainer.strategy.root_device)
+            mine_1K = torch.tensor([row], dtype=torch.float64, device=self._device)
+            table_WK = comm.all_gather_raw(mine_1K, self._axis).cpu()
+            figures = summarize(table_WK, _data_share(trainer), len(self._steps), self.peak)
+        norm = getattr(trainer.precision_plugin, "grad_norm", None)
+        if isinstance(norm, Tensor):
+            figures["train/grad_norm"] = float(norm)
+        return figures
+
+    def _measure(self, device: torch.device) -> list[float]:
+        """This rank's row: seconds, tokens and model FLOPs of the steps of the window, and bytes of memory."""
+        assert self._stopwatch is not None
+        seconds = self._stopwatch.clock.seconds([span for step in self._steps for span in step.spans])
+        tokens, flops = self._work.count(batch for step in self._steps for batch in step.batches)
+        return [seconds, tokens, flops, peak_memory(device)]
+
+    def _total_peak(self, trainer: pl.Trainer) -> float:
+        """Sum of the ranks' peaks in FLOP/s, NaN if one is not known. Collective."""
+        measured = self.peak_flops is None and trainer.strategy.root_device.type != "cuda" and self._work.knows_flops
+        if measured:
+            trainer.strategy.barrier("peak")  # ranks share cores and memory: all measure at the same time
+        mine = torch.tensor([self._device_peak(trainer)], dtype=torch.float64, device=self._device)
+        total = float(comm.all_reduce_raw(mine, self._axis))
+        if measured:
+            rank_zero_info(
+                f"MFUMonitor: {self._axis.size} CPU rank(s) together measured {total / 1e9:.1f} GFLOP/s in products of "
+                f"{compute_dtype(str(trainer.precision))} matrices; MFU is relative to that."
+            )
+        return total
+
+    def _device_peak(self, trainer: pl.Trainer) -> float:
+        """Peak of this rank's device in FLOP/s, NaN if it is not known."""
+        device, precision = trainer.strategy.root_device, str(trainer.precision)
+        if self.peak_flops is not None:
+            return self.peak_flops
+        if device.type != "cuda":
+            return measured_peak_flops(compute_dtype(precision)) if self._work.knows_flops else UNKNOWN
+        peak = cuda_peak_flops(device, precision)
+        if peak is None:
+            rank_zero_warn(
+                f"MFUMonitor knows no peak of {torch.cuda.get_device_name(device)!r} for precision={precision!r}, so "
+                "MFU is not logged; pass peak_flops, the dense peak of one device in FLOP/s."
+            )
+            return UNKNOWN
+        return peak
+
+
+def summarize(table_WK: Tensor, data_share: float, steps: int, peak: float) -> dict[str, float]:
+    """Figures of the world from each rank's row.
+
+    Args:
+        table_WK: Seconds, tokens, model FLOPs and bytes of each rank; NaN where not known.
+        data_share: Replicas of the data per rank: what several ranks read together counts once.
+        steps: Optimizer steps that the rows cover.
+        peak: Of all ranks together in FLOP/s; NaN if not known.
+
+    Returns:
+        Figures by log name; those that are not known, or not finite, are left out.
+    """
+    world = table_WK.shape[0]
+    seconds = float(table_WK[:, 0].max())
+    tokens, flops = (table_WK[:, 1:3].sum(0) * data_share).tolist()
+    rate = 1 / seconds if seconds > 0 else UNKNOWN
+    figures = {
+        "train/mfu": flops * rate / peak,
+        "train/tokens_per_second": tokens * rate,
+        "train/tokens_per_second_per_device": tokens * rate / world,
+        "train/tflops_per_device": flops * rate / world / 1e12,
+        "train/step_time": seconds / steps,
+        "train/memory_gb": float(table_WK[:, 3].max()) / 1e9,
+    }
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def _data_share(trainer: pl.Trainer) -> float:
+    """Data replicas per rank: 1 for plain data parallelism, 1 / (tp * cp * pp) under a fold."""
+    sampler = trainer.distributed_sampler_kwargs
+    return 1.0 if sampler is None else sampler["num_replicas"] / trainer.world_size
+
+
+def _latest_saves(trainer: pl.Trainer) -> list[Any]:
+    """Step of each checkpoint callback's latest save. Private to Lightning, and not missed where it is not there."""
+    return [getattr(callback, "_last_global_step_saved", None) for callback in trainer.checkpoint_callbacks]
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: the most ever allocated on a GPU, or the peak resident size of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one decoder layer costs on the busiest rank, forward and backward, by what the time goes to. Pure Python.
+
+Legend: N tokens of a micro-batch on a tp group (rows * sequence / cp), T = N / tp tokens of this rank, K experts per
+token, M = T * K * etp * load rows that this rank computes, D hidden size, F expert width, b bytes per activation.
+
+A layer is a sum of blocks: attention(tp, cp), experts(ep, etp), a gated MLP (dense layer or shared expert; tp), and the
+two ends of the model. A block depends on few sizes, so thousands of folds share a few hundred blocks (memoised).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil
+
+from lightning_moefold.planner.job import Job
+from lightning_moefold.planner.kernels import Compute
+from lightning_moefold.planner.links import GroupShape, Links, group_shape
+
+#: What time goes to, in the order in which it is shown.
+COMPUTE = ("gemm", "experts", "attention", "elementwise", "head", "launch")
+COMMUNICATION = ("tp", "cp", "a2a", "etp")
+#: Backward over forward bytes of element-wise work: a norm reads one tensor more, a gated activation two.
+_ELEMENTWISE_BACKWARD = 1.5
+#: Kernels in the forward pass of a layer's two halves; backward launches about twice as many.
+_LAUNCHES = {"attention": 15, "experts": 30, "mlp": 6}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Seconds of one pass through a part of the model.
+
+    Args:
+        forward: By what they go to.
+        backward: The same, gradients of weights included.
+        weight: Part of ``backward`` that computes gradients of weights and that nobody waits for.
+        selective: What selective recomputation repeats.
+        half: What recomputation of the feed-forward half repeats.
+    """
+
+    forward: Mapping[str, float]
+    backward: Mapping[str, float]
+    weight: float = 0.0
+    selective: float = 0.0
+    half: float = 0.0
+    forward_total: float = field(init=False)
+    backward_total: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forward_total", sum(self.forward.values()))
+        object.__setattr__(self, "backward_total", sum(self.backward.values()))
+
+
+def combine(parts: list[tuple[float, Block]]) -> Block:
+    """The sum of blocks, each as often as its number says."""
+    forward: dict[str, float] = defaultdict(float)
+    backward: dict[str, float] = defaultdict(float)
+    for times, block in parts:
+        for total, seconds in ((forward, block.forward), (backward, block.backward)):
+            for name, value in seconds.items():
+                total[name] += times * value
+    weight, selective, half = (
+        sum(times * getattr(block, name) for times, block in parts) for name in ("weight", "selective", "half")
+    )
+    return Block(dict(forward), dict(backward), weight, selective, half)
+
+
+class LayerCosts:
+    """Blocks of a job's model, memoised.
+
+    Args:
+        job: What is to be trained; its routing decides the load of the busiest rank.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.model = job, job.model
+        self.links = Links(job.hardware)
+        self.compute = Compute(job.hardware, job.dtype, job.activation_bytes)
+        self.attention = lru_cache(maxsize=None)(self._attention)
+        self.experts = lru_cache(maxsize=None)(self._experts)
+        self.mlp = lru_cache(maxsize=None)(self._mlp)
+        self.ends = lru_cache(maxsize=None)(self._ends)
+        self.layers = lru_cache(maxsize=None)(self._layers)
+        self.num_moe = job.model.num_moe_layers
+        windows = [min(w or job.sequence_length, job.sequence_length) for w in self.model.sliding_windows]
+        length = job.sequence_length
+        self.mean_keys = sum(w * (1 - (w - 1) / (2 * length)) for w in windows) / len(windows)
+        self.mean_window = sum(windows) / len(windows)
+
+    def load(self, ep: int) -> float:
+        """Rows on the busiest rank over the balanced number."""
+        model, job = self.model, self.job
+        return job.routing.load_factor(model.num_experts, model.num_experts_per_tok, ep, job.capacity_factor)
+
+    def tokens(self, micro_batch: int, cp: int) -> int:
+        """N, with the padding of lengths that cp does not divide."""
+        return micro_batch * ceil(self.job.sequence_length / cp)
+
+    def shape(self, size: int, stride: int) -> GroupShape:
+        """How a group lies on the nodes."""
+        return group_shape(size, stride, self.job.hardware.gpus_per_node)
+
+    # ---- blocks ------------------------------------------------------------------------------------------------
+
+    def _attention(self, tp: int, cp: int, micro_batch: int) -> Block:
+        """Norm, all-gather, q k v, attention, o, reduce-scatter, residual."""
+        model, b = self.model, self.job.activation_bytes
+        n, d = self.tokens(micro_batch, cp), model.hidden_size
+        q = ceil(model.num_attention_heads / tp) * model.head_dim
+        kv = self.local_kv_heads(tp) * model.head_dim
+        gemm = self.compute.gemm(n, q + 2 * kv, d) + self.compute.gemm(n, d, q)
+        core, core_backward = self.compute.attention(n, self.mean_keys, q, self.mean_window / cp)
+        elementwise = self.compute.stream(b * (5 * n / tp * d + 2 * n * (q + kv)))
+        tp_comm = 2 * self.links.gather(self.shape(tp, 1), n * d * b)
+        ring = self.shape(cp, tp)
+        step_bytes = 2 * n * kv * b
+        forward = {"gemm": gemm, "attention": core, "elementwise": elementwise, "tp": tp_comm}
+        backward = {
+            "gemm": 2 * gemm,
+            "attention": core_backward,
+            "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
+            "tp": tp_comm,
+        }
+        self._add_casts(forward, backward, n, d + q, q + 2 * kv + d)
+        if cp > 1:
+            forward["cp"] = self._ring(ring, step_bytes, core)
+            backward["cp"] = self._ring(ring, 2 * step_bytes, core_backward)  # gradients of k and v travel along
+        norm = self.compute.stream(2 * b * n / tp * d)
+        return self._with_launches("attention", forward, backward, gemm, norm)
+
+    def _ring(self, ring: GroupShape, step_bytes: float, compute: float) -> float:
+        """Ring attention: each of cp - 1 messages travels under the attention of one step."""
+        message = self.links.neighbour(ring, step_bytes)
+        return (ring.size - 1) * self.links.hidden(message, compute / ring.size)
+
+    def local_kv_heads(self, tp: int) -> int:
+        """Key/value heads that a rank computes: its share, or those its queries need where tp does not divide them."""
+        kv, heads = self.model.num_key_value_heads, self.model.num_attention_heads
+        return kv // tp if kv % tp == 0 else min(kv, ceil(ceil(heads / tp) * kv / heads) + (heads % tp > 0))
+
+    def _experts(self, ep: int, etp: int, tokens: int, dispatcher: str) -> Block:
+        """Norm, router, dispatch, experts, combine, residual, for ``tokens`` = T."""
+        model, b, k = self.model, self.job.activation_bytes, self.model.num_experts_per_tok
+        d, f, local = model.hidden_size, ceil(model.moe_intermediate_size / etp), model.num_experts // ep
+        load = self.load(ep)
+        rows = tokens * k * load * etp
+        product = self.compute.gemm(rows / local, f, d, local)
+        experts = 2 * product + self.compute.gemm(rows / local, d, f, local)
+        router = self._router(tokens)
+        comm, moved = self._dispatch(ep, etp, tokens, load, dispatcher)
+        activation = self.compute.stream(b * 3 * rows * f)
+        elementwise = self.compute.stream(b * (8 * tokens * d + moved)) + activation
+        sync = self.job.hardware.kernels.host_sync if self.job.capacity_factor is None and ep * etp > 1 else 0.0
+        forward = {"experts": experts, "gemm": router, "elementwise": elementwise, **comm}
+        backward = {
+            "experts": 2 * experts,
+            "gemm": 2 * router,
+            "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
+            **comm,
+        }
+        self._add_casts(forward, backward, rows, d + f, 2 * f + d)
+        if sync:
+            forward["launch"] = sync
+        return self._with_launches(
+            "experts", forward, backward, experts + router, activation + self.compute.stream(2 * b * tokens * d)
+        )
+
+    def _router(self, tokens: int) -> float:
+        """Scores in fp32: arithmetic on the wide units, and never faster than the tokens are read."""
+        model = self.model
+        busy = 2 * tokens * model.hidden_size * model.num_experts / (self.job.hardware.peak("fp32") * 0.7)
+        return max(busy, self.compute.stream(4 * tokens * (model.hidden_size + model.num_experts)))
+
+    def _dispatch(self, ep: int, etp: int, tokens: int, load: float, dispatcher: str) -> tuple[dict[str, float], float]:
+        """Seconds of the communication of one pass, and numbers moved in memory to sort tokens."""
+        model, b = self.model, self.job.activation_bytes
+        d, sent = model.hidden_size, tokens * model.num_experts_per_tok
+        rows = sent * load * etp
+        if dispatcher == "allgather":
+            everyone = tokens * ep * etp
+            gather = self.links.gather(self.shape(ep * etp, 1), everyone * d * b)
+            return {"a2a": 2 * gather}, d * (2 * rows + rows + everyone)
+        exchange = self.links.exchange(self.shape(ep, etp), sent * load * d * b)
+        widen = self.links.gather(self.shape(etp, 1), rows * d * b)
+        sort = 4 * rows * d if model.num_experts // ep > 1 or etp > 1 else 0.0
+        return {"a2a": 2 * exchange, "etp": 2 * widen}, 2 * (tokens + sent) * d + sort
+
+    def _mlp(self, tp: int, cp: int, micro_batch: int, width: int, own_norm: bool) -> Block:
+        """Gated feed-forward cut over tp: a dense layer's, or the shared expert's."""
+        b, d = self.job.activation_bytes, self.model.hidden_size
+        n, f = self.tokens(micro_batch, cp), ceil(width / tp)
+        gemm = 2 * self.compute.gemm(n, f, d) + self.compute.gemm(n, d, f)
+        activation = self.compute.stream(3 * b * n * f)
+        elementwise = activation + self.compute.stream(b * (5 if own_norm else 3) * n / tp * d)
+        comm = 2 * self.links.gather(self.shape(tp, 1), n * d * b)
+        forward = {"gemm": gemm, "elementwise": elementwise, "tp": comm}
+        backward = {"gemm": 2 * gemm, "elementwise": _ELEMENTWISE_BACKWARD * elementwise, "tp": comm}
+        self._add_casts(forward, backward, n, d + f, 2 * f + d)
+        return self._with_launches("mlp", forward, backward, gemm, activation)
+
+    def _ends(self, tp: int, cp: int, micro_batch: int) -> tuple[Block, Block]:
+        """Embedding; and final norm, head and loss."""
+        model, b = self.model, self.job.activation_bytes
+        n, d, v = self.tokens(micro_batch, cp), model.hidden_size, ceil(model.vocab_size / tp)
+        comm = self.links.gather(self.shape(tp, 1), n * d * b)
+        look_up = self.compute.stream(3 * b * n * d)
+        embedding = Block({"head": look_up, "tp": comm}, {"head": 2 * look_up, "tp": comm})
+        gemm = self.compute.gemm(n, v, d)
+        loss = self.compute.stream(n * v * (b + 3 * 4))  # logits are read once and softmax runs in fp32
+        head = Block({"head": gemm + loss, "tp": comm}, {"head": 2 * gemm + loss, "tp": comm}, gemm)
+        return embedding, head
+
+    def _add_casts(
+        self, forward: dict[str, float], backward: dict[str, float], rows: float, inputs: int, outputs: int
+    ) -> None:
+        """In fp8, inputs of products forward and gradients backward are read, and written twice (one transposed)."""
+        if self.job.dtype == "fp8":
+            forward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * inputs)
+            backward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * outputs)
+
+    def _with_launches(
+        self, kind: str, forward: dict[str, float], backward: dict[str, float], weight: float, selective: float
+    ) -> Block:
+        """Adds what is missing to the time that the host needs to launch the kernels."""
+        floor = _LAUNCHES[kind] * self.job.hardware.kernels.launch
+        for seconds, least in ((forward, floor), (backward, 2 * floor)):
+            missing = least - sum(seconds.values())
+            if missing > 0:
+                seconds["launch"] = seconds.get("launch", 0.0) + missing
+        half = 0.0 if kind == "attention" else sum(forward.values())
+        return Block(forward, backward, weight, selective, half)
+
+    # ---- layers ------------------------------------------------------------------------------------------------
+
+    def _layers(self, tp: int, cp: int, ep: int, etp: int, micro_batch: int, dispatcher: str) -> tuple[Block, Block]:
+        """A layer with experts, and a dense one."""
+        model = self.model
+        attention = self.attention(tp, cp, micro_batch)
+        tokens = ceil(self.tokens(micro_batch, cp) / tp)
+        parts = [(1.0, attention), (1.0, self.experts(ep, etp, tokens, dispatcher))]
+        if model.shared_expert_intermediate_size:
+            parts.append((1.0, self.mlp(tp, cp, micro_batch, model.shared_expert_intermediate_size, False)))
+        moe = combine(parts)
+        if self.num_moe == model.num_hidden_layers:
+            return moe, moe
+        return moe, combine([(1.0, attention), (1.0, self.mlp(tp, cp, micro_batch, model.intermediate_size, True))])

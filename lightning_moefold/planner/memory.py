@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of one rank at its fullest, from the shapes. Pure Python.
+
+Legend: as in ``layer.py``; s bytes of a stored weight, g of a gathered one, r of a reduced gradient, o of both moments.
+
+Weights are stored, and optimizer states kept, in the shard of the family's data axis (dense: dp x cp, experts: edp).
+``"optimizer"`` keeps the gathered weights and, while micro-batches accumulate, whole gradients; ``"full"`` has gathered
+only two layers at a time and scatters the gradients of each micro-batch; ``"none"`` shards nothing. Activations are the
+tensors that autograd saves between forward and backward, times the chunks in flight of the pipeline schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from lightning_moefold.fold import Fold
+from lightning_moefold.planner.job import PRECISIONS, Plan
+from lightning_moefold.planner.layer import LayerCosts
+from lightning_moefold.planner.schedules import RankLayers, chunks_in_flight, pipeline_layout
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank.
+
+    Args:
+        weights: Stored and gathered weights.
+        gradients: At their fullest.
+        optimizer: Both moments (the fp32 copy is the stored weight).
+        activations: Saved for backward.
+        buffers: Dispatch buffers and what is live inside one layer.
+        logits: And their gradient.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.logits
+
+    def as_dict(self) -> dict[str, float]:
+        """By part."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True)
+class LocalParameters:
+    """Parameters of one rank before data-parallel sharding.
+
+    Args:
+        dense: Attention, norms, routers, shared experts, dense layers, embedding, head.
+        expert: Routed experts.
+        layer_dense: Dense family of its largest layer.
+        layer_expert: Experts of one layer.
+    """
+
+    dense: int
+    expert: int
+    layer_dense: int
+    layer_expert: int
+
+
+class MemoryModel:
+    """Memory of plans of one job.
+
+    Args:
+        costs: Of the same job.
+    """
+
+    def __init__(self, costs: LayerCosts) -> None:
+        self.costs, self.job, self.model = costs, costs.job, costs.model
+        self.parameters = lru_cache(maxsize=None)(self._parameters)
+        self._saved = lru_cache(maxsize=None)(self._saved_per_layer)
+
+    # ---- parameters --------------------------------------------------------------------------------------------
+
+    def _parameters(self, tp: int, ep: int, etp: int, layers: RankLayers) -> LocalParameters:
+        model = self.model
+        d = model.hidden_size
+        q = ceil(model.num_attention_heads / tp) * model.head_dim
+        kv = model.num_key_value_heads * model.head_dim // (1 if model.num_key_value_heads % tp else tp)
+        attention = d * (q + 2 * kv) + q * d + 2 * d
+        attention += (q + 2 * kv) * model.qkv_bias + d * model.output_bias + 2 * model.head_dim * model.qk_norm
+        moe = attention + d * model.num_experts
+        if model.shared_expert_intermediate_size:
+            moe += 3 * d * ceil(model.shared_expert_intermediate_size / tp) + d
+        dense_layer = attention + 3 * d * ceil(model.intermediate_size / tp)
+        expert = model.num_experts // ep * 3 * d * ceil(model.moe_intermediate_size / etp)
+        end = ceil(model.vocab_size / tp) * d
+        ends = end * (layers.first + layers.last - (layers.first and layers.last and model.tie_word_embeddings))
+        total = layers.moe * moe + layers.dense * dense_layer + ends + d * layers.last
+        return LocalParameters(total, layers.moe * expert, max(moe, dense_layer) if layers.dense else moe, expert)
+
+    def states(self, fold: Fold, layers: RankLayers, accumulates: bool) -> tuple[float, float, float]:
+        """Bytes of weights, gradients and moments on a rank."""
+        _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
+        held = self.parameters(fold.tp, fold.ep, fold.etp, layers)
+        totals = [0.0, 0.0, 0.0]
+        families = ((held.dense, held.layer_dense, fold.dp * fold.cp), (held.expert, held.layer_expert, fold.edp))
+        parts: tuple[float, float, float]
+        for number, layer, ranks in families:
+            if self.job.sharding == "none":
+                extra = gathered if gathered != stored else 0
+                parts = (number * (stored + extra), number * reduced, number * moments)
+            elif self.job.sharding == "optimizer":
+                whole = number * gathered if ranks > 1 or gathered != stored else 0.0
+                gradients = (
+                    number * reduced if accumulates or ranks == 1 else number * reduced / ranks + layer * reduced
+                )
+                parts = (number * stored / ranks + whole, gradients, number * moments / ranks)
+            else:
+                parts = (number * stored / ranks + 2 * layer * gathered, number * reduced / ranks + layer * reduced,
+                         number * moments / ranks)  # fmt: skip
+            totals = [a + p for a, p in zip(totals, parts, strict=True)]
+        return totals[0], totals[1], totals[2]
+
+    # ---- activations -------------------------------------------------------------------------------------------
+
+    def _saved_per_layer(
+        self, tp: int, cp: int, ep: int, etp: int, micro_batch: int, recompute: str, dispatcher: str
+    ) -> tuple[float, float, float]:
+        """Bytes that autograd keeps of a layer with experts and of a dense one, and the live peak inside one."""
+        model, b = self.model, self.job.activation_bytes
+        d, n = model.hidden_size, self.costs.tokens(micro_batch, cp)
+        t = ceil(n / tp)
+        q = ceil(model.num_attention_heads / tp) * model.head_dim
+        kv = self.costs.local_kv_heads(tp) * model.head_dim
+        norm = n * d * b  # the gathered output of the norm feeds q, k, v
+        heads = (2 + model.qk_norm) * q + (2 + model.qk_norm) * kv  # q, k, v and the output; before their norms too
+        attention = t * d * b + norm + n * heads * b + n * ceil(model.num_attention_heads / tp) * 4
+        f, shared = ceil(model.moe_intermediate_size / etp), ceil(model.shared_expert_intermediate_size / tp)
+        sent = t * model.num_experts_per_tok
+        rows = sent * self.costs.load(ep) * etp
+        gated = rows * f * b
+        # The router keeps its input in fp32; without a cast or a gather that is the shared expert's input.
+        router = (0 if b >= 4 and shared and tp == 1 else t * d * max(b, 4)) + 2 * t * model.num_experts * 4
+        experts = t * d * b + router + rows * d * b + 4 * gated + sent * d * b
+        if shared:
+            experts += n * d * b + 4 * n * shared * b + t * d * b
+        dense = t * d * b + n * d * b + 4 * n * ceil(model.intermediate_size / tp) * b
+        everything = attention + experts, attention + dense
+        exchange = 2 * sent * d * b if dispatcher == "alltoall" else 2 * t * ep * etp * d * b
+        live = exchange + rows * d * b * (1 + (etp > 1))
+        if recompute == "full":
+            return t * d * b, t * d * b, live + max(everything[0] if self.costs.num_moe else 0.0, everything[1])
+        if recompute == "experts":
+            half = t * d * b
+            return attention + half, attention + half, live + max(experts if self.costs.num_moe else 0.0, dense)
+        if recompute == "selective":
+            gate = 2 * gated + 2 * n * shared * b
+            kept = attention - norm + experts - gate - t * d * b
+            return kept, everything[1] - norm - 2 * n * ceil(model.intermediate_size / tp) * b, live + gate + norm
+        return everything[0], everything[1], live
+
+    def estimate(self, plan: Plan) -> Memory:
+        """The fullest rank of a plan."""
+        job, fold = self.job, plan.fold
+        microbatches = plan.num_microbatches(job)
+        saved = self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
+        layout = pipeline_layout(self.model, fold.pp, plan.num_stages_per_rank, plan.schedule)
+        ranks = {0, fold.pp - 1} | {r for r, layers in enumerate(layout) if layers.last}
+        candidates = [self._on_rank(plan, rank, layout[rank], microbatches, saved) for rank in sorted(ranks)]
+        return max(candidates, key=lambda memory: memory.total)
+
+    def _on_rank(
+        self, plan: Plan, rank: int, layers: RankLayers, microbatches: int, saved: tuple[float, float, float]
+    ) -> Memory:
+        fold, job = plan.fold, self.job
+        weights, gradients, optimizer = self.states(fold, layers, microbatches > 1)
+        chunks = plan.num_stages_per_rank
+        flight = chunks_in_flight(plan.schedule, fold.pp, chunks, microbatches, rank) / chunks
+        activations = flight * (layers.moe * saved[0] + layers.dense * saved[1])
+        logits = 0.0
+        if layers.last:
+            n = self.costs.tokens(plan.micro_batch_size, fold.cp)
+            logits = n * ceil(self.model.vocab_size / fold.tp) * (job.activation_bytes + 2 * 4)
+        return Memory(weights, gradients, optimizer, activations, saved[2], logits)

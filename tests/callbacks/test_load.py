@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of expert loads without ranks: user-made networks, layers without load, pictures, history."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import WandbLogger
+
+from lightning_moefold.callbacks.expert_load import NO_EXPERT, ExpertLoad, LoadHistory, LoadReader, LoadRow
+from lightning_moefold.callbacks.load_balance import LoadBalanceMonitor, load_figures
+from lightning_moefold.callbacks.load_images import LoadImages, fair_shares
+from lightning_moefold.modules import MoELayer
+
+
+class TwoLayers(pl.LightningModule):
+    """A network of the user's own, with layers of 4 and 2 experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = MoELayer(8, 4, 2, 8), MoELayer(8, 2, 1, 8)
+
+    def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        return self.second(self.first(batch)).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def load(*counts: list[int]) -> ExpertLoad:
+    rows = [LoadRow(i, len(counts_E), None) for i, counts_E in enumerate(counts)]
+    width = max(map(len, counts))
+    table = np.array([counts_E + [NO_EXPERT] * (width - len(counts_E)) for counts_E in counts])
+    return ExpertLoad(rows, table, np.array([[sum(counts_E)] for counts_E in counts]))
+
+
+def test_layers_without_load_are_left_out() -> None:
+    figures = load_figures(load([3, 1], [0, 0]))
+    assert figures["moe/layer_0/max_over_mean"] == figures["moe/load_imbalance"] == 1.5
+    assert not any(name.startswith("moe/layer_1") for name in figures)
+    assert all(np.isfinite(value) for value in figures.values())
+    assert load_figures(load([0, 0])) == {}
+
+
+def test_a_network_of_the_users_own_under_a_plain_strategy(tmp_path: Path) -> None:
+    monitor = LoadBalanceMonitor(log_every_n_steps=1)
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[monitor],
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(TwoLayers(), torch.utils.data.DataLoader(torch.randn(6, 8), batch_size=3))
+    assert [counts.sum(1, where=counts >= 0).tolist() for _, counts in monitor.history] == [[6, 3], [6, 3]]
+    assert all((counts[1, 2:] == NO_EXPERT).all() for _, counts in monitor.history)
+    assert "moe/layer_1/entropy" in trainer.logged_metrics
+    assert trainer.logged_metrics["moe/rank_load_max_over_mean"] == 1
+
+
+def test_reading_resets() -> None:
+    module = TwoLayers()
+    trainer: Any = SimpleNamespace(
+        world_size=1, global_rank=0, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+    )
+    reader = LoadReader(trainer, module)
+    module.first.load_E += torch.tensor([1, 2, 3, 4])
+    assert reader.read().counts_LE.tolist() == [[1, 2, 3, 4], [0, 0, NO_EXPERT, NO_EXPERT]]
+    assert reader.read().counts_LE.sum(1).tolist() == [0, 2 * NO_EXPERT]
+
+
+def test_missing_packages_cost_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    trainer: Any = SimpleNamespace(
+        loggers=[object.__new__(WandbLogger)],
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
+    )
+    images = LoadImages()
+    with pytest.warns(UserWarning, match="goes on without pictures"):
+        images.log(trainer, load([1, 2]))
+    images.log(trainer, load([1, 2]))
+
+
+def test_fair_shares() -> None:
+    found = fair_shares(load([3, 1, 2], [4, 4], [0, 0, 0]))
+    np.testing.assert_equal(found, [[1.5, 0.5, 1], [1, 1, np.nan], [np.nan] * 3])
+
+
+def test_history_goes_on_from_where_a_fit_starts(tmp_path: Path) -> None:
+    history = LoadHistory()
+    history.begin([0, 2], 0)
+    history.entries += [(step, np.full((2, 3), step)) for step in (10, 20, 30)]
+    history.begin([0, 2], 20)  # resumed from an earlier step: what came after it is made again
+    history.save(tmp_path / "new" / "load.npz")
+    saved = np.load(tmp_path / "new" / "load.npz")
+    assert saved["steps"].tolist() == [10, 20]
+    assert saved["counts"].shape == (2, 2, 3)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["load.npz"]
+    history.begin([0, 1], 20)
+    assert history.entries == []

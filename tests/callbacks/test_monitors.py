@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Monitors in real runs: the same figures on every rank and under every fold, and how little they communicate."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_moefold import MoEConfig, comm
+from lightning_moefold.callbacks.balance_statistics import rank_imbalance
+from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_batches, make_checkpoint
+from tests.callbacks.monitored import Seen, monitored_fit
+
+FOLDS = [("", 1), ("tp2 | ep2", 2), ("tp2 | ep4", 4), ("tp2 | ep2", 4), ("| etp2 ep2", 4)]
+MODEL = {"num_experts": 8, "num_hidden_layers": 3}
+FROZEN = {"lr": 0.0, "optimizer": "sgd"}  # so that one set of weights routes every batch
+LENGTH, PARTS = 10, 4
+TIME_KEYS = {"train/tokens_per_second", "train/tokens_per_second_per_device", "train/tflops_per_device", "train/mfu"}
+LOAD_KEYS = {
+    "moe/load_imbalance", "moe/load_imbalance_max", "moe/cv_mean", "moe/cv_median", "moe/cv_min", "moe/cv_max",
+    "moe/dead_expert_frac_mean", "moe/entropy_mean", "moe/expert_utilization_min", "moe/expert_utilization_p25",
+    "moe/expert_utilization_median", "moe/expert_utilization_p75", "moe/expert_utilization_max",
+    "moe/rank_load_max_over_mean", "moe/layer_0/max_over_mean", "moe/layer_2/cv", "moe/layer_2/dead_expert_frac",
+    "moe/layer_0/entropy",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    with RankPool(max_ranks=4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # its layer in the middle is dense: rows of the table are not layer numbers
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "qwen3_moe", **MODEL)
+
+
+def batches(num: int = 4, padding: Any = "right") -> list[list[dict[str, torch.Tensor]]]:
+    return make_batches(num, PARTS, 1 if padding == "none" else 2, LENGTH, 96, padding=padding)
+
+
+@functools.cache
+def hf_model(checkpoint: Path) -> Any:
+    return hf_reference(checkpoint)
+
+
+def hf_counts(checkpoint: Path, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    """How often Hugging Face's model chooses each expert for tokens that are no padding, ``[layers, experts]``."""
+    model = hf_model(checkpoint)
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().flatten()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    with torch.no_grad():
+        logits_by_layer = model(**inputs, output_router_logits=True, use_cache=False).router_logits
+    chosen = [logits[real].topk(model.config.num_experts_per_tok).indices for logits in logits_by_layer]
+    return np.stack([torch.bincount(index.flatten(), minlength=8).numpy() for index in chosen])
+
+
+def run(pool: RankPool, checkpoint: Path, root: Path, fold: str, ranks: int, data: Any, **spec: Any) -> list[Seen]:
+    return pool.run(monitored_fit, str(checkpoint), fold, data, {"root": str(root), **FROZEN, **spec}, ranks=ranks)
+
+
+def assert_equal_on_ranks(seen: list[Seen]) -> None:
+    for other in seen[1:]:
+        assert other.mfu == seen[0].mfu
+        assert other.load == seen[0].load
+        assert {k: v for k, v in other.logged.items() if k != "epoch"} == seen[0].logged
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fold", "ranks"), FOLDS)
+def test_counts_are_those_of_one_process(
+    pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
+) -> None:
+    data = batches()
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, data, log_every=2)
+    expected = [sum(hf_counts(checkpoint, join_rows(step)) for step in data[i : i + 2]) for i in (0, 2)]
+    assert [step for step, _ in seen[0].history] == [2, 4]
+    for (_, counts), wanted in zip(seen[0].history, expected, strict=True):
+        np.testing.assert_array_equal(counts, wanted)
+    assert all(not other.history for other in seen[1:])
+    assert all(rank.left == 0 for rank in seen)
+    assert_equal_on_ranks(seen)
+    assert seen[0].load[0].keys() >= LOAD_KEYS
+    assert not any(name.startswith("moe/layer_1/") for name in seen[0].load[0])
+    saved = np.load(tmp_path / "expert_load.npz")
+    assert saved["steps"].tolist() == [2, 4]
+    assert saved["layers"].tolist() == [0, 2]
+    np.testing.assert_array_equal(saved["counts"], expected)
+
+
+@pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 2), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep4", 4)])
+def test_load_of_ranks_is_what_their_experts_computed(
+    pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
+) -> None:
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(2, padding="none"), log_every=2)
+    rows_LR = np.array([rank.expert_rows for rank in seen]).T  # etp ranks compute the same rows: it changes no ratio
+    assert rows_LR.shape[0] == 2
+    assert seen[0].load[-1]["moe/rank_load_max_over_mean"] == pytest.approx(rank_imbalance(rows_LR), rel=1e-12)
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fold", "ranks"), FOLDS)
+def test_tokens_are_counted_once_per_data_rank(
+    pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
+) -> None:
+    """One second per batch of fake time: the same global batch gives the same tokens per second under every fold."""
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(3, padding="none"), clip=1.0)
+    flops = 3 * MoEConfig.from_pretrained(checkpoint).forward_flops_per_token(LENGTH) * PARTS * LENGTH
+    warmup, *steps = seen[0].mfu
+    assert set(warmup) == {"train/grad_norm"}
+    for figures in steps:
+        assert figures["train/step_time"] == 1
+        assert figures["train/tokens_per_second"] == PARTS * LENGTH
+        assert figures["train/tokens_per_second_per_device"] == PARTS * LENGTH / ranks
+        assert figures["train/tflops_per_device"] == pytest.approx(flops / ranks / 1e12)
+        assert figures["train/mfu"] == pytest.approx(flops / (ranks * 1e9))
+        assert 0.05 < figures["train/memory_gb"] < 100
+        assert figures["train/grad_norm"] > 0
+    assert_equal_on_ranks(seen)
+
+
+@pytest.mark.parametrize(("count_padding", "expected"), [(True, PARTS * 2 * LENGTH), (False, None)])
+def test_padding_is_no_token(
+    pool: RankPool, checkpoint: Path, tmp_path: Path, count_padding: bool, expected: int | None
+) -> None:
+    data = batches(2)
+    seen = run(pool, checkpoint, tmp_path, "tp2 | ep2", 4, data, mfu={"count_padding": count_padding})
+    real = int(join_rows(data[1])["attention_mask"].sum())
+    assert real < PARTS * 2 * LENGTH
+    assert seen[0].mfu[-1]["train/tokens_per_second"] == (expected or real)
+
+
+def test_accumulation_counts_optimizer_steps(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    """Five batches by two make steps of 2, 2 and 1 batches; the window leaves out the first."""
+    data = batches(5, padding="none")
+    seen = run(pool, checkpoint, tmp_path, "| ep2", 2, data, accumulate=2)
+    times = [figures["train/step_time"] for figures in seen[0].mfu]
+    assert times == [2, 1.5]
+    assert all(figures["train/tokens_per_second"] == PARTS * LENGTH for figures in seen[0].mfu)
+    assert [(step, counts.sum()) for step, counts in seen[0].history] == [
+        (step, num * PARTS * LENGTH * 2 * 2) for step, num in ((1, 2), (2, 2), (3, 1))
+    ]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},  # the end of an epoch alone
+        {"validate": True},
+        {"save": True},
+        {"save": True, "saving": {"save_weights_only": True}},
+        {"save": True, "saving": {"save_weights_only": True}, "validate": True},
+        {"save_by_hand": True},
+    ],
+    ids=["epoch", "validate", "save", "weights", "weights-validate", "by-hand"],
+)
+def test_validation_saves_and_epoch_ends_take_no_time(
+    pool: RankPool, checkpoint: Path, tmp_path: Path, spec: dict[str, Any]
+) -> None:
+    folders = {name: str(tmp_path / name) for name in ("save", "save_by_hand") if name in spec}
+    seen = run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(2, padding="none"), epochs=2, **(spec | folders))
+    assert [figures["train/step_time"] for figures in seen[0].mfu] == [1, 1, 1]  # the first of four steps is warm-up
+
+
+def test_fit_twice_and_a_schedule_of_its_own(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    own = {"log_every_n_steps": 2}
+    spec = {"fits": 2, "log_every": 50, "mfu": {**own, "warmup_steps": 0, "window": 1}, "load": own}
+    data = batches(3)
+    seen = run(pool, checkpoint, tmp_path, "tp2 | ep4", 4, data, **spec)
+    # the second fit starts at step 3, with counters reset
+    assert [step for step, _ in seen[0].history] == [2, 4, 6]
+    expected = [hf_counts(checkpoint, join_rows(step)) for step in data]
+    wanted = [expected[0] + expected[1], expected[0], expected[1] + expected[2]]
+    np.testing.assert_array_equal(np.stack([counts for _, counts in seen[0].history]), wanted)
+    assert [figures["train/step_time"] for figures in seen[0].mfu] == [1, 1, 1]
+    assert np.load(tmp_path / "expert_load.npz")["steps"].tolist() == [2, 4, 6]
+
+
+def test_measured_peak_is_summed_over_ranks(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    seen = run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(2), mfu={"peak_flops": None})
+    assert seen[0].peak == seen[1].peak
+    assert 1e8 < seen[0].peak < 1e14
+    assert run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(2))[0].peak == 2e9
+
+
+# ---- communication ---------------------------------------------------------------------------------------------------
+
+
+def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    for rank in run(pool, checkpoint, tmp_path, "tp2 | ep2", 4, batches(6), log_every=3, accumulate=1):
+        assert rank.collectives == {
+            "MFUMonitor.on_train_start:all_reduce": 1,
+            f"MFUMonitor.on_train_batch_end:{comm.ALL_GATHER}": 2,
+            "LoadBalanceMonitor.on_train_batch_end:all_reduce": 2,
+            "LoadBalanceMonitor.on_train_end:broadcast_object_list": 1,  # the Trainer's log_dir
+        }
+
+
+# ---- loggers ---------------------------------------------------------------------------------------------------------
+
+
+def test_csv_holds_every_key(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    seen = run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(4), csv=str(tmp_path), log_every=2, clip=1.0)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 3]
+    keys = {"train/step_time", "train/memory_gb", "train/grad_norm", *TIME_KEYS, *LOAD_KEYS}
+    for row, mfu, load in zip(rows, seen[0].mfu, seen[0].load, strict=True):
+        assert row.keys() >= keys
+        for name in keys:
+            assert float(row[name]) == pytest.approx((mfu | load)[name])
+    assert (tmp_path / "expert_load.npz").is_file()
+
+
+def test_wandb_offline(pool: RankPool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(pool, checkpoint, tmp_path, "| ep2", 2, batches(2), wandb=str(tmp_path), load={"heatmap": True})
+    files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 1
+    written = files[0].read_bytes()
+    for name in ("train/mfu", "moe/load_imbalance", "moe/layer_2/cv", "moe/load_histogram", "moe/load_heatmap"):
+        assert name.encode() in written, name
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/moe/load_heatmap*.png"))
+
+
+# ---- summary ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fold", "ranks"), [("", 1), ("tp2 | ep2", 4), ("| etp2 ep2", 4)])
+def test_summary_knows_what_ranks_store(
+    pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
+) -> None:
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(1), summary=True)
+    stored = [rank.stored for rank in seen]
+    assert all(rank.stored_range == (min(stored), max(stored)) for rank in seen)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines, their files, and kernel times."""
+
+import pytest
+
+from lightning_moefold.planner import PRESETS, Hardware, HardwareError, find_hardware
+from lightning_moefold.planner.kernels import Compute
+
+MINIMAL = """
+gpus_per_node = 4
+memory_gib = 24
+memory_bandwidth_gb_s = 900
+[peak_tflops]
+bf16 = 100
+[intra]
+bandwidth_gb_s = 25
+"""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_toml_round_trip(tmp_path, name):
+    file = tmp_path / "machine.toml"
+    file.write_text(PRESETS[name].to_toml())
+    again = find_hardware(str(file))
+    assert again.to_toml() == PRESETS[name].to_toml()
+
+
+def test_a_small_file_is_enough(tmp_path):
+    (tmp_path / "box.toml").write_text(MINIMAL)
+    box = Hardware.from_toml(tmp_path / "box.toml")
+    assert (box.name, box.gpus_per_node, box.peak("bf16")) == ("box", 4, 100e12)
+    assert box.inter == box.intra
+    (tmp_path / "slow.toml").write_text('base = "dgx-h100"\n[inter]\nbandwidth_gb_s = 12.5\n')
+    slow = find_hardware(str(tmp_path / "slow.toml"))
+    assert slow.inter.bandwidth == 12.5e9
+    assert slow.intra == PRESETS["dgx-h100"].intra
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("gpus = 8", "unknown field 'gpus'"), ("gpus_per_node = 8", "'memory_gib' is missing"), ("[", "not valid TOML"),
+    ('base = "dgx-h100"\n[kernels]\nspeed = 1', "unknown field 'speed'"), ('base = "tpu"', "not known"),
+    ('base = "dgx-h100"\n[peak_tflops]\nbf16 = "fast"', "must be a number"),
+])  # fmt: skip
+def test_bad_files_are_refused(tmp_path, text, message):
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(HardwareError, match=message):
+        Hardware.from_toml(tmp_path / "bad.toml")
+
+
+def test_a_missing_dtype_runs_on_the_next_wider_unit():
+    assert PRESETS["cpu"].peak("bf16") == PRESETS["cpu"].peak("fp32")
+    assert PRESETS["a100"].peak("fp8") == PRESETS["a100"].peak("bf16")
+
+
+def test_small_products_are_slower_per_flop():
+    compute = Compute(PRESETS["dgx-h100"], "bf16", 2)
+
+    def rate(*sides):
+        return 2 * sides[0] * sides[1] * sides[2] / compute.gemm(*sides)
+
+    assert rate(8192, 8192, 8192) < PRESETS["dgx-h100"].peak("bf16") * 0.7
+    assert rate(8192, 8192, 8192) > rate(2048, 2048, 2048) > rate(256, 2048, 2048) > rate(16, 2048, 2048)
+    assert compute.gemm(512, 1024, 2048) == pytest.approx(compute.gemm(2048, 512, 1024))
+    assert compute.gemm(512, 1024, 2048, groups=8) == pytest.approx(8 * compute.gemm(512, 1024, 2048))
+    # One row: as slow as reading the weight.
+    assert compute.gemm(1, 8192, 8192) == pytest.approx(compute.stream(2 * (8192 * 8192 + 2 * 8192)))

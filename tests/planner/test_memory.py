@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters per rank against the model's own lists of shapes; laws of the memory model."""
+
+from dataclasses import replace
+
+import pytest
+
+from lightning_moefold.fold import Fold
+from lightning_moefold.models.names import parameter_entries
+from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan
+from lightning_moefold.planner.schedules import pipeline_layout
+
+
+def costs(model, **changes):
+    values = {"model": MODELS[model], "world_size": 64, "hardware": PRESETS["dgx-h100"], "global_batch_size": 256}
+    return CostModel(Job(**{**values, "sequence_length": 4096, **changes}))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_of_one_rank_are_those_of_the_model(model):
+    config = MODELS[model]
+    whole = pipeline_layout(config, 1, 1, "1f1b")[0]
+    held = costs(model).memory.parameters(1, 1, 1, whole)
+    numbers = {}
+    for name, entry in parameter_entries(config).items():
+        size = 1
+        for side in entry.shape:
+            size *= side
+        family = "expert" if ".experts." in name else "dense"
+        numbers[family] = numbers.get(family, 0) + size
+    assert (held.dense, held.expert) == (numbers["dense"], numbers["expert"])
+    assert held.dense + held.expert == config.num_parameters()
+
+
+@pytest.mark.parametrize(("model", "billions"), [
+    ("mixtral-8x7b", 46.7), ("mixtral-8x22b", 140.6), ("qwen1.5-moe-a2.7b", 14.3), ("qwen2-57b-a14b", 57.4),
+    ("qwen3-30b-a3b", 30.5), ("qwen3-235b-a22b", 235.1),
+])  # fmt: skip
+def test_known_models_have_their_published_size(model, billions):
+    assert MODELS[model].num_parameters() / 1e9 == pytest.approx(billions, abs=0.06)
+
+
+def test_cut_parameters_add_up():
+    """tp, ep and etp divide what they cut: experts exactly, dense up to what is replicated."""
+    memory, config = costs("mixtral-8x22b").memory, MODELS["mixtral-8x22b"]
+    layers = pipeline_layout(config, 1, 1, "1f1b")[0]
+    whole = memory.parameters(1, 1, 1, layers)
+    cut = memory.parameters(4, 4, 2, layers)
+    assert cut.expert * 8 == whole.expert
+    replicated = 2 * config.hidden_size * 56 + config.hidden_size * (8 * 56 + 1)  # norms and routers
+    assert (cut.dense - replicated) * 4 == whole.dense - replicated
+
+
+def test_stages_add_up():
+    memory, config = costs("qwen2-57b-a14b").memory, MODELS["qwen2-57b-a14b"]
+    parts = [memory.parameters(1, 1, 1, held) for held in pipeline_layout(config, 4, 1, "1f1b")]
+    assert sum(p.dense + p.expert for p in parts) == config.num_parameters()
+
+
+def test_more_of_each_dimension_needs_less_of_what_it_cuts():
+    model = costs("mixtral-8x7b")
+    base = model.memory.estimate(Plan(Fold.parse("tp1 | ep1", 64)))
+    by = {text: model.memory.estimate(Plan(Fold.parse(text, 64))) for text in ("tp2", "cp2", "pp2", "ep2", "etp2")}
+    assert by["tp2"].activations < base.activations
+    assert by["cp2"].activations < 0.6 * base.activations
+    assert by["ep2"].weights < base.weights
+    assert by["etp2"].weights < base.weights
+    assert by["pp2"].weights < 0.6 * base.weights
+
+
+def test_sharding_and_recomputation_save_memory():
+    plan = Plan(Fold.parse("tp2 | ep8", 64))
+    states = {}
+    for sharding in ("none", "optimizer", "full"):
+        memory = costs("mixtral-8x7b", sharding=sharding).memory.estimate(plan)
+        states[sharding] = memory.weights + memory.gradients + memory.optimizer
+    assert states["full"] < states["optimizer"] < states["none"]
+    model = costs("mixtral-8x7b")
+    saved = [model.memory.estimate(replace(plan, recompute=r)).total for r in ("none", "selective", "full")]
+    assert saved == sorted(saved, reverse=True)
+
+
+def test_states_by_hand():
+    """bf16-mixed with optimizer sharding: 2 bytes of weight, 4 of gradient, 12 / ranks of weight and moments."""
+    model = costs("mixtral-8x22b", world_size=128)
+    fold = Fold.parse("tp2 pp8 | ep8", 128)
+    held = pipeline_layout(MODELS["mixtral-8x22b"], 8, 1, "1f1b")[1]
+    local = model.memory.parameters(2, 8, 1, held)
+    total = sum(model.memory.states(fold, held, accumulates=True))
+    assert total == pytest.approx(6 * (local.dense + local.expert) + 12 * (local.dense / 8 + local.expert / 2))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closed forms of the schedules against the simulator."""
+
+import json
+
+import pytest
+
+from lightning_moefold.fold import Fold
+from lightning_moefold.planner import MODELS, PRESETS, Job, Plan, find_routing
+from lightning_moefold.planner.schedules import bubble, chunks_in_flight, legal, pipeline_layout
+from lightning_moefold.planner.simulate import run_fixed, run_split, simulate, write_chrome_trace
+
+FORWARD, BACKWARD = 1.0, 2.25
+
+
+def equal_stages(op):
+    return FORWARD if op[0] == "F" else BACKWARD
+
+
+@pytest.mark.parametrize("pp", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 5)]
+)
+def test_closed_form_is_exact_for_equal_stages(schedule, chunks, pp, rounds):
+    microbatches = pp * rounds
+    timeline = run_fixed(schedule, pp, chunks, microbatches, equal_stages)
+    whole = [FORWARD * chunks] * pp, [BACKWARD * chunks] * pp, [0.0] * pp
+    expected = microbatches * chunks * (FORWARD + BACKWARD) + bubble(schedule, chunks, *whole)
+    assert timeline.seconds == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 7])
+def test_closed_form_is_exact_with_fewer_microbatches_than_stages(microbatches):
+    timeline = run_fixed("1f1b", 4, 1, microbatches, equal_stages)
+    assert timeline.seconds == pytest.approx((microbatches + 3) * (FORWARD + BACKWARD))
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 3)])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_chunks_in_flight_are_those_of_the_simulator(schedule, chunks, rank):
+    timeline = run_fixed(schedule, 4, chunks, 8, equal_stages)
+    assert timeline.most_in_flight(rank) == chunks_in_flight(schedule, 4, chunks, 8, rank)
+
+
+def test_a_slow_stage_sets_the_pace():
+    """With unequal stages the closed form is: the slowest always busy, the others once."""
+    cost = {0: 1.0, 1: 3.0, 2: 1.5}
+    timeline = run_fixed("1f1b", 3, 1, 12, lambda op: cost[op[1]] * (1 if op[0] == "F" else 2))
+    forward = list(cost.values())
+    expected = 12 * 9.0 + bubble("1f1b", 1, forward, [2 * f for f in forward], [0.0] * 3)
+    assert timeline.seconds == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("zbv", 2), ("dualpipev", 2), ("interleaved_zero_bubble", 2)])
+def test_split_backward_waits_less_than_1f1b(schedule, chunks):
+    part = {"F": 1.0, "B": 1.0, "W": 1.0}
+    timeline = run_split(schedule, 4, chunks, 16, lambda op: part[op[0]])
+    busy = 16 * chunks * 3.0
+    waits = timeline.seconds - busy
+    assert waits < 3 * 3.0 * chunks  # 1F1B: (p-1)(F+B)
+    assert len(timeline.events) == 4 * 16 * chunks * 3
+    predicted = busy + bubble(schedule, chunks, [chunks * 1.0] * 4, [chunks * 2.0] * 4, [chunks * 1.0] * 4)
+    assert timeline.seconds == pytest.approx(predicted, rel=0.12)
+
+
+def test_layers_and_ends_are_all_held():
+    model = MODELS["qwen3-235b-a22b"]
+    for schedule, chunks in (("1f1b", 1), ("interleaved_1f1b", 2), ("zbv", 2)):
+        layout = pipeline_layout(model, 8, chunks, schedule)
+        assert sum(rank.layers for rank in layout) == 94
+        assert sum(rank.first for rank in layout) == sum(rank.last for rank in layout) == 1
+    assert pipeline_layout(model, 8, 2, "zbv")[0].last  # the V ends where it began
+
+
+def test_refusals_name_the_reason():
+    assert "multiples of pp=4" in legal("interleaved_1f1b", 4, 2, 6, 32, "optimizer")
+    assert "sharding='full'" in legal("zbv", 4, 2, 8, 32, "full")
+    assert legal("1f1b", 4, 1, 3, 32, "full") is None
+
+
+def test_simulated_plan_is_near_the_prediction_and_draws_a_trace(tmp_path):
+    job = Job(MODELS["mixtral-8x22b"], 128, PRESETS["dgx-h100"], 256, 4096, capacity_factor=1.0)
+    plan = Plan(Fold.parse("tp2 pp8 | ep8", 128), schedule="interleaved_1f1b", num_stages_per_rank=7)
+    from lightning_moefold.planner import CostModel
+
+    predicted = CostModel(job).estimate(plan)
+    timeline = simulate(job, plan)
+    assert timeline.seconds == pytest.approx(predicted.step_time, rel=0.1)
+    skewed = simulate(Job(**{**vars_of(job), "capacity_factor": None, "routing": find_routing("skewed")}), plan)
+    assert skewed.seconds > 1.3 * timeline.seconds
+    write_chrome_trace(timeline, tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(e["ph"] == "X" for e in events) == len(timeline.events) == 8 * 7 * 32 * 2
+
+
+def vars_of(job):
+    return {name: getattr(job, name) for name in job.__dataclass_fields__}

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search against brute force, its promises, and its speed."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from lightning_moefold.fold import Fold, FoldError
+from lightning_moefold.planner import MODELS, PRESETS, Job, PlanError, Planner, Space, find_routing, search
+from lightning_moefold.planner.advice import hints, why_not
+from lightning_moefold.planner.search import Result, legal_folds
+
+
+def job_for(model, ranks, batch=256, **changes):
+    return Job(MODELS[model], ranks, PRESETS["dgx-h100"], batch, 4096, **changes)
+
+
+@pytest.mark.parametrize(("model", "ranks"), [("qwen1.5-moe-a2.7b", 12), ("mixtral-8x7b", 16), ("qwen3-30b-a3b", 8)])
+def test_folds_are_those_of_the_fold_module(model, ranks):
+    job = job_for(model, ranks, batch=48)
+    legal = [f for f in Fold.enumerate(ranks, job.model) if 48 % f.dp == 0]
+    assert sorted(map(str, legal_folds(job))) == sorted(map(str, legal))
+
+
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_bounds_lose_nothing(sharding):
+    job = job_for("qwen2-57b-a14b", 32, batch=64, sharding=sharding)
+    planner = Planner(job)
+    brute = []
+    for fold in legal_folds(job):
+        try:
+            brute.append(planner.evaluate(fold)[0])
+        except (FoldError, PlanError):
+            continue
+    brute = sorted((e for e in brute if e.fits), key=lambda e: e.step_time)
+    found = Planner(job).search(keep=5).plans
+    assert [e.step_time for e in found[:5]] == [e.step_time for e in brute[:5]]
+
+
+def test_plain_expert_parallelism_is_always_there():
+    result = Planner(job_for("mixtral-8x7b", 64)).search(keep=2)
+    assert result.plain is not None
+    fold = result.plain.plan.fold
+    assert (fold.tp, fold.cp, fold.pp, fold.etp) == (1, 1, 1, 1)
+    if result.plain.fits:
+        assert result.plain.plan.fold in [e.plan.fold for e in result.plans]
+        assert result.best.step_time <= result.plain.step_time
+
+
+def test_skew_makes_ep_smaller():
+    """SmartMoE's pattern, and the pool: more skew, smaller ep."""
+    result = search(job_for("qwen2-57b-a14b", 64), keep=1)
+    assert set(result.pool) == {"balanced", "mild", "skewed"}
+    assert result.pool["skewed"].plan.fold.ep < result.pool["balanced"].plan.fold.ep
+
+
+def test_plans_are_ranked_and_their_times_add_up():
+    result = Planner(job_for("qwen3-30b-a3b", 64, capacity_factor=1.0)).search(keep=8)
+    times = [e.step_time for e in result.plans]
+    assert times == sorted(times)
+    for estimate in result.plans:
+        assert sum(estimate.times.values()) == pytest.approx(estimate.step_time)
+        assert sum(estimate.bounds.values()) == pytest.approx(estimate.step_time)
+        assert 0 < estimate.mfu < 1
+        assert estimate.fits
+
+
+def test_nothing_fits_says_why_and_what_would_help():
+    job = job_for("qwen3-235b-a22b", 8, batch=8)
+    result = Planner(job).search()
+    assert not result.best.fits
+    assert result.best.bound_by == "memory"
+    lines = why_not(result, Space())
+    assert "No plan fits" in lines[0]
+    assert any("ranks" in line for line in lines[1:])
+
+
+def test_full_sharding_hints_at_larger_micro_batches():
+    planner = Planner(job_for("mixtral-8x22b", 128, sharding="full", capacity_factor=1.0))
+    fold = Fold.parse("tp8 | etp8", 128)
+    plans = planner.evaluate(fold)
+    assert [e.plan.micro_batch_size for e in plans] == [1]
+    lines = hints(Result(planner.job, plans, None, 1), Space(), fold)
+    assert any("--micro-batch-size any" in line for line in lines)
+
+
+def test_errors_name_the_way_out():
+    planner = Planner(job_for("mixtral-8x22b", 128, batch=24))
+    with pytest.raises(PlanError, match="multiple of 128"):
+        planner.evaluate(Fold.parse("ep8", 128))
+    with pytest.raises(FoldError, match="num_experts=8"):
+        planner.evaluate(Fold.parse("tp8 pp2 | ep64", 128))
+    with pytest.raises(PlanError, match="no legal fold"):
+        Planner(job_for("qwen1.5-moe-a2.7b", 7919, batch=6)).search()
+    with pytest.raises(PlanError, match="sharding"):
+        job_for("mixtral-8x7b", 8, sharding="zero3")
+
+
+@pytest.mark.parametrize("change", [{"inter": 2.0}, {"memory": 2.0}])
+def test_a_better_machine_is_never_worse(change):
+    job = job_for("mixtral-8x22b", 64)
+    machine = job.hardware
+    if "inter" in change:
+        machine = replace(machine, inter=replace(machine.inter, bandwidth=2 * machine.inter.bandwidth))
+    else:
+        machine = replace(machine, memory_bytes=2 * machine.memory_bytes)
+    better = Planner(replace(job, hardware=machine)).search(keep=1).best
+    assert better.step_time <= Planner(job).search(keep=1).best.step_time
+
+
+def test_load_slows_a_plan_down():
+    fold = Fold.parse("tp2 pp4 | ep8", 64)
+    times = []
+    for routing in ("balanced", "mild", "skewed"):
+        planner = Planner(job_for("qwen2-57b-a14b", 64, routing=find_routing(routing)), Space(recomputes=("none",)))
+        times.append(planner.evaluate(fold)[0].step_time)
+    assert times == sorted(times)
+    assert times[2] > 1.3 * times[0]
+
+
+@pytest.mark.parametrize(("ranks", "seconds"), [(1024, 12), (16384, 40)])
+def test_large_searches_are_fast(ranks, seconds):
+    """2 and 4 CPU seconds where nothing else runs; the limits allow for a loaded machine."""
+    started = time.process_time()
+    result = Planner(job_for("qwen3-235b-a22b", ranks, batch=ranks)).search()
+    assert result.best.fits
+    assert time.process_time() - started < seconds
