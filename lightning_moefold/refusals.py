@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from torch import nn
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
