@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm, Router
-from lightning_moefold.modules.experts import grouped_matmul, looped_matmul
+from lightning_moefold.modules import Attention, DecoderLayer, Experts, GatedMLP, MoELayer, RMSNorm, Router, experts
 
 
 def test_moe_layer_is_the_weighted_sum_of_its_experts() -> None:
@@ -64,8 +63,14 @@ def test_arguments_that_cannot_work() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernel_and_loop_agree(dtype: torch.dtype) -> None:
+    """Rows in one kernel, as on a GPU, and expert by expert; some experts without rows."""
     torch.manual_seed(3)
+    layer = Experts(16, 6, 8).to(dtype)
     counts = torch.tensor([0, 5, 0, 3, 1, 0])
-    x = torch.randn(9, 16).to(dtype)
-    weight = torch.randn(6, 8, 16).to(dtype)
-    torch.testing.assert_close(grouped_matmul(x, weight, counts), looped_matmul(x, weight, counts), rtol=1e-2, atol=1e-2)
+    x = torch.randn(9, 16).to(dtype).requires_grad_()
+    weights = list(layer.parameters())
+    outcomes = []
+    for y in (layer(x, counts), experts._grouped(x, counts, layer.activation, *weights)):
+        outcomes.append([y, *torch.autograd.grad(y.float().square().sum(), (x, *weights))])
+    for a, b in zip(*outcomes, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * float(b.abs().max()))
