@@ -82,9 +82,9 @@ def _grouped(x_MD: Tensor, counts_L: Tensor, activation: Activation, *weights: T
 class _ExpertByExpert(torch.autograd.Function):
     """One expert after the other, forward and backward.
 
-    So an expert's activations are still in the cache when they are used. Keeps the rows and the two products before the activation (``D + 2F`` numbers per row), and makes the rest again in
-    backward. Gradients go straight into the stacks: indexing a stack under autograd would write a full-size gradient
-    for every expert.
+    So an expert's activations are still in the cache when they are used. Keeps the rows and the two products before the
+    activation (``D + 2F`` numbers per row), and makes the rest again in backward. Gradients go straight into the stacks:
+    indexing a stack under autograd would write a full-size gradient for every expert.
     """
 
     @staticmethod
