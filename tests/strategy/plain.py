@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,7 @@ def draw(fold: str, workers: int, seed: bool) -> tuple[int, torch.Tensor]:
     if seed:
         pl.seed_everything(7, workers=True, verbose=False)
     else:
+        os.environ.pop("PL_GLOBAL_SEED", None)  # an earlier test of the session may have left one
         for function in (torch.manual_seed, random.seed, np.random.seed):
             function(1000 + dist.get_rank())
     module, chosen = Drawing(), MoEFoldStrategy(fold=fold)
