@@ -114,7 +114,7 @@ class HFCheckpoint:
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise CheckpointError(
-                f"{self.path} has no tensor {missing[0]!r}{_more(missing)}, which the configuration asks for."
+                f"{str(self.path)!r} has no tensor {missing[0]!r}{_more(missing)}, which the configuration asks for."
             )
         extra = sorted(
             n for n in self.tensors if n not in expected and n not in optional and not n.endswith(_IGNORED_SUFFIXES)
