@@ -68,13 +68,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "model"
         parameters = write_checkpoint(checkpoint, args)
-        print(f"Qwen2-MoE, {parameters / 1e6:.1f}M parameters, {args.experts} experts top-{args.top_k}, {args.rows} rows of "
-              f"{args.length} tokens per rank, {args.precision}, AdamW (fused), median of {args.rounds} rounds of {args.steps} steps")
-        print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n")
+        print(
+            f"Qwen2-MoE, {parameters / 1e6:.1f}M parameters, {args.experts} experts top-{args.top_k}, {args.rows} rows of "
+            f"{args.length} tokens per rank, {args.precision}, AdamW (fused), median of {args.rounds} rounds of {args.steps} steps"
+        )
+        print(
+            f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n"
+        )
         print("| ranks | contender | tokens/s | ratio | CPU s/step | ratio | peak GB/rank | ratio |")
         print("|--:|---|--:|--:|--:|--:|--:|--:|")
         for world, contenders in CONTENDERS.items():
-            rounds = [{name: run(c, world, checkpoint, args) for name, c in contenders.items()} for _ in range(args.rounds)]
+            rounds = [
+                {name: run(c, world, checkpoint, args) for name, c in contenders.items()} for _ in range(args.rounds)
+            ]
             base = None
             for name in contenders:
                 figures = {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]}

@@ -100,7 +100,9 @@ class Fold:
         for name in self.__dataclass_fields__:
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise FoldError(f"{name}={size!r} is not a positive integer; give a number of ranks, 1 to leave it off.")
+                raise FoldError(
+                    f"{name}={size!r} is not a positive integer; give a number of ranks, 1 to leave it off."
+                )
         self._check_division("pipeline_parallel_size", self.pp, self.world_size, f"world_size={self.world_size}")
         stage = self.world_size // self.pp
         where = f"the {stage} ranks of a stage (world_size={self.world_size} / pp={self.pp})"
@@ -179,7 +181,9 @@ class Fold:
             FoldError: If the rank is outside the world.
         """
         if not 0 <= rank < self.world_size:
-            raise FoldError(f"rank {rank} is not in a world of {self.world_size}; ranks run from 0 to {self.world_size - 1}.")
+            raise FoldError(
+                f"rank {rank} is not in a world of {self.world_size}; ranks run from 0 to {self.world_size - 1}."
+            )
         found: dict[str, int] = {}
         for order in (ATTENTION_ORDER, MOE_ORDER):
             rest = rank
@@ -191,8 +195,8 @@ class Fold:
         """The process groups of ``axis``: a partition of the ranks.
 
         Args:
-            axis: One of ``tp cp dp pp ep etp edp``, or a joint axis ``dp_cp``, ``tp_cp``, ``etp_ep`` (product groups, in
-                the order of the ranks).
+            axis: One of ``tp cp dp pp ep etp edp``, or a joint axis ``dp_cp``, ``tp_cp``, ``etp_ep`` (product groups,
+                in the order of the ranks).
 
         Raises:
             KeyError: For an unknown axis.
@@ -227,7 +231,9 @@ class Fold:
             for field, width in widths.items():
                 if width % size:
                     legal = [d for d in divisors(width) if d <= max(2 * size, 8)]
-                    raise FoldError(f"{field}={width} does not divide by {short}={size}; use {short} in {_listed(legal)}.")
+                    raise FoldError(
+                        f"{field}={width} does not divide by {short}={size}; use {short} in {_listed(legal)}."
+                    )
         if self.tp > config.num_attention_heads:
             raise FoldError(
                 f"tp={self.tp} is more than num_attention_heads={config.num_attention_heads}, and a head is never cut; "
@@ -264,7 +270,8 @@ class Fold:
     def parse(cls, text: str, world_size: int) -> Fold:
         """Reads a fold such as ``"tp2 cp2 pp2 | ep4"``.
 
-        Axes left out are 1, the bar is optional, and ``dp`` and ``edp`` may be given only as what they are derived to be.
+        Axes left out are 1, the bar is optional, and ``dp`` and ``edp`` may be given only as what they are derived to
+        be.
 
         Raises:
             FoldError: For an unknown word, an axis given twice, an illegal fold, or a wrong ``dp`` or ``edp``.
@@ -273,7 +280,9 @@ class Fold:
         for word in text.replace("|", " ").replace(",", " ").split():
             match = re.fullmatch(r"([a-z]+)=?(\d+)", word.lower())
             if match is None or match[1] not in AXES:
-                raise FoldError(f"{word!r} in fold {text!r} is not an axis and a size; write it like 'tp2 cp1 pp2 | etp1 ep4'.")
+                raise FoldError(
+                    f"{word!r} in fold {text!r} is not an axis and a size; write it like 'tp2 cp1 pp2 | etp1 ep4'."
+                )
             if match[1] in sizes:
                 raise FoldError(f"fold {text!r} gives {match[1]} twice; name each axis once.")
             sizes[match[1]] = int(match[2])
@@ -293,7 +302,12 @@ class Fold:
         Args:
             max_ranks: Rows printed before the rest is left out.
         """
-        head = " rank | " + " ".join(f"{a:>3}" for a in ATTENTION_ORDER) + " | " + " ".join(f"{a:>3}" for a in MOE_ORDER[1:])
+        head = (
+            " rank | "
+            + " ".join(f"{a:>3}" for a in ATTENTION_ORDER)
+            + " | "
+            + " ".join(f"{a:>3}" for a in MOE_ORDER[1:])
+        )
         lines = [f"{self}   ({self.world_size} ranks)", "", "      | attention       | experts", head, "-" * len(head)]
         for rank in range(min(self.world_size, max_ranks)):
             place = self._places[rank]

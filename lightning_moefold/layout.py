@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each piece of each parameter lives. Pure Python.
 
-A parameter belongs to one :class:`Family` and is cut along some dimensions over tp (dense) or ep and etp (experts), then
-by ``fully_shard`` over the ranks that hold the same piece (dense: dp x cp; experts: edp). What a rank then stores is one
-*box* of the global tensor. Reading checkpoints, writing them, norms and initialisation all ask the same
+A parameter belongs to one :class:`Family` and is cut along some dimensions over tp (dense) or ep and etp (experts),
+then by ``fully_shard`` over the ranks that hold the same piece (dense: dp x cp; experts: edp). What a rank then stores
+is one *box* of the global tensor. Reading checkpoints, writing them, norms and initialisation all ask the same
 :class:`ParameterLayout`, so there is one answer to "which rank holds which elements".
 """
 

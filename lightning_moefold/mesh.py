@@ -53,8 +53,8 @@ class Axis:
 SINGLE = Axis("single")
 
 
-#: Groups made here, for the meshes of later Trainers: a group costs connections and, on GPUs, memory, and torch names it by
-#: its ranks, so that one made anew after its predecessor was destroyed would find the addresses of the dead one.
+#: Groups made here, for the meshes of later Trainers: a group costs connections and, on GPUs, memory, and torch names
+#: it by its ranks, so that one made anew after its predecessor was destroyed would find the addresses of the dead one.
 _made: dict[tuple[tuple[int, ...], timedelta | None], dist.ProcessGroup] = {}
 
 
@@ -81,17 +81,21 @@ class FoldedMesh:
         fold: The fold; its world size must be that of the default process group (1 where there is none).
         device_type: ``"cpu"`` or ``"cuda"``.
         timeout: For the collectives of the groups made here.
-        wrap_single: Make a data axis of one rank part of the meshes as well. ``fully_shard`` is what casts parameters in
-            mixed precision, so there it wraps even a single rank (and such a group is then created).
+        wrap_single: Make a data axis of one rank part of the meshes as well. ``fully_shard`` is what casts parameters
+            in mixed precision, so there it wraps even a single rank (and such a group is then created).
 
     Raises:
         RuntimeError: If the fold's world size is not that of the default process group.
     """
 
-    def __init__(self, fold: Fold, device_type: str, *, timeout: timedelta | None = None, wrap_single: bool = False) -> None:
+    def __init__(
+        self, fold: Fold, device_type: str, *, timeout: timedelta | None = None, wrap_single: bool = False
+    ) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world != fold.world_size:
-            raise RuntimeError(f"fold {fold} is for {fold.world_size} ranks, but {world} are running; make a fold of {world}.")
+            raise RuntimeError(
+                f"fold {fold} is for {fold.world_size} ranks, but {world} are running; make a fold of {world}."
+            )
         self.fold = fold
         self.device_type = device_type
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -166,7 +170,10 @@ class FoldedMesh:
         # The axes left out have one rank each, so the others span the ranks of the stage.
         shape = [axis.size for axis in axes]
         return DeviceMesh.from_group(
-            groups, self.device_type, mesh=torch.tensor(self.stage.ranks).view(shape), mesh_dim_names=tuple(a.name for a in axes)
+            groups,
+            self.device_type,
+            mesh=torch.tensor(self.stage.ranks).view(shape),
+            mesh_dim_names=tuple(a.name for a in axes),
         )
 
     def storage_mesh(self, family: Family, *axes: str) -> DeviceMesh | None:

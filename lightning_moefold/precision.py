@@ -22,8 +22,8 @@ _KINDS = {Precision, MixedPrecision, HalfPrecision, DoublePrecision}
 class MoEFoldPrecision(Precision):
     """Wraps one of Lightning's plugins.
 
-    ``bf16-mixed``: a :class:`~lightning_moefold.MoECausalLM` is cast by FSDP2, with autocast off inside it; autocast covers
-    the user's other modules.
+    ``bf16-mixed``: a :class:`~lightning_moefold.MoECausalLM` is cast by FSDP2, with autocast off inside it; autocast
+    covers the user's other modules.
 
     Args:
         inner: The plugin Lightning chose for the Trainer's ``precision``.

@@ -55,11 +55,17 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             if isinstance(callback, kind):
                 raise UnsupportedFeature(f"{type(callback).__name__} does not work with MoEFoldStrategy: {reason}.")
         if isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False):
-            raise UnsupportedFeature("ModelCheckpoint(save_on_exception=True) would save on the failing rank only; turn it off.")
+            raise UnsupportedFeature(
+                "ModelCheckpoint(save_on_exception=True) would save on the failing rank only; turn it off."
+            )
     if getattr(trainer.strategy, "_layer_sync", None) is not None:
-        raise UnsupportedFeature("sync_batchnorm=True is not supported; leave it off, or use a norm without batch statistics.")
+        raise UnsupportedFeature(
+            "sync_batchnorm=True is not supported; leave it off, or use a norm without batch statistics."
+        )
     if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
-        raise UnsupportedFeature("a compiled LightningModule is not supported; compile blocks inside configure_model instead.")
+        raise UnsupportedFeature(
+            "a compiled LightningModule is not supported; compile blocks inside configure_model instead."
+        )
 
 
 def check_blocks(module: nn.Module, fold: Fold) -> None:
@@ -104,4 +110,6 @@ def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
     for optimizer in trainer.optimizers:
         kind = type(optimizer).__name__
         if sharded and kind in ("LBFGS", "Adafactor", "Muon"):
-            raise UnsupportedFeature(f"{kind} computes with whole parameters, of which a rank holds pieces; use AdamW or SGD.")
+            raise UnsupportedFeature(
+                f"{kind} computes with whole parameters, of which a rank holds pieces; use AdamW or SGD."
+            )

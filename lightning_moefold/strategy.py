@@ -71,7 +71,8 @@ class MoEFoldStrategy(ParallelStrategy):
     ``edp = world / (etp * ep * pp)`` for experts.
 
     Args:
-        tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut (with sequence parallelism).
+        tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut (with sequence
+            parallelism).
         context_parallel_size: Ranks over which a sequence is cut. Only 1 so far.
         pipeline_parallel_size: Pipeline stages. Only 1 so far.
         expert_parallel_size: Ranks over which the experts of a layer are spread.
@@ -84,8 +85,8 @@ class MoEFoldStrategy(ParallelStrategy):
         capacity_factor: Only None (dropless) so far.
         drop_policy: Which tokens an overfull expert drops; without effect while dropless.
         drop_scope: Over which tokens capacity is counted; without effect while dropless.
-        data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward and
-            backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
+        data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
+            and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
         recompute: Only None (keep all activations) so far.
         sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
         timeout: Of the collectives.
@@ -173,7 +174,9 @@ class MoEFoldStrategy(ParallelStrategy):
             RuntimeError: Before the processes have started.
         """
         if self._mesh is None:
-            raise RuntimeError("the fold is known once the processes have started; ask for it inside a hook, not before fit.")
+            raise RuntimeError(
+                "the fold is known once the processes have started; ask for it inside a hook, not before fit."
+            )
         return self._mesh
 
     @property
@@ -296,8 +299,8 @@ class MoEFoldStrategy(ParallelStrategy):
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        # A MoECausalLM made here gets no storage: setup() parallelises it, then each rank reads its slices. Other modules
-        # are made as they are, so that initialisation by hand in configure_model is not lost.
+        # A MoECausalLM made here gets no storage: setup() parallelises it, then each rank reads its slices. Other
+        # modules are made as they are, so that initialisation by hand in configure_model is not lost.
         with deferred_weights(), self.precision_plugin.tensor_init_context():
             yield
 
@@ -310,7 +313,12 @@ class MoEFoldStrategy(ParallelStrategy):
         check_blocks(self.lightning_module, self.fold)
         check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
-        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
+        for loop in (
+            trainer.validate_loop,
+            trainer.test_loop,
+            trainer.predict_loop,
+            trainer.fit_loop.epoch_loop.val_loop,
+        ):
             loop.inference_mode = False  # FSDP2 and DTensor do not go with inference tensors
         if self._converted is None or self._converted() is not self.model:  # once a module, not once an entry point
             self.model = self.precision_plugin.convert_module(self.model)
@@ -363,8 +371,9 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        # Lightning seeds workers by global rank, right after this hook and only where no function is set; ranks of one data
-        # replica must draw the same augmentations. A loader that has been through a Trainer before holds Lightning's function.
+        # Lightning seeds workers by global rank, right after this hook and only where no function is set; ranks of one
+        # data replica must draw the same augmentations. A loader that has been through a Trainer before holds
+        # Lightning's function.
         if isinstance(dataloader, DataLoader):
             function = dataloader.worker_init_fn
             lightnings = isinstance(function, partial) and function.func is pl_worker_init_function
@@ -393,7 +402,8 @@ class MoEFoldStrategy(ParallelStrategy):
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now old.
+        # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now
+        # old.
         self._release_gathered_weights()
         return output
 
@@ -500,7 +510,9 @@ class MoEFoldStrategy(ParallelStrategy):
         return optimizer_state(optimizer, self._registry)
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
         if self._registry is None:  # a callback that saves on exceptions, refused by setup() for just that
             rank_zero_warn(f"{filepath} is not saved, because the set-up of the strategy has not finished.")
             return
@@ -520,8 +532,10 @@ class MoEFoldStrategy(ParallelStrategy):
                 raise UnsupportedFeature(f"{path} was saved by a model with MoE layers; this module has none.")
             return super().load_checkpoint(path, weights_only)
         if path.is_file():
-            raise UnsupportedFeature(f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
-                                     "Face format and start from that.")
+            raise UnsupportedFeature(
+                f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
+                "Face format and start from that."
+            )
         assert self._registry is not None
         assert self.lightning_module is not None
         error: Exception | None = None

@@ -49,7 +49,9 @@ def _names(optimizer: Optimizer, registry: ParameterRegistry) -> dict[int, str]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if id(parameter) not in registry.names:
-                raise CheckpointError("the optimizer holds a parameter that is not in the module; register it as a parameter.")
+                raise CheckpointError(
+                    "the optimizer holds a parameter that is not in the module; register it as a parameter."
+                )
             names[id(parameter)] = registry.names[id(parameter)]
     return names
 
@@ -136,9 +138,13 @@ def load_training_state(
         raise CheckpointError(f"{path} {what}; load it with the module it was saved from.")
     groups = meta.pop("optimizer_groups", [])
     if optimizers and not groups:
-        raise CheckpointError(f"{path} holds weights only, and training cannot be resumed from them; save the optimizer as well.")
+        raise CheckpointError(
+            f"{path} holds weights only, and training cannot be resumed from them; save the optimizer as well."
+        )
     if optimizers and len(groups) != len(optimizers):
-        raise CheckpointError(f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured.")
+        raise CheckpointError(
+            f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured."
+        )
     fills = [_prepare_optimizer(i, _unwrap(o), groups[i], stored, registry, tensors) for i, o in enumerate(optimizers)]
     load_sharded(path, tensors)
     for name, value in meta.pop("extra_state", {}).items():
@@ -160,7 +166,9 @@ def _prepare_optimizer(
     """Makes empty state of the stored shapes, and asks for it to be read."""
     names = _names(optimizer, registry)
     if [g["params"] for g in groups] != [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups]:
-        raise CheckpointError(f"optimizer {index} groups its parameters differently from the checkpoint; configure it alike.")
+        raise CheckpointError(
+            f"optimizer {index} groups its parameters differently from the checkpoint; configure it alike."
+        )
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.update({k: v for k, v in saved.items() if k != "params"})
     by_name = {name: p for p in (q for g in optimizer.param_groups for q in g["params"]) for name in [names[id(p)]]}
@@ -174,7 +182,9 @@ def _prepare_optimizer(
             continue
         parameter = by_name[name]
         if key == "step" and not item.size:
-            value = torch.empty((), dtype=item.properties.dtype, device=parameter.device if id(parameter) in on_device else "cpu")
+            value = torch.empty(
+                (), dtype=item.properties.dtype, device=parameter.device if id(parameter) in on_device else "cpu"
+            )
         else:
             value = _empty_state(parameter, tuple(item.size), item.properties.dtype)
         tensors[full] = _describe(value, name, registry)
@@ -189,5 +199,10 @@ def _empty_state(parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.d
         return torch.empty(shape, dtype=dtype, device=parameter.device)
     local = torch.empty_like(local_part(parameter), dtype=dtype)
     return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
     )

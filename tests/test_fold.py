@@ -42,7 +42,11 @@ def test_laws(fold: Fold) -> None:
     stage = fold.world_size // fold.pp
     for group in fold.groups("pp"):
         assert [r // stage for r in group] == list(range(fold.pp))
-    assert all(len({r // stage for r in group}) == 1 for a in ("tp", "cp", "dp", "ep", "etp", "edp") for group in fold.groups(a))
+    assert all(
+        len({r // stage for r in group}) == 1
+        for a in ("tp", "cp", "dp", "ep", "etp", "edp")
+        for group in fold.groups(a)
+    )
 
 
 @given(folds())

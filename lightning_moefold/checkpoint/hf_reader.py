@@ -78,10 +78,13 @@ class HFCheckpoint:
             raise CheckpointError(f"{index} has a weight_map that does not map names to files.")
         root = self.path.resolve()
         for name, file in weight_map.items():
-            # A shard may be a symbolic link (the hub's cache is made of them), but its name must not leave the directory.
+            # A shard may be a symbolic link (the hub's cache is made of them), but its name must not leave the
+            # directory.
             plain = Path(file)
             if plain.is_absolute() or ".." in plain.parts or plain.suffix != ".safetensors":
-                raise CheckpointError(f"{index} says that {name!r} lies in {file!r}, which is not a safetensors file inside {root}.")
+                raise CheckpointError(
+                    f"{index} says that {name!r} lies in {file!r}, which is not a safetensors file inside {root}."
+                )
             if not (self.path / plain).is_file():
                 raise CheckpointError(f"{self.path / plain} is missing, but {_INDEX} names it for {name!r}.")
         return weight_map
@@ -110,10 +113,16 @@ class HFCheckpoint:
         """
         missing = [name for name in expected if name not in self.tensors]
         if missing:
-            raise CheckpointError(f"{self.path} has no tensor {missing[0]!r}{_more(missing)}, which the configuration asks for.")
-        extra = sorted(n for n in self.tensors if n not in expected and n not in optional and not n.endswith(_IGNORED_SUFFIXES))
+            raise CheckpointError(
+                f"{self.path} has no tensor {missing[0]!r}{_more(missing)}, which the configuration asks for."
+            )
+        extra = sorted(
+            n for n in self.tensors if n not in expected and n not in optional and not n.endswith(_IGNORED_SUFFIXES)
+        )
         if extra:
-            raise CheckpointError(f"{self.path} holds {extra[0]!r}{_more(extra)}, which a model of its configuration does not have.")
+            raise CheckpointError(
+                f"{self.path} holds {extra[0]!r}{_more(extra)}, which a model of its configuration does not have."
+            )
         for name, shape in expected.items():
             if self.tensors[name].shape != tuple(shape):
                 raise CheckpointError(

@@ -140,7 +140,9 @@ def _prepare(target: Path, work: Path) -> None:
     if target.is_dir():
         foreign = [p.name for p in sorted(target.iterdir()) if not _is_checkpoint_file(p)]
         if foreign:
-            raise FileExistsError(f"{target} holds {foreign[0]!r}, which is no part of a checkpoint; give another directory.")
+            raise FileExistsError(
+                f"{target} holds {foreign[0]!r}, which is no part of a checkpoint; give another directory."
+            )
     work.mkdir(parents=True)
 
 

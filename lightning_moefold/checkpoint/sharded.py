@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layout-free training checkpoints, by torch.distributed.checkpoint.
 
-A checkpoint is a directory. Tensors are stored under global names with global shapes; each rank writes the boxes it owns
-and reads the boxes it needs, whatever fold wrote them. Everything that is not a tensor of the model or the optimizer is in
-``meta.pt``, read with ``weights_only=True``. A save appears under its name only when it is complete.
+A checkpoint is a directory. Tensors are stored under global names with global shapes; each rank writes the boxes it
+owns and reads the boxes it needs, whatever fold wrote them. Everything that is not a tensor of the model or the
+optimizer is in ``meta.pt``, read with ``weights_only=True``. A save appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class TensorPiece(Tensor):
         return torch.Size(self.global_shape) if dim is None else self.global_shape[dim]
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(self.box.offsets), torch.Size(self.box.sizes))] if self.box.numel else []
+        return (
+            [ChunkStorageMetadata(torch.Size(self.box.offsets), torch.Size(self.box.sizes))] if self.box.numel else []
+        )
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         properties = TensorProperties(dtype=self.piece.dtype)
@@ -158,7 +160,9 @@ def stored_tensors(path: str | Path) -> dict[str, TensorStorageMetadata]:
         metadata = dcp.FileSystemReader(path).read_metadata()
     except Exception as error:
         raise CheckpointError(f"{path} is damaged: its list of tensors cannot be read ({error}).") from None
-    return {name: item for name, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)}
+    return {
+        name: item for name, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)
+    }
 
 
 def load_sharded(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -175,6 +179,8 @@ def _collective(verb: str, path: Path, action: Any) -> None:
         action()
     except dcp.CheckpointException as error:  # a BaseException in torch: no ordinary handler would see it
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"cannot {verb} {path}: rank {rank} failed with {type(cause).__name__}: {cause}") from None
+        raise CheckpointError(
+            f"cannot {verb} {path}: rank {rank} failed with {type(cause).__name__}: {cause}"
+        ) from None
     except Exception as error:
         raise CheckpointError(f"cannot {verb} {path}: {type(error).__name__}: {error}") from error

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language-model batch, read once: labels shifted, documents found, padding marked, errors noted.
 
-Errors in the data (a token id outside the vocabulary, too few rows) are only *noted* here: all ranks agree on them before
-one raises (:mod:`.losses`), or its peers would wait for it forever.
+Errors in the data (a token id outside the vocabulary, too few rows) are only *noted* here: all ranks agree on them
+before one raises (:mod:`.losses`), or its peers would wait for it forever.
 
 Legend: B rows, S positions, N = B * S tokens, T tokens of this tp rank, V vocabulary, M micro-batches.
 """
@@ -135,7 +135,9 @@ def _is_trailing(mask_BS: Tensor | None, needed_BS: Tensor | None) -> bool:
     return bool((real_BS[:, 1:] <= real_BS[:, :-1]).all() & ~(needed_BS & ~real_BS).any())
 
 
-def stand_in(config: MoEConfig, tp: Axis, num_microbatches: int, device: torch.device, error: ValueError) -> CausalLMBatch:
+def stand_in(
+    config: MoEConfig, tp: Axis, num_microbatches: int, device: torch.device, error: ValueError
+) -> CausalLMBatch:
     """A batch without labels for a rank whose own cannot be read, so that its peers do not wait for it before all raise."""
     input_ids = torch.zeros(num_microbatches, 2, dtype=torch.int64, device=device)
     batch = read_batch(
@@ -149,16 +151,22 @@ def stand_in(config: MoEConfig, tp: Axis, num_microbatches: int, device: torch.d
 
 def _check_shapes(input_ids: Tensor, *others: Tensor | None) -> None:
     if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise ValueError(f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}.")
+        raise ValueError(
+            f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}."
+        )
     if not input_ids.numel():
-        raise ValueError(f"input_ids of shape {list(input_ids.shape)} holds no token; give every rank rows in every batch.")
+        raise ValueError(
+            f"input_ids of shape {list(input_ids.shape)} holds no token; give every rank rows in every batch."
+        )
     names = ("labels", "attention_mask", "position_ids", "document_ids", "loss_weights")
     for name, tensor in zip(names, others, strict=True):
         if tensor is None or tensor.shape == input_ids.shape:
             continue
         if name == "position_ids" and tuple(tensor.shape) in ((1, input_ids.shape[1]), (input_ids.shape[1],)):
             continue
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, but input_ids has {list(input_ids.shape)}; make them equal.")
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, but input_ids has {list(input_ids.shape)}; make them equal."
+        )
 
 
 def _shift(x_BS: Tensor, last: float) -> Tensor:
@@ -175,7 +183,9 @@ def _targets(labels: Tensor | None, document_ids: Tensor | None, like: Tensor) -
     return target_BS
 
 
-def _document_runs(document_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+def _document_runs(
+    document_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None
+) -> Tensor | None:
     """Number of the document each token belongs to, or None where each row is one."""
     if document_ids is not None:
         starts = document_ids[:, 1:] != document_ids[:, :-1]
@@ -209,7 +219,11 @@ def _mark_tokens(
     Padding whose output nobody asks for is routed nowhere: exact, and it saves the experts' work.
     """
     if sequence.padding or needed_BS is not None:
-        real_BS = torch.ones(sequence.rows, sequence.length, dtype=torch.bool, device=device) if needed_BS is None else needed_BS
+        real_BS = (
+            torch.ones(sequence.rows, sequence.length, dtype=torch.bool, device=device)
+            if needed_BS is None
+            else needed_BS
+        )
         sequence.routed_T = sequence.shard(real_BS.flatten(), value=False)
         sequence.num_routed = int(sequence.routed_T.sum())
     if sequence.padding or mask is not None:

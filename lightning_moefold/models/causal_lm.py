@@ -35,11 +35,13 @@ LossFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
 class CausalLMOutput(NamedTuple):
-    """What a forward pass returns. A tuple, because FSDP2 (in torch 2.11) sees the tensors in tuples but not in dataclasses.
+    """What a forward pass returns.
+
+    A tuple, because FSDP2 (in torch 2.11) sees the tensors in tuples but not in dataclasses.
 
     Args:
-        loss: Language-model loss plus weighted auxiliary loss over the *global* batch; the same on every rank, bit by bit.
-            None without labels.
+        loss: Language-model loss plus weighted auxiliary loss over the *global* batch; the same on every rank, bit by
+            bit. None without labels.
         lm_loss: Mean loss of all label tokens on all ranks.
         aux_loss: Load-balancing loss, unweighted; None unless ``output_router_logits`` is on.
         logits: ``[B, S, V]``; None where this rank does not hold them (see :meth:`MoECausalLM.forward`).
@@ -110,7 +112,8 @@ class MoECausalLM(nn.Module):
     """A decoder-only MoE language model.
 
     In one process it is an ordinary module. In a LightningModule's ``configure_model`` under
-    :class:`~lightning_moefold.MoEFoldStrategy` it is made without storage, and each rank then reads only its own slices.
+    :class:`~lightning_moefold.MoEFoldStrategy` it is made without storage, and each rank then reads only its own
+    slices.
 
     Args:
         config: The model's configuration.
@@ -144,7 +147,9 @@ class MoECausalLM(nn.Module):
     # ---- making ------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = None, **config_overrides: Any) -> MoECausalLM:
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | None = None, **config_overrides: Any
+    ) -> MoECausalLM:
         """Reads a directory in Hugging Face format: config.json and safetensors.
 
         Args:
@@ -259,12 +264,14 @@ class MoECausalLM(nn.Module):
             The losses, with labels; the logits without labels where tp is 1, or with ``gather_logits``.
 
         Raises:
-            ValueError: If shapes disagree, a token id or label lies outside the vocabulary on any rank (raised on all), or
-                a rank has fewer rows than there are micro-batches.
+            ValueError: If shapes disagree, a token id or label lies outside the vocabulary on any rank (raised on all),
+                or a rank has fewer rows than there are micro-batches.
             TypeError: For an argument that nobody takes.
         """
         if extras and loss_fn is None:
-            raise TypeError(f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras.")
+            raise TypeError(
+                f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras."
+            )
         try:
             batch = read_batch(
                 self.config, self.tp, self.num_microbatches, input_ids=input_ids, labels=labels,
@@ -282,7 +289,12 @@ class MoECausalLM(nn.Module):
         return self._output(losses, logits if wants_logits else None, labels is not None)
 
     def _local_loss(
-        self, x_ND: Tensor, logits: Tensor | None, batch: CausalLMBatch, loss_fn: LossFunction | None, extras: dict[str, Any]
+        self,
+        x_ND: Tensor,
+        logits: Tensor | None,
+        batch: CausalLMBatch,
+        loss_fn: LossFunction | None,
+        extras: dict[str, Any],
     ) -> tuple[Tensor, Tensor] | None:
         """This data rank's sum of losses and its weight."""
         if batch.labels is None:
@@ -306,7 +318,9 @@ class MoECausalLM(nn.Module):
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, path: str | Path, dtype: torch.dtype | None = None, max_shard_size: int = 5_000_000_000) -> None:
+    def save_pretrained(
+        self, path: str | Path, dtype: torch.dtype | None = None, max_shard_size: int = 5_000_000_000
+    ) -> None:
         """Writes a directory that ``transformers`` loads. Collective: every rank calls it.
 
         Args:
@@ -323,7 +337,9 @@ class MoECausalLM(nn.Module):
         tensors = {}
         for name, entry in parameter_entries(self.config).items():
             owners = tuple(self.layouts[name].owners(self.fold, ranks))
-            tensors[name] = OutputTensor(entry.shape, self._disk_dtype(name, dtype), entry.sources, entry.stacked, owners)
+            tensors[name] = OutputTensor(
+                entry.shape, self._disk_dtype(name, dtype), entry.sources, entry.stacked, owners
+            )
 
         def piece(name: str) -> Tensor:
             parameter = parameters[name].detach()
@@ -331,7 +347,9 @@ class MoECausalLM(nn.Module):
 
         config = dict(self.config.raw) or to_hf_config(self.config)
         if dtype is not None:
-            config = {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": str(dtype).removeprefix("torch.")}
+            config = {k: v for k, v in config.items() if k != "torch_dtype"} | {
+                "dtype": str(dtype).removeprefix("torch.")
+            }
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         world = SINGLE if self.mesh is None else self.mesh.world
         write_hf_checkpoint(path, config, tensors, piece, world, max_shard_size=max_shard_size, side_files_from=origin)

@@ -111,8 +111,18 @@ class MoEConfig:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                    "moe_intermediate_size", "num_experts", "num_experts_per_tok", "decoder_sparse_step")
+        positive = (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "moe_intermediate_size",
+            "num_experts",
+            "num_experts_per_tok",
+            "decoder_sparse_step",
+        )
         for name in positive:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer.")
@@ -121,11 +131,17 @@ class MoEConfig:
                 f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_attention_heads}."
             )
         if self.num_experts_per_tok > self.num_experts:
-            raise ConfigError(f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}.")
+            raise ConfigError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}."
+            )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} is odd, and rotary embedding turns pairs; use an even head_dim.")
+            raise ConfigError(
+                f"head_dim={self.head_dim} is odd, and rotary embedding turns pairs; use an even head_dim."
+            )
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise ConfigError(f"pad_token_id={self.pad_token_id} lies outside the vocabulary of vocab_size={self.vocab_size}.")
+            raise ConfigError(
+                f"pad_token_id={self.pad_token_id} lies outside the vocabulary of vocab_size={self.vocab_size}."
+            )
         if self.pad_token_id is not None and self.pad_token_id < 0:  # counted from the end, as in torch.nn.Embedding
             object.__setattr__(self, "pad_token_id", self.vocab_size + self.pad_token_id)
         if self.hidden_act not in _ACTIVATIONS:
@@ -189,9 +205,9 @@ class MoEConfig:
     def forward_flops_per_token(self, sequence_length: int) -> float:
         """Matrix-product FLOPs of one token's forward pass: 2 per active weight, plus attention.
 
-        Attention counts the keys that a causal query sees, on average half the sequence (or its window). The embedding is
-        a look-up and counts nothing; norms, activations and softmax are left out, as is customary for MFU. Backward costs
-        twice as much again.
+        Attention counts the keys that a causal query sees, on average half the sequence (or its window). The embedding
+        is a look-up and counts nothing; norms, activations and softmax are left out, as is customary for MFU. Backward
+        costs twice as much again.
         """
         weights, keys = 0.0, 0.0
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -256,4 +272,6 @@ def warn_unknown(names: set[str]) -> None:
     """One warning that names configuration fields nobody here has heard of."""
     unknown = sorted(names - _NEUTRAL)
     if unknown:
-        warnings.warn(f"config.json has fields that are not known here and are ignored: {', '.join(unknown)}.", stacklevel=3)
+        warnings.warn(
+            f"config.json has fields that are not known here and are ignored: {', '.join(unknown)}.", stacklevel=3
+        )

@@ -41,7 +41,9 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
     reader = _Reader(raw)
     family = reader.get("model_type", default=None)
     if family not in FAMILIES:
-        raise ConfigError(f"model_type={family!r} is not supported; the supported architectures are {', '.join(FAMILIES)}.")
+        raise ConfigError(
+            f"model_type={family!r} is not supported; the supported architectures are {', '.join(FAMILIES)}."
+        )
     reader.refuse_unless("attention_dropout", (0.0, 0, None), "dropout would differ from rank to rank")
     reader.refuse_unless("router_jitter_noise", (0.0, 0, None), "noise would differ from rank to rank")
     reader.refuse_unless("quantization_config", (None,), "quantised weights cannot be trained")
@@ -79,7 +81,9 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
     warn_unknown(set(raw) - reader.seen)
     unknown = set(overrides) - reader.seen
     if unknown:
-        raise ConfigError(f"override {sorted(unknown)[0]!r} is not a field of a {family} configuration that changes the result.")
+        raise ConfigError(
+            f"override {sorted(unknown)[0]!r} is not a field of a {family} configuration that changes the result."
+        )
     return MoEConfig(**{**common, **specific})
 
 
@@ -154,15 +158,19 @@ def _qwen_windows(reader: _Reader, qwen2: bool, layers: int) -> tuple[int | None
         raise ConfigError(f"layer_types names {len(types)} layers, but num_hidden_layers={layers}.")
     for kind in types:
         if kind not in _LAYER_TYPES:
-            raise ConfigError(f"layer_types holds {kind!r}, which is not supported; use {' or '.join(map(repr, _LAYER_TYPES))}.")
+            raise ConfigError(
+                f"layer_types holds {kind!r}, which is not supported; use {' or '.join(map(repr, _LAYER_TYPES))}."
+            )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def to_hf_config(config: MoEConfig) -> dict[str, Any]:
     """A Hugging Face configuration dictionary for a model that was not read from one."""
     architecture = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}[config.model_type]
-    same = ("model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok "
-            "rms_norm_eps tie_word_embeddings pad_token_id hidden_act router_aux_loss_coef output_router_logits initializer_range")
+    same = (
+        "model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok "
+        "rms_norm_eps tie_word_embeddings pad_token_id hidden_act router_aux_loss_coef output_router_logits initializer_range"
+    )
     out = {name: getattr(config, name) for name in same.split()} | {"architectures": [f"{architecture}ForCausalLM"]}
     rope = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if config.rope_scaling_factor != 1.0:
@@ -172,14 +180,26 @@ def to_hf_config(config: MoEConfig) -> dict[str, Any]:
         out["dtype"] = config.dtype
     windows = {w for w in config.sliding_windows if w}
     if config.model_type == "mixtral":
-        return out | {"num_local_experts": config.num_experts, "intermediate_size": config.moe_intermediate_size,
-                      "sliding_window": next(iter(windows), None)}
-    out |= {"num_experts": config.num_experts, "intermediate_size": config.intermediate_size,
-            "moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob,
-            "decoder_sparse_step": config.decoder_sparse_step, "mlp_only_layers": list(config.mlp_only_layers),
-            "use_sliding_window": bool(windows), "sliding_window": next(iter(windows), None)}
+        return out | {
+            "num_local_experts": config.num_experts,
+            "intermediate_size": config.moe_intermediate_size,
+            "sliding_window": next(iter(windows), None),
+        }
+    out |= {
+        "num_experts": config.num_experts,
+        "intermediate_size": config.intermediate_size,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+        "decoder_sparse_step": config.decoder_sparse_step,
+        "mlp_only_layers": list(config.mlp_only_layers),
+        "use_sliding_window": bool(windows),
+        "sliding_window": next(iter(windows), None),
+    }
     if config.model_type == "qwen2_moe":
         kinds = ["sliding_attention" if w else "full_attention" for w in config.sliding_windows]
-        return out | {"shared_expert_intermediate_size": config.shared_expert_intermediate_size, "qkv_bias": config.qkv_bias,
-                      "layer_types": kinds}
+        return out | {
+            "shared_expert_intermediate_size": config.shared_expert_intermediate_size,
+            "qkv_bias": config.qkv_bias,
+            "layer_types": kinds,
+        }
     return out | {"attention_bias": config.qkv_bias}

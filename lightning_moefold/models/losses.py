@@ -5,8 +5,9 @@
     aux  = mean over micro-batches of  E * sum_e f_e * P_e        (``transformers``' formula, pooled over all layers)
 
 with ``f_e`` the choices of expert e and ``P_e`` its summed probability, each divided by the number of (token, layer)
-pairs that count, over all ranks. The balanced value is top-k, not 1. Backward needs no communication: the gradient of the
-global value with respect to this rank's tokens depends on the others only through counts and weights, which are known.
+pairs that count, over all ranks. The balanced value is top-k, not 1. Backward needs no communication: the gradient of
+the global value with respect to this rank's tokens depends on the others only through counts and weights, which are
+known.
 
 Legend: M micro-batches, E experts, K experts per token.
 """
@@ -98,8 +99,8 @@ class GlobalLoss:
     def _fingerprints(self, batch: CausalLMBatch) -> Tensor:
         """A small number for this rank's data and its square, in the slots of its data rank.
 
-        Ranks of a tp group must be given the same batch. They are exactly if, in every slot, tp times the sum of squares is
-        the square of the sum; otherwise a run goes on with garbage and a plausible loss.
+        Ranks of a tp group must be given the same batch. They are exactly if, in every slot, tp times the sum of
+        squares is the square of the sum; otherwise a run goes on with garbage and a plausible loss.
         """
         if self.mesh is None or self.mesh.tp.size == 1:
             return batch.faults.new_zeros(0)

@@ -91,8 +91,8 @@ class CheckpointWeights:
 class SeededWeights:
     """Random initial weights: each tensor as on disk is drawn whole from its own name and the seed, then cut.
 
-    So they do not depend on the fold, nor on which parameters a rank holds. Norms start at one, biases at zero, all else is
-    normal with ``initializer_range``; the padding token's embedding is zero.
+    So they do not depend on the fold, nor on which parameters a rank holds. Norms start at one, biases at zero, all
+    else is normal with ``initializer_range``; the padding token's embedding is zero.
     """
 
     def __init__(self, config: MoEConfig, seed: int) -> None:

@@ -2,8 +2,8 @@
 """Grouped-query attention, cut over tensor parallel ranks at head borders.
 
 Query heads are split as evenly as possible. Where tp divides the query (or the key/value) heads, so are the weights of
-their projections. Where it does not, those weights are replicated: each rank uses just the rows of its own query heads, or
-of the key/value heads that they need, and the gradients are partial (summed over tp).
+their projections. Where it does not, those weights are replicated: each rank uses just the rows of its own query heads,
+or of the key/value heads that they need, and the gradients are partial (summed over tp).
 
 Legend: N tokens, B rows, S positions, D hidden size, d head size, Q local query heads, V local key/value heads.
 """
@@ -101,7 +101,9 @@ class Attention(ParallelModule):
             if heads % fold.tp:
                 continue
             sizes = (heads // fold.tp * self.head_dim,) * fold.tp
-            rows, columns = (ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1))
+            rows, columns = (
+                ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
+            )
             plans |= {f"{name}.weight": rows for name in names}
             if self.q_proj.bias is not None:
                 plans |= {f"{name}.bias": rows for name in names}

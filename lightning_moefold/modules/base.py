@@ -19,8 +19,8 @@ class ParallelModule(nn.Module):
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """How ``fold`` treats each parameter of this block, by name relative to it.
 
-        A parameter that is not listed (here or in a nested block) is replicated, with gradients summed over tp: right for
-        everything that acts on a token at a time under sequence parallelism.
+        A parameter that is not listed (here or in a nested block) is replicated, with gradients summed over tp: right
+        for everything that acts on a token at a time under sequence parallelism.
         """
         return {}
 

@@ -23,7 +23,9 @@ class DecoderLayer(ParallelModule):
         norm_eps: Epsilon of both norms.
     """
 
-    def __init__(self, hidden_size: int, attention: Attention, mlp: MoELayer | GatedMLP, norm_eps: float = 1e-6) -> None:
+    def __init__(
+        self, hidden_size: int, attention: Attention, mlp: MoELayer | GatedMLP, norm_eps: float = 1e-6
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(hidden_size, norm_eps)
         self.self_attn = attention
@@ -34,8 +36,8 @@ class DecoderLayer(ParallelModule):
         """``[T, D] -> [T, D]`` with a batch description; ``[B, S, D] -> [B, S, D]`` without, on one rank.
 
         Where the batch asks for routing statistics, an MoE layer's counts and probabilities (``[M, E]``) come with the
-        hidden states: FSDP2 watches what a layer returns, and backward through anything else could reach weights that it
-        has let go of.
+        hidden states: FSDP2 watches what a layer returns, and backward through anything else could reach weights that
+        it has let go of.
         """
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), batch)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden), batch)

@@ -80,11 +80,11 @@ def _grouped(x_MD: Tensor, counts_L: Tensor, activation: Activation, *weights: T
 
 
 class _ExpertByExpert(torch.autograd.Function):
-    """One expert after the other, forward and backward, so that its activations are still in the cache when they are used.
+    """One expert after the other, forward and backward.
 
-    Keeps the rows and the two products before the activation (``D + 2F`` numbers per row), and makes the rest again in
-    backward. Gradients go straight into the stacks: indexing a stack under autograd would write a full-size gradient for
-    every expert.
+    So an expert's activations are still in the cache when they are used. Keeps the rows and the two products before the
+    activation (``D + 2F`` numbers per row), and makes the rest again in backward. Gradients go straight into the stacks:
+    indexing a stack under autograd would write a full-size gradient for every expert.
     """
 
     @staticmethod
@@ -114,7 +114,9 @@ class _ExpertByExpert(torch.autograd.Function):
             for w, n in zip(stacks, wanted, strict=True)
         )
         for expert, rows in _blocks(ctx.counts):
-            inner, slope_gate, slope_up = _slopes(gate_MF[rows], up_MF[rows], grad_y[rows] @ down_LDF[expert], ctx.activation)
+            inner, slope_gate, slope_up = _slopes(
+                gate_MF[rows], up_MF[rows], grad_y[rows] @ down_LDF[expert], ctx.activation
+            )
             if grad_down is not None:
                 torch.mm(grad_y[rows].t(), inner, out=grad_down[expert])
             if grad_gate is not None:

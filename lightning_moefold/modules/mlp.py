@@ -42,7 +42,9 @@ class GatedMLP(ParallelModule):
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Rows of gate and up, columns of down."""
         sizes = even_split(self.ffn_hidden_size, fold.tp)
-        rows, columns = (ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1))
+        rows, columns = (
+            ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
+        )
         return {"gate_proj.weight": rows, "up_proj.weight": rows, "down_proj.weight": columns}
 
     def forward(self, x: Tensor, batch: SequenceBatch | None = None) -> Tensor:

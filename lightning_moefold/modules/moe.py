@@ -54,7 +54,9 @@ class MoELayer(ParallelModule):
         self.num_experts, self.top_k = num_experts, top_k
         self.gate = Router(hidden_size, num_experts, top_k, normalize_weights)
         self.experts = Experts(hidden_size, num_experts, ffn_hidden_size, activation)
-        self.shared_expert = GatedMLP(hidden_size, shared_ffn_hidden_size, activation) if shared_ffn_hidden_size else None
+        self.shared_expert = (
+            GatedMLP(hidden_size, shared_ffn_hidden_size, activation) if shared_ffn_hidden_size else None
+        )
         self.shared_expert_gate = Linear(hidden_size, 1) if shared_ffn_hidden_size and shared_gate else None
         self.dispatcher = AllToAllDispatcher(num_experts)
         self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)

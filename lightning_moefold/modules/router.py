@@ -36,8 +36,8 @@ class Router(ParallelModule):
         """Chooses experts.
 
         Returns:
-            Weights ``[T, K]`` and probabilities ``[T, E]`` in at least float32, and the experts ``[T, K]`` (int64), in the
-            order weights, experts, probabilities.
+            Weights ``[T, K]`` and probabilities ``[T, E]`` in at least float32, and the experts ``[T, K]`` (int64), in
+            the order weights, experts, probabilities.
         """
         dtype = wide(x_TD.dtype)
         logits_TE = F.linear(x_TD.to(dtype), local(self.weight).to(dtype))

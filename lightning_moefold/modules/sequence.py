@@ -2,8 +2,8 @@
 """SequenceBatch: what the layers must know about a batch besides its hidden states.
 
 Between blocks the hidden states are just tokens: the rows of a batch are flattened to N = B * S tokens, padded to a
-multiple of tp, and each tensor parallel rank holds T of them (sequence parallelism). Nothing but attention cares where a
-row ends, so nothing is communicated between attention and MoE.
+multiple of tp, and each tensor parallel rank holds T of them (sequence parallelism). Nothing but attention cares where
+a row ends, so nothing is communicated between attention and MoE.
 
 Legend: B rows, S positions per row, N = B * S, P = N padded to a multiple of tp, T = P / tp, D hidden size.
 """
@@ -36,8 +36,8 @@ class RoutingStatistics:
 class SequenceBatch:
     """Shape, positions and masks of a batch on this rank.
 
-    Not a dataclass, on purpose: FSDP2 copies dataclasses that pass through a wrapped module, and statistics put into a copy
-    would be lost.
+    Not a dataclass, on purpose: FSDP2 copies dataclasses that pass through a wrapped module, and statistics put into a
+    copy would be lost.
 
     Args:
         rows: B.
@@ -105,7 +105,9 @@ class SequenceBatch:
         return comm.reduce_scatter(self.pad(x_ND), self.tp)
 
     def mask_for(self, window: int | None, device: torch.device) -> Tensor | None:
-        """The mask ``[B or 1, 1, S, S]`` (True: may attend, causality included), or None where plain causal attention does.
+        """The mask ``[B or 1, 1, S, S]``, or None where plain causal attention does.
+
+        True means that the query may attend; causality is included.
 
         Args:
             window: A query sees at most this many keys, itself included; None for all.

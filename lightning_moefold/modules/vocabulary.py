@@ -22,8 +22,8 @@ from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
 from lightning_moefold.modules.base import ParallelModule, local, wide
 from lightning_moefold.modules.sequence import SequenceBatch
 
-#: Logits made at a time: large enough for an efficient product, small enough to stay far below the whole. A GPU writes the
-#: whole weight gradient once per chunk, so it wants more.
+#: Logits made at a time: large enough for an efficient product, small enough to stay far below the whole. A GPU writes
+#: the whole weight gradient once per chunk, so it wants more.
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
@@ -85,7 +85,9 @@ class VocabularyEmbedding(_VocabularyParallel):
         if size == 0:
             x_ND = weight_vD.sum() + weight_vD.new_zeros((token_N.shape[0], weight_vD.shape[1]))
         else:
-            x_ND = F.embedding(local_N.masked_fill(absent_N, 0), weight_vD, padding).masked_fill(absent_N.unsqueeze(-1), 0)
+            x_ND = F.embedding(local_N.masked_fill(absent_N, 0), weight_vD, padding).masked_fill(
+                absent_N.unsqueeze(-1), 0
+            )
         return batch.reduce_scatter(x_ND)
 
 
@@ -186,8 +188,8 @@ class _CrossEntropy(torch.autograd.Function):
 def _loss_and_slope(logits_Cv: Tensor, target_C: Tensor, scale_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
     """Each row's loss over the whole vocabulary, and the gradient of ``scale * loss`` in the place of the logits.
 
-    Each rank contributes (maximum, sum of exponentials, target's logit), exchanged in one all-gather. The exponentials are
-    made once: the softmax is ``exp(logit - top) * exp(top - log_sum)``.
+    Each rank contributes (maximum, sum of exponentials, target's logit), exchanged in one all-gather. The exponentials
+    are made once: the softmax is ``exp(logit - top) * exp(top - log_sum)``.
     """
     size = logits_Cv.shape[1]
     local_C = (target_C >= 0) & (target_C < size)

@@ -35,8 +35,8 @@ class Sharding:
     """How data parallelism stores and computes.
 
     Args:
-        mode: ``"optimizer"`` shards and keeps gathered weights between forward and backward, ``"full"`` lets go of them,
-            ``"none"`` replicates (gradients are then summed like those of a user's own modules).
+        mode: ``"optimizer"`` shards and keeps gathered weights between forward and backward, ``"full"`` lets go of
+            them, ``"none"`` replicates (gradients are then summed like those of a user's own modules).
         mixed_dtype: Compute in this dtype and reduce gradients in float32; None to compute as stored.
     """
 
@@ -78,7 +78,8 @@ def parallelize(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding, device
     mesh.fold.validate(model.config)
     plans = _collect_plans(model, mesh)
     model.layouts = {
-        name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding) for name, p in model.named_parameters()
+        name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding)
+        for name, p in model.named_parameters()
     }
     _cut_over_tensor_axes(model, mesh)
     model.mesh, model.sharding = mesh, sharding
@@ -126,7 +127,9 @@ def _cut_over_tensor_axes(model: MoECausalLM, mesh: FoldedMesh) -> None:
         if storage is None:
             continue
         dims = {cut.axis: cut.dim for cut in layout.plan.cuts}
-        placements: list[Placement] = [Shard(dims[a]) if a in dims else Replicate() for a in storage.mesh_dim_names or ()]
+        placements: list[Placement] = [
+            Shard(dims[a]) if a in dims else Replicate() for a in storage.mesh_dim_names or ()
+        ]
         piece = parameter.detach()[layout.tensor_box(mesh.place).slices()].clone()
         # Shape and stride are given because a piece may be uneven (the vocabulary need not divide by tp).
         stored = DTensor.from_local(
@@ -146,9 +149,7 @@ def _wrap(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding) -> None:
             plain_experts |= set(module.parameters())
         elif isinstance(module, Experts) and expert is not None:
             place = partial(_expert_placement, ranks=expert.size())
-            fully_shard(
-                module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place
-            )
+            fully_shard(module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place)
         elif isinstance(module, Router) and dense is not None and sharding.mixed_dtype is not None:
             # The router computes in float32 whatever the precision, so its weight is not cast.
             fully_shard(module, mesh=dense, mp_policy=uncast, reshard_after_forward=reshard)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient sums that FSDP2 does not do: partial gradients over tp, and modules of the user's own over data ranks.
 
-All of them are summed together in a few flat collectives after backward, on the pieces that each rank stores, rather than
-in one small collective per parameter inside it.
+All of them are summed together in a few flat collectives after backward, on the pieces that each rank stores, rather
+than in one small collective per parameter inside it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class GradientSum:
         members: Parameters and the axis over which the gradient of each is summed.
 
     Attributes:
-        deferred: While true, backward leaves its gradients unsummed; the next backward for which it is false sums them with
-            its own (gradient accumulation).
+        deferred: While true, backward leaves its gradients unsummed; the next backward for which it is false sums them
+            with its own (gradient accumulation).
     """
 
     def __init__(self, members: Iterable[tuple[nn.Parameter, Axis]]) -> None:
@@ -95,7 +95,9 @@ class GradientSum:
         pieces = [local_part(p) for p in members]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in pieces) else torch.float32
         flags = torch.tensor([p.grad is not None for p in members], dtype=dtype, device=pieces[0].device)
-        grads = [torch.zeros_like(x) if p.grad is None else local_part(p.grad) for p, x in zip(members, pieces, strict=True)]
+        grads = [
+            torch.zeros_like(x) if p.grad is None else local_part(p.grad) for p, x in zip(members, pieces, strict=True)
+        ]
         flat = torch.cat([flags, *(g.reshape(-1).to(dtype) for g in grads)])
         comm.all_reduce_raw(flat, axis)
         # The flags are read (which waits for the device) only where this rank lacks a gradient.
@@ -113,5 +115,10 @@ def _like(parameter: nn.Parameter, piece: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return piece
     return DTensor.from_local(
-        piece, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        piece,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
     )

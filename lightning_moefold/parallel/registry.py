@@ -15,8 +15,8 @@ from lightning_moefold.models import MoECausalLM
 class ParameterRegistry:
     """Made once parameters are final.
 
-    Parameters of a :class:`MoECausalLM` have a layout. All others are the user's own: dense, replicated on every rank, with
-    identical gradients over tp and gradients summed over data ranks, as under DDP.
+    Parameters of a :class:`MoECausalLM` have a layout. All others are the user's own: dense, replicated on every rank,
+    with identical gradients over tp and gradients summed over data ranks, as under DDP.
 
     Args:
         root: The LightningModule.

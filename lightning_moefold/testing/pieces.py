@@ -48,5 +48,7 @@ def assemble(pieces_of_ranks: Iterable[Mapping[str, Piece]]) -> dict[str, Tensor
             whole[name][place] = piece
             seen[name][place] += 1
     for name, times in seen.items():
-        assert bool((times == 1).all()), f"{name}: some elements came {int(times.min())} or {int(times.max())} times, not once"
+        assert bool((times == 1).all()), (
+            f"{name}: some elements came {int(times.min())} or {int(times.max())} times, not once"
+        )
     return whole

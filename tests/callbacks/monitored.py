@@ -142,6 +142,7 @@ def _record_rows(seen: Seen, model: torch.nn.Module) -> None:
     layers = [m for m in model.modules() if isinstance(m, Experts)]
     seen.expert_rows = [0] * len(layers)
     for i, layer in enumerate(layers):
+
         def add(module: Experts, args: tuple[torch.Tensor, ...], i: int = i) -> None:
             if module.training:
                 seen.expert_rows[i] += args[0].shape[0]

@@ -17,7 +17,9 @@ from tests.strategy.finetune import Report
 
 def save_and_go_on(path: str, fold: str, spec: dict[str, Any], folder: str) -> Report:
     """Two epochs of five steps without a stop, with a checkpoint after every step."""
-    return finetune.fit(path, fold, spec, {"max_epochs": 2, "gradient_clip_val": 0.5}, folder=folder, every_n_train_steps=1)
+    return finetune.fit(
+        path, fold, spec, {"max_epochs": 2, "gradient_clip_val": 0.5}, folder=folder, every_n_train_steps=1
+    )
 
 
 def resume(path: str, folds: list[str], spec: dict[str, Any], checkpoint: str) -> list[Report]:

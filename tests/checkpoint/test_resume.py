@@ -35,7 +35,11 @@ def _compare(resumed: list[Report], full: list[Report], done: int, tolerance: fl
 
 @pytest.mark.parametrize(
     "spec",
-    [{}, {"optimizer": "sgd", "frozen": ["*.experts.*"]}, {"frozen": ["*.mlp.gate.*", "model.layers.0.*"], "schedule": "step"}],
+    [
+        {},
+        {"optimizer": "sgd", "frozen": ["*.experts.*"]},
+        {"frozen": ["*.mlp.gate.*", "model.layers.0.*"], "schedule": "step"},
+    ],
     ids=["adamw", "sgd with frozen experts", "adamw with frozen layer"],
 )
 def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any]) -> None:

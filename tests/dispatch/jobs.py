@@ -18,7 +18,9 @@ def _routing(kind: str, rank: int) -> tuple[int, Tensor, Tensor | None]:
     """Tokens, their experts, and which are routed; different on every rank."""
     generator = torch.Generator().manual_seed(17 * rank + 1)
     tokens = {"uneven": 3 + 4 * rank, "one rank empty": 0 if rank == 1 else 6, "all empty": 0}.get(kind, 7)
-    expert = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in range(tokens)]) if tokens else None
+    expert = (
+        torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in range(tokens)]) if tokens else None
+    )
     expert = torch.empty(0, TOP, dtype=torch.int64) if expert is None else expert
     if kind == "all to one":
         expert = torch.tensor([5, 0]).expand(tokens, TOP).clone()

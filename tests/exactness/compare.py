@@ -58,7 +58,13 @@ def shape_fields(family: str, shape: str) -> dict[str, Any]:
     fields["intermediate_size"] = 24
     if family == "qwen2_moe":
         fields["shared_expert_intermediate_size"] = 24
-    fields |= {"decoder_sparse_step": 2, "mlp_only_layers": []} if dense else {"mlp_only_layers": [1]} if family == "qwen3_moe" else {}
+    fields |= (
+        {"decoder_sparse_step": 2, "mlp_only_layers": []}
+        if dense
+        else {"mlp_only_layers": [1]}
+        if family == "qwen3_moe"
+        else {}
+    )
     return fields
 
 
@@ -89,7 +95,14 @@ def check(pool: RankPool, folder: Path, fold: Fold, row: dict[str, Any], seed: i
     path, spec = checkpoint(folder, row["family"], row["shape"]), spec_of(row)
     vocab = SHAPES[row["shape"]].get("vocab_size", 96)
     batches = make_batches(
-        STEPS * row["accumulate"], fold.dp, ROWS // fold.dp, 7, vocab, seed=seed, padding=row["padding"], ignore=row["ignore"]
+        STEPS * row["accumulate"],
+        fold.dp,
+        ROWS // fold.dp,
+        7,
+        vocab,
+        seed=seed,
+        padding=row["padding"],
+        ignore=row["ignore"],
     )
     expected = reference_run(
         path, batches, clip=spec["clip"], lr=spec["lr"], optimizer=spec["optimizer"], accumulate=spec["accumulate"],

@@ -84,7 +84,9 @@ class Case(pl.LightningModule):
         if self.spec.get("optimizer", "adamw") == "sgd":
             return torch.optim.SGD(parameters, lr=self.spec.get("lr", 1e-2), momentum=0.9)
         kernel = self.spec.get("adamw", {})
-        return torch.optim.AdamW(parameters, lr=self.spec.get("lr", 1e-2), betas=(0.9, 0.95), weight_decay=0.1, **kernel)
+        return torch.optim.AdamW(
+            parameters, lr=self.spec.get("lr", 1e-2), betas=(0.9, 0.95), weight_decay=0.1, **kernel
+        )
 
 
 def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], spec: dict[str, Any]) -> RankRun:

@@ -41,7 +41,9 @@ def _pack(batch: dict[str, torch.Tensor]) -> None:
 
 
 def _weigh(batch: dict[str, torch.Tensor]) -> None:
-    batch["loss_weights"] = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch["loss_weights"] = torch.rand(
+        batch["labels"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
 
 @pytest.mark.parametrize("fold", FOLDS)

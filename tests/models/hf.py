@@ -21,7 +21,9 @@ def parallel(fold: str, make: Any, **sharding: Any) -> MoECausalLM:
     """A model made without storage, then parallelised, as the strategy does it."""
     with deferred_weights():
         model = make()
-    parallelize(model, FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu"), Sharding(**sharding), torch.device("cpu"))
+    parallelize(
+        model, FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu"), Sharding(**sharding), torch.device("cpu")
+    )
     return model
 
 

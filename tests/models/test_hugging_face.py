@@ -109,8 +109,15 @@ FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_moe", {"norm_topk_prob": True}),
     ("qwen2_moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]}),
     ("qwen2_moe", {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 3}),
-    ("qwen2_moe", {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 3,
-                   "layer_types": ["full_attention", "sliding_attention"]}),  # fmt: skip
+    (
+        "qwen2_moe",
+        {
+            "num_hidden_layers": 2,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),  # fmt: skip
     ("qwen2_moe", {"use_sliding_window": False, "sliding_window": 3}),
     ("qwen2_moe", {"hidden_act": "relu", "tie_word_embeddings": True}),
     ("qwen3_moe", {"attention_bias": True}),
@@ -154,7 +161,14 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, family: str) -> None
     """A field that config.json leaves out has the value of transformers' configuration class."""
     from transformers import AutoConfig
 
-    needed = ("model_type", "vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "moe_intermediate_size")
+    needed = (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "intermediate_size",
+        "moe_intermediate_size",
+    )
     full = AutoConfig.for_model(family).to_dict()
     (tmp_path / "config.json").write_text(json.dumps({k: full[k] for k in needed if k in full}))
     theirs = AutoConfig.from_pretrained(tmp_path)

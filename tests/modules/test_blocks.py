@@ -35,7 +35,9 @@ def test_gradients() -> None:
         x = torch.randn(2, 3, size, dtype=torch.float64, requires_grad=True)
         parameters = dict(module.named_parameters())
 
-        def run(x: torch.Tensor, *values: torch.Tensor, module: torch.nn.Module = module, names: tuple = tuple(parameters)):  # type: ignore[no-untyped-def]
+        def run(
+            x: torch.Tensor, *values: torch.Tensor, module: torch.nn.Module = module, names: tuple = tuple(parameters)
+        ):  # type: ignore[no-untyped-def]
             return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,))
 
         assert torch.autograd.gradcheck(run, (x, *parameters.values()), eps=1e-6, atol=1e-5), type(module).__name__

@@ -62,7 +62,8 @@ def batches(path: str, fold: str) -> dict[str, str]:
     guilty = model.mesh.place["dp"] == 1
     good: dict[str, Tensor] = {"input_ids": finetune.rows(4), "labels": finetune.rows(4)}
     return {
-        name: told(lambda b=batch: model(**(b if guilty else good)).loss.backward()) for name, batch in _batches(1).items()
+        name: told(lambda b=batch: model(**(b if guilty else good)).loss.backward())
+        for name, batch in _batches(1).items()
     } | {"good again": told(lambda: model(**good).loss.backward())}
 
 
@@ -160,7 +161,9 @@ def foreign_checkpoint(path: str, other: str, folder: str) -> dict[str, str]:
     run.save_checkpoint(target)
     seen = {
         "other model": told(lambda: make("", {"max_steps": 2}).fit(Finetune(other), ckpt_path=str(target))),
-        "other optimizer": told(lambda: make("", {"max_steps": 2}).fit(Finetune(path, frozen=["*.experts.*"]), ckpt_path=str(target))),
+        "other optimizer": told(
+            lambda: make("", {"max_steps": 2}).fit(Finetune(path, frozen=["*.experts.*"]), ckpt_path=str(target))
+        ),
     }
     dist.barrier()
     if dist.get_rank() == 0:
@@ -169,6 +172,11 @@ def foreign_checkpoint(path: str, other: str, folder: str) -> dict[str, str]:
         (Path(folder) / "single.ckpt").write_bytes(b"nothing")
         (Path(folder) / "empty.ckpt").mkdir()
     dist.barrier()
-    for name, file in (("truncated", target), ("single file", "single.ckpt"), ("empty", "empty.ckpt"), ("absent", "absent.ckpt")):
+    for name, file in (
+        ("truncated", target),
+        ("single file", "single.ckpt"),
+        ("empty", "empty.ckpt"),
+        ("absent", "absent.ckpt"),
+    ):
         seen[name] = told(lambda f=file: make("", {"max_steps": 2}).fit(Finetune(path), ckpt_path=str(Path(folder, f))))
     return seen

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,20 @@ class Classifier(pl.LightningModule):
         self.logged.append({k: v.item() for k, v in self.trainer.callback_metrics.items()})
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.01)
+        optimizer = torch.optim.SGD(
+            [p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9, weight_decay=0.01
+        )
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)}
 
 
 class CallbackRecorder(Callback):
     def __init__(self, calls: list[str]) -> None:
         for name in dir(Callback):
-            if name.startswith(("on_", "state_", "load_")) and name not in ("state_key", "state_dict", "load_state_dict"):
+            if name.startswith(("on_", "state_", "load_")) and name not in (
+                "state_key",
+                "state_dict",
+                "load_state_dict",
+            ):
                 setattr(self, name, functools.partial(self._record, calls, name))
 
     @staticmethod
@@ -130,7 +137,11 @@ def trainer(strategy: Any, **arguments: Any) -> pl.Trainer:
 
 def strategy(fold: str | None) -> Any:
     """This strategy under a fold, or DDP for None."""
-    return DDPStrategy(process_group_backend="gloo", find_unused_parameters=True) if fold is None else MoEFoldStrategy(fold=fold)
+    return (
+        DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
+        if fold is None
+        else MoEFoldStrategy(fold=fold)
+    )
 
 
 def fit(fold: str | None, branches: bool, arguments: dict[str, Any], folder: str | None = None) -> dict[str, Any]:
@@ -191,6 +202,7 @@ def draw(fold: str, workers: int, seed: bool) -> tuple[int, torch.Tensor]:
     if seed:
         pl.seed_everything(7, workers=True, verbose=False)
     else:
+        os.environ.pop("PL_GLOBAL_SEED", None)  # an earlier test of the session may have left one
         for function in (torch.manual_seed, random.seed, np.random.seed):
             function(1000 + dist.get_rank())
     module, chosen = Drawing(), MoEFoldStrategy(fold=fold)

@@ -64,7 +64,12 @@ def train(path: str, fold: str, precision: str, tokens: Tensor, sharding: str = 
     from tests.strategy.plain import trainer
 
     trainer(strategy, precision=precision, max_epochs=1, gradient_clip_val=1.0, limit_val_batches=0).fit(module)
-    return {"losses": module.report.losses, "seen": module.seen, "grads": module.grads, "weights": owned_pieces(module.model)}
+    return {
+        "losses": module.report.losses,
+        "seen": module.seen,
+        "grads": module.grads,
+        "weights": owned_pieces(module.model),
+    }
 
 
 def train_folds(path: str, folds: list[str], precision: str, tokens: Tensor) -> list[dict[str, Any]]:
@@ -86,7 +91,9 @@ def refuse() -> dict[str, str]:
 
     return {
         "16-mixed": told(lambda: put(MixedPrecision("16-mixed", "cuda"))),
-        "16-true": told(lambda: pl.Trainer(strategy=MoEFoldStrategy(), accelerator="cpu", devices=1, precision="16-true")),
+        "16-true": told(
+            lambda: pl.Trainer(strategy=MoEFoldStrategy(), accelerator="cpu", devices=1, precision="16-true")
+        ),
         "16-true'": told(lambda: put(HalfPrecision("16-true"))),
         "transformer-engine": told(lambda: put(TransformerEnginePrecision())),
         "UsersPrecision": told(lambda: put(UsersPrecision())),
@@ -143,7 +150,9 @@ def _fake_loss(module: Finetune, batch: dict[str, Tensor]) -> Tensor:
     # training_step's loss is averaged over data ranks, which is undone here: a bare sum over ranks is to be seen.
     scale = float(model.mesh.dp_cp.size)
     for parameter in model.parameters():
-        held = parameter.to_local(grad_placements=parameter.placements) if hasattr(parameter, "placements") else parameter
+        held = (
+            parameter.to_local(grad_placements=parameter.placements) if hasattr(parameter, "placements") else parameter
+        )
         loss = loss + _Fill.apply(held, scale)
     return loss
 

@@ -126,7 +126,10 @@ def _damage(path: str, folder: Path) -> dict[str, tuple[Path, str]]:
         "misshapen tensor": (configure("misshapen", vocab_size=100), "but the configuration makes it [100, 32]"),
         "architecture": (configure("llama", model_type="llama"), "mixtral, qwen2_moe, qwen3_moe"),
         "dropout": (configure("dropout", attention_dropout=0.1), "attention_dropout=0.1 is not supported"),
-        "rope": (configure("yarn", rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type='yarn' is not supported"),
+        "rope": (
+            configure("yarn", rope_parameters={"rope_type": "yarn", "factor": 4.0}),
+            "rope_type='yarn' is not supported",
+        ),
     }
 
 

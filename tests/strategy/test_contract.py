@@ -32,7 +32,9 @@ def _overrides() -> list[Any]:
 @pytest.mark.parametrize(("ours", "base"), _overrides())
 def test_override_takes_what_the_base_takes(ours: Any, base: Any) -> None:
     mine, theirs = inspect.signature(ours).parameters, inspect.signature(base).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in mine.values()) and any(p.kind is p.VAR_POSITIONAL for p in mine.values())
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in mine.values()) and any(
+        p.kind is p.VAR_POSITIONAL for p in mine.values()
+    )
     for place, (name, parameter) in enumerate(theirs.items()):
         if takes_any or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
@@ -42,7 +44,9 @@ def test_override_takes_what_the_base_takes(ours: Any, base: Any) -> None:
             assert mine[name].default is not parameter.empty, f"{name} has lost its default"
     for name in set(mine) - set(theirs):
         extra = mine[name]
-        assert extra.default is not extra.empty or extra.kind in (extra.VAR_KEYWORD, extra.VAR_POSITIONAL), f"{name} is new"
+        assert extra.default is not extra.empty or extra.kind in (extra.VAR_KEYWORD, extra.VAR_POSITIONAL), (
+            f"{name} is new"
+        )
 
 
 def test_properties_stay_properties() -> None:

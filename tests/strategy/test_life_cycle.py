@@ -35,7 +35,9 @@ def test_entry_points(pool: RankPool, path: str, early: bool) -> None:
         assert seen["predicted"] == [torch.Size((4, 6))] * 2
         assert "make a new model" in seen["other precision"]
     for key in ("first", "weights"):
-        assert_close_by_name(assemble(s[key] for s in actual), assemble(s[key] for s in expected and [expected]), 1e-8, key)
+        assert_close_by_name(
+            assemble(s[key] for s in actual), assemble(s[key] for s in expected and [expected]), 1e-8, key
+        )
 
 
 def test_model_outside_a_trainer(pool: RankPool, path: str) -> None:
@@ -91,7 +93,9 @@ def test_model_beside_own_modules(pool: RankPool, path: str, tmp_path: Path, pee
     assert_close_by_name(whole, assemble([expected["weights"]]), 1e-8, "weights")
     assert_close_by_name(assemble(s["loaded"] for s in actual), whole, 0.0, "loaded weights")
     for seen in actual:
-        assert_close_by_name(seen["own loaded"], actual[0]["own"], 0.0, "own parameters and buffers, as rank 0 has them")
+        assert_close_by_name(
+            seen["own loaded"], actual[0]["own"], 0.0, "own parameters and buffers, as rank 0 has them"
+        )
         assert seen["note"] == "written"
 
 

@@ -39,7 +39,9 @@ def tokens(path: Path) -> torch.Tensor:
 
 def test_single_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> None:
     batch = {"input_ids": tokens, "labels": tokens}
-    expected = reference_run(path, [batch], dtype=torch.float32, config_overrides={"output_router_logits": True}, optimizer="sgd")
+    expected = reference_run(
+        path, [batch], dtype=torch.float32, config_overrides={"output_router_logits": True}, optimizer="sgd"
+    )
     outcome = pool.run(precisions.train_folds, str(path), FOLDS, "32-true", tokens, ranks=4)
     for i, fold in enumerate(FOLDS):
         runs = [r[i] for r in outcome]
@@ -120,7 +122,9 @@ def test_two_to_the_rank(pool: RankPool, path: Path) -> None:
                 members = next(g for g in groups[family] if rank in g)
                 value = int(outcome[rank][i][name])
                 summed = [r for r in range(8) if value >> r & 1]
-                assert summed == members, f"{name} ({family}) on rank {rank} of {fold}: summed over {summed}, not {members}"
+                assert summed == members, (
+                    f"{name} ({family}) on rank {rank} of {fold}: summed over {summed}, not {members}"
+                )
         assert set().union(*(outcome[r][i] for r in range(4))) == set(_families(path))
 
 
