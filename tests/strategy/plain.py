@@ -210,6 +210,40 @@ def draw(fold: str, workers: int, seed: bool) -> tuple[int, torch.Tensor]:
     return chosen.dp_rank, torch.stack(module.draws)
 
 
+class ByHand(pl.LightningModule):
+    """Manual optimization: two backward passes into the same gradients, and two optimizers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(100 + dist.get_rank())
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for power in (1, 2):
+            logits = self.second(self.first(batch["x"]).tanh()) ** power
+            self.manual_backward(nn.functional.cross_entropy(logits, batch["y"]))
+        for optimizer in optimizers:
+            self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.first, self.second)]
+
+
+def by_hand(fold: str) -> list[dict[str, torch.Tensor]]:
+    """Under DDP, and under this strategy."""
+    weights = []
+    for chosen in (None, fold):
+        module = ByHand()
+        trainer(strategy(chosen), precision="64-true", max_epochs=1).fit(module, DataLoader(Samples(), 4))
+        weights.append(dict(module.state_dict()))
+    return weights
+
+
 def resume_plain(fold: str | None, path: str, epochs: int) -> dict[str, torch.Tensor]:
     """Goes on from a checkpoint."""
     module = Classifier()

@@ -41,6 +41,12 @@ def test_two_data_ranks_like_ddp(pool: RankPool) -> None:
             _same(ours, ddp, f"rank {rank}, {case}")
 
 
+def test_two_backward_passes_by_hand(pool: RankPool) -> None:
+    """Gradients of an earlier backward are sums already, and are not summed again."""
+    for ddp, ours in pool.run(plain.by_hand, "", ranks=2):
+        assert_close_by_name(ours, ddp, 1e-11, "weights")
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_tensor_parallel_ranks_are_one_data_rank(pool: RankPool, ranks: int) -> None:
     """Under tp2, two ranks read the same samples and compute the same gradients, which are never summed over them."""
