@@ -33,6 +33,9 @@ def entry_points(path: str, fold: str, early: bool) -> dict[str, Any]:
     seen["steps"] = run.global_step
     assert module.model is model
     assert model.mesh is mesh
+    # Lightning uses inference mode under NCCL only: a run over gloo does not show whether it is switched off.
+    loops = (run.validate_loop, run.test_loop, run.predict_loop, run.fit_loop.epoch_loop.val_loop)
+    assert not any(loop.inference_mode for loop in loops)
     again = make(fold, {"max_epochs": 1})
     seen["validated again"] = again.validate(module)[0]["val/loss"]
     again.fit(module)
