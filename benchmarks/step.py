@@ -130,6 +130,8 @@ def main() -> None:
         tokens = args.rows * world * args.length
         print("RESULT", json.dumps({"seconds": seconds, "cpu_seconds": cpu.item(), "tokens_per_second": tokens / seconds,
                                     "peak_gb": peak.item()}))  # fmt: skip
+    if world > 1:
+        torch.distributed.destroy_process_group()  # a process that ends with open groups may abort
 
 
 if __name__ == "__main__":

@@ -292,8 +292,8 @@ class MoEFoldStrategy(ParallelStrategy):
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self._timeout, device_id=device if on_cuda else None
         )
-        if fresh and on_cuda:
-            atexit.register(_destroy_dist_connection)  # torch complains about NCCL groups that nobody destroyed
+        if fresh:  # a process that ends with open groups may abort (gloo) or is complained of (NCCL)
+            atexit.register(_destroy_dist_connection)
 
     # ---- set-up ------------------------------------------------------------------------------------------------
 
