@@ -74,6 +74,11 @@ def _shared_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.Pro
     return _made[ranks, timeout]
 
 
+def forget_groups() -> None:
+    """Drops the groups kept for later meshes; for the end of a process."""
+    _made.clear()
+
+
 class FoldedMesh:
     """Process groups and device meshes of a fold on this rank. Collective: every rank of the world builds it.
 

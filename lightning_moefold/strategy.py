@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import weakref
@@ -44,7 +45,7 @@ from lightning_moefold import comm
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.fold import Fold
-from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
@@ -293,7 +294,7 @@ class MoEFoldStrategy(ParallelStrategy):
             self.cluster_environment, backend, timeout=self._timeout, device_id=device if on_cuda else None
         )
         if fresh:  # a process that ends with open groups may abort (gloo) or is complained of (NCCL)
-            atexit.register(_destroy_dist_connection)
+            atexit.register(_end_processes)
 
     # ---- set-up ------------------------------------------------------------------------------------------------
 
@@ -570,3 +571,10 @@ class MoEFoldStrategy(ParallelStrategy):
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
+
+
+def _end_processes() -> None:
+    """Lets go of every group while the interpreter still runs: one destroyed later takes its threads by surprise."""
+    forget_groups()
+    _destroy_dist_connection()
+    gc.collect()
