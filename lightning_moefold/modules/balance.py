@@ -100,22 +100,3 @@ def global_value(share: Tensor, value: Tensor, mesh: FoldedMesh | None) -> Tenso
         mesh: The folded mesh; None on one rank.
     """
     return _GlobalValue.apply(share, value, 1.0 if mesh is None else float(mesh.dp_cp.size))
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden.view_as(hidden), statistic.view_as(statistic)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return grads
-
-
-def join(hidden: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
-    """Ties a statistic to the hidden states beside it: backward goes through neither before it has reached both.
-
-    FSDP2 gathers the weights of a module for backward when a gradient reaches what the module *returned*; through a
-    statistic that is handed out another way, backward would reach weights that are not there.
-    """
-    return _Join.apply(hidden, statistic)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_moefold.dispatch import AllToAllDispatcher
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.alone import run_alone
-from lightning_moefold.modules.balance import Routing, join
+from lightning_moefold.modules.balance import Routing
 from lightning_moefold.modules.base import Linear, ParallelRoot
 from lightning_moefold.modules.experts import Experts, RoutedExperts
 from lightning_moefold.modules.mlp import GatedMLP
@@ -117,9 +117,7 @@ class MoELayer(ParallelRoot):
         if batch.wants_routing:
             batch.routing = routing_statistics(probability_TE, counts_ME, batch)
         elif self.keep_routing and self.training:
-            statistics = routing_statistics(probability_TE, counts_ME, batch)
-            y_TD, statistics.probability_ME = join(y_TD, statistics.probability_ME)
-            self.routing = Routing(statistics, self.top_k, self.mesh)
+            self.routing = Routing(routing_statistics(probability_TE, counts_ME, batch), self.top_k, self.mesh)
         return y_TD
 
     def _routed(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, batch: SequenceBatch) -> Tensor:
