@@ -39,4 +39,5 @@ def run_alone(block: ParallelRoot, hidden: Tensor, batch: SequenceBatch | None =
     # FSDP2 casts the weights; autocast, which covers the user's network, would cast once more.
     with nullcontext() if dtype is None else torch.autocast(hidden.device.type, enabled=False):
         y_ND = batch.leave(block.forward(batch.enter(x_ND.to(dtype or x_ND.dtype)), batch))
-    return y_ND.to(hidden.dtype).view_as(hidden)
+    # A copy, where FSDP2 wraps: it would lose its hook if the network changed a view in place (``y = block(x); y += x``).
+    return y_ND.view_as(hidden).to(hidden.dtype, copy=block.sharding is not None)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_moefold import Fold, MoEFoldStrategy
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm, load_balancing_loss
 from lightning_moefold.testing import PoolEnvironment
-from lightning_moefold.testing.pieces import Piece, owned_pieces
+from lightning_moefold.testing.pieces import owned_pieces
 from tests.exactness.runs import BatchList
 
 SIZE, CLASSES = 12, 5
@@ -84,7 +84,7 @@ class Classifier(pl.LightningModule):
                 self.network.blocks[2].mlp.experts.requires_grad_(False)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = F.cross_entropy(self.network(batch["pixels"]), batch["classes"])
+        loss = F.cross_entropy(self.network(batch["pixels"].to(self.dtype)), batch["classes"])
         self.run.losses.append(loss.item())
         if self.spec.get("balance"):
             balance = load_balancing_loss(self.network)
@@ -119,20 +119,38 @@ def make_data(steps: int, ranks: int) -> list[list[dict[str, Tensor]]]:
 
 def train(fold: str, data: list[list[dict[str, Tensor]]], spec: dict[str, Any]) -> Run:
     """Under a fold, in a rank of the pool."""
-    world = dist.get_world_size()
     # Every rank draws other weights: those of rank 0 count.
     module = Classifier({**spec, "rank": dist.get_rank()})
+    _fit(module, fold, data, spec)
+    module.run.weights = owned_pieces(module.network)
+    module.run.loads = {n: m.load_E for n, m in module.network.named_modules() if isinstance(m, MoELayer)}
+    return module.run
+
+
+def stop_and_resume(folds: list[str], data: list[list[dict[str, Tensor]]], path: str) -> Run:
+    """One step under each fold, from the checkpoint of the one before."""
+    for index, fold in enumerate(folds):
+        module = Classifier({"expert": False, "rank": dist.get_rank()})
+        start = None if index == 0 else path
+        trainer = _fit(module, fold, [data[index]], {"sharding": "full", "epochs": index + 1}, start)
+        trainer.save_checkpoint(path)
+    module.run.weights = owned_pieces(module.network)
+    return module.run
+
+
+def _fit(module: Classifier, fold: str, data: Any, spec: dict[str, Any], start: str | None = None) -> pl.Trainer:
+    world = dist.get_world_size()
     place = Fold.parse(fold, world).coordinates(dist.get_rank())
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, plugins=[PoolEnvironment()], precision="64-true", max_epochs=1,
+        accelerator="cpu", devices=world, plugins=[PoolEnvironment()],
+        precision=spec.get("precision", "64-true"), max_epochs=spec.get("epochs", 1),
         strategy=MoEFoldStrategy(fold=fold, data_parallel_sharding=spec.get("sharding", "optimizer")),
         accumulate_grad_batches=spec.get("accumulate", 1), gradient_clip_val=0.5, use_distributed_sampler=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(BatchList([step[place["dp"]] for step in data]), batch_size=None))
-    module.run.weights = owned_pieces(module.network)
-    module.run.loads = {n: m.load_E for n, m in module.network.named_modules() if isinstance(m, MoELayer)}
-    return module.run
+    loader = DataLoader(BatchList([step[place["dp"]] for step in data]), batch_size=None)
+    trainer.fit(module, loader, ckpt_path=start)
+    return trainer
 
 
 def train_alone(data: list[list[dict[str, Tensor]]], spec: dict[str, Any]) -> Run:
@@ -179,6 +197,3 @@ def _naive_balance(layers: list[Any]) -> Tensor:
         tokens = counts.sum() / parts[0].top_k
         losses.append(len(counts) * (counts / tokens * probability / tokens).sum())
     return torch.stack(losses).mean()
-
-
-PieceMap = dict[str, Piece]
