@@ -26,14 +26,16 @@ class LoadBalanceMonitor(pl.Callback):
     Each log step covers the training batches since the one before, padding left out. Aggregates over layers and
     experts: ``moe/load_imbalance`` and ``moe/load_imbalance_max`` (mean and max over layers of the busiest expert's
     load over the mean; 1 is balanced), ``moe/cv_{mean,median,min,max}`` (coefficient of variation),
-    ``moe/dead_expert_frac_mean``, ``moe/entropy_mean`` (over log E),
-    ``moe/expert_utilization_{min,p25,median,p75,max}`` (load over a fair share). ``moe/rank_load_max_over_mean`` is the
-    same for the rows that ranks compute: by how much the busiest rank holds up the others. With ``per_layer``, for each
-    MoE layer i of the whole model ``moe/layer_{i}/max_over_mean``, ``/cv``, ``/dead_expert_frac`` and ``/entropy``.
-    Layers without load are left out.
+    ``moe/dead_expert_frac_mean``, ``moe/entropy_mean`` (over log E), ``moe/expert_diversity_{mean,min}`` (exp of the
+    entropy over E), ``moe/expert_utilization_{min,p25,median,p75,max}`` (load over a fair share), ``moe/dropped_frac``
+    (choices dropped for want of capacity; 0 while dropless). ``moe/rank_load_max_over_mean`` compares the rows that
+    ranks compute: by how much the busiest rank holds up the others. With ``per_layer``, for each MoE layer i of the
+    whole model ``moe/layer_{i}/max_over_mean``, ``/cv``, ``/dead_expert_frac`` and ``/entropy``. Layers without load are
+    left out. ``docs/callbacks.md`` has the formulas.
 
     The layers count on the device; there is one collective at each log step and none per batch. The counters are reset
-    with each read: have one reader in a run.
+    with each read: have one reader in a run. Works under any strategy; layers may stand anywhere in the LightningModule,
+    differ in their experts, and be spread over ranks.
 
     Args:
         log_every_n_steps: Optimizer steps between logs; the Trainer's if not given. Figures of a step at which the
@@ -112,6 +114,8 @@ def load_figures(load: ExpertLoad, per_layer: bool = True) -> dict[str, float]:
     """Figures of an interval by log name."""
     counts = load.by_layer()
     figures = {f"moe/{name}": value for name, value in balance_statistics(counts).items()}
+    if figures:
+        figures["moe/dropped_frac"] = float(load.dropped_L.sum() / sum(counts_E.sum() for counts_E in counts))
     if (imbalance := rank_imbalance(load.rank_rows_LR)) is not None:
         figures["moe/rank_load_max_over_mean"] = imbalance
     if per_layer:

@@ -6,6 +6,8 @@ Legend: T tokens of this rank, K experts per token, R rows sent, M rows computed
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,8 @@ class MoELayer(ParallelModule):
     Attributes:
         load_E: How often each expert was chosen on this rank in training since somebody last reset it (int64; padding
             left out).
+        dropped: How many of these choices no expert served, for want of capacity (int64 scalar; 0 while dropless).
     """
-
-    load_E: Tensor
 
     def __init__(
         self,
@@ -59,7 +60,17 @@ class MoELayer(ParallelModule):
         )
         self.shared_expert_gate = Linear(hidden_size, 1) if shared_ffn_hidden_size and shared_gate else None
         self.dispatcher = AllToAllDispatcher(num_experts)
-        self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        # Not buffers: those are made alike on all ranks before each step, and counters are each rank's own.
+        self.load_E = torch.zeros(num_experts, dtype=torch.int64)
+        self.dropped = torch.zeros((), dtype=torch.int64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
+        """Moves the counters with the layer; they begin anew."""
+        super()._apply(fn, recurse)
+        self.load_E, self.dropped = (
+            torch.zeros_like(fn(counter), dtype=torch.int64) for counter in (self.load_E, self.dropped)
+        )
+        return self
 
     def bind(self, mesh: FoldedMesh) -> None:
         """Makes the dispatcher of this fold."""

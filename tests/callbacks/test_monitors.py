@@ -15,8 +15,10 @@ import torch
 
 from lightning_moefold import MoEConfig, comm
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
+from lightning_moefold.callbacks.expert_load import NO_EXPERT
 from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_batches, make_checkpoint
 from tests.callbacks.monitored import Seen, monitored_fit
+from tests.callbacks.own_network import own_network_counts, own_network_fit, uneven_table
 
 FOLDS = [("", 1), ("tp2 | ep2", 2), ("tp2 | ep4", 4), ("tp2 | ep2", 4), ("| etp2 ep2", 4)]
 MODEL = {"num_experts": 8, "num_hidden_layers": 3}
@@ -27,6 +29,7 @@ LOAD_KEYS = {
     "moe/load_imbalance", "moe/load_imbalance_max", "moe/cv_mean", "moe/cv_median", "moe/cv_min", "moe/cv_max",
     "moe/dead_expert_frac_mean", "moe/entropy_mean", "moe/expert_utilization_min", "moe/expert_utilization_p25",
     "moe/expert_utilization_median", "moe/expert_utilization_p75", "moe/expert_utilization_max",
+    "moe/expert_diversity_mean", "moe/expert_diversity_min", "moe/dropped_frac",
     "moe/rank_load_max_over_mean", "moe/layer_0/max_over_mean", "moe/layer_2/cv", "moe/layer_2/dead_expert_frac",
     "moe/layer_0/entropy",
 }  # fmt: skip
@@ -107,6 +110,34 @@ def test_load_of_ranks_is_what_their_experts_computed(
     rows_LR = np.array([rank.expert_rows for rank in seen]).T  # etp ranks compute the same rows: it changes no ratio
     assert rows_LR.shape[0] == 2
     assert seen[0].load[-1]["moe/rank_load_max_over_mean"] == pytest.approx(rank_imbalance(rows_LR), rel=1e-12)
+
+
+# ---- networks of the user's own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fold", "ranks"), [("", 1), ("", 2), (None, 2)], ids=["one", "dp2", "ddp"])
+def test_a_network_of_the_users_own(pool: RankPool, tmp_path: Path, fold: str | None, ranks: int) -> None:
+    """Counts of all ranks' rows, with layers that differ in their experts; the same with one rank and many."""
+    rows = torch.randn(3, 2, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = pool.run(own_network_fit, fold, rows, str(tmp_path), ranks=ranks)
+    wanted = own_network_counts(rows)
+    for rank in seen:
+        assert [step for step, _ in rank.history] == ([3] if rank is seen[0] else [])
+        assert rank.load == seen[0].load
+    np.testing.assert_array_equal(seen[0].history[0][1], wanted)
+    assert seen[0].load[0]["moe/layer_1/max_over_mean"] == pytest.approx(wanted[1, :2].max() / wanted[1, :2].mean())
+
+
+def test_ranks_with_other_layers(pool: RankPool) -> None:
+    """As on pipeline stages: each rank holds some layers, two hold one in common, and all get the whole table."""
+    holds = [["blocks.10", "blocks.2"], ["blocks.1"], ["head", "blocks.2"]]
+    found = pool.run(uneven_table, holds, ranks=3)
+    order = ["blocks.1", "blocks.2", "blocks.10", "head"]
+    for held, (names, numbers, counts, dropped) in zip(holds, found, strict=True):
+        assert names == [name if name in held else "" for name in order]
+        assert numbers == [0, 1, 2, 3]
+        assert counts == [[2, 2, NO_EXPERT], [4, 4, 4], [1, 1, NO_EXPERT], [3, 3, NO_EXPERT]]
+        assert dropped == [2, 4, 1, 3]
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -199,11 +230,13 @@ def test_measured_peak_is_summed_over_ranks(pool: RankPool, checkpoint: Path, tm
 # ---- communication ---------------------------------------------------------------------------------------------------
 
 
-def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
-    for rank in run(pool, checkpoint, tmp_path, "tp2 | ep2", 4, batches(6), log_every=3, accumulate=1):
+@pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep2", 2)])
+def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int) -> None:
+    for rank in run(pool, checkpoint, tmp_path, fold, ranks, batches(6), log_every=3, accumulate=1):
         assert rank.collectives == {
             "MFUMonitor.on_train_start:all_reduce": 1,
             f"MFUMonitor.on_train_batch_end:{comm.ALL_GATHER}": 2,
+            "LoadBalanceMonitor.on_train_start:all_gather_object": 1,  # who has which layers
             "LoadBalanceMonitor.on_train_batch_end:all_reduce": 2,
             "LoadBalanceMonitor.on_train_end:broadcast_object_list": 1,  # the Trainer's log_dir
         }
