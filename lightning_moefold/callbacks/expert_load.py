@@ -55,11 +55,9 @@ def find_rows(root: pl.LightningModule, world: Axis) -> list[LoadRow]:
     if world.size > 1:
         dist.all_gather_object(everyone, mine, group=world.group)
     layers = mine if all(theirs == mine for theirs in everyone) else sorted(set().union(*everyone), key=_natural)
-    numbered = len(models) == 1 and all(number is not None for _, _, number in layers)
-    return [
-        LoadRow(number if numbered else i, num_experts, here.get(name))
-        for i, (name, num_experts, number) in enumerate(layers)
-    ]
+    known = [number for _, _, number in layers if number is not None]
+    numbers_L = known if len(models) == 1 and len(known) == len(layers) else range(len(layers))
+    return [LoadRow(i, num, here.get(name)) for i, (name, num, _) in zip(numbers_L, layers, strict=True)]
 
 
 def _natural(layer: tuple[str, int, int | None]) -> list[tuple[int, str]]:

@@ -158,9 +158,23 @@ def test_tokens_are_counted_once_per_data_rank(
         assert figures["train/tokens_per_second_per_device"] == PARTS * LENGTH / ranks
         assert figures["train/tflops_per_device"] == pytest.approx(flops / ranks / 1e12)
         assert figures["train/mfu"] == pytest.approx(flops / (ranks * 1e9))
-        assert 0.05 < figures["train/memory_gb"] < 100
+        assert 0.05 < figures["train/memory_peak_gb"] < 100
         assert figures["train/grad_norm"] > 0
     assert_equal_on_ranks(seen)
+
+
+@pytest.mark.parametrize(("fold", "ranks"), [("", 1), ("tp2 | ep2", 4)])
+def test_hardware_utilisation_where_it_differs(
+    pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
+) -> None:
+    """Frozen experts spare one of their three products; without frozen parameters there is nothing to tell apart."""
+    data, config = batches(2, padding="none"), MoEConfig.from_pretrained(checkpoint)
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, data, frozen=["*.mlp.experts.*"])
+    weights = config.num_moe_layers * config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size
+    spared = 2 * weights * PARTS * LENGTH / (ranks * 1e9)
+    figures = seen[0].mfu[-1]
+    assert figures["train/hfu"] == pytest.approx(figures["train/mfu"] - spared)
+    assert "train/hfu" not in run(pool, checkpoint, tmp_path, fold, ranks, data)[0].mfu[-1]
 
 
 @pytest.mark.parametrize(("count_padding", "expected"), [(True, PARTS * 2 * LENGTH), (False, None)])
@@ -250,7 +264,7 @@ def test_csv_holds_every_key(pool: RankPool, checkpoint: Path, tmp_path: Path) -
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [1, 3]
-    keys = {"train/step_time", "train/memory_gb", "train/grad_norm", *TIME_KEYS, *LOAD_KEYS}
+    keys = {"train/step_time", "train/memory_peak_gb", "train/grad_norm", *TIME_KEYS, *LOAD_KEYS}
     for row, mfu, load in zip(rows, seen[0].mfu, seen[0].load, strict=True):
         assert row.keys() >= keys
         for name in keys:
