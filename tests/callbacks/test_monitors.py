@@ -292,6 +292,10 @@ def test_wandb_offline(pool: RankPool, checkpoint: Path, tmp_path: Path, monkeyp
 def test_summary_knows_what_ranks_store(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
-    seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(1), summary=True)
+    spec = {"optimizer": "adamw", "frozen": ["*embed_tokens*"], "summary": True}
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(1), **spec)
     stored = [rank.stored for rank in seen]
     assert all(rank.stored_range == (min(stored), max(stored)) for rank in seen)
+    for index, name in enumerate(("weights", "gradients", "Adam states")):
+        kept = [rank.kept[index] for rank in seen]
+        assert all(rank.kept_range[name] == (min(kept), max(kept)) for rank in seen), name
