@@ -134,8 +134,10 @@ class ModelSummary:
 
     def memory_text(self, optimizer: Optimizer | None = None) -> str:
         """:meth:`memory` in a sentence."""
-        parts = [f"{name} {_range(*sizes, _compact_bytes)}" for name, sizes in self.memory(optimizer).items()]
-        return f"kept by each rank: {', '.join(parts)}; gathered weights and activations come on top"
+        parts = {name: _range(*sizes, _compact_bytes) for name, sizes in self.memory(optimizer).items()}
+        together = parts.pop("together")
+        summands = " + ".join(f"{name} {sizes}" for name, sizes in parts.items())
+        return f"kept by each rank: {summands} = {together}\n(gathered weights and activations come on top)"
 
     def text(self) -> str:
         """The table as plain text."""
@@ -229,7 +231,7 @@ def _optimizer_states(optimizer: Optimizer | None) -> tuple[str, int] | None:
 
 
 def _range(low: int, high: int, show: Callable[[int], str]) -> str:
-    return show(high) if low == high else f"{show(low)} .. {show(high)}"
+    return show(high) if show(low) == show(high) else f"{show(low)} .. {show(high)}"
 
 
 def _compact(number: int) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning_moefold.figures import make_figure, save_figure
 from lightning_moefold.planner.cost import CostModel, Estimate
 from lightning_moefold.planner.job import Job
 from lightning_moefold.planner.search import Result
@@ -21,22 +22,16 @@ def write_plots(result: Result, folder: str | Path) -> list[Path]:
     Raises:
         ValueError: If matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("plots need matplotlib; install lightning-moefold[plot].") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    drawings = (
+        ("mfu", "Time of a step by what it is spent on", _draw_mfu),
+        ("memory", "Memory of the fullest rank", _draw_memory),
+        ("roofline", "Roofline of a MoE layer", _draw_roofline),
+    )
     written = []
-    for name, draw in (("mfu", _draw_mfu), ("memory", _draw_memory), ("roofline", _draw_roofline)):
-        figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for name, title, draw in drawings:
+        figure, (axes,) = make_figure(title)
         draw(axes, result)
-        written.append(target / f"{name}.png")
-        figure.savefig(written[-1], dpi=120)
-        pyplot.close(figure)
+        written.append(save_figure(figure, Path(folder) / f"{name}.png"))
     return written
 
 
