@@ -43,8 +43,9 @@ class LoadBalanceMonitor(pl.Callback):
         per_layer: Log each layer's figures. Lightning takes some 0.3 ms of a CPU core to log one value, so four per
             layer are most of what a log step costs.
         keep_history: Keep the counts of every interval on rank zero (8 bytes per layer and expert) and write them to
-            ``expert_load.npz`` in the Trainer's ``log_dir`` at the end of training, for plotting: ``steps`` ``[N]``,
-            ``layers`` ``[L]``, ``counts`` ``[N, L, E]``. A second fit that goes on from there adds to it.
+            ``expert_load.npz`` in the Trainer's ``log_dir`` at the end of training, for ``moefold plot``: ``steps``
+            ``[N]``, ``layers`` ``[L]``, ``counts`` ``[N, L, E]``. A second fit that goes on from there adds to it.
+            Without a logger nothing is written.
         heatmap: With a WandbLogger, log ``moe/load_heatmap`` (layers x experts) and ``moe/load_histogram`` too.
 
     Attributes:
@@ -103,7 +104,7 @@ class LoadBalanceMonitor(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reader = None
-        if not self.keep_history or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.keep_history or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = trainer.log_dir  # asks rank zero: every rank has to call it
         if trainer.is_global_zero and self.history and folder is not None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,10 @@ from typing_extensions import override
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
-from lightning_moefold.models import MoECausalLM
-from lightning_moefold.modules import Attention, Experts, GatedMLP, MoELayer, RMSNorm, Router
+from lightning_moefold.modules import Attention, GatedMLP, MoELayer, RMSNorm, Router
+from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.modules.experts import RoutedExperts
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
-from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.strategy import MoEFoldStrategy
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _ORDER = (
 )
 #: What parameters directly in a module of a type, and below it, are, unless a module further down says otherwise.
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
-    ((Experts,), "experts"),
+    ((RoutedExperts,), "experts"),
     ((Router,), "router"),
     ((MoELayer,), "shared expert"),  # what is neither of the two
     ((GatedMLP,), "dense feed-forward"),
@@ -150,25 +150,22 @@ class ModelSummary:
 _HEAD = ("parameters", "total", "active", "trainable", "frozen", "per rank")
 
 
-def summarize_model(
-    module: nn.Module, fold: Fold, layouts: Mapping[str, ParameterLayout] | None = None
-) -> ModelSummary:
+def summarize_model(module: nn.Module, fold: Fold) -> ModelSummary:
     """Counts the parameters of a module under ``fold``. Local.
 
     Args:
-        module: Usually a LightningModule; parallelised or not.
-        fold: The fold.
-        layouts: Where the pieces of parameters lie, by name; those of the :class:`~lightning_moefold.MoECausalLM` in it if
-            not given. All other parameters are the user's own, which every rank stores.
+        module: Usually a LightningModule. What language models and blocks in it know of their layout counts; all other
+            parameters are the user's own, which every rank stores.
+        fold: The fold under which it has been parallelised, or any if it has not.
     """
-    layouts = _model_layouts(module) if layouts is None else layouts
+    layouts = _layouts_of(module)
     kinds: dict[str, Size] = defaultdict(Size)
     families: dict[str, Size] = defaultdict(Size)
     total, weight_bytes, gradient_bytes = Size(), Counter[int](), Counter[int]()
     stored: dict[ParameterLayout, Counter[int]] = {}  # layers repeat, and there may be thousands of ranks
     roles = _Roles(module)
     for name, parameter in module.named_parameters():
-        layout = layouts.get(name) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
+        layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
         if layout not in stored:
             stored[layout] = Counter({rank: layout.box(fold, rank).numel for rank in range(fold.world_size)})
         kind, active = roles.of(name)
@@ -184,11 +181,13 @@ def summarize_model(
     return ModelSummary(fold, groups | {"total": total}, weight_bytes, gradient_bytes)
 
 
-def _model_layouts(module: nn.Module) -> dict[str, ParameterLayout]:
-    models = [(prefix, m) for prefix, m in module.named_modules() if isinstance(m, MoECausalLM)]
-    return {
-        f"{prefix}.{name}".lstrip("."): layout for prefix, model in models for name, layout in model.layouts.items()
-    }
+def _layouts_of(module: nn.Module) -> dict[int, ParameterLayout]:
+    """By identity: a part of a model may have a second name."""
+    layouts: dict[int, ParameterLayout] = {}
+    for _, root in parallel_roots(module):
+        root.release_gathered_weights()
+        layouts |= {id(p): root.layouts[name] for name, p in root.named_parameters() if name in root.layouts}
+    return layouts
 
 
 class _Roles:
@@ -198,10 +197,9 @@ class _Roles:
         self._of_module: dict[str, tuple[str, float]] = {}
         for name, module in root.named_modules(remove_duplicate=False):  # parents first
             around = self._of_module.get(name.rpartition(".")[0], ("other", 1.0))
-            kind = next((kind for types, kind in _KINDS if isinstance(module, types)), around[0])
-            active = around[1]
-            if isinstance(module, GatedMLP) and around[0] == "shared expert":
-                kind = "shared expert"
+            kind, active = next((kind for types, kind in _KINDS if isinstance(module, types)), around[0]), around[1]
+            if around[0] == "experts" or (isinstance(module, GatedMLP) and around[0] == "shared expert"):
+                kind = around[0]
             if isinstance(module, MoELayer):
                 self._of_module[f"{name}.experts".lstrip(".")] = "experts", module.top_k / module.num_experts
             self._of_module.setdefault(name, (kind, active))
@@ -259,12 +257,10 @@ class FoldSummary(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy, layouts = trainer.strategy, None
-        fold = Fold(1)  # under another strategy every rank is taken to hold everything
-        if isinstance(strategy, MoEFoldStrategy):
-            fold, layouts = strategy.fold, ParameterRegistry(pl_module, strategy.mesh).layouts
-        optimizers = trainer.optimizers
-        self._print(summarize_model(pl_module, fold, layouts), optimizers[0] if len(optimizers) == 1 else None)
+        strategy, optimizers = trainer.strategy, trainer.optimizers
+        # Under another strategy every rank is taken to hold everything.
+        fold = strategy.fold if isinstance(strategy, MoEFoldStrategy) else Fold(1)
+        self._print(summarize_model(pl_module, fold), optimizers[0] if len(optimizers) == 1 else None)
 
     @rank_zero_only
     def _print(self, summary: ModelSummary, optimizer: Optimizer | None) -> None:

@@ -17,10 +17,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_moefold import MoEFoldStrategy
+from lightning_moefold import Fold, MoEFoldStrategy
 from lightning_moefold.callbacks import LoadBalanceMonitor
 from lightning_moefold.callbacks.expert_load import NO_EXPERT, LoadReader
+from lightning_moefold.callbacks.summary import summarize_model
 from lightning_moefold.modules import MoELayer
+from lightning_moefold.parallel import local_part
 from lightning_moefold.testing import PoolEnvironment
 from tests.callbacks.monitored import Seen
 
@@ -51,10 +53,11 @@ def own_network_counts(batches: Tensor) -> np.ndarray:
 
 
 def own_network_fit(fold: str | None, batches: Tensor, root: str) -> Seen:
-    """Trains on ``batches[step][part]``, the parts dealt to the ranks; under DDP if there is no fold."""
-    world, rank, monitor = dist.get_world_size(), dist.get_rank(), LoadBalanceMonitor()
-    share = batches.shape[1] // world
-    mine = batches[:, rank * share : (rank + 1) * share].flatten(1, 2)
+    """Trains on ``batches[step][part]``, the parts dealt to the data ranks; under DDP if there is no fold."""
+    world, monitor, module = dist.get_world_size(), LoadBalanceMonitor(), OwnNetwork()
+    parsed = Fold.parse(fold or "", world)
+    share, place = batches.shape[1] // parsed.dp, parsed.coordinates(dist.get_rank())["dp"]
+    mine = batches[:, place * share : (place + 1) * share].flatten(1, 2)
     environment = PoolEnvironment()
     strategy: Any = DDPStrategy(process_group_backend="gloo") if fold is None else MoEFoldStrategy(fold=fold)
     trainer = pl.Trainer(
@@ -62,8 +65,10 @@ def own_network_fit(fold: str | None, batches: Tensor, root: str) -> Seen:
         log_every_n_steps=len(batches), use_distributed_sampler=False, enable_progress_bar=False, logger=False,
         enable_model_summary=False, enable_checkpointing=False, callbacks=[monitor], default_root_dir=root,
     )  # fmt: skip
-    trainer.fit(OwnNetwork(), DataLoader(TensorDataset(mine), batch_size=1))
-    return Seen(load=[monitor.latest], history=monitor.history)
+    trainer.fit(module, DataLoader(TensorDataset(mine), batch_size=1))
+    stored = sum(local_part(p).numel() for p in module.parameters())
+    size_range = summarize_model(module, parsed if fold is not None else Fold(1)).size_range()
+    return Seen(load=[monitor.latest], history=monitor.history, stored=stored, stored_range=size_range)
 
 
 def uneven_table(holds: list[list[str]]) -> tuple[list[str], list[int], list[list[int]], list[int]]:

@@ -86,7 +86,7 @@ def test_counts_are_those_of_one_process(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
     data = batches()
-    seen = run(pool, checkpoint, tmp_path, fold, ranks, data, log_every=2)
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, data, log_every=2, csv=str(tmp_path))
     expected = [sum(hf_counts(checkpoint, join_rows(step)) for step in data[i : i + 2]) for i in (0, 2)]
     assert [step for step, _ in seen[0].history] == [2, 4]
     for (_, counts), wanted in zip(seen[0].history, expected, strict=True):
@@ -115,15 +115,19 @@ def test_load_of_ranks_is_what_their_experts_computed(
 # ---- networks of the user's own --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fold", "ranks"), [("", 1), ("", 2), (None, 2)], ids=["one", "dp2", "ddp"])
+@pytest.mark.parametrize(
+    ("fold", "ranks"),
+    [("", 1), ("", 2), (None, 2), ("tp2 | ep2", 2), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("tp4", 4)],
+)
 def test_a_network_of_the_users_own(pool: RankPool, tmp_path: Path, fold: str | None, ranks: int) -> None:
-    """Counts of all ranks' rows, with layers that differ in their experts; the same with one rank and many."""
-    rows = torch.randn(3, 2, 6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """Counts of all ranks' rows, under every fold and DDP (None), with layers that differ in their experts."""
+    rows = torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # tp leaves padding
     seen = pool.run(own_network_fit, fold, rows, str(tmp_path), ranks=ranks)
     wanted = own_network_counts(rows)
     for rank in seen:
         assert [step for step, _ in rank.history] == ([3] if rank is seen[0] else [])
         assert rank.load == seen[0].load
+        assert rank.stored_range == (min(r.stored for r in seen), max(r.stored for r in seen))
     np.testing.assert_array_equal(seen[0].history[0][1], wanted)
     assert seen[0].load[0]["moe/layer_1/max_over_mean"] == pytest.approx(wanted[1, :2].max() / wanted[1, :2].mean())
 
@@ -222,7 +226,13 @@ def test_validation_saves_and_epoch_ends_take_no_time(
 
 def test_fit_twice_and_a_schedule_of_its_own(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     own = {"log_every_n_steps": 2}
-    spec = {"fits": 2, "log_every": 50, "mfu": {**own, "warmup_steps": 0, "window": 1}, "load": own}
+    spec = {
+        "fits": 2,
+        "log_every": 50,
+        "csv": str(tmp_path),
+        "mfu": {**own, "warmup_steps": 0, "window": 1},
+        "load": own,
+    }
     data = batches(3)
     seen = run(pool, checkpoint, tmp_path, "tp2 | ep4", 4, data, **spec)
     # the second fit starts at step 3, with counters reset
@@ -236,6 +246,7 @@ def test_fit_twice_and_a_schedule_of_its_own(pool: RankPool, checkpoint: Path, t
 
 def test_measured_peak_is_summed_over_ranks(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     seen = run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(2), mfu={"peak_flops": None})
+    assert not list(tmp_path.rglob("expert_load.npz"))  # nobody logs, so nothing is written
     assert seen[0].peak == seen[1].peak
     assert 1e8 < seen[0].peak < 1e14
     assert run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(2))[0].peak == 2e9
@@ -252,7 +263,6 @@ def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path:
             f"MFUMonitor.on_train_batch_end:{comm.ALL_GATHER}": 2,
             "LoadBalanceMonitor.on_train_start:all_gather_object": 1,  # who has which layers
             "LoadBalanceMonitor.on_train_batch_end:all_reduce": 2,
-            "LoadBalanceMonitor.on_train_end:broadcast_object_list": 1,  # the Trainer's log_dir
         }
 
 

@@ -54,14 +54,16 @@ class OwnNetwork(torch.nn.Module):
         super().__init__()
         self.table = torch.nn.Embedding(10, 8)
         self.look = torch.nn.MultiheadAttention(8, 2)
-        self.a, self.b = MoELayer(8, 4, 1, 6, shared_ffn_hidden_size=3), MoELayer(8, 2, 2, 5)
+        self.a = MoELayer(8, 4, 1, 6, shared_ffn_hidden_size=3)
+        self.b = MoELayer(8, 2, 2, expert=lambda: torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)))
         self.thin, self.scale, self.out = GatedMLP(8, 7), torch.nn.LayerNorm(8), torch.nn.Linear(8, 10)
 
 
 def test_a_network_of_the_users_own() -> None:
     summary = summarize_model(OwnNetwork(), Fold(2))
     sizes = {name: (size.total, size.active) for name, size in summary.groups.items()}
-    experts, active = 4 * 3 * 8 * 6 + 2 * 3 * 8 * 5, 3 * 8 * 6 + 2 * 3 * 8 * 5
+    own = 16 + 72
+    experts, active = 4 * 3 * 8 * 6 + 2 * own, 3 * 8 * 6 + 2 * own
     dense = 80 + 8 * 24 + 24 + 8 * 8 + 8 + 48 + 3 * 8 * 3 + 8 + 3 * 8 * 7 + 16 + 90
     assert sizes == {
         "embedding": (80, 80),
