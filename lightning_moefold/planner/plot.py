@@ -46,7 +46,11 @@ def _draw_mfu(axes: Any, result: Result) -> None:
         axes.text(left[row], row, f" {estimate.mfu:.1%}", va="center")
     axes.set(xlabel="seconds per step (MFU at the bar's end)")
     axes.invert_yaxis()
-    axes.legend(fontsize="small")
+    _legend_below(axes)
+
+
+def _legend_below(axes: Any) -> None:
+    axes.legend(fontsize="small", frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.11))
 
 
 def _draw_memory(axes: Any, result: Result) -> None:
@@ -59,7 +63,7 @@ def _draw_memory(axes: Any, result: Result) -> None:
     axes.axvline(result.best.limit / 2**30, color="black", linestyle="--", label="limit")
     axes.set(xlabel="GiB on the fullest rank")
     axes.invert_yaxis()
-    axes.legend(fontsize="small")
+    _legend_below(axes)
 
 
 def roofline_point(job: Job, estimate: Estimate) -> tuple[float, float]:
