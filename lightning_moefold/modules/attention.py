@@ -5,7 +5,7 @@ Query heads are split as evenly as possible. Where tp divides the query (or the 
 their projections. Where it does not, those weights are replicated: each rank uses just the rows of its own query heads,
 or of the key/value heads that they need, and the gradients are partial (summed over tp).
 
-Legend: N tokens, B rows, S positions, D hidden size, d head size, Q local query heads, V local key/value heads.
+Legend: N tokens, B rows, S positions, K keys, D hidden size, d head size, Q local query heads, V local key/value heads.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Attention(ParallelModule):
         q_BSQd = self._heads(_project(self.q_proj, x_ND, self._q_rows), rows, length, self.q_norm, batch)
         k_BSVd = self._heads(_project(self.k_proj, x_ND, self._kv_rows), rows, length, self.k_norm, batch)
         v_BSVd = _project(self.v_proj, x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
-        y_NO = self._attend(q_BSQd, k_BSVd, v_BSVd, batch)
+        y_NO = self._attend(q_BSQd, *batch.visible(self, self.sliding_window, k_BSVd, v_BSVd))
         o_weight = local(self.o_proj.weight)
         o_weight = o_weight if self._q_rows is None else o_weight[:, self._q_rows]
         y_TD = batch.reduce_scatter(F.linear(y_NO, o_weight))
@@ -149,9 +149,8 @@ class Attention(ParallelModule):
             x_BSHd = rotate(x_BSHd, batch.cos_BSh, batch.sin_BSh)
         return x_BSHd
 
-    def _attend(self, q_BSQd: Tensor, k_BSVd: Tensor, v_BSVd: Tensor, batch: SequenceBatch) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BSQd, k_BSVd, v_BSVd))
-        mask = batch.mask_for(self.sliding_window, q.device)
+    def _attend(self, q_BSQd: Tensor, k_BKVd: Tensor, v_BKVd: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BSQd, k_BKVd, v_BKVd))
         if self.kv_of_head is not None:
             index = torch.tensor(self.kv_of_head, device=k.device)
             k, v = k.index_select(1, index), v.index_select(1, index)
@@ -161,7 +160,7 @@ class Attention(ParallelModule):
         y_BQSd = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return y_BQSd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
+        return y_BQSd.transpose(1, 2).reshape(-1, self.local_heads * self.head_dim)
 
 
 def _project(projection: Linear, x_ND: Tensor, rows: slice | None) -> Tensor:

@@ -5,11 +5,13 @@ Between blocks the hidden states are just tokens: the rows of a batch are flatte
 multiple of tp, and each tensor parallel rank holds T of them (sequence parallelism). Nothing but attention cares where
 a row ends, so nothing is communicated between attention and MoE.
 
-Legend: B rows, S positions per row, N = B * S, P = N padded to a multiple of tp, T = P / tp, D hidden size.
+Legend: B rows, S positions per row, N = B * S, P = N padded to a multiple of tp, T = P / tp, D hidden size, V local
+key/value heads, K keys, d head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import SINGLE, Axis
+from lightning_moefold.modules.cache import KeyValueCache
 
 
 @dataclass
@@ -55,6 +58,7 @@ class SequenceBatch:
         num_microbatches: M.
         wants_routing: Whether somebody asks for routing statistics.
         routing: Where an MoE layer puts its statistics, for its decoder layer to return.
+        cache: Keys and values of earlier positions, while text is generated; else None.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class SequenceBatch:
         self.num_microbatches = 1
         self.wants_routing = False
         self.routing: RoutingStatistics | None = None
+        self.cache: KeyValueCache | None = None
         self._windowed: dict[int, Tensor] = {}
 
     @property
@@ -103,6 +108,15 @@ class SequenceBatch:
     def reduce_scatter(self, x_ND: Tensor) -> Tensor:
         """Sums partial results over tp and keeps this rank's tokens, ``[N, D] -> [T, D]``."""
         return comm.reduce_scatter(self.pad(x_ND), self.tp)
+
+    def visible(
+        self, layer: Hashable, window: int | None, k_BSVd: Tensor, v_BSVd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The keys and values that a layer's queries attend to, ``[B, K, V, d]``, and the mask as from :meth:`mask_for`."""
+        mask = None
+        if self.cache is not None:
+            k_BSVd, v_BSVd, mask = self.cache.extend(layer, window, k_BSVd, v_BSVd)
+        return k_BSVd, v_BSVd, self.mask_for(window, k_BSVd.device) if mask is None else mask
 
     def mask_for(self, window: int | None, device: torch.device) -> Tensor | None:
         """The mask ``[B or 1, 1, S, S]``, or None where plain causal attention does.
