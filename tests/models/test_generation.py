@@ -16,11 +16,14 @@ from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint, r
 from tests.models import generated
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2": ("qwen2_moe", {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2": (
+        "qwen2_moe",
+        {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
     "mixtral": ("mixtral", {"sliding_window": 5, "vocab_size": 97}),
     "qwen3": ("qwen3_moe", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
 }
-FOLDS = ["", "tp2 | ep4", "tp2 | etp2 ep2", "tp4 | ep4", "| ep2"]
+FOLDS = ["tp2 | ep4", "tp2 | etp2 ep2", "tp4 | ep4", "| ep2"]
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +46,14 @@ def theirs(path: str, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
     return hf_reference(path).generate(input_ids=ids, attention_mask=mask, do_sample=False, **options)
 
 
-def cut(text: Tensor, ends: list[int], pad: int) -> Tensor:
-    """Without the columns in which every row is over: the longest text of these rows alone."""
-    while bool((text[:, -1] == pad).all()):
-        text = text[:, :-1]
-    return text
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_text_is_that_of_transformers(pool: RankPool, paths: dict[str, str], name: str) -> None:
     """On each data rank another number of prompts (zero too), lengths, and ends."""
     ids, mask = prompts(4, 7, 1)
-    free = theirs(paths[name], ids, mask, max_new_tokens=14, eos_token_id=None, pad_token_id=0)
+    free = theirs(paths[name], ids, mask, max_new_tokens=9, eos_token_id=None, pad_token_id=0)
     ends = [int(free[1, 9]), int(free[3, 12])]  # two rows end early, at different times
-    options = {"max_new_tokens": 14, "eos_token_id": ends, "pad_token_id": 0}
-    given = [(ids, mask), (ids[1:2, 2:] * mask[1:2, 2:], mask[1:2, 2:]), (ids[:0], mask[:0]), prompts(2, 3, 2)]
-    given[1] = prompts(1, 4, 3)
+    options = {"max_new_tokens": 9, "eos_token_id": ends, "pad_token_id": 0}
+    given = [(ids, mask), prompts(1, 4, 3), (ids[:0], mask[:0]), prompts(2, 3, 2)]
     expected = [theirs(paths[name], *p, **options) if len(p[0]) else p[0] for p in given]
     assert len({text.shape for text in expected}) > 2
     for fold in FOLDS:
@@ -128,7 +123,14 @@ def test_a_seed_gives_the_same_text_under_every_fold(pool: RankPool, paths: dict
     """Prompts are dealt to the data ranks in turn, and the longest ones do not all end up on one of them."""
     ids, mask = prompts(8, 5, 9)
     ids[1::2], mask[1::2] = ids[0::2], mask[0::2]  # pairs of equal prompts get different texts
-    options = {"max_new_tokens": 10, "do_sample": True, "temperature": 1.3, "top_k": 30, "top_p": 0.9, "eos_token_id": ()}
+    options = {
+        "max_new_tokens": 10,
+        "do_sample": True,
+        "temperature": 1.3,
+        "top_k": 30,
+        "top_p": 0.9,
+        "eos_token_id": (),
+    }
     runs = [{**options, "seed": 1}, {**options, "seed": 2}, options]
     model = MoECausalLM.from_pretrained(paths["mixtral"], torch.float64)
     one, two = (model.generate(ids, mask, **run) for run in runs[:2])

@@ -167,7 +167,7 @@ def by_hand(path: str, fold: str) -> dict[str, Any]:
     """Calls of unequal number outside a Trainer's prediction."""
     from tests.strategy.bad import make_model, told
 
-    model = make_model(path, fold)
+    model = make_model(path, fold, dtype=torch.float64)
     model.train()
     batch = finetune.rows(2, 3)
     seen: dict[str, Any] = {}
