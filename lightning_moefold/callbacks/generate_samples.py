@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
@@ -35,7 +36,7 @@ class GenerateSamples(Callback):
         **options: For :meth:`~lightning_moefold.MoECausalLM.generate`, such as ``do_sample=True, temperature=0.7``.
 
     Attributes:
-        latest: Prompt and continuation of the last time, on every rank.
+        samples: Prompt and continuation of the last time, on every rank.
 
     Raises:
         ValueError: If there is no prompt, or ``every_n_validations`` is not positive.
@@ -56,7 +57,7 @@ class GenerateSamples(Callback):
             raise ValueError(f"every_n_validations={every_n_validations} must be at least 1.")
         self.prompts, self.every_n_validations = list(prompts), every_n_validations
         self.options = {"max_new_tokens": max_new_tokens, "seed": seed, **options}
-        self.latest: list[tuple[str, str]] = []
+        self.samples: list[tuple[str, str]] = []
         self._tokenizer = tokenizer
         self._validations = 0
         self._table: list[list[Any]] = []
@@ -71,9 +72,12 @@ class GenerateSamples(Callback):
         model = next((m for m in pl_module.modules() if isinstance(m, MoECausalLM)), None)
         if model is None:
             raise TypeError(f"{type(pl_module).__name__} holds no MoECausalLM; GenerateSamples needs one.")
-        self.latest = list(zip(self.prompts, self._texts(model, pl_module.device), strict=True))
-        pl_module.print(*(f"[step {trainer.global_step}] {p}|{text}" for p, text in self.latest), sep="\n")
-        self._table += [[trainer.global_step, *sample] for sample in self.latest]
+        self.samples = list(zip(self.prompts, self._texts(model, pl_module.device), strict=True))
+        lines = [f"step {trainer.global_step}: {p} | {' '.join(text.split())}" for p, text in self.samples]
+        if trainer.is_global_zero:
+            bar = trainer.progress_bar_callback
+            (print if bar is None or trainer.state.fn != TrainerFn.FITTING else bar.print)("\n".join(lines))
+        self._table += [[trainer.global_step, *sample] for sample in self.samples]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 columns = ["step", "prompt", "text"]

@@ -69,6 +69,6 @@ def fit(path: str, fold: str, sampled: bool, sharding: str) -> dict[str, Any]:
     loads = {i: layer.load_E.clone() for i, layer in model.moe_layers().items()}
     return {
         "losses": report.losses, "validation": report.validation, "weights": owned_pieces(model), "loads": loads,
-        "latest": samples.latest, "tables": [call.args for call in logger.log_table.call_args_list],
+        "latest": samples.samples, "tables": [call.args for call in logger.log_table.call_args_list],
         "random": torch.get_rng_state(),
     }  # fmt: skip

@@ -49,6 +49,7 @@ class Predictor(pl.LightningModule):
         self.teacher: MoECausalLM | None = None
         self.seen: list[int] = []
         self.hooks: list[str] = []
+        self.texts: dict[int, Tensor] = {}
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -74,6 +75,9 @@ class Predictor(pl.LightningModule):
             for _ in range(index[0] % 3):  # of an unequal number, and before the other model
                 taught = self.teacher(batch["input_ids"], gather_logits=True).logits
         logits = self.model(batch["input_ids"], gather_logits=True).logits
+        if self.spec.get("generates"):  # another number of tokens on each data rank
+            texts = self.model.generate(batch["input_ids"], max_new_tokens=1 + index[0] % 4, eos_token_id=())
+            self.texts |= dict(zip(index, texts, strict=True))
         if self.teacher is not None and index[0] % 3:
             torch.testing.assert_close(taught, logits, rtol=1e-10, atol=1e-10)
         return batch["index"], logits
@@ -126,7 +130,7 @@ def predict(path: str, fold: str, spec: dict[str, Any], arguments: dict[str, Any
     }
     loads = sum(int(layer.load_E.sum()) for layer in module.model.moe_layers().values())
     return {
-        "rows": rows, "seen": module.seen, "hooks": module.hooks, "loads": loads,
+        "rows": rows, "texts": module.texts, "seen": module.seen, "hooks": module.hooks, "loads": loads,
         "callbacks": before == run.callbacks, "open": module.model.unequal is not None,
         "strict": not module.allow_zero_length_dataloader_with_multiple_devices,
         "sharded": all(p.shape == module.model.layouts[n].shape for n, p in module.model.named_parameters()),

@@ -70,6 +70,8 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("tp2 | etp2 ep2", {"rows": [11], "teacher": True}, {}, {"data_parallel_sharding": "full"}),
     ("| ep4", {"rows": [11, 3], "teacher": True}, {}, {}),
     ("tp2 | ep4", {"rows": [11], "iterator": True, "teacher": True}, {}, {}),
+    ("tp2 | ep4", {"rows": [7], "generates": True}, {}, {"data_parallel_sharding": "full"}),
+    ("| ep2", {"rows": [11], "generates": True}, {}, {}),
 ]
 
 
@@ -77,6 +79,13 @@ def test_loaders_streams_and_several_models(pool: RankPool, path: str, expected:
     outcomes = pool.run(predictor.cases, path, RUNS, ranks=4)
     for i, (fold, spec, _, _) in enumerate(RUNS):
         check([seen[i] for seen in outcomes], fold, spec["rows"], expected)
+    texts = hf_reference(path).generate(
+        input_ids=finetune.rows(11, 3), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    for i, (_, spec, _, _) in enumerate(RUNS):
+        found = {row: text for seen in outcomes for row, text in seen[i]["texts"].items()}
+        assert sorted(found) == (list(range(spec["rows"][0])) if spec.get("generates") else [])
+        assert all(torch.equal(text, texts[row, : len(text)]) for row, text in found.items())
 
 
 def test_limits(pool: RankPool, path: str) -> None:
