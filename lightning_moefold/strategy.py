@@ -54,6 +54,7 @@ from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, para
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
+from lightning_moefold.predicting import Predicting
 from lightning_moefold.refusals import (
     UnsupportedFeature,
     check_blocks,
@@ -166,6 +167,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self._converted: weakref.ref[torch.nn.Module] | None = None
         self._own: OwnModules | None = None
         self._registry: ParameterRegistry | None = None
+        self._predicting: Predicting | None = None
 
     # ---- the fold ----------------------------------------------------------------------------------------------
 
@@ -346,6 +348,8 @@ class MoEFoldStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            self._begin_prediction(trainer)
 
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
@@ -441,11 +445,6 @@ class MoEFoldStrategy(ParallelStrategy):
         self._synchronize_own_buffers()
         return super().test_step(*args, **kwargs)
 
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._synchronize_own_buffers()
-        return super().predict_step(*args, **kwargs)
-
     def _modules(self) -> list[torch.nn.Module]:
         return list(self.lightning_module.modules()) if self.lightning_module is not None else []
 
@@ -467,6 +466,19 @@ class MoEFoldStrategy(ParallelStrategy):
     @override
     def on_predict_end(self) -> None:
         self._release_gathered_weights()
+
+    def _begin_prediction(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        self._predicting = Predicting(self.lightning_module)
+        trainer.callbacks.insert(0, self._predicting)  # type: ignore[attr-defined]
+
+    def _end_prediction(self) -> None:
+        if self._predicting is None:
+            return
+        assert self.lightning_module is not None
+        predicting, self._predicting = self._predicting, None
+        self.lightning_module.trainer.callbacks.remove(predicting)  # type: ignore[attr-defined]
+        predicting.finish()
 
     # ---- communication -----------------------------------------------------------------------------------------
 
@@ -576,6 +588,7 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        self._end_prediction()
         # Unlike the base class: sharded parameters stay where they are.
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
+from lightning_moefold.callbacks.common import logged_step
 from lightning_moefold.callbacks.expert_load import ExpertLoad
 from lightning_moefold.figures import draw_heatmap, make_figure
 
@@ -32,7 +33,7 @@ class LoadImages:
         if self._broken or not loggers or not np.isfinite(share_LE).any():
             return
         try:
-            _log(loggers, share_LE, [row.layer for row in load.rows], _logged_step(trainer))
+            _log(loggers, share_LE, [row.layer for row in load.rows], logged_step(trainer))
         except Exception as error:
             self._broken = True
             rank_zero_warn(f"LoadBalanceMonitor(heatmap=True) goes on without pictures: {error!r}")
@@ -59,10 +60,6 @@ def _log(loggers: Iterable[WandbLogger], share_LE: NDArray[np.float64], layers: 
             "moe/load_histogram": wandb.Histogram(np_histogram=histogram),
         }
         logger.log_metrics(values, step=step)
-
-
-def _logged_step(trainer: pl.Trainer) -> int:
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning gives its own metrics
 
 
 def heatmap(share_LE: NDArray[np.float64], layers: list[int]) -> Any:

@@ -113,7 +113,8 @@ def read_batch(
     target_BS = _targets(labels, document_ids, input_ids)
     bad_label = (target_BS != IGNORED) & ((target_BS < 0) | (target_BS >= vocab))
     bad_token = (input_ids < 0) | (input_ids >= vocab)
-    missing = torch.tensor([max(0, num_microbatches - rows), 0], device=device)
+    # Without labels no loss is formed; the last batch of a prediction may be short.
+    missing = torch.tensor([0 if labels is None else max(0, num_microbatches - rows), 0], device=device)
     faults = torch.cat([torch.stack([bad_token.sum(), bad_label.sum()]), missing])
     target_BS = target_BS.masked_fill(bad_label, 0)
     token_BS = input_ids.masked_fill(bad_token, 0)

@@ -5,7 +5,7 @@ Query heads are split as evenly as possible. Where tp divides the query (or the 
 their projections. Where it does not, those weights are replicated: each rank uses just the rows of its own query heads,
 or of the key/value heads that they need, and the gradients are partial (summed over tp).
 
-Legend: N tokens, B rows, S positions, D hidden size, d head size, Q local query heads, V local key/value heads.
+Legend: N tokens, B rows, S positions, K keys, D hidden size, d head size, Q local query heads, V local key/value heads.
 """
 
 from __future__ import annotations
@@ -142,7 +142,10 @@ class Attention(ParallelRoot):
         q_BSQd = self._heads(_project(self.q_proj, x_ND, self._q_rows), rows, length, self.q_norm, batch)
         k_BSVd = self._heads(_project(self.k_proj, x_ND, self._kv_rows), rows, length, self.k_norm, batch)
         v_BSVd = _project(self.v_proj, x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
-        y_NO = self._attend(q_BSQd, k_BSVd, v_BSVd, batch)
+        mask = None
+        if batch.cache is not None:
+            k_BSVd, v_BSVd, mask = batch.cache.extend(self, self.sliding_window, k_BSVd, v_BSVd)
+        y_NO = self._attend(q_BSQd, k_BSVd, v_BSVd, batch, mask)
         o_weight = local(self.o_proj.weight)
         o_weight = o_weight if self._q_rows is None else o_weight[:, self._q_rows]
         y_TD = batch.reduce_scatter(F.linear(y_NO, o_weight))
@@ -179,13 +182,17 @@ class Attention(ParallelRoot):
             x_BSHd = rotate(x_BSHd, batch.cos_BLh, batch.sin_BLh)
         return x_BSHd
 
-    def _attend(self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BLQd, k_BLVd, v_BLVd))
+    def _attend(
+        self, q_BLQd: Tensor, k_BKVd: Tensor, v_BKVd: Tensor, batch: SequenceBatch, mask: Tensor | None
+    ) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BLQd, k_BKVd, v_BKVd))
         if self.kv_of_head is not None:
             index = torch.tensor(self.kv_of_head, device=k.device)
             k, v = k.index_select(1, index), v.index_select(1, index)
         visibility, layout = batch.visibility(self.sliding_window), batch.layout
-        if layout.cp.size == 1 and (visibility.is_causal or layout.length <= _WHOLE_MASK or not self.causal):
+        if mask is not None:
+            y_BQLd = _attend_to_row(q, k, v, mask, self.causal)
+        elif layout.cp.size == 1 and (visibility.is_causal or layout.length <= _WHOLE_MASK or not self.causal):
             y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
         else:
             y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lightning_moefold import comm
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules.blockwise import Visibility
+from lightning_moefold.modules.cache import KeyValueCache
 from lightning_moefold.modules.context import ContextLayout, Exchange
 
 
@@ -61,6 +62,7 @@ class SequenceBatch:
         num_microbatches: M.
         wants_routing: Whether somebody asks for routing statistics.
         routing: Where an MoE layer puts its statistics, for its decoder layer to return.
+        cache: Keys and values of earlier positions, while text is generated; else None.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class SequenceBatch:
         self.wants_routing = False
         self.routing: RoutingStatistics | None = None
         self._visibility: dict[int | None, Visibility] = {}
+        self.cache: KeyValueCache | None = None
 
     @property
     def tokens(self) -> int:
