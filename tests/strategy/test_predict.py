@@ -69,6 +69,7 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("| ep2", {"rows": [9, 3], "stream": True, "late": True}, {}, {"data_parallel_sharding": "full"}),
     ("tp2 | etp2 ep2", {"rows": [11], "teacher": True}, {}, {"data_parallel_sharding": "full"}),
     ("| ep4", {"rows": [11, 3], "teacher": True}, {}, {}),
+    ("cp2 | ep4", {"rows": [7], "late": True}, {}, {}),
     ("tp2 | ep4", {"rows": [11], "iterator": True, "teacher": True}, {}, {}),
     ("tp2 | ep4", {"rows": [7], "generates": True}, {}, {"data_parallel_sharding": "full"}),
     ("| ep2", {"rows": [11], "generates": True}, {}, {}),
