@@ -155,10 +155,7 @@ def generate(
 ) -> Tensor:
     """See :meth:`.causal_lm.MoECausalLM.generate`; ``sampling`` is None for the most probable token."""
     if model.fold.cp > 1:
-        raise ValueError(
-            f"generate does not work with rows cut over context_parallel_size={model.fold.cp}; export the model, or load it "
-            "under a fold with context_parallel_size=1."
-        )
+        raise ValueError(f"generate does not cut rows over ranks; use context_parallel_size=1, not {model.fold.cp}.")
     # Inside the context, so that a rank with a bad prompt tells the others.
     with _evaluating(model), model.unequal_calls():
         if input_ids.dim() == 2 and not input_ids.shape[0]:
