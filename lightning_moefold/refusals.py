@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -27,6 +29,17 @@ _CALLBACKS = {
     LearningRateFinder: "it saves and restores the model behind the strategy's back; tune on a small model in one process",
     BatchSizeFinder: "it saves and restores the model behind the strategy's back; set the batch size by hand",
 }
+
+#: Optimizers by the names of their classes, wherever they come from. What is not here is watched in its first step.
+_OPTIMIZERS = {
+    ("LBFGS", "Adafactor", "*Muon*", "*Shampoo*", "SOAP", "*[Ll]amb", "*LAMB", "LARS", "Lars", "*[Gg]a[Ll]ore*", "A[Pp][Oo][Ll][Ll][Oo]*"):
+        "computes with whole parameters, of which a rank holds pieces; use AdamW or SGD",
+    ("*8bit", "*4bit", "*Fp8", "*FP8"):
+        "quantizes its state in blocks of what a rank holds, which depends on the fold; use AdamW or SGD",
+    ("Rprop",): "assigns by index, which pieces of parameters do not allow; use AdamW or SGD",
+    ("ZeroRedundancyOptimizer", "CPUOffloadOptimizer"):
+        "spreads state by itself, which the strategy has done already; give it the optimizer inside",
+}  # fmt: skip
 
 
 class UnsupportedFeature(ValueError):
@@ -107,9 +120,9 @@ def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
     Raises:
         UnsupportedFeature: For optimizers that need whole parameters.
     """
-    for optimizer in trainer.optimizers:
-        kind = type(optimizer).__name__
-        if sharded and kind in ("LBFGS", "Adafactor", "Muon"):
-            raise UnsupportedFeature(
-                f"{kind} computes with whole parameters, of which a rank holds pieces; use AdamW or SGD."
-            )
+    for optimizer in trainer.optimizers if sharded else ():
+        inner = getattr(optimizer, "inner", optimizer)  # of MasterWeights
+        names = [kind.__name__ for kind in type(inner).__mro__]
+        for patterns, reason in _OPTIMIZERS.items():
+            if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+                raise UnsupportedFeature(f"{names[0]} {reason}.")

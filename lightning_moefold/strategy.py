@@ -9,7 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
@@ -48,6 +49,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
+from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
 from lightning_moefold.parallel.own import OwnModules, align_randomness
 from lightning_moefold.parallel.registry import ParameterRegistry
@@ -159,6 +161,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self._converted: weakref.ref[torch.nn.Module] | None = None
         self._own: OwnModules | None = None
         self._registry: ParameterRegistry | None = None
+        self._watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # ---- the fold ----------------------------------------------------------------------------------------------
 
@@ -403,11 +406,33 @@ class MoEFoldStrategy(ParallelStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        with self._watch(optimizer):
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now
         # old.
         self._release_gathered_weights()
         return output
+
+    @property
+    def _user_looks_before_backward(self) -> bool:
+        """Whether code of the user's runs between forward and backward, where parameters are gathered copies without
+        gradients: ``self.zero_grad()`` there would clear nothing. Such code sees this rank's pieces instead.
+        """
+        module = self.lightning_module
+        assert module is not None
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+        return is_overridden("optimizer_zero_grad", module) or any(
+            is_overridden(hook, owner, parent)
+            for hook in ("on_before_zero_grad", "on_before_backward")
+            for owner, parent in ((module, pl.LightningModule), *((c, pl.Callback) for c in callbacks))
+        )
+
+    def _watch(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """The first step of an optimizer shows whether it can be right on pieces of parameters."""
+        if not self._sharded or self.mesh.world.size == 1 or optimizer in self._watched:
+            return nullcontext()
+        self._watched.add(optimizer)
+        return elementwise_only(optimizer)
 
     def _synchronize_own_buffers(self) -> None:
         if self._own is not None:
@@ -417,6 +442,8 @@ class MoEFoldStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._synchronize_own_buffers()
         output = super().training_step(*args, **kwargs)
+        if self._user_looks_before_backward:
+            self._release_gathered_weights()
         if self._own is not None:
             self._own.buffers_stale = not self._precision.gradient_sum.deferred
         return output
