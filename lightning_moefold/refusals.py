@@ -7,14 +7,17 @@ from fnmatch import fnmatchcase
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    ThroughputMonitor,
     WeightAveraging,
 )
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from lightning_moefold.fold import Fold
@@ -25,7 +28,9 @@ _CALLBACKS = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
     WeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
     OnExceptionCheckpoint: "a save needs every rank, and only the failing one would call it; use ModelCheckpoint",
-    BackboneFinetuning: "it adds parameters to the optimizer by hand; freeze with requires_grad_(False) in configure_model",
+    BaseFinetuning: "it adds parameters to the optimizer by hand; give the optimizer all of them and freeze and unfreeze with "
+    "requires_grad_, in configure_model or in a hook",
+    ModelPruning: "it replaces parameters, whose pieces the ranks know by name; prune an exported checkpoint instead",
     LearningRateFinder: "it saves and restores the model behind the strategy's back; tune on a small model in one process",
     BatchSizeFinder: "it saves and restores the model behind the strategy's back; set the batch size by hand",
 }
@@ -57,8 +62,13 @@ def check_fold(fold: Fold) -> None:
             raise UnsupportedFeature(f"{name}={size} is not implemented yet; use {name}=1.")
 
 
-def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -> None:
     """Checks what is known before anything is built.
+
+    Args:
+        trainer: The Trainer, with its callbacks and plugins.
+        module: The LightningModule.
+        fold: The fold.
 
     Raises:
         UnsupportedFeature: Naming the feature and the way out.
@@ -71,9 +81,26 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             raise UnsupportedFeature(
                 "ModelCheckpoint(save_on_exception=True) would save on the failing rank only; turn it off."
             )
+        if isinstance(callback, ThroughputMonitor) and fold.dp < fold.world_size:
+            raise UnsupportedFeature(
+                f"{type(callback).__name__} multiplies by the number of ranks, which under {fold} read the same samples in part; "
+                "use MFUMonitor."
+            )
     if getattr(trainer.strategy, "_layer_sync", None) is not None:
         raise UnsupportedFeature(
             "sync_batchnorm=True is not supported; leave it off, or use a norm without batch statistics."
+        )
+    spread = any(isinstance(m, MoECausalLM) for m in module.modules())
+    if trainer._detect_anomaly and spread and not fold.tp == fold.ep == fold.etp == 1:
+        raise UnsupportedFeature(
+            f"detect_anomaly=True asks for NaNs in a way that torch has not built for tensors cut over tp, ep or etp, as {fold} "
+            "does; look for them under a fold of data ranks only."
+        )
+    writer = trainer.strategy.checkpoint_io
+    if type(writer) is not TorchCheckpointIO and spread:
+        raise UnsupportedFeature(
+            f"{type(writer).__name__} cannot write a model that is spread over ranks, which the strategy writes itself; leave "
+            "the plugin out."
         )
     if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
         raise UnsupportedFeature(

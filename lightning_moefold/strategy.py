@@ -314,7 +314,7 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         assert self.lightning_module is not None
-        check_trainer(trainer, self.lightning_module)
+        check_trainer(trainer, self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
         check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)

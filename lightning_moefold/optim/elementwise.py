@@ -29,16 +29,15 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.kind, self.paused = kind, False
+        self.kind = kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.paused and _combines(func):
-            if any(isinstance(x, Tensor) and x.numel() > 1 for x in tree_leaves((args, kwargs))):
-                raise UnsupportedFeature(
-                    f"{self.kind} combines the elements of a tensor (by {func}), and a rank holds only pieces of parameters; "
-                    "use an optimizer that treats elements one by one, such as AdamW, SGD or Lion."
-                )
+        if _combines(func) and any(isinstance(x, Tensor) and x.numel() > 1 for x in tree_leaves((args, kwargs))):
+            raise UnsupportedFeature(
+                f"{self.kind} combines the elements of a tensor (by {func}), and a rank holds only pieces of parameters; "
+                "use an optimizer that treats elements one by one, such as AdamW, SGD or Lion."
+            )
         return func(*args, **kwargs)
 
 
@@ -65,11 +64,11 @@ def elementwise_only(optimizer: Optimizer) -> Iterator[None]:
     def watched(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         def outside() -> Any:
             assert closure is not None
-            watch.paused = True
+            watch.__exit__(None, None, None)
             try:
                 return closure()
             finally:
-                watch.paused = False
+                watch.__enter__()
 
         with watch:
             return step(closure=outside if closure is not None else None, **kwargs)

@@ -21,7 +21,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+#: Those that do not differ in kind from others.
+RARE = {"adadelta", "adamax", "radam", "asgd", "adamw foreach", "sgd foreach"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in FACTORIES])
 def test_exact(pool: RankPool, folder: Path, name: str) -> None:
     place = list(FACTORIES).index(name)
     row = {
