@@ -72,7 +72,9 @@ def write_checkpoint(path: Path, config: MoEConfig) -> int:
     total = _bytes(config)
     free = shutil.disk_usage(path.parent).free
     if total * 1.1 > free:
-        raise SystemExit(f"the checkpoint takes {total / 1e9:.1f} GB and {path.parent} has {free / 1e9:.1f} GB; use less --gb.")
+        raise SystemExit(
+            f"the checkpoint takes {total / 1e9:.1f} GB and {path.parent} has {free / 1e9:.1f} GB; use less --gb."
+        )
     path.mkdir()
     block = (torch.randn(16 * 1024 * 1024) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes()
     files: list[dict[str, tuple[int, ...]]] = [{}]
@@ -252,10 +254,14 @@ def main() -> None:
         config = make_config(arguments.shape, arguments.gb)
         total = write_checkpoint(path, config)
         cache = "dropped from" if arguments.cold else "in"
-        print(f"{arguments.shape}, {config.num_hidden_layers} layers, {config.num_experts} experts, {total / 1e9:.2f} GB in bfloat16, "
+        print(f"{arguments.shape}, {config.num_hidden_layers} layers, {config.num_experts} experts, {total / 1e9:.2f} GB bfloat16, "
               f"files {cache} the page cache, median of {arguments.rounds} rounds, slowest and largest rank")  # fmt: skip
-        print(f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n")
-        print("| ranks | fold | contender | seconds | ratio | GB/s per rank | shard GB | anonymous / shard | resident / shard |")
+        print(
+            f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n"
+        )
+        print(
+            "| ranks | fold | contender | seconds | ratio | GB/s per rank | shard GB | anonymous / shard | resident / shard |"
+        )
         print("|--:|---|---|--:|--:|--:|--:|--:|--:|")
         for world in arguments.ranks:
             for fold in FOLDS[world]:
@@ -275,7 +281,8 @@ def measure(fold: str, world: int, path: Path, arguments: argparse.Namespace) ->
         seconds, shard = figures["seconds"], figures["shard"]
         base = base or seconds
         print(f"| {world} | `{fold or 'dp'}` | {contender} | {seconds:.2f} | {seconds / base:.2f} | {shard / seconds / 1e9:.2f} | "
-              f"{shard / 1e9:.2f} | {figures['anonymous'] / shard:.2f} | {figures['resident'] / shard:.2f} |", flush=True)  # fmt: skip
+              f"{shard / 1e9:.2f} | {figures['anonymous'] / shard:.2f} | "
+            f"{figures['resident'] / shard:.2f} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

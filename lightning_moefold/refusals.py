@@ -37,7 +37,7 @@ _CALLBACKS = {
 
 #: Optimizers by the names of their classes, wherever they come from. What is not here is watched in its first step.
 _OPTIMIZERS = {
-    ("LBFGS", "Adafactor", "*Muon*", "*Shampoo*", "SOAP", "*[Ll]amb", "*LAMB", "LARS", "Lars", "*[Gg]a[Ll]ore*", "A[Pp][Oo][Ll][Ll][Oo]*"):
+    ("LBFGS", "Adafactor", "*Muon*", "*Shampoo*", "SOAP", "*[Ll]amb", "*LAMB", "LARS", "Lars", "*Ga[Ll]ore*", "Apollo*", "APOLLO*"):
         "computes with whole parameters, of which a rank holds pieces; use AdamW or SGD",
     ("*8bit", "*4bit", "*Fp8", "*FP8"):
         "quantizes its state in blocks of what a rank holds, which depends on the fold; use AdamW or SGD",

@@ -415,8 +415,10 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @property
     def _user_looks_before_backward(self) -> bool:
-        """Whether code of the user's runs between forward and backward, where parameters are gathered copies without
-        gradients: ``self.zero_grad()`` there would clear nothing. Such code sees this rank's pieces instead.
+        """Whether code of the user's runs between forward and backward.
+
+        Parameters are gathered copies without gradients there, and ``self.zero_grad()`` would clear nothing; such code
+        sees this rank's pieces instead.
         """
         module = self.lightning_module
         assert module is not None

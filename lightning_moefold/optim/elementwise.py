@@ -16,11 +16,14 @@ from lightning_moefold.refusals import UnsupportedFeature
 
 #: Operations that combine elements of a tensor (without the ``_`` of in-place ones); all of ``linalg`` besides.
 _COMBINING = frozenset(
-    "mm bmm addmm baddbmm addbmm mv addmv addr dot vdot _foreach_norm _foreach_max norm sum nansum mean prod std std_mean var "
-    "var_mean median nanmedian mode quantile aminmax amax amin argmax argmin logsumexp _softmax _log_softmax cumsum cumprod "
-    "sort argsort topk kthvalue cholesky cholesky_solve triangular_solve inverse geqrf ormqr lu_unpack convolution "
-    "bincount histc unique _unique2".split()
-)
+    {
+        "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "addr", "dot", "vdot", "_foreach_norm", "_foreach_max", "norm",
+        "sum", "nansum", "mean", "prod", "std", "std_mean", "var", "var_mean", "median", "nanmedian", "mode", "quantile",
+        "aminmax", "amax", "amin", "argmax", "argmin", "logsumexp", "_softmax", "_log_softmax", "cumsum", "cumprod", "sort",
+        "argsort", "topk", "kthvalue", "cholesky", "cholesky_solve", "triangular_solve", "inverse", "geqrf", "ormqr",
+        "lu_unpack", "convolution", "bincount", "histc", "unique", "_unique2",
+    }
+)  # fmt: skip
 _BY_OVERLOAD = frozenset({"max.default", "max.dim", "min.default", "min.dim"})  # max.other is elementwise
 
 
@@ -73,7 +76,7 @@ def elementwise_only(optimizer: Optimizer) -> Iterator[None]:
         with watch:
             return step(closure=outside if closure is not None else None, **kwargs)
 
-    optimizer.step = watched  # type: ignore[method-assign, assignment]
+    optimizer.step = watched  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -66,7 +66,7 @@ def _train(module: _Mixed, optimizer: torch.optim.Optimizer, steps: int) -> None
     for step in range(steps):
         x = torch.randn(7, 5, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        optimizer.step(lambda: module(x).backward())  # noqa: B023
+        optimizer.step(lambda: module(x).backward())
         schedule.step()
 
 

@@ -32,6 +32,15 @@ class Clipping(Finetune):
         self.clip_gradients(optimizer, gradient_clip_val=1e-2, gradient_clip_algorithm="norm")
 
 
+class Unfreezing(Finetune):
+    """Attention is trained from the third batch on, the experts until then."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        for name, parameter in self.model.named_parameters():
+            if "self_attn" in name or ".experts." in name:
+                parameter.requires_grad_(("self_attn" in name) == (batch_idx >= 2))
+
+
 class TwoLoaders(Finetune):
     """Two validation loaders, and loaders that are made anew each epoch."""
 
@@ -130,6 +139,7 @@ WORKING: dict[str, tuple[type[Finetune], Callable[[str], dict[str, Any]]]] = {
     "clipping by value": (
         Finetune, lambda _: {"max_steps": 2, "gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"},
     ),
+    "unfreezing": (Unfreezing, lambda _: {"max_steps": 4}),
     "own clipping": (Clipping, lambda _: {"max_steps": 2}),
     "loaders": (TwoLoaders, lambda _: {"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1, "inference_mode": True}),
     "sync_dist": (Logging, lambda _: {"max_epochs": 1}),
