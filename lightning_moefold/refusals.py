@@ -22,7 +22,7 @@ from torch import nn
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.modules import MoELayer
+from lightning_moefold.modules.base import parallel_roots
 
 _CALLBACKS = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
@@ -90,7 +90,7 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
         raise UnsupportedFeature(
             "sync_batchnorm=True is not supported; leave it off, or use a norm without batch statistics."
         )
-    spread = any(isinstance(m, MoECausalLM) for m in module.modules())
+    spread = bool(parallel_roots(module))
     if trainer._detect_anomaly and spread and not fold.tp == fold.ep == fold.etp == 1:
         raise UnsupportedFeature(
             f"detect_anomaly=True asks for NaNs in a way that torch has not built for tensors cut over tp, ep or etp, as {fold} "
@@ -106,22 +106,6 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
         raise UnsupportedFeature(
             "a compiled LightningModule is not supported; compile blocks inside configure_model instead."
         )
-
-
-def check_blocks(module: nn.Module, fold: Fold) -> None:
-    """Blocks outside a MoECausalLM are parallelised over data only.
-
-    Raises:
-        UnsupportedFeature: If the fold would cut them.
-    """
-    if fold.tp == fold.ep == fold.etp == 1:
-        return
-    inside = {id(b) for m in module.modules() if isinstance(m, MoECausalLM) for b in m.modules()}
-    for name, block in module.named_modules():
-        if isinstance(block, MoELayer) and id(block) not in inside:
-            raise UnsupportedFeature(
-                f"{name} is a MoELayer outside a MoECausalLM, which is not cut over tp, ep or etp yet; use a fold with these at 1."
-            )
 
 
 def check_sharding(sharding: str, precision: str, module: nn.Module) -> None:
