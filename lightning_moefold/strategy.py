@@ -62,6 +62,7 @@ from lightning_moefold.refusals import (
     check_sharding,
     check_trainer,
 )
+from lightning_moefold.sentences import print_without_traceback
 from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
 
 log = logging.getLogger(__name__)
@@ -593,6 +594,10 @@ class MoEFoldStrategy(ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if not self._sharded:
             super().load_optimizer_state_dict(checkpoint)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        print_without_traceback(exception, self.global_rank)
 
     @override
     def teardown(self) -> None:
