@@ -33,7 +33,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from lightning_moefold import Fold, MoECausalLM, MoEConfig
-from lightning_moefold.mesh import FoldedMesh, forget_groups
+from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.hf_config import to_hf_config
 from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.models.weights import deferred_weights
@@ -216,8 +216,9 @@ def work(arguments: argparse.Namespace) -> None:
     dist.all_gather_object(everybody, mine)
     if rank == 0:
         print("RESULT", json.dumps({key: max(m[key] for m in everybody) for key in mine}))
-    forget_groups()  # a process that ends with open groups may abort
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # a process that ends with open groups may abort
 
 
 # ---- outside -----------------------------------------------------------------------------------------------------

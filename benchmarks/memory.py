@@ -26,7 +26,7 @@ import torch.distributed as dist
 from loading import PeakMemory
 
 from lightning_moefold import Fold, MoECausalLM, MoEConfig
-from lightning_moefold.mesh import FoldedMesh, forget_groups
+from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import Sharding, local_part, parallelize
 
@@ -64,8 +64,9 @@ def work(arguments: argparse.Namespace) -> None:
     dist.all_gather_object(everybody, figures)
     if dist.get_rank() == 0:
         print("RESULT", json.dumps(max(everybody, key=lambda f: sum(f["counted"].values()))))
-    forget_groups()  # a process that ends with open groups may abort
-    dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # a process that ends with open groups may abort
 
 
 def count(model: MoECausalLM, optimizer: torch.optim.Optimizer, between: list[torch.Tensor]) -> dict[str, int]:
