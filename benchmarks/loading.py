@@ -167,7 +167,8 @@ def _boxes(path: Path, fold: Fold, rank: int) -> tuple[list[tuple[str, tuple[sli
     """Names on disk and slices of the rank's shard, and its bytes."""
     with deferred_weights():
         model = MoECausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    parallelize_without_weights(model, fold)
+    model.load_weights = lambda: None  # type: ignore[method-assign]  # layouts are wanted, and memory never touched is free
+    parallelize(model, FoldedMesh(fold, "cpu"), Sharding(), torch.device("cpu"))
     entries, wanted = parameter_entries(model.config), []
     for name, layout in model.layouts.items():
         box, entry = layout.box(fold, rank), entries[name]
@@ -176,13 +177,6 @@ def _boxes(path: Path, fold: Fold, rank: int) -> tuple[list[tuple[str, tuple[sli
         elif box.numel:
             wanted.append((entry.sources[0], box.slices()))
     return wanted, 2 * sum(layout.box(fold, rank).numel for layout in model.layouts.values())
-
-
-def parallelize_without_weights(model: MoECausalLM, fold: Fold) -> None:
-    """Layouts only."""
-    model.weights_pending = False
-    with torch.device("meta"):
-        parallelize(model, FoldedMesh(fold, "cpu"), Sharding(), torch.device("meta"))
 
 
 def read_alone(path: Path, wanted: list[tuple[str, tuple[slice, ...]]]) -> list[torch.Tensor]:
