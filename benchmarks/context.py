@@ -75,7 +75,8 @@ def main() -> None:
                 rows = pool.run(attend, args.length, *shape, exchange, args.documents, ranks=ranks, timeout=550)
             seconds, memory = max(r[0] for r in rows), statistics.mean(r[1] for r in rows) / 1e6
             base = base or memory
-            print(f"| {ranks} | {exchange if ranks > 1 else '-'} | {seconds:.1f} | {memory:.0f} | {memory / base:.2f} |", flush=True)
+            name = exchange if ranks > 1 else "-"
+            print(f"| {ranks} | {name} | {seconds:.1f} | {memory:.0f} | {memory / base:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

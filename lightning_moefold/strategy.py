@@ -9,7 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
@@ -50,6 +51,7 @@ from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.modules.context import EXCHANGES, Exchange
+from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
 from lightning_moefold.parallel.registry import ParameterRegistry
@@ -63,6 +65,7 @@ from lightning_moefold.refusals import (
     check_sharding,
     check_trainer,
 )
+from lightning_moefold.sentences import print_without_traceback
 from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
 
 log = logging.getLogger(__name__)
@@ -168,6 +171,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self._own: OwnModules | None = None
         self._registry: ParameterRegistry | None = None
         self._predicting: Predicting | None = None
+        self._watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # ---- the fold ----------------------------------------------------------------------------------------------
 
@@ -320,7 +324,7 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         assert self.lightning_module is not None
-        check_trainer(trainer, self.lightning_module)
+        check_trainer(trainer, self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
         check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
@@ -417,11 +421,35 @@ class MoEFoldStrategy(ParallelStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        with self._watch(optimizer):
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now
         # old.
         self._release_gathered_weights()
         return output
+
+    @property
+    def _user_looks_before_backward(self) -> bool:
+        """Whether code of the user's runs between forward and backward.
+
+        Parameters are gathered copies without gradients there, and ``self.zero_grad()`` would clear nothing; such code
+        sees this rank's pieces instead.
+        """
+        module = self.lightning_module
+        assert module is not None
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+        return is_overridden("optimizer_zero_grad", module) or any(
+            is_overridden(hook, owner, parent)
+            for hook in ("on_before_zero_grad", "on_before_backward")
+            for owner, parent in ((module, pl.LightningModule), *((c, pl.Callback) for c in callbacks))
+        )
+
+    def _watch(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """The first step of an optimizer shows whether it can be right on pieces of parameters."""
+        if not self._sharded or self.mesh.world.size == 1 or optimizer in self._watched:
+            return nullcontext()
+        self._watched.add(optimizer)
+        return elementwise_only(optimizer)
 
     def _synchronize_own_buffers(self) -> None:
         if self._own is not None:
@@ -431,6 +459,8 @@ class MoEFoldStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._synchronize_own_buffers()
         output = super().training_step(*args, **kwargs)
+        if self._user_looks_before_backward:
+            self._release_gathered_weights()
         if self._own is not None:
             self._own.buffers_stale = not self._precision.gradient_sum.deferred
         return output
@@ -585,6 +615,10 @@ class MoEFoldStrategy(ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if not self._sharded:
             super().load_optimizer_state_dict(checkpoint)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        print_without_traceback(exception, self.global_rank)
 
     @override
     def teardown(self) -> None:

@@ -100,7 +100,8 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
     if layout is None:
         return local
     if tuple(tensor.shape) != layout.shape and tuple(local.shape) != registry.box(name).sizes:
-        if isinstance(tensor, DTensor) and local.numel() != tensor.numel():
+        cut = registry.box(name).sizes != layout.shape
+        if local.numel() != tensor.numel() or (cut and local.numel() > 1):
             raise CheckpointError(
                 f"the optimizer keeps state of shape {list(tensor.shape)} for {name!r} of shape {list(layout.shape)}, which "
                 "cannot be stored independently of the fold; use an optimizer with state for each element, such as AdamW."

@@ -208,7 +208,7 @@ class MoECausalLM(ParallelRoot):
             buffer.zero_()
         for name, parameter in self.named_parameters():
             mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            mine.copy_(self.source.read(name, self.layouts[name].box(self.fold, self.rank)))
+            self.source.fill(name, self.layouts[name].box(self.fold, self.rank), mine)
         self.source.close()
         self.weights_pending = False
 

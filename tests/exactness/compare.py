@@ -86,6 +86,7 @@ def spec_of(row: dict[str, Any]) -> dict[str, Any]:
         "frozen": row["frozen"],
         "sharding": row["sharding"],
         "optimizer": row["optimizer"],
+        "zero_everything": row.get("zero_everything", False),
         "clip": 0.5,
         "lr": 1e-2,
     }
