@@ -26,10 +26,10 @@ class ParameterRegistry:
     def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
         self.mesh = mesh
         layouts: dict[int, ParameterLayout] = {}
-        for module in root.modules():
-            if isinstance(module, MoECausalLM):
-                module.release_gathered_weights()
-                layouts |= {id(p): module.layouts[name] for name, p in module.named_parameters()}
+        self.models = {name: module for name, module in root.named_modules() if isinstance(module, MoECausalLM)}
+        for model in self.models.values():
+            model.release_gathered_weights()
+            layouts |= {id(p): model.layouts[name] for name, p in model.named_parameters()}
         # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
         everything = root.named_parameters(remove_duplicate=False)
         self.layouts = {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
