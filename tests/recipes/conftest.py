@@ -16,13 +16,13 @@ TEXT = read_python_topics()[:30_000]
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds ``checkpoint/`` (320 tokens, bfloat16 on disk), ``a.txt``, ``b.jsonl`` and ``c.jsonl``."""
+    """Holds ``checkpoint/`` (320 tokens), ``a.txt``, ``b.jsonl`` and ``c.jsonl``."""
     folder = tmp_path_factory.mktemp("recipes")
     tokenizer = train_tokenizer(TEXT, 320)
     make_checkpoint(folder / "checkpoint", "qwen2_moe", vocab_size=320)
     tokenizer.save_pretrained(folder / "checkpoint")
     paragraphs = [json.dumps({"text": paragraph}) for paragraph in TEXT.split("\n\n")]
     (folder / "a.txt").write_text(TEXT[:9_000])
-    (folder / "b.jsonl").write_text("\n".join(paragraphs[20:70]))
-    (folder / "c.jsonl").write_text("\n".join(paragraphs[70:95]) + "\n\n")
+    (folder / "b.jsonl").write_text("\n".join(paragraphs[20:33]))
+    (folder / "c.jsonl").write_text("\n".join(paragraphs[70:84]) + "\n\n")
     return folder
