@@ -95,7 +95,9 @@ def measure(folder: str, fold: str, packing: str, output: str, limit: int | None
 
 def _data(folder: str, **changes: Any) -> TextData:
     defaults = {"sequence_length": 64, "batch_size": 4, "val_files": [f"{folder}/c.jsonl"], "seed": 3}
-    return TextData([f"{folder}/b.jsonl"], f"{folder}/checkpoint", **{**defaults, "cache_dir": f"{folder}/tokens", **changes})
+    return TextData(
+        [f"{folder}/b.jsonl"], f"{folder}/checkpoint", **{**defaults, "cache_dir": f"{folder}/tokens", **changes}
+    )
 
 
 def errors(folder: str, cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
