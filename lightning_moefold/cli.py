@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(arguments_given)
     try:
         return COMMANDS[arguments.command].run(arguments)
-    except ValueError as error:
-        print(f"moefold {arguments.command}: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         return 1
+    except (ValueError, OSError) as error:
+        print(f"moefold {arguments.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from demo_data import read_python_topics, train_tokenizer
 from lightning_moefold.testing import make_checkpoint
+from tests.recipes.running import ROOT, arguments
 
 TEXT = read_python_topics()[:30_000]
 
@@ -26,3 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "b.jsonl").write_text("\n".join(paragraphs[20:33]))
     (folder / "c.jsonl").write_text("\n".join(paragraphs[70:84]) + "\n\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def fitted(folder: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run of examples/finetune.yaml on two ranks that one command has started, and what it printed."""
+    output = folder / "fitted"
+    words = [sys.executable, "-m", "lightning_moefold", "fit", *arguments(folder, output)]
+    return output, subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180)

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import csv
 import filecmp
 import inspect
 import json
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -24,11 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.cli import main
 from lightning_moefold.recipes import FineTuneModule, TextData, command
-from lightning_moefold.testing import RankPool
+from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.recipes.running import arguments, logged
 from tests.strategy.plain import trainer
-
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "examples" / "finetune.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -55,27 +51,10 @@ class _restored:
             logging.getLogger(name).setLevel(level)
 
 
-def arguments(folder: Path, output: Path, **changes: object) -> list[str]:
-    """Overrides that make examples/finetune.yaml a small run on CPU ranks; names with dots for underscores twice."""
-    values = {
-        "trainer.strategy.init_args.fold": "tp2 | ep2", "trainer.devices": 2, "trainer.accelerator": "cpu",
-        "trainer.precision": "32-true", "trainer.default_root_dir": output, "trainer.log_every_n_steps": 1,
-        "model.checkpoint": folder / "checkpoint", "model.learning_rate": 1e-2,
-        "data.files": json.dumps([str(folder / "b.jsonl")]), "data.tokenizer": folder / "checkpoint",
-        "data.sequence_length": 64, "data.batch_size": 4, "data.cache_dir": folder / "tokens",
-    } | {name.replace("__", "."): value for name, value in changes.items()}  # fmt: skip
-    return ["--config", str(CONFIG), *(word for name, value in values.items() for word in (f"--{name}", str(value)))]
-
-
 def in_pool(argv: list[str]) -> int:
     """Runs a command on a rank of the pool."""
     with _restored():
         return main([*argv, "--trainer.plugins", '[{"class_path": "lightning_moefold.testing.PoolEnvironment"}]'])
-
-
-def logged(output: Path, version: int) -> list[dict[str, str]]:
-    with (output / "lightning_logs" / f"version_{version}" / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def save_for_transformers(folder: str, checkpoint: str, output: str) -> None:
@@ -87,12 +66,13 @@ def save_for_transformers(folder: str, checkpoint: str, output: str) -> None:
     module.model.save_pretrained(output)
 
 
-def test_the_example_from_fit_to_transformers(pool: RankPool, folder: Path, tmp_path: Path, capsys: Any) -> None:
-    run = [sys.executable, "-m", "lightning_moefold", "fit", *arguments(folder, tmp_path)]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=180)
+def test_the_example_from_fit_to_transformers(
+    pool: RankPool, folder: Path, tmp_path: Path, fitted: tuple[Path, subprocess.CompletedProcess[str]], capsys: Any
+) -> None:
+    first, done = fitted
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    rows = logged(tmp_path, 0)
+    rows = logged(first, 0)
     for name in ("train/loss", "train/aux_loss", "val/loss", "val/perplexity", "train/mfu", "moe/load_imbalance"):
         assert any(row.get(name) for row in rows), name
     val = [float(row["val/loss"]) for row in rows if row["val/loss"]]
@@ -100,12 +80,12 @@ def test_the_example_from_fit_to_transformers(pool: RankPool, folder: Path, tmp_
     assert val[-1] < val[0]
     assert done.stdout.count("val/loss") == 4
     [export_line] = [line for line in done.stdout.splitlines() if "moefold export" in line]
-    saved = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "config.yaml").read_text())
+    saved = yaml.safe_load((first / "lightning_logs" / "version_0" / "config.yaml").read_text())
     assert saved["trainer"]["strategy"]["init_args"]["fold"] == "tp2 | ep2"
 
-    last = str(tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
+    last = str(first / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
     measured = arguments(folder, tmp_path, trainer__strategy__init_args__fold="ep2")
-    for version, name in ((1, "validate"), (2, "test"), (3, "predict")):
+    for version, name in enumerate(("validate", "test", "predict")):
         extra = ["--ckpt_path", last]
         assert pool.run(in_pool, [name, *measured, *extra], ranks=2) == [0, 0]
         if name != "predict":
@@ -119,11 +99,8 @@ def test_the_example_from_fit_to_transformers(pool: RankPool, folder: Path, tmp_
     more = [*measured, "--ckpt_path", last, "--trainer.max_epochs", "2"]
     assert pool.run(in_pool, ["fit", *more], ranks=2) == [0, 0]
     before = [int(row["step"]) for row in rows if row["train/loss"]]
-    after = [
-        int(row["step"])
-        for row in logged(tmp_path, 4 if (tmp_path / "lightning_logs/version_4").exists() else 3)
-        if row["train/loss"]
-    ]
+    [version] = sorted(path.name for path in (tmp_path / "lightning_logs").iterdir() if (path / "checkpoints").exists())
+    after = [int(row["step"]) for row in logged(tmp_path, version) if row["train/loss"]]
     assert after == [step + len(before) for step in before]
 
     exported, expected = tmp_path / "exported", tmp_path / "expected"
@@ -244,9 +221,6 @@ def test_wrong_input_ends_on_all_ranks(pool: RankPool, folder: Path, tmp_path: P
     """The pool would see a rank that goes on waiting."""
     AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path / "tokenizer")
     small = tmp_path / "small"
-    FineTuneModule(str(folder / "checkpoint"))
-    from lightning_moefold.testing import make_checkpoint
-
     make_checkpoint(small, "qwen2_moe", vocab_size=96)
     cases = [
         {"model__checkpoint": tmp_path / "nowhere"},
