@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_moefold.models.batch import IGNORED
 from lightning_moefold.recipes.errors import InputError
 from lightning_moefold.recipes.order import EMPTY, Position, RowLoader, RowOrder
-from lightning_moefold.recipes.text import PADDING, Packing, Rows, tokenize
+from lightning_moefold.recipes.text import PADDING, Packing, Rows, tokenize, tokenizer_files
 
 
 class Part:
@@ -184,7 +184,7 @@ class TextData(pl.LightningDataModule):
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file} is no file; give .txt or .jsonl files.")
-        read = [*files, *sorted(self.tokenizer.glob("*token*")), *sorted(self.tokenizer.glob("vocab*"))]
+        read = [*files, *tokenizer_files(self.tokenizer)]
         seen = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in read]
         key = hashlib.sha256(json.dumps([seen, self.length, self.packing]).encode()).hexdigest()
         return self.cache_dir / f"{key[:16]}.pt"

@@ -103,6 +103,8 @@ def _tokenize(files: Sequence[Path], tokenizer: Path) -> tuple[list[str], list[l
             "text is tokenised by transformers, which is not installed; pip install transformers."
         ) from None
     try:
+        if not tokenizer_files(tokenizer):
+            raise OSError  # for a directory with a model alone, transformers makes up a tokenizer without any token
         encode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     except (OSError, ValueError):
         raise InputError(f"{tokenizer} holds no tokenizer that transformers can load.") from None
@@ -112,6 +114,11 @@ def _tokenize(files: Sequence[Path], tokenizer: Path) -> tuple[list[str], list[l
         names.append(name)
         documents.append(encode(text, add_special_tokens=False, verbose=False)["input_ids"] + end)
     return names, documents
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a tokenizer, of whatever kind."""
+    return sorted({path for pattern in ("*token*", "vocab*", "*.model") for path in directory.glob(pattern)})
 
 
 def cut_blocks(documents: Sequence[Sequence[int]], names: list[str], length: int) -> Rows:

@@ -67,6 +67,7 @@ def fit(
     save: str | None = None,
     ckpt_path: str | None = None,
     early: bool = False,
+    microbatches: int = 1,
 ) -> Report:
     """Fits on ``b.jsonl``, validates on ``c.jsonl``."""
     callbacks = [ModelCheckpoint(save, filename="{step}", save_top_k=-1, every_n_train_steps=1)] if save else []
@@ -74,7 +75,7 @@ def fit(
     tuned = Recorded(f"{folder}/checkpoint", learning_rate=1e-2, warmup_steps=2, **module)
     tuned.early = early
     run = trainer(
-        MoEFoldStrategy(fold=fold), num_sanity_val_steps=0, callbacks=callbacks, enable_checkpointing=bool(save),
+        MoEFoldStrategy(fold=fold, num_microbatches=microbatches), num_sanity_val_steps=0, callbacks=callbacks, enable_checkpointing=bool(save),
         **{"precision": "64-true", **arguments},
     )  # fmt: skip
     run.fit(tuned, text, ckpt_path=ckpt_path)

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import inspect
+import io
 import json
 import logging
 import os
@@ -25,6 +27,9 @@ from lightning_moefold.recipes import FineTuneModule, TextData, command
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.recipes.running import arguments, logged
 from tests.strategy.plain import trainer
+
+# Lightning calls functions of jsonargparse that the next one has no more.
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch.cli")
 
 
 @pytest.fixture(autouse=True)
@@ -213,23 +218,38 @@ def test_a_wrong_value_is_one_sentence(
     assert message in captured.err
 
 
-def errors_of_commands(cases: list[list[str]]) -> list[int]:
-    return [in_pool(argv) for argv in cases]
+def errors_of_commands(cases: list[list[str]]) -> list[tuple[int, str]]:
+    """Exit status of each command, and what it said."""
+    seen = []
+    for argv in cases:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            status = in_pool(argv)
+        seen.append((status, said.getvalue()))
+    return seen
 
 
 def test_wrong_input_ends_on_all_ranks(pool: RankPool, folder: Path, tmp_path: Path) -> None:
     """The pool would see a rank that goes on waiting."""
     AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path / "tokenizer")
-    small = tmp_path / "small"
-    make_checkpoint(small, "qwen2_moe", vocab_size=96)
-    cases = [
-        {"model__checkpoint": tmp_path / "nowhere"},
-        {"data__files": '["none.txt"]'},
-        {"data__tokenizer": small},
-        {"model__checkpoint": small, "data__tokenizer": tmp_path / "tokenizer"},  # tokens that the model does not have
-        {"data__batch_size": 3, "trainer__strategy__init_args__fold": "ep2"},
-        {"model__freeze": '["*.expert.*"]'},
-        {"ckpt_path": tmp_path / "none.ckpt"},
+    small = make_checkpoint(tmp_path / "small", "qwen2_moe", vocab_size=96)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"model__checkpoint": tmp_path / "nowhere"}, "nowhere/config.json does not exist"),
+        ({"data__files": '["none.txt"]'}, "none.txt is no file; give .txt or .jsonl files."),
+        ({"data__tokenizer": small}, "holds no tokenizer that transformers can load."),
+        (
+            {"model__checkpoint": small, "data__tokenizer": tmp_path / "tokenizer"},
+            "lie outside the vocabulary of 96; check that tokenizer and model belong together",
+        ),
+        ({"data__batch_size": 3, "trainer__strategy__init_args__fold": "ep2"}, "dealt evenly to 2 data ranks"),
+        ({"model__freeze": '["*.expert.*"]'}, "no parameter is named like '*.expert.*'"),
+        ({"ckpt_path": tmp_path / "none.ckpt"}, "none.ckpt is not a checkpoint of this strategy"),
+        ({"trainer__strategy__init_args__fold": "ep3"}, "expert_parallel_size=3"),
     ]
-    argvs = [["fit", *arguments(folder, tmp_path, **case)] for case in cases]
-    assert pool.run(errors_of_commands, argvs, ranks=2) == [[2] * len(cases)] * 2
+    argvs = [["fit", *arguments(folder, tmp_path, **case)] for case, _ in cases]
+    first, second = pool.run(errors_of_commands, argvs, ranks=2)
+    assert [status for status, _ in [*first, *second]] == [2] * 2 * len(cases)
+    for (_, said), (_, message) in zip(first, cases, strict=True):
+        assert message in said
+        assert said.startswith("moefold fit: ")
+        assert said.count("\n") == 1
+    assert not any(said for _, said in second)

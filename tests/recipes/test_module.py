@@ -90,7 +90,7 @@ def rows_of(reports: list[jobs.Report]) -> dict[int, list[tuple[int, ...]]]:
 def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: RankPool, folder: Path, tmp_path: Path):
     arguments = {"max_epochs": 2, "check_val_every_n_epoch": 1}
     common: tuple[Any, ...] = ({}, {"packing": "documents"}, arguments)
-    [whole] = pool.run(jobs.fit, str(folder), "", *common, str(tmp_path / "0"), ranks=1)
+    [whole] = pool.run(jobs.fit, str(folder), "", *common, str(tmp_path / "0"), microbatches=2, ranks=1)
     length = whole.steps[0]
     assert whole.steps == [length, 2 * length]
     assert len(rows_of([whole])[0]) % 4  # the last batch of an epoch is not full
@@ -98,7 +98,7 @@ def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: R
     checkpoint = str(tmp_path / "0" / f"step={done}.ckpt")
     for number, (ranks, fold, end) in enumerate([(2, "| ep2", 5), (4, "tp2 | ep4", 7), (1, "", length + 2)], start=1):
         save = str(tmp_path / str(number))
-        reports = pool.run(jobs.fit, str(folder), fold, *common, save, checkpoint, number == 2, ranks=ranks)
+        reports = pool.run(jobs.fit, str(folder), fold, *common, save, checkpoint, number == 2, 2, ranks=ranks)
         assert len({r.dp_rank for r in reports}) == (1 if ranks == 1 else 2)
         for report in reports:
             assert report.losses == pytest.approx(losses[done:], rel=1e-9), fold
@@ -106,7 +106,7 @@ def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: R
             assert report.steps == whole.steps
         assert_close_by_name(assemble(r.weights for r in reports), assemble([whole.weights]), 1e-8, fold)
         done, checkpoint = end, str(tmp_path / str(number) / f"step={end}.ckpt")
-    reports = pool.run(jobs.fit, str(folder), "| ep2", *common, None, checkpoint, ranks=2)
+    reports = pool.run(jobs.fit, str(folder), "| ep2", *common, None, checkpoint, microbatches=2, ranks=2)
     assert reports[0].losses == pytest.approx(losses[length + 2 :], rel=1e-9)
     seen, rest = rows_of([whole])[1], rows_of(reports)
     assert set(rest) == {1}

@@ -69,6 +69,9 @@ def test_wrong_text(folder, tmp_path, name, content, message):
 def test_wrong_tokenizer(folder, tmp_path):
     with pytest.raises(InputError, match="holds no tokenizer"):
         tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
+    (tmp_path / "config.json").write_text((folder / "checkpoint" / "config.json").read_text())
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
     AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path)
     config = (folder / "checkpoint" / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"vocab_size": 320', '"vocab_size": 300'))
