@@ -74,10 +74,9 @@ def fit(
     text = _data(folder, **data)
     tuned = Recorded(f"{folder}/checkpoint", learning_rate=1e-2, warmup_steps=2, **module)
     tuned.early = early
-    run = trainer(
-        MoEFoldStrategy(fold=fold, num_microbatches=microbatches), num_sanity_val_steps=0, callbacks=callbacks, enable_checkpointing=bool(save),
-        **{"precision": "64-true", **arguments},
-    )  # fmt: skip
+    strategy = MoEFoldStrategy(fold=fold, num_microbatches=microbatches)
+    options = {"precision": "64-true", "num_sanity_val_steps": 0, "enable_checkpointing": bool(save), **arguments}
+    run = trainer(strategy, callbacks=callbacks, **options)
     run.fit(tuned, text, ckpt_path=ckpt_path)
     tuned.report.metrics = {name: value.item() for name, value in run.callback_metrics.items()}
     tuned.report.weights = owned_pieces(tuned.model)
