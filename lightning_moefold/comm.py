@@ -122,6 +122,18 @@ class _GatherIdentical(torch.autograd.Function):
         return grads[0].narrow(0, ctx.axis.index * ctx.rows, ctx.rows).contiguous(), None
 
 
+class _SplitIdentical(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        rows = x_ND.shape[0] // axis.size
+        return x_ND.narrow(0, axis.index * rows, rows).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_gather_raw(grads[0], ctx.axis), None
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:
@@ -168,6 +180,11 @@ def reduce_scatter(x_ND: Tensor, axis: Axis) -> Tensor:
 def gather_identical(x_ND: Tensor, axis: Axis) -> Tensor:
     """``[N, D] -> [G*N, D]`` where every rank goes on to compute the same: backward keeps this rank's part, unsummed."""
     return x_ND if axis.size == 1 else _GatherIdentical.apply(x_ND, axis)
+
+
+def split_identical(x_ND: Tensor, axis: Axis) -> Tensor:
+    """``[G*N, D] -> [N, D]``, this rank's part of what every rank has; backward is an all-gather."""
+    return x_ND if axis.size == 1 else _SplitIdentical.apply(x_ND, axis)
 
 
 def all_to_all(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:

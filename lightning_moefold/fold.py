@@ -222,28 +222,37 @@ class Fold:
         Raises:
             FoldError: Naming the sizes, the rule that fails, and the nearest legal values.
         """
-        if config.num_experts and config.num_experts % self.ep:
-            raise FoldError(
-                f"num_experts={config.num_experts} does not split evenly over ep={self.ep}; "
-                f"use ep in {_listed(divisors(config.num_experts))}."
-            )
-        for size, short, widths in ((self.tp, "tp", config.dense_widths), (self.etp, "etp", config.expert_widths)):
+        if config.num_experts:
+            self.check_experts(config.num_experts)
+        for axis, widths in (("tp", config.dense_widths), ("etp", config.expert_widths)):
             for field, width in widths.items():
-                if width % size:
-                    legal = [d for d in divisors(width) if d <= max(2 * size, 8)]
-                    raise FoldError(
-                        f"{field}={width} does not divide by {short}={size}; use {short} in {_listed(legal)}."
-                    )
-        if self.tp > config.num_attention_heads:
-            raise FoldError(
-                f"tp={self.tp} is more than num_attention_heads={config.num_attention_heads}, and a head is never cut; "
-                f"use tp <= {config.num_attention_heads}."
-            )
+                self.check_width(axis, field, width)
+        self.check_heads("num_attention_heads", config.num_attention_heads)
         if self.pp > config.num_hidden_layers:
             raise FoldError(
                 f"pp={self.pp} is more than num_hidden_layers={config.num_hidden_layers}, and every stage needs a layer; "
                 f"use pp <= {config.num_hidden_layers}."
             )
+
+    def check_experts(self, num_experts: int) -> None:
+        """Raises :class:`FoldError` if the experts do not spread evenly over ep."""
+        if num_experts % self.ep:
+            raise FoldError(
+                f"num_experts={num_experts} does not split evenly over ep={self.ep}; "
+                f"use ep in {_listed(divisors(num_experts))}."
+            )
+
+    def check_width(self, axis: str, field: str, width: int) -> None:
+        """Raises :class:`FoldError` if a feed-forward width does not divide by tp (or etp)."""
+        size = self.size(axis)
+        if width % size:
+            legal = [d for d in divisors(width) if d <= max(2 * size, 8)]
+            raise FoldError(f"{field}={width} does not divide by {axis}={size}; use {axis} in {_listed(legal)}.")
+
+    def check_heads(self, field: str, heads: int) -> None:
+        """Raises :class:`FoldError` if there are more tp ranks than query heads."""
+        if self.tp > heads:
+            raise FoldError(f"tp={self.tp} is more than {field}={heads}, and a head is never cut; use tp <= {heads}.")
 
     @classmethod
     def enumerate(cls, world_size: int, config: FoldableConfig | None = None) -> Iterator[Fold]:

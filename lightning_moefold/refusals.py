@@ -17,7 +17,6 @@ from torch import nn
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.modules import MoELayer
 
 _CALLBACKS = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
@@ -66,22 +65,6 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         raise UnsupportedFeature(
             "a compiled LightningModule is not supported; compile blocks inside configure_model instead."
         )
-
-
-def check_blocks(module: nn.Module, fold: Fold) -> None:
-    """Blocks outside a MoECausalLM are parallelised over data only.
-
-    Raises:
-        UnsupportedFeature: If the fold would cut them.
-    """
-    if fold.tp == fold.ep == fold.etp == 1:
-        return
-    inside = {id(b) for m in module.modules() if isinstance(m, MoECausalLM) for b in m.modules()}
-    for name, block in module.named_modules():
-        if isinstance(block, MoELayer) and id(block) not in inside:
-            raise UnsupportedFeature(
-                f"{name} is a MoELayer outside a MoECausalLM, which is not cut over tp, ep or etp yet; use a fold with these at 1."
-            )
 
 
 def check_sharding(sharding: str, precision: str, module: nn.Module) -> None:

@@ -48,13 +48,13 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
+from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
-from lightning_moefold.parallel.own import OwnModules, align_randomness
+from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.refusals import (
     UnsupportedFeature,
-    check_blocks,
     check_fold,
     check_optimizers,
     check_sharding,
@@ -272,7 +272,7 @@ class MoEFoldStrategy(ParallelStrategy):
 
     def _mesh_of_earlier_trainer(self, fold: Fold) -> FoldedMesh | None:
         """The mesh on which another Trainer has parallelised the module's model, if its fold is ours."""
-        meshes = [m.mesh for m in self._modules() if isinstance(m, MoECausalLM)]
+        meshes = [root.mesh for root in self._roots()]
         return next((mesh for mesh in meshes if mesh is not None and mesh.fold == fold and mesh.is_alive), None)
 
     def _make_fold(self) -> Fold:
@@ -312,7 +312,6 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
-        check_blocks(self.lightning_module, self.fold)
         check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
         for loop in (
@@ -345,10 +344,12 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         sharding = Sharding(self.data_parallel_sharding, self._precision.mixed_dtype)
         error: Exception | None = None
-        for model in [m for m in self.lightning_module.modules() if isinstance(m, MoECausalLM)]:
-            model.num_microbatches = self.num_microbatches
+        align_blocks(self.lightning_module, self.mesh)
+        for root in self._roots():
+            if isinstance(root, MoECausalLM):
+                root.num_microbatches = self.num_microbatches
             try:
-                parallelize(model, self.mesh, sharding, self.root_device)
+                parallelize(root, self.mesh, sharding, self.root_device)
             except Exception as failure:
                 error = failure
         comm.agree_on_error(error, self.mesh.world)
@@ -439,10 +440,12 @@ class MoEFoldStrategy(ParallelStrategy):
     def _modules(self) -> list[torch.nn.Module]:
         return list(self.lightning_module.modules()) if self.lightning_module is not None else []
 
+    def _roots(self) -> list[ParallelRoot]:
+        return [] if self.lightning_module is None else [root for _, root in parallel_roots(self.lightning_module)]
+
     def _release_gathered_weights(self) -> None:
-        for module in self._modules():
-            if isinstance(module, MoECausalLM):
-                module.release_gathered_weights()
+        for root in self._roots():
+            root.release_gathered_weights()
 
     @override
     def on_validation_end(self) -> None:

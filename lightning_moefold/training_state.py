@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import TensorPiece, load_sharded, save_sharded, stored_tensors
+from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel import local_part
 from lightning_moefold.parallel.registry import ParameterRegistry
 
@@ -81,7 +82,7 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
         for name, values in state["state"].items():
             for key, value in values.items():
                 tensors[f"optimizer.{index}.{name}.{key}"] = _describe(value, name, registry)
-    models = {name: model.describe() for name, model in registry.models.items()}
+    models = {name: part.describe() for name, part in registry.roots.items() if isinstance(part, MoECausalLM)}
     meta = {**checkpoint, "fold": str(registry.mesh.fold), "optimizer_groups": groups, "extra_state": extra}
     meta[MODELS] = models
     if registry.mesh.stage.index > 0:

@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
-from lightning_moefold.fold import Fold
 from lightning_moefold.layout import ParameterLayout, ParameterPlan
-from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
+from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models.batch import CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import to_hf_config
@@ -27,7 +25,7 @@ from lightning_moefold.models.losses import GlobalLoss, Losses
 from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
-from lightning_moefold.modules.base import wide
+from lightning_moefold.modules.base import ParallelRoot, wide
 from lightning_moefold.modules.sequence import RoutingStatistics
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
@@ -108,7 +106,7 @@ def _make_layer(config: MoEConfig, index: int) -> DecoderLayer:
     return DecoderLayer(config.hidden_size, attention, mlp, config.rms_norm_eps)
 
 
-class MoECausalLM(nn.Module):
+class MoECausalLM(ParallelRoot):
     """A decoder-only MoE language model.
 
     In one process it is an ordinary module. In a LightningModule's ``configure_model`` under
@@ -118,9 +116,6 @@ class MoECausalLM(nn.Module):
     Args:
         config: The model's configuration.
 
-    Attributes:
-        mesh: The folded mesh once the strategy has parallelised the model, else None.
-        layouts: Where each parameter's pieces lie.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -130,9 +125,7 @@ class MoECausalLM(nn.Module):
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, tied)
         self.num_microbatches = 1
-        self.mesh: FoldedMesh | None = None
-        self.sharding: Any = None  # how it was parallelised, for whoever would do it again
-        self.layouts: dict[str, ParameterLayout] = {
+        self.layouts = {
             name: ParameterLayout(entry.shape, ParameterPlan()) for name, entry in parameter_entries(config).items()
         }
         self.source: WeightSource | None = None
@@ -211,20 +204,9 @@ class MoECausalLM(nn.Module):
 
     # ---- the fold ----------------------------------------------------------------------------------------------
 
-    @property
-    def fold(self) -> Fold:
-        """The fold of the model; one rank before it is parallelised."""
-        return Fold(1) if self.mesh is None else self.mesh.fold
-
-    @property
-    def rank(self) -> int:
-        """This rank in the fold."""
-        return 0 if self.mesh is None else self.mesh.rank
-
-    @property
-    def tp(self) -> Axis:
-        """Tensor parallel axis."""
-        return SINGLE if self.mesh is None else self.mesh.tp
+    def units(self) -> list[nn.Module]:
+        """The layers, then the model with what is left (embedding, final norm, head)."""
+        return [*self.model.layers.values(), self]
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers on this rank by their number in the whole model."""
@@ -375,9 +357,3 @@ class MoECausalLM(nn.Module):
         stored = self.source.dtype(name) if self.source is not None else None
         named = getattr(torch, self.config.dtype, None) if self.config.dtype else None
         return dtype or stored or named or next(self.parameters()).dtype
-
-    def release_gathered_weights(self) -> None:
-        """Lets go of weights that a forward pass gathered, so that ``named_parameters`` gives this rank's pieces."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()

@@ -15,7 +15,6 @@ Legend: M micro-batches, E experts, K experts per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.batch import CausalLMBatch
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.modules.balance import global_value
 
 
 @dataclass
@@ -32,19 +32,6 @@ class Losses:
 
     lm: Tensor | None
     aux: Tensor | None
-
-
-class _WithValue(torch.autograd.Function):
-    """Has the value of the global loss and the gradient of this rank's share of it, times a scale."""
-
-    @staticmethod
-    def forward(ctx: Any, share: Tensor, value: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return value.to(share.dtype, copy=True)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] * ctx.scale, None, None
 
 
 class GlobalLoss:
@@ -57,9 +44,6 @@ class GlobalLoss:
 
     def __init__(self, config: MoEConfig, mesh: FoldedMesh | None) -> None:
         self.config, self.mesh = config, mesh
-        # A loss that training_step returns means the average over data ranks, whose gradients are summed: the strategy
-        # multiplies it by 1 / (dp * cp). This loss is the global mean already, so its backward undoes that.
-        self.scale = float(mesh.dp_cp.size) if mesh is not None else 1.0
 
     def reduce(self, local: tuple[Tensor, Tensor] | None, batch: CausalLMBatch) -> Losses:
         """Collective over the stage.
@@ -123,13 +107,13 @@ class GlobalLoss:
     def _language_loss(self, local: Tensor, total: Tensor, weight: Tensor) -> Tensor:
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)
         share = (local / weight).to(local.dtype)
-        return _WithValue.apply(share, total / weight, self.scale)
+        return global_value(share, total / weight, self.mesh)
 
     def _auxiliary_loss(self, local_ME: Tensor, counts_ME: Tensor, probability_ME: Tensor) -> Tensor:
         pairs_M1 = (counts_ME.sum(-1, keepdim=True) / self.config.num_experts_per_tok).clamp(min=1)
         slope_ME = counts_ME / pairs_M1.square() * (self.config.num_experts / counts_ME.shape[0])
         share = (slope_ME.to(local_ME.dtype) * local_ME).sum()
-        return _WithValue.apply(share, (slope_ME * probability_ME).sum(), self.scale)
+        return global_value(share, (slope_ME * probability_ME).sum(), self.mesh)
 
     def _check_faults(self, faults: Tensor, batch: CausalLMBatch) -> None:
         if self.mesh is None and not faults.is_cuda and not bool(faults.any()):

@@ -16,15 +16,16 @@ from torch.nn import functional as F
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
-from lightning_moefold.mesh import SINGLE, FoldedMesh
-from lightning_moefold.modules.base import Linear, ParallelModule, local
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules.alone import run_alone
+from lightning_moefold.modules.base import Linear, ParallelRoot, local
 from lightning_moefold.modules.norm import RMSNorm
 from lightning_moefold.modules.rotary import rotary_tables, rotate
 from lightning_moefold.modules.sequence import SequenceBatch
 
 
-class Attention(ParallelModule):
-    """Causal multi-head attention with fewer key/value heads than query heads.
+class Attention(ParallelRoot):
+    """Multi-head attention with fewer key/value heads than query heads.
 
     Args:
         hidden_size: D.
@@ -35,10 +36,13 @@ class Attention(ParallelModule):
         output_bias: Bias on the output projection.
         qk_norm_eps: RMS-normalise each query and key head (Qwen3) with this epsilon; None for no normalisation.
         sliding_window: A query sees at most this many keys, itself included.
-        rope_theta: Rotary base used where :meth:`forward` is called without a batch description.
+        rope_theta: Rotary base used where :meth:`forward` is called without a batch description; None for no rotary
+            embedding.
+        causal: A query sees no later keys. Attention that sees all (of a vision transformer) is for networks of your
+            own and takes no masks.
 
     Raises:
-        ValueError: If the key/value heads do not divide the query heads.
+        ValueError: If the key/value heads do not divide the query heads, or a window is asked for without causality.
     """
 
     def __init__(
@@ -52,12 +56,16 @@ class Attention(ParallelModule):
         output_bias: bool = False,
         qk_norm_eps: float | None = None,
         sliding_window: int | None = None,
-        rope_theta: float = 10000.0,
+        rope_theta: float | None = 10000.0,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
         if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}; use a divisor of it.")
+        if sliding_window is not None and not causal:
+            raise ValueError(f"sliding_window={sliding_window} needs causal=True; leave the window out.")
+        self.causal = causal
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = head_dim or hidden_size // num_heads
         self.sliding_window, self.rope_theta = sliding_window, rope_theta
@@ -67,7 +75,6 @@ class Attention(ParallelModule):
         self.o_proj = Linear(num_heads * self.head_dim, hidden_size, output_bias)
         self.q_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
         self.k_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
-        self.tp = SINGLE
         self._place_heads()
 
     def _place_heads(self) -> None:
@@ -90,12 +97,13 @@ class Attention(ParallelModule):
         self.kv_of_head: list[int] | None = None if regular else kv_of_head
 
     def bind(self, mesh: FoldedMesh) -> None:
-        """Takes the tensor parallel axis."""
-        self.tp = mesh.tp
+        """Takes the tensor parallel axis, and finds out which heads are computed here."""
+        super().bind(mesh)
         self._place_heads()
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Rows of q, k, v and columns of o, each where tp divides its heads."""
+        fold.check_heads("num_heads", self.num_heads)
         plans: dict[str, ParameterPlan] = {}
         for names, heads in ((("q_proj",), self.num_heads), (("k_proj", "v_proj"), self.num_kv_heads)):
             if heads % fold.tp:
@@ -115,14 +123,15 @@ class Attention(ParallelModule):
         """Attention over each row.
 
         Args:
-            hidden: This rank's tokens ``[T, D]``; without ``batch``, whole rows ``[B, S, D]`` at positions 0, 1, ...
+            hidden: This rank's tokens ``[T, D]``; without ``batch``, whole rows ``[B, S, D]`` at positions 0, 1, ..., the
+                same on every tp rank.
             batch: Shape, positions and masks.
 
         Returns:
             A tensor of the shape of ``hidden``.
         """
         if batch is None:
-            return self._forward_rows(hidden)
+            return run_alone(self, hidden, self.batch_of(hidden, self.compute_dtype))
         x_ND = batch.gather(hidden)
         rows, length = batch.rows, batch.length
         q_BSQd = self._heads(_project(self.q_proj, x_ND, self._q_rows), rows, length, self.q_norm, batch)
@@ -135,11 +144,27 @@ class Attention(ParallelModule):
         # The bias is added once, to each rank's own tokens, after the sum over tp.
         return y_TD if self.o_proj.bias is None else y_TD + local(self.o_proj.bias)
 
-    def _forward_rows(self, x_BSD: Tensor) -> Tensor:
+    def batch_of(self, x_BSD: Tensor, compute_dtype: torch.dtype | None = None) -> SequenceBatch:
+        """Describes whole rows of a user's own network, at positions 0, 1, ...
+
+        Args:
+            x_BSD: The rows.
+            compute_dtype: Of the computation, if not that of the rows.
+
+        Raises:
+            ValueError: If the tensor is not ``[B, S, D]``.
+        """
+        if x_BSD.dim() != 3:
+            raise ValueError(
+                f"attention needs [rows, length, hidden size], not {list(x_BSD.shape)}; keep the rows apart."
+            )
         rows, length, _ = x_BSD.shape
-        position_1S = torch.arange(length, device=x_BSD.device).unsqueeze(0)
-        cos, sin = rotary_tables(position_1S, self.head_dim, self.rope_theta, x_BSD.dtype)
-        return self(x_BSD.flatten(0, 1), SequenceBatch(rows, length, cos, sin)).view_as(x_BSD)
+        batch = SequenceBatch(rows, length, tp=self.tp)
+        if self.rope_theta is not None:
+            position_1S = torch.arange(length, device=x_BSD.device).unsqueeze(0)
+            dtype = compute_dtype or x_BSD.dtype
+            batch.cos_BSh, batch.sin_BSh = rotary_tables(position_1S, self.head_dim, self.rope_theta, dtype)
+        return batch
 
     def _heads(self, x_NO: Tensor, rows: int, length: int, norm: RMSNorm | None, batch: SequenceBatch) -> Tensor:
         x_BSHd = x_NO.view(rows, length, x_NO.shape[-1] // self.head_dim, self.head_dim)
@@ -151,7 +176,7 @@ class Attention(ParallelModule):
 
     def _attend(self, q_BSQd: Tensor, k_BSVd: Tensor, v_BSVd: Tensor, batch: SequenceBatch) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q_BSQd, k_BSVd, v_BSVd))
-        mask = batch.mask_for(self.sliding_window, q.device)
+        mask = batch.mask_for(self.sliding_window, q.device) if self.causal else None
         if self.kv_of_head is not None:
             index = torch.tensor(self.kv_of_head, device=k.device)
             k, v = k.index_select(1, index), v.index_select(1, index)
@@ -159,7 +184,7 @@ class Attention(ParallelModule):
             # No CUDA kernel but the slow one takes a mask and groups of heads together.
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         y_BQSd = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
         return y_BQSd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
 

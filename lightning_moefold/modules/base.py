@@ -3,29 +3,93 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from lightning_moefold.fold import Fold
-from lightning_moefold.layout import ParameterPlan
-from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.layout import ParameterLayout, ParameterPlan
+from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
 
 
 class ParallelModule(nn.Module):
-    """A block with parallel parameters. Outside a strategy it is a plain module on one rank."""
+    """A block with parallel parameters. Outside a strategy it is a plain module on one rank.
+
+    Attributes:
+        mesh: The folded mesh once the strategy has parallelised what the block belongs to, else None.
+    """
+
+    mesh: FoldedMesh | None = None
+
+    @property
+    def tp(self) -> Axis:
+        """Tensor parallel axis."""
+        return SINGLE if self.mesh is None else self.mesh.tp
+
+    @property
+    def fold(self) -> Fold:
+        """The fold; one rank before the block is parallelised."""
+        return Fold(1) if self.mesh is None else self.mesh.fold
+
+    @property
+    def rank(self) -> int:
+        """This rank in the fold."""
+        return 0 if self.mesh is None else self.mesh.rank
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """How ``fold`` treats each parameter of this block, by name relative to it.
 
         A parameter that is not listed (here or in a nested block) is replicated, with gradients summed over tp: right
         for everything that acts on a token at a time under sequence parallelism.
+
+        Raises:
+            FoldError: If the fold cannot cut the block.
         """
         return {}
 
     def bind(self, mesh: FoldedMesh) -> None:
-        """Hands the block its axes; called once, when the strategy parallelises the model."""
+        """Hands the block its axes; called once, when the strategy parallelises what it belongs to."""
+        self.mesh = mesh
+
+
+class ParallelRoot(ParallelModule):
+    """What the strategy parallelises as one: a language model, or a block in a network of the user's own.
+
+    A root inside another root is a part of it.
+
+    Attributes:
+        sharding: How the strategy parallelised it, for whoever would do it again.
+        layouts: Where the pieces of each parameter lie, by name relative to the root.
+        compute_dtype: The dtype in which it computes where that is not the dtype of storage (``bf16-mixed``).
+    """
+
+    sharding: Any = None
+    compute_dtype: torch.dtype | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layouts: dict[str, ParameterLayout] = {}
+
+    def units(self) -> list[nn.Module]:
+        """The modules whose dense weights are gathered together, inner ones first."""
+        return [self]
+
+    def release_gathered_weights(self) -> None:
+        """Lets go of weights that a forward pass gathered, so that ``named_parameters`` gives this rank's pieces."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def parallel_roots(module: nn.Module) -> list[tuple[str, ParallelRoot]]:
+    """The roots in a module that are in no other root, by name; one that has several names comes once."""
+    roots = [(name, m) for name, m in module.named_modules() if isinstance(m, ParallelRoot)]
+    inner = {id(m) for _, root in roots for m in root.modules() if m is not root}
+    return [(name, root) for name, root in roots if id(root) not in inner]
 
 
 class Linear(nn.Module):

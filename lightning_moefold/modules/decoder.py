@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_moefold.modules.alone import run_alone
 from lightning_moefold.modules.attention import Attention
-from lightning_moefold.modules.base import ParallelModule
+from lightning_moefold.modules.base import ParallelRoot
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.norm import RMSNorm
 from lightning_moefold.modules.sequence import SequenceBatch
 
 
-class DecoderLayer(ParallelModule):
+class DecoderLayer(ParallelRoot):
     """Attention and a feed-forward block (MoE or dense), each behind an RMSNorm and a residual.
 
     Args:
@@ -33,15 +34,17 @@ class DecoderLayer(ParallelModule):
         self.mlp = mlp
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """``[T, D] -> [T, D]`` with a batch description; ``[B, S, D] -> [B, S, D]`` without, on one rank.
+        """``[T, D] -> [T, D]`` with a batch description; ``[B, S, D] -> [B, S, D]`` without, at positions 0, 1, ...
 
         Where the batch asks for routing statistics, an MoE layer's counts and probabilities (``[M, E]``) come with the
         hidden states: FSDP2 watches what a layer returns, and backward through anything else could reach weights that
         it has let go of.
         """
+        if batch is None:
+            return run_alone(self, hidden, self.self_attn.batch_of(hidden, self.compute_dtype))
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), batch)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden), batch)
-        if batch is None or batch.routing is None:
+        if batch.routing is None:
             return hidden
         statistics, batch.routing = batch.routing, None
         return hidden, statistics.counts_ME, statistics.probability_ME

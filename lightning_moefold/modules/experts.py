@@ -23,7 +23,32 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Activation = Callable[[Tensor], Tensor]
 
 
-class Experts(ParallelModule):
+class RoutedExperts(ParallelModule):
+    """The experts of a layer: parameters of the EXPERT family with an expert axis first.
+
+    Args:
+        num_experts: E, spread evenly over ep.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def check(self, fold: Fold) -> None:
+        """Raises :class:`FoldError` if the experts do not spread evenly over ep."""
+        fold.check_experts(self.num_experts)
+
+    def forward(self, x_MD: Tensor, counts_L: Tensor) -> Tensor:
+        """``[M, D] -> [M, D]``, partial over etp.
+
+        Args:
+            x_MD: Rows in expert order.
+            counts_L: Rows of each local expert, int64; their sum is M.
+        """
+        raise NotImplementedError
+
+
+class Experts(RoutedExperts):
     """E gated feed-forward experts: ``down(act(gate(x)) * up(x))``, each on its own rows.
 
     Args:
@@ -34,8 +59,8 @@ class Experts(ParallelModule):
     """
 
     def __init__(self, hidden_size: int, num_experts: int, ffn_hidden_size: int, activation: str = "silu") -> None:
-        super().__init__()
-        self.num_experts, self.ffn_hidden_size = num_experts, ffn_hidden_size
+        super().__init__(num_experts)
+        self.ffn_hidden_size = ffn_hidden_size
         self.activation = ACTIVATIONS[activation]
         self.gate_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
@@ -45,6 +70,8 @@ class Experts(ParallelModule):
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Experts over ep, their width over etp."""
+        self.check(fold)
+        fold.check_width("etp", "ffn_hidden_size", self.ffn_hidden_size)
         experts = Cut("ep", 0, even_split(self.num_experts, fold.ep))
         widths = even_split(self.ffn_hidden_size, fold.etp)
         wide, narrow = (
@@ -53,13 +80,11 @@ class Experts(ParallelModule):
         return {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
 
     def forward(self, x_MD: Tensor, counts_L: Tensor) -> Tensor:
-        """``[M, D] -> [M, D]``, partial over etp.
-
-        Args:
-            x_MD: Rows in expert order.
-            counts_L: Rows of each local expert, int64; their sum is M.
-        """
-        weights = (local(self.gate_proj), local(self.up_proj), local(self.down_proj))
+        """See :meth:`RoutedExperts.forward`."""
+        weights = [local(self.gate_proj), local(self.up_proj), local(self.down_proj)]
+        if torch.is_autocast_enabled(x_MD.device.type):  # outside a language model; autocast knows no custom function
+            dtype = torch.get_autocast_dtype(x_MD.device.type)
+            x_MD, weights = x_MD.to(dtype), [w.to(dtype) for w in weights]
         if _kernel_takes(x_MD, weights[0]):
             return _grouped(x_MD, counts_L, self.activation, *weights)
         return _ExpertByExpert.apply(x_MD, counts_L.tolist(), self.activation, *weights)

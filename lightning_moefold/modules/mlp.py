@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
-from lightning_moefold.modules.base import Linear, ParallelModule
+from lightning_moefold.modules.alone import run_alone
+from lightning_moefold.modules.base import Linear, ParallelRoot
 from lightning_moefold.modules.sequence import SequenceBatch
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -22,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class GatedMLP(ParallelModule):
+class GatedMLP(ParallelRoot):
     """``down(act(gate(x)) * up(x))``; the width F is cut over tp.
 
     Args:
@@ -41,6 +42,7 @@ class GatedMLP(ParallelModule):
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Rows of gate and up, columns of down."""
+        fold.check_width("tp", "ffn_hidden_size", self.ffn_hidden_size)
         sizes = even_split(self.ffn_hidden_size, fold.tp)
         rows, columns = (
             ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
@@ -48,7 +50,8 @@ class GatedMLP(ParallelModule):
         return {"gate_proj.weight": rows, "up_proj.weight": rows, "down_proj.weight": columns}
 
     def forward(self, x: Tensor, batch: SequenceBatch | None = None) -> Tensor:
-        """``[T, D] -> [T, D]`` (without ``batch``, ``[..., D] -> [..., D]`` on one rank)."""
-        x_ND = x if batch is None else batch.gather(x)
-        y_ND = self.down_proj(self.activation(self.gate_proj(x_ND)) * self.up_proj(x_ND))
-        return y_ND if batch is None else batch.reduce_scatter(y_ND)
+        """``[T, D] -> [T, D]``; without ``batch``, ``[..., D] -> [..., D]`` with the same tokens on every tp rank."""
+        if batch is None:
+            return run_alone(self, x)
+        x_ND = batch.gather(x)
+        return batch.reduce_scatter(self.down_proj(self.activation(self.gate_proj(x_ND)) * self.up_proj(x_ND)))

@@ -6,34 +6,47 @@ Legend: T tokens of this rank, K experts per token, R rows sent, M rows computed
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_moefold.dispatch import AllToAllDispatcher
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules.base import Linear, ParallelModule
-from lightning_moefold.modules.experts import Experts
+from lightning_moefold.modules.alone import run_alone
+from lightning_moefold.modules.balance import Routing
+from lightning_moefold.modules.base import Linear, ParallelRoot
+from lightning_moefold.modules.experts import Experts, RoutedExperts
 from lightning_moefold.modules.mlp import GatedMLP
+from lightning_moefold.modules.module_experts import ModuleExperts
 from lightning_moefold.modules.router import Router, count_choices, routing_statistics
 from lightning_moefold.modules.sequence import SequenceBatch
 
 
-class MoELayer(ParallelModule):
+class MoELayer(ParallelRoot):
     """Router, dispatcher, experts, and an optional shared expert; takes and returns ``[..., hidden_size]``.
 
     Args:
         hidden_size: D.
         num_experts: E.
         top_k: Experts per token.
-        ffn_hidden_size: Width of each expert.
+        ffn_hidden_size: Width of each gated expert.
+        expert: Makes one expert, in place of gated ones: any module from ``[rows, D]`` to ``[rows, D]``
+            (:class:`~.module_experts.ModuleExperts`).
         normalize_weights: Divide a token's weights by their sum.
         shared_ffn_hidden_size: Width of a shared expert that every token visits; 0 for none.
         shared_gate: Scale the shared expert by ``sigmoid(shared_expert_gate(x))`` (Qwen2-MoE).
-        activation: Of all experts.
+        activation: Of all gated experts.
+        keep_routing: In training, keep what :func:`~.balance.load_balancing_loss` needs of the latest forward pass (a
+            language model takes care of this itself).
 
     Attributes:
+        routing: Of the latest forward pass in training, with ``keep_routing``.
         load_E: How often each expert was chosen on this rank in training since somebody last reset it (int64; padding
             left out).
+
+    Raises:
+        ValueError: Unless either ``ffn_hidden_size`` or ``expert`` is given.
     """
 
     load_E: Tensor
@@ -43,58 +56,73 @@ class MoELayer(ParallelModule):
         hidden_size: int,
         num_experts: int,
         top_k: int,
-        ffn_hidden_size: int,
+        ffn_hidden_size: int | None = None,
         *,
+        expert: Callable[[], nn.Module] | None = None,
         normalize_weights: bool = True,
         shared_ffn_hidden_size: int = 0,
         shared_gate: bool = True,
         activation: str = "silu",
+        keep_routing: bool = False,
     ) -> None:
         super().__init__()
+        if (ffn_hidden_size is None) == (expert is None):
+            raise ValueError(
+                "a MoELayer needs either ffn_hidden_size, for gated experts, or expert, which makes one; give one."
+            )
         self.num_experts, self.top_k = num_experts, top_k
         self.gate = Router(hidden_size, num_experts, top_k, normalize_weights)
-        self.experts = Experts(hidden_size, num_experts, ffn_hidden_size, activation)
+        self.experts: RoutedExperts
+        if ffn_hidden_size is not None:
+            self.experts = Experts(hidden_size, num_experts, ffn_hidden_size, activation)
+        elif expert is not None:
+            self.experts = ModuleExperts(expert, num_experts)
         self.shared_expert = (
             GatedMLP(hidden_size, shared_ffn_hidden_size, activation) if shared_ffn_hidden_size else None
         )
         self.shared_expert_gate = Linear(hidden_size, 1) if shared_ffn_hidden_size and shared_gate else None
         self.dispatcher = AllToAllDispatcher(num_experts)
+        self.keep_routing = keep_routing
+        self.routing: Routing | None = None
         self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def bind(self, mesh: FoldedMesh) -> None:
         """Makes the dispatcher of this fold."""
+        super().bind(mesh)
         self.dispatcher = AllToAllDispatcher(self.num_experts, mesh.ep, mesh.etp, mesh.axis("etp_ep"))
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
         """Routes each token through its experts.
 
         Args:
-            hidden: ``[..., D]``; under a fold this rank's tokens ``[T, D]``.
+            hidden: This rank's tokens ``[T, D]``; without ``batch``, ``[..., D]``, the same on every tp rank.
             batch: What is padding, and where the routing statistics go.
+
+        Returns:
+            A tensor of the shape of ``hidden``.
         """
-        x_TD = hidden.reshape(-1, hidden.shape[-1])
-        weight_TK, expert_TK, probability_TE = self.gate(x_TD)
-        self._record(expert_TK, probability_TE, batch)
-        y_TD = self._routed(x_TD, weight_TK, expert_TK, batch)
-        if self.shared_expert is not None:
-            shared_TD = self.shared_expert(x_TD, batch)
-            if self.shared_expert_gate is not None:
-                shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
-            y_TD = y_TD + shared_TD
-        return y_TD.view_as(hidden)
-
-    def _routed(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, batch: SequenceBatch | None) -> Tensor:
-        dispatcher = self.dispatcher
-        routed_T, num_routed = (None, None) if batch is None else (batch.routed_T, batch.num_routed)
-        x_RD, plan = dispatcher.dispatch_preprocess(x_TD, expert_TK, routed_T, num_routed)
-        x_MD = dispatcher.dispatch_postprocess(dispatcher.token_dispatch(x_RD, plan), plan)
-        y_MD = dispatcher.combine_preprocess(self.experts(x_MD, plan.counts_L), plan)
-        return dispatcher.combine_postprocess(dispatcher.token_combine(y_MD, plan), weight_TK, plan)
-
-    def _record(self, expert_TK: Tensor, probability_TE: Tensor, batch: SequenceBatch | None) -> None:
+        if batch is None:
+            return run_alone(self, hidden)
+        weight_TK, expert_TK, probability_TE = self.gate(hidden)
         counts_ME = count_choices(expert_TK, self.num_experts, batch)
         if self.training:
             with torch.no_grad():
                 self.load_E += counts_ME.sum(0)
-        if batch is not None and batch.wants_routing:
+        y_TD = self._routed(hidden, weight_TK, expert_TK, batch)
+        if self.shared_expert is not None:
+            shared_TD = self.shared_expert(hidden, batch)
+            if self.shared_expert_gate is not None:
+                shared_TD = self.shared_expert_gate(hidden).sigmoid() * shared_TD
+            y_TD = y_TD + shared_TD
+        if batch.wants_routing:
             batch.routing = routing_statistics(probability_TE, counts_ME, batch)
+        elif self.keep_routing and self.training:
+            self.routing = Routing(routing_statistics(probability_TE, counts_ME, batch), self.top_k, self.mesh)
+        return y_TD
+
+    def _routed(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, batch: SequenceBatch) -> Tensor:
+        dispatcher = self.dispatcher
+        x_RD, plan = dispatcher.dispatch_preprocess(x_TD, expert_TK, batch.routed_T, batch.num_routed)
+        x_MD = dispatcher.dispatch_postprocess(dispatcher.token_dispatch(x_RD, plan), plan)
+        y_MD = dispatcher.combine_preprocess(self.experts(x_MD, plan.counts_L), plan)
+        return dispatcher.combine_postprocess(dispatcher.token_combine(y_MD, plan), weight_TK, plan)

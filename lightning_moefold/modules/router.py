@@ -48,17 +48,16 @@ class Router(ParallelModule):
         return weight_TK, expert_TK, probability_TE
 
 
-def count_choices(expert_TK: Tensor, num_experts: int, batch: SequenceBatch | None) -> Tensor:
+def count_choices(expert_TK: Tensor, num_experts: int, batch: SequenceBatch) -> Tensor:
     """How often each expert is chosen by tokens that count, ``[M, E]`` int64; never waits for the device."""
-    microbatches = 1 if batch is None else batch.num_microbatches
     bin_TK = expert_TK
-    if batch is not None and batch.microbatch_T is not None:
+    if batch.microbatch_T is not None:
         bin_TK = expert_TK + batch.microbatch_T.unsqueeze(-1) * num_experts
     weight_TK = torch.ones_like(expert_TK)
-    if batch is not None and batch.counted_T is not None:
+    if batch.counted_T is not None:
         weight_TK = weight_TK * batch.counted_T.unsqueeze(-1)
-    counts = torch.zeros(microbatches * num_experts, dtype=torch.int64, device=expert_TK.device)
-    return counts.scatter_add_(0, bin_TK.reshape(-1), weight_TK.reshape(-1)).view(microbatches, num_experts)
+    counts = torch.zeros(batch.num_microbatches * num_experts, dtype=torch.int64, device=expert_TK.device)
+    return counts.scatter_add_(0, bin_TK.reshape(-1), weight_TK.reshape(-1)).view(batch.num_microbatches, num_experts)
 
 
 def routing_statistics(probability_TE: Tensor, counts_ME: Tensor, batch: SequenceBatch) -> RoutingStatistics:

@@ -100,6 +100,14 @@ class SequenceBatch:
         """All tokens of the tp group, ``[T, D] -> [N, D]``; gradients of the ranks are summed."""
         return comm.all_gather(x_TD, self.tp)[: self.tokens]
 
+    def enter(self, x_ND: Tensor) -> Tensor:
+        """From tokens that every tp rank has to this rank's, ``[N, D] -> [T, D]``; gradients come back whole."""
+        return comm.split_identical(self.pad(x_ND), self.tp)
+
+    def leave(self, x_TD: Tensor) -> Tensor:
+        """The inverse of :meth:`enter`, ``[T, D] -> [N, D]``: all tp ranks go on to compute the same."""
+        return comm.gather_identical(x_TD, self.tp)[: self.tokens]
+
     def reduce_scatter(self, x_ND: Tensor) -> Tensor:
         """Sums partial results over tp and keeps this rank's tokens, ``[N, D] -> [T, D]``."""
         return comm.reduce_scatter(self.pad(x_ND), self.tp)

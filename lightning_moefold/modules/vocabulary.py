@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lightning_moefold import comm
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, chunk_split
-from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
+from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.base import ParallelModule, local, wide
 from lightning_moefold.modules.sequence import SequenceBatch
 
@@ -39,11 +39,6 @@ class _VocabularyParallel(ParallelModule):
         self.vocab_size = vocab_size
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
-        self.tp = SINGLE
-
-    def bind(self, mesh: FoldedMesh) -> None:
-        """Takes the tensor parallel axis."""
-        self.tp = mesh.tp
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Rows of the vocabulary."""

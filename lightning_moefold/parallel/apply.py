@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applies a fold to a model: cut parameters over tp, ep and etp, then wrap both families with FSDP2.
+"""Applies a fold to a model or block: cut parameters over tp, ep and etp, then wrap both families with FSDP2.
 
     experts   DTensor on (ep, etp)   fully_shard over edp       nested in its layer
-    dense     DTensor on (tp)        fully_shard over dp x cp   per layer, then the rest of the model
+    dense     DTensor on (tp)        fully_shard over dp x cp   per layer, then the rest of the model; or per block
 
 Reductions are plain sums in both families: divide factor 1 with a forced sum is the one setting that is right on every
 mesh size and backend (torch divides twice on a mesh of one rank otherwise, and gloo cannot pre-multiply).
@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.modules.base import ParallelModule
-from lightning_moefold.modules.experts import Experts
+from lightning_moefold.modules.base import ParallelModule, ParallelRoot
+from lightning_moefold.modules.experts import RoutedExperts
 from lightning_moefold.modules.router import Router
 
 _TENSOR_AXES = {Family.DENSE: ("tp",), Family.EXPERT: ("ep", "etp")}
@@ -54,11 +54,12 @@ class Sharding:
         return MixedPrecisionPolicy(compute, torch.float32 if narrow else None, cast_forward_inputs=False)
 
 
-def parallelize(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding, device: torch.device) -> None:
+def parallelize(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, device: torch.device) -> None:
     """Parallelises ``model`` in place and gives it its weights. No rank waits for another.
 
     Args:
-        model: With real weights, or without storage and with a source of weights.
+        model: A language model, with real weights or without storage and with a source of weights; or a block in a
+            network of the user's own, with the same weights on every rank.
         mesh: Of the fold; the fold must suit the model.
         sharding: Data-parallel storage.
         device: Where the parameters go.
@@ -72,22 +73,23 @@ def parallelize(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding, device
         if model.mesh is mesh and model.sharding == sharding:
             return
         raise RuntimeError(
-            f"the model is parallelised under fold {model.mesh.fold} already, with its own storage and precision; "
+            f"the {type(model).__name__} is parallelised under fold {model.mesh.fold} already, with its own storage and precision; "
             "make a new model for another."
         )
-    mesh.fold.validate(model.config)
+    if isinstance(model, MoECausalLM):
+        mesh.fold.validate(model.config)
     plans = _collect_plans(model, mesh)
     model.layouts = {
         name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding)
         for name, p in model.named_parameters()
     }
     _cut_over_tensor_axes(model, mesh)
-    model.mesh, model.sharding = mesh, sharding
+    model.sharding = sharding
     for module in model.modules():
         if isinstance(module, ParallelModule):
             module.bind(mesh)
     _wrap(model, mesh, sharding)
-    if model.weights_pending:
+    if isinstance(model, MoECausalLM) and model.weights_pending:
         model.to_empty(device=device)
         model.load_weights()
     else:
@@ -96,7 +98,7 @@ def parallelize(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding, device
 
 def _collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPlan]:
     return {
-        f"{prefix}.{name}": plan
+        f"{prefix}.{name}".lstrip("."): plan
         for prefix, module in model.named_modules()
         if isinstance(module, ParallelModule)
         for name, plan in module.plans(mesh.fold).items()
@@ -118,7 +120,7 @@ def _data_dim(sizes: tuple[int, ...], family: Family, ranks: int) -> int:
     return next((dim for dim in (0, 1) if sizes[dim] % ranks == 0), 0)
 
 
-def _cut_over_tensor_axes(model: MoECausalLM, mesh: FoldedMesh) -> None:
+def _cut_over_tensor_axes(model: ParallelRoot, mesh: FoldedMesh) -> None:
     for name, layout in model.layouts.items():
         prefix, _, leaf = name.rpartition(".")
         owner = model.get_submodule(prefix)
@@ -138,32 +140,34 @@ def _cut_over_tensor_axes(model: MoECausalLM, mesh: FoldedMesh) -> None:
         owner.register_parameter(leaf, nn.Parameter(stored, requires_grad=parameter.requires_grad))
 
 
-def _wrap(model: MoECausalLM, mesh: FoldedMesh, sharding: Sharding) -> None:
+def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding) -> None:
     dense, expert = (sharding.data_mesh(mesh, family) for family in (Family.DENSE, Family.EXPERT))
     storage = next(model.parameters()).dtype
     policy, uncast = sharding.policy(storage), sharding.policy(storage, cast=False)
     reshard = sharding.mode == "full"
     plain_experts: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, Experts) and expert is None:
+        if isinstance(module, RoutedExperts) and expert is None:
             plain_experts |= set(module.parameters())
-        elif isinstance(module, Experts) and expert is not None:
+        elif isinstance(module, RoutedExperts) and expert is not None:
             place = partial(_expert_placement, ranks=expert.size())
             fully_shard(module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place)
         elif isinstance(module, Router) and dense is not None and sharding.mixed_dtype is not None:
             # The router computes in float32 whatever the precision, so its weight is not cast.
             fully_shard(module, mesh=dense, mp_policy=uncast, reshard_after_forward=reshard)
+    *layers, last = model.units()
     if dense is not None:
-        for unit in (*model.model.layers.values(), model):
-            fully_shard(
-                unit, mesh=dense, mp_policy=policy, reshard_after_forward=reshard and unit is not model,
-                ignored_params=plain_experts,
-            )  # fmt: skip
+        for unit in (*layers, last):
+            # What is last in forward is first in backward.
+            again = reshard and (unit is not last or not layers)
+            fully_shard(unit, mesh=dense, mp_policy=policy, reshard_after_forward=again, ignored_params=plain_experts)
+    if dense is not None or expert is not None:
+        model.compute_dtype = sharding.mixed_dtype
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    _prefetch(list(model.model.layers.values()))
+    _prefetch(layers or [last])
 
 
 def _prefetch(layers: list[nn.Module]) -> None:

@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.parallel.registry import ParameterRegistry
 
 
@@ -31,7 +32,7 @@ class OwnModules:
 
     def __init__(self, root: nn.Module, registry: ParameterRegistry, mesh: FoldedMesh) -> None:
         self.mesh, self.buffers_stale = mesh, True
-        ours = {id(b) for m in root.modules() if isinstance(m, MoECausalLM) for b in m.buffers()}
+        ours = {id(b) for _, part in parallel_roots(root) for b in part.buffers()}
         self._root, self._ours = root, ours
         self._parameters = [p.detach() for _, p in registry.own()]
 
@@ -55,6 +56,22 @@ class OwnModules:
                 metric.process_group = axis.group
                 if axis.size == 1:
                     metric.distributed_available_fn = _never
+
+
+def align_blocks(root: nn.Module, mesh: FoldedMesh) -> None:
+    """Before they are cut, blocks in networks of the user's own start out as rank 0's. Collective.
+
+    Raises:
+        ValueError: If a block has parameters without storage.
+    """
+    blocks = [b for _, b in parallel_roots(root) if not isinstance(b, MoECausalLM) and b.mesh is None]
+    parameters = [p.detach() for block in blocks for p in block.parameters()]
+    if any(p.is_meta for p in parameters):
+        raise ValueError(
+            "a block of your network was made on the meta device and has no weights; only a MoECausalLM knows where to "
+            "read them, so make your own network on a real device."
+        )
+    comm.broadcast_flat(parameters, mesh.world)
 
 
 def align_randomness(mesh: FoldedMesh, device: torch.device) -> None:

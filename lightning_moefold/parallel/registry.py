@@ -9,13 +9,13 @@ from torch import nn
 
 from lightning_moefold.layout import Box, Family, ParameterLayout, TensorGradient
 from lightning_moefold.mesh import Axis, FoldedMesh
-from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules.base import parallel_roots
 
 
 class ParameterRegistry:
     """Made once parameters are final.
 
-    Parameters of a :class:`MoECausalLM` have a layout. All others are the user's own: dense, replicated on every rank,
+    Parameters of language models and blocks have a layout. All others are the user's own: dense, replicated on every rank,
     with identical gradients over tp and gradients summed over data ranks, as under DDP.
 
     Args:
@@ -26,10 +26,10 @@ class ParameterRegistry:
     def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
         self.mesh = mesh
         layouts: dict[int, ParameterLayout] = {}
-        self.models = {name: module for name, module in root.named_modules() if isinstance(module, MoECausalLM)}
-        for model in self.models.values():
-            model.release_gathered_weights()
-            layouts |= {id(p): model.layouts[name] for name, p in model.named_parameters()}
+        self.roots = dict(parallel_roots(root))
+        for part in self.roots.values():
+            part.release_gathered_weights()
+            layouts |= {id(p): part.layouts[name] for name, p in part.named_parameters()}
         # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
         everything = root.named_parameters(remove_duplicate=False)
         self.layouts = {name: layouts[id(p)] for name, p in everything if id(p) in layouts}

@@ -7,27 +7,43 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from lightning_moefold.models import MoECausalLM
+from lightning_moefold.layout import ParameterLayout
+from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel import local_part
 
 #: Offsets of a piece in the whole tensor, the whole tensor's shape, and the piece.
 Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
 
 
-def owned_pieces(model: MoECausalLM, what: Literal["weight", "grad"] = "weight") -> dict[str, Piece]:
+def owned_pieces(module: nn.Module, what: Literal["weight", "grad"] = "weight") -> dict[str, Piece]:
     """The pieces of all parameters (or gradients) that this rank owns; over all ranks each element comes once.
 
     A parameter without gradient is left out.
+
+    Args:
+        module: A language model, or a module that holds models, blocks and parameters of the user's own.
+        what: Weights or gradients.
     """
-    model.release_gathered_weights()
+    layouts: dict[int, tuple[ParallelRoot, ParameterLayout]] = {}
+    for _, root in parallel_roots(module):
+        root.release_gathered_weights()
+        layouts |= {id(p): (root, root.layouts[name]) for name, p in root.named_parameters()}
     pieces: dict[str, Piece] = {}
-    for name, parameter in model.named_parameters():
-        layout = model.layouts[name]
+    for name, parameter in module.named_parameters():
         value = parameter.grad if what == "grad" else parameter
-        if value is not None and layout.is_owner(model.fold, model.rank):
-            pieces[name] = (layout.box(model.fold, model.rank).offsets, layout.shape, local_part(value).clone())
+        if value is None:
+            continue
+        piece = local_part(value).clone()
+        if id(parameter) not in layouts:
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                pieces[name] = ((0,) * piece.dim(), tuple(piece.shape), piece)
+            continue
+        root, layout = layouts[id(parameter)]
+        if layout.is_owner(root.fold, root.rank):
+            pieces[name] = (layout.box(root.fold, root.rank).offsets, layout.shape, piece)
     return pieces
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import subprocess
 from collections.abc import Iterator
 from datetime import timedelta
@@ -25,7 +26,7 @@ from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.cli import main
 from lightning_moefold.recipes import FineTuneModule, TextData, command
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.recipes.running import arguments, logged
+from tests.recipes.running import ROOT, arguments, logged
 from tests.strategy.plain import trainer
 
 # Lightning calls functions of jsonargparse that the next one has no more.
@@ -183,6 +184,17 @@ def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
     )
     assert str(cli.trainer.strategy._make_fold()) == "tp2 cp1 dp2 pp1 | etp1 ep4 edp1"
     assert type(cli.model).__name__ == "BoringModel"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md"])
+def test_the_commands_of_the_pages_are_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("moefold fit --config examples/finetune.yaml ")]
+    assert commands
+    for line in commands:
+        cli = NotRun(shlex.split(line)[1:] + ["--trainer.accelerator", "cpu"])
+        assert cli.datamodule.packing == "documents"
 
 
 @pytest.mark.parametrize(

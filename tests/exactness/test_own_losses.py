@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``loss_fn``, own terms beside the model's loss, a second model, and two calls in a step: exact under every fold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_moefold import Fold
+from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint
+from lightning_moefold.testing.pieces import assemble
+from tests.exactness import own_losses
+
+CASES = [
+    ("focal", 2, "tp2 | ep2", "optimizer"),
+    ("focal", 4, "| ep2", "full"),
+    ("preference", 4, "tp2 | ep4", "full"),
+    ("preference", 2, "| etp2", "optimizer"),
+    ("distillation", 2, "tp2 | etp2", "none"),
+    ("distillation", 2, "| ep2", "full"),
+    ("term", 4, "tp2 | ep4", "optimizer"),
+    ("term", 2, "", "full"),
+    ("term", 4, "tp2 | etp2 ep2", "none"),
+    ("calls", 4, "tp2 | ep2", "full"),
+    ("calls", 2, "| ep2", "optimizer"),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("losses")
+    kinds = {"student": ("qwen2_moe", 0), "teacher": ("mixtral", 3)}
+    return [str(make_checkpoint(folder / name, kind, vocab_size=97, seed=seed)) for name, (kind, seed) in kinds.items()]
+
+
+@pytest.mark.parametrize(("loss", "world", "fold", "sharding"), CASES)
+def test_own_losses(pool: RankPool, checkpoints: list[str], loss: str, world: int, fold: str, sharding: str) -> None:
+    student, teacher = checkpoints
+    dp = Fold.parse(fold, world).dp
+    batches = make_batches(3, dp, 2, 9, 97, seed=8, ignore="uneven")
+    spec = {"loss": loss, "clip": 0.5, "lr": 1e-2, "sharding": sharding}
+    spec |= {"teacher": teacher} if loss == "distillation" else {}
+    expected = own_losses.train_alone(student, batches, spec)
+    actual = pool.run(own_losses.train, student, fold, batches, spec, ranks=world)
+    for rank, run in enumerate(actual):
+        mine = [step[Fold.parse(fold, world).coordinates(rank)["dp"]] for step in expected.losses]
+        torch.testing.assert_close(run.losses, mine, rtol=1e-9, atol=0)
+    what = f"{loss}, {fold}"
+    for step, grads in enumerate(expected.grads):
+        assert_close_by_name(assemble(r.grads[step] for r in actual), grads, 1e-9, f"gradients of step {step}, {what}")
+    found = {n: t for n, t in assemble(r.weights for r in actual).items() if not n.startswith("teacher.")}
+    assert_close_by_name(found, expected.weights, 1e-9, f"weights, {what}")

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks in a user's own network: every fold trains it as one process does (float64, errors below 1e-9)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_moefold import Fold
+from lightning_moefold.modules import Attention, MoELayer, load_balancing_loss
+from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
+from lightning_moefold.testing.pieces import assemble
+from tests.exactness import cover
+from tests.networks import network
+
+FACTORS: dict[str, list[Any]] = {
+    "sharding": ["optimizer", "full", "none"],
+    "expert": [False, True],
+    "balance": [False, True],
+    "accumulate": [1, 2],
+    "frozen": [False, True],
+    "twice": [False, True],
+}
+FOLDS = [
+    (1, ""), (2, "tp2 | ep2"), (2, "| ep2"), (2, "tp2 | etp2"), (2, "tp2"), (2, ""), (4, "tp2 | ep4"), (4, "tp2 | ep2"),
+    (4, "tp4 | ep2"), (4, "tp2 | etp2 ep2"), (4, "| ep2"), (4, "tp4 | ep4"), (4, "| etp2"), (4, "tp2 | etp4"),
+    (8, "tp2 | etp2 ep2"), (8, "tp4 | ep4"),
+]  # fmt: skip
+
+
+def _cases() -> list[Any]:
+    rows = cover.deal(cover.pairwise(FACTORS), len(FOLDS), seed=4)
+    return [
+        pytest.param(world, fold, {**row, "expert": row["expert"] and "etp" not in fold}, id=f"{world}-{fold}")
+        for (world, fold), row in zip(FOLDS, rows, strict=True)
+    ]
+
+
+def check(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
+    data = network.make_data(3 * spec.get("accumulate", 1), Fold.parse(fold, world).dp)
+    expected = network.train_alone(data, spec)
+    actual = pool.run(network.train, fold, data, spec, ranks=world)
+    for rank, run in enumerate(actual):
+        data_rank = Fold.parse(fold, world).coordinates(rank)["dp"]
+        torch.testing.assert_close(run.losses, [step[data_rank] for step in expected.losses], rtol=1e-9, atol=0)
+        assert run.balance == actual[0].balance
+        torch.testing.assert_close(run.balance, expected.balance, rtol=1e-9, atol=0)
+    for step, grads in enumerate(expected.grads):
+        found = assemble(run.grads[step] for run in actual)
+        assert_close_by_name(_unclipped(found, grads), grads, 1e-9, f"gradients of step {step}, {fold} {spec}")
+    assert_close_by_name(assemble(r.weights for r in actual), expected.weights, 1e-9, f"weights, {fold} {spec}")
+    for name, load_E in expected.loads.items():
+        assert torch.equal(sum(run.loads[name] for run in actual), load_E), name
+
+
+def _unclipped(found: dict[str, torch.Tensor], clipped: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    norm = torch.cat([g.flatten() for g in found.values()]).norm()
+    assert found.keys() == clipped.keys()
+    return {name: g * (0.5 / (norm + 1e-6)).clamp(max=1) for name, g in found.items()}
+
+
+@pytest.mark.parametrize(("world", "fold", "spec"), _cases())
+def test_a_network_under_a_fold(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
+    check(pool, world, fold, spec)
+
+
+def test_resume_under_other_folds(pool: RankPool, tmp_path: Path) -> None:
+    data = network.make_data(3, 1)
+    expected = network.train_alone(data, {"expert": False})
+    folds = ["tp4 | ep2", "tp4 | etp2 ep2", "tp4 | ep4"]  # one data rank, as the data must be the same
+    actual = pool.run(network.stop_and_resume, folds, data, str(tmp_path / "last.ckpt"), ranks=4)
+    found = assemble(run.weights for run in actual)
+    assert_close_by_name(found, expected.weights, 1e-9, "weights")
+
+
+@pytest.mark.parametrize(("world", "fold"), [(1, ""), (2, "tp2 | ep2"), (4, "tp2 | ep2"), (2, "")])
+@pytest.mark.parametrize("sharding", ["full", "none"])
+def test_mixed_precision_is_near_float32(pool: RankPool, world: int, fold: str, sharding: str) -> None:
+    data = network.make_data(2, Fold.parse(fold, world).dp)
+    spec = {"expert": False, "balance": True, "sharding": sharding}
+    plain, mixed = (
+        pool.run(network.train, fold, data, {**spec, "precision": precision}, ranks=world)
+        for precision in ("32-true", "bf16-mixed")
+    )
+    # Eight bits of a mantissa and a few layers; a wrong scale would be off by a factor.
+    assert mixed[0].losses[0] != plain[0].losses[0]
+    assert mixed[0].losses[0] == pytest.approx(plain[0].losses[0], rel=0.03)
+    expected, found = (assemble(run.grads[0] for run in runs) for runs in (plain, mixed))
+    for name in ("head.weight", "blocks.0.attention.q_proj.weight", "embed.weight", "position"):
+        assert found[name].dtype == torch.float32
+        cosine = torch.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.95, name
+        assert float(found[name].norm()) == pytest.approx(float(expected[name].norm()), rel=0.15), name
+
+
+@pytest.mark.parametrize(
+    ("world", "fold", "spec", "message"),
+    [
+        (2, "| etp2", {"expert": True}, "etp=2 would cut experts that are modules of your own; use etp=1"),
+        (8, "| ep8", {"expert": False}, "num_experts=4 does not split evenly over ep=8; use ep in 1,2,4"),
+        (8, "tp8", {"expert": False}, "use tp"),
+    ],
+)
+def test_folds_that_cannot_cut_a_block(
+    pool: RankPool, world: int, fold: str, spec: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RankError) as caught:
+        pool.run(network.train, fold, network.make_data(1, Fold.parse(fold, world).dp), spec, ranks=world)
+    assert set(caught.value.exception_types.values()) == {"FoldError"}
+    assert all(message in text for text in caught.value.messages.values())
+
+
+def test_blocks_under_autocast_outside_a_strategy() -> None:
+    module = network.Patches({"expert": False})
+    pixels = torch.randn(2, 4, 7)
+    expected = module(pixels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module(pixels)
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)
+    assert load_balancing_loss(module).requires_grad
+
+
+def test_what_a_block_refuses() -> None:
+    layer = MoELayer(4, 2, 1, 8)
+    with pytest.raises(ValueError, match="keep_routing=True"):
+        load_balancing_loss(layer)
+    with pytest.raises(ValueError, match="either ffn_hidden_size"):
+        MoELayer(4, 2, 1)
+    with pytest.raises(ValueError, match="buffers"):
+        MoELayer(4, 2, 1, expert=lambda: torch.nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="keep the rows apart"):
+        Attention(8, 2)(torch.randn(3, 8))
+    with pytest.raises(ValueError, match="needs causal=True"):
+        Attention(8, 2, causal=False, sliding_window=4)
