@@ -192,6 +192,7 @@ def say_what_next(args: argparse.Namespace, trainer: L.Trainer) -> None:
     row("model", f"{args.output}/model (Hugging Face format)")
     row("checkpoints", f"{args.output}/checkpoints")
     row("metrics", os.path.relpath(f"{trainer.loggers[0].log_dir}/metrics.csv"))
+    row("pictures of the run", f"{os.path.relpath(sys.executable)} -m lightning_moefold plot {args.output}")
     row("Weights & Biases", f"wandb sync {args.output}/wandb/offline-run-*")
     print(
         f"\nYour own text, on the exported model, under another fold:\n\n"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lightning_moefold import calibrate, export
 from lightning_moefold.planner import command as plan_command
+from lightning_moefold.plots import command as plot_command
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "calibrate": Command("measure this machine for the planner", calibrate.configure, calibrate.run),
     "export": Command("write a checkpoint of a run as a Hugging Face directory", export.configure, export.run),
     "plan": Command("rank the folds of a model on a machine", plan_command.configure, plan_command.run),
+    "plot": Command("draw the loss, speed, memory and expert load of a run", plot_command.configure, plot_command.run),
 }
 
 TRAINER_COMMANDS: dict[str, str] = {

@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules.base import parallel_roots
 
 _CALLBACKS = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
@@ -36,11 +37,24 @@ def check_fold(fold: Fold) -> None:
     """Dimensions that are laid out but not yet carried out.
 
     Raises:
-        UnsupportedFeature: For context or pipeline parallelism.
+        UnsupportedFeature: For pipeline parallelism.
     """
-    for name, size in (("context_parallel_size", fold.cp), ("pipeline_parallel_size", fold.pp)):
-        if size > 1:
-            raise UnsupportedFeature(f"{name}={size} is not implemented yet; use {name}=1.")
+    if fold.pp > 1:
+        raise UnsupportedFeature(f"pipeline_parallel_size={fold.pp} is not implemented yet; use 1.")
+
+
+def check_blocks(module: nn.Module, fold: Fold) -> None:
+    """Context parallelism needs to know where rows are, which only a language model does.
+
+    Raises:
+        UnsupportedFeature: For blocks in networks of the user's own.
+    """
+    for name, root in parallel_roots(module):
+        if fold.cp > 1 and not isinstance(root, MoECausalLM):
+            raise UnsupportedFeature(
+                f"{name or type(root).__name__} is in a network of your own, whose rows context parallelism cannot cut; use "
+                f"context_parallel_size=1 instead of {fold.cp}."
+            )
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -49,12 +49,14 @@ from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
+from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.refusals import (
     UnsupportedFeature,
+    check_blocks,
     check_fold,
     check_optimizers,
     check_sharding,
@@ -74,7 +76,7 @@ class MoEFoldStrategy(ParallelStrategy):
     Args:
         tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut (with sequence
             parallelism).
-        context_parallel_size: Ranks over which a sequence is cut. Only 1 so far.
+        context_parallel_size: Ranks over which each row is cut, attention included.
         pipeline_parallel_size: Pipeline stages. Only 1 so far.
         expert_parallel_size: Ranks over which the experts of a layer are spread.
         expert_tensor_parallel_size: Ranks over which each expert is cut.
@@ -89,6 +91,8 @@ class MoEFoldStrategy(ParallelStrategy):
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
         recompute: Only None (keep all activations) so far.
+        context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
+            ``"auto"`` by shape (:func:`~.modules.context.choose_exchange`).
         sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
         timeout: Of the collectives.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if not given.
@@ -123,6 +127,7 @@ class MoEFoldStrategy(ParallelStrategy):
         drop_scope: Literal["full_sequence", "sub_sequence"] = "full_sequence",
         data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
         recompute: str | None = None,
+        context_parallel_exchange: Exchange = "auto",
         sequence_parallel: bool | None = None,
         timeout: timedelta | None = default_pg_timeout,
         process_group_backend: str | None = None,
@@ -145,12 +150,14 @@ class MoEFoldStrategy(ParallelStrategy):
             ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
             ("recompute", recompute, (None,)),
             ("sequence_parallel", sequence_parallel, (None, True)),
+            ("context_parallel_exchange", context_parallel_exchange, EXCHANGES),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
         self._sizes, self._fold_text = sizes, fold
         self.num_microbatches = num_microbatches or 1
         self.dispatcher = dispatcher
+        self.context_parallel_exchange = context_parallel_exchange
         self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
         self.num_nodes = 1
         self._timeout = timeout
@@ -312,6 +319,7 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        check_blocks(self.lightning_module, self.fold)
         check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
         for loop in (
@@ -348,6 +356,7 @@ class MoEFoldStrategy(ParallelStrategy):
         for root in self._roots():
             if isinstance(root, MoECausalLM):
                 root.num_microbatches = self.num_microbatches
+                root.context_parallel_exchange = self.context_parallel_exchange
             try:
                 parallelize(root, self.mesh, sharding, self.root_device)
             except Exception as failure:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
 from lightning_moefold.callbacks.expert_load import ExpertLoad
+from lightning_moefold.figures import draw_heatmap, make_figure
 
 
 class LoadImages:
@@ -66,13 +67,6 @@ def _logged_step(trainer: pl.Trainer) -> int:
 
 def heatmap(share_LE: NDArray[np.float64], layers: list[int]) -> Any:
     """A matplotlib figure of load over a fair share, cut off at 2."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, max(2.0, 0.25 * len(layers) + 1)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", vmin=0, vmax=2, interpolation="nearest")
-    shown = range(0, len(layers), -(-len(layers) // 32))
-    axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
-    axes.set(xlabel="expert", ylabel="layer")
-    figure.colorbar(image, label="load / fair share", extend="max")
+    figure, (axes,) = make_figure("Expert load", [max(1.6, 0.25 * len(layers) + 1)], width=8)
+    draw_heatmap(axes, share_LE, layers)
     return figure

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_moefold import comm
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
 from lightning_moefold.layout import ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE
-from lightning_moefold.models.batch import CausalLMBatch, read_batch, stand_in
+from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import to_hf_config
 from lightning_moefold.models.losses import GlobalLoss, Losses
@@ -26,6 +27,7 @@ from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
 from lightning_moefold.modules.base import ParallelRoot, wide
+from lightning_moefold.modules.context import Exchange
 from lightning_moefold.modules.sequence import RoutingStatistics
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
@@ -125,6 +127,7 @@ class MoECausalLM(ParallelRoot):
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, tied)
         self.num_microbatches = 1
+        self.context_parallel_exchange: Exchange = "auto"
         self.layouts = {
             name: ParameterLayout(entry.shape, ParameterPlan()) for name, entry in parameter_entries(config).items()
         }
@@ -254,21 +257,32 @@ class MoECausalLM(ParallelRoot):
             raise TypeError(
                 f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras."
             )
+        cp = SINGLE if self.mesh is None else self.mesh.axis("cp")
+        axes = BatchAxes(self.tp, cp, self.context_parallel_exchange)
         try:
             batch = read_batch(
-                self.config, self.tp, self.num_microbatches, input_ids=input_ids, labels=labels,
+                self.config, axes, self.num_microbatches, input_ids=input_ids, labels=labels,
                 attention_mask=attention_mask, position_ids=position_ids, document_ids=document_ids,
                 loss_weights=loss_weights, keep_all=gather_logits or loss_fn is not None,
             )  # fmt: skip
         except ValueError as error:  # raised below, together with all ranks
-            batch = stand_in(self.config, self.tp, self.num_microbatches, input_ids.device, error)
+            batch = stand_in(self.config, axes, self.num_microbatches, input_ids.device, error)
         with torch.autocast(input_ids.device.type, enabled=False):
             x_ND = batch.sequence.gather(self.model(batch))
             wants_logits = gather_logits or (labels is None and self.tp.size == 1)
-            logits = self.lm_head.logits(x_ND).view(batch.rows, batch.length, -1) if wants_logits or loss_fn else None
+            logits = self._whole_logits(x_ND, batch) if wants_logits or loss_fn else None
             local = self._local_loss(x_ND, logits, batch, loss_fn, extras)
             losses = GlobalLoss(self.config, self.mesh).reduce(local, batch)
         return self._output(losses, logits if wants_logits else None, labels is not None)
+
+    def _whole_logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
+        """Logits of whole rows, ``[B, S, V]``, on every rank of a data replica; cp ranks' gradients are summed."""
+        rows, layout = batch.sequence.rows, batch.sequence.layout
+        logits_BLV = self.lm_head.logits(x_ND).view(rows, batch.sequence.length, -1)
+        if layout.cp.size == 1:
+            return logits_BLV
+        logits_SBV = comm.all_gather(logits_BLV.transpose(0, 1).contiguous(), layout.cp)
+        return logits_SBV.index_select(0, layout.order(x_ND.device)[: batch.true_length]).transpose(0, 1)
 
     def _local_loss(
         self,
@@ -284,7 +298,9 @@ class MoECausalLM(ParallelRoot):
         if loss_fn is not None:
             total, weight = loss_fn(logits, batch.labels, **extras)
             total = total.to(wide(total.dtype))
-            return total, torch.as_tensor(weight, device=total.device, dtype=torch.float64).detach()
+            weight = torch.as_tensor(weight, device=total.device, dtype=torch.float64).detach()
+            # cp ranks have computed the same, and gradients are summed over them: each has an equal share of it.
+            return total / batch.sequence.layout.cp.size, weight / batch.sequence.layout.cp.size
         labelled = batch.labelled_index
         weight_N = batch.weight_N[labelled].to(wide(x_ND.dtype))
         total = self.lm_head.cross_entropy(x_ND.index_select(0, labelled), batch.target_N[labelled], weight_N)
