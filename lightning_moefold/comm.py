@@ -206,7 +206,7 @@ def reduce_scatter_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
 
 
 class PeerError(RuntimeError):
-    """Another rank failed; the message quotes its error."""
+    """Another rank failed, so that this one cannot go on."""
 
 
 def agree_on_error(error: Exception | None, axis: Axis) -> None:

@@ -421,6 +421,23 @@ class MoECausalLM(ParallelRoot):
         world = SINGLE if self.mesh is None else self.mesh.world
         write_hf_checkpoint(path, config, tensors, piece, world, max_shard_size=max_shard_size, side_files_from=origin)
 
+    def describe(self) -> dict[str, Any]:
+        """What :meth:`save_pretrained` would write besides the weights, as plain data.
+
+        Returns:
+            ``config`` in Hugging Face's form, ``dtypes`` of the parameters on disk, by name, and ``path`` of the
+            checkpoint that the model was made from, or None.
+        """
+        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
+        return {
+            "config": dict(self.config.raw) or to_hf_config(self.config),
+            "dtypes": {
+                name: str(self._disk_dtype(name, None)).removeprefix("torch.")
+                for name in parameter_entries(self.config)
+            },
+            "path": None if origin is None else str(origin.resolve()),
+        }
+
     def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
         stored = self.source.dtype(name) if self.source is not None else None
         named = getattr(torch, self.config.dtype, None) if self.config.dtype else None

@@ -26,7 +26,8 @@ class ParameterRegistry:
     def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
         self.mesh = mesh
         layouts: dict[int, ParameterLayout] = {}
-        for _, part in parallel_roots(root):
+        self.roots = dict(parallel_roots(root))
+        for part in self.roots.values():
             part.release_gathered_weights()
             layouts |= {id(p): part.layouts[name] for name, p in part.named_parameters()}
         # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
