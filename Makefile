@@ -13,7 +13,7 @@ BENCH ?= run
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: setup-demo ## set up, then run the main job on CPU ranks, end to end
+demo: setup-demo ## set up, then run the main job on CPU ranks: minutes; shorter with ARGS="--steps 40"
 	$(PYTHON) examples/demo.py $(ARGS)
 
 test: setup-test ## set up, then run the tests, without the slow ones

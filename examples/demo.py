@@ -44,6 +44,7 @@ def main() -> None:
             *("--output", f"{options.output}/run", "--fold", options.fold, "--devices", str(options.devices)),
             *("--accelerator", "cpu", "--precision", "32-true", "--lr", "6e-3", "--warmup-steps", "10"),
             *("--max-steps", str(options.steps), "--val-every", str(max(1, options.steps // 4))),
+            *("--log-every", str(max(1, min(10, options.steps // 4)))),
             *("--batch-size", "4", "--sequence-length", "128", "--wandb-project", "demo", "--wandb-offline"),
         ]
     )
@@ -175,14 +176,13 @@ def summarize(
         "train/loss", f"{train_losses[0]:.2f} -> {sum(last) / len(last):.2f} (first step, mean of the last {len(last)})"
     )
     row("val/loss", f"{untrained:.2f} -> {trainer.callback_metrics['val/loss']:.2f} (untrained, best)")
-    row("tokens per second", f"{figures['train/tokens_per_second']:,.0f}")
-    row("MFU", f"{figures['train/mfu']:.1%} of the matrix product rate measured on these ranks")
+    if "train/tokens_per_second" in figures:  # of intervals without a start-up: a very short run has none
+        row("tokens per second", f"{figures['train/tokens_per_second']:,.0f}")
+        row("MFU", f"{figures['train/mfu']:.1%} of the matrix product rate measured on these ranks")
+        row("seconds per step", f"{figures['train/step_time']:.2f}")
     row("load imbalance", f"{figures['moe/load_imbalance']:.2f} (busiest expert / mean; 1 is balanced)")
     row("peak memory", " ".join(f"{m / 1e6:.0f}" for m in memory) + " MB on ranks 0, 1, ...")
-    row(
-        "time",
-        f"{seconds:.0f} s with start-up, validation and checkpoints; {figures['train/step_time']:.2f} s per step",
-    )
+    row("time", f"{seconds:.0f} s with start-up, validation and checkpoints")
 
 
 def say_what_next(args: argparse.Namespace, trainer: L.Trainer) -> None:

@@ -65,9 +65,13 @@ def finetune(args: argparse.Namespace) -> None:
 
 
 def restore_best(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
-    """Loads the weights with the best validation loss, and measures it again."""
-    best = "best" if trainer.checkpoint_callback.best_model_path else None
-    trainer.validate(module, data, ckpt_path=best, verbose=False)
+    """Loads the weights with the best validation loss, and measures it again, unless they are those of the last step."""
+    best = trainer.checkpoint_callback.best_model_path
+    if Path(best).name.startswith(f"step{trainer.global_step}-") and "val/loss" in trainer.callback_metrics:
+        return
+    trainer.loggers, loggers = [], trainer.loggers  # they have this loss
+    trainer.validate(module, data, ckpt_path=best or None, verbose=False)
+    trainer.loggers = loggers
 
 
 def make_module(args: argparse.Namespace) -> FineTuneModule:
@@ -88,8 +92,10 @@ def make_trainer(args: argparse.Namespace, *callbacks: Callback) -> L.Trainer:
     """The Trainer. Only `strategy` is not what it would be on one device."""
     best = ModelCheckpoint(
         args.output / "checkpoints", "step{step}-loss{val/loss:.3f}", "val/loss", auto_insert_metric_name=False,
-        save_last=True, save_on_train_epoch_end=False,
+        save_last=True, save_on_train_epoch_end=False, enable_version_counter=False,
     )  # fmt: skip
+    # Into the same last.ckpt, for the steps after the last validation.
+    last = ModelCheckpoint(best.dirpath, "last", save_on_train_epoch_end=True, enable_version_counter=False)
     accelerator = args.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,7 +117,7 @@ def make_trainer(args: argparse.Namespace, *callbacks: Callback) -> L.Trainer:
         num_sanity_val_steps=0,
         enable_model_summary=False,
         logger=make_loggers(args),
-        callbacks=[best, *monitors, progress_display(), *callbacks],
+        callbacks=[best, last, *monitors, progress_display(), *callbacks],
         **in_steps,
     )
 

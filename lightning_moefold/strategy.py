@@ -32,7 +32,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -285,7 +285,6 @@ class MoEFoldStrategy(ParallelStrategy):
             # FSDP2 casts the parameters in mixed precision, so there even a data axis of one rank is wrapped.
             mixed = self._precision.mixed_dtype is not None
             self._mesh = FoldedMesh(fold, self.root_device.type, timeout=self._timeout, wrap_single=mixed)
-            rank_zero_info(f"Fold: {fold}")
 
     def _mesh_of_earlier_trainer(self, fold: Fold) -> FoldedMesh | None:
         """The mesh on which another Trainer has parallelised the module's model, if its fold is ours."""

@@ -140,8 +140,10 @@ def header(job: Job) -> str:
     """What was planned, in a line."""
     total, active = job.model.num_parameters() / 1e9, job.model.num_parameters(active=True) / 1e9
     dropping = "dropless" if job.capacity_factor is None else f"capacity factor {job.capacity_factor:g}"
+    nodes = -(-job.world_size // job.hardware.gpus_per_node)
+    machines = f"{nodes} node{'s' * (nodes > 1)} of {job.hardware.name}"
     return (
-        f"{job.model.model_type} {total:.1f}B ({active:.1f}B active) on {job.world_size} x {job.hardware.name}, "
+        f"{job.model.model_type} {total:.1f}B ({active:.1f}B active) on {job.world_size} GPUs ({machines}), "
         f"batch {job.global_batch_size} x {job.sequence_length} tokens, {job.precision}, sharding {job.sharding}, "
         f"{dropping}, routing {job.routing.name}"
     )

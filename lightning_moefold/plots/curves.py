@@ -17,9 +17,9 @@ _LOSS = re.compile(r"(^|[/_.])loss(_step|_epoch)?$")
 _VALIDATION = re.compile(r"^(val|valid|validation|eval|test)[/_.]")
 _AUXILIARY = re.compile(r"aux|z_loss|balanc")
 _SPEED = (
-    ("train/mfu", "MFU (%)", 100.0),
-    ("train/tokens_per_second", "tokens per second", 1.0),
-    ("train/step_time", "seconds per step", 1.0),
+    ("train/mfu", "MFU (%)", "%", 100.0),
+    ("train/tokens_per_second", "tokens per second", "tokens/s", 1.0),
+    ("train/step_time", "seconds per step", "s", 1.0),
 )
 _MEMORY = (
     ("train/memory_peak_gb", "peak"),
@@ -96,7 +96,7 @@ def draw_speed(run: Run) -> Any:
     if not rows:
         return None
     figure, panels = make_figure(f"Speed: {run.title}", [2.4] * len(rows), share_x=True)
-    for axes, (name, label, scale) in zip(panels, rows, strict=True):
+    for axes, (name, label, unit, scale) in zip(panels, rows, strict=True):
         found = run.having(name)
         both = name == "train/mfu" and bool(run.having("train/hfu"))
         draw_versions(axes, found, "MFU" if both else "", scale)
@@ -104,9 +104,8 @@ def draw_speed(run: Run) -> Any:
             draw_versions(axes, run.having("train/hfu"), "HFU", scale, dashed=True)
         typical = float(np.median(list(found.values())[-1].values)) * scale
         axes.axhline(typical, color="0.5", linewidth=0.9, linestyle=":")
-        axes.set_title(
-            f"median {typical:,.3g}" if typical < 1000 else f"median {typical:,.0f}", loc="right", fontsize=9
-        )
+        figure_text = f"{typical:,.3g}" if typical < 1000 else f"{typical:,.0f}"
+        axes.set_title(f"median {figure_text} {unit}", loc="right", fontsize=9)
         finish(axes, label, zero=True)
     panels[-1].set(xlabel=STEP)
     return figure
@@ -117,6 +116,8 @@ def draw_memory(run: Run) -> Any:
     rows = [row for row in _MEMORY if run.having(row[0])]
     if not rows:
         return None
+    if not run.having("train/memory_reserved_gb"):  # of a CPU: what the process holds, and the same at its peak
+        rows = [(rows[-1][0], "resident")]
     figure, (axes,) = make_figure(f"Memory of the fullest rank: {run.title}", [3.6])
     if len(run.versions) > 1:  # of each one figure, or there are too many lines
         draw_versions(axes, run.having(rows[0][0]), rows[0][1])

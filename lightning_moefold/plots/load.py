@@ -33,7 +33,9 @@ def draw_expert_load(run: Run) -> Any:
     steps, layers = load.steps, load.layers
     tall = min(6.5, max(1.6, 0.22 * len(layers) + 1))
     figure, panels = make_figure(f"Expert load: {run.title}", [tall, 3.2, 2.6])
-    since = f"steps {steps[-2] + 1} to {steps[-1]}" if len(steps) > 1 else f"up to step {steps[-1]}"
+    first = steps[-2] + 1 if len(steps) > 1 else None
+    since = f"up to step {steps[-1]}" if first is None else f"steps {first} to {steps[-1]}"
+    since = f"step {steps[-1]}" if first == steps[-1] else since
     draw_heatmap(panels[0], share_NLE[-1], [int(i) for i in layers])
     idle = " (white: without load)" if np.isnan(share_NLE[-1]).any() else ""
     panels[0].set_title(f"Latest interval, {since}{idle}", loc="left", fontsize=10)

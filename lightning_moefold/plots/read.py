@@ -28,7 +28,7 @@ class Series:
     """One metric of one version of a run.
 
     Args:
-        steps: Optimizer steps, rising.
+        steps: Optimizer steps made, from 1 on; rising.
         values: What was logged first at each step; finite.
         left_out: Values that were not finite.
     """
@@ -132,7 +132,8 @@ def _read_versions(run: Run) -> None:
 def read_metrics(path: Path) -> dict[str, Series]:
     """The metrics in a file of Lightning's CSVLogger by name; those without any finite value are left out.
 
-    A metric may be logged twice at a step, as when a model is validated once more after training; the first counts.
+    Lightning calls the first optimizer step 0; here, as in all that is printed, it is step 1. A metric may be logged
+    twice at a step, as when a model is validated once more after training; the first counts.
 
     Raises:
         ValueError: If it is no such file.
@@ -150,7 +151,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
                 if name is None or value is None or step is None:
                     continue
                 if math.isfinite(value):
-                    found.setdefault(name, {}).setdefault(step, value)
+                    found.setdefault(name, {}).setdefault(step + 1, value)
                 else:
                     left_out[name] = left_out.get(name, 0) + 1
     metrics = {}

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import re
 import sys
@@ -10,13 +12,14 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_moefold.recipes.data import TextData
 from lightning_moefold.recipes.errors import InputError, is_users
 from lightning_moefold.recipes.module import FineTuneModule
 from lightning_moefold.recipes.terminal import peers_end_too, progress_display, quiet
+from lightning_moefold.strategy import MoEFoldStrategy
 
 try:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -53,7 +56,7 @@ def _need_jsonargparse() -> None:
         import jsonargparse  # noqa: F401
     except ImportError:
         raise InputError(
-            "configurations are read by jsonargparse, which is not installed; pip install 'jsonargparse[signatures]'."
+            "configurations are read by jsonargparse, which is not installed; pip install 'lightning-moefold[cli]'."
         ) from None
 
 
@@ -66,7 +69,19 @@ class Parser(LightningArgumentParser):
         Raises:
             InputError: Always.
         """
-        raise InputError(one_sentence(message))
+        raise InputError(with_suggestion(one_sentence(message)))
+
+
+def with_suggestion(sentence: str) -> str:
+    """``sentence``, and the option that is named most like the unknown one in it."""
+    unknown = re.fullmatch(r"([\w.]+): Option '(\w+)' is not accepted", sentence)
+    unknown = unknown or re.match(r"unrecognized arguments: --([\w.]+)\.(\w+)", sentence)
+    kinds = {"model": FineTuneModule, "data": TextData, "trainer": pl.Trainer, "trainer.strategy": MoEFoldStrategy}
+    if unknown is None or unknown[1] not in kinds:
+        return sentence
+    names = inspect.signature(kinds[unknown[1]]).parameters
+    close = difflib.get_close_matches(unknown[2], names, 1)
+    return f"{sentence}; did you mean {close[0]}?" if close else sentence
 
 
 def one_sentence(message: str) -> str:
@@ -167,12 +182,26 @@ class MoEFoldCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_fit(self) -> None:
-        """Says where the checkpoint is."""
-        saved = self.trainer.checkpoint_callback
-        path = getattr(saved, "best_model_path", "") or getattr(saved, "last_model_path", "")
-        if path and self.trainer.is_global_zero:
-            print(f"checkpoint   {os.path.relpath(path)}")
-            print(f"for transformers:   moefold export --checkpoint {os.path.relpath(path)} --output DIR")
+        """Says where the checkpoints are."""
+        saved = [
+            c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c._last_checkpoint_saved
+        ]
+        if not saved or not self.trainer.is_global_zero:
+            return
+        # Private, as no public name tells which was written last where some are kept by their metric.
+        newest = max(saved, key=lambda c: c._last_global_step_saved)._last_checkpoint_saved
+        measured = [c.best_model_path for c in saved if c.monitor and c.best_model_path]
+        best = measured[0] if measured else newest
+        if measured:
+            print(f"best checkpoint     {os.path.relpath(best)}")
+        print(f"to resume from      {os.path.relpath(newest)}")
+        print(f"for transformers    moefold export --checkpoint {os.path.relpath(best)} --output DIR")
+
+    def after_predict(self) -> None:
+        """Says where the predictions are."""
+        if written := getattr(self.model, "predicted", None):
+            path, documents = written
+            print(f"predictions  {os.path.relpath(path)}  ({documents} document{'s' * (documents != 1)})")
 
     def _run_subcommand(self, subcommand: str) -> None:
         with peers_end_too(self.trainer):

@@ -87,14 +87,15 @@ class DocumentLosses:
         return strategy.reduce(sums.to(strategy.root_device), reduce_op="sum").cpu()
 
 
-def write_document_losses(path: Path, sums: Tensor, names: Sequence[str] | None) -> None:
-    """Writes one line of JSON for each document that has label tokens.
+def write_document_losses(path: Path, sums: Tensor, names: Sequence[str] | None) -> int:
+    """Writes one line of JSON for each document that has label tokens; returns how many.
 
     Args:
         path: The file.
         sums: Loss and tokens of each document.
         names: Where each was found.
     """
+    written = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for number, (loss, tokens) in enumerate(sums.tolist()):
@@ -103,3 +104,5 @@ def write_document_losses(path: Path, sums: Tensor, names: Sequence[str] | None)
                 line: dict[str, object] = {"document": number} | ({"source": names[number]} if names else {})
                 line |= {"tokens": int(tokens), "loss": mean.item(), "perplexity": mean.exp().item()}
                 file.write(json.dumps(line) + "\n")
+                written += 1
+    return written

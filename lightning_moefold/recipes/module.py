@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW
 from typing_extensions import override
@@ -39,6 +39,9 @@ class FineTuneModule(pl.LightningModule):
         aux_loss: Whether the load-balancing loss is trained with (with the weight that config.json gives it).
         freeze: Patterns of parameter names that are not trained, such as ``*.mlp.gate.*`` for the routers.
         predictions: File that ``predict`` writes; predictions.jsonl in the Trainer's default_root_dir if not given.
+
+    Attributes:
+        predicted: On rank 0 the file that ``predict`` has written, and the number of documents in it.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class FineTuneModule(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.model: MoECausalLM | None = None
+        self.predicted: tuple[Path, int] | None = None
         self._mean, self._documents = MeanLoss(), DocumentLosses()
+        self._warned_of_length = False
 
     @override
     def configure_model(self) -> None:
@@ -88,6 +93,7 @@ class FineTuneModule(pl.LightningModule):
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         assert self.model is not None
+        self._check_length(batch)
         output = self.model(**batch)
         self.log("train/loss", output.lm_loss, prog_bar=True)
         if output.aux_loss is not None:
@@ -108,6 +114,17 @@ class FineTuneModule(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _check_length(self, batch: dict[str, Tensor]) -> None:
+        """Warns once of rows that reach positions for which the model was not made."""
+        assert self.model is not None
+        length, longest = batch["input_ids"].shape[1], self.model.config.raw.get("max_position_embeddings")
+        if longest is not None and length > longest and not self._warned_of_length:
+            self._warned_of_length = True
+            rank_zero_warn(
+                f"rows have {length} tokens and the model's max_position_embeddings is {longest}: tokens further than "
+                "that from the beginning of their document are at positions that the model may not know."
+            )
+
     # ---- measuring ---------------------------------------------------------------------------------------------
 
     @override
@@ -120,6 +137,7 @@ class FineTuneModule(pl.LightningModule):
 
     def _measure(self, batch: dict[str, Tensor]) -> None:
         assert self.model is not None
+        self._check_length(batch)
         self._mean.add(self.model(**batch).lm_loss, batch)
 
     @override
@@ -138,6 +156,7 @@ class FineTuneModule(pl.LightningModule):
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         assert self.model is not None
+        self._check_length(batch)
         inputs = {name: x for name, x in batch.items() if name not in ("labels", "source_ids")}
         self._documents.add(self.model(**inputs, gather_logits=True).logits, batch)
 
@@ -147,5 +166,6 @@ class FineTuneModule(pl.LightningModule):
         path = Path(self.hparams["predictions"] or Path(self.trainer.default_root_dir) / "predictions.jsonl")
         if self.trainer.is_global_zero:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            write_document_losses(path, sums, data.part("predict").names if hasattr(data, "part") else None)
-        rank_zero_info(f"The loss of each document is in {path}.")
+            names = data.part("predict").names if hasattr(data, "part") else None
+            self.predicted = path, write_document_losses(path, sums, names)
+            rank_zero_info(f"The loss of each document is in {path}.")

@@ -30,6 +30,8 @@ def quiet() -> None:
         ".*isinstance.treespec, LeafSpec",  # between Lightning and torch, as the next
         ".*nn.functional.all_gather is deprecated",
         "Checkpoint directory .* exists and is not empty",
+        "The dirpath has changed from",  # a resumed run writes into a folder of its own
+        "predict returned None",  # losses of documents are written at the end
         ".*router_aux_loss_coef",  # aux_loss=False says so
     ):
         warnings.filterwarnings("ignore", pattern)

@@ -55,7 +55,7 @@ def logged(folder: Path, version: int) -> list[dict[str, str]]:
 
 
 def test_train_export_and_resume_under_another_fold_with_torchrun(folder):
-    done = start([str(SCRIPT)], *arguments(folder, fold="tp2 | ep2", devices=2, max_steps=4, val_every=2))
+    done = start([str(SCRIPT)], *arguments(folder, fold="tp2 | ep2", devices=2, max_steps=5, val_every=2))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
 
@@ -76,9 +76,10 @@ def test_train_export_and_resume_under_another_fold_with_torchrun(folder):
 
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
     last = folder / "out" / "checkpoints" / "last.ckpt"
-    done = start(torchrun, *arguments(folder, fold="ep2", max_steps=6, val_every=2, resume=last))
+    done = start(torchrun, *arguments(folder, fold="ep2", max_steps=7, val_every=2, resume=last))
     assert done.returncode == 0, done.stderr
-    assert [int(row["step"]) for row in logged(folder, 1) if row["train/loss"]] == [4, 5]
+    # The fifth step came after the last validation.
+    assert [int(row["step"]) for row in logged(folder, 1) if row["train/loss"]] == [5, 6]
 
 
 def test_an_error_of_the_user_is_one_sentence(folder):

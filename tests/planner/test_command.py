@@ -34,6 +34,7 @@ def test_one_fold(capsys):
 def test_table_and_explanation(capsys, tmp_path):
     assert main([*BASE, "--top", "2"]) == 0
     table = capsys.readouterr().out
+    assert "on 128 GPUs (16 nodes of dgx-h100), batch" in table
     assert "where the time goes" in table
     assert "pool" in table
     timeline = tmp_path / "trace.json"

@@ -16,9 +16,9 @@ from lightning_moefold.callbacks.expert_load import NO_EXPERT, LoadHistory
 from lightning_moefold.callbacks.load_balance import FILE_NAME
 from lightning_moefold.cli import main
 from lightning_moefold.plots import read_run
-from lightning_moefold.plots.curves import loss_names
+from lightning_moefold.plots.curves import draw_memory, draw_speed, loss_names
 from lightning_moefold.plots.lines import smooth, top_of
-from lightning_moefold.plots.load import imbalance
+from lightning_moefold.plots.load import draw_expert_load, imbalance
 from lightning_moefold.plots.read import NEWEST, RecordedLoad
 
 MONITORED = {"train/mfu": 0.25, "train/tokens_per_second": 1e4, "train/step_time": 0.5, "train/memory_peak_gb": 3.0}
@@ -49,9 +49,9 @@ def test_metrics_by_step(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert list(run.versions) == ["logs/version_0"]
     (loss,), (val,) = run.having("train/loss").values(), run.having("val/loss").values()
-    assert loss.steps.tolist() == [0, 1, 2, 3]
+    assert loss.steps.tolist() == [1, 2, 3, 4]
     assert loss.values.tolist() == [4, 3, 2, 1]
-    assert (val.steps.tolist(), val.values.tolist()) == ([1, 3], [3.5, 2.5])
+    assert (val.steps.tolist(), val.values.tolist()) == ([2, 4], [3.5, 2.5])
     assert run.names() == sorted([*MONITORED, "train/loss", "val/loss"])
     assert run.load is None
     assert run.notes == []
@@ -71,7 +71,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     path.write_text("train/loss,step,note\n3.0,0,\nnan,1,hello\ninf,2,\n1.0,3,\n")
     run = read_run(tmp_path)
     (series,) = run.having("train/loss").values()
-    assert (series.steps.tolist(), series.values.tolist(), series.left_out) == ([0, 3], [3, 1], 2)
+    assert (series.steps.tolist(), series.values.tolist(), series.left_out) == ([1, 4], [3, 1], 2)
     assert run.names() == ["train/loss"]
     assert run.notes == [f"train/loss in {path} has 2 values that are not finite and not shown."]
 
@@ -145,6 +145,26 @@ def test_pictures_of_a_run(tmp_path: Path, versions: int, capsys: pytest.Capture
     assert pngs(tmp_path / "plots") == ["expert_load", "loss", "memory", "speed"]
     assert capsys.readouterr().out.count("\n") == 4
     assert main(["plot", str(tmp_path)]) == 0  # its own pictures are in nobody's way
+
+
+def test_words_in_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_metrics(tmp_path, **{"train/memory_allocated_gb": 2.9})
+    run = read_run(tmp_path)
+    (memory,) = draw_memory(run).axes
+    (line,) = memory.get_lines()  # on a CPU there is one figure
+    assert (line.get_label(), line.get_ydata().tolist()) == ("resident", [2.9] * 4)
+    titles = [axes.get_title(loc="right") for axes in draw_speed(run).axes]
+    assert titles == ["median 25 %", "median 10,000 tokens/s", "median 0.5 s"]
+
+    on_gpu = tmp_path / "gpu"
+    write_metrics(on_gpu, **{"train/memory_allocated_gb": 2.9, "train/memory_reserved_gb": 3.5})
+    (memory,) = draw_memory(read_run(on_gpu)).axes
+    assert [line.get_label() for line in memory.get_lines()] == ["peak", "reserved", "allocated"]
+
+    for steps, words in (([10, 20], "steps 11 to 20"), ([18, 19], "step 19"), ([5], "up to step 5")):
+        run.load = RecordedLoad(np.array(steps), np.arange(2), np.ones((len(steps), 2, 4), dtype=np.int64))
+        assert draw_expert_load(run).axes[0].get_title(loc="left") == f"Latest interval, {words}"
 
 
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

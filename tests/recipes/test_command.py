@@ -12,6 +12,7 @@ import logging
 import os
 import shlex
 import subprocess
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_moefold import MoEFoldStrategy
+from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.cli import main
 from lightning_moefold.recipes import FineTuneModule, TextData, command
 from lightning_moefold.testing import RankPool, make_checkpoint
@@ -63,6 +65,15 @@ def in_pool(argv: list[str]) -> int:
         return main([*argv, "--trainer.plugins", '[{"class_path": "lightning_moefold.testing.PoolEnvironment"}]'])
 
 
+def in_pool_with_output(argv: list[str]) -> tuple[int, str, str]:
+    """The same, with what it prints and warns of."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        warnings.simplefilter("default")  # whatever the pool's earlier work has silenced
+        status = in_pool(argv)
+    return status, out.getvalue(), err.getvalue()
+
+
 def save_for_transformers(folder: str, checkpoint: str, output: str) -> None:
     """What export should write, by the ranks that hold the model."""
     module = FineTuneModule(f"{folder}/checkpoint")
@@ -85,7 +96,11 @@ def test_the_example_from_fit_to_transformers(
     assert len(val) == 4
     assert val[-1] < val[0]
     assert done.stdout.count("val/loss") == 4
-    [export_line] = [line for line in done.stdout.splitlines() if "moefold export" in line]
+    assert done.stdout.count("Fold ") == 1
+    best_line, resume_line, export_line = done.stdout.splitlines()[-3:]
+    best = next((first / "lightning_logs" / "version_0" / "checkpoints").glob("step*"))
+    assert best_line.split() == ["best", "checkpoint", os.path.relpath(best, ROOT)]
+    assert resume_line.split() == ["to", "resume", "from", os.path.relpath(best.with_name("last.ckpt"), ROOT)]
     saved = yaml.safe_load((first / "lightning_logs" / "version_0" / "config.yaml").read_text())
     assert saved["trainer"]["strategy"]["init_args"]["fold"] == "tp2 | ep2"
 
@@ -93,8 +108,12 @@ def test_the_example_from_fit_to_transformers(
     measured = arguments(folder, tmp_path, trainer__strategy__init_args__fold="ep2")
     for version, name in enumerate(("validate", "test", "predict")):
         extra = ["--ckpt_path", last]
-        assert pool.run(in_pool, [name, *measured, *extra], ranks=2) == [0, 0]
-        if name != "predict":
+        outcomes = pool.run(in_pool_with_output, [name, *measured, *extra], ranks=2)
+        assert [status for status, _, _ in outcomes] == [0, 0]
+        assert not any("predict returned None" in said for _, _, said in outcomes)
+        if name == "predict":
+            printed = outcomes[0][1]
+        else:
             [row] = logged(tmp_path, version)
             key = "val/loss" if name == "validate" else "test/loss"
             assert float(row[key]) == pytest.approx(val[-1], rel=1e-5)
@@ -102,12 +121,26 @@ def test_the_example_from_fit_to_transformers(
     total = sum(document["loss"] * document["tokens"] for document in documents)
     assert total / sum(document["tokens"] for document in documents) == pytest.approx(val[-1], rel=1e-5)
 
-    more = [*measured, "--ckpt_path", last, "--trainer.max_epochs", "2"]
-    assert pool.run(in_pool, ["fit", *more], ranks=2) == [0, 0]
+    assert printed.split() == [
+        "predictions", os.path.relpath(tmp_path / "predictions.jsonl", ROOT), f"({len(documents)}", "documents)"
+    ]  # fmt: skip
+
+    more = [*measured, "--ckpt_path", last, "--trainer.max_epochs", "2", "--trainer.val_check_interval", "3"]
+    outcomes = pool.run(in_pool_with_output, ["fit", *more], ranks=2)
+    assert [status for status, _, _ in outcomes] == [0, 0]
+    assert not any("dirpath has changed" in said for _, _, said in outcomes)
     before = [int(row["step"]) for row in rows if row["train/loss"]]
     [version] = sorted(path.name for path in (tmp_path / "lightning_logs").iterdir() if (path / "checkpoints").exists())
     after = [int(row["step"]) for row in logged(tmp_path, version) if row["train/loss"]]
     assert after == [step + len(before) for step in before]
+    # The steps after an epoch's last validation are in last.ckpt.
+    assert len(before) % 3
+    newest = tmp_path / "lightning_logs" / version / "checkpoints" / "last.ckpt"
+    assert load_meta(newest)["global_step"] == 2 * len(before)
+    third = [*measured, "--ckpt_path", str(newest), "--trainer.max_epochs", "3", "--trainer.default_root_dir"]
+    assert pool.run(in_pool, ["fit", *third, str(tmp_path / "third")], ranks=2) == [0, 0]
+    after = [int(row["step"]) for row in logged(tmp_path / "third", 0) if row["train/loss"]]
+    assert after == [step + 2 * len(before) for step in before]
 
     exported, expected = tmp_path / "exported", tmp_path / "expected"
     assert main(["export", "--checkpoint", last, "--output", str(exported)]) == 0
@@ -121,7 +154,7 @@ def test_the_example_from_fit_to_transformers(
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(exported)(tokens).logits).all()
     assert main(["export", "--checkpoint", last, "--output", str(exported), "--dtype", "bfloat16"]) == 0
     assert AutoModelForCausalLM.from_pretrained(exported, dtype="auto").dtype == torch.bfloat16
-    assert export_line.split()[:3] == ["for", "transformers:", "moefold"]
+    assert export_line.split()[:3] == ["for", "transformers", "moefold"]
 
 
 # ---- the configuration -------------------------------------------------------------------------------------------
@@ -200,9 +233,10 @@ def test_the_commands_of_the_pages_are_understood(page: str, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
-        (["--trainer.nonsense", "3"], "--trainer.nonsense"),
-        (["--trainer.strategy.nonsense", "3"], "'nonsense' is not accepted"),
+        (["--nonsense", "3"], "unrecognized arguments: --nonsense 3\n"),
+        (["--trainer.nonsense", "3"], "--trainer.nonsense 3\n"),
+        (["--trainer.maxsteps", "3"], "--trainer.maxsteps 3; did you mean max_steps?\n"),
+        (["--trainer.strategy.nonsense", "3"], "'nonsense' is not accepted\n"),
         (["--trainer.strategy.num_microbatches", "x"], "num_microbatches: x is not int or null"),
         (["--trainer.strategy.num_microbatches", "0"], "num_microbatches=0 must be at least 1."),
         (["--trainer.strategy.tensor_parallel_size", "1.5"], "tensor_parallel_size: 1.5 is not int"),
@@ -213,7 +247,8 @@ def test_the_commands_of_the_pages_are_understood(page: str, monkeypatch: pytest
         (["--trainer.strategy", "moefolt"], "invalid strategy name: `strategy='moefolt'`"),
         (["--trainer.max_steps", "many"], "trainer.max_steps: many is not int"),
         (["--model", "nowhere.Module"], "No module named 'nowhere'"),
-        (["--model.learning_rat", "1"], "'learning_rat' is not accepted"),
+        (["--model.learning_rat", "1"], "'learning_rat' is not accepted; did you mean learning_rate?\n"),
+        (["--data.batchsize", "1"], "data: Option 'batchsize' is not accepted; did you mean batch_size?\n"),
         (["--data.packing", "dense"], "packing: dense is not Literal['blocks', 'documents']"),
         (["--data.val_fraction", "2"], "val_fraction=2.0 must be at least 0 and less than 1."),
         (["--config", "nofile.yaml"], "File does not exist"),

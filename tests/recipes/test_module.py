@@ -204,3 +204,12 @@ def test_the_learning_rate_rises_and_falls(decay: Any, half: float):
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[12] == pytest.approx(half)
     assert rates[20] == pytest.approx(1.0 if decay == "constant" else 0.1)
+
+
+def test_rows_longer_than_the_model_was_made_for(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    module = FineTuneModule(str(folder / "checkpoint"))
+    module.configure_model()
+    for length in (128, 129, 129):  # the model's max_position_embeddings is 128
+        module.training_step({name: torch.zeros(1, length, dtype=torch.int64) for name in ("input_ids", "labels")}, 0)
+    [warning] = [str(w.message) for w in recwarn if "max_position_embeddings" in str(w.message)]
+    assert warning.startswith("rows have 129 tokens and the model's max_position_embeddings is 128: ")
