@@ -64,10 +64,10 @@ def check_fold(fold: Fold) -> None:
 
 
 def check_blocks(module: nn.Module, fold: Fold) -> None:
-    """Context parallelism needs to know where rows are, which only a language model does.
+    """Context parallelism needs to know where rows are, which only a language model does; no block shares its parameters.
 
     Raises:
-        UnsupportedFeature: For blocks in networks of the user's own.
+        UnsupportedFeature: For blocks in networks of the user's own that cannot be spread.
     """
     for name, root in parallel_roots(module):
         if fold.cp > 1 and not isinstance(root, MoECausalLM):
@@ -75,6 +75,31 @@ def check_blocks(module: nn.Module, fold: Fold) -> None:
                 f"{name or type(root).__name__} is in a network of your own, whose rows context parallelism cannot cut; use "
                 f"context_parallel_size=1 instead of {fold.cp}."
             )
+    _check_sharing(module)
+
+
+def _check_sharing(module: nn.Module) -> None:
+    """Cutting a parameter replaces it in one place, and whatever else held it would go on with the old one."""
+    holders: dict[int, tuple[str, nn.Module]] = {}  # of parameters, whichever names a module has
+    roots: dict[int, str] = {}  # of the modules in blocks
+    for name, root in parallel_roots(module):
+        for part_name, part in root.named_modules(prefix=name):
+            for parameter in part.parameters(recurse=False):
+                first, other = holders.setdefault(id(parameter), (part_name, part))
+                if other is not part or roots.setdefault(id(part), name) != name:
+                    raise UnsupportedFeature(_shared(first, part_name))
+    for name, part in module.named_modules():
+        for parameter in part.parameters(recurse=False):
+            first, other = holders.get(id(parameter), (name, part))
+            if other is not part:
+                raise UnsupportedFeature(_shared(first, name))
+
+
+def _shared(first: str, second: str) -> str:
+    return (
+        f"{first} and {second} share a parameter, and the strategy spreads those of a block over ranks; give each its own, or "
+        "call one of them in both places."
+    )
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -> None:

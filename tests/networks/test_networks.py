@@ -12,6 +12,7 @@ import torch
 
 from lightning_moefold import Fold
 from lightning_moefold.modules import Attention, MoELayer, attention, load_balancing_loss
+from lightning_moefold.refusals import UnsupportedFeature, check_blocks
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import cover
@@ -173,6 +174,20 @@ class _Tied(torch.nn.Module):
         super().__init__()
         self.up, self.down = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
         self.down.weight = self.up.weight
+
+
+@pytest.mark.parametrize("shared", ["experts", "a gate's weight", "a weight of no block"])
+def test_blocks_that_share_parameters_are_refused(shared: str) -> None:
+    network = torch.nn.ModuleDict({"a": MoELayer(8, 4, 2, 8), "b": MoELayer(8, 4, 2, 8), "c": torch.nn.Linear(8, 4)})
+    network["alias"], network["gate"] = network["a"], network["a"].gate  # a second name is no second holder
+    check_blocks(network, Fold(2))
+    if shared == "experts":
+        network["b"].experts = network["a"].experts
+    else:
+        other = network["c"] if "no block" in shared else network["b"].gate
+        other.weight = network["a"].gate.weight
+    with pytest.raises(UnsupportedFeature, match="share a parameter"):
+        check_blocks(network, Fold(2))
 
 
 def test_what_a_block_refuses() -> None:
