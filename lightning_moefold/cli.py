@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from lightning_moefold import calibrate, export
 from lightning_moefold.planner import command as plan_command
 from lightning_moefold.plots import command as plot_command
+from lightning_moefold.testing import verification as verify_command
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ COMMANDS: dict[str, Command] = {
     "export": Command("write a checkpoint of a run as a Hugging Face directory", export.configure, export.run),
     "plan": Command("rank the folds of a model on a machine", plan_command.configure, plan_command.run),
     "plot": Command("draw the loss, speed, memory and expert load of a run", plot_command.configure, plot_command.run),
+    "verify": Command(
+        "check that a fold computes what one process computes", verify_command.configure, verify_command.run
+    ),
 }
 
 TRAINER_COMMANDS: dict[str, str] = {

@@ -51,6 +51,8 @@ from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.modules.context import EXCHANGES, Exchange
+from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
@@ -94,7 +96,8 @@ class MoEFoldStrategy(ParallelStrategy):
         drop_scope: Over which tokens capacity is counted; without effect while dropless.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
-        recompute: Only None (keep all activations) so far.
+        recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
+            input, ``"selective"`` those of attention; None to keep all.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.context.choose_exchange`).
         sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
@@ -130,7 +133,7 @@ class MoEFoldStrategy(ParallelStrategy):
         drop_policy: Literal["probs", "position"] = "probs",
         drop_scope: Literal["full_sequence", "sub_sequence"] = "full_sequence",
         data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
-        recompute: str | None = None,
+        recompute: Recompute | None = None,
         context_parallel_exchange: Exchange = "auto",
         sequence_parallel: bool | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -152,7 +155,7 @@ class MoEFoldStrategy(ParallelStrategy):
             ("drop_policy", drop_policy, ("probs", "position")),
             ("drop_scope", drop_scope, ("full_sequence", "sub_sequence")),
             ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
-            ("recompute", recompute, (None,)),
+            ("recompute", recompute, (None, "selective", "full")),
             ("sequence_parallel", sequence_parallel, (None, True)),
             ("context_parallel_exchange", context_parallel_exchange, EXCHANGES),
         ):
@@ -162,6 +165,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self.num_microbatches = num_microbatches or 1
         self.dispatcher = dispatcher
         self.context_parallel_exchange = context_parallel_exchange
+        self.recompute = recompute
         self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
         self.num_nodes = 1
         self._timeout = timeout
@@ -361,6 +365,8 @@ class MoEFoldStrategy(ParallelStrategy):
         sharding = Sharding(self.data_parallel_sharding, self._precision.mixed_dtype)
         error: Exception | None = None
         align_blocks(self.lightning_module, self.mesh)
+        for layer in (m for m in self._modules() if isinstance(m, DecoderLayer)):
+            layer.recompute = self.recompute
         for root in self._roots():
             if isinstance(root, MoECausalLM):
                 root.num_microbatches = self.num_microbatches

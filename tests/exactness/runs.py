@@ -31,6 +31,7 @@ class RankRun:
     grad_norms: list[float] = field(default_factory=list)
     weights: dict[str, Piece] = field(default_factory=dict)
     fold: str = ""
+    loads: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class BatchList(Dataset):
@@ -107,6 +108,7 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
         _fit(module, fold, batches, spec)
     run.weights = owned_pieces(module.model)
     run.fold = str(module.model.fold)
+    run.loads = {number: layer.load_E.clone() for number, layer in module.model.moe_layers().items()}
     return run
 
 
@@ -116,6 +118,7 @@ def _fit(module: Case, fold: str, batches: list[list[dict[str, torch.Tensor]]], 
         num_microbatches=spec.get("num_microbatches"),
         data_parallel_sharding=spec.get("sharding", "optimizer"),
         context_parallel_exchange=spec.get("exchange", "auto"),
+        recompute=spec.get("recompute"),
     )
     world = dist.get_world_size()
     dp_rank = Fold.parse(fold, world).coordinates(dist.get_rank())["dp"]
