@@ -36,11 +36,12 @@ def check_fold(fold: Fold) -> None:
     """Dimensions that are laid out but not yet carried out.
 
     Raises:
-        UnsupportedFeature: For context or pipeline parallelism.
+        UnsupportedFeature: For context parallelism.
     """
-    for name, size in (("context_parallel_size", fold.cp), ("pipeline_parallel_size", fold.pp)):
-        if size > 1:
-            raise UnsupportedFeature(f"{name}={size} is not implemented yet; use {name}=1.")
+    if fold.cp > 1:
+        raise UnsupportedFeature(
+            f"context_parallel_size={fold.cp} is not implemented yet; use context_parallel_size=1."
+        )
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:

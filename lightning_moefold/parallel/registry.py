@@ -26,14 +26,24 @@ class ParameterRegistry:
     def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
         self.mesh = mesh
         layouts: dict[int, ParameterLayout] = {}
-        for _, part in parallel_roots(root):
+        everywhere: set[str] = set()
+        for prefix, part in parallel_roots(root):
             part.release_gathered_weights()
             layouts |= {id(p): part.layouts[name] for name, p in part.named_parameters()}
+            everywhere |= {f"{prefix}.{name}".lstrip(".") for name in part.layouts}
         # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
         everything = root.named_parameters(remove_duplicate=False)
         self.layouts = {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
         self.names = {id(p): name for name, p in root.named_parameters()}
         self._parameters = dict(root.named_parameters())
+        #: Parameters that only other pipeline stages hold.
+        self.elsewhere = everywhere - set(self.layouts)
+        for name, parameter in self.own():
+            if parameter.is_meta:
+                raise ValueError(
+                    f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the "
+                    "model instead, or use pipeline_parallel_size=1."
+                )
 
     @property
     def sharded(self) -> bool:
@@ -51,13 +61,13 @@ class ParameterRegistry:
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that counts and writes its piece of ``name``."""
         if name not in self.layouts:
-            return self.mesh.stage.index == 0
+            return self.mesh.rank == 0
         return self.layouts[name].is_owner(self.mesh.fold, self.mesh.rank)
 
     def counts_here(self, parameter: nn.Parameter) -> bool:
         """Whether this rank counts the parameter's piece in a norm."""
         name = self.names.get(id(parameter))
-        return self.mesh.stage.index == 0 if name is None else self.owns(name)
+        return self.mesh.rank == 0 if name is None else self.owns(name)
 
     def unfinished_gradients(self) -> Iterator[tuple[nn.Parameter, Axis]]:
         """Parameters whose gradients FSDP2 does not finish, as :class:`~.gradients.GradientSum` takes them."""
