@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 import finetune
+from lightning_moefold.callbacks import GenerateSamples
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"num_hidden_layers": 2, "initializer_range": 0.08}  # learns the most in a minute on a CPU
@@ -80,7 +81,8 @@ def demo(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     L.seed_everything(args.seed, verbose=False)
     data, module, losses = finetune.make_data(args), finetune.make_module(args), TrainLosses()
-    trainer = finetune.make_trainer(args, losses)
+    samples = GenerateSamples([PROMPT], do_sample=True, temperature=0.7, top_k=20)
+    trainer = finetune.make_trainer(args, losses, samples)
     if trainer.global_rank == 0:
         heading(f"2. Training on {args.devices} ranks")
     finetune.check_fits(args, trainer.world_size)
@@ -95,6 +97,7 @@ def demo(args: argparse.Namespace) -> None:
     if trainer.is_global_zero:
         seconds = time.monotonic() - begin
         summarize(trainer, losses.values, untrained, memory.view(-1).tolist(), seconds)
+        row("generated", " ".join("".join(samples.samples[0]).split()))
         check_export(args, probe(data), logits)
         say_what_next(args, trainer)
 
@@ -133,22 +136,17 @@ def peak_memory() -> float:
 
 def check_export(args: argparse.Namespace, probe_BL: Tensor, folded_BLV: Tensor) -> None:
     """Loads the export with `transformers` and compares it with the fold; raises if they disagree."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     hide_progress_of_transformers()
     heading("4. The export, in transformers")
-    path = args.output / "model"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(args.output / "model")
     with torch.no_grad():
         error_BL = (model(probe_BL).logits - folded_BLV).abs().amax(-1)
     row("logits, ranks - transformers", f"at most {error_BL.max():.1e} (of {folded_BLV.abs().max():.1f})")
     # In float32 the router may hold two experts of a token for equal, and choose either; once in thousands of tokens.
     if (error_BL < 1e-3).float().mean() < 0.99:
         raise AssertionError("transformers computes other logits from the export than the ranks did")
-    torch.manual_seed(0)
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(**prompt, max_new_tokens=40, do_sample=True, temperature=0.7, top_k=20)
-    row("generated", " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split()))
 
 
 def hide_progress_of_transformers() -> None:
@@ -187,6 +185,7 @@ def say_what_next(args: argparse.Namespace, trainer: L.Trainer) -> None:
     row("model", f"{args.output}/model (Hugging Face format)")
     row("checkpoints", f"{args.output}/checkpoints")
     row("metrics", os.path.relpath(f"{trainer.loggers[0].log_dir}/metrics.csv"))
+    row("pictures of the run", f"{os.path.relpath(sys.executable)} -m lightning_moefold plot {args.output}")
     row("Weights & Biases", f"wandb sync {args.output}/wandb/offline-run-*")
     print(
         f"\nYour own text, on the exported model, under another fold:\n\n"

@@ -42,7 +42,7 @@ from lightning_moefold import Fold, FoldError, MoECausalLM, MoEConfig, MoEFoldSt
 from lightning_moefold.callbacks import FoldSummary, LoadBalanceMonitor, MFUMonitor
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.models import ConfigError
-from lightning_moefold.refusals import UnsupportedFeature, check_fold
+from lightning_moefold.refusals import UnsupportedFeature
 
 
 class InputError(ValueError):
@@ -393,7 +393,6 @@ def check_fits(args: argparse.Namespace, world_size: int) -> None:
     """
     config = MoEConfig.from_pretrained(args.checkpoint)
     fold = Fold.parse(args.fold, world_size)
-    check_fold(fold)
     fold.validate(config)
     longest = config.raw.get("max_position_embeddings", args.sequence_length)
     if not 2 <= args.sequence_length <= longest:

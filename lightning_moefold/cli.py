@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from lightning_moefold import calibrate
 from lightning_moefold.planner import command as plan_command
+from lightning_moefold.plots import command as plot_command
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "calibrate": Command("measure this machine for the planner", calibrate.configure, calibrate.run),
     "plan": Command("rank the folds of a model on a machine", plan_command.configure, plan_command.run),
+    "plot": Command("draw the loss, speed, memory and expert load of a run", plot_command.configure, plot_command.run),
 }
 
 

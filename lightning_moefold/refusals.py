@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules.base import parallel_roots
 
 _CALLBACKS = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
@@ -32,15 +33,24 @@ class UnsupportedFeature(ValueError):
     """Something that cannot work under this strategy; the message says what to do instead."""
 
 
-def check_fold(fold: Fold) -> None:
-    """Dimensions that are laid out but not yet carried out.
+def check_blocks(module: nn.Module, fold: Fold) -> None:
+    """Context and pipeline parallelism need to know where rows and layers are, which only a language model does.
 
     Raises:
-        UnsupportedFeature: For context parallelism.
+        UnsupportedFeature: For blocks in networks of the user's own, and for a pipeline without a model.
     """
-    if fold.cp > 1:
+    roots = parallel_roots(module)
+    for name, root in roots:
+        if fold.cp * fold.pp > 1 and not isinstance(root, MoECausalLM):
+            axis, size = ("context", fold.cp) if fold.cp > 1 else ("pipeline", fold.pp)
+            what = "rows context" if fold.cp > 1 else "layers pipeline"
+            raise UnsupportedFeature(
+                f"{name or type(root).__name__} is in a network of your own, whose {what} parallelism cannot cut; use "
+                f"{axis}_parallel_size=1 instead of {size}."
+            )
+    if fold.pp > 1 and not roots:
         raise UnsupportedFeature(
-            f"context_parallel_size={fold.cp} is not implemented yet; use context_parallel_size=1."
+            f"{type(module).__name__} holds no MoECausalLM to cut into stages; use pipeline_parallel_size=1 instead of {fold.pp}."
         )
 
 

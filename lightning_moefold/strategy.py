@@ -49,14 +49,16 @@ from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
+from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
 from lightning_moefold.parallel.pipeline import spare_parameters
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
+from lightning_moefold.predicting import Predicting
 from lightning_moefold.refusals import (
     UnsupportedFeature,
-    check_fold,
+    check_blocks,
     check_optimizers,
     check_sharding,
     check_trainer,
@@ -75,7 +77,7 @@ class MoEFoldStrategy(ParallelStrategy):
     Args:
         tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut (with sequence
             parallelism).
-        context_parallel_size: Ranks over which a sequence is cut. Only 1 so far.
+        context_parallel_size: Ranks over which each row is cut, attention included.
         pipeline_parallel_size: Ranks over which the layers are spread.
         expert_parallel_size: Ranks over which the experts of a layer are spread.
         expert_tensor_parallel_size: Ranks over which each expert is cut.
@@ -94,6 +96,8 @@ class MoEFoldStrategy(ParallelStrategy):
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
         recompute: Only None (keep all activations) so far.
+        context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
+            ``"auto"`` by shape (:func:`~.modules.context.choose_exchange`).
         sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
         timeout: Of the collectives.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if not given.
@@ -129,6 +133,7 @@ class MoEFoldStrategy(ParallelStrategy):
         drop_scope: Literal["full_sequence", "sub_sequence"] = "full_sequence",
         data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
         recompute: str | None = None,
+        context_parallel_exchange: Exchange = "auto",
         sequence_parallel: bool | None = None,
         timeout: timedelta | None = default_pg_timeout,
         process_group_backend: str | None = None,
@@ -149,6 +154,7 @@ class MoEFoldStrategy(ParallelStrategy):
             ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
             ("recompute", recompute, (None,)),
             ("sequence_parallel", sequence_parallel, (None, True)),
+            ("context_parallel_exchange", context_parallel_exchange, EXCHANGES),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
@@ -158,6 +164,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self._microbatches_given = num_microbatches is not None
         self.num_microbatches = num_microbatches or 1
         self.dispatcher = dispatcher
+        self.context_parallel_exchange = context_parallel_exchange
         self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
         self.num_nodes = 1
         self._timeout = timeout
@@ -166,6 +173,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self._converted: weakref.ref[torch.nn.Module] | None = None
         self._own: OwnModules | None = None
         self._registry: ParameterRegistry | None = None
+        self._predicting: Predicting | None = None
 
     # ---- the fold ----------------------------------------------------------------------------------------------
 
@@ -285,7 +293,6 @@ class MoEFoldStrategy(ParallelStrategy):
     def _make_fold(self) -> Fold:
         text, world = self._fold_text, self.world_size
         fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
-        check_fold(fold)
         if fold.pp > 1 and not self._microbatches_given:
             raise ValueError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; use {2 * fold.pp} or more.")
         self._pipeline_plan.check(fold.pp, self.num_microbatches, self.data_parallel_sharding)
@@ -322,6 +329,7 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.model is not None
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        check_blocks(self.lightning_module, self.fold)
         check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
         for loop in (
@@ -348,6 +356,8 @@ class MoEFoldStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            self._begin_prediction(trainer)
 
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
@@ -358,6 +368,7 @@ class MoEFoldStrategy(ParallelStrategy):
         for root in self._roots():
             if isinstance(root, MoECausalLM):
                 root.num_microbatches = self.num_microbatches
+                root.context_parallel_exchange = self.context_parallel_exchange
             try:
                 parallelize(root, self.mesh, sharding, self.root_device, self._pipeline_plan)
             except Exception as failure:
@@ -443,11 +454,6 @@ class MoEFoldStrategy(ParallelStrategy):
         self._synchronize_own_buffers()
         return super().test_step(*args, **kwargs)
 
-    @override
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._synchronize_own_buffers()
-        return super().predict_step(*args, **kwargs)
-
     def _modules(self) -> list[torch.nn.Module]:
         return list(self.lightning_module.modules()) if self.lightning_module is not None else []
 
@@ -469,6 +475,19 @@ class MoEFoldStrategy(ParallelStrategy):
     @override
     def on_predict_end(self) -> None:
         self._release_gathered_weights()
+
+    def _begin_prediction(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        self._predicting = Predicting(self.lightning_module)
+        trainer.callbacks.insert(0, self._predicting)  # type: ignore[attr-defined]
+
+    def _end_prediction(self) -> None:
+        if self._predicting is None:
+            return
+        assert self.lightning_module is not None
+        predicting, self._predicting = self._predicting, None
+        self.lightning_module.trainer.callbacks.remove(predicting)  # type: ignore[attr-defined]
+        predicting.finish()
 
     # ---- communication -----------------------------------------------------------------------------------------
 
@@ -578,6 +597,7 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        self._end_prediction()
         # Unlike the base class: sharded parameters stay where they are.
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()

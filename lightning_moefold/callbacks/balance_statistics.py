@@ -50,15 +50,18 @@ def balance_statistics(counts_LE: Iterable[ArrayLike]) -> dict[str, float]:
 
     Returns:
         ``load_imbalance`` and ``load_imbalance_max`` (mean and max over layers of max over mean), ``cv_mean``,
-        ``cv_median``, ``cv_min``, ``cv_max``, ``dead_expert_frac_mean``, ``entropy_mean``, and quantiles over all
-        experts of all layers of load over a fair share, ``expert_utilization_min``, ``_p25``, ``_median``, ``_p75`` and
-        ``_max``. Layers without load are left out; empty if there are no others.
+        ``cv_median``, ``cv_min``, ``cv_max``, ``dead_expert_frac_mean``, ``entropy_mean``, ``expert_diversity_mean``
+        and ``expert_diversity_min`` (exp of the entropy over E: the share of experts that an even load would need), and
+        quantiles over all experts of all layers of load over a fair share, ``expert_utilization_min``, ``_p25``,
+        ``_median``, ``_p75`` and ``_max``. Layers without load are left out; empty if there are no others.
     """
     loaded = [row for row in (np.asarray(counts_E, dtype=np.float64) for counts_E in counts_LE) if row.sum() > 0]
     if not loaded:
         return {}
     layers = [layer_statistics(row) for row in loaded]
     peak_L, cv_L, dead_L, entropy_L = (np.array([layer[name] for layer in layers]) for name in LAYER_STATISTICS)
+    experts_L = np.array([row.size for row in loaded])
+    diversity_L = experts_L ** (entropy_L - 1)  # exp(entropy * log E) / E
     utilization = np.concatenate([row / row.mean() for row in loaded])
     names = ("min", "p25", "median", "p75", "max")
     quantiles = zip(names, np.quantile(utilization, (0, 0.25, 0.5, 0.75, 1)), strict=True)
@@ -71,6 +74,8 @@ def balance_statistics(counts_LE: Iterable[ArrayLike]) -> dict[str, float]:
         "cv_max": cv_L.max(),
         "dead_expert_frac_mean": dead_L.mean(),
         "entropy_mean": entropy_L.mean(),
+        "expert_diversity_mean": diversity_L.mean(),
+        "expert_diversity_min": diversity_L.min(),
         **{f"expert_utilization_{name}": quantile for name, quantile in quantiles},
     }
     return {name: float(value) for name, value in values.items()}

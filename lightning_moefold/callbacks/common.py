@@ -56,6 +56,11 @@ def world_axis(trainer: pl.Trainer) -> Axis:
     return Axis("world", tuple(range(trainer.world_size)), trainer.global_rank, dist.group.WORLD)
 
 
+def logged_step(trainer: pl.Trainer) -> int:
+    """The step that Lightning gives its own metrics, for what goes to a logger directly."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
 def log_values(trainer: pl.Trainer, module: pl.LightningModule, values: Mapping[str, float]) -> None:
     """Logs values that are the same on every rank, without communication.
 

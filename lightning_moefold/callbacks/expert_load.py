@@ -2,7 +2,7 @@
 """Expert loads of a whole run: which rows the table has, how it is summed, and the history that is kept.
 
 Legend: L MoE layers of the whole model, E experts, P ep ranks of one replica of the experts, R ranks of a pipeline
-stage that hold different experts or replicas (edp * ep), C = E + R columns.
+stage that hold different experts or replicas (edp * ep), C = E + 1 + R columns.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,7 +37,7 @@ class LoadRow:
     Args:
         layer: Its number: in the whole model for a MoECausalLM, else in the order of the module tree.
         num_experts: Its experts.
-        module: The layer, or None where another pipeline stage holds it.
+        module: The layer, or None where other ranks hold it.
     """
 
     layer: int
@@ -43,16 +45,24 @@ class LoadRow:
     module: MoELayer | None
 
 
-def find_rows(root: pl.LightningModule) -> list[LoadRow]:
-    """The MoE layers of a LightningModule; the same rows on every rank, whichever layers it holds."""
+def find_rows(root: pl.LightningModule, world: Axis) -> list[LoadRow]:
+    """The MoE layers of a LightningModule; the same rows on every rank, whichever layers it holds. One collective."""
+    here = {name: module for name, module in root.named_modules() if isinstance(module, MoELayer)}
     models = [m for m in root.modules() if isinstance(m, MoECausalLM)]
-    layers = [m for m in root.modules() if isinstance(m, MoELayer)]
-    if len(models) != 1 or len(models[0].moe_layers()) != len(layers):
-        return [LoadRow(i, layer.num_experts, layer) for i, layer in enumerate(layers)]
-    config, here = models[0].config, models[0].moe_layers()
-    return [
-        LoadRow(i, config.num_experts, here.get(i)) for i in range(config.num_hidden_layers) if config.is_moe_layer(i)
-    ]
+    numbers = {id(layer): i for model in models for i, layer in model.moe_layers().items()}
+    mine = [(name, layer.num_experts, numbers.get(id(layer))) for name, layer in here.items()]
+    everyone: list[Any] = [mine] * world.size
+    if world.size > 1:
+        dist.all_gather_object(everyone, mine, group=world.group)
+    layers = mine if all(theirs == mine for theirs in everyone) else sorted(set().union(*everyone), key=_natural)
+    known = [number for _, _, number in layers if number is not None]
+    numbers_L = known if len(models) == 1 and len(known) == len(layers) else range(len(layers))
+    return [LoadRow(i, num, here.get(name)) for i, (name, num, _) in zip(numbers_L, layers, strict=True)]
+
+
+def _natural(layer: tuple[str, int, int | None]) -> list[tuple[int, str]]:
+    """Sorts names as a reader would: ``blocks.2`` before ``blocks.10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in layer[0].split(".")]
 
 
 @dataclass(frozen=True)
@@ -62,11 +72,13 @@ class ExpertLoad:
     Args:
         rows: The layers.
         counts_LE: How often each expert was chosen; :data:`NO_EXPERT` where a layer has no such expert.
+        dropped_L: How many of these choices were dropped.
         rank_rows_LR: Rows that each rank's experts computed.
     """
 
     rows: list[LoadRow]
     counts_LE: NDArray[np.int64]
+    dropped_L: NDArray[np.int64]
     rank_rows_LR: NDArray[np.int64]
 
     def by_layer(self) -> list[NDArray[np.int64]]:
@@ -75,7 +87,10 @@ class ExpertLoad:
 
 
 class LoadReader:
-    """Reads and resets the counters of all MoE layers.
+    """Reads and resets the counters of all MoE layers. Collective.
+
+    The sum is made here and not by a torchmetrics Metric, which would take a barrier and two gathers for what is one
+    all-reduce of one table.
 
     Args:
         trainer: In a fit.
@@ -83,8 +98,8 @@ class LoadReader:
     """
 
     def __init__(self, trainer: pl.Trainer, root: pl.LightningModule) -> None:
-        self.rows = find_rows(root)
         self.world: Axis = world_axis(trainer)
+        self.rows = find_rows(root, self.world)
         self.device = trainer.strategy.root_device
         self.replicas, self.replica, self.parts = _expert_grid(trainer)
 
@@ -99,6 +114,7 @@ class LoadReader:
         for row in self.rows:
             if row.module is not None:
                 row.module.load_E.zero_()
+                row.module.dropped.zero_()
 
     @torch.no_grad()
     def read(self) -> ExpertLoad:
@@ -108,21 +124,22 @@ class LoadReader:
         counts_LE = table_LC[:, : self.experts].copy()
         for row, counts_E in zip(self.rows, counts_LE, strict=True):
             counts_E[row.num_experts :] = NO_EXPERT
-        return ExpertLoad(self.rows, counts_LE, table_LC[:, self.experts :])
+        return ExpertLoad(self.rows, counts_LE, table_LC[:, self.experts], table_LC[:, self.experts + 1 :])
 
     def _mine(self) -> Tensor:
-        """This rank's ``[L, C]``: its counts, and the rows it sends to each part of the experts of its own replica.
+        """This rank's ``[L, C]``: its counts, its drops, and the rows it sends to each part of its own replica's experts.
 
         Tokens are distinct on every rank of tp, cp and dp, and layers on every stage: sums over the world count each
         token once.
         """
         table_LC = torch.zeros(
-            len(self.rows), self.experts + self.replicas * self.parts, dtype=torch.int64, device=self.device
+            len(self.rows), self.experts + 1 + self.replicas * self.parts, dtype=torch.int64, device=self.device
         )
-        first = self.experts + self.replica * self.parts
+        first = self.experts + 1 + self.replica * self.parts
         for i, row in enumerate(self.rows):
             if row.module is not None:
                 table_LC[i, : row.num_experts] = row.module.load_E
+                table_LC[i, self.experts] = row.module.dropped
                 # Experts lie on the ep ranks in even blocks.
                 table_LC[i, first : first + self.parts] = row.module.load_E.view(self.parts, -1).sum(1)
         return table_LC

@@ -26,14 +26,16 @@ class LoadBalanceMonitor(pl.Callback):
     Each log step covers the training batches since the one before, padding left out. Aggregates over layers and
     experts: ``moe/load_imbalance`` and ``moe/load_imbalance_max`` (mean and max over layers of the busiest expert's
     load over the mean; 1 is balanced), ``moe/cv_{mean,median,min,max}`` (coefficient of variation),
-    ``moe/dead_expert_frac_mean``, ``moe/entropy_mean`` (over log E),
-    ``moe/expert_utilization_{min,p25,median,p75,max}`` (load over a fair share). ``moe/rank_load_max_over_mean`` is the
-    same for the rows that ranks compute: by how much the busiest rank holds up the others. With ``per_layer``, for each
-    MoE layer i of the whole model ``moe/layer_{i}/max_over_mean``, ``/cv``, ``/dead_expert_frac`` and ``/entropy``.
-    Layers without load are left out.
+    ``moe/dead_expert_frac_mean``, ``moe/entropy_mean`` (over log E), ``moe/expert_diversity_{mean,min}`` (exp of the
+    entropy over E), ``moe/expert_utilization_{min,p25,median,p75,max}`` (load over a fair share), ``moe/dropped_frac``
+    (choices dropped for want of capacity; 0 while dropless). ``moe/rank_load_max_over_mean`` compares the rows that
+    ranks compute: by how much the busiest rank holds up the others. With ``per_layer``, for each MoE layer i of the
+    whole model ``moe/layer_{i}/max_over_mean``, ``/cv``, ``/dead_expert_frac`` and ``/entropy``. Layers without load are
+    left out. ``docs/callbacks.md`` has the formulas.
 
     The layers count on the device; there is one collective at each log step and none per batch. The counters are reset
-    with each read: have one reader in a run.
+    with each read: have one reader in a run. Works under any strategy; layers may stand anywhere in the LightningModule,
+    differ in their experts, and be spread over ranks.
 
     Args:
         log_every_n_steps: Optimizer steps between logs; the Trainer's if not given. Figures of a step at which the
@@ -41,8 +43,9 @@ class LoadBalanceMonitor(pl.Callback):
         per_layer: Log each layer's figures. Lightning takes some 0.3 ms of a CPU core to log one value, so four per
             layer are most of what a log step costs.
         keep_history: Keep the counts of every interval on rank zero (8 bytes per layer and expert) and write them to
-            ``expert_load.npz`` in the Trainer's ``log_dir`` at the end of training, for plotting: ``steps`` ``[N]``,
-            ``layers`` ``[L]``, ``counts`` ``[N, L, E]``. A second fit that goes on from there adds to it.
+            ``expert_load.npz`` in the Trainer's ``log_dir`` at the end of training, for ``moefold plot``: ``steps``
+            ``[N]``, ``layers`` ``[L]``, ``counts`` ``[N, L, E]``. A second fit that goes on from there adds to it.
+            Without a logger nothing is written.
         heatmap: With a WandbLogger, log ``moe/load_heatmap`` (layers x experts) and ``moe/load_histogram`` too.
 
     Attributes:
@@ -101,7 +104,7 @@ class LoadBalanceMonitor(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reader = None
-        if not self.keep_history or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.keep_history or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = trainer.log_dir  # asks rank zero: every rank has to call it
         if trainer.is_global_zero and self.history and folder is not None:
@@ -112,6 +115,8 @@ def load_figures(load: ExpertLoad, per_layer: bool = True) -> dict[str, float]:
     """Figures of an interval by log name."""
     counts = load.by_layer()
     figures = {f"moe/{name}": value for name, value in balance_statistics(counts).items()}
+    if figures:
+        figures["moe/dropped_frac"] = float(load.dropped_L.sum() / sum(counts_E.sum() for counts_E in counts))
     if (imbalance := rank_imbalance(load.rank_rows_LR)) is not None:
         figures["moe/rank_load_max_over_mean"] = imbalance
     if per_layer:

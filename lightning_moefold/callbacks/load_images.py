@@ -12,7 +12,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
+from lightning_moefold.callbacks.common import logged_step
 from lightning_moefold.callbacks.expert_load import ExpertLoad
+from lightning_moefold.figures import draw_heatmap, make_figure
 
 
 class LoadImages:
@@ -31,7 +33,7 @@ class LoadImages:
         if self._broken or not loggers or not np.isfinite(share_LE).any():
             return
         try:
-            _log(loggers, share_LE, [row.layer for row in load.rows], _logged_step(trainer))
+            _log(loggers, share_LE, [row.layer for row in load.rows], logged_step(trainer))
         except Exception as error:
             self._broken = True
             rank_zero_warn(f"LoadBalanceMonitor(heatmap=True) goes on without pictures: {error!r}")
@@ -60,19 +62,8 @@ def _log(loggers: Iterable[WandbLogger], share_LE: NDArray[np.float64], layers: 
         logger.log_metrics(values, step=step)
 
 
-def _logged_step(trainer: pl.Trainer) -> int:
-    return trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning gives its own metrics
-
-
 def heatmap(share_LE: NDArray[np.float64], layers: list[int]) -> Any:
     """A matplotlib figure of load over a fair share, cut off at 2."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, max(2.0, 0.25 * len(layers) + 1)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", vmin=0, vmax=2, interpolation="nearest")
-    shown = range(0, len(layers), -(-len(layers) // 32))
-    axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
-    axes.set(xlabel="expert", ylabel="layer")
-    figure.colorbar(image, label="load / fair share", extend="max")
+    figure, (axes,) = make_figure("Expert load", [max(1.6, 0.25 * len(layers) + 1)], width=8)
+    draw_heatmap(axes, share_LE, layers)
     return figure

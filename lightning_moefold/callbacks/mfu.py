@@ -3,8 +3,8 @@
 
     MFU = model FLOPs of the global batch / (step time * sum of the ranks' peaks)
 
-with model FLOPs as in :mod:`.work` (PaLM, arXiv 2204.02311, appendix B). Ranks that share a batch (tp, cp, pp) count
-its tokens once.
+with model FLOPs as in :mod:`.work` (PaLM, arXiv 2204.02311, appendix B), and likewise HFU with hardware FLOPs. Ranks
+that share a batch (tp, cp, pp) count its tokens once.
 
 Legend: W ranks, K columns.
 """
@@ -12,11 +12,9 @@ Legend: W ranks, K columns.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,6 +25,7 @@ from typing_extensions import override
 
 from lightning_moefold import comm
 from lightning_moefold.callbacks.common import LogSchedule, log_values, world_axis
+from lightning_moefold.callbacks.memory import read_memory
 from lightning_moefold.callbacks.peaks import compute_dtype, cuda_peak_flops, measured_peak_flops
 from lightning_moefold.callbacks.stopwatch import Clock, CudaClock, HostClock, Span, Stopwatch
 from lightning_moefold.callbacks.work import UNKNOWN, BatchShape, TokenCount, WorkModel
@@ -44,10 +43,14 @@ class MFUMonitor(pl.Callback):
     """Logs model FLOPs utilisation, throughput, step time and memory, the same values on every rank.
 
     Logged at log steps: ``train/mfu`` (0..1), ``train/tokens_per_second``, ``train/tokens_per_second_per_device``,
-    ``train/tflops_per_device`` (model TFLOP/s), ``train/step_time`` (seconds), ``train/memory_gb`` (10^9 bytes, the
-    largest over ranks: on CUDA the most ever allocated, on CPU the peak resident size of the process), and
-    ``train/grad_norm`` (before clipping) where the strategy clips gradients. What cannot be known is not logged: MFU
-    without a peak or without model FLOPs, tokens without ``input_ids``.
+    ``train/tflops_per_device`` (model TFLOP/s), ``train/step_time`` (seconds), memory of the fullest rank in units of
+    10^9 bytes (below), and ``train/grad_norm`` (before clipping) where the strategy clips gradients. ``train/hfu``, hardware
+    FLOPs utilisation, is logged where it is not the MFU: when frozen parameters spare products. What cannot be known is
+    not logged: MFU without a peak or without model FLOPs, tokens without ``input_ids``.
+
+    ``train/memory_allocated_gb`` is what tensors hold at the log step, ``train/memory_peak_gb`` the most they have ever
+    held, ``train/memory_reserved_gb`` what torch's allocator has taken from the GPU. On CPU the first two are the
+    resident size of the process, and there is no third.
 
     Time is wall-clock time from one optimizer step to the next, data loading included, averaged over ``window`` steps;
     of the ranks' times the longest counts. On CUDA it is marked by events on the stream that are read only at log time.
@@ -55,7 +58,8 @@ class MFUMonitor(pl.Callback):
     training batch. The sanity check comes before the first batch.
 
     Model FLOPs are three times those of forward for the experts a token visits and causal attention at the rows'
-    length; recomputation and the work saved on frozen parameters do not change them. The peak is the dense one of the
+    length; frozen parameters do not change them. Hardware FLOPs leave out the gradients that frozen parameters make
+    unnecessary (and would count what is computed a second time). The peak is the dense one of the
     device for the Trainer's precision, times the ranks. On CPU there is no datasheet: a matrix product in the same
     dtype is measured at the start of training, on all ranks at the same time.
 
@@ -197,11 +201,11 @@ class MFUMonitor(pl.Callback):
         return figures
 
     def _measure(self, device: torch.device) -> list[float]:
-        """This rank's row: seconds, tokens and model FLOPs of the steps of the window, and bytes of memory."""
+        """This rank's row: seconds, tokens and FLOPs of the steps of the window, and bytes of memory."""
         assert self._stopwatch is not None
         seconds = self._stopwatch.clock.seconds([span for step in self._steps for span in step.spans])
-        tokens, flops = self._work.count(batch for step in self._steps for batch in step.batches)
-        return [seconds, tokens, flops, peak_memory(device)]
+        work = self._work.count(batch for step in self._steps for batch in step.batches)
+        return [seconds, work.tokens, work.flops, work.hardware_flops, *astuple(read_memory(device))]
 
     def _total_peak(self, trainer: pl.Trainer) -> float:
         """Sum of the ranks' peaks in FLOP/s, NaN if one is not known. Collective."""
@@ -238,7 +242,8 @@ def summarize(table_WK: Tensor, data_share: float, steps: int, peak: float) -> d
     """Figures of the world from each rank's row.
 
     Args:
-        table_WK: Seconds, tokens, model FLOPs and bytes of each rank; NaN where not known.
+        table_WK: Seconds, tokens, model FLOPs, hardware FLOPs, and bytes allocated, reserved and at the peak, of each
+            rank; NaN where not known.
         data_share: Replicas of the data per rank: what several ranks read together counts once.
         steps: Optimizer steps that the rows cover.
         peak: Of all ranks together in FLOP/s; NaN if not known.
@@ -248,15 +253,19 @@ def summarize(table_WK: Tensor, data_share: float, steps: int, peak: float) -> d
     """
     world = table_WK.shape[0]
     seconds = float(table_WK[:, 0].max())
-    tokens, flops = (table_WK[:, 1:3].sum(0) * data_share).tolist()
+    tokens, flops, hardware_flops = (table_WK[:, 1:4].sum(0) * data_share).tolist()
+    allocated, reserved, peak_bytes = (table_WK[:, 4:].amax(0) / 1e9).tolist()
     rate = 1 / seconds if seconds > 0 else UNKNOWN
     figures = {
         "train/mfu": flops * rate / peak,
+        "train/hfu": hardware_flops * rate / peak if hardware_flops != flops else UNKNOWN,
         "train/tokens_per_second": tokens * rate,
         "train/tokens_per_second_per_device": tokens * rate / world,
         "train/tflops_per_device": flops * rate / world / 1e12,
         "train/step_time": seconds / steps,
-        "train/memory_gb": float(table_WK[:, 3].max()) / 1e9,
+        "train/memory_allocated_gb": allocated,
+        "train/memory_reserved_gb": reserved,
+        "train/memory_peak_gb": peak_bytes,
     }
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
@@ -270,11 +279,3 @@ def _data_share(trainer: pl.Trainer) -> float:
 def _latest_saves(trainer: pl.Trainer) -> list[Any]:
     """Step of each checkpoint callback's latest save. Private to Lightning, and not missed where it is not there."""
     return [getattr(callback, "_last_global_step_saved", None) for callback in trainer.checkpoint_callbacks]
-
-
-def peak_memory(device: torch.device) -> float:
-    """Bytes: the most ever allocated on a GPU, or the peak resident size of this process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else peak * 1024)

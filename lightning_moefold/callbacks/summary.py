@@ -3,36 +3,60 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
-from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules import Attention, GatedMLP, MoELayer, RMSNorm, Router
+from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.modules.experts import RoutedExperts
+from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 from lightning_moefold.strategy import MoEFoldStrategy
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_OTHER = "other"
-#: Kinds of parameters by name, in the order of the table; the first pattern that is found counts.
-_KINDS = (
-    ("norms", r"norm\.(weight|bias)$"),
-    ("embedding", r"(^|\.)embed_tokens\."),
-    ("attention", r"\.self_attn\."),
-    ("router", r"\.mlp\.gate\."),
-    ("experts", r"\.mlp\.experts\."),
-    ("shared expert", r"\.mlp\.shared_expert"),
-    ("dense feed-forward", r"\.mlp\."),
-    ("head", r"(^|\.)lm_head\."),
+_ORDER = (
+    "embedding",
+    "attention",
+    "router",
+    "experts",
+    "shared expert",
+    "dense feed-forward",
+    "norms",
+    "head",
+    "other",
 )
-_ORDER = ("embedding", "attention", "router", "experts", "shared expert", "dense feed-forward", "norms", "head", _OTHER)
+#: What parameters directly in a module of a type, and below it, are, unless a module further down says otherwise.
+_KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
+    ((RoutedExperts,), "experts"),
+    ((Router,), "router"),
+    ((MoELayer,), "shared expert"),  # what is neither of the two
+    ((GatedMLP,), "dense feed-forward"),
+    ((Attention, nn.MultiheadAttention), "attention"),
+    ((RMSNorm, nn.RMSNorm, nn.LayerNorm, nn.GroupNorm, _BatchNorm), "norms"),
+    ((VocabularyEmbedding, nn.Embedding), "embedding"),
+    ((VocabularyHead,), "head"),
+)
+#: Tensors as large as the parameter that an optimizer keeps; its first base class in the list counts.
+_STATES: tuple[tuple[type[Optimizer], str, int], ...] = (
+    (torch.optim.Adam, "Adam", 2),
+    (torch.optim.NAdam, "NAdam", 2),
+    (torch.optim.RAdam, "RAdam", 2),
+    (torch.optim.Adamax, "Adamax", 2),
+    (torch.optim.SGD, "SGD", 0),
+)
 
 
 @dataclass
@@ -64,10 +88,14 @@ class ModelSummary:
     Args:
         fold: The fold.
         groups: Sizes by name: each kind of module, then each family, then ``"total"``.
+        weight_bytes: Of the parameters that each rank stores.
+        gradient_bytes: Of those among them that train.
     """
 
     fold: Fold
     groups: dict[str, Size]
+    weight_bytes: Counter[int]
+    gradient_bytes: Counter[int]
 
     @property
     def total(self) -> Size:
@@ -79,7 +107,7 @@ class ModelSummary:
         rows = []
         for name, size in self.groups.items():
             low, high = self.size_range(name)
-            stored = _compact(high) if low == high else f"{_compact(low)} .. {_compact(high)}"
+            stored = _range(low, high, _compact)
             frozen = size.total - size.trainable
             numbers = (size.total, round(size.active), size.trainable, frozen)
             rows.append((name, *(_compact(n) for n in numbers), stored))
@@ -88,6 +116,28 @@ class ModelSummary:
     def size_range(self, name: str = "total") -> tuple[int, int]:
         """Fewest and most parameters of a group that a rank stores."""
         return self.groups[name].range(self.fold.world_size)
+
+    def memory(self, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:
+        """Bytes that a rank keeps from step to step, fewest and most: weights, gradients, optimizer states, together.
+
+        Gathered weights and activations come on top. An optimizer whose states are not known here is left out.
+        """
+        ranks = range(self.fold.world_size)
+        parts = {
+            "weights": [self.weight_bytes[rank] for rank in ranks],
+            "gradients": [self.gradient_bytes[rank] for rank in ranks],
+        }
+        if (known := _optimizer_states(optimizer)) is not None:
+            parts[f"{known[0]} states"] = [known[1] * self.gradient_bytes[rank] for rank in ranks]
+        parts["together"] = [sum(sizes) for sizes in zip(*parts.values(), strict=True)]
+        return {name: (min(sizes), max(sizes)) for name, sizes in parts.items()}
+
+    def memory_text(self, optimizer: Optimizer | None = None) -> str:
+        """:meth:`memory` in a sentence."""
+        parts = {name: _range(*sizes, _compact_bytes) for name, sizes in self.memory(optimizer).items()}
+        together = parts.pop("together")
+        summands = " + ".join(f"{name} {sizes}" for name, sizes in parts.items())
+        return f"kept by each rank: {summands} = {together}\n(gathered weights and activations come on top)"
 
     def text(self) -> str:
         """The table as plain text."""
@@ -100,32 +150,63 @@ class ModelSummary:
 _HEAD = ("parameters", "total", "active", "trainable", "frozen", "per rank")
 
 
-def summarize_model(module: pl.LightningModule, fold: Fold) -> ModelSummary:
-    """Counts the parameters of a module that has been parallelised under ``fold``. Local.
+def summarize_model(module: nn.Module, fold: Fold) -> ModelSummary:
+    """Counts the parameters of a module under ``fold``. Local.
 
-    Parameters outside a :class:`~lightning_moefold.MoECausalLM` are the user's own: every rank stores them.
+    Args:
+        module: Usually a LightningModule. What language models and blocks in it know of their layout counts; all other
+            parameters are the user's own, which every rank stores.
+        fold: The fold under which it has been parallelised, or any if it has not.
     """
-    layouts: dict[str, tuple[ParameterLayout, float]] = {}
-    for prefix, model in module.named_modules():
-        if isinstance(model, MoECausalLM):
-            share = model.config.num_experts_per_tok / model.config.num_experts
-            layouts |= {f"{prefix}.{name}".lstrip("."): (layout, share) for name, layout in model.layouts.items()}
+    layouts = _layouts_of(module)
     kinds: dict[str, Size] = defaultdict(Size)
     families: dict[str, Size] = defaultdict(Size)
-    total = Size()
+    total, weight_bytes, gradient_bytes = Size(), Counter[int](), Counter[int]()
     stored: dict[ParameterLayout, Counter[int]] = {}  # layers repeat, and there may be thousands of ranks
+    roles = _Roles(module)
     for name, parameter in module.named_parameters():
-        layout, share = layouts.get(name, (ParameterLayout(tuple(parameter.shape), ParameterPlan()), 1.0))
+        layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
         if layout not in stored:
             stored[layout] = Counter({rank: layout.box(fold, rank).numel for rank in range(fold.world_size)})
-        kind = _kind(name) if name in layouts else _OTHER
+        kind, active = roles.of(name)
         # A model that no fold has touched has no families in its layouts yet.
         family = Family.EXPERT if kind == "experts" else layout.plan.family
         for size in (kinds[kind], families[family.value], total):
-            _add(size, layout, share if kind == "experts" else 1.0, parameter.requires_grad, stored[layout])
+            _add(size, layout, active, parameter.requires_grad, stored[layout])
+        for rank, number in stored[layout].items():
+            weight_bytes[rank] += number * parameter.element_size()
+            gradient_bytes[rank] += number * parameter.element_size() * parameter.requires_grad
     groups = {kind: kinds[kind] for kind in _ORDER if kind in kinds}
     groups |= {f"{f.value} family": families[f.value] for f in Family if f.value in families}
-    return ModelSummary(fold, groups | {"total": total})
+    return ModelSummary(fold, groups | {"total": total}, weight_bytes, gradient_bytes)
+
+
+def _layouts_of(module: nn.Module) -> dict[int, ParameterLayout]:
+    """By identity: a part of a model may have a second name."""
+    layouts: dict[int, ParameterLayout] = {}
+    for _, root in parallel_roots(module):
+        root.release_gathered_weights()
+        layouts |= {id(p): root.layouts[name] for name, p in root.named_parameters() if name in root.layouts}
+    return layouts
+
+
+class _Roles:
+    """What each parameter is, by the modules that it lies in."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._of_module: dict[str, tuple[str, float]] = {}
+        for name, module in root.named_modules(remove_duplicate=False):  # parents first
+            around = self._of_module.get(name.rpartition(".")[0], ("other", 1.0))
+            kind, active = next((kind for types, kind in _KINDS if isinstance(module, types)), around[0]), around[1]
+            if around[0] == "experts" or (isinstance(module, GatedMLP) and around[0] == "shared expert"):
+                kind = around[0]
+            if isinstance(module, MoELayer):
+                self._of_module[f"{name}.experts".lstrip(".")] = "experts", module.top_k / module.num_experts
+            self._of_module.setdefault(name, (kind, active))
+
+    def of(self, parameter: str) -> tuple[str, float]:
+        """Kind of a parameter, and which part of it is active for a token."""
+        return self._of_module[parameter.rpartition(".")[0]]
 
 
 def _add(size: Size, layout: ParameterLayout, active: float, trainable: bool, per_rank: Counter[int]) -> None:
@@ -138,8 +219,17 @@ def _add(size: Size, layout: ParameterLayout, active: float, trainable: bool, pe
     size.per_rank.update(per_rank)
 
 
-def _kind(name: str) -> str:
-    return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), _OTHER)
+def _optimizer_states(optimizer: Optimizer | None) -> tuple[str, int] | None:
+    """Name of an optimizer, and how many tensors it keeps for each parameter; None if that is not known."""
+    for kind, name, states in _STATES:
+        if isinstance(optimizer, kind):
+            defaults = optimizer.defaults
+            return name, states + bool(defaults.get("amsgrad")) + bool(name == "SGD" and defaults.get("momentum"))
+    return None
+
+
+def _range(low: int, high: int, show: Callable[[int], str]) -> str:
+    return show(high) if show(low) == show(high) else f"{show(low)} .. {show(high)}"
 
 
 def _compact(number: int) -> str:
@@ -150,34 +240,41 @@ def _compact(number: int) -> str:
     return str(number)
 
 
+def _compact_bytes(number: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number} B"
+
+
 class FoldSummary(pl.Callback):
     """Prints once, at the start of a fit and on rank zero, how large the model is and how the fold spreads it.
 
     By kind of module and by family: parameters in total, active for a token, trainable, frozen, and the fewest and most
-    that a rank stores. Turn Lightning's own off with ``Trainer(enable_model_summary=False)``. Printed with rich where
-    that is installed.
+    that a rank stores; and what weights, gradients and optimizer states take on each rank. Turn Lightning's own off with
+    ``Trainer(enable_model_summary=False)``. Printed with rich where that is installed.
     """
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = trainer.strategy
+        strategy, optimizers = trainer.strategy, trainer.optimizers
         # Under another strategy every rank is taken to hold everything.
         fold = strategy.fold if isinstance(strategy, MoEFoldStrategy) else Fold(1)
-        self._print(pl_module, fold)
+        self._print(summarize_model(pl_module, fold), optimizers[0] if len(optimizers) == 1 else None)
 
     @rank_zero_only
-    def _print(self, pl_module: pl.LightningModule, fold: Fold) -> None:
-        summary = summarize_model(pl_module, fold)
+    def _print(self, summary: ModelSummary, optimizer: Optimizer | None) -> None:
         try:
             from rich.console import Console
         except ImportError:
-            print(summary.text())
-            return
-        console = Console()
-        if console.is_terminal or console.is_jupyter:
+            console = None
+        else:
+            console = Console()
+        if console is not None and (console.is_terminal or console.is_jupyter):
             _print_rich(summary, console)
         else:  # rich takes a file for 80 columns wide, and cuts numbers off
             print(summary.text())
+        print(summary.memory_text(optimizer))
 
 
 def _print_rich(summary: ModelSummary, console: Console) -> None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch asks of a model: tokens and model FLOPs. Never waits for the device before log time.
+"""What a batch asks of a model: tokens, model FLOPs and hardware FLOPs. Never waits for the device before log time.
 
 Model FLOPs are those of forward and backward (three times forward: backward makes two products for each one of
 forward), without anything recomputed, as in PaLM (arXiv 2204.02311, appendix B). Only the experts a token visits count.
+Hardware FLOPs are those of the products that are really made: without the gradients that frozen parameters spare; what
+is made a second time would count here.
 
 Legend: B rows of a batch.
 """
@@ -18,6 +20,7 @@ from typing import Any, TypeAlias
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_moefold.callbacks.freezing import Savings
 from lightning_moefold.models import MoECausalLM
 
 BACKWARD_AND_FORWARD = 3
@@ -68,8 +71,26 @@ def read_shape(batch: Any, token_count_fn: TokenCount | None, count_padding: boo
     return BatchShape(ids.shape[0], ids.shape[1], mask.bool().sum(1) if masked else None)
 
 
+@dataclass(frozen=True)
+class Work:
+    """Work of some batches on this rank; NaN where not known.
+
+    Args:
+        tokens: Tokens.
+        flops: Model FLOPs.
+        hardware_flops: Hardware FLOPs; the model's where nothing else is known.
+    """
+
+    tokens: float
+    flops: float
+    hardware_flops: float
+
+
+NOT_KNOWN = Work(UNKNOWN, UNKNOWN, UNKNOWN)
+
+
 class WorkModel:
-    """Counts tokens and model FLOPs for one LightningModule.
+    """Counts tokens and FLOPs for one LightningModule.
 
     FLOPs come from the module's attribute ``flops_per_batch`` (a number: of this rank's batch, as in Lightning's
     ThroughputMonitor), else from its ``flops_per_token`` (a number, or a function of the row's length), both for
@@ -83,14 +104,19 @@ class WorkModel:
 
     def __init__(self, module: pl.LightningModule, token_count_fn: TokenCount | None, count_padding: bool) -> None:
         self.module, self.token_count_fn, self.count_padding = module, token_count_fn, count_padding
-        self._flops_per_token = _flops_per_token(module)
+        models = [m for m in module.modules() if isinstance(m, MoECausalLM)]
+        self._model = models[0] if len(models) == 1 else None
+        self._stated = getattr(module, "flops_per_token", None)
         # Asked once: a look-up that fails is slow in a Module.
         self._states_flops = getattr(module, "flops_per_batch", None) is not None
+        # Cached: the sum over layers is asked for again with every batch.
+        self._per_token = lru_cache(maxsize=4096)(self._flops_per_token)
+        self._savings = lru_cache(maxsize=1)(self._savings_of)
 
     @property
     def knows_flops(self) -> bool:
         """Whether model FLOPs can be told."""
-        return self._flops_per_token is not None or self._states_flops
+        return self._states_flops or self._stated is not None or self._model is not None
 
     def read(self, batch: Any) -> BatchShape | None:
         """What is to be remembered of a batch."""
@@ -100,30 +126,40 @@ class WorkModel:
         flops: Any = self.module.flops_per_batch
         return replace(shape or BatchShape(0, 0), flops=float(flops))
 
-    def count(self, shapes: Iterable[BatchShape | None]) -> tuple[float, float]:
-        """Tokens and model FLOPs of batches; NaN where not known. Waits for the device if rows are padded."""
-        tokens = flops = 0.0
+    def count(self, shapes: Iterable[BatchShape | None]) -> Work:
+        """Work of batches. Waits for the device if rows are padded."""
+        tokens = flops = hardware = 0.0
+        frozen = self._frozen()
         for shape in shapes:
             if shape is None:
-                return UNKNOWN, UNKNOWN
+                return NOT_KNOWN
             by_length = shape.rows_by_length()
             tokens += sum(rows * length for length, rows in by_length.items()) if shape.rows else UNKNOWN
-            flops += self._flops(by_length) if shape.flops is None else shape.flops
-        return tokens, flops
+            if shape.flops is not None:
+                flops, hardware = flops + shape.flops, hardware + shape.flops
+                continue
+            for length, rows in by_length.items():
+                per_token = self._per_token(length, frozen) if length else (0.0, 0.0)
+                flops += rows * length * per_token[0]
+                hardware += rows * length * per_token[1]
+        return Work(tokens, flops, hardware)
 
-    def _flops(self, rows_by_length: Mapping[int, int]) -> float:
-        if self._flops_per_token is None:
-            return UNKNOWN
-        return sum(rows * length * self._flops_per_token(length) for length, rows in rows_by_length.items() if length)
+    def _frozen(self) -> frozenset[str]:
+        if self._model is None:
+            return frozenset()
+        return frozenset(name for name, p in self._model.named_parameters() if not p.requires_grad)
 
+    def _savings_of(self, frozen: frozenset[str]) -> Savings:
+        assert self._model is not None
+        return Savings(self._model.config, frozen)
 
-def _flops_per_token(module: pl.LightningModule) -> Callable[[int], float] | None:
-    stated = getattr(module, "flops_per_token", None)
-    if stated is not None:
-        return stated if callable(stated) else lambda _: float(stated)
-    models = [m for m in module.modules() if isinstance(m, MoECausalLM)]
-    if len(models) != 1:
-        return None
-    config = models[0].config
-    # Cached: the sum over layers is asked for again with every batch.
-    return lru_cache(maxsize=4096)(lambda length: BACKWARD_AND_FORWARD * config.forward_flops_per_token(length))
+    def _flops_per_token(self, length: int, frozen: frozenset[str]) -> tuple[float, float]:
+        """Model and hardware FLOPs of a token in a row of ``length``."""
+        if self._stated is not None:
+            flops = float(self._stated(length) if callable(self._stated) else self._stated)
+            return flops, flops
+        if self._model is None:
+            return UNKNOWN, UNKNOWN
+        config = self._model.config
+        flops = BACKWARD_AND_FORWARD * config.forward_flops_per_token(length)
+        return flops, flops - self._savings(frozen).per_token(length)

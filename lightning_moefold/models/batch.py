@@ -4,21 +4,24 @@
 Errors in the data (a token id outside the vocabulary, too few rows) are only *noted* here: all ranks agree on them
 before one raises (:mod:`.losses`), or its peers would wait for it forever.
 
-Legend: B rows, S positions, N = B * S tokens, T tokens of this tp rank, V vocabulary, M micro-batches.
+Legend: B rows, S positions, L positions of this cp rank, N = B * L tokens, T tokens of this tp rank, V vocabulary, M
+micro-batches.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_moefold.layout import even_split
-from lightning_moefold.mesh import Axis
+from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.modules.context import ContextLayout, Exchange
 from lightning_moefold.modules.rotary import rotary_tables
-from lightning_moefold.modules.sequence import RoutingStatistics, SequenceBatch, visible_keys
+from lightning_moefold.modules.sequence import RoutingStatistics, SequenceBatch
 
 IGNORED = -100
 
@@ -30,10 +33,12 @@ class CausalLMBatch:
     Args:
         token_N: Token ids, each within the vocabulary (bad ones replaced).
         sequence: What the layers need.
+        true_length: S as given; rows may be padded.
         labels: The labels as given, ``[B, S]``, for a custom loss.
         target_N: The label each position predicts; ``IGNORED`` where none.
         weight_N: Weight of each position's loss.
         labelled_index: Positions that have a target.
+        fingerprint: A number below 2^20 for the data of all cp ranks, on the device.
         routing: Routing statistics of the layers, as the decoder collects them.
         faults: Float vector ``[bad ids, bad labels, missing rows, malformed]`` on the device, zero where all is well.
         error: Why the batch could not be read, where an empty one stands in its place.
@@ -41,36 +46,42 @@ class CausalLMBatch:
 
     token_N: Tensor
     sequence: SequenceBatch
+    true_length: int
     labels: Tensor | None
     target_N: Tensor
     weight_N: Tensor
     labelled_index: Tensor
     faults: Tensor
+    fingerprint: Tensor
     routing: list[RoutingStatistics]
-    _position_BS: Tensor
+    _position_BL: Tensor
     _config: MoEConfig
     error: ValueError | None = None
-
-    @property
-    def rows(self) -> int:
-        """B."""
-        return self.sequence.rows
-
-    @property
-    def length(self) -> int:
-        """S."""
-        return self.sequence.length
 
     def place(self, dtype: torch.dtype) -> None:
         """Makes the rotary tables, once the dtype of the hidden states is known."""
         config = self._config
-        tables = rotary_tables(self._position_BS, config.head_dim, config.rope_theta, dtype, config.rope_scaling_factor)
-        self.sequence.cos_BSh, self.sequence.sin_BSh = tables
+        tables = rotary_tables(self._position_BL, config.head_dim, config.rope_theta, dtype, config.rope_scaling_factor)
+        self.sequence.cos_BLh, self.sequence.sin_BLh = tables
+
+
+class BatchAxes(NamedTuple):
+    """Over which ranks a batch is spread, and how attention brings it together again.
+
+    Args:
+        tp: Tokens.
+        cp: Positions of each row.
+        exchange: How attention works over cp.
+    """
+
+    tp: Axis = SINGLE
+    cp: Axis = SINGLE
+    exchange: Exchange = "auto"
 
 
 def read_batch(
     config: MoEConfig,
-    tp: Axis,
+    axes: BatchAxes,
     num_microbatches: int,
     *,
     input_ids: Tensor,
@@ -85,7 +96,7 @@ def read_batch(
 
     Args:
         config: The model's configuration.
-        tp: Axis over which tokens are spread.
+        axes: Over which rows are cut and tokens spread.
         num_microbatches: M.
         input_ids: ``[B, S]``.
         labels: ``[B, S]`` or None; likewise the others.
@@ -102,29 +113,66 @@ def read_batch(
     target_BS = _targets(labels, document_ids, input_ids)
     bad_label = (target_BS != IGNORED) & ((target_BS < 0) | (target_BS >= vocab))
     bad_token = (input_ids < 0) | (input_ids >= vocab)
-    missing = torch.tensor([max(0, num_microbatches - rows), 0], device=device)
+    # Without labels no loss is formed; the last batch of a prediction may be short.
+    missing = torch.tensor([0 if labels is None else max(0, num_microbatches - rows), 0], device=device)
     faults = torch.cat([torch.stack([bad_token.sum(), bad_label.sum()]), missing])
-    target_N = target_BS.masked_fill(bad_label, 0).flatten()
+    target_BS = target_BS.masked_fill(bad_label, 0)
+    token_BS = input_ids.masked_fill(bad_token, 0)
     weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else _shift(loss_weights, 0)
-    sequence = SequenceBatch(rows, length, tp=tp)
-    sequence.num_microbatches = num_microbatches
+    sequence = SequenceBatch(rows, ContextLayout.padded(length, axes.cp.size), tp=axes.tp, cp=axes.cp)
+    sequence.num_microbatches, sequence.exchange = num_microbatches, axes.exchange
     mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
     needed_BS = None if keep_all or labels is None or mask is None else mask.bool() | (target_BS != IGNORED)
-    sequence.mask_BSS = visible_keys(None if _is_trailing(mask, needed_BS) else mask, run_BS)
-    _mark_tokens(sequence, mask, needed_BS, num_microbatches, device)
+    here = _Cut(sequence.layout, length, device)
+    if run_BS is not None:
+        sequence.document_BS = here.pad(run_BS, run_BS[:, -1:])
+    if mask is not None and not _is_trailing(mask, needed_BS):
+        sequence.real_BS = here.pad(mask.bool(), True)
+    _mark_tokens(sequence, here, mask, needed_BS)
     sequence.wants_routing = config.output_router_logits and config.num_moe_layers > 0
+    position_BS = _positions(position_ids, run_BS if document_ids is not None else None, length, device)
+    target_N = here.cut(target_BS, IGNORED).flatten()
+    place_N = torch.arange(token_BS.numel(), device=device) % 8191 + 1
     return CausalLMBatch(
-        token_N=input_ids.masked_fill(bad_token, 0).flatten(),
+        token_N=here.cut(token_BS, 0).flatten(),
         sequence=sequence,
+        true_length=length,
         labels=labels,
         target_N=target_N,
-        weight_N=weight_BS.flatten(),
+        weight_N=here.cut(weight_BS, 0).flatten(),
         labelled_index=(target_N != IGNORED).nonzero().squeeze(1),
         faults=faults.double(),
+        fingerprint=((token_BS + 31 * target_BS).flatten() * place_N).sum() % 1048573,
         routing=[],
-        _position_BS=_positions(position_ids, run_BS if document_ids is not None else None, length, device),
+        _position_BL=here.cut(position_BS, 0),
         _config=config,
     )
+
+
+class _Cut:
+    """Takes this cp rank's positions of whole rows.
+
+    Args:
+        layout: Which they are.
+        length: S as given.
+        device: Of the rows.
+    """
+
+    def __init__(self, layout: ContextLayout, length: int, device: torch.device) -> None:
+        self.length, self.padding, self.device = length, layout.length - length, device
+        self.index = layout.positions(device) if layout.cp.size > 1 else None
+
+    def pad(self, x_BS: Tensor, value: Tensor | float) -> Tensor:
+        """Whole rows, padded."""
+        if self.padding == 0:
+            return x_BS
+        if not isinstance(value, Tensor):
+            value = x_BS.new_full((x_BS.shape[0], 1), value)
+        return torch.cat([x_BS, value.expand(-1, self.padding)], dim=1)
+
+    def cut(self, x_BS: Tensor, value: float) -> Tensor:
+        """``[B, S] -> [B, L]``."""
+        return x_BS if self.index is None else self.pad(x_BS, value).index_select(1, self.index)
 
 
 def _is_trailing(mask_BS: Tensor | None, needed_BS: Tensor | None) -> bool:
@@ -136,12 +184,12 @@ def _is_trailing(mask_BS: Tensor | None, needed_BS: Tensor | None) -> bool:
 
 
 def stand_in(
-    config: MoEConfig, tp: Axis, num_microbatches: int, device: torch.device, error: ValueError
+    config: MoEConfig, axes: BatchAxes, num_microbatches: int, device: torch.device, error: ValueError
 ) -> CausalLMBatch:
     """A batch without labels for a rank whose own cannot be read, so that its peers do not wait for it before all raise."""
     input_ids = torch.zeros(num_microbatches, 2, dtype=torch.int64, device=device)
     batch = read_batch(
-        config, tp, num_microbatches, input_ids=input_ids, labels=None, attention_mask=None, position_ids=None,
+        config, axes, num_microbatches, input_ids=input_ids, labels=None, attention_mask=None, position_ids=None,
         document_ids=None, loss_weights=None, keep_all=False,
     )  # fmt: skip
     batch.error = error
@@ -225,25 +273,21 @@ def _positions(position_ids: Tensor | None, run_BS: Tensor | None, length: int, 
     return place_1S - start_BS
 
 
-def _mark_tokens(
-    sequence: SequenceBatch, mask: Tensor | None, needed_BS: Tensor | None, num_microbatches: int, device: torch.device
-) -> None:
+def _mark_tokens(sequence: SequenceBatch, here: _Cut, mask: Tensor | None, needed_BS: Tensor | None) -> None:
     """Which of this rank's tokens are routed, which are counted, and to which micro-batch each belongs.
 
     Padding whose output nobody asks for is routed nowhere: exact, and it saves the experts' work.
     """
-    if sequence.padding or needed_BS is not None:
-        real_BS = (
-            torch.ones(sequence.rows, sequence.length, dtype=torch.bool, device=device)
-            if needed_BS is None
-            else needed_BS
-        )
-        sequence.routed_T = sequence.shard(real_BS.flatten(), value=False)
+    device = here.device
+    true_BS = torch.ones(sequence.rows, here.length, dtype=torch.bool, device=device)
+    if sequence.padding or here.padding or needed_BS is not None:
+        routed_BL = here.cut(true_BS if needed_BS is None else needed_BS, False)
+        sequence.routed_T = sequence.shard(routed_BL.flatten(), value=False)
         sequence.num_routed = int(sequence.routed_T.sum())
-    if sequence.padding or mask is not None:
-        counted_BS = torch.ones(sequence.rows, sequence.length, device=device) if mask is None else mask
-        sequence.counted_T = sequence.shard(counted_BS.bool().flatten(), value=False)
-    if num_microbatches > 1:
-        sizes = torch.tensor(even_split(sequence.rows, num_microbatches), device=device)
-        microbatch_B = torch.arange(num_microbatches, device=device).repeat_interleave(sizes)
+    if sequence.padding or here.padding or mask is not None:
+        counted_BL = here.cut(true_BS if mask is None else mask.bool(), False)
+        sequence.counted_T = sequence.shard(counted_BL.flatten(), value=False)
+    if sequence.num_microbatches > 1:
+        sizes = torch.tensor(even_split(sequence.rows, sequence.num_microbatches), device=device)
+        microbatch_B = torch.arange(sequence.num_microbatches, device=device).repeat_interleave(sizes)
         sequence.microbatch_T = sequence.shard(microbatch_B.repeat_interleave(sequence.length))

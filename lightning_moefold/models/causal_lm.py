@@ -7,7 +7,8 @@ Legend: B rows, S positions, N = B * S tokens, T tokens of this tp rank, D hidde
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,17 +17,22 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_moefold import comm
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
 from lightning_moefold.layout import ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE
-from lightning_moefold.models.batch import CausalLMBatch, read_batch, stand_in
+from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.generation import Sampling, generate
 from lightning_moefold.models.hf_config import to_hf_config
 from lightning_moefold.models.losses import GlobalLoss, Losses
 from lightning_moefold.models.names import parameter_entries
+from lightning_moefold.models.unequal import UnequalCalls
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
 from lightning_moefold.modules.base import ParallelRoot, wide
+from lightning_moefold.modules.cache import KeyValueCache
+from lightning_moefold.modules.context import Exchange
 from lightning_moefold.modules.sequence import RoutingStatistics
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
@@ -133,6 +139,8 @@ class MoECausalLM(ParallelRoot):
     Args:
         config: The model's configuration.
 
+    Attributes:
+        unequal: The context of unequal calls that is open, if one is.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -143,11 +151,13 @@ class MoECausalLM(ParallelRoot):
         self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, tied)
         self.num_microbatches = 1
         self.pipeline: PipelineRunner | None = None
+        self.context_parallel_exchange: Exchange = "auto"
         self.layouts = {
             name: ParameterLayout(entry.shape, ParameterPlan()) for name, entry in parameter_entries(config).items()
         }
         self.source: WeightSource | None = None
         self.weights_pending = False
+        self.unequal: UnequalCalls | None = None
         if config.router_aux_loss_coef > 0 and not config.output_router_logits and config.num_moe_layers:
             warnings.warn(
                 f"router_aux_loss_coef={config.router_aux_loss_coef} has no effect because output_router_logits is off, as "
@@ -249,6 +259,7 @@ class MoECausalLM(ParallelRoot):
         loss_weights: Tensor | None = None,
         loss_fn: LossFunction | None = None,
         gather_logits: bool = False,
+        cache: KeyValueCache | None = None,
         **extras: Any,
     ) -> CausalLMOutput:
         """Runs the model on this data rank's rows. Collective: all ranks call it together.
@@ -265,6 +276,8 @@ class MoECausalLM(ParallelRoot):
             loss_fn: ``loss_fn(logits, labels, **extras) -> (sum, weight)`` in place of cross-entropy, with whole logits
                 ``[B, S, V]``; the loss is the sum over all ranks divided by the weight over all ranks.
             gather_logits: Return whole logits on every rank even with tensor parallelism, or beside labels.
+            cache: Keys and values of the positions before ``input_ids``, to which those of ``input_ids`` are added; the
+                logits are then ``[B, 1, V]``, of the last position, on every rank. For :meth:`generate`.
             **extras: Passed to ``loss_fn``; without one, an unknown argument is an error.
 
         Returns:
@@ -272,7 +285,7 @@ class MoECausalLM(ParallelRoot):
 
         Raises:
             ValueError: If shapes disagree, a token id or label lies outside the vocabulary on any rank (raised on all),
-                or a rank has fewer rows than there are micro-batches.
+                or a rank has labels and fewer rows than there are micro-batches.
             TypeError: For an argument that nobody takes.
         """
         if extras and loss_fn is None:
@@ -286,21 +299,39 @@ class MoECausalLM(ParallelRoot):
             }  # fmt: skip
             with torch.autocast(input_ids.device.type, enabled=False):
                 return self.pipeline.run(tensors, loss_fn, gather_logits, extras)
+        cp = SINGLE if self.mesh is None else self.mesh.axis("cp")
+        axes = BatchAxes(self.tp, cp, self.context_parallel_exchange)
         try:
             batch = read_batch(
-                self.config, self.tp, self.num_microbatches, input_ids=input_ids, labels=labels,
+                self.config, axes, self.num_microbatches, input_ids=input_ids, labels=labels,
                 attention_mask=attention_mask, position_ids=position_ids, document_ids=document_ids,
                 loss_weights=loss_weights, keep_all=gather_logits or loss_fn is not None,
             )  # fmt: skip
         except ValueError as error:  # raised below, together with all ranks
-            batch = stand_in(self.config, self.tp, self.num_microbatches, input_ids.device, error)
+            batch, cache = stand_in(self.config, axes, self.num_microbatches, input_ids.device, error), None
+        batch.sequence.cache = cache
         with torch.autocast(input_ids.device.type, enabled=False):
             x_ND = batch.sequence.gather(self.model(batch))
-            wants_logits = gather_logits or (labels is None and self.tp.size == 1)
-            logits = self.lm_head.logits(x_ND).view(batch.rows, batch.length, -1) if wants_logits or loss_fn else None
+            wants_logits = gather_logits or cache is not None or (labels is None and self.tp.size == 1)
+            logits = self._logits(x_ND, batch) if wants_logits or loss_fn else None
             local = self._local_loss(x_ND, logits, batch, loss_fn, extras)
             losses = GlobalLoss(self.config, self.mesh).reduce(local, batch)
         return self._output(losses, logits if wants_logits else None, labels is not None)
+
+    def _logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
+        """Logits of whole rows, ``[B, S, V]``, on every rank of a data replica; with a cache of the last position only.
+
+        Gradients of cp ranks are summed.
+        """
+        x_BLD = x_ND.view(batch.sequence.rows, batch.sequence.length, -1)
+        if batch.sequence.cache is not None:
+            return self.lm_head.logits(x_BLD[:, -1]).unsqueeze(1)
+        layout = batch.sequence.layout
+        logits_BLV = self.lm_head.logits(x_ND).view(*x_BLD.shape[:2], -1)
+        if layout.cp.size == 1:
+            return logits_BLV
+        logits_SBV = comm.all_gather(logits_BLV.transpose(0, 1).contiguous(), layout.cp)
+        return logits_SBV.index_select(0, layout.order(x_ND.device)[: batch.true_length]).transpose(0, 1)
 
     def _local_loss(
         self,
@@ -316,7 +347,9 @@ class MoECausalLM(ParallelRoot):
         if loss_fn is not None:
             total, weight = loss_fn(logits, batch.labels, **extras)
             total = total.to(wide(total.dtype))
-            return total, torch.as_tensor(weight, device=total.device, dtype=torch.float64).detach()
+            weight = torch.as_tensor(weight, device=total.device, dtype=torch.float64).detach()
+            # cp ranks have computed the same, and gradients are summed over them: each has an equal share of it.
+            return total / batch.sequence.layout.cp.size, weight / batch.sequence.layout.cp.size
         labelled = batch.labelled_index
         weight_N = batch.weight_N[labelled].to(wide(x_ND.dtype))
         total = self.lm_head.cross_entropy(x_ND.index_select(0, labelled), batch.target_N[labelled], weight_N)
@@ -329,6 +362,58 @@ class MoECausalLM(ParallelRoot):
         if losses.aux is not None:
             loss = loss + self.config.router_aux_loss_coef * losses.aux
         return CausalLMOutput(loss, losses.lm, losses.aux, logits)
+
+    def unequal_calls(self) -> AbstractContextManager[Any]:
+        """A context in which ranks may call this model a different number of times, without gradients.
+
+        Collective: every rank enters and leaves it; leaving waits for the ranks that still call. Inside another one, such
+        as that of ``Trainer.predict``, it does nothing of its own.
+        """
+        return UnequalCalls([self]) if self.unequal is None else nullcontext()
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 20,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continues prompts, as ``transformers``' method of this name does. Collective: all ranks call it together.
+
+        Each data rank gives its own prompts, as many as it likes (zero too); the ranks of a tp group give the same ones.
+        The model is in evaluation mode meanwhile, without gradients.
+
+        Args:
+            input_ids: ``[B, S]``, shorter prompts padded on the left.
+            attention_mask: ``[B, S]``, 0 for padding. Without one, ``pad_token_id`` marks it, unless that ends texts too.
+            max_new_tokens: Most tokens to add.
+            do_sample: Draw the next token instead of taking the most probable one. The rest is without effect otherwise.
+            temperature: Divides the logits.
+            top_k: Draw from this many most probable tokens.
+            top_p: Draw from the fewest most probable tokens that have at least this probability together.
+            eos_token_id: Ends a text, one or several; by default the checkpoint's, ``()`` for none.
+            pad_token_id: Follows the end of a text while others go on; by default the checkpoint's, else the first
+                ``eos_token_id``.
+            seed: Of the draws. Row b of data rank r of R draws as row ``b * R + r``, so prompts dealt in turn to the data
+                ranks get the same texts under every fold. By default from torch's generator.
+
+        Returns:
+            ``[B, S + new]``, prompts included; ``new`` is what this rank's longest text needed. The same on all ranks of a
+            tp group.
+
+        Raises:
+            ValueError: If a prompt is empty, padded on the right, longer than ``max_position_embeddings`` or holds a
+                token outside the vocabulary, or an argument is out of range.
+            PeerError: If that happened on another rank.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed) if do_sample else None
+        return generate(self, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, pad_token_id)
 
     # ---- writing -----------------------------------------------------------------------------------------------
 

@@ -220,10 +220,14 @@ class MoEConfig:
                     weights += 3 * self.hidden_size * self.shared_expert_intermediate_size + self.hidden_size
             else:
                 weights += 3 * self.hidden_size * self.intermediate_size
-            window = min(self.sliding_windows[index] or sequence_length, sequence_length)
-            keys += window * (1 - (window - 1) / (2 * sequence_length)) if window else 0
+            keys += self.attended_keys(index, sequence_length)
         weights += self.vocab_size * self.hidden_size
         return 2 * weights + 2 * 2 * q * keys
+
+    def attended_keys(self, index: int, sequence_length: int) -> float:
+        """Keys that a causal query of layer ``index`` sees, on average over a sequence."""
+        window = min(self.sliding_windows[index] or sequence_length, sequence_length)
+        return window * (1 - (window - 1) / (2 * sequence_length)) if window else 0.0
 
     # ---- reading -----------------------------------------------------------------------------------------------
 

@@ -58,9 +58,11 @@ class GlobalLoss:
         statistics = batch.routing
         zero = batch.faults.new_zeros(2)
         sums = zero if local is None else torch.stack([local[0].detach().double(), local[1].detach().double()])
-        # tp ranks computed the same sums: one of them contributes. Their tokens, hence statistics, are distinct.
-        first = self.mesh is None or self.mesh.tp.index == 0
-        head = torch.cat([sums, batch.faults]) if first else torch.cat([zero, torch.zeros_like(batch.faults)])
+        # tp ranks computed the same sums, and cp ranks, too, found the same faults: one of them contributes. The tokens,
+        # hence statistics, of all ranks are distinct.
+        first_tp = self.mesh is None or self.mesh.tp.index == 0
+        first_cp = self.mesh is None or self.mesh.axis("cp").index == 0
+        head = torch.cat([sums if first_tp else zero, batch.faults * (first_tp and first_cp)])
         counts_ME = probability_ME = None
         parts = [head]
         if statistics:
@@ -83,25 +85,24 @@ class GlobalLoss:
     def _fingerprints(self, batch: CausalLMBatch) -> Tensor:
         """A small number for this rank's data and its square, in the slots of its data rank.
 
-        Ranks of a tp group must be given the same batch. They are exactly if, in every slot, tp times the sum of
-        squares is the square of the sum; otherwise a run goes on with garbage and a plausible loss.
+        Ranks of a tp or cp group must be given the same batch. They are exactly if, in every slot, the number of ranks
+        times the sum of squares is the square of the sum; otherwise a run goes on with garbage and a plausible loss.
         """
-        if self.mesh is None or self.mesh.tp.size == 1:
+        if self.mesh is None or self.mesh.fold.tp * self.mesh.fold.cp == 1:
             return batch.faults.new_zeros(0)
-        place_N = torch.arange(batch.token_N.shape[0], device=batch.token_N.device) % 8191 + 1
-        number = ((batch.token_N + 31 * batch.target_N) * place_N).sum() % 1048573
-        slots = batch.faults.new_zeros(self.mesh.dp_cp.size, 2)
-        slots[self.mesh.dp_cp.index] = torch.stack([number, number * number]).double()
+        number = batch.fingerprint.double()
+        slots = batch.faults.new_zeros(self.mesh.fold.dp, 2)
+        slots[self.mesh.place["dp"]] = torch.stack([number, number * number])
         return slots.flatten()
 
     def _check_fingerprints(self, prints: Tensor) -> None:
         if self.mesh is None or not len(prints):
             return
         number, square = prints.view(-1, 2).unbind(1)
-        if bool((square * self.mesh.tp.size != number * number).any()):
+        if bool((square * (self.mesh.fold.tp * self.mesh.fold.cp) != number * number).any()):
             raise ValueError(
-                "ranks of a tensor parallel group were given different batches, but they compute one batch together; shard "
-                "the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed that all ranks share."
+                "ranks of a tensor or context parallel group were given different batches, but they compute one batch "
+                "together; shard the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed that all ranks share."
             )
 
     def _language_loss(self, local: Tensor, total: Tensor, weight: Tensor) -> Tensor:

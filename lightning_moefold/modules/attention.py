@@ -5,7 +5,7 @@ Query heads are split as evenly as possible. Where tp divides the query (or the 
 their projections. Where it does not, those weights are replicated: each rank uses just the rows of its own query heads,
 or of the key/value heads that they need, and the gradients are partial (summed over tp).
 
-Legend: N tokens, B rows, S positions, D hidden size, d head size, Q local query heads, V local key/value heads.
+Legend: N tokens, B rows, S positions, K keys, D hidden size, d head size, Q local query heads, V local key/value heads.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_sp
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.alone import run_alone
 from lightning_moefold.modules.base import Linear, ParallelRoot, local
+from lightning_moefold.modules.blockwise import Seen, Span
+from lightning_moefold.modules.context import context_attention
 from lightning_moefold.modules.norm import RMSNorm
 from lightning_moefold.modules.rotary import rotary_tables, rotate
 from lightning_moefold.modules.sequence import SequenceBatch
+
+#: The longest row for which a mask is built whole; longer ones go block by block.
+_WHOLE_MASK = 4096
 
 
 class Attention(ParallelRoot):
@@ -137,7 +142,10 @@ class Attention(ParallelRoot):
         q_BSQd = self._heads(_project(self.q_proj, x_ND, self._q_rows), rows, length, self.q_norm, batch)
         k_BSVd = self._heads(_project(self.k_proj, x_ND, self._kv_rows), rows, length, self.k_norm, batch)
         v_BSVd = _project(self.v_proj, x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
-        y_NO = self._attend(q_BSQd, k_BSVd, v_BSVd, batch)
+        mask = None
+        if batch.cache is not None:
+            k_BSVd, v_BSVd, mask = batch.cache.extend(self, self.sliding_window, k_BSVd, v_BSVd)
+        y_NO = self._attend(q_BSQd, k_BSVd, v_BSVd, batch, mask)
         o_weight = local(self.o_proj.weight)
         o_weight = o_weight if self._q_rows is None else o_weight[:, self._q_rows]
         y_TD = batch.reduce_scatter(F.linear(y_NO, o_weight))
@@ -163,30 +171,43 @@ class Attention(ParallelRoot):
         if self.rope_theta is not None:
             position_1S = torch.arange(length, device=x_BSD.device).unsqueeze(0)
             dtype = compute_dtype or x_BSD.dtype
-            batch.cos_BSh, batch.sin_BSh = rotary_tables(position_1S, self.head_dim, self.rope_theta, dtype)
+            batch.cos_BLh, batch.sin_BLh = rotary_tables(position_1S, self.head_dim, self.rope_theta, dtype)
         return batch
 
     def _heads(self, x_NO: Tensor, rows: int, length: int, norm: RMSNorm | None, batch: SequenceBatch) -> Tensor:
         x_BSHd = x_NO.view(rows, length, x_NO.shape[-1] // self.head_dim, self.head_dim)
         if norm is not None:
             x_BSHd = norm(x_BSHd)
-        if batch.cos_BSh is not None and batch.sin_BSh is not None:
-            x_BSHd = rotate(x_BSHd, batch.cos_BSh, batch.sin_BSh)
+        if batch.cos_BLh is not None and batch.sin_BLh is not None:
+            x_BSHd = rotate(x_BSHd, batch.cos_BLh, batch.sin_BLh)
         return x_BSHd
 
-    def _attend(self, q_BSQd: Tensor, k_BSVd: Tensor, v_BSVd: Tensor, batch: SequenceBatch) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BSQd, k_BSVd, v_BSVd))
-        mask = batch.mask_for(self.sliding_window, q.device) if self.causal else None
+    def _attend(
+        self, q_BLQd: Tensor, k_BKVd: Tensor, v_BKVd: Tensor, batch: SequenceBatch, mask: Tensor | None
+    ) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BLQd, k_BKVd, v_BKVd))
         if self.kv_of_head is not None:
             index = torch.tensor(self.kv_of_head, device=k.device)
             k, v = k.index_select(1, index), v.index_select(1, index)
-        elif mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
-            # No CUDA kernel but the slow one takes a mask and groups of heads together.
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        y_BQSd = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=self.causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return y_BQSd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
+        visibility, layout = batch.visibility(self.sliding_window), batch.layout
+        if mask is not None:
+            y_BQLd = _attend_to_row(q, k, v, mask, self.causal)
+        elif layout.cp.size == 1 and (visibility.is_causal or layout.length <= _WHOLE_MASK or not self.causal):
+            y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
+        else:
+            y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)
+        return y_BQLd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
+
+
+def _attend_to_row(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor, causal: bool) -> Tensor:
+    """Attention of whole rows in one kernel, ``[B, Q, S, d]``."""
+    mask = seen if isinstance(seen, Tensor) and causal else None
+    if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
+        # No CUDA kernel but the slow one takes a mask and groups of heads together.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def _project(projection: Linear, x_ND: Tensor, rows: slice | None) -> Tensor:

@@ -44,12 +44,11 @@ class MoELayer(ParallelRoot):
         routing: Of the latest forward pass in training, with ``keep_routing``.
         load_E: How often each expert was chosen on this rank in training since somebody last reset it (int64; padding
             left out).
+        dropped: How many of these choices no expert served, for want of capacity (int64 scalar; 0 while dropless).
 
     Raises:
         ValueError: Unless either ``ffn_hidden_size`` or ``expert`` is given.
     """
-
-    load_E: Tensor
 
     def __init__(
         self,
@@ -84,7 +83,17 @@ class MoELayer(ParallelRoot):
         self.dispatcher = AllToAllDispatcher(num_experts)
         self.keep_routing = keep_routing
         self.routing: Routing | None = None
-        self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        # Not buffers: those are made alike on all ranks before each step, and counters are each rank's own.
+        self.load_E = torch.zeros(num_experts, dtype=torch.int64)
+        self.dropped = torch.zeros((), dtype=torch.int64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
+        """Moves the counters with the layer; they begin anew."""
+        super()._apply(fn, recurse)
+        self.load_E, self.dropped = (
+            torch.zeros_like(fn(counter), dtype=torch.int64) for counter in (self.load_E, self.dropped)
+        )
+        return self
 
     def bind(self, mesh: FoldedMesh) -> None:
         """Makes the dispatcher of this fold."""

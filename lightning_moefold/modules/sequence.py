@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """SequenceBatch: what the layers must know about a batch besides its hidden states.
 
-Between blocks the hidden states are just tokens: the rows of a batch are flattened to N = B * S tokens, padded to a
-multiple of tp, and each tensor parallel rank holds T of them (sequence parallelism). Nothing but attention cares where
-a row ends, so nothing is communicated between attention and MoE.
+Between blocks the hidden states are just tokens: of each row a context parallel rank holds L positions; they are
+flattened to N = B * L tokens, padded to a multiple of tp, and each tensor parallel rank holds T of them (sequence
+parallelism). Nothing but attention cares where a row ends, so nothing is communicated between attention and MoE.
 
-Legend: B rows, S positions per row, N = B * S, P = N padded to a multiple of tp, T = P / tp, D hidden size.
+Legend: B rows, S positions per row, L = S / cp (rows padded as :mod:`.context` says), N = B * L, P = N padded to a
+multiple of tp, T = P / tp, D hidden size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import SINGLE, Axis
+from lightning_moefold.modules.blockwise import Visibility
+from lightning_moefold.modules.cache import KeyValueCache
+from lightning_moefold.modules.context import ContextLayout, Exchange
 
 
 @dataclass
@@ -41,13 +44,17 @@ class SequenceBatch:
 
     Args:
         rows: B.
-        length: S.
-        cos_BSh: Rotary table, or None where positions are not used.
-        sin_BSh: Likewise.
+        length: S, padded; L positions of each row are here.
+        cos_BLh: Rotary table, or None where positions are not used.
+        sin_BLh: Likewise.
         tp: Tensor parallel axis over which the tokens are spread.
+        cp: Context parallel axis over which rows are cut.
 
     Attributes:
-        mask_BSS: Which key each query may see beyond what causality says, bool, broadcastable over rows; None for all.
+        layout: Which positions are on this rank.
+        document_BS: Number of each position's document, where rows hold several.
+        real_BS: False for padding that queries must not see.
+        exchange: How attention works over cp.
         routed_T: False for tokens that go to no expert; None if all go.
         num_routed: How many of ``routed_T`` are True, so that no layer has to ask the device.
         counted_T: False for tokens that routing statistics leave out; None if all count.
@@ -55,14 +62,19 @@ class SequenceBatch:
         num_microbatches: M.
         wants_routing: Whether somebody asks for routing statistics.
         routing: Where an MoE layer puts its statistics, for its decoder layer to return.
+        cache: Keys and values of earlier positions, while text is generated; else None.
     """
 
     def __init__(
-        self, rows: int, length: int, cos_BSh: Tensor | None = None, sin_BSh: Tensor | None = None, *, tp: Axis = SINGLE
-    ) -> None:
-        self.rows, self.length, self.tp = rows, length, tp
-        self.cos_BSh, self.sin_BSh = cos_BSh, sin_BSh
-        self.mask_BSS: Tensor | None = None
+        self, rows: int, length: int, cos_BLh: Tensor | None = None, sin_BLh: Tensor | None = None, *, tp: Axis = SINGLE,
+        cp: Axis = SINGLE,
+    ) -> None:  # fmt: skip
+        self.rows, self.tp, self.layout = rows, tp, ContextLayout(length, cp)
+        self.length = length // cp.size
+        self.cos_BLh, self.sin_BLh = cos_BLh, sin_BLh
+        self.document_BS: Tensor | None = None
+        self.real_BS: Tensor | None = None
+        self.exchange: Exchange = "auto"
         self.routed_T: Tensor | None = None
         self.num_routed: int | None = None
         self.counted_T: Tensor | None = None
@@ -70,11 +82,12 @@ class SequenceBatch:
         self.num_microbatches = 1
         self.wants_routing = False
         self.routing: RoutingStatistics | None = None
-        self._windowed: dict[int, Tensor] = {}
+        self._visibility: dict[int | None, Visibility] = {}
+        self.cache: KeyValueCache | None = None
 
     @property
     def tokens(self) -> int:
-        """N, without padding."""
+        """N, without the padding over tp."""
         return self.rows * self.length
 
     @property
@@ -112,39 +125,13 @@ class SequenceBatch:
         """Sums partial results over tp and keeps this rank's tokens, ``[N, D] -> [T, D]``."""
         return comm.reduce_scatter(self.pad(x_ND), self.tp)
 
-    def mask_for(self, window: int | None, device: torch.device) -> Tensor | None:
-        """The mask ``[B or 1, 1, S, S]``, or None where plain causal attention does.
-
-        True means that the query may attend; causality is included.
+    def visibility(self, window: int | None) -> Visibility:
+        """What queries see of their row.
 
         Args:
             window: A query sees at most this many keys, itself included; None for all.
-            device: Where to make it.
         """
-        limited = window is not None and window < self.length
-        if self.mask_BSS is None and not limited:
-            return None
-        key = window if limited and window is not None else 0
-        if key not in self._windowed:
-            place_S = torch.arange(self.length, device=device)
-            distance_SS = place_S[:, None] - place_S[None, :]
-            allowed = distance_SS >= 0
-            if limited:
-                allowed = allowed & (distance_SS < key)
-            allowed = allowed.unsqueeze(0)
-            if self.mask_BSS is not None:
-                # A padded query sees at least itself: what kernels make of a row without any key differs, NaN included.
-                allowed = (allowed & self.mask_BSS) | (distance_SS == 0)
-            self._windowed[key] = allowed.unsqueeze(1)
-        return self._windowed[key]
-
-
-def visible_keys(attention_mask_BS: Tensor | None, document_BS: Tensor | None) -> Tensor | None:
-    """Which keys a query may see, causality aside: real tokens, of its own document. ``[B, 1 or S, S]`` bool, or None."""
-    visible = None
-    if attention_mask_BS is not None:
-        visible = attention_mask_BS.bool().unsqueeze(1)
-    if document_BS is not None:
-        same = document_BS.unsqueeze(2) == document_BS.unsqueeze(1)
-        visible = same if visible is None else visible & same
-    return visible
+        window = window if window is not None and window < self.layout.length else None
+        if window not in self._visibility:
+            self._visibility[window] = Visibility(window, self.document_BS, self.real_BS)
+        return self._visibility[window]

@@ -137,11 +137,7 @@ def _cut_into_stages(model: ParallelRoot, mesh: FoldedMesh, plan: PipelinePlan) 
     pp = mesh.fold.pp
     if pp == 1:
         return []
-    if not isinstance(model, MoECausalLM):
-        raise ValueError(
-            f"pipeline_parallel_size={pp} cuts a MoECausalLM into stages, and your network holds a {type(model).__name__} of its "
-            "own; use pipeline_parallel_size=1."
-        )
+    assert isinstance(model, MoECausalLM), "refusals.check_blocks lets no other model through"
     layers, count = plan.layers(model.config, pp), pp * plan.chunks
     first, last = plan.owner(0, pp), plan.owner(count - 1, pp)
     holders: dict[str, tuple[int, ...]] = {

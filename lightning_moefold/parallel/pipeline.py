@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.models.batch import CausalLMBatch, check_shapes, read_batch, stand_in
+from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, check_shapes, read_batch, stand_in
 from lightning_moefold.models.causal_lm import CausalLMOutput, LossFunction
 from lightning_moefold.models.losses import check_faults
 from lightning_moefold.modules.base import wide
@@ -95,8 +95,12 @@ class Pipeline:
         labelled = tensors["labels"] is not None
         training = labelled and torch.is_grad_enabled()
         wants_logits = gather_logits or (not labelled and self.mesh.tp.size == 1)
-        batches, parts = self._read(tensors, extras, keep_all=gather_logits or loss_fn is not None)
-        labels = self._agree(batches, 8 * training + 4 * labelled + 2 * gather_logits + (loss_fn is not None))
+        keep_all, m = gather_logits or loss_fn is not None, self._model.num_microbatches
+        mode = 8 * training + 4 * labelled + 2 * gather_logits + (loss_fn is not None)
+        batches, parts = self._read(tensors, extras, keep_all, m)
+        labels, short = self._agree(batches, mode)
+        if short and m > 1:  # a rank has fewer rows than micro-batches, as in the last batch of a prediction
+            batches, parts = self._read(tensors, extras, keep_all, 1)
         tokens = max(b.sequence.tokens + b.sequence.padding for b in batches)
         job = Job(batches, loss_fn, parts, wants_logits, tokens // self.mesh.tp.size, 1 / labels)
         if loss_fn is not None and training and batches[0].sequence.wants_routing:
@@ -112,48 +116,53 @@ class Pipeline:
         return self._differentiable(output, kept, 1 / (job.scale * totals.weight)) if training else output
 
     def _read(
-        self, tensors: Mapping[str, Any], extras: Mapping[str, Any], keep_all: bool
+        self, tensors: Mapping[str, Any], extras: Mapping[str, Any], keep_all: bool, m: int
     ) -> tuple[list[CausalLMBatch], list[dict[str, Any]]]:
-        """The micro-batches; in place of what cannot be read, something whose fault all ranks will hear of."""
-        model, m, input_ids = self._model, self._model.num_microbatches, tensors["input_ids"]
-        assert input_ids is not None
-        config, tp = model.config, model.tp
+        """``m`` micro-batches; in place of what cannot be read, something whose fault all ranks will hear of."""
+        model, input_ids = self._model, tensors["input_ids"]
+        axes = BatchAxes(model.tp, self.mesh.axis("cp"), model.context_parallel_exchange)
         try:
             check_shapes(**tensors)
             rows = input_ids.shape[0]
             if rows < m or m == 1:
-                return [read_batch(config, tp, m, keep_all=keep_all, **tensors)], [dict(extras)]
+                return [read_batch(model.config, axes, m, keep_all=keep_all, **tensors)], [dict(extras)]
             cut = _cut({k: v if v is None or v.dim() == 2 else [v] * m for k, v in tensors.items()}, rows, m)
-            return [read_batch(config, tp, 1, keep_all=keep_all, **part) for part in cut], _cut(extras, rows, m)
+            return [read_batch(model.config, axes, 1, keep_all=keep_all, **part) for part in cut], _cut(extras, rows, m)
         except ValueError as error:
-            return [stand_in(config, tp, 1, input_ids.device, error)], [dict(extras)]
+            return [stand_in(model.config, axes, 1, input_ids.device, error)], [dict(extras)]
 
-    def _agree(self, batches: list[CausalLMBatch], mode: int) -> float:
+    def _agree(self, batches: list[CausalLMBatch], mode: int) -> tuple[float, bool]:
         """Weight of all labels on all ranks (1 where there are none), once everybody's data is known to be sound.
 
         Ranks of one data replica must be given the same batch and arguments, see :mod:`..models.losses`; here their
         stages would wait for each other forever.
+
+        Returns:
+            The weight, and whether a rank has fewer rows than micro-batches.
         """
         mesh, faults = self.mesh, torch.stack([b.faults for b in batches]).sum(0)
         number = torch.full((), mode, device=faults.device)
         for batch in batches:
-            place_N = torch.arange(len(batch.token_N), device=faults.device) % 8191 + 1
-            value = ((batch.token_N + 31 * batch.target_N) * place_N).sum() + 17 * batch.rows
-            number = (number * 31 + value) % _PRIME
-        slots = faults.new_zeros(mesh.dp_cp.size, 2)
-        slots[mesh.dp_cp.index] = torch.stack([number, number * number]).double()
+            number = (number * 31 + batch.fingerprint + 17 * batch.sequence.rows) % _PRIME
+        slots = faults.new_zeros(mesh.fold.dp, 2)
+        slots[mesh.place["dp"]] = torch.stack([number, number * number]).double()
         weight = torch.stack([b.weight_N[b.labelled_index].double().sum() for b in batches]).sum()
         if mesh.tp.index or mesh.place["pp"]:  # what the first of those who share a batch says counts for all of them
-            weight, faults[:3] = torch.zeros_like(weight), 0
-        totals = comm.all_reduce_raw(torch.cat([weight[None], faults, slots.flatten()]), mesh.world).cpu()
-        check_faults(totals[1:5], batches[0].error, self._model.config.vocab_size, self._model.num_microbatches)
-        first, second = totals[5:].view(-1, 2).unbind(1)
-        if bool((second * (mesh.tp.size * mesh.fold.pp) != first * first).any()):
+            weight = torch.zeros_like(weight)
+        if mesh.tp.index or mesh.place["pp"] or mesh.place["cp"]:
+            faults[:3] = 0
+        short = faults.new_tensor([batches[0].sequence.rows < batches[0].sequence.num_microbatches])
+        mine = torch.cat([weight[None], short, faults, slots.flatten()])
+        totals = comm.all_reduce_raw(mine, mesh.world).cpu()
+        check_faults(totals[2:6], batches[0].error, self._model.config.vocab_size, self._model.num_microbatches)
+        first, second = totals[6:].view(-1, 2).unbind(1)
+        if bool((second * (mesh.fold.tp * mesh.fold.cp * mesh.fold.pp) != first * first).any()):
             raise ValueError(
-                "ranks of a tensor or pipeline parallel group were given different batches or arguments, but they compute one "
-                "batch together; shard the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed that all share."
+                "ranks of a tensor, context or pipeline parallel group were given different batches or arguments, but they "
+                "compute one batch together; shard the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed "
+                "that all share."
             )
-        return float(totals[0]) or 1.0
+        return float(totals[0]) or 1.0, bool(totals[1])
 
     def _totals(self, job: Job) -> _Totals:
         """What the last stage found, on all ranks; the same bits on each.
@@ -207,9 +216,9 @@ class Pipeline:
         mine = torch.cat([job.logits[i] for i in sorted(job.logits)]) if job.logits else None
         if not gather:
             return mine
-        pp, rows = self.mesh.axis("pp"), sum(b.rows for b in job.batches)
+        pp, rows = self.mesh.axis("pp"), sum(b.sequence.rows for b in job.batches)
         if mine is None:
-            shape = (rows, job.batches[0].length, self._model.config.vocab_size)
+            shape = (rows, job.batches[0].true_length, self._model.config.vocab_size)
             mine = torch.empty(shape, dtype=self._dtype, device=job.batches[0].faults.device)
         mine = mine.contiguous()
         dist.broadcast(mine, src=pp.ranks[self.plan.owner(self._count - 1, pp.size)], group=pp.group)

@@ -101,7 +101,7 @@ class Stage(nn.Module):
             x_TD = self.embed_tokens(batch.token_N, sequence)
         else:
             x_TD = received[0][: (sequence.tokens + sequence.padding) // sequence.tp.size]
-        if sequence.cos_BSh is None:
+        if sequence.cos_BLh is None:
             batch.place(x_TD.dtype)
         routing_2E = self._routing_so_far(received, x_TD.device) if sequence.wants_routing else None
         for layer in self.layers:
@@ -136,7 +136,7 @@ class Stage(nn.Module):
         x_ND = batch.sequence.gather(self.norm(x_TD))
         logits = None
         if job.wants_logits or job.loss_fn is not None:
-            logits = self.lm_head.logits(x_ND).view(batch.rows, batch.length, -1)
+            logits = model._logits(x_ND, batch)
         objective = x_ND.new_zeros((), dtype=torch.float64)
         try:
             local = model._local_loss(x_ND, logits, batch, job.loss_fn, job.extras[number])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning_moefold.figures import make_figure, save_figure
 from lightning_moefold.planner.cost import CostModel, Estimate
 from lightning_moefold.planner.job import Job
 from lightning_moefold.planner.search import Result
@@ -21,22 +22,16 @@ def write_plots(result: Result, folder: str | Path) -> list[Path]:
     Raises:
         ValueError: If matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("plots need matplotlib; install lightning-moefold[plot].") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    drawings = (
+        ("mfu", "Time of a step by what it is spent on", _draw_mfu),
+        ("memory", "Memory of the fullest rank", _draw_memory),
+        ("roofline", "Roofline of a MoE layer", _draw_roofline),
+    )
     written = []
-    for name, draw in (("mfu", _draw_mfu), ("memory", _draw_memory), ("roofline", _draw_roofline)):
-        figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for name, title, draw in drawings:
+        figure, (axes,) = make_figure(title)
         draw(axes, result)
-        written.append(target / f"{name}.png")
-        figure.savefig(written[-1], dpi=120)
-        pyplot.close(figure)
+        written.append(save_figure(figure, Path(folder) / f"{name}.png"))
     return written
 
 
@@ -51,7 +46,11 @@ def _draw_mfu(axes: Any, result: Result) -> None:
         axes.text(left[row], row, f" {estimate.mfu:.1%}", va="center")
     axes.set(xlabel="seconds per step (MFU at the bar's end)")
     axes.invert_yaxis()
-    axes.legend(fontsize="small")
+    _legend_below(axes)
+
+
+def _legend_below(axes: Any) -> None:
+    axes.legend(fontsize="small", frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.11))
 
 
 def _draw_memory(axes: Any, result: Result) -> None:
@@ -64,7 +63,7 @@ def _draw_memory(axes: Any, result: Result) -> None:
     axes.axvline(result.best.limit / 2**30, color="black", linestyle="--", label="limit")
     axes.set(xlabel="GiB on the fullest rank")
     axes.invert_yaxis()
-    axes.legend(fontsize="small")
+    _legend_below(axes)
 
 
 def roofline_point(job: Job, estimate: Estimate) -> tuple[float, float]:

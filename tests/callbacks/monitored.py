@@ -83,6 +83,8 @@ class Seen:
     expert_rows: list[int] = field(default_factory=list)
     stored: int = 0
     stored_range: tuple[int, int] = (0, 0)
+    kept: tuple[int, int, int] = (0, 0, 0)
+    kept_range: dict[str, tuple[int, int]] = field(default_factory=dict)
     peak: float = 0.0
     left: int = -1
 
@@ -189,8 +191,14 @@ def _record_sizes(seen: Seen, module: TimedCase, fold: Fold) -> None:
     from lightning_moefold.parallel import local_part
 
     module.model.release_gathered_weights()
-    seen.stored = sum(local_part(p).numel() for p in module.parameters())
-    seen.stored_range = summarize_model(module, fold).size_range()
+    parameters = list(module.parameters())
+    seen.stored = sum(local_part(p).numel() for p in parameters)
+    summary, optimizer = summarize_model(module, fold), module.optimizers().optimizer
+    seen.stored_range = summary.size_range()
+    states = [t for state in optimizer.state.values() for t in state.values() if t.dim() > 0]
+    gradients = [p for p in parameters if p.requires_grad]
+    seen.kept = tuple(sum(local_part(t).nbytes for t in tensors) for tensors in (parameters, gradients, states))
+    seen.kept_range = summary.memory(optimizer)
 
 
 def _trainer(fold: str, spec: dict[str, Any], callbacks: list[pl.Callback]) -> pl.Trainer:

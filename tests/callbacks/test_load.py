@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ def load(*counts: list[int]) -> ExpertLoad:
     rows = [LoadRow(i, len(counts_E), None) for i, counts_E in enumerate(counts)]
     width = max(map(len, counts))
     table = np.array([counts_E + [NO_EXPERT] * (width - len(counts_E)) for counts_E in counts])
-    return ExpertLoad(rows, table, np.array([[sum(counts_E)] for counts_E in counts]))
+    return ExpertLoad(rows, table, np.zeros(len(rows), dtype=np.int64), np.array([[sum(c)] for c in counts]))
 
 
 def test_layers_without_load_are_left_out() -> None:
@@ -47,6 +48,25 @@ def test_layers_without_load_are_left_out() -> None:
     assert not any(name.startswith("moe/layer_1") for name in figures)
     assert all(np.isfinite(value) for value in figures.values())
     assert load_figures(load([0, 0])) == {}
+
+
+def test_dropped_choices_are_a_share_of_all() -> None:
+    even = load([3, 1], [4, 0])
+    assert load_figures(even)["moe/dropped_frac"] == 0
+    assert load_figures(replace(even, dropped_L=np.array([1, 0])))["moe/dropped_frac"] == 1 / 8
+
+
+def test_counters_are_no_state_of_the_model() -> None:
+    layer = MoELayer(8, 4, 2, 8)
+    layer(torch.randn(3, 8))
+    assert layer.load_E.sum() == 6
+    assert not list(layer.buffers())  # DDP and the strategy would give every rank the first one's
+    assert not any("load" in name for name in layer.state_dict())
+    layer.double()
+    assert layer.load_E.dtype is torch.int64
+    with torch.device("meta"):
+        late = MoELayer(8, 4, 2, 8)
+    assert late.to_empty(device="cpu").load_E.tolist() == [0] * 4
 
 
 def test_a_network_of_the_users_own_under_a_plain_strategy(tmp_path: Path) -> None:
@@ -69,7 +89,12 @@ def test_reading_resets() -> None:
     )
     reader = LoadReader(trainer, module)
     module.first.load_E += torch.tensor([1, 2, 3, 4])
-    assert reader.read().counts_LE.tolist() == [[1, 2, 3, 4], [0, 0, NO_EXPERT, NO_EXPERT]]
+    module.second.dropped += 5
+    load = reader.read()
+    assert load.counts_LE.tolist() == [[1, 2, 3, 4], [0, 0, NO_EXPERT, NO_EXPERT]]
+    assert load.dropped_L.tolist() == [0, 5]
+    assert load.rank_rows_LR.tolist() == [[10], [0]]
+    assert reader.read().dropped_L.tolist() == [0, 0]
     assert reader.read().counts_LE.sum(1).tolist() == [0, 2 * NO_EXPERT]
 
 

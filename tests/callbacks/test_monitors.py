@@ -15,8 +15,10 @@ import torch
 
 from lightning_moefold import MoEConfig, comm
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
+from lightning_moefold.callbacks.expert_load import NO_EXPERT
 from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_batches, make_checkpoint
 from tests.callbacks.monitored import Seen, monitored_fit
+from tests.callbacks.own_network import own_network_counts, own_network_fit, uneven_table
 
 FOLDS = [("", 1), ("tp2 | ep2", 2), ("tp2 | ep4", 4), ("tp2 | ep2", 4), ("| etp2 ep2", 4)]
 MODEL = {"num_experts": 8, "num_hidden_layers": 3}
@@ -27,6 +29,7 @@ LOAD_KEYS = {
     "moe/load_imbalance", "moe/load_imbalance_max", "moe/cv_mean", "moe/cv_median", "moe/cv_min", "moe/cv_max",
     "moe/dead_expert_frac_mean", "moe/entropy_mean", "moe/expert_utilization_min", "moe/expert_utilization_p25",
     "moe/expert_utilization_median", "moe/expert_utilization_p75", "moe/expert_utilization_max",
+    "moe/expert_diversity_mean", "moe/expert_diversity_min", "moe/dropped_frac",
     "moe/rank_load_max_over_mean", "moe/layer_0/max_over_mean", "moe/layer_2/cv", "moe/layer_2/dead_expert_frac",
     "moe/layer_0/entropy",
 }  # fmt: skip
@@ -83,7 +86,7 @@ def test_counts_are_those_of_one_process(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
     data = batches()
-    seen = run(pool, checkpoint, tmp_path, fold, ranks, data, log_every=2)
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, data, log_every=2, csv=str(tmp_path))
     expected = [sum(hf_counts(checkpoint, join_rows(step)) for step in data[i : i + 2]) for i in (0, 2)]
     assert [step for step, _ in seen[0].history] == [2, 4]
     for (_, counts), wanted in zip(seen[0].history, expected, strict=True):
@@ -109,6 +112,38 @@ def test_load_of_ranks_is_what_their_experts_computed(
     assert seen[0].load[-1]["moe/rank_load_max_over_mean"] == pytest.approx(rank_imbalance(rows_LR), rel=1e-12)
 
 
+# ---- networks of the user's own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fold", "ranks"),
+    [("", 1), ("", 2), (None, 2), ("tp2 | ep2", 2), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("tp4", 4)],
+)
+def test_a_network_of_the_users_own(pool: RankPool, tmp_path: Path, fold: str | None, ranks: int) -> None:
+    """Counts of all ranks' rows, under every fold and DDP (None), with layers that differ in their experts."""
+    rows = torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # tp leaves padding
+    seen = pool.run(own_network_fit, fold, rows, str(tmp_path), ranks=ranks)
+    wanted = own_network_counts(rows)
+    for rank in seen:
+        assert [step for step, _ in rank.history] == ([3] if rank is seen[0] else [])
+        assert rank.load == seen[0].load
+        assert rank.stored_range == (min(r.stored for r in seen), max(r.stored for r in seen))
+    np.testing.assert_array_equal(seen[0].history[0][1], wanted)
+    assert seen[0].load[0]["moe/layer_1/max_over_mean"] == pytest.approx(wanted[1, :2].max() / wanted[1, :2].mean())
+
+
+def test_ranks_with_other_layers(pool: RankPool) -> None:
+    """As on pipeline stages: each rank holds some layers, two hold one in common, and all get the whole table."""
+    holds = [["blocks.10", "blocks.2"], ["blocks.1"], ["head", "blocks.2"]]
+    found = pool.run(uneven_table, holds, ranks=3)
+    order = ["blocks.1", "blocks.2", "blocks.10", "head"]
+    for held, (names, numbers, counts, dropped) in zip(holds, found, strict=True):
+        assert names == [name if name in held else "" for name in order]
+        assert numbers == [0, 1, 2, 3]
+        assert counts == [[2, 2, NO_EXPERT], [4, 4, 4], [1, 1, NO_EXPERT], [3, 3, NO_EXPERT]]
+        assert dropped == [2, 4, 1, 3]
+
+
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
@@ -127,9 +162,23 @@ def test_tokens_are_counted_once_per_data_rank(
         assert figures["train/tokens_per_second_per_device"] == PARTS * LENGTH / ranks
         assert figures["train/tflops_per_device"] == pytest.approx(flops / ranks / 1e12)
         assert figures["train/mfu"] == pytest.approx(flops / (ranks * 1e9))
-        assert 0.05 < figures["train/memory_gb"] < 100
+        assert 0.05 < figures["train/memory_peak_gb"] < 100
         assert figures["train/grad_norm"] > 0
     assert_equal_on_ranks(seen)
+
+
+@pytest.mark.parametrize(("fold", "ranks"), [("", 1), ("tp2 | ep2", 4)])
+def test_hardware_utilisation_where_it_differs(
+    pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
+) -> None:
+    """Frozen experts spare one of their three products; without frozen parameters there is nothing to tell apart."""
+    data, config = batches(2, padding="none"), MoEConfig.from_pretrained(checkpoint)
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, data, frozen=["*.mlp.experts.*"])
+    weights = config.num_moe_layers * config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size
+    spared = 2 * weights * PARTS * LENGTH / (ranks * 1e9)
+    figures = seen[0].mfu[-1]
+    assert figures["train/hfu"] == pytest.approx(figures["train/mfu"] - spared)
+    assert "train/hfu" not in run(pool, checkpoint, tmp_path, fold, ranks, data)[0].mfu[-1]
 
 
 @pytest.mark.parametrize(("count_padding", "expected"), [(True, PARTS * 2 * LENGTH), (False, None)])
@@ -177,7 +226,13 @@ def test_validation_saves_and_epoch_ends_take_no_time(
 
 def test_fit_twice_and_a_schedule_of_its_own(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     own = {"log_every_n_steps": 2}
-    spec = {"fits": 2, "log_every": 50, "mfu": {**own, "warmup_steps": 0, "window": 1}, "load": own}
+    spec = {
+        "fits": 2,
+        "log_every": 50,
+        "csv": str(tmp_path),
+        "mfu": {**own, "warmup_steps": 0, "window": 1},
+        "load": own,
+    }
     data = batches(3)
     seen = run(pool, checkpoint, tmp_path, "tp2 | ep4", 4, data, **spec)
     # the second fit starts at step 3, with counters reset
@@ -191,6 +246,7 @@ def test_fit_twice_and_a_schedule_of_its_own(pool: RankPool, checkpoint: Path, t
 
 def test_measured_peak_is_summed_over_ranks(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     seen = run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(2), mfu={"peak_flops": None})
+    assert not list(tmp_path.rglob("expert_load.npz"))  # nobody logs, so nothing is written
     assert seen[0].peak == seen[1].peak
     assert 1e8 < seen[0].peak < 1e14
     assert run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(2))[0].peak == 2e9
@@ -199,13 +255,14 @@ def test_measured_peak_is_summed_over_ranks(pool: RankPool, checkpoint: Path, tm
 # ---- communication ---------------------------------------------------------------------------------------------------
 
 
-def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
-    for rank in run(pool, checkpoint, tmp_path, "tp2 | ep2", 4, batches(6), log_every=3, accumulate=1):
+@pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep2", 2)])
+def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int) -> None:
+    for rank in run(pool, checkpoint, tmp_path, fold, ranks, batches(6), log_every=3, accumulate=1):
         assert rank.collectives == {
             "MFUMonitor.on_train_start:all_reduce": 1,
             f"MFUMonitor.on_train_batch_end:{comm.ALL_GATHER}": 2,
+            "LoadBalanceMonitor.on_train_start:all_gather_object": 1,  # who has which layers
             "LoadBalanceMonitor.on_train_batch_end:all_reduce": 2,
-            "LoadBalanceMonitor.on_train_end:broadcast_object_list": 1,  # the Trainer's log_dir
         }
 
 
@@ -217,7 +274,7 @@ def test_csv_holds_every_key(pool: RankPool, checkpoint: Path, tmp_path: Path) -
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [1, 3]
-    keys = {"train/step_time", "train/memory_gb", "train/grad_norm", *TIME_KEYS, *LOAD_KEYS}
+    keys = {"train/step_time", "train/memory_peak_gb", "train/grad_norm", *TIME_KEYS, *LOAD_KEYS}
     for row, mfu, load in zip(rows, seen[0].mfu, seen[0].load, strict=True):
         assert row.keys() >= keys
         for name in keys:
@@ -245,6 +302,10 @@ def test_wandb_offline(pool: RankPool, checkpoint: Path, tmp_path: Path, monkeyp
 def test_summary_knows_what_ranks_store(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
-    seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(1), summary=True)
+    spec = {"optimizer": "adamw", "frozen": ["*embed_tokens*"], "summary": True}
+    seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(1), **spec)
     stored = [rank.stored for rank in seen]
     assert all(rank.stored_range == (min(stored), max(stored)) for rank in seen)
+    for index, name in enumerate(("weights", "gradients", "Adam states")):
+        kept = [rank.kept[index] for rank in seen]
+        assert all(rank.kept_range[name] == (min(kept), max(kept)) for rank in seen), name

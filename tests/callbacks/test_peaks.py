@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_moefold.callbacks.peaks import compute_dtype, device_peak, measured_peak_flops
+from lightning_moefold.planner import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -14,7 +15,13 @@ from lightning_moefold.callbacks.peaks import compute_dtype, device_peak, measur
     [
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA A800 80GB PCIe", 312),
+        ("NVIDIA H800", 989.4),
+        ("NVIDIA H800 PCIe", 756),
         ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 SXM5 80GB", 989.4),
+        ("NVIDIA H100 80GB HBM2e", 756),
         ("NVIDIA H100 PCIe", 756),
         ("NVIDIA H100 NVL", 835.5),
         ("NVIDIA H200", 989.4),
@@ -32,7 +39,11 @@ from lightning_moefold.callbacks.peaks import compute_dtype, device_peak, measur
         ("NVIDIA A10", 125),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA L20", 119.5),
         ("AMD Instinct MI300X", 1307.4),
+        ("AMD Instinct MI300X VF", 1307.4),
+        ("AMD Instinct MI325X", 1307.4),
+        ("AMD Instinct MI355X", 2516.6),
     ],
 )
 def test_dense_bf16_by_name(name: str, tflops: float) -> None:
@@ -50,6 +61,8 @@ def test_dense_bf16_by_name(name: str, tflops: float) -> None:
         "NVIDIA GeForce RTX 3090 Ti",
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
         "NVIDIA A100X",
+        "NVIDIA L2",
+        "AMD Instinct MI250X/MI250",
         "Some GPU of next year",
     ],
 )
@@ -70,6 +83,8 @@ def test_dtypes() -> None:
     assert volta.flops(torch.float32, tf32=True) == pytest.approx(15.7e12)
     assert ada.flops(torch.float64) is None
     assert hopper.flops(torch.int8) is None
+    assert hopper.flops(torch.float8_e4m3fn) == pytest.approx(1978.8e12)  # as many as its sparse 16-bit rate
+    assert volta.flops(torch.float8_e4m3fn) is None
 
 
 def test_no_tensor_core_is_slower_than_the_plain_cores() -> None:
@@ -80,6 +95,47 @@ def test_no_tensor_core_is_slower_than_the_plain_cores() -> None:
         tf32 = peak.tf32 or peak.fp32
         assert peak.half / tf32 == pytest.approx(2, rel=0.03) or peak.half > tf32 >= peak.fp32, pattern
         assert peak.fp64 is None or peak.fp64 <= peak.fp32, pattern
+
+
+# Streaming multiprocessors, dense bf16 FMAs of one in a cycle, and boost clock in GHz, from NVIDIA's architecture white
+# papers: what the silicon can do, without a datasheet's footnotes. A sparse figure would be off by two.
+SILICON = {
+    "NVIDIA A100-SXM4-80GB": (108, 1024, 1.410),
+    "NVIDIA H100 80GB HBM3": (132, 2048, 1.830),
+    "NVIDIA H100 PCIe": (114, 2048, 1.620),
+    "NVIDIA H100 NVL": (132, 2048, 1.545),
+    "NVIDIA H200": (132, 2048, 1.830),
+    "NVIDIA H20": (78, 512, 1.850),
+    "NVIDIA A40": (84, 512, 1.740),
+    "NVIDIA L40S": (142, 512, 2.490),
+    "NVIDIA L40": (142, 256, 2.490),
+    "NVIDIA L4": (58, 512, 2.040),
+    "NVIDIA GeForce RTX 4090": (128, 256, 2.520),
+    "NVIDIA GeForce RTX 3090": (82, 256, 1.695),
+    "NVIDIA GeForce RTX 5090": (170, 256, 2.407),
+    "Tesla T4": (40, 512, 1.590),
+    "Tesla V100-SXM2-32GB": (80, 512, 1.530),
+}
+
+
+@pytest.mark.parametrize("name", SILICON)
+def test_datasheets_agree_with_the_silicon(name: str) -> None:
+    units, products, gigahertz = SILICON[name]
+    peak = device_peak(name)
+    assert peak is not None
+    assert peak.flops(torch.float16) == pytest.approx(2 * units * products * gigahertz * 1e9, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [("dgx-h100", "NVIDIA H100 80GB HBM3"), ("a100", "NVIDIA A100-SXM4-80GB"), ("b200", "NVIDIA B200")],
+)
+def test_the_planner_knows_the_same_peaks(preset: str, name: str) -> None:
+    peak = device_peak(name)
+    assert peak is not None
+    assert PRESETS[preset].peak("bf16") == pytest.approx(peak.flops(torch.bfloat16), rel=1e-3)
+    if "fp8" in PRESETS[preset].peak_flops:
+        assert PRESETS[preset].peak("fp8") == pytest.approx(peak.flops(torch.float8_e4m3fn), rel=1e-3)
 
 
 @pytest.mark.parametrize(

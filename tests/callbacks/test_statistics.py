@@ -37,6 +37,7 @@ def test_a_model_by_hand() -> None:
     # cv 0, sqrt(6)/2 and (without load) nothing; utilisation 1 1 1 1 and 3 1 0 0
     found = balance_statistics(np.array([[5, 5, 5, 5], [6, 2, 0, 0], [0, 0, 0, 0]]))
     cv = math.sqrt(6) / 2
+    entropy = 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
     assert found == pytest.approx(
         {
             "load_imbalance": 2,
@@ -46,7 +47,9 @@ def test_a_model_by_hand() -> None:
             "cv_min": 0,
             "cv_max": cv,
             "dead_expert_frac_mean": 0.25,
-            "entropy_mean": (1 + (0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4)) / 2,
+            "entropy_mean": (1 + entropy / math.log(4)) / 2,
+            "expert_diversity_mean": (1 + math.exp(entropy) / 4) / 2,
+            "expert_diversity_min": math.exp(entropy) / 4,
             "expert_utilization_min": 0,
             "expert_utilization_p25": 0.75,  # 0 0 1 1 1 1 1 3 at place 1.75
             "expert_utilization_median": 1,

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.callbacks import MFUMonitor
+from lightning_moefold.callbacks.memory import read_memory
 from lightning_moefold.callbacks.mfu import summarize
 from lightning_moefold.callbacks.stopwatch import HostClock, Stopwatch
 from lightning_moefold.callbacks.work import WorkModel
@@ -30,6 +33,10 @@ class WithModel(pl.LightningModule):
         self.model = MoECausalLM.from_config(CONFIG)
 
 
+def counted(work: WorkModel, batch: Any) -> tuple[float, float, float]:
+    return astuple(work.count([work.read(batch)]))
+
+
 def by_hand(length: int) -> float:
     """Model FLOPs of one row: 3 x 2 per weight a token meets, plus scores and values of each causal pair."""
     weights = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 8 * 4 + 2 * 3 * 8 * 12) + 50 * 8
@@ -39,29 +46,29 @@ def by_hand(length: int) -> float:
 
 def test_flops_by_hand() -> None:
     work = WorkModel(WithModel(), None, False)
-    assert work.count([work.read({"input_ids": IDS})]) == (18, pytest.approx(3 * by_hand(6)))
+    assert counted(work, {"input_ids": IDS}) == (18, pytest.approx(3 * by_hand(6)), pytest.approx(3 * by_hand(6)))
 
 
 @pytest.mark.parametrize(("count_padding", "tokens", "rows"), [(False, 10, (6, 2, 2)), (True, 18, (6, 6, 6))])
 def test_padding(count_padding: bool, tokens: int, rows: tuple[int, ...]) -> None:
     work = WorkModel(WithModel(), None, count_padding)
     flops = sum(by_hand(length) for length in rows)
-    assert work.count([work.read({"input_ids": IDS, "attention_mask": MASK})]) == (tokens, pytest.approx(flops))
+    assert counted(work, {"input_ids": IDS, "attention_mask": MASK})[:2] == (tokens, pytest.approx(flops))
 
 
 def test_other_modules() -> None:
     module = pl.LightningModule()
-    count = lambda work, batch: work.count([work.read(batch)])  # noqa: E731
-    assert [math.isnan(x) for x in count(WorkModel(module, None, False), {"input_ids": IDS})] == [False, True]
-    assert all(math.isnan(x) for x in count(WorkModel(module, None, False), IDS))
-    assert count(WorkModel(module, lambda batch: (len(batch), 4), False), IDS)[0] == 12
+    unknown = [math.isnan(x) for x in counted(WorkModel(module, None, False), {"input_ids": IDS})]
+    assert unknown == [False, True, True]
+    assert all(math.isnan(x) for x in counted(WorkModel(module, None, False), IDS))
+    assert counted(WorkModel(module, lambda batch: (len(batch), 4), False), IDS)[0] == 12
     module.flops_per_token = 5.0
-    assert count(WorkModel(module, None, False), {"input_ids": IDS}) == (18, 90)
+    assert counted(WorkModel(module, None, False), {"input_ids": IDS}) == (18, 90, 90)
     module.flops_per_token = lambda length: 2.0 * length
-    assert count(WorkModel(module, None, False), {"input_ids": IDS}) == (18, 18 * 12)
+    assert counted(WorkModel(module, None, False), {"input_ids": IDS}) == (18, 18 * 12, 18 * 12)
     module.flops_per_batch = 7
-    assert count(WorkModel(module, None, False), {"input_ids": IDS}) == (18, 7)
-    tokens, flops = count(WorkModel(module, None, False), IDS)
+    assert counted(WorkModel(module, None, False), {"input_ids": IDS}) == (18, 7, 7)
+    tokens, flops, _ = counted(WorkModel(module, None, False), IDS)
     assert math.isnan(tokens)
     assert flops == 7
 
@@ -99,7 +106,9 @@ def test_stopwatch_leaves_out_pauses() -> None:
 
 def test_figures_of_rows() -> None:
     # two ranks that share a batch of 100 tokens and 4e12 FLOPs; the slower one took 2 s for 4 steps
-    table_WK = torch.tensor([[1.5, 100, 4e12, 3e9], [2.0, 100, 4e12, 5e9]], dtype=torch.float64)
+    table_WK = torch.tensor(
+        [[1.5, 100, 4e12, 4e12, 2e9, 6e9, 3e9], [2.0, 100, 4e12, 4e12, 1e9, 7e9, 5e9]], dtype=torch.float64
+    )
     found = summarize(table_WK, data_share=0.5, steps=4, peak=10e12)
     assert found == {
         "train/mfu": 0.2,
@@ -107,12 +116,29 @@ def test_figures_of_rows() -> None:
         "train/tokens_per_second_per_device": 25,
         "train/tflops_per_device": 1,
         "train/step_time": 0.5,
-        "train/memory_gb": 5,
+        "train/memory_allocated_gb": 2,
+        "train/memory_reserved_gb": 7,
+        "train/memory_peak_gb": 5,
     }
+    table_WK[:, 3] = 3e12  # work that frozen parameters save
+    assert summarize(table_WK, data_share=0.5, steps=4, peak=10e12) == {**found, "train/hfu": pytest.approx(0.15)}
     nan = float("nan")
     assert "train/mfu" not in summarize(table_WK, 0.5, 4, nan)
-    table_WK[1, 1:3] = nan
-    assert set(summarize(table_WK, 0.5, 4, 1e12)) == {"train/step_time", "train/memory_gb"}
+    table_WK[1, 1:4] = nan
+    table_WK[1, 5] = nan
+    assert set(summarize(table_WK, 0.5, 4, 1e12)) == {
+        "train/step_time", "train/memory_allocated_gb", "train/memory_peak_gb"
+    }  # fmt: skip
+
+
+def test_memory_of_this_process() -> None:
+    before = read_memory(torch.device("cpu"))
+    block = torch.ones(30_000_000)  # 120 MB
+    after = read_memory(torch.device("cpu"))
+    assert after.peak >= block.nbytes
+    assert math.isnan(after.reserved)
+    if not math.isnan(before.allocated):  # Linux
+        assert after.peak >= after.allocated >= before.allocated + 0.9 * block.nbytes
 
 
 def test_arguments() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_moefold import Fold
+from lightning_moefold import Fold, MoEConfig
 from lightning_moefold.testing import (
     RankPool,
     ReferenceRun,
@@ -44,6 +44,7 @@ FACTORS: dict[str, list[Any]] = {
     "frozen": [(), ("*.mlp.gate.weight",), ("*.experts.*",), ("model.embed_tokens.*", "model.layers.0.*")],
     "sharding": ["optimizer", "full", "none"],
     "optimizer": ["adamw", "sgd"],
+    "exchange": ["ring", "all_gather", "all_to_all"],
 }
 
 
@@ -95,6 +96,7 @@ def spec_of(row: dict[str, Any]) -> dict[str, Any]:
 def check(pool: RankPool, folder: Path, fold: Fold, row: dict[str, Any], seed: int = 0) -> None:
     """Trains under ``fold`` and in one process with Hugging Face's code in float64, and compares (errors < 1e-9)."""
     path, spec = checkpoint(folder, row["family"], row["shape"], row.get("layers")), spec_of(row)
+    spec["exchange"] = _legal_exchange(row.get("exchange", "auto"), fold, MoEConfig.from_pretrained(path))
     vocab = SHAPES[row["shape"]].get("vocab_size", 96)
     batches = make_batches(
         STEPS * row["accumulate"],
@@ -112,6 +114,12 @@ def check(pool: RankPool, folder: Path, fold: Fold, row: dict[str, Any], seed: i
     )  # fmt: skip
     actual = pool.run(runs.train, str(path), str(fold), batches, spec, ranks=fold.world_size, timeout=180)
     compare(actual, expected, 1e-9, f"{fold} {row}")
+
+
+def _legal_exchange(wanted: str, fold: Fold, config: MoEConfig) -> str:
+    """All-to-all cuts the heads of a tp rank over cp; where it cannot, a ring takes its place."""
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    return "ring" if wanted == "all_to_all" and any(n % (fold.tp * fold.cp) for n in heads) else wanted
 
 
 def compare(actual: list[runs.RankRun], expected: ReferenceRun, tolerance: float, what: str) -> None:

@@ -105,6 +105,7 @@ def _fit(module: Case, fold: str, batches: list[list[dict[str, torch.Tensor]]], 
         fold=fold,
         num_microbatches=spec.get("num_microbatches"),
         data_parallel_sharding=spec.get("sharding", "optimizer"),
+        context_parallel_exchange=spec.get("exchange", "auto"),
         **spec.get("pipeline", {}),
     )
     world = dist.get_world_size()

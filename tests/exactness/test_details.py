@@ -12,7 +12,7 @@ from lightning_moefold import Fold
 from lightning_moefold.testing import RankError, RankPool, make_batches, make_checkpoint, reference_run
 from tests.exactness import compare, runs
 
-FOLDS = ["tp2 | ep2", "tp2 | etp2", "| ep2", "| etp2"]
+FOLDS = ["tp2 | ep2", "tp2 | etp2", "| ep2", "| etp2", "cp2 | ep2"]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,13 @@ def test_small_chunks_of_an_uneven_vocabulary(pool: RankPool, checkpoint: str, f
     _run(pool, checkpoint, fold, lambda batch: None, {"chunk_elements": 150})
 
 
-@pytest.mark.parametrize("fold", ["tp2 | ep2", "tp2 | etp2"])
+@pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all"])
+def test_packed_documents_over_cut_rows(pool: RankPool, checkpoint: str, exchange: str) -> None:
+    spec = {"overrides": {"output_router_logits": False}, "exchange": exchange, "sharding": "full"}
+    _run(pool, checkpoint, "cp2 tp2 | ep4" if exchange != "all_to_all" else "cp2 | ep2", _pack, spec, world=4)
+
+
+@pytest.mark.parametrize("fold", ["tp2 | ep2", "tp2 | etp2", "cp2 | ep2"])
 def test_different_batches_in_a_tp_group_are_refused(pool: RankPool, checkpoint: str, fold: str) -> None:
     batches = make_batches(1, 1, 2, 10, 97)
     with pytest.raises(RankError) as caught:

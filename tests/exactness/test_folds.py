@@ -17,12 +17,12 @@ ROWS = cover.pairwise(compare.FACTORS)
 
 
 def _folds(world: int) -> list[Fold]:
-    return [f for f in Fold.enumerate(world) if f.cp == 1 and f.pp == 1]
+    return [f for f in Fold.enumerate(world) if f.pp == 1]
 
 
 def _spread(folds: list[Fold]) -> list[Fold]:
     """Folds of 8 ranks in which every triple of axes meets in {1, > 1} as far as it can: a greedy cover."""
-    axes = ("tp", "dp", "ep", "etp", "edp")
+    axes = ("tp", "cp", "dp", "ep", "etp", "edp")
 
     def marks(fold: Fold) -> set[Any]:
         return {(t, tuple(fold.size(a) > 1 for a in t)) for t in itertools.combinations(axes, 3)}

@@ -23,6 +23,10 @@ CASES = [
     ("term", 4, "tp2 | etp2 ep2", "none"),
     ("calls", 4, "tp2 | ep2", "full"),
     ("calls", 2, "| ep2", "optimizer"),
+    ("focal", 4, "cp2 | ep4", "full"),
+    ("preference", 4, "tp2 cp2 | ep2", "optimizer"),
+    ("distillation", 2, "cp2", "optimizer"),
+    ("term", 4, "cp2 | ep2", "optimizer"),
 ]
 
 

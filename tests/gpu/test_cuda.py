@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
+from lightning_moefold.callbacks.memory import read_memory
 from lightning_moefold.modules import experts
 from lightning_moefold.testing import assert_close_by_name, make_batches, make_checkpoint, reference_run
 from lightning_moefold.testing.pieces import assemble
@@ -80,3 +81,15 @@ def test_bfloat16_forward_and_backward(tmp_path: Path) -> None:
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
         losses.append(loss.item())
     assert abs(losses[1] / losses[0] - 1) < 0.02
+
+
+def test_memory_of_the_device() -> None:
+    """Allocated now, reserved by the allocator, and the most there has been."""
+    device = torch.device("cuda")
+    block = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    held = read_memory(device)
+    assert block.nbytes <= held.allocated <= held.reserved
+    assert held.peak >= held.allocated
+    del block
+    assert read_memory(device).allocated <= held.allocated - (1 << 28)
+    assert read_memory(device).peak >= held.allocated

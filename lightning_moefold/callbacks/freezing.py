@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of a training step that frozen parameters make unnecessary. Pure Python.
+
+Each weight takes part in three products: forward, and in backward the gradients of its input and of itself. A frozen
+weight needs no gradient of itself. The gradient of an input is needed only where something trains before it on a
+token's way; below, *moving* says that the input depends on such a parameter.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+
+from lightning_moefold.models import MoEConfig
+from lightning_moefold.models.names import parameter_entries
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Savings:
+    """What is left out of the three times forward that training everything costs.
+
+    Args:
+        config: Of the model.
+        frozen: Names of its frozen parameters.
+
+    Attributes:
+        weights: FLOPs per token saved on products with weights.
+        still_attention: Layers whose queries, keys and values need no gradient.
+    """
+
+    def __init__(self, config: MoEConfig, frozen: Collection[str]) -> None:
+        self.config, self.frozen = config, frozenset(frozen)
+        self.weights = 0.0
+        self.still_attention: list[int] = []
+        if self.frozen:
+            self._shapes = {name: entry.shape for name, entry in parameter_entries(config).items()}
+            self._trainable: dict[str, list[str]] = defaultdict(list)  # by layer: models are long
+            for name in self._shapes.keys() - self.frozen:
+                self._trainable[_place(name)].append(name)
+            self._walk()
+
+    def per_token(self, sequence_length: int) -> float:
+        """FLOPs saved on one token of a row of ``sequence_length``."""
+        width = self.config.num_attention_heads * self.config.head_dim
+        keys = sum(self.config.attended_keys(index, sequence_length) for index in self.still_attention)
+        return self.weights + 2 * 2 * 2 * width * keys  # two products each for scores and values
+
+    def _walk(self) -> None:
+        """A token's way through the model."""
+        moving = self._trains(_EMBEDDING)
+        for index in range(self.config.num_hidden_layers):
+            moving = self._attention(index, moving)
+            moving = self._feed_forward(index, moving)
+        head = _EMBEDDING if self.config.tie_word_embeddings else _HEAD
+        self._multiply(head, moving or self._trains("model.norm."))
+
+    def _trains(self, *prefixes: str) -> bool:
+        """Whether any parameter with such a name trains."""
+        return any(name.startswith(prefixes) for name in self._trainable[_place(prefixes[0])])
+
+    def _multiply(self, name: str, moving: bool) -> None:
+        """Adds what one weight saves."""
+        weights = 1.0
+        for length in self._shapes[name]:
+            weights *= length
+        if ".mlp.experts." in name:
+            weights *= self.config.num_experts_per_tok / self.config.num_experts
+        self.weights += 2 * weights * ((name in self.frozen) + (not moving))
+
+    def _attention(self, index: int, moving: bool) -> bool:
+        """Adds what a layer's attention saves; whether its output moves."""
+        layer = f"model.layers.{index}."
+        moving = moving or self._trains(f"{layer}input_layernorm.")
+        for name in "qkv":
+            self._multiply(f"{layer}self_attn.{name}_proj.weight", moving)
+        moving = moving or self._trains(*(f"{layer}self_attn.{name}_" for name in "qkv"))
+        if not moving:
+            self.still_attention.append(index)
+        self._multiply(f"{layer}self_attn.o_proj.weight", moving)
+        return moving or self._trains(f"{layer}self_attn.o_proj.")
+
+    def _feed_forward(self, index: int, moving: bool) -> bool:
+        """Adds what a layer's feed-forward part saves; whether its output moves."""
+        layer = f"model.layers.{index}."
+        moving = moving or self._trains(f"{layer}post_attention_layernorm.")
+        if self.config.is_moe_layer(index):
+            self._multiply(f"{layer}mlp.gate.weight", moving)
+            blocks = [f"{layer}mlp.experts."]
+            if self.config.shared_expert_intermediate_size:
+                self._multiply(f"{layer}mlp.shared_expert_gate.weight", moving)
+                blocks.append(f"{layer}mlp.shared_expert.")
+        else:
+            blocks = [f"{layer}mlp."]
+        for block in blocks:
+            tail = "" if block.endswith("experts.") else ".weight"
+            inner = (f"{block}gate_proj", f"{block}up_proj")
+            for name in inner:
+                self._multiply(name + tail, moving)
+            self._multiply(f"{block}down_proj{tail}", moving or self._trains(*inner))
+        return moving or self._trains(f"{layer}mlp.")
+
+
+def _place(name: str) -> str:
+    """The layer that a name belongs to, or what the parameters outside the layers have in common."""
+    parts = name.split(".")
+    return parts[2] if parts[1] == "layers" else ""

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GenerateSamples: what the model writes, after validation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_moefold.callbacks.common import logged_step
+from lightning_moefold.mesh import SINGLE
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.models.weights import CheckpointWeights
+
+
+class GenerateSamples(Callback):
+    """Continues prompts after validation, prints the texts, and logs them as a table to Weights & Biases if that is used.
+
+    The module's first MoECausalLM writes; the prompts are dealt to the data ranks. Training goes on exactly as without it.
+
+    Args:
+        prompts: At least one.
+        tokenizer: A tokenizer of ``transformers``, or the directory of one; by default that of the model's checkpoint.
+        every_n_validations: Generate after every n-th validation run (the sanity check is none).
+        max_new_tokens: Most tokens to add.
+        seed: Of the draws with ``do_sample=True``; the same texts under every fold.
+        **options: For :meth:`~lightning_moefold.MoECausalLM.generate`, such as ``do_sample=True, temperature=0.7``.
+
+    Attributes:
+        samples: Prompt and continuation of the last time, on every rank.
+
+    Raises:
+        ValueError: If there is no prompt, or ``every_n_validations`` is not positive.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        tokenizer: Any | None = None,
+        every_n_validations: int = 1,
+        max_new_tokens: int = 40,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts={prompts!r} must be a list of at least one text.")
+        if every_n_validations < 1:
+            raise ValueError(f"every_n_validations={every_n_validations} must be at least 1.")
+        self.prompts, self.every_n_validations = list(prompts), every_n_validations
+        self.options = {"max_new_tokens": max_new_tokens, "seed": seed, **options}
+        self.samples: list[tuple[str, str]] = []
+        self._tokenizer = tokenizer
+        self._validations = 0
+        self._table: list[list[Any]] = []
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._validations += 1
+        if self._validations % self.every_n_validations:
+            return
+        model = next((m for m in pl_module.modules() if isinstance(m, MoECausalLM)), None)
+        if model is None:
+            raise TypeError(f"{type(pl_module).__name__} holds no MoECausalLM; GenerateSamples needs one.")
+        self.samples = list(zip(self.prompts, self._texts(model, pl_module.device), strict=True))
+        lines = [f"step {trainer.global_step}: {p} | {' '.join(text.split())}" for p, text in self.samples]
+        if trainer.is_global_zero:
+            bar = trainer.progress_bar_callback
+            (print if bar is None or trainer.state.fn != TrainerFn.FITTING else bar.print)("\n".join(lines))
+        self._table += [[trainer.global_step, *sample] for sample in self.samples]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                columns = ["step", "prompt", "text"]
+                # A copy: wandb writes it later.
+                logger.log_table("samples", columns, list(self._table), step=logged_step(trainer))
+
+    def _texts(self, model: MoECausalLM, device: torch.device) -> list[str]:
+        """The continuation of each prompt, on every rank."""
+        axis = SINGLE if model.mesh is None else model.mesh.dp_cp
+        mine = self.prompts[axis.index :: axis.size]
+        with model.unequal_calls():  # so that a rank without its tokenizer tells the others
+            tokenizer = self._load(model) if mine else None
+            rows = [] if tokenizer is None else [list(tokenizer(prompt)["input_ids"]) for prompt in mine]
+            ids_BS, mask_BS = (x.to(device) for x in pad_left(rows))
+            tokens = model.generate(ids_BS, mask_BS, **self.options)[:, ids_BS.shape[1] :].tolist()
+        texts = [] if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+        found: list[list[str]] = [texts]
+        if axis.size > 1:
+            found = [[] for _ in axis.ranks]
+            dist.all_gather_object(found, texts, group=axis.group)
+        return [found[i % axis.size][i // axis.size] for i in range(len(self.prompts))]
+
+    def _load(self, model: MoECausalLM) -> Any:
+        """The tokenizer; imported here, as transformers takes seconds, by ranks that need it."""
+        path = self._tokenizer
+        if path is None:
+            if not isinstance(model.source, CheckpointWeights):
+                raise ValueError("the model comes from no checkpoint, so GenerateSamples needs tokenizer=... .")
+            path = model.source.checkpoint.path
+        if isinstance(path, (str, Path)):
+            try:
+                from transformers import AutoTokenizer
+            except ImportError as error:
+                raise ImportError("GenerateSamples reads tokenizers with transformers; pip install it.") from error
+            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return self._tokenizer
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids of unequal length as ``input_ids`` and ``attention_mask``, each ``[B, S]``."""
+    length = max((len(row) for row in rows), default=0)
+    ids_BS = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask_BS = torch.zeros_like(ids_BS)
+    for i, row in enumerate(rows):
+        ids_BS[i, length - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask_BS[i, length - len(row) :] = 1
+    return ids_BS, mask_BS

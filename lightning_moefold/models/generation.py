@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text generation: which token comes next, and the loop around it.
+
+Legend: B rows, S positions of the prompts, V vocabulary, n new tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moefold import comm
+from lightning_moefold.models.weights import CheckpointWeights
+from lightning_moefold.modules.base import wide
+from lightning_moefold.modules.cache import KeyValueCache
+
+if TYPE_CHECKING:
+    from lightning_moefold.models.causal_lm import MoECausalLM
+
+
+# ---- the next token --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; see :meth:`.causal_lm.MoECausalLM.generate`."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def check(self) -> None:
+        """Raises a ValueError where a number is out of range."""
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature={self.temperature} must be positive; for the most probable token, do not sample."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or None.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must lie above 0 and at most at 1, or be None.")
+
+    def probabilities(self, logits_BV: Tensor) -> Tensor:
+        """What the next token is drawn from, ``[B, V]``: temperature, then top-k, then top-p."""
+        logits_BV = logits_BV.to(wide(logits_BV.dtype)) / self.temperature
+        if self.top_k is not None:
+            least_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[1])).values[:, -1:]
+            logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
+        if self.top_p is not None and self.top_p < 1:
+            ascending_BV, order_BV = logits_BV.sort()
+            below_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            below_BV[:, -1] = False
+            logits_BV = logits_BV.masked_fill(below_BV.scatter(1, order_BV, below_BV), float("-inf"))
+        return logits_BV.softmax(-1)
+
+
+def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the cumulated probability passes a uniform number, ``[B]``."""
+    sum_BV = probability_BV.double().cumsum(-1)
+    total_B1 = sum_BV[:, -1:]
+    token_B = (sum_BV <= uniform_B.unsqueeze(1) * total_B1).sum(-1)
+    return token_B.minimum((sum_BV < total_B1).sum(-1))  # where rounding led past the last token of any probability
+
+
+def _uniforms(model: MoECausalLM, seed: int | None, rows: int, count: int, device: torch.device) -> Tensor:
+    """Numbers in [0, 1) for all rows and new tokens, ``[n, B]``; each row has a generator of its own.
+
+    So a row's text depends neither on the fold nor on the rows beside it.
+    """
+    data = (0, 1) if model.mesh is None else (model.mesh.dp_cp.index, model.mesh.dp_cp.size)
+    if seed is None:
+        shared = torch.randint(1 << 62, (1,)).to(device)
+        comm.broadcast_flat([shared], model.tp)
+        seed = int(shared)
+    drawn = []
+    for row in range(rows):
+        digest = hashlib.blake2b(f"{seed}:{row * data[1] + data[0]}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        drawn.append(torch.rand(count, generator=generator, dtype=torch.float64))
+    return torch.stack(drawn, dim=1).to(device)
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def _special_tokens(
+    model: MoECausalLM, eos: int | Sequence[int] | None, pad: int | None
+) -> tuple[list[int], int | None]:
+    """The tokens that end a text, and the one that pads it, by default those of the checkpoint."""
+    fields = dict(model.config.raw)
+    if isinstance(model.source, CheckpointWeights):
+        file = model.source.checkpoint.path / "generation_config.json"
+        fields |= json.loads(file.read_text()) if file.is_file() else {}
+    eos = fields.get("eos_token_id") if eos is None else eos
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return ends, fields.get("pad_token_id") if pad is None else pad
+
+
+def _read_mask(input_ids: Tensor, attention_mask: Tensor | None, ends: list[int], pad: int | None) -> Tensor:
+    """Which positions of the prompts are no padding, ``[B, S]`` bool.
+
+    Raises:
+        ValueError: If the prompts cannot be continued.
+    """
+    if input_ids.dim() != 2 or input_ids.is_floating_point():
+        raise ValueError(
+            f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}."
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}, but input_ids has {list(input_ids.shape)}; make them "
+            "equal."
+        )
+    if attention_mask is not None:
+        real_BS = attention_mask.bool()
+    elif pad is not None and pad not in ends:
+        real_BS = input_ids != pad
+    else:
+        real_BS = torch.ones_like(input_ids, dtype=torch.bool)
+    if not bool(real_BS.any(1).all()):
+        raise ValueError("a prompt holds no token; give each at least one, such as the one that begins a text.")
+    if not bool(real_BS[:, -1].all()):
+        raise ValueError("prompts are padded on the right; pad them on the left (padding_side='left' of a tokenizer).")
+    return real_BS
+
+
+def _check_lengths(model: MoECausalLM, real_BS: Tensor, max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    longest, limit = int(real_BS.sum(1).max()), model.config.raw.get("max_position_embeddings")
+    if limit is not None and longest > limit:
+        raise ValueError(f"a prompt has {longest} tokens, more than max_position_embeddings={limit}; shorten it.")
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    model: MoECausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    sampling: Sampling | None,
+    eos_token_id: int | Sequence[int] | None,
+    pad_token_id: int | None,
+) -> Tensor:
+    """See :meth:`.causal_lm.MoECausalLM.generate`; ``sampling`` is None for the most probable token."""
+    for axis, what in (("context", "rows cut"), ("pipeline", "layers spread")):
+        if (size := model.fold.size(axis[0] + "p")) > 1:
+            raise ValueError(
+                f"generate does not work with {what} over {axis}_parallel_size={size}; export the model, or load it under a "
+                f"fold with {axis}_parallel_size=1."
+            )
+    # Inside the context, so that a rank with a bad prompt tells the others.
+    with _evaluating(model), model.unequal_calls():
+        if input_ids.dim() == 2 and not input_ids.shape[0]:
+            return input_ids
+        ends, pad = _special_tokens(model, eos_token_id, pad_token_id)
+        real_BS = _read_mask(input_ids, attention_mask, ends, pad)
+        _check_lengths(model, real_BS, max_new_tokens)
+        uniform_nB = None
+        if sampling is not None:
+            sampling.check()
+            uniform_nB = _uniforms(model, sampling.seed, len(input_ids), max_new_tokens, input_ids.device)
+        pad = ends[0] if pad is None and ends else pad
+        return _continue(model, input_ids, real_BS, max_new_tokens, sampling, uniform_nB, ends, pad)
+
+
+def _continue(
+    model: MoECausalLM,
+    input_BS: Tensor,
+    real_BS: Tensor,
+    count: int,
+    sampling: Sampling | None,
+    uniform_nB: Tensor | None,
+    ends: list[int],
+    pad: int | None,
+) -> Tensor:
+    cache = KeyValueCache(real_BS, input_BS.shape[1] + count)
+    position_BS = (real_BS.cumsum(1) - 1).clamp(min=0)
+    end_tokens = torch.tensor(ends, dtype=input_BS.dtype, device=input_BS.device)
+    unfinished_B = torch.ones_like(real_BS[:, 0])
+    logits_BV = model(input_BS, attention_mask=real_BS, position_ids=position_BS, cache=cache).logits[:, -1]
+    parts = [input_BS]
+    for step in range(count):
+        if sampling is None or uniform_nB is None:
+            token_B = logits_BV.argmax(-1)
+        else:
+            token_B = draw(sampling.probabilities(logits_BV), uniform_nB[step])
+        if pad is not None:
+            token_B = torch.where(unfinished_B, token_B, pad)
+        unfinished_B = unfinished_B & ~torch.isin(token_B, end_tokens)
+        parts.append(token_B.to(input_BS.dtype).unsqueeze(1))
+        if step + 1 == count or not bool(unfinished_B.any()):
+            break
+        position_B1 = position_BS[:, -1:] + step + 1
+        logits_BV = model(parts[-1], position_ids=position_B1, cache=cache).logits[:, -1]
+    return torch.cat(parts, dim=1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

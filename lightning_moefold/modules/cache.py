@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of earlier positions, kept while text is generated a token at a time.
+
+Each layer has as many slots as its queries can see keys: a layer with a sliding window writes the newest key over the
+oldest. Softmax does not mind the order of the keys, and their rotary positions are in them.
+
+Legend: B rows, S positions of the prompt, L positions in all, K slots in use, V local key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class _Slots:
+    def __init__(self, like_BSVd: Tensor, count: int) -> None:
+        rows, _, *head = like_BSVd.shape
+        self.key, self.value = (like_BSVd.new_empty(rows, count, *head) for _ in range(2))
+        self.seen = 0
+
+    @property
+    def count(self) -> int:
+        return self.key.shape[1]
+
+    def write(self, k_BSVd: Tensor, v_BSVd: Tensor) -> None:
+        """Position p goes to slot ``p % count``; of more positions than slots, the last are kept."""
+        length = k_BSVd.shape[1]
+        kept = min(length, self.count)
+        slot = torch.arange(self.seen + length - kept, self.seen + length, device=k_BSVd.device) % self.count
+        self.key[:, slot], self.value[:, slot] = k_BSVd[:, length - kept :], v_BSVd[:, length - kept :]
+        self.seen += length
+
+    def positions(self) -> Tensor:
+        """The position that lies in each slot in use, ``[K]``."""
+        last = self.seen - 1
+        slot_K = torch.arange(min(self.seen, self.count), device=self.key.device)
+        return last - (last - slot_K) % self.count
+
+
+class KeyValueCache:
+    """What the local heads of a tensor parallel rank keep of a batch.
+
+    Args:
+        real_BS: False where the prompt is padding.
+        max_length: L, positions that may come in all.
+    """
+
+    def __init__(self, real_BS: Tensor, max_length: int) -> None:
+        self._real_BL = F.pad(real_BS.bool(), [0, max_length - real_BS.shape[1]], value=True)
+        self._layers: dict[Hashable, _Slots] = {}
+
+    def extend(
+        self, layer: Hashable, window: int | None, k_BSVd: Tensor, v_BSVd: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keeps the keys and values of new positions.
+
+        Args:
+            layer: Whose they are.
+            window: A query sees at most this many keys, itself included; None for all.
+            k_BSVd: Of the prompt at first, then of one position at a time.
+            v_BSVd: Likewise.
+
+        Returns:
+            The keys and values that the new positions attend to, and which of them each row may see, ``[B, 1, 1, K]``;
+            None for the prompt, which sees itself as in training.
+        """
+        if layer not in self._layers:
+            longest = self._real_BL.shape[1]
+            self._layers[layer] = _Slots(k_BSVd, longest if window is None else min(window, longest))
+            self._layers[layer].write(k_BSVd, v_BSVd)
+            return k_BSVd, v_BSVd, None
+        slots = self._layers[layer]
+        slots.write(k_BSVd, v_BSVd)
+        position_K = slots.positions()
+        used = len(position_K)
+        return slots.key[:, :used], slots.value[:, :used], self._real_BL[:, None, None, position_K]

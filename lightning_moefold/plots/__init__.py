@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a run: ``moefold plot``."""
+
+from lightning_moefold.plots.pictures import write_pictures
+from lightning_moefold.plots.read import RecordedLoad, Run, Series, read_run
+
+__all__ = ["RecordedLoad", "Run", "Series", "read_run", "write_pictures"]

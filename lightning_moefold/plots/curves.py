@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss, speed and memory over the steps of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lightning_moefold.figures import COLORS, make_figure
+from lightning_moefold.plots.lines import LONG, STEP, draw_series, draw_versions, finish, top_of
+from lightning_moefold.plots.read import Run, Series
+
+_LOSS = re.compile(r"(^|[/_.])loss(_step|_epoch)?$")
+_VALIDATION = re.compile(r"^(val|valid|validation|eval|test)[/_.]")
+_AUXILIARY = re.compile(r"aux|z_loss|balanc")
+_SPEED = (
+    ("train/mfu", "MFU (%)", 100.0),
+    ("train/tokens_per_second", "tokens per second", 1.0),
+    ("train/step_time", "seconds per step", 1.0),
+)
+_MEMORY = (
+    ("train/memory_peak_gb", "peak"),
+    ("train/memory_reserved_gb", "reserved"),
+    ("train/memory_allocated_gb", "allocated"),
+)
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+def loss_names(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """Names of training losses, validation losses, and auxiliary losses."""
+    losses = [name for name in names if _LOSS.search(name)]
+    # Where a loss is logged by step and by epoch, its steps say more.
+    losses = [n for n in losses if not (n.endswith("_epoch") and n.removesuffix("_epoch") + "_step" in losses)]
+    auxiliary = [name for name in losses if _AUXILIARY.search(name)]
+    validation = [name for name in losses if _VALIDATION.search(name) and name not in auxiliary]
+    return [n for n in losses if n not in auxiliary and n not in validation], validation, auxiliary
+
+
+def draw_loss(run: Run) -> Any:
+    """Training and validation loss over steps, and auxiliary losses below."""
+    training, validation, auxiliary = loss_names(run.names())
+    if not training and not validation and not auxiliary:
+        return None
+    main = bool(training or validation)
+    figure, panels = make_figure(f"Loss: {run.title}", [4.5] * main + [2.2] * bool(auxiliary), share_x=True)
+    if main:
+        _draw_losses(panels[0], run, training, validation)
+    for name in auxiliary:
+        draw_versions(panels[-1], run.having(name), name)
+    if auxiliary:
+        finish(panels[-1], "auxiliary loss")
+    panels[-1].set(xlabel=STEP)
+    return figure
+
+
+def _draw_losses(axes: Any, run: Run, training: Sequence[str], validation: Sequence[str]) -> None:
+    single = len(run.versions) == 1
+    shown: list[Series] = []
+    for index, name in enumerate([*training, *validation]):
+        found = run.having(name)
+        shown += found.values()
+        if single:
+            (series,) = found.values()
+            draw_series(axes, series, name, COLORS[index % len(COLORS)])
+        else:
+            draw_versions(axes, found, name, dashed=name in validation)
+    finish(axes, "loss (cross-entropy: nats per token)")
+    _cut_top(axes, shown)
+
+
+def _cut_top(axes: Any, shown: Sequence[Series]) -> None:
+    """Ends the axis below the first points of long curves, and says so."""
+    tops = {id(series): top for series in shown if (top := top_of(series.values)) is not None}
+    long = [series for series in shown if len(series.values) >= LONG]
+    if not tops:
+        return
+    # Short curves, such as that of the validations, fall as steeply: they do not count.
+    top = max(tops.get(id(series), series.values.max()) for series in long)
+    bottom = min(series.values.min() for series in shown)
+    highest = max(series.values.max() for series in shown)
+    axes.set_ylim(bottom - 0.04 * (top - bottom), top)
+    axes.set_title(f"first values, up to {highest:.3g}, lie above", loc="left", fontsize=9, color="0.4")
+
+
+# ---- speed and memory ------------------------------------------------------------------------------------------------
+
+
+def draw_speed(run: Run) -> Any:
+    """Model FLOPs utilisation, throughput and step time over steps."""
+    rows = [row for row in _SPEED if run.having(row[0])]
+    if not rows:
+        return None
+    figure, panels = make_figure(f"Speed: {run.title}", [2.4] * len(rows), share_x=True)
+    for axes, (name, label, scale) in zip(panels, rows, strict=True):
+        found = run.having(name)
+        both = name == "train/mfu" and bool(run.having("train/hfu"))
+        draw_versions(axes, found, "MFU" if both else "", scale)
+        if both:
+            draw_versions(axes, run.having("train/hfu"), "HFU", scale, dashed=True)
+        typical = float(np.median(list(found.values())[-1].values)) * scale
+        axes.axhline(typical, color="0.5", linewidth=0.9, linestyle=":")
+        axes.set_title(
+            f"median {typical:,.3g}" if typical < 1000 else f"median {typical:,.0f}", loc="right", fontsize=9
+        )
+        finish(axes, label, zero=True)
+    panels[-1].set(xlabel=STEP)
+    return figure
+
+
+def draw_memory(run: Run) -> Any:
+    """Memory of the fullest rank over steps."""
+    rows = [row for row in _MEMORY if run.having(row[0])]
+    if not rows:
+        return None
+    figure, (axes,) = make_figure(f"Memory of the fullest rank: {run.title}", [3.6])
+    if len(run.versions) > 1:  # of each one figure, or there are too many lines
+        draw_versions(axes, run.having(rows[0][0]), rows[0][1])
+        rows = []
+    for index, (name, label) in enumerate(rows):
+        (series,) = run.having(name).values()
+        draw_series(axes, series, label, COLORS[index], dashed=index > 0)
+    finish(axes, "GB (10⁹ bytes)", zero=True)
+    axes.set(xlabel=STEP)
+    return figure

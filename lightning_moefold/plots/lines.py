@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a metric becomes a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_moefold.figures import COLORS
+from lightning_moefold.plots.read import Series
+
+LONG = 150
+"""From so many points on, a line is smoothed over its pale raw points."""
+STEP = "optimizer step"
+
+
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A centred mean over a fiftieth of the points, cut off at both ends."""
+    reach, count = max(1, len(values) // 100), len(values)
+    sums, index = np.concatenate([[0.0], np.cumsum(values)]), np.arange(count)
+    first, last = np.maximum(index - reach, 0), np.minimum(index + reach + 1, count)
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def top_of(values: NDArray[np.float64]) -> float | None:
+    """Where to end the axis of a long falling curve, so that its first points do not flatten all others; None to not."""
+    if len(values) < LONG:
+        return None
+    rest = values[len(values) // 50 :]
+    span = rest.max() - values.min()
+    top = float(rest.max() + 0.05 * span)
+    return top if values.max() > top + 0.2 * span else None
+
+
+def draw_series(axes: Any, series: Series, label: str, color: str, scale: float = 1.0, dashed: bool = False) -> None:
+    """One line; points too if there are few, and smoothed if there are many."""
+    values = series.values * scale
+    style = "--" if dashed else "-"
+    if len(values) >= LONG:
+        axes.plot(series.steps, values, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(series.steps, smooth(values), color=color, linewidth=1.8, label=label, linestyle=style)
+    else:
+        marker = "o" if len(values) < 15 else None
+        axes.plot(series.steps, values, style, color=color, linewidth=1.6, markersize=3.5, marker=marker, label=label)
+
+
+def draw_versions(axes: Any, found: Mapping[str, Series], name: str, scale: float = 1.0, dashed: bool = False) -> None:
+    """A metric of every version, the newest in the first color."""
+    newest_first = list(found.items())[::-1]
+    for index, (version, series) in reversed(list(enumerate(newest_first))):
+        label = f"{name} ({version})" if len(found) > 1 and name else version if len(found) > 1 else name
+        draw_series(axes, series, label, COLORS[index % len(COLORS)], scale, dashed)
+
+
+def finish(axes: Any, ylabel: str, *, zero: bool = False) -> None:
+    """Label, ticks and legend of a panel, with ``zero`` from zero up."""
+    axes.set(ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if zero:
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # room for the legend
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize="small", frameon=False)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The expert load of a run.
+
+Legend: N intervals, L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_moefold.figures import COLORS, draw_heatmap, make_figure
+from lightning_moefold.plots.lines import STEP, finish
+from lightning_moefold.plots.read import RecordedLoad, Run
+
+FEW_LAYERS = 8
+"""Up to so many are drawn as lines."""
+
+
+def imbalance(load: RecordedLoad) -> NDArray[np.float64]:
+    """Busiest expert over the mean, of each layer in each interval, ``[N, L]``; NaN without load."""
+    share_NLE = load.shares()
+    return np.where(np.isfinite(share_NLE).any(-1), np.nan_to_num(share_NLE, nan=-np.inf).max(-1), np.nan)
+
+
+def draw_expert_load(run: Run) -> Any:
+    """Load of every expert in the latest interval, and how uneven each layer has been over the run."""
+    if run.load is None:
+        return None
+    load, share_NLE = run.load, run.load.shares()
+    steps, layers = load.steps, load.layers
+    tall = min(6.5, max(1.6, 0.22 * len(layers) + 1))
+    figure, panels = make_figure(f"Expert load: {run.title}", [tall, 3.2, 2.6])
+    since = f"steps {steps[-2] + 1} to {steps[-1]}" if len(steps) > 1 else f"up to step {steps[-1]}"
+    draw_heatmap(panels[0], share_NLE[-1], [int(i) for i in layers])
+    idle = " (white: without load)" if np.isnan(share_NLE[-1]).any() else ""
+    panels[0].set_title(f"Latest interval, {since}{idle}", loc="left", fontsize=10)
+    panels[1].set_title("Imbalance of each layer over the run", loc="left", fontsize=10)
+    (_draw_imbalance if len(layers) <= FEW_LAYERS else _draw_imbalance_map)(panels[1], load)
+    panels[1].set(xlabel=STEP)
+    _draw_distribution(panels[2], load, share_NLE)
+    return figure
+
+
+def _draw_imbalance(axes: Any, load: RecordedLoad) -> None:
+    """A line for each layer."""
+    uneven_NL = imbalance(load)
+    marker = "o" if len(load.steps) < 15 else None
+    for column, layer in enumerate(load.layers):
+        axes.plot(
+            load.steps, uneven_NL[:, column], linewidth=1.4, marker=marker, markersize=3.5, label=f"layer {layer}"
+        )
+    axes.axhline(1, color="0.5", linewidth=0.9, linestyle=":", label="balanced")
+    finish(axes, "busiest expert / mean")
+
+
+def _draw_imbalance_map(axes: Any, load: RecordedLoad) -> None:
+    """Too many layers for lines: a row of colors for each."""
+    axes.grid(visible=False)
+    ends = load.steps.astype(np.float64)
+    first = max(0.0, 2 * ends[0] - ends[1]) if len(ends) > 1 else 0.0
+    rows = np.arange(len(load.layers) + 1) - 0.5
+    image = axes.pcolormesh(np.concatenate([[first], ends]), rows, imbalance(load).T, cmap="viridis", vmin=1)
+    shown = range(0, len(load.layers), -(-len(load.layers) // 12))
+    axes.set_yticks(list(shown), [str(load.layers[i]) for i in shown])
+    axes.invert_yaxis()
+    axes.set(ylabel="layer")
+    axes.figure.colorbar(image, ax=axes, label="busiest expert / mean")
+
+
+def _draw_distribution(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64]) -> None:
+    """How many experts carry how much, in the first interval and the latest."""
+    first, last = (share[np.isfinite(share)] for share in (share_NLE[0], share_NLE[-1]))
+    most = max([1.0, *first, *last])
+    edges = np.linspace(0, most * 1.0001, 1 + int(np.clip(2 * last.size**0.5, 8, 40)))
+    axes.hist(last, bins=edges, color=COLORS[0], alpha=0.85, label=f"interval up to step {load.steps[-1]}")
+    if len(load.steps) > 1:
+        axes.hist(
+            first,
+            bins=edges,
+            histtype="step",
+            color=COLORS[1],
+            linewidth=1.6,
+            label=f"interval up to step {load.steps[0]}",
+        )
+    axes.axvline(1, color="0.5", linewidth=0.9, linestyle=":")
+    axes.set_title("Experts of all layers by load", loc="left", fontsize=10)
+    finish(axes, "experts")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="load / fair share (0: dead, 1: balanced)")

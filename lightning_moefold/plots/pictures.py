@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pictures of a run.
+
+A picture is one entry of :data:`PICTURES`: a function that draws it from a :class:`~.read.Run`, or returns None where
+the run has nothing to show, and the sentence that then says what was looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_moefold.callbacks.load_balance import FILE_NAME
+from lightning_moefold.figures import save_figure
+from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_speed
+from lightning_moefold.plots.load import draw_expert_load
+from lightning_moefold.plots.read import Run
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture.
+
+    Args:
+        name: Of its file, without ``.png``.
+        draw: Makes the figure; None if the run has nothing for it.
+        missing: What to say then.
+    """
+
+    name: str
+    draw: Callable[[Run], Any]
+    missing: str
+
+
+def write_pictures(run: Run, folder: Path) -> tuple[list[Path], list[str]]:
+    """Draws all pictures that the run has data for.
+
+    Args:
+        run: The run.
+        folder: Where they go; made if it does not exist.
+
+    Returns:
+        The files, and a sentence for each picture that could not be drawn.
+
+    Raises:
+        ValueError: If matplotlib is not installed.
+    """
+    written, missing = [], []
+    for picture in PICTURES:
+        figure = picture.draw(run)
+        if figure is None:
+            missing.append(f"No {picture.name}.png: {picture.missing}")
+        else:
+            written.append(save_figure(figure, folder / f"{picture.name}.png"))
+    return written, missing
+
+
+PICTURES = (
+    Picture("loss", draw_loss, "no metric whose name ends in loss was logged to a metrics.csv."),
+    Picture("speed", draw_speed, "no train/mfu, train/tokens_per_second or train/step_time, which MFUMonitor logs."),
+    Picture("memory", draw_memory, "no train/memory_..._gb, which MFUMonitor logs."),
+    Picture("expert_load", draw_expert_load, f"no {FILE_NAME}, which LoadBalanceMonitor writes when training ends."),
+)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over a cut row, in a rank of the pool, and the same with a whole mask in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_moefold.mesh import SINGLE, Axis
+from lightning_moefold.modules import context
+from lightning_moefold.modules.blockwise import Visibility
+from lightning_moefold.modules.context import ContextLayout, context_attention
+
+SIZE = 4
+
+
+def draw(case: dict[str, Any]) -> dict[str, Tensor]:
+    """Whole queries, keys, values, the gradient of the output, and what hides keys."""
+    chance = torch.Generator().manual_seed(3)
+    rows, length = 2, case["length"]
+    tensors = {
+        name: torch.randn(rows, heads, length, SIZE, generator=chance, dtype=torch.float64)
+        for name, heads in (
+            ("q", case["heads"]), ("k", case["kv_heads"]), ("v", case["kv_heads"]), ("grad", case["heads"])
+        )
+    }  # fmt: skip
+    if case.get("documents"):
+        borders = torch.rand(rows, length, generator=chance) < 0.2
+        tensors["documents"] = borders.cumsum(1)
+    if case.get("padding"):
+        hidden = torch.tensor([[length // 3], [0]])
+        tensors["real"] = torch.arange(length) >= hidden
+    return tensors
+
+
+def naive(case: dict[str, Any]) -> dict[str, Tensor]:
+    """Softmax over a whole mask."""
+    t = draw(case)
+    q, k, v = (t[n].requires_grad_() for n in "qkv")
+    distance = torch.arange(case["length"])[:, None] - torch.arange(case["length"])[None]
+    seen = (distance >= 0).unsqueeze(0)
+    if case.get("window"):
+        seen = seen & (distance < case["window"])
+    if "documents" in t:
+        seen = seen & (t["documents"][:, :, None] == t["documents"][:, None])
+    if "real" in t:
+        seen = seen & t["real"][:, None]
+    seen = (seen | (distance == 0)).unsqueeze(1)
+    groups = case["heads"] // case["kv_heads"]
+    k_H, v_H = (x.repeat_interleave(groups, 1) for x in (k, v))
+    out = ((q @ k_H.mT) / SIZE**0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v_H
+    out.backward(t["grad"])
+    return {"out": out.detach(), "q": q.grad, "k": k.grad, "v": v.grad}
+
+
+def attend(case: dict[str, Any]) -> dict[str, Tensor]:
+    """On the ranks of one cp group; returns this rank's positions of everything."""
+    ranks = tuple(range(dist.get_world_size()))
+    cp = Axis("cp", ranks, dist.get_rank(), dist.group.WORLD) if len(ranks) > 1 else SINGLE
+    t = draw(case)
+    layout = ContextLayout(case["length"], cp)
+    place = layout.positions()
+    q, k, v = (t[n][:, :, place].clone().requires_grad_() for n in "qkv")
+    visibility = Visibility(case.get("window"), t.get("documents"), t.get("real"))
+    with mock.patch.object(context, "BLOCK", case.get("block", 1024)):
+        out = context_attention(q, k, v, layout, visibility, case["exchange"])
+        out.backward(t["grad"][:, :, place])
+    return {"place": place, "out": out.detach(), "q": q.grad, "k": k.grad, "v": v.grad}

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Context parallel attention and attention by blocks: exact for every exchange and mask (float64)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_moefold.mesh import Axis
+from lightning_moefold.modules.blockwise import Seen, Span, Visibility, block_backward, block_forward
+from lightning_moefold.modules.context import ContextLayout, choose_exchange
+from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
+from tests.modules import context_jobs
+
+MASKS: list[dict[str, Any]] = [
+    {},
+    {"documents": True},
+    {"window": 5},
+    {"padding": True},
+    {"documents": True, "window": 3, "padding": True},
+]
+
+
+def check(pool: RankPool, ranks: int, case: dict[str, Any]) -> None:
+    expected = context_jobs.naive(case)
+    found = {name: torch.full_like(value, torch.nan) for name, value in expected.items()}
+    for part in pool.run(context_jobs.attend, case, ranks=ranks):
+        for name, whole in found.items():
+            whole[:, :, part["place"]] = part[name]
+    assert_close_by_name(found, expected, 1e-12, str(case))
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all", "auto"])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(("ranks", "kv_heads"), [(2, 2), (4, 4), (4, 8)])
+def test_over_ranks(pool: RankPool, ranks: int, kv_heads: int, mask: dict[str, Any], exchange: str) -> None:
+    check(pool, ranks, {"length": 24, "heads": 8, "kv_heads": kv_heads, "block": 2, "exchange": exchange, **mask})
+
+
+@pytest.mark.parametrize("mask", MASKS[1:], ids=str)
+@pytest.mark.parametrize("block", [1, 3, 4, 100])
+def test_by_blocks_on_one_rank(pool: RankPool, block: int, mask: dict[str, Any]) -> None:
+    check(pool, 1, {"length": 11, "heads": 4, "kv_heads": 2, "block": block, "exchange": "auto", **mask})
+
+
+def test_heads_that_do_not_divide(pool: RankPool) -> None:
+    check(pool, 4, {"length": 16, "heads": 6, "kv_heads": 1, "exchange": "auto"})
+    with pytest.raises(RankError) as caught:
+        check(pool, 4, {"length": 16, "heads": 8, "kv_heads": 2, "exchange": "all_to_all"})
+    assert all("use 'ring' or 'all_gather'" in text for text in caught.value.messages.values())
+
+
+@pytest.mark.parametrize("seen", [Seen.ALL, Seen.CAUSAL, "mask"])
+def test_block_without_a_fused_kernel(seen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where no kernel takes the block, against the CPU's."""
+    draw = torch.Generator().manual_seed(0)
+    q, grad = torch.randn(2, 2, 4, 6, 8, generator=draw, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 6, 8, generator=draw, dtype=torch.float64)
+    if seen == "mask":
+        seen = torch.rand(2, 1, 6, 6, generator=draw) < 0.5
+        seen[..., 0] = True
+    out, lse = block_forward(q, k, v, seen)
+    expected = (out, lse, *block_backward(grad, q, k, v, out, lse, seen))
+
+    monkeypatch.setattr("lightning_moefold.modules.blockwise._ON_CPU", "nowhere")
+    found = (*block_forward(q, k, v, seen), *block_backward(grad, q, k, v, out, lse, seen))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_work_is_even_under_zig_zag() -> None:
+    layout = ContextLayout(64, Axis("cp", (0, 1, 2, 3)))
+    seen = Visibility()
+    work = []
+    for rank in range(4):
+        pairs = 0
+        for q in layout.spans(rank):
+            for source in range(4):
+                for k in layout.spans(source):
+                    kind = seen.of(q, k)
+                    pairs += {Seen.ALL: q.length * k.length, Seen.CAUSAL: q.length * (q.length + 1) // 2}.get(kind, 0)
+        work.append(pairs)
+    assert len(set(work)) == 1
+    assert sum(work) == 64 * 65 // 2
+
+
+def test_blocks_that_nobody_sees_are_skipped() -> None:
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    seen = Visibility(None, documents)
+    assert seen.of(Span(4, 4), Span(0, 4)) is Seen.NOTHING
+    assert seen.of(Span(4, 4), Span(4, 4)) is Seen.CAUSAL
+    assert Visibility(3).of(Span(8, 4), Span(0, 4)) is Seen.NOTHING
+    assert Visibility().of(Span(8, 4), Span(0, 4)) is Seen.ALL
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "cp", "length", "expected"),
+    [(8, 8, 4, 8, "all_to_all"), (8, 2, 4, 8, "all_gather"), (32, 8, 4, 1 << 14, "ring")],
+)
+def test_choice(heads: int, kv_heads: int, cp: int, length: int, expected: str) -> None:
+    layout = ContextLayout(length * cp, Axis("cp", tuple(range(cp))))
+    q, k = (torch.empty(1, n, length, 128, device="meta") for n in (heads, kv_heads))
+    assert choose_exchange(layout, q, k) == expected

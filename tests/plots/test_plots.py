@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is read of a run, and that its pictures are made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_moefold.callbacks.expert_load import NO_EXPERT, LoadHistory
+from lightning_moefold.callbacks.load_balance import FILE_NAME
+from lightning_moefold.cli import main
+from lightning_moefold.plots import read_run
+from lightning_moefold.plots.curves import loss_names
+from lightning_moefold.plots.lines import smooth, top_of
+from lightning_moefold.plots.load import imbalance
+from lightning_moefold.plots.read import NEWEST, RecordedLoad
+
+MONITORED = {"train/mfu": 0.25, "train/tokens_per_second": 1e4, "train/step_time": 0.5, "train/memory_peak_gb": 3.0}
+
+
+def write_metrics(folder: Path, version: int = 0, steps: int = 4, age: float = 0.0, **more: float) -> Path:
+    """Through Lightning's own logger: a training loss at each step, a validation at the second and twice at the last."""
+    logger = CSVLogger(folder, name="logs", version=version)
+    for step in range(steps):
+        logger.log_metrics({"train/loss": torch.tensor(4.0 - step), **MONITORED, **more}, step)
+        if step == 1:
+            logger.log_metrics({"val/loss": 3.5}, step)
+    logger.log_metrics({"val/loss": 2.5}, steps - 1)
+    logger.log_metrics({"val/loss": 9.0}, steps - 1)  # as when the best checkpoint is validated after training
+    logger.save()
+    path = Path(logger.log_dir) / "metrics.csv"
+    os.utime(path, (1e9 - age, 1e9 - age))
+    return path
+
+
+def write_load(folder: Path) -> None:
+    history = LoadHistory([1, 3], [(10, np.array([[4, 0, 2], [1, 3, -1]])), (20, np.array([[2, 2, 2], [0, 0, -1]]))])
+    history.save(folder / FILE_NAME)
+
+
+def test_metrics_by_step(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    run = read_run(tmp_path)
+    assert list(run.versions) == ["logs/version_0"]
+    (loss,), (val,) = run.having("train/loss").values(), run.having("val/loss").values()
+    assert loss.steps.tolist() == [0, 1, 2, 3]
+    assert loss.values.tolist() == [4, 3, 2, 1]
+    assert (val.steps.tolist(), val.values.tolist()) == ([1, 3], [3.5, 2.5])
+    assert run.names() == sorted([*MONITORED, "train/loss", "val/loss"])
+    assert run.load is None
+    assert run.notes == []
+    assert list(read_run(tmp_path / "logs" / "version_0").versions) == ["version_0"]
+
+
+def test_newest_versions(tmp_path: Path) -> None:
+    for version in range(NEWEST + 2):
+        write_metrics(tmp_path, version, age=version)  # the first is the newest
+    run = read_run(tmp_path)
+    assert list(run.versions) == [f"logs/version_{v}" for v in reversed(range(NEWEST))]
+    assert run.notes == [f"{NEWEST + 2} versions were found; the pictures show the newest {NEWEST}."]
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("train/loss,step,note\n3.0,0,\nnan,1,hello\ninf,2,\n1.0,3,\n")
+    run = read_run(tmp_path)
+    (series,) = run.having("train/loss").values()
+    assert (series.steps.tolist(), series.values.tolist(), series.left_out) == ([0, 3], [3, 1], 2)
+    assert run.names() == ["train/loss"]
+    assert run.notes == [f"train/loss in {path} has 2 values that are not finite and not shown."]
+
+
+def test_load(tmp_path: Path) -> None:
+    write_load(tmp_path / "deep" / "down")
+    load = read_run(tmp_path).load
+    assert load is not None
+    assert (load.steps.tolist(), load.layers.tolist()) == ([10, 20], [1, 3])
+    nan = np.nan
+    np.testing.assert_allclose(load.shares()[0], [[2, 0, 1], [0.5, 1.5, nan]])
+    np.testing.assert_allclose(load.shares()[1], [[1, 1, 1], [nan, nan, nan]])
+    np.testing.assert_allclose(imbalance(load), [[2, 1.5], [1, nan]])
+
+
+@pytest.mark.parametrize("missing", ["folder", "files", "step", "broken"])
+def test_nothing_to_draw(tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = "neither a metrics.csv (written by Lightning's CSVLogger) nor an expert_load.npz (by LoadBalanceMonitor)"
+    if missing == "folder":
+        expected = "is no directory"
+    elif missing == "step":
+        (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+        expected = "has no column named step"
+    elif missing == "broken":
+        (tmp_path / FILE_NAME).write_bytes(b"PK\x03\x04 cut off")
+        expected = "not what LoadBalanceMonitor writes"
+    assert main(["plot", str(tmp_path / "none" if missing == "folder" else tmp_path)]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_which_metric_is_a_loss() -> None:
+    names = ["epoch", "lr-AdamW", "loss", "train/loss_step", "train/loss_epoch", "train/lm_loss", "val/loss", "val_loss",
+             "test/loss_epoch", "train/aux_loss", "train/z_loss", "train/loss_scale", "moe/load_imbalance", "glossy"]  # fmt: skip
+    assert loss_names(names) == (
+        ["loss", "train/loss_step", "train/lm_loss"],
+        ["val/loss", "val_loss", "test/loss_epoch"],
+        ["train/aux_loss", "train/z_loss"],
+    )
+
+
+def test_smoothing() -> None:
+    line = np.linspace(5, 1, 400)
+    np.testing.assert_allclose(smooth(line)[4:-4], line[4:-4])
+    noise = np.random.default_rng(0).normal(size=5000)
+    assert smooth(noise).std() < 0.2 * noise.std()
+    np.testing.assert_allclose(smooth(np.array([1.0, 2.0, 6.0])), [1.5, 3, 4])
+
+
+def test_top_of_a_long_curve() -> None:
+    steep = 2 + 10 * np.exp(-np.arange(1000) / 10)
+    top = top_of(steep)
+    assert top is not None
+    assert steep[20] < top < steep[0]
+    assert top_of(steep[:100]) is None  # short enough to be seen whole
+    assert top_of(np.linspace(3, 2, 1000)) is None  # nothing stands out
+
+
+def pngs(folder: Path) -> list[str]:
+    files = sorted(folder.glob("*.png"))
+    assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000 for file in files)
+    return [file.stem for file in files]
+
+
+@pytest.mark.parametrize("versions", [1, 2])
+def test_pictures_of_a_run(tmp_path: Path, versions: int, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    for version in range(versions):
+        path = write_metrics(tmp_path, version, 300, **{"train/hfu": 0.2, "train/aux_loss": 2.0})
+    write_load(path.parent)
+    assert main(["plot", str(tmp_path)]) == 0
+    assert pngs(tmp_path / "plots") == ["expert_load", "loss", "memory", "speed"]
+    assert capsys.readouterr().out.count("\n") == 4
+    assert main(["plot", str(tmp_path)]) == 0  # its own pictures are in nobody's way
+
+
+def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    many = RecordedLoad(np.array([5]), np.arange(12), np.ones((1, 12, 4), dtype=np.int64))
+    LoadHistory(many.layers.tolist(), [(5, many.counts_NLE[0])]).save(tmp_path / FILE_NAME)
+    assert main(["plot", str(tmp_path), "--output", str(tmp_path / "elsewhere")]) == 0
+    assert pngs(tmp_path / "elsewhere") == ["expert_load"]
+    printed = capsys.readouterr().out
+    for name in ("loss", "speed", "memory"):
+        assert f"* No {name}.png: no " in printed
+
+
+def test_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_metrics(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "plots need matplotlib" in capsys.readouterr().err
+
+
+def test_no_expert_is_no_load() -> None:
+    load = RecordedLoad(np.array([1]), np.array([0]), np.array([[[3, NO_EXPERT, 1]]]))
+    np.testing.assert_allclose(load.shares(), [[[1.5, np.nan, 0.5]]])

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python code in README and docs runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["docs/networks.md", "docs/folds.md", "docs/training.md", "docs/planner.md"]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "docs"}
+    code = blocks(page)
+    assert code
+    for block in code:
+        exec(compile(block, page, "exec"), names)
+
+
+class _ShortTrainer(L.Trainer):
+    """The page's Trainer on the ranks of the pool, for two steps."""
+
+    def __init__(self, **arguments: Any) -> None:
+        here = {"accelerator": "cpu", "plugins": [PoolEnvironment()], "max_steps": 2, "logger": False}
+        super().__init__(**{**arguments, **here, "enable_progress_bar": False, "enable_checkpointing": False})
+
+
+def run_on_a_rank(code: list[str], folder: str) -> list[str]:
+    """Executes a page in a folder with a checkpoint where the page says; returns what it has written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(L, "Trainer", _ShortTrainer)
+        rows = [torch.randint(96, (8,), generator=torch.Generator().manual_seed(i)) for i in range(8)]
+        names: dict[str, Any] = {"__name__": "docs", "token_rows": rows}
+        for block in code:
+            exec(compile(block, "README.md", "exec"), names)
+    dist.barrier()
+    return sorted(path.name for path in Path(folder, "finetuned").iterdir())
+
+
+def test_code_of_the_readme_runs_on_four_ranks(pool: RankPool, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "path" / "to" / "checkpoint", "qwen2_moe")
+    code = [block for block in blocks("README.md") if not block.startswith("trainer = ")]  # the first is a fragment
+    assert code
+    for written in pool.run(run_on_a_rank, code, str(tmp_path), ranks=4):
+        assert "config.json" in written
+        assert any(name.endswith(".safetensors") for name in written)
