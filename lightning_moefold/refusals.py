@@ -54,6 +54,20 @@ def check_blocks(module: nn.Module, fold: Fold) -> None:
         )
 
 
+def check_second_names(module: nn.Module) -> None:
+    """Once models are parallelised, everything has storage but what a pipeline has taken off this rank.
+
+    Raises:
+        UnsupportedFeature: For a part of a model that the module holds under a name of its own, on another stage.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedFeature(
+                f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the model "
+                "instead, or use pipeline_parallel_size=1."
+            )
+
+
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Checks what is known before anything is built.
 

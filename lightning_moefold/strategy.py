@@ -60,6 +60,7 @@ from lightning_moefold.refusals import (
     UnsupportedFeature,
     check_blocks,
     check_optimizers,
+    check_second_names,
     check_sharding,
     check_trainer,
 )
@@ -365,14 +366,15 @@ class MoEFoldStrategy(ParallelStrategy):
         sharding = Sharding(self.data_parallel_sharding, self._precision.mixed_dtype)
         error: Exception | None = None
         align_blocks(self.lightning_module, self.mesh)
-        for root in self._roots():
-            if isinstance(root, MoECausalLM):
-                root.num_microbatches = self.num_microbatches
-                root.context_parallel_exchange = self.context_parallel_exchange
-            try:
+        try:
+            for root in self._roots():
+                if isinstance(root, MoECausalLM):
+                    root.num_microbatches = self.num_microbatches
+                    root.context_parallel_exchange = self.context_parallel_exchange
                 parallelize(root, self.mesh, sharding, self.root_device, self._pipeline_plan)
-            except Exception as failure:
-                error = failure
+            check_second_names(self.lightning_module)
+        except Exception as failure:
+            error = failure
         comm.agree_on_error(error, self.mesh.world)
 
     @override

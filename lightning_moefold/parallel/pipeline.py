@@ -244,11 +244,11 @@ class Pipeline:
     @contextmanager
     def _counters_kept(self) -> Iterator[None]:
         """Tokens are counted once, however often they pass."""
-        layers = list(self._model.moe_layers().values())
-        loads = [layer.load_E.clone() for layer in layers]
+        layers = self._model.moe_layers().values()
+        counters = [(c, c.clone()) for layer in layers for c in (layer.load_E, layer.dropped)]
         yield
-        for layer, load_E in zip(layers, loads, strict=True):
-            layer.load_E.copy_(load_E)
+        for counter, before in counters:
+            counter.copy_(before)
 
     def _run_schedule(self, job: Job) -> _Kept:
         model = self._model

@@ -38,12 +38,6 @@ class ParameterRegistry:
         self._parameters = dict(root.named_parameters())
         #: Parameters that only other pipeline stages hold.
         self.elsewhere = everywhere - set(self.layouts)
-        for name, parameter in self.own():
-            if parameter.is_meta:
-                raise ValueError(
-                    f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the "
-                    "model instead, or use pipeline_parallel_size=1."
-                )
 
     @property
     def sharded(self) -> bool:
