@@ -1,9 +1,11 @@
 # Every target sets up what it needs: the virtual environment .venv, by scripts/setup_env.py.
 # MOEFOLD_PYTHON chooses the interpreter, ARGS goes to pytest or to the script: make test ARGS="-k fold"
+# BENCH chooses the benchmark: make bench BENCH=loading ARGS="--gb 8"
 
 MOEFOLD_PYTHON ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
+BENCH ?= run
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint types bench clean setup-demo setup-test
@@ -26,8 +28,8 @@ lint: setup-test ## check the style of the code (ruff)
 types: setup-test ## check the types of the package (mypy)
 	$(PYTHON) -m mypy
 
-bench: setup-test ## run the benchmarks
-	$(PYTHON) benchmarks/run.py $(ARGS)
+bench: setup-test ## run a benchmark: BENCH=run (training steps), loading, memory, planner_cpu
+	$(PYTHON) benchmarks/$(BENCH).py $(ARGS)
 
 clean: ## remove caches, build products and .venv
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

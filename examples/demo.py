@@ -27,6 +27,8 @@ from torch import Tensor
 
 import finetune
 from lightning_moefold.callbacks import GenerateSamples
+from lightning_moefold.recipes import FineTuneModule, TextData, is_users
+from lightning_moefold.recipes.terminal import peers_end_too, quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"num_hidden_layers": 2, "initializer_range": 0.08}  # learns the most in a minute on a CPU
@@ -35,7 +37,7 @@ PROMPT = "The statement"
 
 def main() -> None:
     options = parse_options()
-    finetune.quiet()
+    quiet()
     args = finetune.parse_arguments(
         [
             *("--checkpoint", f"{options.output}/checkpoint", "--data", f"{options.output}/python_topics.txt"),
@@ -49,7 +51,9 @@ def main() -> None:
         prepare(options.output, args)
     try:
         demo(args)
-    except finetune.USER_ERRORS as error:
+    except Exception as error:
+        if not is_users(error):
+            raise
         sys.exit(f"demo.py: {error}")
 
 
@@ -80,13 +84,14 @@ def prepare(output: Path, args: argparse.Namespace) -> None:
 def demo(args: argparse.Namespace) -> None:
     begin = time.monotonic()
     L.seed_everything(args.seed, verbose=False)
-    data, module, losses = finetune.make_data(args), finetune.make_module(args), TrainLosses()
+    losses = TrainLosses()
     samples = GenerateSamples([PROMPT], do_sample=True, temperature=0.7, top_k=20)
     trainer = finetune.make_trainer(args, losses, samples)
     if trainer.global_rank == 0:
         heading(f"2. Training on {args.devices} ranks")
-    finetune.check_fits(args, trainer.world_size)
-    with finetune.peers_end_too(trainer):
+    fold = finetune.check_fits(args, trainer.world_size)
+    data, module = finetune.make_data(args, fold), finetune.make_module(args)
+    with peers_end_too(trainer):
         trainer.validate(module, data, verbose=False)
         untrained = trainer.callback_metrics["val/loss"].item()
         trainer.fit(module, data)
@@ -115,13 +120,13 @@ class TrainLosses(Callback):
 # ---- what the ranks compute together ---------------------------------------------------------------------------
 
 
-def probe(data: finetune.TextBlocks) -> Tensor:
+def probe(data: TextData) -> Tensor:
     """Two blocks that no training has seen."""
-    return torch.stack([data.val[0], data.val[1]])
+    return data.part("val").take(torch.arange(2))[0]
 
 
 @torch.no_grad()
-def folded_logits(module: finetune.FineTune, data: finetune.TextBlocks) -> Tensor:
+def folded_logits(module: FineTuneModule, data: TextData) -> Tensor:
     """Logits of the probe from the model as it lies on the ranks. Collective."""
     return module.model.eval()(probe(data), gather_logits=True).logits
 

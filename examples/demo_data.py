@@ -1,7 +1,7 @@
 """Data for the demo and the examples, made on the spot and without a network.
 
 Text that every Python has (the language's own help topics), a tokenizer trained on it, and a small Qwen2-MoE
-checkpoint in Hugging Face format. Letters: N blocks of L tokens.
+checkpoint in Hugging Face format.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from pydoc_data import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 EOS = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -178,35 +177,3 @@ def _put_in_place(draft: Path, directory: Path, settings: dict[str, object]) -> 
         finally:
             shutil.rmtree(old)
     raise OSError(f"{directory} changes all the time: several processes write different checkpoints to it")
-
-
-class TextDataset(Dataset[dict[str, torch.Tensor]]):
-    """A text as consecutive blocks of tokens, for causal language modelling.
-
-    Every item is `{"input_ids": [L], "labels": [L]}`, int64. Labels are at the positions of their inputs, as
-    Hugging Face models expect, which shift them inside. Tokens after the last whole block are left out.
-
-    Args:
-        text: The text.
-        tokenizer: What cuts it into tokens; no special tokens are added.
-        length: Tokens per block, L.
-
-    Raises:
-        ValueError: If the text has fewer than L tokens.
-    """
-
-    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        if length < 2:
-            raise ValueError(f"length={length}: a block needs two tokens, an input and what follows it")
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        count = len(tokens) // length
-        if count == 0:
-            raise ValueError(f"the text has {len(tokens)} tokens, fewer than one block of length={length}")
-        self.blocks_NL = tokens[: count * length].view(count, length)
-
-    def __len__(self) -> int:
-        return len(self.blocks_NL)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        block_L = self.blocks_NL[index]
-        return {"input_ids": block_L, "labels": block_L.clone()}

@@ -7,214 +7,26 @@ DIR is a Mixtral, Qwen2-MoE or Qwen3-MoE in Hugging Face format with its tokeniz
 `model/` (Hugging Face format, the weights with the best validation loss), `checkpoints/` (to resume from, under this or
 another fold and number of ranks), `logs/` (metrics.csv) and `tokens/`.
 
-`FineTune` is an ordinary LightningModule: nothing in it knows of ranks, and it is the same under every fold.
-
-Letters: N blocks of L tokens; B of them are a batch.
+The module and the data are those that `moefold fit` uses; this script shows them with a Trainer of your own.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import logging
-import math
 import os
-import signal
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Subset
 
-from lightning_moefold import Fold, FoldError, MoECausalLM, MoEConfig, MoEFoldStrategy
+from lightning_moefold import Fold, MoEConfig, MoEFoldStrategy
 from lightning_moefold.callbacks import FoldSummary, LoadBalanceMonitor, MFUMonitor
-from lightning_moefold.checkpoint import CheckpointError
-from lightning_moefold.models import ConfigError
-from lightning_moefold.refusals import UnsupportedFeature
-
-
-class InputError(ValueError):
-    """Something that the user can mend; the message is one sentence."""
-
-
-USER_ERRORS = (InputError, FoldError, ConfigError, CheckpointError, UnsupportedFeature, MisconfigurationException)
-
-
-# ---- the module --------------------------------------------------------------------------------------------------
-
-
-class FineTune(L.LightningModule):
-    """Next-token training of a MoE language model. `train/loss` and `val/loss` are without the auxiliary loss."""
-
-    def __init__(self, checkpoint: str, lr: float, warmup_steps: int, weight_decay: float, aux_loss: bool) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.model: MoECausalLM | None = None
-
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = MoECausalLM.from_pretrained(
-                self.hparams.checkpoint, output_router_logits=self.hparams.aux_loss
-            )
-
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        output = self.model(**batch)
-        self.log("train/loss", output.lm_loss, prog_bar=True)
-        if output.aux_loss is not None:
-            self.log("train/aux_loss", output.aux_loss)
-        return output.loss
-
-    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
-        loss = self.model(**batch).lm_loss
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]))
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("val/perplexity", self.trainer.callback_metrics["val/loss"].exp())
-
-    def configure_optimizers(self) -> dict[str, object]:
-        optimizer = AdamW(parameter_groups(self, self.hparams.weight_decay), self.hparams.lr, (0.9, 0.95), fused=True)
-        schedule = warmup_cosine(optimizer, self.hparams.warmup_steps, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices, none for norms and biases."""
-    groups: dict[bool, list[torch.nn.Parameter]] = {}
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            groups.setdefault(parameter.ndim >= 2, []).append(parameter)
-    return [{"params": group, "weight_decay": weight_decay * matrix} for matrix, group in sorted(groups.items())]
-
-
-def warmup_cosine(optimizer: Optimizer, warmup: int, total: int, floor: float = 0.1) -> LambdaLR:
-    """A linear rise over `warmup` steps, then a cosine down to `floor` times the learning rate at step `total`."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
-
-    return LambdaLR(optimizer, factor)
-
-
-# ---- the data ----------------------------------------------------------------------------------------------------
-
-
-class TextBlocks(L.LightningDataModule):
-    """Text files as blocks of L consecutive tokens, every 1/`val_fraction`-th of them for validation.
-
-    Documents (a .txt file, or the field `text` of a line of a .jsonl file) are joined by the tokenizer's end-of-text
-    token. One rank makes the blocks; the others map its file into memory.
-
-    Args:
-        files: The text.
-        checkpoint: Directory with the tokenizer.
-        length: L.
-        batch_size: B, of each data rank.
-        val_fraction: Of the blocks.
-        directory: Where the blocks are kept for the other ranks, and for the next time.
-    """
-
-    def __init__(
-        self, files: list[Path], checkpoint: Path, length: int, batch_size: int, val_fraction: float, directory: Path
-    ) -> None:
-        super().__init__()
-        self.files, self.checkpoint, self.length, self.batch_size = files, checkpoint, length, batch_size
-        self.val_fraction, self.directory = val_fraction, directory
-
-    def prepare_data(self) -> None:
-        path = self._path()
-        if path.exists():
-            return
-        blocks_NL = tokenize(self.files, self.checkpoint, self.length)
-        if len(blocks_NL) < 2 or not all(map(len, self._split(len(blocks_NL)))):
-            raise InputError(
-                f"the data makes {len(blocks_NL)} blocks of --sequence-length {self.length} tokens, too few to train "
-                f"and validate on with --val-fraction {self.val_fraction}; give more text or shorter blocks."
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}")
-        torch.save(blocks_NL, draft)
-        draft.replace(path)
-
-    def setup(self, stage: str) -> None:
-        blocks_NL = torch.load(self._path(), mmap=True)
-        self.train, self.val = (Subset(blocks_NL, part) for part in self._split(len(blocks_NL)))
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=as_batch)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, self.batch_size, collate_fn=as_batch)
-
-    def _split(self, count: int) -> tuple[list[int], list[int]]:
-        f = self.val_fraction
-        val = [int((i + 1) * f) > int(i * f) for i in range(count)]
-        return [i for i in range(count) if not val[i]], [i for i in range(count) if val[i]]
-
-    def _path(self) -> Path:
-        """Named for what the blocks depend on."""
-        files = [*self.files, *sorted(self.checkpoint.glob("*token*")), *sorted(self.checkpoint.glob("vocab*"))]
-        seen = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        key = hashlib.sha256(json.dumps([seen, self.length, self.val_fraction]).encode()).hexdigest()
-        return self.directory / f"{key[:16]}.pt"
-
-
-def as_batch(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Labels stand at the positions of their inputs, as in `transformers`; the model shifts them."""
-    block_BL = torch.stack(rows)
-    return {"input_ids": block_BL, "labels": block_BL}
-
-
-def tokenize(files: list[Path], checkpoint: Path, length: int) -> Tensor:
-    """The text as `[N, L]`; tokens after the last whole block are left out."""
-    from transformers import AutoTokenizer  # here, as one rank needs it
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint} holds no tokenizer that transformers can load.") from error
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens: list[int] = []
-    for document in documents(files):
-        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-    count, largest = len(tokens) // length, max(tokens, default=0)
-    if count == 0:
-        raise InputError(f"the data has {len(tokens)} tokens, fewer than one block of --sequence-length {length}.")
-    if largest >= (size := MoEConfig.from_pretrained(checkpoint).vocab_size):
-        raise InputError(f"the tokenizer of {checkpoint} gives token {largest}, but the model has only {size} tokens.")
-    return torch.tensor(tokens[: count * length]).view(count, length)
-
-
-def documents(files: list[Path]) -> Iterator[str]:
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-        if path.suffix != ".jsonl":
-            yield text
-            continue
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)["text"] + ""
-                except (ValueError, TypeError, KeyError):
-                    raise InputError(f'{path}, line {number} is not a JSON object with a string "text".') from None
-
+from lightning_moefold.recipes import FineTuneModule, InputError, TextData, is_users
+from lightning_moefold.recipes.terminal import peers_end_too, progress_display, quiet
 
 # ---- the run -----------------------------------------------------------------------------------------------------
 
@@ -223,7 +35,9 @@ def main() -> None:
     quiet()
     try:
         finetune(parse_arguments())
-    except USER_ERRORS as error:
+    except Exception as error:
+        if not is_users(error):
+            raise
         sys.exit(f"finetune.py: {error}" if rank_zero_only.rank == 0 else 1)
 
 
@@ -231,11 +45,11 @@ def finetune(args: argparse.Namespace) -> None:
     """Trains, then exports the weights with the best validation loss."""
     check_files(args)
     L.seed_everything(args.seed, verbose=False)
-    data = make_data(args)
     trainer = make_trainer(args)
-    check_fits(args, trainer.world_size)
+    fold = check_fits(args, trainer.world_size)
+    data = make_data(args, fold)
     if rank_zero_only.rank == 0:
-        data.prepare_data()  # before other ranks start, so that bad data is one message
+        data.tokenize()  # before other ranks start, so that bad data is one message
     module = make_module(args)
     with peers_end_too(trainer):
         trainer.fit(module, data, ckpt_path=args.resume)
@@ -249,31 +63,24 @@ def finetune(args: argparse.Namespace) -> None:
         print(f"metrics                         {Path(trainer.loggers[0].log_dir) / 'metrics.csv'}")
 
 
-@contextmanager
-def peers_end_too(trainer: L.Trainer) -> Iterator[None]:
-    """If this rank fails, the ranks that it started do not go on waiting for it."""
-    try:
-        yield
-    except BaseException:
-        if trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signal.SIGTERM)
-        raise
-
-
 def restore_best(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
     """Loads the weights with the best validation loss, and measures it again."""
     best = "best" if trainer.checkpoint_callback.best_model_path else None
     trainer.validate(module, data, ckpt_path=best, verbose=False)
 
 
-def make_module(args: argparse.Namespace) -> FineTune:
-    return FineTune(str(args.checkpoint), args.lr, args.warmup_steps, args.weight_decay, args.aux_loss)
+def make_module(args: argparse.Namespace) -> FineTuneModule:
+    return FineTuneModule(
+        str(args.checkpoint), learning_rate=args.lr, warmup_steps=args.warmup_steps, weight_decay=args.weight_decay,
+        aux_loss=args.aux_loss,
+    )  # fmt: skip
 
 
-def make_data(args: argparse.Namespace) -> TextBlocks:
-    return TextBlocks(
-        args.data, args.checkpoint, args.sequence_length, args.batch_size, args.val_fraction, args.output / "tokens"
-    )
+def make_data(args: argparse.Namespace, fold: Fold) -> TextData:
+    return TextData(
+        [str(file) for file in args.data], str(args.checkpoint), args.sequence_length, args.batch_size * fold.dp,
+        val_fraction=args.val_fraction, seed=args.seed, cache_dir=str(args.output / "tokens"),
+    )  # fmt: skip
 
 
 def make_trainer(args: argparse.Namespace, *callbacks: Callback) -> L.Trainer:
@@ -384,8 +191,8 @@ def check_files(args: argparse.Namespace) -> None:
         raise InputError(f"--resume {args.resume} does not exist.")
 
 
-def check_fits(args: argparse.Namespace, world_size: int) -> None:
-    """Whether the fold suits the ranks and the model, and the model the blocks.
+def check_fits(args: argparse.Namespace, world_size: int) -> Fold:
+    """The fold, if it suits the ranks and the model, and the model the blocks.
 
     Raises:
         FoldError: Naming the rule.
@@ -400,60 +207,7 @@ def check_fits(args: argparse.Namespace, world_size: int) -> None:
     if rank_zero_only.rank == 0:
         batch = args.batch_size * fold.dp * args.accumulate
         print(f"{batch} blocks of {args.sequence_length} tokens per optimizer step", flush=True)
-
-
-# ---- the terminal ------------------------------------------------------------------------------------------------
-
-
-def quiet() -> None:
-    """Silences what tells a reader of this script nothing: tips, device lists, advice on data loading."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
-    for pattern in (
-        ".*does not have many workers",  # the data is in memory
-        ".*smaller than the logging interval",
-        ".*Using `DistributedSampler` with the dataloaders",
-        ".*sync_dist=True",  # the loss is that of all ranks already
-        ".*isinstance.treespec, LeafSpec",  # between Lightning and torch, as the next
-        ".*nn.functional.all_gather is deprecated",
-        "Checkpoint directory .* exists and is not empty",
-        ".*router_aux_loss_coef",  # --no-aux-loss
-    ):
-        warnings.filterwarnings("ignore", pattern)
-
-
-def progress_display() -> Callback:
-    return Bar() if sys.stdout.isatty() else ProgressLines()
-
-
-class Bar(TQDMProgressBar):
-    def get_metrics(self, *args: object) -> dict[str, object]:
-        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
-
-
-class ProgressLines(ProgressBar):
-    """A line every few steps where there is no terminal to draw a bar in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enabled, self.shown = True, 0
-
-    def disable(self) -> None:
-        self.enabled = False  # Lightning calls it on all ranks but the first
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step > self.shown:
-            self._show(trainer, "train/loss")
-
-    def on_validation_end(self, trainer: L.Trainer, *_: object) -> None:
-        if trainer.state.fn == "fit":
-            self._show(trainer, "val/loss")
-
-    def _show(self, trainer: L.Trainer, name: str) -> None:
-        self.shown = trainer.global_step
-        if self.enabled:
-            total = int(trainer.estimated_stepping_batches)
-            print(f"step {self.shown:>4}/{total}   {name:<10} {trainer.callback_metrics[name]:.3f}", flush=True)
+    return fold
 
 
 if __name__ == "__main__":

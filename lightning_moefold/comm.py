@@ -205,6 +205,10 @@ def reduce_scatter_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
 # ---- agreement on errors ---------------------------------------------------------------------------------------------
 
 
+class PeerError(RuntimeError):
+    """Another rank failed, so that this one cannot go on."""
+
+
 def agree_on_error(error: Exception | None, axis: Axis) -> None:
     """Raises on every rank of ``axis`` if any of them has an error, so that no peer waits for one that is gone.
 
@@ -213,12 +217,12 @@ def agree_on_error(error: Exception | None, axis: Axis) -> None:
         axis: Usually the world.
 
     Raises:
-        Exception: This rank's own error; on ranks without one, a RuntimeError that quotes the first failing rank's.
+        Exception: This rank's own error; on ranks without one, a PeerError that quotes the first failing rank's.
     """
     if axis.size > 1:
         found: list[str | None] = [None] * axis.size
         dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", group=axis.group)
         if error is None and (where := next((i for i, text in enumerate(found) if text is not None), None)) is not None:
-            raise RuntimeError(f"rank {axis.ranks[where]} failed: {found[where]}")
+            raise PeerError(f"rank {axis.ranks[where]} failed: {found[where]}")
     if error is not None:
         raise error

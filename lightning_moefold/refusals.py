@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
+    BaseFinetuning,
     BatchSizeFinder,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    ThroughputMonitor,
     WeightAveraging,
 )
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from lightning_moefold.fold import Fold
@@ -23,10 +28,23 @@ _CALLBACKS = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
     WeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
     OnExceptionCheckpoint: "a save needs every rank, and only the failing one would call it; use ModelCheckpoint",
-    BackboneFinetuning: "it adds parameters to the optimizer by hand; freeze with requires_grad_(False) in configure_model",
+    BaseFinetuning: "it adds parameters to the optimizer by hand; give the optimizer all of them and freeze and unfreeze with "
+    "requires_grad_, in configure_model or in a hook",
+    ModelPruning: "it replaces parameters, whose pieces the ranks know by name; prune an exported checkpoint instead",
     LearningRateFinder: "it saves and restores the model behind the strategy's back; tune on a small model in one process",
     BatchSizeFinder: "it saves and restores the model behind the strategy's back; set the batch size by hand",
 }
+
+#: Optimizers by the names of their classes, wherever they come from. What is not here is watched in its first step.
+_OPTIMIZERS = {
+    ("LBFGS", "Adafactor", "*Muon*", "*Shampoo*", "SOAP", "*[Ll]amb", "*LAMB", "LARS", "Lars", "*Ga[Ll]ore*", "Apollo*", "APOLLO*"):
+        "computes with whole parameters, of which a rank holds pieces; use AdamW or SGD",
+    ("*8bit", "*4bit", "*Fp8", "*FP8"):
+        "quantizes its state in blocks of what a rank holds, which depends on the fold; use AdamW or SGD",
+    ("Rprop",): "assigns by index, which pieces of parameters do not allow; use AdamW or SGD",
+    ("ZeroRedundancyOptimizer", "CPUOffloadOptimizer"):
+        "spreads state by itself, which the strategy has done already; give it the optimizer inside",
+}  # fmt: skip
 
 
 class UnsupportedFeature(ValueError):
@@ -68,8 +86,13 @@ def check_second_names(module: nn.Module) -> None:
             )
 
 
-def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -> None:
     """Checks what is known before anything is built.
+
+    Args:
+        trainer: The Trainer, with its callbacks and plugins.
+        module: The LightningModule.
+        fold: The fold.
 
     Raises:
         UnsupportedFeature: Naming the feature and the way out.
@@ -82,9 +105,26 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             raise UnsupportedFeature(
                 "ModelCheckpoint(save_on_exception=True) would save on the failing rank only; turn it off."
             )
+        if isinstance(callback, ThroughputMonitor) and fold.dp < fold.world_size:
+            raise UnsupportedFeature(
+                f"{type(callback).__name__} multiplies by the number of ranks, which under {fold} read the same samples in part; "
+                "use MFUMonitor."
+            )
     if getattr(trainer.strategy, "_layer_sync", None) is not None:
         raise UnsupportedFeature(
             "sync_batchnorm=True is not supported; leave it off, or use a norm without batch statistics."
+        )
+    spread = bool(parallel_roots(module))
+    if trainer._detect_anomaly and spread and not fold.tp == fold.ep == fold.etp == 1:
+        raise UnsupportedFeature(
+            f"detect_anomaly=True asks for NaNs in a way that torch has not built for tensors cut over tp, ep or etp, as {fold} "
+            "does; look for them under a fold of data ranks only."
+        )
+    writer = trainer.strategy.checkpoint_io
+    if type(writer) is not TorchCheckpointIO and spread:
+        raise UnsupportedFeature(
+            f"{type(writer).__name__} cannot write a model that is spread over ranks, which the strategy writes itself; leave "
+            "the plugin out."
         )
     if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
         raise UnsupportedFeature(
@@ -115,9 +155,9 @@ def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
     Raises:
         UnsupportedFeature: For optimizers that need whole parameters.
     """
-    for optimizer in trainer.optimizers:
-        kind = type(optimizer).__name__
-        if sharded and kind in ("LBFGS", "Adafactor", "Muon"):
-            raise UnsupportedFeature(
-                f"{kind} computes with whole parameters, of which a rank holds pieces; use AdamW or SGD."
-            )
+    for optimizer in trainer.optimizers if sharded else ():
+        inner = getattr(optimizer, "inner", optimizer)  # of MasterWeights
+        names = [kind.__name__ for kind in type(inner).__mro__]
+        for patterns, reason in _OPTIMIZERS.items():
+            if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+                raise UnsupportedFeature(f"{names[0]} {reason}.")

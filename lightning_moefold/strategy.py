@@ -9,7 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
@@ -50,6 +51,9 @@ from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.modules.context import EXCHANGES, Exchange
+from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
 from lightning_moefold.parallel.pipeline import spare_parameters
@@ -64,6 +68,7 @@ from lightning_moefold.refusals import (
     check_sharding,
     check_trainer,
 )
+from lightning_moefold.sentences import print_without_traceback
 from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
 
 log = logging.getLogger(__name__)
@@ -96,7 +101,8 @@ class MoEFoldStrategy(ParallelStrategy):
         drop_scope: Over which tokens capacity is counted; without effect while dropless.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
-        recompute: Only None (keep all activations) so far.
+        recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
+            input, ``"selective"`` those of attention; None to keep all.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.context.choose_exchange`).
         sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
@@ -133,7 +139,7 @@ class MoEFoldStrategy(ParallelStrategy):
         drop_policy: Literal["probs", "position"] = "probs",
         drop_scope: Literal["full_sequence", "sub_sequence"] = "full_sequence",
         data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
-        recompute: str | None = None,
+        recompute: Recompute | None = None,
         context_parallel_exchange: Exchange = "auto",
         sequence_parallel: bool | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -153,7 +159,7 @@ class MoEFoldStrategy(ParallelStrategy):
             ("drop_policy", drop_policy, ("probs", "position")),
             ("drop_scope", drop_scope, ("full_sequence", "sub_sequence")),
             ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
-            ("recompute", recompute, (None,)),
+            ("recompute", recompute, (None, "selective", "full")),
             ("sequence_parallel", sequence_parallel, (None, True)),
             ("context_parallel_exchange", context_parallel_exchange, EXCHANGES),
         ):
@@ -166,6 +172,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self.num_microbatches = num_microbatches or 1
         self.dispatcher = dispatcher
         self.context_parallel_exchange = context_parallel_exchange
+        self.recompute = recompute
         self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
         self.num_nodes = 1
         self._timeout = timeout
@@ -175,6 +182,7 @@ class MoEFoldStrategy(ParallelStrategy):
         self._own: OwnModules | None = None
         self._registry: ParameterRegistry | None = None
         self._predicting: Predicting | None = None
+        self._watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # ---- the fold ----------------------------------------------------------------------------------------------
 
@@ -296,7 +304,7 @@ class MoEFoldStrategy(ParallelStrategy):
         fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
         if fold.pp > 1 and not self._microbatches_given:
             raise ValueError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; use {2 * fold.pp} or more.")
-        self._pipeline_plan.check(fold.pp, self.num_microbatches, self.data_parallel_sharding)
+        self._pipeline_plan.check(fold.pp, self.num_microbatches, self.data_parallel_sharding, self.recompute)
         return fold
 
     def _connect_processes(self) -> None:
@@ -329,7 +337,7 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.accelerator is not None
         assert self.model is not None
         assert self.lightning_module is not None
-        check_trainer(trainer, self.lightning_module)
+        check_trainer(trainer, self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
         check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
@@ -366,6 +374,8 @@ class MoEFoldStrategy(ParallelStrategy):
         sharding = Sharding(self.data_parallel_sharding, self._precision.mixed_dtype)
         error: Exception | None = None
         align_blocks(self.lightning_module, self.mesh)
+        for layer in (m for m in self._modules() if isinstance(m, DecoderLayer)):
+            layer.recompute = self.recompute
         try:
             for root in self._roots():
                 if isinstance(root, MoECausalLM):
@@ -428,11 +438,35 @@ class MoEFoldStrategy(ParallelStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        with self._watch(optimizer):
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now
         # old.
         self._release_gathered_weights()
         return output
+
+    @property
+    def _user_looks_before_backward(self) -> bool:
+        """Whether code of the user's runs between forward and backward.
+
+        Parameters are gathered copies without gradients there, and ``self.zero_grad()`` would clear nothing; such code
+        sees this rank's pieces instead.
+        """
+        module = self.lightning_module
+        assert module is not None
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+        return is_overridden("optimizer_zero_grad", module) or any(
+            is_overridden(hook, owner, parent)
+            for hook in ("on_before_zero_grad", "on_before_backward")
+            for owner, parent in ((module, pl.LightningModule), *((c, pl.Callback) for c in callbacks))
+        )
+
+    def _watch(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """The first step of an optimizer shows whether it can be right on pieces of parameters."""
+        if not self._sharded or self.mesh.world.size == 1 or optimizer in self._watched:
+            return nullcontext()
+        self._watched.add(optimizer)
+        return elementwise_only(optimizer)
 
     def _synchronize_own_buffers(self) -> None:
         if self._own is not None:
@@ -442,6 +476,8 @@ class MoEFoldStrategy(ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._synchronize_own_buffers()
         output = super().training_step(*args, **kwargs)
+        if self._user_looks_before_backward:
+            self._release_gathered_weights()
         if self._own is not None:
             self._own.buffers_stale = not self._precision.gradient_sum.deferred
         return output
@@ -596,6 +632,10 @@ class MoEFoldStrategy(ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if not self._sharded:
             super().load_optimizer_state_dict(checkpoint)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        print_without_traceback(exception, self.global_rank)
 
     @override
     def teardown(self) -> None:

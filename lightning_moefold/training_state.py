@@ -3,7 +3,8 @@
 
     model.<parameter or buffer>              optimizer.<i>.<parameter>.<state>
 
-Optimizer state of a parameter's shape is stored in that parameter's boxes; anything else (a step counter) whole.
+Optimizer state of a parameter's shape is stored in that parameter's boxes; anything else (a step counter) whole. The
+configuration of each model goes with the rest (:data:`MODELS`), so that a checkpoint can be read without the run.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ from torch.optim import Optimizer
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import TensorPiece, load_sharded, save_sharded, stored_tensors
 from lightning_moefold.mesh import Axis
+from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel import local_part
 from lightning_moefold.parallel.registry import ParameterRegistry
+
+#: Where a checkpoint describes its models: by name, ``{"config": of Hugging Face, "dtypes": on disk, "path": or None}``.
+MODELS = "moefold_models"
 
 
 def optimizer_state(optimizer: Optimizer | LightningOptimizer, registry: ParameterRegistry) -> dict[str, Any]:
@@ -86,7 +91,9 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
         for name, values in state["state"].items():
             for key, value in values.items():
                 tensors[f"optimizer.{index}.{name}.{key}"] = _describe(value, name, registry)
+    models = {name: part.describe() for name, part in registry.roots.items() if isinstance(part, MoECausalLM)}
     meta = {**checkpoint, "fold": str(registry.mesh.fold), "optimizer_groups": groups, "extra_state": extra}
+    meta[MODELS] = models
     if registry.mesh.stage.index > 0:
         # What every rank has is written by one and the same of them: running statistics are rank 0's, as under DDP.
         tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorPiece)}
@@ -124,7 +131,8 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
     if layout is None:
         return local
     if tuple(tensor.shape) != layout.shape and tuple(local.shape) != registry.box(name).sizes:
-        if isinstance(tensor, DTensor) and local.numel() != tensor.numel():
+        cut = registry.box(name).sizes != layout.shape
+        if local.numel() != tensor.numel() or (cut and local.numel() > 1):
             raise CheckpointError(
                 f"the optimizer keeps state of shape {list(tensor.shape)} for {name!r} of shape {list(layout.shape)}, which "
                 "cannot be stored independently of the fold; use an optimizer with state for each element, such as AdamW."

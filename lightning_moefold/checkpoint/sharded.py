@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
@@ -163,6 +164,49 @@ def stored_tensors(path: str | Path) -> dict[str, TensorStorageMetadata]:
     return {
         name: item for name, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)
     }
+
+
+class StoredTensors:
+    """The tensors of a checkpoint, read one at a time by a process on its own.
+
+    Args:
+        path: The checkpoint.
+
+    Attributes:
+        items: Shape and dtype of each tensor by name.
+
+    Raises:
+        CheckpointError: If the list of tensors cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.items = stored_tensors(path)
+        self._path = Path(path)
+        self._reader = _RereadingReader(path)
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor.
+
+        Raises:
+            CheckpointError: If its file is damaged.
+        """
+        item = self.items[name]
+        tensor = torch.empty(tuple(item.size), dtype=item.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            _collective("read", self._path, lambda: dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True))
+        return tensor
+
+
+class _RereadingReader(dcp.FileSystemReader):
+    """Reads the list of tensors, which may be long, once."""
+
+    _list: Any = None
+
+    def read_metadata(self, *arguments: Any, **options: Any) -> Any:
+        if self._list is None:
+            self._list = super().read_metadata(*arguments, **options)
+        return self._list
 
 
 def load_sharded(path: str | Path, tensors: Mapping[str, Tensor]) -> None:

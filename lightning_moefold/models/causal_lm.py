@@ -226,7 +226,7 @@ class MoECausalLM(ParallelRoot):
             buffer.zero_()
         for name, parameter in self.named_parameters():
             mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            mine.copy_(self.source.read(name, self.layouts[name].box(self.fold, self.rank)))
+            self.source.fill(name, self.layouts[name].box(self.fold, self.rank), mine)
         self.source.close()
         self.weights_pending = False
 
@@ -308,26 +308,26 @@ class MoECausalLM(ParallelRoot):
                 loss_weights=loss_weights, keep_all=gather_logits or loss_fn is not None,
             )  # fmt: skip
         except ValueError as error:  # raised below, together with all ranks
-            batch, cache = stand_in(self.config, axes, self.num_microbatches, input_ids.device, error), None
+            batch = stand_in(self.config, axes, self.num_microbatches, input_ids.device, error)
+            cache = None
         batch.sequence.cache = cache
         with torch.autocast(input_ids.device.type, enabled=False):
             x_ND = batch.sequence.gather(self.model(batch))
             wants_logits = gather_logits or cache is not None or (labels is None and self.tp.size == 1)
-            logits = self._logits(x_ND, batch) if wants_logits or loss_fn else None
+            logits = self._whole_logits(x_ND, batch) if wants_logits or loss_fn else None
             local = self._local_loss(x_ND, logits, batch, loss_fn, extras)
             losses = GlobalLoss(self.config, self.mesh).reduce(local, batch)
         return self._output(losses, logits if wants_logits else None, labels is not None)
 
-    def _logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
-        """Logits of whole rows, ``[B, S, V]``, on every rank of a data replica; with a cache of the last position only.
+    def _whole_logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
+        """Logits of whole rows, ``[B, S, V]``, on every rank of a data replica; cp ranks' gradients are summed.
 
-        Gradients of cp ranks are summed.
+        With a cache, those of the last position alone.
         """
-        x_BLD = x_ND.view(batch.sequence.rows, batch.sequence.length, -1)
+        rows, layout = batch.sequence.rows, batch.sequence.layout
         if batch.sequence.cache is not None:
-            return self.lm_head.logits(x_BLD[:, -1]).unsqueeze(1)
-        layout = batch.sequence.layout
-        logits_BLV = self.lm_head.logits(x_ND).view(*x_BLD.shape[:2], -1)
+            return self.lm_head.logits(x_ND.view(rows, batch.sequence.length, -1)[:, -1]).unsqueeze(1)
+        logits_BLV = self.lm_head.logits(x_ND).view(rows, batch.sequence.length, -1)
         if layout.cp.size == 1:
             return logits_BLV
         logits_SBV = comm.all_gather(logits_BLV.transpose(0, 1).contiguous(), layout.cp)
@@ -454,6 +454,23 @@ class MoECausalLM(ParallelRoot):
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         world = SINGLE if self.mesh is None else self.mesh.world
         write_hf_checkpoint(path, config, tensors, piece, world, max_shard_size=max_shard_size, side_files_from=origin)
+
+    def describe(self) -> dict[str, Any]:
+        """What :meth:`save_pretrained` would write besides the weights, as plain data.
+
+        Returns:
+            ``config`` in Hugging Face's form, ``dtypes`` of the parameters on disk, by name, and ``path`` of the
+            checkpoint that the model was made from, or None.
+        """
+        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
+        return {
+            "config": dict(self.config.raw) or to_hf_config(self.config),
+            "dtypes": {
+                name: str(self._disk_dtype(name, None)).removeprefix("torch.")
+                for name in parameter_entries(self.config)
+            },
+            "path": None if origin is None else str(origin.resolve()),
+        }
 
     def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
         stored = self.source.dtype(name) if self.source is not None else None

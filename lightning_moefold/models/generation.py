@@ -154,12 +154,10 @@ def generate(
     pad_token_id: int | None,
 ) -> Tensor:
     """See :meth:`.causal_lm.MoECausalLM.generate`; ``sampling`` is None for the most probable token."""
-    for axis, what in (("context", "rows cut"), ("pipeline", "layers spread")):
-        if (size := model.fold.size(axis[0] + "p")) > 1:
-            raise ValueError(
-                f"generate does not work with {what} over {axis}_parallel_size={size}; export the model, or load it under a "
-                f"fold with {axis}_parallel_size=1."
-            )
+    if model.fold.cp > 1:
+        raise ValueError(f"generate does not cut rows over ranks; use context_parallel_size=1, not {model.fold.cp}.")
+    if model.fold.pp > 1:
+        raise ValueError(f"generate does not run a pipeline; use pipeline_parallel_size=1, not {model.fold.pp}.")
     # Inside the context, so that a rank with a bad prompt tells the others.
     with _evaluating(model), model.unequal_calls():
         if input_ids.dim() == 2 and not input_ids.shape[0]:

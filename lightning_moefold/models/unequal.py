@@ -28,16 +28,12 @@ if TYPE_CHECKING:
     from lightning_moefold.models.causal_lm import MoECausalLM
 
 
-class PeerError(RuntimeError):
-    """Another rank has failed, so that this one cannot go on."""
-
-
 class UnequalCalls:
     """A context in which ranks call models as often as each of them likes, without gradients.
 
     Collective: every rank enters it and leaves it, and calls nothing collective inside but these models.
     Leaving waits for the ranks that still call. If a rank leaves it with an error, the others raise
-    :class:`PeerError` at their next call, unless the error came from the middle of a call, when they are inside it too.
+    :class:`~.comm.PeerError` at their next call, unless the error came from the middle of a call, when they are inside it too.
 
     Args:
         models: Parallelised over the same mesh; all that are called inside, in the same order on every rank.
@@ -99,7 +95,7 @@ class UnequalCalls:
         """The first model that any rank is about to call; None if nobody calls any more.
 
         Raises:
-            PeerError: If another rank has failed.
+            comm.PeerError: If another rank has failed.
         """
         votes = torch.zeros(len(self._models) + 1, dtype=torch.int64, device=_device(self._models[0]))
         if index is not None:
@@ -108,7 +104,7 @@ class UnequalCalls:
         *callers, failures = comm.all_reduce_raw(votes, self._world).tolist()
         if failures and not failed:
             self._over = True
-            raise PeerError("another rank has failed; its own error says why.") from self._heard
+            raise comm.PeerError("another rank has failed; its own error says why.") from self._heard
         return next((i for i, count in enumerate(callers) if count), None)
 
     def _stand_in(self, index: int) -> None:

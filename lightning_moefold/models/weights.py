@@ -38,8 +38,8 @@ def weights_are_deferred() -> bool:
 class WeightSource(Protocol):
     """Gives pieces of parameters."""
 
-    def read(self, name: str, box: Box) -> Tensor:
-        """The part ``box`` of parameter ``name`` (our name), on the CPU, in whatever dtype it is stored."""
+    def fill(self, name: str, box: Box, out: Tensor) -> None:
+        """Copies the part ``box`` of parameter ``name`` (our name) into ``out``, whatever its dtype and device."""
         ...
 
     def dtype(self, name: str) -> torch.dtype | None:
@@ -65,19 +65,17 @@ class CheckpointWeights:
         optional = frozenset({"lm_head.weight"} if config.tie_word_embeddings else set())
         checkpoint.check(expected, optional)
 
-    def read(self, name: str, box: Box) -> Tensor:
+    def fill(self, name: str, box: Box, out: Tensor) -> None:
         """See :class:`WeightSource`."""
-        entry = self._entries[name]
-        stored = self.checkpoint.tensors[entry.sources[0]].dtype
+        entry, slices = self._entries[name], box.slices()
         if box.numel == 0:
-            return torch.empty(box.sizes, dtype=stored)
-        slices = box.slices()
+            return
+        # What the checkpoint gives are views of the mapped file, so each element is copied once.
         if not entry.stacked:
-            return self.checkpoint.read(entry.sources[0], slices)
-        out = torch.empty(box.sizes, dtype=stored)
-        for i, source in enumerate(entry.sources[slices[0]]):
-            out[i] = self.checkpoint.read(source, slices[1:])
-        return out
+            out.copy_(self.checkpoint.read(entry.sources[0], slices))
+            return
+        for piece, source in zip(out, entry.sources[slices[0]], strict=True):
+            piece.copy_(self.checkpoint.read(source, slices[1:]))
 
     def dtype(self, name: str) -> torch.dtype | None:
         """See :class:`WeightSource`."""
@@ -99,14 +97,16 @@ class SeededWeights:
         self.config, self.seed = config, seed
         self._entries = parameter_entries(config)
 
-    def read(self, name: str, box: Box) -> Tensor:
+    def fill(self, name: str, box: Box, out: Tensor) -> None:
         """See :class:`WeightSource`."""
         entry, slices = self._entries[name], box.slices()
         if box.numel == 0:
-            return torch.empty(box.sizes)
+            return
         if not entry.stacked:
-            return self._draw(entry.sources[0], entry)[slices]
-        return torch.stack([self._draw(source, entry)[slices[1:]] for source in entry.sources[slices[0]]])
+            out.copy_(self._draw(entry.sources[0], entry)[slices])
+            return
+        for piece, source in zip(out, entry.sources[slices[0]], strict=True):
+            piece.copy_(self._draw(source, entry)[slices[1:]])
 
     def _draw(self, source: str, entry: ParameterEntry) -> Tensor:
         shape = entry.source_shape

@@ -5,7 +5,7 @@ Query heads are split as evenly as possible. Where tp divides the query (or the 
 their projections. Where it does not, those weights are replicated: each rank uses just the rows of its own query heads,
 or of the key/value heads that they need, and the gradients are partial (summed over tp).
 
-Legend: N tokens, B rows, S positions, K keys, D hidden size, d head size, Q local query heads, V local key/value heads.
+Legend: N tokens, B rows, S positions, D hidden size, d head size, Q local query heads, V local key/value heads.
 """
 
 from __future__ import annotations
@@ -142,10 +142,7 @@ class Attention(ParallelRoot):
         q_BSQd = self._heads(_project(self.q_proj, x_ND, self._q_rows), rows, length, self.q_norm, batch)
         k_BSVd = self._heads(_project(self.k_proj, x_ND, self._kv_rows), rows, length, self.k_norm, batch)
         v_BSVd = _project(self.v_proj, x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
-        mask = None
-        if batch.cache is not None:
-            k_BSVd, v_BSVd, mask = batch.cache.extend(self, self.sliding_window, k_BSVd, v_BSVd)
-        y_NO = self._attend(q_BSQd, k_BSVd, v_BSVd, batch, mask)
+        y_NO = self._attend(q_BSQd, k_BSVd, v_BSVd, batch)
         o_weight = local(self.o_proj.weight)
         o_weight = o_weight if self._q_rows is None else o_weight[:, self._q_rows]
         y_TD = batch.reduce_scatter(F.linear(y_NO, o_weight))
@@ -182,16 +179,17 @@ class Attention(ParallelRoot):
             x_BSHd = rotate(x_BSHd, batch.cos_BLh, batch.sin_BLh)
         return x_BSHd
 
-    def _attend(
-        self, q_BLQd: Tensor, k_BKVd: Tensor, v_BKVd: Tensor, batch: SequenceBatch, mask: Tensor | None
-    ) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BLQd, k_BKVd, v_BKVd))
+    def _attend(self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch) -> Tensor:
+        earlier = None  # which of the keys kept so far each row sees, when text is generated
+        if batch.cache is not None:
+            k_BLVd, v_BLVd, earlier = batch.cache.extend(self, self.sliding_window, k_BLVd, v_BLVd)
+        q, k, v = (x.transpose(1, 2) for x in (q_BLQd, k_BLVd, v_BLVd))
         if self.kv_of_head is not None:
             index = torch.tensor(self.kv_of_head, device=k.device)
             k, v = k.index_select(1, index), v.index_select(1, index)
         visibility, layout = batch.visibility(self.sliding_window), batch.layout
-        if mask is not None:
-            y_BQLd = _attend_to_row(q, k, v, mask, self.causal)
+        if earlier is not None:
+            y_BQLd = _attend_to_row(q, k, v, earlier, self.causal)
         elif layout.cp.size == 1 and (visibility.is_causal or layout.length <= _WHOLE_MASK or not self.causal):
             y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
         else:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_moefold.modules.alone import run_alone
@@ -11,6 +12,7 @@ from lightning_moefold.modules.base import ParallelRoot
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.norm import RMSNorm
+from lightning_moefold.modules.recompute import Recompute, recomputed
 from lightning_moefold.modules.sequence import SequenceBatch
 
 
@@ -22,7 +24,14 @@ class DecoderLayer(ParallelRoot):
         attention: The attention block.
         mlp: The MoE layer, or a dense gated feed-forward layer.
         norm_eps: Epsilon of both norms.
+
+    Attributes:
+        recompute: What runs again in backward instead of being kept: ``"full"`` the whole layer, ``"selective"`` its
+            attention half (the other half communicates, and experts make their activations again in any case); None for
+            nothing.
     """
+
+    recompute: Recompute | None = None
 
     def __init__(
         self, hidden_size: int, attention: Attention, mlp: MoELayer | GatedMLP, norm_eps: float = 1e-6
@@ -42,9 +51,18 @@ class DecoderLayer(ParallelRoot):
         """
         if batch is None:
             return run_alone(self, hidden, self.self_attn.batch_of(hidden, self.compute_dtype))
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), batch)
+        if self.recompute == "full" and torch.is_grad_enabled():
+            return recomputed(self._forward, hidden, batch)
+        return self._forward(hidden, batch)
+
+    def _forward(self, hidden: Tensor, batch: SequenceBatch) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        selective = self.recompute == "selective" and torch.is_grad_enabled()
+        hidden = recomputed(self._attend, hidden, batch) if selective else self._attend(hidden, batch)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden), batch)
         if batch.routing is None:
             return hidden
         statistics, batch.routing = batch.routing, None
         return hidden, statistics.counts_ME, statistics.probability_ME
+
+    def _attend(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
+        return hidden + self.self_attn(self.input_layernorm(hidden), batch)

@@ -19,6 +19,7 @@ from lightning_moefold.modules.base import Linear, ParallelRoot
 from lightning_moefold.modules.experts import Experts, RoutedExperts
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.module_experts import ModuleExperts
+from lightning_moefold.modules.recompute import is_recomputing
 from lightning_moefold.modules.router import Router, count_choices, routing_statistics
 from lightning_moefold.modules.sequence import SequenceBatch
 
@@ -114,7 +115,7 @@ class MoELayer(ParallelRoot):
             return run_alone(self, hidden)
         weight_TK, expert_TK, probability_TE = self.gate(hidden)
         counts_ME = count_choices(expert_TK, self.num_experts, batch)
-        if self.training:
+        if self.training and not is_recomputing():
             with torch.no_grad():
                 self.load_E += counts_ME.sum(0)
         y_TD = self._routed(hidden, weight_TK, expert_TK, batch)

@@ -82,8 +82,8 @@ class SequenceBatch:
         self.num_microbatches = 1
         self.wants_routing = False
         self.routing: RoutingStatistics | None = None
-        self._visibility: dict[int | None, Visibility] = {}
         self.cache: KeyValueCache | None = None
+        self._visibility: dict[int | None, Visibility] = {}
 
     @property
     def tokens(self) -> int:

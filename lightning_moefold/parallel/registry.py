@@ -27,7 +27,8 @@ class ParameterRegistry:
         self.mesh = mesh
         layouts: dict[int, ParameterLayout] = {}
         everywhere: set[str] = set()
-        for prefix, part in parallel_roots(root):
+        self.roots = dict(parallel_roots(root))
+        for prefix, part in self.roots.items():
             part.release_gathered_weights()
             layouts |= {id(p): part.layouts[name] for name, p in part.named_parameters()}
             everywhere |= {f"{prefix}.{name}".lstrip(".") for name in part.layouts}

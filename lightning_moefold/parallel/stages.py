@@ -65,7 +65,7 @@ class PipelinePlan:
         """Stages on each rank, v."""
         return 2 if self.schedule in V_SHAPED else self.stages_per_rank
 
-    def check(self, pp: int, num_microbatches: int, sharding: str) -> None:
+    def check(self, pp: int, num_microbatches: int, sharding: str, recompute: str | None = None) -> None:
         """Whether ``pp`` ranks can run the schedule.
 
         Raises:
@@ -93,6 +93,12 @@ class PipelinePlan:
             raise ValueError(
                 f"pipeline_schedule={name!r} splits backward and needs the weights gathered until its end, so it does not go "
                 "with data_parallel_sharding='full'; use data_parallel_sharding='optimizer', or 'interleaved_1f1b'."
+            )
+
+        if name in SPLIT_BACKWARD and recompute is not None:
+            raise ValueError(
+                f"pipeline_schedule={name!r} splits backward, and each part would compute again what recompute={recompute!r} has "
+                "dropped; use recompute=None, or 'interleaved_1f1b'."
             )
 
     def owner(self, stage: int, pp: int) -> int:

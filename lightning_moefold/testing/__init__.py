@@ -16,10 +16,12 @@ from lightning_moefold.testing.environment import PoolEnvironment
 from lightning_moefold.testing.oracle import ReferenceRun, canonical, reference_run, routing_margin
 from lightning_moefold.testing.pool import RankError, RankPool, RankTimeout
 from lightning_moefold.testing.reference import hf_reference, lifted
+from lightning_moefold.testing.verification import Finding, verify
 
 __all__ = [
     "IGNORE",
     "Batch",
+    "Finding",
     "GlobalBatch",
     "PoolEnvironment",
     "RankError",
@@ -38,4 +40,5 @@ __all__ = [
     "relative_error",
     "routing_margin",
     "unpack_documents",
+    "verify",
 ]

@@ -7,7 +7,7 @@ Shapes: E experts, F expert ffn width, H hidden size, R rows, L positions, V voc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,12 @@ from lightning_moefold.testing.batches import IGNORE, Batch, GlobalBatch, micro_
 from lightning_moefold.testing.reference import hf_reference
 
 _FUSED = ".experts.gate_up_proj"
+
+#: Makes an optimizer, or an optimizer and a scheduler that steps after it, for the trained parameters by name.
+OptimizerFactory = Callable[
+    [Mapping[str, nn.Parameter]],
+    torch.optim.Optimizer | tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler],
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ def reference_run(
     dtype: torch.dtype = torch.float64,
     steps: int | None = None,
     lr: float = 1e-2,
-    optimizer: Literal["adamw", "sgd"] = "adamw",
+    optimizer: Literal["adamw", "sgd"] | OptimizerFactory = "adamw",
     clip: float | None = None,
     accumulate: int = 1,
     config_overrides: Mapping[str, Any] | None = None,
@@ -66,7 +72,8 @@ def reference_run(
         dtype: Data type of weights and computation.
         steps: Optimizer steps; as many as the batches allow if None.
         lr: Learning rate.
-        optimizer: ``"adamw"`` (betas 0.9 and 0.95, weight decay 0.1) or ``"sgd"`` (momentum 0.9).
+        optimizer: ``"adamw"`` (betas 0.9 and 0.95, weight decay 0.1), ``"sgd"`` (momentum 0.9), or a function that
+            makes one from the trained parameters by name (``lr`` is then its own).
         clip: Largest gradient norm, or None.
         accumulate: Batches per step; their losses are averaged.
         config_overrides: Fields of the config to replace.
@@ -85,8 +92,7 @@ def reference_run(
     model = hf_reference(path, dtype=dtype, **(config_overrides or {})).train()
     model.router_aux_loss_coef /= num_microbatches  # the micro-batches' losses add up, their auxiliary losses average
     parameters = _view_parameters(model, frozen)
-    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
-    update = _make_optimizer(optimizer, trained, lr)
+    update, scheduler = _make_optimizer(optimizer, {n: p for n, p in parameters.items() if p.requires_grad}, lr)
     losses: list[float] = []
     grads: list[dict[str, Tensor | None]] = []
     norms: list[float] = []
@@ -96,8 +102,10 @@ def reference_run(
             losses.append(_backward(model, micro_batches(batch, num_microbatches), 1 / accumulate))
         _hand_over_gradients(model, parameters)
         grads.append({name: _copy(parameter.grad) for name, parameter in parameters.items()})
-        norms.append(_clip(trained, clip))
+        norms.append(_clip(update, clip))
         update.step()
+        if scheduler is not None:
+            scheduler.step()
     weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return ReferenceRun(losses, grads, norms, weights)
 
@@ -178,12 +186,17 @@ def _hand_over_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter
             parameters[new].grad = tensor.clone() if parameters[new].requires_grad else None
 
 
-def _make_optimizer(name: str, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    raise ValueError(f"unknown optimizer {name!r}: choose 'adamw' or 'sgd'")
+def _make_optimizer(
+    kind: str | OptimizerFactory, parameters: Mapping[str, nn.Parameter], lr: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+    if callable(kind):
+        made = kind(parameters)
+        return made if isinstance(made, tuple) else (made, None)
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1), None
+    if kind == "sgd":
+        return torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9), None
+    raise ValueError(f"unknown optimizer {kind!r}: choose 'adamw' or 'sgd', or give a function")
 
 
 def _backward(model: Any, batches: Sequence[Batch], scale: float) -> float:
@@ -236,13 +249,13 @@ def _weighted_loss(
     return (losses * weights_RL[:, 1:].flatten().to(losses.dtype)).sum() / num_items_in_batch
 
 
-def _clip(parameters: Sequence[nn.Parameter], largest: float | None) -> float:
-    """Scales gradients to a norm of at most ``largest``, as ``torch.nn.utils.clip_grad_norm_`` does.
+def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> float:
+    """Scales the gradients of an optimizer's parameters to a norm of at most ``largest``, as Lightning does.
 
     Returns:
         The norm before.
     """
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
         return 0.0
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))

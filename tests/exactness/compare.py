@@ -45,6 +45,7 @@ FACTORS: dict[str, list[Any]] = {
     "sharding": ["optimizer", "full", "none"],
     "optimizer": ["adamw", "sgd"],
     "exchange": ["ring", "all_gather", "all_to_all"],
+    "recompute": [None, "selective", "full"],
 }
 
 
@@ -88,6 +89,8 @@ def spec_of(row: dict[str, Any]) -> dict[str, Any]:
         "sharding": row["sharding"],
         "optimizer": row["optimizer"],
         "pipeline": row.get("pipeline", {}),
+        "recompute": row.get("recompute"),
+        "zero_everything": row.get("zero_everything", False),
         "clip": 0.5,
         "lr": 1e-2,
     }
@@ -96,7 +99,7 @@ def spec_of(row: dict[str, Any]) -> dict[str, Any]:
 def check(pool: RankPool, folder: Path, fold: Fold, row: dict[str, Any], seed: int = 0) -> None:
     """Trains under ``fold`` and in one process with Hugging Face's code in float64, and compares (errors < 1e-9)."""
     path, spec = checkpoint(folder, row["family"], row["shape"], row.get("layers")), spec_of(row)
-    spec["exchange"] = _legal_exchange(row.get("exchange", "auto"), fold, MoEConfig.from_pretrained(path))
+    spec["exchange"] = _legal_exchange(row.get("exchange", "ring"), fold, MoEConfig.from_pretrained(path))
     vocab = SHAPES[row["shape"]].get("vocab_size", 96)
     batches = make_batches(
         STEPS * row["accumulate"],

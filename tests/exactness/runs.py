@@ -31,6 +31,7 @@ class RankRun:
     grad_norms: list[float] = field(default_factory=list)
     weights: dict[str, Piece] = field(default_factory=dict)
     fold: str = ""
+    loads: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class BatchList(Dataset):
@@ -79,8 +80,11 @@ class Case(pl.LightningModule):
         if norm is not None:
             self.run.grad_norms.append(norm.item())
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
+        if callable(make := self.spec.get("optimizer")):  # as one process makes it, by the same names
+            made = make({n: p for n, p in self.model.named_parameters() if p.requires_grad})
+            return ([made[0]], [{"scheduler": made[1], "interval": "step"}]) if isinstance(made, tuple) else made
         if self.spec.get("optimizer", "adamw") == "sgd":
             return torch.optim.SGD(parameters, lr=self.spec.get("lr", 1e-2), momentum=0.9)
         kernel = self.spec.get("adamw", {})
@@ -89,14 +93,22 @@ class Case(pl.LightningModule):
         )
 
 
+class ZeroingCase(Case):
+    """Clears the gradients of the whole module, of what the optimizer does not hold, too; after forward, as Lightning does."""
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        self.zero_grad()
+
+
 def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], spec: dict[str, Any]) -> RankRun:
     """Trains on ``batches[step][data rank]``; one optimizer step per ``accumulate`` batches."""
     run = RankRun()
-    module = Case(path, run, spec)
+    module = (ZeroingCase if spec.get("zero_everything") else Case)(path, run, spec)
     with mock.patch.dict(vocabulary._CHUNK_ELEMENTS, {"cpu": spec.get("chunk_elements", 1 << 22)}):
         _fit(module, fold, batches, spec)
     run.weights = owned_pieces(module.model)
     run.fold = str(module.model.fold)
+    run.loads = {number: layer.load_E.clone() for number, layer in module.model.moe_layers().items()}
     return run
 
 
@@ -106,6 +118,7 @@ def _fit(module: Case, fold: str, batches: list[list[dict[str, torch.Tensor]]], 
         num_microbatches=spec.get("num_microbatches"),
         data_parallel_sharding=spec.get("sharding", "optimizer"),
         context_parallel_exchange=spec.get("exchange", "auto"),
+        recompute=spec.get("recompute"),
         **spec.get("pipeline", {}),
     )
     world = dist.get_world_size()

@@ -89,3 +89,15 @@ def test_a_forward_before_the_step_leaves_no_stale_weights(
 @pytest.mark.parametrize("fold", ["| ep2", "tp2 | ep2", "tp2 | ep4", "tp2 | etp2 ep2"])
 def test_one_optimizer_for_both_meshes(pool: RankPool, checkpoint: str, fold: str, kernel: dict[str, bool]) -> None:
     _run(pool, checkpoint, fold, lambda batch: None, {"adamw": kernel}, world=4 if "tp2 | e" in fold else 2)
+
+
+@pytest.mark.parametrize("fold", ["tp2 | ep2", "cp2 | ep2"])
+def test_tokens_are_counted_once_whatever_is_recomputed(pool: RankPool, checkpoint: str, fold: str) -> None:
+    batches = make_batches(2, 1, 4, 10, 97, seed=5)
+    loads = []
+    for recompute in (None, "selective", "full"):
+        ranks = pool.run(runs.train, checkpoint, fold, batches, {"recompute": recompute}, ranks=2)
+        loads.append({layer: sum(run.loads[layer] for run in ranks) for layer in ranks[0].loads})
+    assert all(int(load_E.sum()) == 2 * 4 * 10 * 2 for load_E in loads[0].values())  # batches, rows, tokens, top-k
+    for found in loads[1:]:
+        assert all(torch.equal(found[layer], loads[0][layer]) for layer in found)

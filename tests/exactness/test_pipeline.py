@@ -47,6 +47,7 @@ def fit(fold: Fold, row: dict[str, Any]) -> dict[str, Any]:
         "microbatches": microbatches,
         "rows": each * fold.dp,
         "sharding": sharding,
+        "recompute": None if schedule in SPLIT_BACKWARD else row.get("recompute"),
     }
 
 
@@ -94,8 +95,9 @@ def test_schedules(pool: RankPool, folder: Path, schedule: str) -> None:
         {"frozen": ("model.layers.2.*",), "schedule": "zbv"},
         {"shape": "one key/value head", "family": "mixtral", "schedule": "interleaved_1f1b", "accumulate": 2},
         {"pipeline_split": [2, 1], "padding": "left", "uneven rows": True},
+        {"recompute": "full", "frozen": ("*.mlp.gate.weight",)},
     ],
-    ids=["frozen first stage", "frozen last stage", "frozen stage within", "tied", "split by hand"],
+    ids=["frozen first stage", "frozen last stage", "frozen stage within", "tied", "split by hand", "recomputed"],
 )
 def test_special_stages(pool: RankPool, folder: Path, change: dict[str, Any]) -> None:
     fold = Fold.parse("pp2", 2)

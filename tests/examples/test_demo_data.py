@@ -1,4 +1,4 @@
-"""The demo's data: text, tokenizer, checkpoint, blocks."""
+"""The demo's data: text, tokenizer, checkpoint."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import demo_data
-from demo_data import TextDataset, read_python_topics, split_text, train_tokenizer, write_demo_checkpoint
+from demo_data import read_python_topics, split_text, train_tokenizer, write_demo_checkpoint
 
 VOCAB_SIZE = 512
 
@@ -175,23 +175,3 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_demo_checkpoint(tmp_path / "checkpoint")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_dataset_is_the_text_in_consecutive_blocks(text, tokenizer):
-    sample = text[:5000]
-    tokens = tokenizer(sample, add_special_tokens=False)["input_ids"]
-    dataset = TextDataset(sample, tokenizer, length=64)
-    assert len(dataset) == len(tokens) // 64
-    items = [dataset[index] for index in range(len(dataset))]
-    assert torch.cat([item["input_ids"] for item in items]).tolist() == tokens[: len(dataset) * 64]
-    for item in items:
-        assert item["input_ids"].dtype == torch.int64
-        assert torch.equal(item["labels"], item["input_ids"])
-        assert item["labels"].data_ptr() != item["input_ids"].data_ptr()
-    with pytest.raises(IndexError):
-        dataset[len(dataset)]
-
-
-def test_dataset_refuses_a_text_shorter_than_a_block(tokenizer):
-    with pytest.raises(ValueError, match="fewer than one block"):
-        TextDataset("short", tokenizer, length=64)

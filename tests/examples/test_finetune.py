@@ -1,4 +1,4 @@
-"""The fine-tuning script: as a user starts it, and its parts."""
+"""The fine-tuning script: as a user starts it."""
 
 import csv
 import json
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import finetune
 from demo_data import read_python_topics, train_tokenizer
 from lightning_moefold import FoldError, MoECausalLM
+from lightning_moefold.recipes import InputError
 from lightning_moefold.testing import make_checkpoint
 
 SCRIPT = Path(finetune.__file__)
@@ -90,70 +91,16 @@ def test_an_error_of_the_user_is_one_sentence(folder):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"data": "missing.txt"}, finetune.InputError, "missing.txt is no file"),
-        ({"checkpoint": "nowhere"}, finetune.InputError, "nowhere is no directory"),
-        ({"resume": "nowhere"}, finetune.InputError, "nowhere does not exist"),
-        ({"batch_size": 0}, finetune.InputError, "--batch-size 0"),
-        ({"val_fraction": 1}, finetune.InputError, "--val-fraction"),
-        ({"val_fraction": 0.0001}, finetune.InputError, "too few to train and validate"),
-        ({"sequence_length": 4096}, finetune.InputError, "the model's 128"),
+        ({"data": "missing.txt"}, InputError, "missing.txt is no file"),
+        ({"checkpoint": "nowhere"}, InputError, "nowhere is no directory"),
+        ({"resume": "nowhere"}, InputError, "nowhere does not exist"),
+        ({"batch_size": 0}, InputError, "--batch-size 0"),
+        ({"val_fraction": 1}, InputError, "--val-fraction"),
+        ({"val_fraction": 0.0001}, InputError, "too few to train and validate"),
+        ({"sequence_length": 4096}, InputError, "the model's 128"),
         ({"fold": "ep8", "devices": 8}, FoldError, "num_experts=4 does not split"),
     ],
 )
 def test_wrong_input(folder, changes, error, message):
     with pytest.raises(error, match=message):
         finetune.finetune(finetune.parse_arguments(arguments(folder, **changes)))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("short.txt", b"a few words", "fewer than one block"),
-        ("latin.txt", "na\xefve".encode("latin-1"), "not UTF-8"),
-        ("a.jsonl", b'{"text": "one"}\n{"words": "two"}', "line 2 is not"),
-        ("b.jsonl", b'{"text": 3}', "line 1 is not"),
-    ],
-)
-def test_wrong_data(folder, tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(finetune.InputError, match=message):
-        finetune.tokenize([tmp_path / name], folder / "checkpoint", 64)
-
-
-def test_documents_end_with_the_end_of_text(folder, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n')
-    tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
-    tokens = finetune.tokenize([tmp_path / "a.jsonl"], folder / "checkpoint", 2).flatten().tolist()
-    text = tokenizer.decode(tokens)
-    assert "one<|endoftext|>two".startswith(text)
-    assert "<|endoftext|>" in text
-
-
-def test_every_tenth_block_is_for_validation(folder, tmp_path):
-    data = finetune.TextBlocks([folder / "a.txt"], folder / "checkpoint", 64, 2, 0.1, tmp_path)
-    data.prepare_data()
-    data.setup("fit")
-    count = len(data.train) + len(data.val)
-    assert len(data.val) == count // 10
-    assert sorted([*data.train.indices, *data.val.indices]) == list(range(count))
-
-
-def test_weight_decay_is_for_matrices(folder):
-    model = MoECausalLM.from_pretrained(folder / "checkpoint")
-    groups = finetune.parameter_groups(model, 0.5)
-    decayed = {id(p) for group in groups if group["weight_decay"] == 0.5 for p in group["params"]}
-    assert decayed == {id(p) for name, p in model.named_parameters() if "norm" not in name and "bias" not in name}
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-
-
-def test_the_learning_rate_rises_and_falls():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    schedule = finetune.warmup_cosine(optimizer, warmup=4, total=20)
-    rates = []
-    for _ in range(21):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert rates[20] == pytest.approx(0.1)

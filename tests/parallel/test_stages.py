@@ -89,6 +89,12 @@ def test_what_cannot_run_is_refused(plan: dict[str, Any], microbatches: int, sha
         PipelinePlan(**plan).check(4, microbatches, sharding)
 
 
+def test_what_splits_backward_cannot_recompute() -> None:
+    PipelinePlan("1f1b").check(4, 8, "optimizer", "full")
+    with pytest.raises(ValueError, match="use recompute=None"):
+        PipelinePlan("zbv").check(4, 8, "optimizer", "selective")
+
+
 def test_cuts_that_do_not_suit_the_model() -> None:
     with pytest.raises(ValueError, match="more than num_hidden_layers=7"):
         PipelinePlan("zbv").layers(_config(7), 4)

@@ -67,7 +67,7 @@ class Predictor(pl.LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Any:
         index = batch["index"].tolist()
         self.seen += index
-        if 5 in index and self.spec.get("fails"):
+        if self.spec.get("fails") in index:
             raise OSError("the disk is full")
         if 5 in index and self.spec.get("bad"):
             batch["input_ids"][0, 0] = 96
@@ -151,6 +151,21 @@ def failing(path: str, fold: str, spec: dict[str, Any]) -> str:
             message += f" <- {error.__cause__}"
         return message
     return "no error"
+
+
+class Broken(nn.Module):
+    def forward(self, *_: Any) -> None:
+        raise RuntimeError("the kernel is gone")
+
+
+class BrokenPredictor(Predictor):
+    def on_predict_start(self) -> None:
+        if dist.get_rank() == 1:
+            self.model.model.layers["1"].mlp.gate = Broken()
+
+
+def failing_inside(path: str, fold: str) -> None:
+    make(fold, {}).predict(BrokenPredictor(path, rows=[8]))
 
 
 class Plain(pl.LightningModule):

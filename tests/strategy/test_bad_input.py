@@ -142,9 +142,23 @@ def test_directories_that_are_no_checkpoints(pool: RankPool, path: str, tmp_path
 
 
 def test_one_rank_cannot_read(pool: RankPool, path: str) -> None:
-    own, peer = sorted(pool.run(bad.damaged_on_one_rank, path, path, ranks=2), key=lambda m: "rank 1 failed" in m)
+    own, peer = sorted(pool.run(bad.damaged_on_one_rank, path, ranks=2), key=lambda m: "rank 1 failed" in m)
     assert own == "OSError: the disk is gone"
-    assert peer == "RuntimeError: rank 1 failed: OSError: the disk is gone"
+    assert peer == "PeerError: rank 1 failed: OSError: the disk is gone"
+
+
+def test_one_traceback_is_printed(pool: RankPool, path: str) -> None:
+    """By the rank that failed, or by rank 0 where all refuse the same; the others print one line each."""
+    [first, second] = pool.run(bad.printed, path, ranks=2)
+    assert first["one rank fails"] == "[rank 0] PeerError: rank 1 failed: OSError: the disk is gone\n"
+    assert "Traceback" in second["one rank fails"]
+    assert second["one rank fails"].endswith("OSError: the disk is gone\n")
+    assert "Traceback" in first["all refuse"]
+    assert second["all refuse"].startswith("[rank 1] UnsupportedFeature: LBFGS")
+    assert second["all refuse"].count("\n") == 1
+    for other in (first, second):
+        assert "Traceback" in other["user's error"]
+        assert other["user's error"].endswith("KeyError: 'input_ids'\n")
 
 
 def test_checkpoints_that_do_not_fit(pool: RankPool, path: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import Fold
-from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint, relative_error
+from lightning_moefold.testing import RankError, RankPool, hf_reference, make_checkpoint, relative_error
 from tests.strategy import finetune, predictor
 
 TP2 = "tp2 | ep4"  # of 8 ranks: four data ranks, two copies of each expert
@@ -69,6 +69,7 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("| ep2", {"rows": [9, 3], "stream": True, "late": True}, {}, {"data_parallel_sharding": "full"}),
     ("tp2 | etp2 ep2", {"rows": [11], "teacher": True}, {}, {"data_parallel_sharding": "full"}),
     ("| ep4", {"rows": [11, 3], "teacher": True}, {}, {}),
+    ("cp2 | ep4", {"rows": [7], "late": True}, {}, {}),
     ("tp2 | ep4", {"rows": [11], "iterator": True, "teacher": True}, {}, {}),
     ("tp2 | ep4", {"rows": [7], "generates": True}, {}, {"data_parallel_sharding": "full"}),
     ("| ep2", {"rows": [11], "generates": True}, {}, {}),
@@ -98,12 +99,23 @@ def test_limits(pool: RankPool, path: str) -> None:
 
 def test_a_rank_that_fails(pool: RankPool, path: str) -> None:
     """Row 5 is on data rank 1, in its first batch; data rank 3 is a batch short and waits for the others."""
-    messages = pool.run(predictor.failing, path, "| ep4", {"rows": [15], "fails": True}, ranks=4)
+    messages = pool.run(predictor.failing, path, "| ep4", {"rows": [15], "fails": 5}, ranks=4)
     assert messages[1] == "OSError: the disk is full"
     for rank in (0, 2, 3):
         assert messages[rank] == "PeerError: another rank has failed; its own error says why."
+    messages = pool.run(predictor.failing, path, TP2, {"rows": [3], "fails": 2}, ranks=8)
+    assert messages[4] == messages[5] == "OSError: the disk is full"  # data rank 2; data rank 3 has no row at all
+    assert all(messages[rank].startswith("PeerError") for rank in (0, 1, 2, 3, 6, 7))
     messages = pool.run(predictor.failing, path, "| ep4", {"rows": [7], "bad": True}, ranks=4)
     assert all("1 token ids in the batch lie outside the vocabulary" in message for message in messages)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_in_the_middle_of_a_call(pool: RankPool, path: str) -> None:
+    """It raises at once: its peers are inside the call and cannot be told."""
+    with pytest.raises(RankError) as caught:
+        pool.run(predictor.failing_inside, path, "| ep4", ranks=4)
+    assert caught.value.messages[1] == "the kernel is gone"
 
 
 def test_fewer_rows_than_ranks_without_a_model(pool: RankPool) -> None:

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which errors are the user's to mend, so that a command shows their one sentence instead of a traceback."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import lightning
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lightning_moefold
+from lightning_moefold.comm import PeerError
+
+
+class InputError(ValueError):
+    """Something that the user can mend; the message is one sentence."""
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether ``error`` was raised on purpose, by this package or by Lightning, about what the user gave.
+
+    A ``ValueError`` that comes out of any other code is a bug, and its traceback is worth more than its message.
+    """
+    if isinstance(error, (PeerError, MisconfigurationException)):
+        return True
+    if not isinstance(error, ValueError):
+        return False
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    homes = [Path(str(package.__file__)).parent for package in (lightning_moefold, lightning)]
+    return any(raised_in.is_relative_to(home) for home in homes)

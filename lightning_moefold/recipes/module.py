@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FineTuneModule: next-token training of a Mixture-of-Experts language model."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import AdamW
+from typing_extensions import override
+
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.recipes.errors import InputError
+from lightning_moefold.recipes.measures import DocumentLosses, MeanLoss, write_document_losses
+from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, warmup_and_decay
+
+
+class FineTuneModule(pl.LightningModule):
+    """Trains a MoE language model, from a checkpoint or from random weights; nothing in it knows of ranks.
+
+    Logs ``train/loss`` (without the auxiliary loss), ``train/aux_loss``, and for validation and test the mean loss over
+    all label tokens (``val/loss``, ``test/loss``) and its exponential (``val/perplexity``, ``test/perplexity``).
+    ``predict`` writes a file with the loss of every document.
+
+    Args:
+        checkpoint: Directory in Hugging Face format: Mixtral, Qwen2-MoE or Qwen3-MoE.
+        initial_seed: Begin with random weights drawn from this seed, and take only config.json from ``checkpoint``.
+        learning_rate: After the rise.
+        warmup_steps: Optimizer steps of linear rise.
+        schedule: How the learning rate falls after that, until the end of the run.
+        final_learning_rate: Where it ends, as a share of ``learning_rate``.
+        weight_decay: Of matrices; norms and biases have none.
+        betas: Of AdamW.
+        aux_loss: Whether the load-balancing loss is trained with (with the weight that config.json gives it).
+        freeze: Patterns of parameter names that are not trained, such as ``*.mlp.gate.*`` for the routers.
+        predictions: File that ``predict`` writes; predictions.jsonl in the Trainer's default_root_dir if not given.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        initial_seed: int | None = None,
+        learning_rate: float = 1e-4,
+        warmup_steps: int = 10,
+        schedule: Schedule = "cosine",
+        final_learning_rate: float = 0.1,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        aux_loss: bool = True,
+        freeze: list[str] | None = None,
+        predictions: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model: MoECausalLM | None = None
+        self._mean, self._documents = MeanLoss(), DocumentLosses()
+
+    @override
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        path, options = self.hparams["checkpoint"], {"output_router_logits": self.hparams["aux_loss"]}
+        if self.hparams["initial_seed"] is None:
+            self.model = MoECausalLM.from_pretrained(path, **options)
+        else:
+            config = MoEConfig.from_pretrained(path, **options)
+            self.model = MoECausalLM.from_config(config, seed=self.hparams["initial_seed"])
+        self._freeze(self.model)
+
+    def _freeze(self, model: MoECausalLM) -> None:
+        parameters = dict(model.named_parameters())
+        for pattern in self.hparams["freeze"] or []:
+            frozen = fnmatch.filter(parameters, pattern)
+            if not frozen:
+                raise InputError(
+                    f"freeze: no parameter is named like {pattern!r}; names are like {next(iter(parameters))!r}."
+                )
+            for name in frozen:
+                parameters[name].requires_grad_(False)
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        assert self.model is not None
+        output = self.model(**batch)
+        self.log("train/loss", output.lm_loss, prog_bar=True)
+        if output.aux_loss is not None:
+            self.log("train/aux_loss", output.aux_loss)
+        return output.loss
+
+    @override
+    def configure_optimizers(self) -> Any:
+        values = self.hparams
+        groups = parameter_groups(self, values["weight_decay"])
+        optimizer = AdamW(groups, values["learning_rate"], tuple(values["betas"]), fused=True)
+        schedule = warmup_and_decay(
+            optimizer,
+            values["warmup_steps"],
+            lambda: int(self.trainer.estimated_stepping_batches),
+            values["schedule"],
+            values["final_learning_rate"],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # ---- measuring ---------------------------------------------------------------------------------------------
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._measure(batch)
+
+    @override
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._measure(batch)
+
+    def _measure(self, batch: dict[str, Tensor]) -> None:
+        assert self.model is not None
+        self._mean.add(self.model(**batch).lm_loss, batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_mean("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_mean("test")
+
+    def _log_mean(self, stage: str) -> None:
+        loss = self._mean.compute(self.trainer.strategy)
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp())
+
+    @override
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        assert self.model is not None
+        inputs = {name: x for name, x in batch.items() if name not in ("labels", "source_ids")}
+        self._documents.add(self.model(**inputs, gather_logits=True).logits, batch)
+
+    @override
+    def on_predict_epoch_end(self) -> None:
+        sums = self._documents.compute(self.trainer.strategy)
+        path = Path(self.hparams["predictions"] or Path(self.trainer.default_root_dir) / "predictions.jsonl")
+        if self.trainer.is_global_zero:
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            write_document_losses(path, sums, data.part("predict").names if hasattr(data, "part") else None)
+        rank_zero_info(f"The loss of each document is in {path}.")

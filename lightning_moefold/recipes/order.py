@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows each data rank reads: a function of the seed and the rows consumed so far, whatever the fold.
+
+A *global batch* is the next G rows of the epoch's order, dealt to the data ranks one by one: rank r of D takes rows r,
+r + D, r + 2D, ... of it. So the batch, and each of its micro-batches, consists of the same rows under every fold, and a
+run that is resumed under another D, or with another G, goes on with the first row that was not yet read. An epoch reads
+each row once: where rows run out, ranks are given empty ones (:data:`EMPTY`), for every rank must have as many batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_moefold.recipes.errors import InputError
+
+#: Stands for a row without any token that counts.
+EMPTY = -1
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far an epoch has come, over all ranks.
+
+    Args:
+        epoch: Its number.
+        rows: Rows read.
+        batches: Global batches they were read in.
+    """
+
+    epoch: int = 0
+    rows: int = 0
+    batches: int = 0
+
+
+class RowOrder:
+    """The order of one data rank.
+
+    Args:
+        count: Rows there are.
+        batch_size: Rows of a global batch, G.
+        rank: This data rank.
+        ranks: Number of data ranks, D.
+        shuffle: Whether the order is drawn anew each epoch, or is that of the rows.
+        seed: Of the shuffling.
+
+    Raises:
+        InputError: If D does not divide G.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int, ranks: int, *, shuffle: bool, seed: int) -> None:
+        if batch_size < 1 or batch_size % ranks:
+            raise InputError(
+                f"batch_size={batch_size} rows cannot be dealt evenly to {ranks} data ranks; use a multiple of {ranks}."
+            )
+        self.count, self.batch_size, self.rank, self.ranks = count, batch_size, rank, ranks
+        self.shuffle, self.seed = shuffle, seed
+        self.position, self._begin = Position(), Position()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begins an epoch, unless the order was told to go on in the middle of it. Lightning calls this."""
+        if epoch != self._begin.epoch:
+            self._begin = Position(epoch)
+
+    def go_on(self, position: Position) -> None:
+        """Begins the epoch of ``position`` there; at its end, if no row is left of it."""
+        self.position = self._begin = position
+
+    def __len__(self) -> int:
+        """Batches of this epoch, those that were read before (with another G, maybe) included."""
+        begin = self._begin
+        if begin.rows >= self.count:  # the epoch is over, and the next is a whole one
+            begin = Position()
+        return begin.batches + -(-(self.count - begin.rows) // self.batch_size)
+
+    def permutation(self, epoch: int) -> Tensor:
+        """The order of all rows in an epoch."""
+        if not self.shuffle:
+            return torch.arange(self.count)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.count, generator=generator)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Row numbers of this rank's batches, each ``[G / D]``."""
+        begin = self._begin
+        order = self.permutation(begin.epoch)
+        for number, start in enumerate(range(begin.rows, self.count, self.batch_size), start=1):
+            taken = order[start : start + self.batch_size]
+            self.position = Position(begin.epoch, start + len(taken), begin.batches + number)
+            padded = torch.full((self.batch_size,), EMPTY)
+            padded[: len(taken)] = taken
+            yield padded[self.rank :: self.ranks]
+
+
+class RowLoader:
+    """Batches of one data rank, from rows in memory. What Lightning asks of a dataloader, without worker processes.
+
+    Args:
+        order: Gives row numbers.
+        collate: Makes a batch of them.
+    """
+
+    def __init__(self, order: RowOrder, collate: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        self.sampler = self.batch_sampler = order  # the names under which Lightning looks for set_epoch
+        self._collate = collate
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return map(self._collate, self.sampler)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position; the same on all ranks."""
+        return asdict(self.sampler.position)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from a position, under any number of ranks and batch size."""
+        self.sampler.go_on(Position(**state))

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person sees of a run: progress, and no advice that does not apply."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
+
+
+def quiet() -> None:
+    """Silences what tells the reader of a training run nothing: tips, device lists, advice on data loading."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for pattern in (
+        ".*`tensorboardX` has been removed",
+        ".*does not have many workers",  # the data is in memory
+        ".*ouldn.t infer the batch indices",  # there is no DataLoader
+        ".*smaller than the logging interval",
+        ".*Using `DistributedSampler` with the dataloaders",
+        ".*sync_dist=True",  # the loss is that of all ranks already
+        ".*isinstance.treespec, LeafSpec",  # between Lightning and torch, as the next
+        ".*nn.functional.all_gather is deprecated",
+        "Checkpoint directory .* exists and is not empty",
+        ".*router_aux_loss_coef",  # aux_loss=False says so
+    ):
+        warnings.filterwarnings("ignore", pattern)
+
+
+@contextmanager
+def peers_end_too(trainer: pl.Trainer) -> Iterator[None]:
+    """If this rank fails, the ranks that it started do not go on waiting for it."""
+    try:
+        yield
+    except BaseException:
+        launcher = trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.SIGTERM)
+        raise
+
+
+def progress_display() -> Callback:
+    """A bar in a terminal, lines elsewhere."""
+    return Bar() if sys.stdout.isatty() else ProgressLines()
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar without the number of the log's version."""
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        """What is shown beside the bar."""
+        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
+
+
+class ProgressLines(ProgressBar):
+    """A line every few steps where there is no terminal to draw a bar in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled, self.shown = True, 0
+
+    def disable(self) -> None:
+        """Lightning calls it on all ranks but the first."""
+        self.enabled = False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Shows the loss in training."""
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0 and trainer.global_step > self.shown:
+            self._show(trainer, "train/loss")
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Shows the loss in validation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._show(trainer, "val/loss")
+
+    def _show(self, trainer: pl.Trainer, name: str) -> None:
+        self.shown = trainer.global_step
+        if self.enabled and name in trainer.callback_metrics:
+            total = trainer.estimated_stepping_batches
+            print(f"step {self.shown:>4}/{total:g}   {name:<10} {trainer.callback_metrics[name]:.3f}", flush=True)

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a fold compute the training run that one process computes? The same oracle for a user's own checkpoint.
+
+``moefold verify`` starts CPU ranks, trains a few steps on random tokens in float64 under the fold, trains the same in one
+process with Hugging Face's code, and compares the losses, every gradient, the gradient norms and the weights at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_moefold.checkpoint import HFCheckpoint
+from lightning_moefold.fold import Fold
+from lightning_moefold.models import MoECausalLM, MoEConfig
+from lightning_moefold.strategy import MoEFoldStrategy
+from lightning_moefold.testing.batches import make_batches
+from lightning_moefold.testing.compare import relative_error
+from lightning_moefold.testing.environment import PoolEnvironment
+from lightning_moefold.testing.oracle import reference_run
+from lightning_moefold.testing.pieces import Piece, assemble, owned_pieces
+from lightning_moefold.testing.pool import RankPool
+
+TOLERANCE = 1e-9
+"""Largest relative error in float64: what a different order of summation leaves, with some orders of magnitude to spare."""
+
+
+@dataclass
+class RankRecord:
+    """What one rank saw."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    grads: list[dict[str, Piece]] = field(default_factory=list)
+    weights: dict[str, Piece] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison.
+
+    Args:
+        what: What was compared.
+        error: Largest relative error.
+        where: The tensor or step that has it.
+    """
+
+    what: str
+    error: float
+    where: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within :data:`TOLERANCE`."""
+        return self.error < TOLERANCE
+
+
+class _Steps(Dataset):
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.batches[index]
+
+
+class _Module(pl.LightningModule):
+    def __init__(self, path: str, overrides: dict[str, Any], record: RankRecord) -> None:
+        super().__init__()
+        self.path, self.overrides, self.record = path, overrides, record
+        self.model: MoECausalLM | None = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = MoECausalLM.from_pretrained(self.path, **self.overrides)
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        assert self.model is not None
+        loss = self.model(**batch).loss
+        assert loss is not None
+        self.record.losses.append(loss.item())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.model is not None
+        self.record.grads.append(owned_pieces(self.model, "grad"))
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        super().configure_gradient_clipping(*args, **kwargs)
+        self.record.norms.append(float(self.trainer.precision_plugin.grad_norm))  # type: ignore[attr-defined]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def train_on_rank(
+    path: str, overrides: dict[str, Any], batches: list[list[dict[str, Tensor]]], arguments: dict[str, Any]
+) -> RankRecord:
+    """Trains on ``batches[step][data rank]`` on this rank of a pool; ``arguments`` are the strategy's."""
+    record = RankRecord()
+    module = _Module(path, overrides, record)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    place = Fold.parse(arguments["fold"], world).coordinates(rank)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=world, strategy=MoEFoldStrategy(**arguments), plugins=[PoolEnvironment()],
+        precision="64-true", max_epochs=1, gradient_clip_val=0.5, use_distributed_sampler=False, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        default_root_dir=tempfile.gettempdir(),
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(_Steps([step[place["dp"]] for step in batches]), batch_size=None))
+    assert module.model is not None
+    record.weights = owned_pieces(module.model)
+    return record
+
+
+def verify(
+    path: str | Path,
+    fold: str,
+    ranks: int,
+    *,
+    layers: int | None = None,
+    steps: int = 2,
+    rows: int | None = None,
+    length: int = 16,
+    seed: int = 0,
+    strategy: Mapping[str, Any] | None = None,
+) -> list[Finding]:
+    """Compares a fold with one process, on this machine's CPU.
+
+    Both keep the model in float64 with gradients and AdamW state (32 bytes a parameter): cut the model with ``layers``
+    where that is too much.
+
+    Args:
+        path: Directory in Hugging Face format.
+        fold: Such as ``"tp2 | ep4"``.
+        ranks: Of the fold.
+        layers: Take the first layers of the model only.
+        steps: Optimizer steps.
+        rows: Rows of each data rank; two for every micro-batch by default.
+        length: Tokens of a row.
+        seed: Of the tokens.
+        strategy: More arguments of :class:`~lightning_moefold.MoEFoldStrategy`.
+
+    Returns:
+        Losses, gradients of each step, norms, weights.
+
+    Raises:
+        FoldError: If the fold does not suit the ranks or the model.
+        RankError: If a rank failed.
+    """
+    arguments = {**(strategy or {}), "fold": fold}
+    microbatches = arguments.get("num_microbatches") or 1
+    parsed = Fold.parse(fold, ranks)
+    overrides: dict[str, Any] = {"output_router_logits": True}
+    if layers is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            _copy_layers(Path(path), layers, Path(folder))
+            return verify(
+                folder, fold, ranks, steps=steps, rows=rows, length=length, seed=seed, strategy=strategy
+            )  # fmt: skip
+    config = MoEConfig.from_pretrained(path, **overrides)
+    parsed.validate(config)
+    batches = make_batches(
+        steps,
+        parsed.dp,
+        rows or 2 * microbatches,
+        length,
+        config.vocab_size,
+        seed=seed,
+        padding="right",
+        ignore="uneven",
+    )
+    with RankPool(ranks) as pool:
+        records = pool.run(train_on_rank, str(path), overrides, batches, arguments, ranks=ranks, timeout=3600.0)
+    expected = reference_run(
+        path, batches, lr=1e-3, clip=0.5, config_overrides=overrides, num_microbatches=microbatches
+    )
+    findings = [_numbers("losses", [r.losses for r in records], expected.losses)]
+    for step, grads in enumerate(expected.grads):
+        findings.append(_tensors(f"gradients of step {step}", assemble(r.grads[step] for r in records), grads))
+    findings.append(_numbers("gradient norms", [r.norms for r in records], expected.grad_norms))
+    findings.append(_tensors("weights at the end", assemble(r.weights for r in records), expected.weights))
+    return findings
+
+
+def _copy_layers(source: Path, layers: int, target: Path) -> None:
+    """Writes a checkpoint of the first layers."""
+    config = json.loads((source / "config.json").read_text())
+    if not 1 <= layers <= config["num_hidden_layers"]:
+        raise ValueError(f"layers={layers} must lie between 1 and the model's {config['num_hidden_layers']}.")
+    config |= {"num_hidden_layers": layers}
+    config |= {key: config[key][:layers] for key in ("layer_types",) if config.get(key)}
+    (target / "config.json").write_text(json.dumps(config))
+    checkpoint = HFCheckpoint(source)
+    kept = [n for n in checkpoint.tensors if not (m := re.match(r"model\.layers\.(\d+)\.", n)) or int(m[1]) < layers]
+    save_file({name: checkpoint.read(name, ()) for name in kept}, target / "model.safetensors", {"format": "pt"})
+    checkpoint.close()
+
+
+def _numbers(what: str, of_ranks: list[list[float]], expected: list[float]) -> Finding:
+    errors = {
+        f"step {step} on rank {rank}": abs(a - b) / max(abs(b), 1e-300)
+        for rank, numbers in enumerate(of_ranks)
+        for step, (a, b) in enumerate(zip(numbers, expected, strict=True))
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    return Finding(what, errors[worst], worst)
+
+
+def _tensors(what: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor | None]) -> Finding:
+    errors = {}
+    for name, tensor in expected.items():
+        if tensor is None or name not in found:
+            errors[name] = 0.0 if tensor is None and name not in found else float("inf")
+        else:
+            errors[name] = relative_error(found[name], tensor)
+    worst = max(errors, key=lambda name: errors[name])
+    return Finding(what, errors[worst], worst)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``moefold verify``."""
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="model in Hugging Face format")
+    add("--fold", required=True, help='such as "tp2 | ep4"')
+    add("--ranks", type=int, required=True, help="CPU ranks to start")
+    add(
+        "--layers", type=int, help="take the first layers of the model only (float64 takes 32 bytes a parameter, twice)"
+    )
+    add("--steps", type=int, default=2, help="optimizer steps (2)")
+    add("--length", type=int, default=16, help="tokens of a row (16)")
+    add("--num-microbatches", type=int, default=1, help="micro-batches (1)")
+    add(
+        "--sharding",
+        choices=["optimizer", "full", "none"],
+        default="optimizer",
+        help="data-parallel storage (optimizer)",
+    )
+    add("--recompute", choices=["selective", "full"], help="recomputed activations (none)")
+    add(
+        "--exchange",
+        choices=["auto", "ring", "all_gather", "all_to_all"],
+        default="auto",
+        help="attention over cp (auto)",
+    )
+    add("--schedule", default="1f1b", help="of the pipeline (1f1b)")
+    add("--seed", type=int, default=0, help="of the tokens (0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs ``moefold verify``: 0 only if the fold computes what one process does."""
+    strategy = {
+        "num_microbatches": arguments.num_microbatches, "data_parallel_sharding": arguments.sharding,
+        "recompute": arguments.recompute, "context_parallel_exchange": arguments.exchange,
+        "pipeline_schedule": arguments.schedule,
+    }  # fmt: skip
+    findings = verify(
+        arguments.checkpoint, arguments.fold, arguments.ranks, layers=arguments.layers, steps=arguments.steps,
+        length=arguments.length, seed=arguments.seed, strategy=strategy,
+    )  # fmt: skip
+    print(f"{Fold.parse(arguments.fold, arguments.ranks)} against Hugging Face's code in one process, float64\n")
+    width = max(len(f.what) for f in findings)
+    for finding in findings:
+        verdict = "ok" if finding.holds else "WRONG"
+        print(f"  {finding.what:<{width}}  largest error {finding.error:.1e}  {verdict:<5}  ({finding.where})")
+    exact = all(f.holds for f in findings)
+    print(f"\n{'exact' if exact else 'NOT exact'}: errors {'below' if exact else 'above'} {TOLERANCE:g}")
+    return 0 if exact else 1

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every optimizer that treats elements one by one is exact under every fold, whatever its groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_moefold import Fold
+from lightning_moefold.testing import RankPool
+from tests.exactness import compare
+from tests.exactness.optimizers import FACTORIES
+
+#: Both meshes with two axes; experts cut within; and more data ranks than rows of some parameters (edp4 with 4 experts, dp4).
+FOLDS = ["tp2 | ep2", "tp2 | ep2 etp2", "", "tp4 | etp2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+#: Those that do not differ in kind from others.
+RARE = {"adadelta", "adamax", "radam", "asgd", "adamw foreach", "sgd foreach"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in FACTORIES])
+def test_exact(pool: RankPool, folder: Path, name: str) -> None:
+    place = list(FACTORIES).index(name)
+    row = {
+        "family": compare.FACTORS["family"][place % 3],
+        "shape": "28 heads" if place % 2 else "vocabulary of 97",
+        "accumulate": 1,
+        "auxiliary": True,
+        "microbatches": 1,
+        "padding": "none",
+        "ignore": "uneven",
+        "frozen": ("model.embed_tokens.*",) if place % 4 == 1 else (),
+        "sharding": compare.FACTORS["sharding"][place // 2 % 3],
+        "optimizer": FACTORIES[name],
+        "zero_everything": name == "some parameters",
+    }
+    compare.check(pool, folder, Fold.parse(FOLDS[place % len(FOLDS)], 4), row, seed=place)

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moefold fit``, ``validate``, ``test``, ``predict`` and ``export``, as a user types them."""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+import inspect
+import io
+import json
+import logging
+import os
+import shlex
+import subprocess
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_moefold import MoEFoldStrategy
+from lightning_moefold.cli import main
+from lightning_moefold.recipes import FineTuneModule, TextData, command
+from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.recipes.running import ROOT, arguments, logged
+from tests.strategy.plain import trainer
+
+# Lightning calls functions of jsonargparse that the next one has no more.
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch.cli")
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """What a command sets for its process: the seed's variables, and which loggers are silent."""
+    with _restored():
+        yield
+
+
+class _restored:
+    NAMES = (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.distributed",
+        "lightning.fabric.utilities.seed",
+    )
+
+    def __enter__(self) -> None:
+        self.environment, self.levels = dict(os.environ), [logging.getLogger(name).level for name in self.NAMES]
+
+    def __exit__(self, *_: object) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        for name, level in zip(self.NAMES, self.levels, strict=True):
+            logging.getLogger(name).setLevel(level)
+
+
+def in_pool(argv: list[str]) -> int:
+    """Runs a command on a rank of the pool."""
+    with _restored():
+        return main([*argv, "--trainer.plugins", '[{"class_path": "lightning_moefold.testing.PoolEnvironment"}]'])
+
+
+def save_for_transformers(folder: str, checkpoint: str, output: str) -> None:
+    """What export should write, by the ranks that hold the model."""
+    module = FineTuneModule(f"{folder}/checkpoint")
+    data = TextData([f"{folder}/b.jsonl"], f"{folder}/checkpoint", 64, 4, cache_dir=f"{folder}/tokens")
+    run = trainer(MoEFoldStrategy(fold="ep2"), limit_val_batches=1)
+    run.validate(module, data, ckpt_path=checkpoint, verbose=False)
+    module.model.save_pretrained(output)
+
+
+def test_the_example_from_fit_to_transformers(
+    pool: RankPool, folder: Path, tmp_path: Path, fitted: tuple[Path, subprocess.CompletedProcess[str]], capsys: Any
+) -> None:
+    first, done = fitted
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    rows = logged(first, 0)
+    for name in ("train/loss", "train/aux_loss", "val/loss", "val/perplexity", "train/mfu", "moe/load_imbalance"):
+        assert any(row.get(name) for row in rows), name
+    val = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    assert len(val) == 4
+    assert val[-1] < val[0]
+    assert done.stdout.count("val/loss") == 4
+    [export_line] = [line for line in done.stdout.splitlines() if "moefold export" in line]
+    saved = yaml.safe_load((first / "lightning_logs" / "version_0" / "config.yaml").read_text())
+    assert saved["trainer"]["strategy"]["init_args"]["fold"] == "tp2 | ep2"
+
+    last = str(first / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt")
+    measured = arguments(folder, tmp_path, trainer__strategy__init_args__fold="ep2")
+    for version, name in enumerate(("validate", "test", "predict")):
+        extra = ["--ckpt_path", last]
+        assert pool.run(in_pool, [name, *measured, *extra], ranks=2) == [0, 0]
+        if name != "predict":
+            [row] = logged(tmp_path, version)
+            key = "val/loss" if name == "validate" else "test/loss"
+            assert float(row[key]) == pytest.approx(val[-1], rel=1e-5)
+    documents = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    total = sum(document["loss"] * document["tokens"] for document in documents)
+    assert total / sum(document["tokens"] for document in documents) == pytest.approx(val[-1], rel=1e-5)
+
+    more = [*measured, "--ckpt_path", last, "--trainer.max_epochs", "2"]
+    assert pool.run(in_pool, ["fit", *more], ranks=2) == [0, 0]
+    before = [int(row["step"]) for row in rows if row["train/loss"]]
+    [version] = sorted(path.name for path in (tmp_path / "lightning_logs").iterdir() if (path / "checkpoints").exists())
+    after = [int(row["step"]) for row in logged(tmp_path, version) if row["train/loss"]]
+    assert after == [step + len(before) for step in before]
+
+    exported, expected = tmp_path / "exported", tmp_path / "expected"
+    assert main(["export", "--checkpoint", last, "--output", str(exported)]) == 0
+    capsys.readouterr()
+    pool.run(save_for_transformers, str(folder), last, str(expected), ranks=2)
+    names = sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in exported.iterdir()) == names
+    assert "tokenizer.json" in names
+    assert filecmp.cmpfiles(exported, expected, [n for n in names if n != "config.json"], shallow=False)[1:] == ([], [])
+    tokens = AutoTokenizer.from_pretrained(exported)("The statement is executed", return_tensors="pt")["input_ids"]
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(exported)(tokens).logits).all()
+    assert main(["export", "--checkpoint", last, "--output", str(exported), "--dtype", "bfloat16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(exported, dtype="auto").dtype == torch.bfloat16
+    assert export_line.split()[:3] == ["for", "transformers:", "moefold"]
+
+
+# ---- the configuration -------------------------------------------------------------------------------------------
+
+
+class Recording(MoEFoldStrategy):
+    """Remembers its arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.given = kwargs
+        super().__init__(*args, **kwargs)
+
+
+class NotRun(command.MoEFoldCLI):
+    """Makes everything and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+#: For each argument of the strategy a value other than its default, if it accepts one; as YAML and as it should arrive.
+VALUES: dict[str, tuple[Any, Any]] = {
+    "tensor_parallel_size": (2, 2),
+    "expert_parallel_size": (2, 2),
+    "expert_tensor_parallel_size": (2, 2),
+    "num_microbatches": (3, 3),
+    "data_parallel_sharding": ("full", "full"),
+    "drop_policy": ("position", "position"),
+    "drop_scope": ("sub_sequence", "sub_sequence"),
+    "sequence_parallel": (True, True),
+    "timeout": ("0:10:00", timedelta(minutes=10)),
+    "process_group_backend": ("gloo", "gloo"),
+}
+
+
+def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
+    parameters = list(inspect.signature(MoEFoldStrategy.__init__).parameters.values())[1:]
+    text = {p.name: VALUES.get(p.name, (p.default, p.default))[0] for p in parameters}
+    expected = {p.name: VALUES.get(p.name, (p.default, p.default))[1] for p in parameters}
+    strategy = {"class_path": f"{__name__}.Recording", "init_args": text}
+    file = tmp_path / "all.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {"strategy": strategy, "devices": 4, "accelerator": "cpu"},
+                "model": {"init_args": {"checkpoint": "somewhere"}},
+                "data": {"init_args": {"files": ["a.txt"], "tokenizer": "somewhere"}},
+            }
+        )
+    )
+    cli = NotRun(["fit", "--config", str(file)])
+    assert cli.trainer.strategy.given == expected
+    assert type(cli.model) is FineTuneModule
+    assert type(cli.datamodule) is TextData
+    cli = NotRun(["fit", "--config", str(file), "--trainer.strategy", "moefold", "--trainer.devices", "1"])
+    assert type(cli.trainer.strategy) is MoEFoldStrategy
+    cli = NotRun(
+        ["fit", "--config", str(file), "--trainer.strategy=lightning_moefold.MoEFoldStrategy"]
+        + ["--trainer.strategy.fold", "tp2 | ep4", "--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
+        + ["--data=lightning.pytorch.demos.boring_classes.BoringDataModule"]
+    )
+    assert str(cli.trainer.strategy._make_fold()) == "tp2 cp1 dp2 pp1 | etp1 ep4 edp1"
+    assert type(cli.model).__name__ == "BoringModel"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md"])
+def test_the_commands_of_the_pages_are_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("moefold fit --config examples/finetune.yaml ")]
+    assert commands
+    for line in commands:
+        cli = NotRun(shlex.split(line)[1:] + ["--trainer.accelerator", "cpu"])
+        assert cli.datamodule.packing == "documents"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
+        (["--trainer.nonsense", "3"], "--trainer.nonsense"),
+        (["--trainer.strategy.nonsense", "3"], "'nonsense' is not accepted"),
+        (["--trainer.strategy.num_microbatches", "x"], "num_microbatches: x is not int or null"),
+        (["--trainer.strategy.num_microbatches", "0"], "num_microbatches=0 must be at least 1."),
+        (["--trainer.strategy.tensor_parallel_size", "1.5"], "tensor_parallel_size: 1.5 is not int"),
+        (["--trainer.strategy.timeout", "soon"], 'timeout: Not of type timedelta: Expected a string with form "h:m:s"'),
+        (["--trainer.strategy.drop_policy", "x"], "drop_policy: x is not Literal['probs', 'position']"),
+        (["--trainer.strategy.pipeline_schedule", "x"], "pipeline_schedule='x' is not available; use "),
+        (["--trainer.strategy.fold", "tp3"], "tensor_parallel_size=3"),
+        (["--trainer.strategy", "moefolt"], "invalid strategy name: `strategy='moefolt'`"),
+        (["--trainer.max_steps", "many"], "trainer.max_steps: many is not int"),
+        (["--model", "nowhere.Module"], "No module named 'nowhere'"),
+        (["--model.learning_rat", "1"], "'learning_rat' is not accepted"),
+        (["--data.packing", "dense"], "packing: dense is not Literal['blocks', 'documents']"),
+        (["--data.val_fraction", "2"], "val_fraction=2.0 must be at least 0 and less than 1."),
+        (["--config", "nofile.yaml"], "File does not exist"),
+    ],
+)
+def test_a_wrong_value_is_one_sentence(
+    folder: Path, tmp_path: Path, capfd: Any, words: list[str], message: str
+) -> None:
+    assert main(["fit", *arguments(folder, tmp_path), *words]) == 2
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("moefold fit: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+def errors_of_commands(cases: list[list[str]]) -> list[tuple[int, str]]:
+    """Exit status of each command, and what it said."""
+    seen = []
+    for argv in cases:
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            status = in_pool(argv)
+        seen.append((status, said.getvalue()))
+    return seen
+
+
+def test_wrong_input_ends_on_all_ranks(pool: RankPool, folder: Path, tmp_path: Path) -> None:
+    """The pool would see a rank that goes on waiting."""
+    AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path / "tokenizer")
+    small = make_checkpoint(tmp_path / "small", "qwen2_moe", vocab_size=96)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"model__checkpoint": tmp_path / "nowhere"}, "nowhere/config.json does not exist"),
+        ({"data__files": '["none.txt"]'}, "none.txt is no file; give .txt or .jsonl files."),
+        ({"data__tokenizer": small}, "holds no tokenizer that transformers can load."),
+        (
+            {"model__checkpoint": small, "data__tokenizer": tmp_path / "tokenizer"},
+            "lie outside the vocabulary of 96; check that tokenizer and model belong together",
+        ),
+        ({"data__batch_size": 3, "trainer__strategy__init_args__fold": "ep2"}, "dealt evenly to 2 data ranks"),
+        ({"model__freeze": '["*.expert.*"]'}, "no parameter is named like '*.expert.*'"),
+        ({"ckpt_path": tmp_path / "none.ckpt"}, "none.ckpt is not a checkpoint of this strategy"),
+        ({"trainer__strategy__init_args__fold": "ep3"}, "expert_parallel_size=3"),
+    ]
+    argvs = [["fit", *arguments(folder, tmp_path, **case)] for case, _ in cases]
+    first, second = pool.run(errors_of_commands, argvs, ranks=2)
+    assert [status for status, _ in [*first, *second]] == [2] * 2 * len(cases)
+    for (_, said), (_, message) in zip(first, cases, strict=True):
+        assert message in said
+        assert said.startswith("moefold fit: ")
+        assert said.count("\n") == 1
+    assert not any(said for _, said in second)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning feature by feature: it computes under a fold what it computes in one process, or it is refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
+from lightning_moefold.testing.pieces import assemble
+from tests.strategy import features
+from tests.strategy.test_bad_input import sentence
+
+FOLD = "tp2 | ep2 etp2"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model") / "qwen"
+    return str(make_checkpoint(folder, "qwen3_moe", num_experts=4, num_hidden_layers=2))
+
+
+def test_features_that_work(pool: RankPool, path: str, tmp_path: Path) -> None:
+    [expected] = pool.run(features.working, path, "", str(tmp_path / "1"), ranks=1)
+    actual = pool.run(features.working, path, FOLD, str(tmp_path / "4"), ranks=4)
+    for name, theirs in expected.items():
+        for ours in (reports[name] for reports in actual):
+            assert ours.losses == pytest.approx(theirs.losses, rel=1e-8), name
+            assert ours.validation == pytest.approx(theirs.validation, rel=1e-8), name
+            assert ours.counters == theirs.counters, name
+            assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-6), name
+        weights = assemble(reports[name].weights for reports in actual)
+        assert_close_by_name(weights, assemble([theirs.weights]), 1e-8, name)
+
+
+def test_weights_only(pool: RankPool, path: str, tmp_path: Path) -> None:
+    for before, after in pool.run(features.weights_only, path, FOLD, str(tmp_path), ranks=4):
+        assert before == after
+
+
+def test_features_that_are_refused(pool: RankPool, path: str, tmp_path: Path) -> None:
+    for messages in pool.run(features.refused, path, "tp2 | ep2", str(tmp_path), ranks=2):
+        for name, message in messages.items():
+            sentence(message)
+            assert name.partition(",")[0].lower() in message.lower(), f"{name}: {message}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_anomalies_are_looked_for_over_data_ranks(pool: RankPool, path: str) -> None:
+    assert pool.run(features.anomalies, path, "", ranks=2) == ["no error"] * 2
+
+
+def test_a_compiled_module(pool: RankPool, path: str) -> None:
+    for message in pool.run(features.compiled, path, ranks=2):
+        sentence(message)
+        assert "compile" in message
+
+
+def test_plain_modules_keep_what_sharded_ones_cannot_have(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(features.own_checkpoint_io, str(tmp_path), ranks=2) == [True, True]
