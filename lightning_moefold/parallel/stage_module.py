@@ -136,7 +136,7 @@ class Stage(nn.Module):
         x_ND = batch.sequence.gather(self.norm(x_TD))
         logits = None
         if job.wants_logits or job.loss_fn is not None:
-            logits = model._logits(x_ND, batch)
+            logits = model._whole_logits(x_ND, batch)
         objective = x_ND.new_zeros((), dtype=torch.float64)
         try:
             local = model._local_loss(x_ND, logits, batch, job.loss_fn, job.extras[number])
