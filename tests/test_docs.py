@@ -54,9 +54,10 @@ def run_on_a_rank(code: list[str], folder: str) -> list[str]:
     return sorted(path.name for path in Path(folder, "finetuned").iterdir())
 
 
-def test_code_of_the_readme_runs_on_four_ranks(pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_code_of_a_page_runs_on_four_ranks(pool: RankPool, tmp_path: Path, page: str) -> None:
     make_checkpoint(tmp_path / "path" / "to" / "checkpoint", "qwen2_moe")
-    code = [block for block in blocks("README.md") if not block.startswith("trainer = ")]  # the first is a fragment
+    code = [block for block in blocks(page) if not block.startswith("trainer = ")]  # a fragment
     assert code
     for written in pool.run(run_on_a_rank, code, str(tmp_path), ranks=4):
         assert "config.json" in written
