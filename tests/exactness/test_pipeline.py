@@ -66,7 +66,7 @@ def test_small_worlds(pool: RankPool, folder: Path, fold: Fold, row: dict[str, A
     _check(pool, folder, fold, fit(fold, row))
 
 
-EIGHT = [Fold.parse(text, 8) for text in ("tp2 pp2 | ep4", "pp2 | ep2 etp2", "tp2 cp2 pp2 | etp2", "tp2 pp4 | ep2")]
+EIGHT = [Fold.parse(text, 8) for text in ("tp2 pp2 | ep4", "tp2 cp2 pp2 | etp2")]
 
 
 @pytest.mark.parametrize(("fold", "row"), _cases(EIGHT, 1, seed=3))
