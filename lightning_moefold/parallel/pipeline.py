@@ -328,6 +328,9 @@ class Pipeline:
             for stage in self.stages:
                 before, after = (pp.ranks[self.plan.owner(i, pp.size)] if 0 <= i < self._count else -1
                                  for i in (stage.index - 1, stage.index + 1))  # fmt: skip
+                # From the last rank back to the first: only after all that the last one has to receive, or each of a pair
+                # of ranks might wait for the other to receive first.
+                around: list[Tensor] = []
                 for i in range(len(job.batches)):
                     received: tuple[Tensor, ...] = ()
                     if stage.index - 1 in here:
@@ -337,8 +340,11 @@ class Pipeline:
                     output = stage(*received, microbatch=torch.tensor([i]))
                     if stage.index + 1 in here:
                         passed[stage.index, i] = output
+                    elif not stage.is_last and (stage.index + 1) % pp.size == 0:
+                        around += output
                     elif not stage.is_last:
                         sends += [(dist.isend(x, after, group=pp.group), x) for x in output]
+                sends += [(dist.isend(x, after, group=pp.group), x) for x in around]
         for work, _ in sends:
             work.wait()
         return []
