@@ -51,31 +51,41 @@ class UnsupportedFeature(ValueError):
     """Something that cannot work under this strategy; the message says what to do instead."""
 
 
-def check_fold(fold: Fold) -> None:
-    """Dimensions that are laid out but not yet carried out.
-
-    Raises:
-        UnsupportedFeature: For pipeline parallelism.
-    """
-    if fold.pp > 1:
-        raise UnsupportedFeature(
-            f"pipeline_parallel_size={fold.pp} is not implemented yet; use pipeline_parallel_size=1."
-        )
-
-
 def check_blocks(module: nn.Module, fold: Fold) -> None:
-    """Context parallelism needs to know where rows are, which only a language model does; no block shares its parameters.
+    """Context and pipeline parallelism need to know where rows and layers are, which only a language model does.
 
     Raises:
-        UnsupportedFeature: For blocks in networks of the user's own that cannot be spread.
+        UnsupportedFeature: For blocks in networks of the user's own, for a pipeline without a model, and for parameters
+            that a block shares.
     """
-    for name, root in parallel_roots(module):
-        if fold.cp > 1 and not isinstance(root, MoECausalLM):
+    roots = parallel_roots(module)
+    for name, root in roots:
+        if fold.cp * fold.pp > 1 and not isinstance(root, MoECausalLM):
+            axis, size = ("context", fold.cp) if fold.cp > 1 else ("pipeline", fold.pp)
+            what = "rows context" if fold.cp > 1 else "layers pipeline"
             raise UnsupportedFeature(
-                f"{name or type(root).__name__} is in a network of your own, whose rows context parallelism cannot cut; use "
-                f"context_parallel_size=1 instead of {fold.cp}."
+                f"{name or type(root).__name__} is in a network of your own, whose {what} parallelism cannot cut; use "
+                f"{axis}_parallel_size=1 instead of {size}."
             )
+    if fold.pp > 1 and not roots:
+        raise UnsupportedFeature(
+            f"{type(module).__name__} holds no MoECausalLM to cut into stages; use pipeline_parallel_size=1 instead of {fold.pp}."
+        )
     _check_sharing(module)
+
+
+def check_second_names(module: nn.Module) -> None:
+    """Once models are parallelised, everything has storage but what a pipeline has taken off this rank.
+
+    Raises:
+        UnsupportedFeature: For a part of a model that the module holds under a name of its own, on another stage.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedFeature(
+                f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the model "
+                "instead, or use pipeline_parallel_size=1."
+            )
 
 
 def _check_sharing(module: nn.Module) -> None:

@@ -74,7 +74,7 @@ class GlobalLoss:
         if self.mesh is not None:
             comm.all_reduce_raw(totals, self.mesh.stage)
         totals, prints = totals.split([len(totals) - len(prints), len(prints)])
-        self._check_faults(totals[2:6], batch)
+        check_faults(totals[2:6], batch.error, self.config.vocab_size, batch.sequence.num_microbatches)
         self._check_fingerprints(prints)
         lm = None if local is None else self._language_loss(local[0], totals[0], totals[1])
         if counts_ME is None or probability_ME is None:
@@ -116,20 +116,30 @@ class GlobalLoss:
         share = (slope_ME.to(local_ME.dtype) * local_ME).sum()
         return global_value(share, (slope_ME * probability_ME).sum(), self.mesh)
 
-    def _check_faults(self, faults: Tensor, batch: CausalLMBatch) -> None:
-        if self.mesh is None and not faults.is_cuda and not bool(faults.any()):
-            return
-        tokens, labels, rows, malformed = (int(n) for n in faults.tolist())
-        if batch.error is not None:
-            raise batch.error
-        if malformed:
-            raise ValueError("the batch of another rank cannot be read; that rank's own error says why.")
-        if tokens or labels:
-            what = f"{tokens} token ids" if tokens else f"{labels} labels"
-            hint = "check that tokenizer and model belong together" + ("" if tokens else "; -100 is ignored")
-            raise ValueError(f"{what} in the batch lie outside the vocabulary of {self.config.vocab_size}; {hint}.")
-        if rows:
-            raise ValueError(
-                f"a rank's batch has fewer rows than num_microbatches={batch.sequence.num_microbatches}; "
-                "use a larger batch size (and drop_last=True for a short last batch), or fewer micro-batches."
-            )
+
+def check_faults(faults: Tensor, error: Exception | None, vocab_size: int, num_microbatches: int) -> None:
+    """Raises what all ranks agreed on.
+
+    Args:
+        faults: ``CausalLMBatch.faults``, summed over ranks.
+        error: Why this rank's own batch cannot be read, or None.
+        vocab_size: Of the model.
+        num_microbatches: M.
+
+    Raises:
+        ValueError: If any rank's data is at fault.
+    """
+    tokens, labels, rows, malformed = (int(n) for n in faults.tolist())
+    if error is not None:
+        raise error
+    if malformed:
+        raise ValueError("the batch of another rank cannot be read; that rank's own error says why.")
+    if tokens or labels:
+        what = f"{tokens} token ids" if tokens else f"{labels} labels"
+        hint = "check that tokenizer and model belong together" + ("" if tokens else "; -100 is ignored")
+        raise ValueError(f"{what} in the batch lie outside the vocabulary of {vocab_size}; {hint}.")
+    if rows:
+        raise ValueError(
+            f"a rank's batch has fewer rows than num_microbatches={num_microbatches}; "
+            "use a larger batch size (and drop_last=True for a short last batch), or fewer micro-batches."
+        )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class UnequalCalls:
     """A context in which ranks call models as often as each of them likes, without gradients.
 
-    Collective: every rank of the stage enters it and leaves it, and calls nothing collective inside but these models.
+    Collective: every rank enters it and leaves it, and calls nothing collective inside but these models.
     Leaving waits for the ranks that still call. If a rank leaves it with an error, the others raise
     :class:`~.comm.PeerError` at their next call, unless the error came from the middle of a call, when they are inside it too.
 
@@ -42,7 +42,7 @@ class UnequalCalls:
     def __init__(self, models: Sequence[MoECausalLM]) -> None:
         self._models = list(models)
         mesh = self._models[0].mesh
-        self._stage = SINGLE if mesh is None else mesh.stage
+        self._world = SINGLE if mesh is None else mesh.world
         self._handles: list[RemovableHandle] = []
         self._standing_in = self._inside_call = self._over = False
         self._heard: ValueError | None = None
@@ -50,7 +50,7 @@ class UnequalCalls:
     def __enter__(self) -> Self:
         for index, model in enumerate(self._models):
             model.unequal = self
-            if self._stage.size > 1:
+            if self._world.size > 1:
                 # Before FSDP2's own hook, which gathers weights; always, so that errors are seen.
                 before = model.register_forward_pre_hook(partial(self._before_call, index), prepend=True)
                 after = model.register_forward_hook(self._after_call, always_call=True)
@@ -101,7 +101,7 @@ class UnequalCalls:
         if index is not None:
             votes[index] = 1
         votes[-1] = int(failed)
-        *callers, failures = comm.all_reduce_raw(votes, self._stage).tolist()
+        *callers, failures = comm.all_reduce_raw(votes, self._world).tolist()
         if failures and not failed:
             self._over = True
             raise comm.PeerError("another rank has failed; its own error says why.") from self._heard

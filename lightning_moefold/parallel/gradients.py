@@ -111,10 +111,11 @@ class GradientSum:
             if anybody:
                 grad.copy_(part.view_as(grad))
                 if parameter.grad is None:
-                    parameter.grad = _like(parameter, grad)
+                    parameter.grad = like(parameter, grad)
 
 
-def _like(parameter: nn.Parameter, piece: Tensor) -> Tensor:
+def like(parameter: Tensor, piece: Tensor) -> Tensor:
+    """A piece as what the parameter stores: a DTensor of its placements, or the plain tensor itself."""
     if not isinstance(parameter, DTensor):
         return piece
     return DTensor.from_local(

@@ -59,7 +59,7 @@ def test_places_that_cannot_be_written(pool: RankPool, path: str, tmp_path: Path
 
 FOLDS = {
     "tp3": "does not divide", "ep8": "does not divide", "dp4": "leave dp out",
-    "pp2": "use pipeline_parallel_size=1", "tq2": "write it like", "etp16": "use",
+    "tq2": "write it like", "etp16": "use",
 }  # fmt: skip
 
 
