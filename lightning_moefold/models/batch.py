@@ -26,6 +26,10 @@ from lightning_moefold.modules.sequence import RoutingStatistics, SequenceBatch
 IGNORED = -100
 
 
+class BatchError(ValueError):
+    """Something is wrong with the data of a rank; all ranks have agreed on it and raise it together."""
+
+
 @dataclass
 class CausalLMBatch:
     """What the model needs of a batch on this rank.

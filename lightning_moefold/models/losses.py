@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.models.batch import CausalLMBatch
+from lightning_moefold.models.batch import BatchError, CausalLMBatch
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules.balance import global_value
 
@@ -53,7 +53,7 @@ class GlobalLoss:
             batch: For statistics and faults.
 
         Raises:
-            ValueError: On every rank, if any rank's data is at fault.
+            BatchError: On every rank, if any rank's data is at fault.
         """
         statistics = batch.routing
         zero = batch.faults.new_zeros(2)
@@ -100,7 +100,7 @@ class GlobalLoss:
             return
         number, square = prints.view(-1, 2).unbind(1)
         if bool((square * (self.mesh.fold.tp * self.mesh.fold.cp) != number * number).any()):
-            raise ValueError(
+            raise BatchError(
                 "ranks of a tensor or context parallel group were given different batches, but they compute one batch "
                 "together; shard the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed that all ranks share."
             )
@@ -127,19 +127,19 @@ def check_faults(faults: Tensor, error: Exception | None, vocab_size: int, num_m
         num_microbatches: M.
 
     Raises:
-        ValueError: If any rank's data is at fault.
+        BatchError: If any rank's data is at fault.
     """
     tokens, labels, rows, malformed = (int(n) for n in faults.tolist())
     if error is not None:
-        raise error
+        raise BatchError(str(error)) from error
     if malformed:
-        raise ValueError("the batch of another rank cannot be read; that rank's own error says why.")
+        raise BatchError("the batch of another rank cannot be read; that rank's own error says why.")
     if tokens or labels:
         what = f"{tokens} token ids" if tokens else f"{labels} labels"
         hint = "check that tokenizer and model belong together" + ("" if tokens else "; -100 is ignored")
-        raise ValueError(f"{what} in the batch lie outside the vocabulary of {vocab_size}; {hint}.")
+        raise BatchError(f"{what} in the batch lie outside the vocabulary of {vocab_size}; {hint}.")
     if rows:
-        raise ValueError(
+        raise BatchError(
             f"a rank's batch has fewer rows than num_microbatches={num_microbatches}; "
             "use a larger batch size (and drop_last=True for a short last batch), or fewer micro-batches."
         )

@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import SINGLE
+from lightning_moefold.models.batch import BatchError
 
 if TYPE_CHECKING:
     from lightning_moefold.models.causal_lm import MoECausalLM
@@ -45,7 +46,7 @@ class UnequalCalls:
         self._world = SINGLE if mesh is None else mesh.world
         self._handles: list[RemovableHandle] = []
         self._standing_in = self._inside_call = self._over = False
-        self._heard: ValueError | None = None
+        self._heard: BatchError | None = None
 
     def __enter__(self) -> Self:
         for index, model in enumerate(self._models):
@@ -88,8 +89,8 @@ class UnequalCalls:
         self._inside_call = True
 
     def _after_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # A ValueError is about the data: all ranks have agreed on it at the end of the call.
-        self._inside_call = output is None and not isinstance(sys.exc_info()[1], ValueError)
+        # All ranks raise a BatchError together, at the end of the call.
+        self._inside_call = output is None and not isinstance(sys.exc_info()[1], BatchError)
 
     def _agree(self, index: int | None, failed: bool = False) -> int | None:
         """The first model that any rank is about to call; None if nobody calls any more.
@@ -115,7 +116,7 @@ class UnequalCalls:
         try:
             with torch.no_grad():
                 model(token_M1, labels=torch.full_like(token_M1, -100), attention_mask=torch.zeros_like(token_M1))
-        except ValueError as error:  # about the data of the rank whose call it is, which may go on after it
+        except BatchError as error:  # about the data of the rank whose call it is, which may go on after it
             self._heard = error
         finally:
             self._standing_in = self._inside_call = False

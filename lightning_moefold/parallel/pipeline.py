@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, check_shapes, read_batch, stand_in
+from lightning_moefold.models.batch import BatchAxes, BatchError, CausalLMBatch, check_shapes, read_batch, stand_in
 from lightning_moefold.models.causal_lm import CausalLMOutput, LossFunction
 from lightning_moefold.models.losses import check_faults
 from lightning_moefold.modules.base import wide
@@ -157,7 +157,7 @@ class Pipeline:
         check_faults(totals[2:6], batches[0].error, self._model.config.vocab_size, self._model.num_microbatches)
         first, second = totals[6:].view(-1, 2).unbind(1)
         if bool((second * (mesh.fold.tp * mesh.fold.cp * mesh.fold.pp) != first * first).any()):
-            raise ValueError(
+            raise BatchError(
                 "ranks of a tensor, context or pipeline parallel group were given different batches or arguments, but they "
                 "compute one batch together; shard the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed "
                 "that all share."

@@ -43,7 +43,7 @@ def test_one_rank_has_a_bad_batch(pool: RankPool, path: str, fold: str) -> None:
     for messages in outcomes:
         for name, pattern in patterns.items():
             sentence(messages[name])
-            assert messages[name].startswith("ValueError"), messages[name]
+            assert messages[name].startswith("BatchError"), messages[name]
             assert re.search(pattern, messages[name]), f"{name}: {messages[name]}"
         assert messages["good again"] == "no error"
 
