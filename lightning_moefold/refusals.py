@@ -55,7 +55,8 @@ def check_blocks(module: nn.Module, fold: Fold) -> None:
     """Context and pipeline parallelism need to know where rows and layers are, which only a language model does.
 
     Raises:
-        UnsupportedFeature: For blocks in networks of the user's own, and for a pipeline without a model.
+        UnsupportedFeature: For blocks in networks of the user's own, for a pipeline without a model, and for parameters
+            that a block shares.
     """
     roots = parallel_roots(module)
     for name, root in roots:
@@ -70,6 +71,7 @@ def check_blocks(module: nn.Module, fold: Fold) -> None:
         raise UnsupportedFeature(
             f"{type(module).__name__} holds no MoECausalLM to cut into stages; use pipeline_parallel_size=1 instead of {fold.pp}."
         )
+    _check_sharing(module)
 
 
 def check_second_names(module: nn.Module) -> None:
@@ -84,6 +86,30 @@ def check_second_names(module: nn.Module) -> None:
                 f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the model "
                 "instead, or use pipeline_parallel_size=1."
             )
+
+
+def _check_sharing(module: nn.Module) -> None:
+    """Cutting a parameter replaces it in one place, and whatever else held it would go on with the old one."""
+    holders: dict[int, tuple[str, nn.Module]] = {}  # of parameters, whichever names a module has
+    roots: dict[int, str] = {}  # of the modules in blocks
+    for name, root in parallel_roots(module):
+        for part_name, part in root.named_modules(prefix=name):
+            for parameter in part.parameters(recurse=False):
+                first, other = holders.setdefault(id(parameter), (part_name, part))
+                if other is not part or roots.setdefault(id(part), name) != name:
+                    raise UnsupportedFeature(_shared(first, part_name))
+    for name, part in module.named_modules():
+        for parameter in part.parameters(recurse=False):
+            first, other = holders.get(id(parameter), (name, part))
+            if other is not part:
+                raise UnsupportedFeature(_shared(first, name))
+
+
+def _shared(first: str, second: str) -> str:
+    return (
+        f"{first} and {second} share a parameter, and the strategy spreads those of a block over ranks; give each its own, or "
+        "call one of them in both places."
+    )
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -> None:
