@@ -21,11 +21,11 @@ from tests.strategy.finetune import Finetune
 from tests.strategy.plain import trainer
 
 
-def _make(path: str, fold: str) -> MoECausalLM:
+def _make(path: str, fold: str, plan: PipelinePlan | None = None) -> MoECausalLM:
     mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
     with deferred_weights():
         model = MoECausalLM.from_pretrained(path, output_router_logits=True)
-    parallelize(model, mesh, Sharding(), torch.device("cpu"), PipelinePlan())
+    parallelize(model, mesh, Sharding(), torch.device("cpu"), plan)
     model.num_microbatches = 2
     return model
 
@@ -89,6 +89,19 @@ def a_call(path: str) -> dict[str, Any]:
         "logits": output.logits.tolist(),
         "own_logits": None if mine is None else list(mine.shape),
     }
+
+
+def evaluations(path: str, fold: str, plans: list[PipelinePlan]) -> list[tuple[float, Tensor]]:
+    """Loss and logits without gradients; two batches of other lengths."""
+    seen = []
+    for plan in plans:
+        model = _make(path, fold, plan).double()
+        for length in (6, 3):
+            tokens = finetune.rows(5)[:, :length]
+            with torch.no_grad():
+                output = model(tokens, labels=tokens, gather_logits=True)
+            seen.append((output.loss.item(), output.logits))
+    return seen
 
 
 class _Alias(Finetune):

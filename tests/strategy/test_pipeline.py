@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moefold.testing import RankPool, make_checkpoint
+from lightning_moefold.parallel import PipelinePlan
+from lightning_moefold.testing import RankPool, make_checkpoint, relative_error
 from tests.strategy import stages
 
 
@@ -50,6 +51,16 @@ def test_what_a_call_leaves_behind(pool: RankPool, path: str) -> None:
         assert found["loss"] == seen[0]["loss"]
         assert found["logits"] == seen[0]["logits"]
     assert [found["own_logits"] for found in seen] == [None, [8, 6, 96]]
+
+
+def test_forward_alone_through_every_kind_of_stages(pool: RankPool, tmp_path: Path) -> None:
+    deep = str(make_checkpoint(tmp_path / "deep", "qwen2_moe", num_hidden_layers=4, vocab_size=96))
+    plans = [PipelinePlan("gpipe"), PipelinePlan("interleaved_1f1b", 2), PipelinePlan("zbv")]
+    [expected] = pool.run(stages.evaluations, deep, "", plans[:1], ranks=1)
+    for seen in pool.run(stages.evaluations, deep, "pp2", plans, ranks=2):
+        for (loss, logits), (right, whole) in zip(seen, expected * len(plans), strict=True):
+            assert loss == pytest.approx(right, rel=1e-12)
+            assert relative_error(logits, whole) < 1e-12
 
 
 def test_refusals(pool: RankPool, path: str, tmp_path: Path) -> None:
