@@ -27,7 +27,6 @@ from lightning_moefold import Fold, MoEConfig, MoEFoldStrategy
 from lightning_moefold.callbacks import FoldSummary, LoadBalanceMonitor, MFUMonitor
 from lightning_moefold.recipes import FineTuneModule, InputError, TextData, is_users
 from lightning_moefold.recipes.terminal import peers_end_too, progress_display, quiet
-from lightning_moefold.refusals import check_fold
 
 # ---- the run -----------------------------------------------------------------------------------------------------
 
@@ -207,7 +206,6 @@ def check_fits(args: argparse.Namespace, world_size: int) -> Fold:
     """
     config = MoEConfig.from_pretrained(args.checkpoint)
     fold = Fold.parse(args.fold, world_size)
-    check_fold(fold)
     fold.validate(config)
     longest = config.raw.get("max_position_embeddings", args.sequence_length)
     if not 2 <= args.sequence_length <= longest:

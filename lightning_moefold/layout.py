@@ -100,11 +100,13 @@ class ParameterLayout:
         shape: True global shape (no padding).
         plan: Family, cuts over tensor axes, and state of the gradient.
         data_dim: Dimension that ``fully_shard`` cuts over the family's data axis, or None where it is replicated.
+        stages: Pipeline ranks that hold the parameter (a tied embedding is on two); None for all.
     """
 
     shape: tuple[int, ...]
     plan: ParameterPlan
     data_dim: int | None = None
+    stages: tuple[int, ...] | None = None
 
     @property
     def data_axis(self) -> str:
@@ -120,8 +122,10 @@ class ParameterLayout:
         return Box(tuple(offsets), tuple(sizes))
 
     def box(self, fold: Fold, rank: int) -> Box:
-        """The part that ``rank`` stores."""
+        """The part that ``rank`` stores; an empty one where its pipeline stage does not hold the parameter."""
         place = fold.coordinates(rank)
+        if self.stages is not None and place["pp"] not in self.stages:
+            return Box((0,) * len(self.shape), (0,) * len(self.shape))
         whole = self.tensor_box(place)
         if self.data_dim is None:
             return whole
@@ -142,7 +146,7 @@ class ParameterLayout:
         else:
             copies = [axis for axis in ("tp",) if axis not in cut_axes]
             copies += [] if self.data_dim is not None else ["dp", "cp"]
-        return all(place[axis] == 0 for axis in copies)
+        return place["pp"] == (self.stages or (0,))[0] and all(place[axis] == 0 for axis in copies)
 
     def owners(self, fold: Fold, ranks: list[int]) -> list[tuple[int, Box]]:
         """The ranks (out of ``ranks``) that together hold every element exactly once, with their boxes."""

@@ -51,30 +51,65 @@ class UnsupportedFeature(ValueError):
     """Something that cannot work under this strategy; the message says what to do instead."""
 
 
-def check_fold(fold: Fold) -> None:
-    """Dimensions that are laid out but not yet carried out.
-
-    Raises:
-        UnsupportedFeature: For pipeline parallelism.
-    """
-    if fold.pp > 1:
-        raise UnsupportedFeature(
-            f"pipeline_parallel_size={fold.pp} is not implemented yet; use pipeline_parallel_size=1."
-        )
-
-
 def check_blocks(module: nn.Module, fold: Fold) -> None:
-    """Context parallelism needs to know where rows are, which only a language model does.
+    """Context and pipeline parallelism need to know where rows and layers are, which only a language model does.
 
     Raises:
-        UnsupportedFeature: For blocks in networks of the user's own.
+        UnsupportedFeature: For blocks in networks of the user's own, for a pipeline without a model, and for parameters
+            that a block shares.
     """
-    for name, root in parallel_roots(module):
-        if fold.cp > 1 and not isinstance(root, MoECausalLM):
+    roots = parallel_roots(module)
+    for name, root in roots:
+        if fold.cp * fold.pp > 1 and not isinstance(root, MoECausalLM):
+            axis, size = ("context", fold.cp) if fold.cp > 1 else ("pipeline", fold.pp)
+            what = "rows context" if fold.cp > 1 else "layers pipeline"
             raise UnsupportedFeature(
-                f"{name or type(root).__name__} is in a network of your own, whose rows context parallelism cannot cut; use "
-                f"context_parallel_size=1 instead of {fold.cp}."
+                f"{name or type(root).__name__} is in a network of your own, whose {what} parallelism cannot cut; use "
+                f"{axis}_parallel_size=1 instead of {size}."
             )
+    if fold.pp > 1 and not roots:
+        raise UnsupportedFeature(
+            f"{type(module).__name__} holds no MoECausalLM to cut into stages; use pipeline_parallel_size=1 instead of {fold.pp}."
+        )
+    _check_sharing(module)
+
+
+def check_second_names(module: nn.Module) -> None:
+    """Once models are parallelised, everything has storage but what a pipeline has taken off this rank.
+
+    Raises:
+        UnsupportedFeature: For a part of a model that the module holds under a name of its own, on another stage.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedFeature(
+                f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the model "
+                "instead, or use pipeline_parallel_size=1."
+            )
+
+
+def _check_sharing(module: nn.Module) -> None:
+    """Cutting a parameter replaces it in one place, and whatever else held it would go on with the old one."""
+    holders: dict[int, tuple[str, nn.Module]] = {}  # of parameters, whichever names a module has
+    roots: dict[int, str] = {}  # of the modules in blocks
+    for name, root in parallel_roots(module):
+        for part_name, part in root.named_modules(prefix=name):
+            for parameter in part.parameters(recurse=False):
+                first, other = holders.setdefault(id(parameter), (part_name, part))
+                if other is not part or roots.setdefault(id(part), name) != name:
+                    raise UnsupportedFeature(_shared(first, part_name))
+    for name, part in module.named_modules():
+        for parameter in part.parameters(recurse=False):
+            first, other = holders.get(id(parameter), (name, part))
+            if other is not part:
+                raise UnsupportedFeature(_shared(first, name))
+
+
+def _shared(first: str, second: str) -> str:
+    return (
+        f"{first} and {second} share a parameter, and the strategy spreads those of a block over ranks; give each its own, or "
+        "call one of them in both places."
+    )
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -> None:

@@ -54,16 +54,17 @@ from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.optim.elementwise import elementwise_only
-from lightning_moefold.parallel import GradientNorm, GradientSum, Sharding, parallelize
+from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
+from lightning_moefold.parallel.pipeline import spare_parameters
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.predicting import Predicting
 from lightning_moefold.refusals import (
     UnsupportedFeature,
     check_blocks,
-    check_fold,
     check_optimizers,
+    check_second_names,
     check_sharding,
     check_trainer,
 )
@@ -83,13 +84,17 @@ class MoEFoldStrategy(ParallelStrategy):
         tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut (with sequence
             parallelism).
         context_parallel_size: Ranks over which each row is cut, attention included.
-        pipeline_parallel_size: Pipeline stages. Only 1 so far.
+        pipeline_parallel_size: Ranks over which the layers are spread.
         expert_parallel_size: Ranks over which the experts of a layer are spread.
         expert_tensor_parallel_size: Ranks over which each expert is cut.
         fold: All sizes in one string, such as ``"tp2 | ep4"``, instead of the arguments above.
-        num_microbatches: Micro-batches of a batch; part of the mathematics of the auxiliary loss. None means 1.
-        pipeline_schedule: Only ``"1f1b"`` so far (there is one stage).
-        num_stages_per_rank: Only 1 so far.
+        num_microbatches: Micro-batches of a batch; part of the mathematics of the auxiliary loss. None means 1; a
+            pipeline needs a number.
+        pipeline_schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved_1f1b"``, ``"interleaved_zero_bubble"``, ``"zbv"`` or
+            ``"dualpipev"``.
+        num_stages_per_rank: Pipeline stages on each rank, for the interleaved schedules; ``zbv`` and ``dualpipev``
+            always have two.
+        pipeline_split: Number of layers of each stage, in the order of the model; cut by cost if not given.
         dispatcher: How tokens travel; ``"alltoall"``.
         capacity_factor: Only None (dropless) so far.
         drop_policy: Which tokens an overfull expert drops; without effect while dropless.
@@ -128,6 +133,7 @@ class MoEFoldStrategy(ParallelStrategy):
         num_microbatches: int | None = None,
         pipeline_schedule: str = "1f1b",
         num_stages_per_rank: int = 1,
+        pipeline_split: list[int] | None = None,
         dispatcher: Literal["alltoall"] = "alltoall",
         capacity_factor: float | None = None,
         drop_policy: Literal["probs", "position"] = "probs",
@@ -148,8 +154,6 @@ class MoEFoldStrategy(ParallelStrategy):
         if num_microbatches is not None and num_microbatches < 1:
             raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
         for name, value, known in (
-            ("pipeline_schedule", pipeline_schedule, ("1f1b",)),
-            ("num_stages_per_rank", num_stages_per_rank, (1,)),
             ("dispatcher", dispatcher, ("alltoall",)),
             ("capacity_factor", capacity_factor, (None,)),
             ("drop_policy", drop_policy, ("probs", "position")),
@@ -162,6 +166,9 @@ class MoEFoldStrategy(ParallelStrategy):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
         self._sizes, self._fold_text = sizes, fold
+        split = None if pipeline_split is None else tuple(pipeline_split)
+        self._pipeline_plan = PipelinePlan(pipeline_schedule, num_stages_per_rank, split)
+        self._microbatches_given = num_microbatches is not None
         self.num_microbatches = num_microbatches or 1
         self.dispatcher = dispatcher
         self.context_parallel_exchange = context_parallel_exchange
@@ -294,7 +301,9 @@ class MoEFoldStrategy(ParallelStrategy):
     def _make_fold(self) -> Fold:
         text, world = self._fold_text, self.world_size
         fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
-        check_fold(fold)
+        if fold.pp > 1 and not self._microbatches_given:
+            raise ValueError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; use {2 * fold.pp} or more.")
+        self._pipeline_plan.check(fold.pp, self.num_microbatches, self.data_parallel_sharding, self.recompute)
         return fold
 
     def _connect_processes(self) -> None:
@@ -366,14 +375,15 @@ class MoEFoldStrategy(ParallelStrategy):
         align_blocks(self.lightning_module, self.mesh)
         for layer in (m for m in self._modules() if isinstance(m, DecoderLayer)):
             layer.recompute = self.recompute
-        for root in self._roots():
-            if isinstance(root, MoECausalLM):
-                root.num_microbatches = self.num_microbatches
-                root.context_parallel_exchange = self.context_parallel_exchange
-            try:
-                parallelize(root, self.mesh, sharding, self.root_device)
-            except Exception as failure:
-                error = failure
+        try:
+            for root in self._roots():
+                if isinstance(root, MoECausalLM):
+                    root.num_microbatches = self.num_microbatches
+                    root.context_parallel_exchange = self.context_parallel_exchange
+                parallelize(root, self.mesh, sharding, self.root_device, self._pipeline_plan)
+            check_second_names(self.lightning_module)
+        except Exception as failure:
+            error = failure
         comm.agree_on_error(error, self.mesh.world)
 
     @override
@@ -392,7 +402,8 @@ class MoEFoldStrategy(ParallelStrategy):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         # Optimizers of an earlier entry point may refer to parameters that no longer exist.
         self._reset_optimizers_and_schedulers()
-        super().setup_optimizers(trainer)
+        with spare_parameters(self._roots()):
+            super().setup_optimizers(trainer)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import TensorPiece, load_sharded, save_sharded, stored_tensors
+from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel import local_part
 from lightning_moefold.parallel.registry import ParameterRegistry
@@ -38,11 +40,16 @@ def optimizer_state(optimizer: Optimizer | LightningOptimizer, registry: Paramet
     optimizer = _unwrap(optimizer)
     names = _names(optimizer, registry)
     state = {names[id(p)]: dict(values) for p, values in optimizer.state.items()}
-    groups = [
-        {k: v for k, v in group.items() if k != "params"} | {"params": [names[id(p)] for p in group["params"]]}
+    return {"state": state, "param_groups": _groups(optimizer, names)}
+
+
+def _groups(optimizer: Optimizer, names: dict[int, str]) -> list[dict[str, Any]]:
+    """Parameter groups with names in place of parameters."""
+    return [
+        {k: v for k, v in group.items() if k != "params"}
+        | {"params": [names[id(p)] for p in group["params"] if id(p) in names]}
         for group in optimizer.param_groups
     ]
-    return {"state": state, "param_groups": groups}
 
 
 def _unwrap(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
@@ -53,6 +60,8 @@ def _names(optimizer: Optimizer, registry: ParameterRegistry) -> dict[int, str]:
     names = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            if not parameter.numel() and id(parameter) not in registry.names:
+                continue  # of a pipeline stage where all is frozen
             if id(parameter) not in registry.names:
                 raise CheckpointError(
                     "the optimizer holds a parameter that is not in the module; register it as a parameter."
@@ -78,7 +87,7 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
             extra[name] = value
     groups = []
     for index, state in enumerate(checkpoint.pop("optimizer_states", [])):
-        groups.append(_plain(state["param_groups"]))
+        groups.append(_groups_of_all_stages(_plain(state["param_groups"]), registry.mesh.axis("pp")))
         for name, values in state["state"].items():
             for key, value in values.items():
                 tensors[f"optimizer.{index}.{name}.{key}"] = _describe(value, name, registry)
@@ -89,6 +98,21 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
         # What every rank has is written by one and the same of them: running statistics are rank 0's, as under DDP.
         tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorPiece)}
     save_sharded(path, tensors, meta, registry.mesh.world)
+
+
+def _groups_of_all_stages(groups: list[dict[str, Any]], pp: Axis) -> list[dict[str, Any]]:
+    """Every pipeline stage's parameters in one list for each group. Collective over ``pp``."""
+    if pp.size == 1:
+        return groups
+    parts: list[Any] = [None] * pp.size
+    dist.all_gather_object(parts, [group["params"] for group in groups], group=pp.group)
+    if any(len(part) != len(groups) for part in parts):
+        raise CheckpointError(
+            f"the optimizer has {[len(part) for part in parts]} parameter groups on the pipeline stages; make as many on each, "
+            "empty ones where a stage has none of the parameters."
+        )
+    together = [list(dict.fromkeys(name for part in parts for name in part[i])) for i in range(len(groups))]
+    return [{**group, "params": names} for group, names in zip(groups, together, strict=True)]
 
 
 def _plain(value: Any) -> Any:
@@ -140,7 +164,8 @@ def load_training_state(
     state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     tensors = {f"model.{name}": _describe(value, name, registry) for name, value in state.items()}
     missing = [name for name in tensors if name not in stored]
-    extra = [name for name in stored if name.startswith("model.") and name not in tensors]
+    known = {*tensors, *(f"model.{name}" for name in registry.elsewhere)}
+    extra = [name for name in stored if name.startswith("model.") and name not in known]
     if missing or extra:
         what = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the module does not have"
         raise CheckpointError(f"{path} {what}; load it with the module it was saved from.")
@@ -173,13 +198,14 @@ def _prepare_optimizer(
 ) -> tuple[Optimizer, dict[nn.Parameter, dict[str, Tensor]]]:
     """Makes empty state of the stored shapes, and asks for it to be read."""
     names = _names(optimizer, registry)
-    if [g["params"] for g in groups] != [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups]:
+    mine = [set(g["params"]) for g in _groups(optimizer, names)]
+    if [set(g["params"]) - registry.elsewhere for g in groups] != mine:
         raise CheckpointError(
             f"optimizer {index} groups its parameters differently from the checkpoint; configure it alike."
         )
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.update({k: v for k, v in saved.items() if k != "params"})
-    by_name = {name: p for p in (q for g in optimizer.param_groups for q in g["params"]) for name in [names[id(p)]]}
+    by_name = {names[id(p)]: p for g in optimizer.param_groups for p in g["params"] if id(p) in names}
     prefix = f"optimizer.{index}."
     # As torch.optim does it: step counters stay on the CPU unless a kernel on the device reads them.
     on_device = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["docs/networks.md", "docs/folds.md", "docs/training.md", "docs/planner.md"]
+PAGES = ["docs/networks.md", "docs/folds.md", "docs/training.md", "docs/pipeline.md", "docs/planner.md"]
 
 
 def blocks(page: str) -> list[str]:

@@ -115,14 +115,14 @@ class ModelSummary:
 
     def size_range(self, name: str = "total") -> tuple[int, int]:
         """Fewest and most parameters of a group that a rank stores."""
-        return self.groups[name].range(self.fold.world_size)
+        return self.groups[name].range(self.fold.world_size // self.fold.pp)
 
     def memory(self, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:
         """Bytes that a rank keeps from step to step, fewest and most: weights, gradients, optimizer states, together.
 
         Gathered weights and activations come on top. An optimizer whose states are not known here is left out.
         """
-        ranks = range(self.fold.world_size)
+        ranks = range(self.fold.world_size // self.fold.pp)
         parts = {
             "weights": [self.weight_bytes[rank] for rank in ranks],
             "gradients": [self.gradient_bytes[rank] for rank in ranks],
@@ -144,14 +144,15 @@ class ModelSummary:
         table = [_HEAD, *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(len(_HEAD))]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
-        return "\n".join([f"Fold {self.fold}", lines[0], "-" * len(lines[0]), *lines[1:]])
+        title = f"Fold {self.fold}" + (", the layers of the first pipeline rank" if self.fold.pp > 1 else "")
+        return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 _HEAD = ("parameters", "total", "active", "trainable", "frozen", "per rank")
 
 
 def summarize_model(module: nn.Module, fold: Fold) -> ModelSummary:
-    """Counts the parameters of a module under ``fold``. Local.
+    """Counts the parameters of a module under ``fold``. Local, so in a pipeline those of this rank's stages.
 
     Args:
         module: Usually a LightningModule. What language models and blocks in it know of their layout counts; all other

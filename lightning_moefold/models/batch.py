@@ -26,6 +26,10 @@ from lightning_moefold.modules.sequence import RoutingStatistics, SequenceBatch
 IGNORED = -100
 
 
+class BatchError(ValueError):
+    """Something is wrong with the data of a rank; all ranks have agreed on it and raise it together."""
+
+
 @dataclass
 class CausalLMBatch:
     """What the model needs of a batch on this rank.
@@ -106,7 +110,7 @@ def read_batch(
         loss_weights: ``[B, S]``.
         keep_all: Every position's output is needed, padding included.
     """
-    _check_shapes(input_ids, labels, attention_mask, position_ids, document_ids, loss_weights)
+    check_shapes(input_ids, labels, attention_mask, position_ids, document_ids, loss_weights)
     rows, length = input_ids.shape
     device, vocab = input_ids.device, config.vocab_size
     run_BS = _document_runs(document_ids, position_ids, attention_mask)
@@ -197,7 +201,15 @@ def stand_in(
     return batch
 
 
-def _check_shapes(input_ids: Tensor, *others: Tensor | None) -> None:
+def check_shapes(
+    input_ids: Tensor,
+    labels: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    document_ids: Tensor | None,
+    loss_weights: Tensor | None,
+) -> None:
+    """Raises a ValueError unless the arguments of a forward pass have shapes that go together."""
     if input_ids.dim() != 2 or input_ids.is_floating_point():
         raise ValueError(
             f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}."
@@ -206,8 +218,14 @@ def _check_shapes(input_ids: Tensor, *others: Tensor | None) -> None:
         raise ValueError(
             f"input_ids of shape {list(input_ids.shape)} holds no token; give every rank rows in every batch."
         )
-    names = ("labels", "attention_mask", "position_ids", "document_ids", "loss_weights")
-    for name, tensor in zip(names, others, strict=True):
+    others = {
+        "labels": labels,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "document_ids": document_ids,
+        "loss_weights": loss_weights,
+    }
+    for name, tensor in others.items():
         if tensor is None or tensor.shape == input_ids.shape:
             continue
         if name == "position_ids" and tuple(tensor.shape) in ((1, input_ids.shape[1]), (input_ids.shape[1],)):

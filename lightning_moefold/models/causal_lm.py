@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_moefold import comm
@@ -36,6 +37,22 @@ from lightning_moefold.modules.sequence import RoutingStatistics
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
+
+
+class PipelineRunner(Protocol):
+    """Runs the stages of a model that is spread over pipeline ranks (:class:`~lightning_moefold.parallel.pipeline.Pipeline`)."""
+
+    stages: list[Any]
+
+    def run(
+        self,
+        tensors: Mapping[str, Any],
+        loss_fn: LossFunction | None,
+        gather_logits: bool,
+        extras: Mapping[str, Any],
+    ) -> CausalLMOutput:
+        """A call of the model."""
+        ...
 
 
 class CausalLMOutput(NamedTuple):
@@ -133,6 +150,7 @@ class MoECausalLM(ParallelRoot):
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, tied)
         self.num_microbatches = 1
+        self.pipeline: PipelineRunner | None = None
         self.context_parallel_exchange: Exchange = "auto"
         self.layouts = {
             name: ParameterLayout(entry.shape, ParameterPlan()) for name, entry in parameter_entries(config).items()
@@ -218,6 +236,13 @@ class MoECausalLM(ParallelRoot):
         """The layers, then the model with what is left (embedding, final norm, head)."""
         return [*self.model.layers.values(), self]
 
+    def release_gathered_weights(self) -> None:
+        """See :class:`~lightning_moefold.modules.base.ParallelRoot`; stages hold weights of their own."""
+        super().release_gathered_weights()
+        for stage in () if self.pipeline is None else self.pipeline.stages:
+            if isinstance(stage, FSDPModule):
+                stage.reshard()
+
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers on this rank by their number in the whole model."""
         return {int(i): m.mlp for i, m in self.model.layers.items() if isinstance(m.mlp, MoELayer)}
@@ -267,6 +292,13 @@ class MoECausalLM(ParallelRoot):
             raise TypeError(
                 f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras."
             )
+        if self.pipeline is not None:
+            tensors = {
+                "input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
+                "document_ids": document_ids, "loss_weights": loss_weights,
+            }  # fmt: skip
+            with torch.autocast(input_ids.device.type, enabled=False):
+                return self.pipeline.run(tensors, loss_fn, gather_logits, extras)
         cp = SINGLE if self.mesh is None else self.mesh.axis("cp")
         axes = BatchAxes(self.tp, cp, self.context_parallel_exchange)
         try:
@@ -409,6 +441,8 @@ class MoECausalLM(ParallelRoot):
             )
 
         def piece(name: str) -> Tensor:
+            if name not in parameters:  # another pipeline stage holds it
+                return torch.empty(0)
             parameter = parameters[name].detach()
             return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 

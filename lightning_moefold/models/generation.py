@@ -156,6 +156,8 @@ def generate(
     """See :meth:`.causal_lm.MoECausalLM.generate`; ``sampling`` is None for the most probable token."""
     if model.fold.cp > 1:
         raise ValueError(f"generate does not cut rows over ranks; use context_parallel_size=1, not {model.fold.cp}.")
+    if model.fold.pp > 1:
+        raise ValueError(f"generate does not run a pipeline; use pipeline_parallel_size=1, not {model.fold.pp}.")
     # Inside the context, so that a rank with a bad prompt tells the others.
     with _evaluating(model), model.unequal_calls():
         if input_ids.dim() == 2 and not input_ids.shape[0]:

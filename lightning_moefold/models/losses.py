@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.models.batch import CausalLMBatch
+from lightning_moefold.models.batch import BatchError, CausalLMBatch
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules.balance import global_value
 
@@ -53,7 +53,7 @@ class GlobalLoss:
             batch: For statistics and faults.
 
         Raises:
-            ValueError: On every rank, if any rank's data is at fault.
+            BatchError: On every rank, if any rank's data is at fault.
         """
         statistics = batch.routing
         zero = batch.faults.new_zeros(2)
@@ -74,7 +74,7 @@ class GlobalLoss:
         if self.mesh is not None:
             comm.all_reduce_raw(totals, self.mesh.stage)
         totals, prints = totals.split([len(totals) - len(prints), len(prints)])
-        self._check_faults(totals[2:6], batch)
+        check_faults(totals[2:6], batch.error, self.config.vocab_size, batch.sequence.num_microbatches)
         self._check_fingerprints(prints)
         lm = None if local is None else self._language_loss(local[0], totals[0], totals[1])
         if counts_ME is None or probability_ME is None:
@@ -100,7 +100,7 @@ class GlobalLoss:
             return
         number, square = prints.view(-1, 2).unbind(1)
         if bool((square * (self.mesh.fold.tp * self.mesh.fold.cp) != number * number).any()):
-            raise ValueError(
+            raise BatchError(
                 "ranks of a tensor or context parallel group were given different batches, but they compute one batch "
                 "together; shard the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed that all ranks share."
             )
@@ -116,20 +116,30 @@ class GlobalLoss:
         share = (slope_ME.to(local_ME.dtype) * local_ME).sum()
         return global_value(share, (slope_ME * probability_ME).sum(), self.mesh)
 
-    def _check_faults(self, faults: Tensor, batch: CausalLMBatch) -> None:
-        if self.mesh is None and not faults.is_cuda and not bool(faults.any()):
-            return
-        tokens, labels, rows, malformed = (int(n) for n in faults.tolist())
-        if batch.error is not None:
-            raise batch.error
-        if malformed:
-            raise ValueError("the batch of another rank cannot be read; that rank's own error says why.")
-        if tokens or labels:
-            what = f"{tokens} token ids" if tokens else f"{labels} labels"
-            hint = "check that tokenizer and model belong together" + ("" if tokens else "; -100 is ignored")
-            raise ValueError(f"{what} in the batch lie outside the vocabulary of {self.config.vocab_size}; {hint}.")
-        if rows:
-            raise ValueError(
-                f"a rank's batch has fewer rows than num_microbatches={batch.sequence.num_microbatches}; "
-                "use a larger batch size (and drop_last=True for a short last batch), or fewer micro-batches."
-            )
+
+def check_faults(faults: Tensor, error: Exception | None, vocab_size: int, num_microbatches: int) -> None:
+    """Raises what all ranks agreed on.
+
+    Args:
+        faults: ``CausalLMBatch.faults``, summed over ranks.
+        error: Why this rank's own batch cannot be read, or None.
+        vocab_size: Of the model.
+        num_microbatches: M.
+
+    Raises:
+        BatchError: If any rank's data is at fault.
+    """
+    tokens, labels, rows, malformed = (int(n) for n in faults.tolist())
+    if error is not None:
+        raise BatchError(str(error)) from error
+    if malformed:
+        raise BatchError("the batch of another rank cannot be read; that rank's own error says why.")
+    if tokens or labels:
+        what = f"{tokens} token ids" if tokens else f"{labels} labels"
+        hint = "check that tokenizer and model belong together" + ("" if tokens else "; -100 is ignored")
+        raise BatchError(f"{what} in the batch lie outside the vocabulary of {vocab_size}; {hint}.")
+    if rows:
+        raise BatchError(
+            f"a rank's batch has fewer rows than num_microbatches={num_microbatches}; "
+            "use a larger batch size (and drop_last=True for a short last batch), or fewer micro-batches."
+        )

@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import SINGLE
+from lightning_moefold.models.batch import BatchError
 
 if TYPE_CHECKING:
     from lightning_moefold.models.causal_lm import MoECausalLM
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 class UnequalCalls:
     """A context in which ranks call models as often as each of them likes, without gradients.
 
-    Collective: every rank of the stage enters it and leaves it, and calls nothing collective inside but these models.
+    Collective: every rank enters it and leaves it, and calls nothing collective inside but these models.
     Leaving waits for the ranks that still call. If a rank leaves it with an error, the others raise
     :class:`~.comm.PeerError` at their next call, unless the error came from the middle of a call, when they are inside it too.
 
@@ -42,15 +43,15 @@ class UnequalCalls:
     def __init__(self, models: Sequence[MoECausalLM]) -> None:
         self._models = list(models)
         mesh = self._models[0].mesh
-        self._stage = SINGLE if mesh is None else mesh.stage
+        self._world = SINGLE if mesh is None else mesh.world
         self._handles: list[RemovableHandle] = []
         self._standing_in = self._inside_call = self._over = False
-        self._heard: ValueError | None = None
+        self._heard: BatchError | None = None
 
     def __enter__(self) -> Self:
         for index, model in enumerate(self._models):
             model.unequal = self
-            if self._stage.size > 1:
+            if self._world.size > 1:
                 # Before FSDP2's own hook, which gathers weights; always, so that errors are seen.
                 before = model.register_forward_pre_hook(partial(self._before_call, index), prepend=True)
                 after = model.register_forward_hook(self._after_call, always_call=True)
@@ -88,8 +89,8 @@ class UnequalCalls:
         self._inside_call = True
 
     def _after_call(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # A ValueError is about the data: all ranks have agreed on it at the end of the call.
-        self._inside_call = output is None and not isinstance(sys.exc_info()[1], ValueError)
+        # All ranks raise a BatchError together, at the end of the call.
+        self._inside_call = output is None and not isinstance(sys.exc_info()[1], BatchError)
 
     def _agree(self, index: int | None, failed: bool = False) -> int | None:
         """The first model that any rank is about to call; None if nobody calls any more.
@@ -101,7 +102,7 @@ class UnequalCalls:
         if index is not None:
             votes[index] = 1
         votes[-1] = int(failed)
-        *callers, failures = comm.all_reduce_raw(votes, self._stage).tolist()
+        *callers, failures = comm.all_reduce_raw(votes, self._world).tolist()
         if failures and not failed:
             self._over = True
             raise comm.PeerError("another rank has failed; its own error says why.") from self._heard
@@ -115,7 +116,7 @@ class UnequalCalls:
         try:
             with torch.no_grad():
                 model(token_M1, labels=torch.full_like(token_M1, -100), attention_mask=torch.zeros_like(token_M1))
-        except ValueError as error:  # about the data of the rank whose call it is, which may go on after it
+        except BatchError as error:  # about the data of the rank whose call it is, which may go on after it
             self._heard = error
         finally:
             self._standing_in = self._inside_call = False

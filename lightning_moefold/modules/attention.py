@@ -193,6 +193,8 @@ class Attention(ParallelRoot):
         elif layout.cp.size == 1 and (visibility.is_causal or layout.length <= _WHOLE_MASK or not self.causal):
             y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
         else:
+            if torch.is_autocast_enabled(q.device.type):  # outside a language model; autocast knows no custom function
+                q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
             y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)
         return y_BQLd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
 

@@ -30,7 +30,7 @@ class ModuleExperts(RoutedExperts):
         num_experts: E.
 
     Raises:
-        ValueError: If an expert has buffers, or the experts have different parameters.
+        ValueError: If an expert has buffers or a parameter with two names, or the experts have different parameters.
     """
 
     def __init__(self, make_expert: Callable[[], nn.Module], num_experts: int) -> None:
@@ -40,6 +40,11 @@ class ModuleExperts(RoutedExperts):
             raise ValueError(
                 f"{type(experts[0]).__name__} has buffers, which experts that share an architecture cannot; use an expert "
                 "with parameters only."
+            )
+        if len(list(experts[0].named_parameters(remove_duplicate=False))) > len(list(experts[0].parameters())):
+            raise ValueError(
+                f"{type(experts[0]).__name__} uses a parameter under two names, and each is stacked by itself; give the "
+                "expert one name for it."
             )
         shapes = [{name: p.shape for name, p in expert.named_parameters()} for expert in experts]
         if any(shape != shapes[0] for shape in shapes):
@@ -63,14 +68,11 @@ class ModuleExperts(RoutedExperts):
         )
         return {f"stack.{name}": plan for name, _ in self.stack.named_parameters()}
 
-    def train(self, mode: bool = True) -> ModuleExperts:
-        """Dropout in the experts follows the mode."""
-        self._architecture[0].train(mode)
-        super().train(mode)
-        return self
-
     def forward(self, x_MD: Tensor, counts_L: Tensor) -> Tensor:
         """See :meth:`RoutedExperts.forward`. Experts without rows run on none, so that all have a gradient."""
+        # Dropout follows the mode of the stack: Lightning puts modes back module by module, without train().
+        for module, stacked in zip(self._architecture[0].modules(), self.stack.modules(), strict=True):
+            module.training = stacked.training
         stacks = {name: local(p).unbind(0) for name, p in self.stack.named_parameters()}
         blocks = x_MD.split(counts_L.tolist())
         return torch.cat(

@@ -7,6 +7,7 @@ Legend: T tokens of this rank, K experts per token, R rows sent, M rows computed
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ class MoELayer(ParallelRoot):
             language model takes care of this itself).
 
     Attributes:
-        routing: Of the latest forward pass in training, with ``keep_routing``.
+        routing: Of the latest forward pass, with ``keep_routing``; None if that was in evaluation.
         load_E: How often each expert was chosen on this rank in training since somebody last reset it (int64; padding
             left out).
         dropped: How many of these choices no expert served, for want of capacity (int64 scalar; 0 while dropless).
@@ -96,6 +97,10 @@ class MoELayer(ParallelRoot):
         )
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, begins without routing, which is part of a graph."""
+        return self.__dict__ | {"routing": None}
+
     def bind(self, mesh: FoldedMesh) -> None:
         """Makes the dispatcher of this fold."""
         super().bind(mesh)
@@ -126,8 +131,10 @@ class MoELayer(ParallelRoot):
             y_TD = y_TD + shared_TD
         if batch.wants_routing:
             batch.routing = routing_statistics(probability_TE, counts_ME, batch)
-        elif self.keep_routing and self.training:
-            self.routing = Routing(routing_statistics(probability_TE, counts_ME, batch), self.top_k, self.mesh)
+        elif self.keep_routing:
+            # None in evaluation, or a loss computed there would be that of the latest training batch.
+            statistics = routing_statistics(probability_TE, counts_ME, batch) if self.training else None
+            self.routing = None if statistics is None else Routing(statistics, self.top_k, self.mesh)
         return y_TD
 
     def _routed(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, batch: SequenceBatch) -> Tensor:

@@ -40,7 +40,8 @@ class Router(ParallelModule):
             the order weights, experts, probabilities.
         """
         dtype = wide(x_TD.dtype)
-        logits_TE = F.linear(x_TD.to(dtype), local(self.weight).to(dtype))
+        with torch.autocast(x_TD.device.type, enabled=False):  # it would compute the product in 16 bits
+            logits_TE = F.linear(x_TD.to(dtype), local(self.weight).to(dtype))
         probability_TE = logits_TE.softmax(-1)
         weight_TK, expert_TK = probability_TE.topk(self.top_k, dim=-1)
         if self.normalize:

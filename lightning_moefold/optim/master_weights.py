@@ -69,6 +69,8 @@ class MasterWeights(Optimizer):
         for parameter, master in self._masters.items():
             self._hand_in(parameter, master)
         self.inner.step()
+        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
+            ours.update({key: value for key, value in theirs.items() if key != "params"})  # some count steps there
         for parameter, master in self._masters.items():
             self._hand_back(parameter, master)
         return loss

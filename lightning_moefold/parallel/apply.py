@@ -26,6 +26,9 @@ from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import ParallelModule, ParallelRoot
 from lightning_moefold.modules.experts import RoutedExperts
 from lightning_moefold.modules.router import Router
+from lightning_moefold.parallel.pipeline import Pipeline
+from lightning_moefold.parallel.stage_module import Stage
+from lightning_moefold.parallel.stages import PipelinePlan
 
 _TENSOR_AXES = {Family.DENSE: ("tp",), Family.EXPERT: ("ep", "etp")}
 
@@ -54,7 +57,13 @@ class Sharding:
         return MixedPrecisionPolicy(compute, torch.float32 if narrow else None, cast_forward_inputs=False)
 
 
-def parallelize(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, device: torch.device) -> None:
+def parallelize(
+    model: ParallelRoot,
+    mesh: FoldedMesh,
+    sharding: Sharding,
+    device: torch.device,
+    plan: PipelinePlan | None = None,
+) -> None:
     """Parallelises ``model`` in place and gives it its weights. No rank waits for another.
 
     Args:
@@ -63,9 +72,11 @@ def parallelize(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, devic
         mesh: Of the fold; the fold must suit the model.
         sharding: Data-parallel storage.
         device: Where the parameters go.
+        plan: How a language model is cut into pipeline stages, where there is more than one.
 
     Raises:
         FoldError: If the fold does not suit the model.
+        ValueError: If the model cannot be cut into the stages.
         CheckpointError: If a weight cannot be read.
         RuntimeError: If the model is parallelised already.
     """
@@ -83,12 +94,13 @@ def parallelize(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, devic
         name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding)
         for name, p in model.named_parameters()
     }
+    stages = _cut_into_stages(model, mesh, plan or PipelinePlan())
     _cut_over_tensor_axes(model, mesh)
     model.sharding = sharding
     for module in model.modules():
         if isinstance(module, ParallelModule):
             module.bind(mesh)
-    _wrap(model, mesh, sharding)
+    _wrap(model, mesh, sharding, [stage.units() for stage in stages] or [model.units()])
     if isinstance(model, MoECausalLM) and model.weights_pending:
         model.to_empty(device=device)
         model.load_weights()
@@ -120,11 +132,48 @@ def _data_dim(sizes: tuple[int, ...], family: Family, ranks: int) -> int:
     return next((dim for dim in (0, 1) if sizes[dim] % ranks == 0), 0)
 
 
+def _cut_into_stages(model: ParallelRoot, mesh: FoldedMesh, plan: PipelinePlan) -> list[Stage]:
+    """Leaves to this rank what its pipeline stages need; the layouts go on to tell of all parameters."""
+    pp = mesh.fold.pp
+    if pp == 1:
+        return []
+    assert isinstance(model, MoECausalLM), "refusals.check_blocks lets no other model through"
+    layers, count = plan.layers(model.config, pp), pp * plan.chunks
+    first, last = plan.owner(0, pp), plan.owner(count - 1, pp)
+    holders: dict[str, tuple[int, ...]] = {
+        f"model.layers.{i}.": (plan.owner(stage, pp),) for stage, part in enumerate(layers) for i in part
+    }
+    holders |= {"model.norm.": (last,), "lm_head.": (last,)}
+    holders["model.embed_tokens."] = (first,)
+    if model.config.tie_word_embeddings:
+        if first == last:
+            raise ValueError(
+                f"pipeline_schedule={plan.schedule!r} puts the first and the last stage on one rank, which does not go with tied "
+                "embeddings; use another schedule, such as 'interleaved_1f1b'."
+            )
+        holders["model.embed_tokens."] = (first, last)
+    holders_of = {name: next(v for k, v in holders.items() if name.startswith(k)) for name in model.layouts}
+    model.layouts = {name: replace(layout, stages=holders_of[name]) for name, layout in model.layouts.items()}
+    place = mesh.place["pp"]
+    for prefix, ranks in holders.items():
+        if place not in ranks:
+            parent, _, leaf = prefix[:-1].rpartition(".")
+            owner = model.get_submodule(parent)
+            if isinstance(owner, nn.ModuleDict):
+                del owner[leaf]
+            else:
+                owner.register_module(leaf, None)
+    mine = plan.local_stages(pp, place)
+    stages = [Stage(model, index, count, layers[index]) for index in mine]
+    model.pipeline = Pipeline(model, mesh, plan, stages)
+    return stages
+
+
 def _cut_over_tensor_axes(model: ParallelRoot, mesh: FoldedMesh) -> None:
-    for name, layout in model.layouts.items():
+    for name, parameter in list(model.named_parameters()):
+        layout = model.layouts[name]
         prefix, _, leaf = name.rpartition(".")
         owner = model.get_submodule(prefix)
-        parameter = owner.get_parameter(leaf)
         storage = mesh.storage_mesh(layout.plan.family, *_TENSOR_AXES[layout.plan.family])
         if storage is None:
             continue
@@ -140,7 +189,16 @@ def _cut_over_tensor_axes(model: ParallelRoot, mesh: FoldedMesh) -> None:
         owner.register_parameter(leaf, nn.Parameter(stored, requires_grad=parameter.requires_grad))
 
 
-def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding) -> None:
+def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, groups: list[list[nn.Module]]) -> None:
+    """Wraps both families.
+
+    Args:
+        model: With its parameters cut over the tensor axes.
+        mesh: Of the fold.
+        sharding: Data-parallel storage.
+        groups: For each part that runs on its own (a pipeline stage, or the whole), the modules whose dense weights are
+            gathered together, the outermost last.
+    """
     dense, expert = (sharding.data_mesh(mesh, family) for family in (Family.DENSE, Family.EXPERT))
     storage = next(model.parameters()).dtype
     policy, uncast = sharding.policy(storage), sharding.policy(storage, cast=False)
@@ -155,19 +213,26 @@ def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding) -> None:
         elif isinstance(module, Router) and dense is not None and sharding.mixed_dtype is not None:
             # The router computes in float32 whatever the precision, so its weight is not cast.
             fully_shard(module, mesh=dense, mp_policy=uncast, reshard_after_forward=reshard)
-    *layers, last = model.units()
-    if dense is not None:
-        for unit in (*layers, last):
-            # What is last in forward is first in backward.
-            again = reshard and (unit is not last or not layers)
-            fully_shard(unit, mesh=dense, mp_policy=policy, reshard_after_forward=again, ignored_params=plain_experts)
+    for *layers, last in groups:
+        if dense is not None:
+            for unit in (*layers, last):
+                # What is last in forward is first in backward.
+                again = reshard and (unit is not last or not layers)
+                fully_shard(
+                    unit, mesh=dense, mp_policy=policy, reshard_after_forward=again, ignored_params=plain_experts
+                )
+        elif expert is not None and isinstance(last, Stage):
+            # A schedule reduces what belongs to an FSDP2 module, so the stage is one, if only around its experts.
+            rest = set(last.parameters())
+            fully_shard(last, mesh=expert, mp_policy=policy, reshard_after_forward=False, ignored_params=rest)
     if dense is not None or expert is not None:
         model.compute_dtype = sharding.mixed_dtype
-    for module in model.modules():
+    for module in (m for root in (model, *(group[-1] for group in groups)) for m in root.modules()):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    _prefetch(layers or [last])
+    for *layers, last in groups:
+        _prefetch(layers or [last])
 
 
 def _prefetch(layers: list[nn.Module]) -> None:

@@ -43,7 +43,7 @@ class GradientSum:
             if axis.size > 1:
                 self._by_axis.setdefault(axis.name, (axis, []))[1].append(parameter)
         self.deferred = False
-        self._unsummed = False
+        self._unsummed: set[nn.Parameter] = set()  # those that a deferred backward may have given gradients
         self._summed: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
@@ -53,10 +53,13 @@ class GradientSum:
             self._set_aside()
         try:
             yield
-            self._unsummed = self.deferred
+            members = [p for _, group in self._by_axis.values() for p in group]
+            self._unsummed |= {p for p in members if p.requires_grad}
             if not self.deferred:
-                for axis, members in self._by_axis.values():
-                    self._sum([p for p in members if p.requires_grad], axis)
+                # Also those that are frozen by now (toggled off, with several optimizers).
+                for axis, group in self._by_axis.values():
+                    self._sum([p for p in group if p in self._unsummed], axis)
+                self._unsummed.clear()
         finally:
             if not self._unsummed:
                 self._put_back()
@@ -108,10 +111,11 @@ class GradientSum:
             if anybody:
                 grad.copy_(part.view_as(grad))
                 if parameter.grad is None:
-                    parameter.grad = _like(parameter, grad)
+                    parameter.grad = like(parameter, grad)
 
 
-def _like(parameter: nn.Parameter, piece: Tensor) -> Tensor:
+def like(parameter: Tensor, piece: Tensor) -> Tensor:
+    """A piece as what the parameter stores: a DTensor of its placements, or the plain tensor itself."""
     if not isinstance(parameter, DTensor):
         return piece
     return DTensor.from_local(

@@ -26,15 +26,19 @@ class ParameterRegistry:
     def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
         self.mesh = mesh
         layouts: dict[int, ParameterLayout] = {}
+        everywhere: set[str] = set()
         self.roots = dict(parallel_roots(root))
-        for part in self.roots.values():
+        for prefix, part in self.roots.items():
             part.release_gathered_weights()
             layouts |= {id(p): part.layouts[name] for name, p in part.named_parameters()}
+            everywhere |= {f"{prefix}.{name}".lstrip(".") for name in part.layouts}
         # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
         everything = root.named_parameters(remove_duplicate=False)
         self.layouts = {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
         self.names = {id(p): name for name, p in root.named_parameters()}
         self._parameters = dict(root.named_parameters())
+        #: Parameters that only other pipeline stages hold.
+        self.elsewhere = everywhere - set(self.layouts)
 
     @property
     def sharded(self) -> bool:
@@ -52,13 +56,13 @@ class ParameterRegistry:
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that counts and writes its piece of ``name``."""
         if name not in self.layouts:
-            return self.mesh.stage.index == 0
+            return self.mesh.rank == 0
         return self.layouts[name].is_owner(self.mesh.fold, self.mesh.rank)
 
     def counts_here(self, parameter: nn.Parameter) -> bool:
         """Whether this rank counts the parameter's piece in a norm."""
         name = self.names.get(id(parameter))
-        return self.mesh.stage.index == 0 if name is None else self.owns(name)
+        return self.mesh.rank == 0 if name is None else self.owns(name)
 
     def unfinished_gradients(self) -> Iterator[tuple[nn.Parameter, Axis]]:
         """Parameters whose gradients FSDP2 does not finish, as :class:`~.gradients.GradientSum` takes them."""

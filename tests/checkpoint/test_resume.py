@@ -51,7 +51,24 @@ def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any])
         _compare([r for [r] in resumed], full, step, 0.0, f"same fold after {step} steps")
     checkpoint = str(tmp_path / "step=3.ckpt")
     stored = [r for [r] in pool.run(jobs.resume, path, ["tp2 | ep2"], spec, checkpoint, ranks=2)]
-    for ranks, folds in ((1, [""]), (4, ["| etp2 ep2", "tp4 | ep2 etp2", "tp2 | ep4", ""])):
+    for ranks, folds in ((1, [""]), (4, ["| etp2 ep2", "tp4 | ep2 etp2", "tp2 | ep4", "", "tp2 pp2 | ep2"])):
+        outcome = pool.run(jobs.resume, path, folds, spec, checkpoint, ranks=ranks)
+        for i, fold in enumerate(folds):
+            reports = [r[i] for r in outcome]
+            for part in ("loaded", "loaded_state"):
+                assert_close_by_name(_whole(reports, part), _whole(stored, part), 0.0, f"{part}, {fold!r} on {ranks}")
+            _compare(reports, full, 3, 1e-9, f"{fold!r} on {ranks}")
+
+
+@pytest.mark.parametrize(
+    "spec", [{}, {"frozen": ["model.embed_tokens.*", "model.layers.0.*"]}], ids=["", "frozen stage"]
+)
+def test_resume_a_pipeline(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any]) -> None:
+    full = pool.run(jobs.save_and_go_on, path, "pp2 | ep2", spec, str(tmp_path), ranks=4)
+    checkpoint = str(tmp_path / "step=3.ckpt")
+    stored = [r for [r] in pool.run(jobs.resume, path, ["pp2 | ep2"], spec, checkpoint, ranks=4)]
+    _compare(stored, full, 3, 0.0, "same fold")
+    for ranks, folds in ((2, ["pp2", "tp2 | ep2"]), (4, ["tp2 pp2 | etp2"])):
         outcome = pool.run(jobs.resume, path, folds, spec, checkpoint, ranks=ranks)
         for i, fold in enumerate(folds):
             reports = [r[i] for r in outcome]

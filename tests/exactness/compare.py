@@ -70,11 +70,12 @@ def shape_fields(family: str, shape: str) -> dict[str, Any]:
     return fields
 
 
-def checkpoint(folder: Path, family: str, shape: str) -> Path:
-    """The checkpoint of a family and shape, made once."""
-    path = folder / f"{family}-{shape.replace('/', ' ')}"
+def checkpoint(folder: Path, family: str, shape: str, layers: int | None = None) -> Path:
+    """The checkpoint of a family and shape, made once; ``layers`` replaces its number of layers."""
+    path = folder / f"{family}-{shape.replace('/', ' ')}-{layers}"
     if not path.exists():
-        make_checkpoint(path, family, **shape_fields(family, shape))
+        more = {} if layers is None else {"num_hidden_layers": layers}
+        make_checkpoint(path, family, **{**shape_fields(family, shape), **more})
     return path
 
 
@@ -87,6 +88,7 @@ def spec_of(row: dict[str, Any]) -> dict[str, Any]:
         "frozen": row["frozen"],
         "sharding": row["sharding"],
         "optimizer": row["optimizer"],
+        "pipeline": row.get("pipeline", {}),
         "recompute": row.get("recompute"),
         "zero_everything": row.get("zero_everything", False),
         "clip": 0.5,
@@ -96,13 +98,13 @@ def spec_of(row: dict[str, Any]) -> dict[str, Any]:
 
 def check(pool: RankPool, folder: Path, fold: Fold, row: dict[str, Any], seed: int = 0) -> None:
     """Trains under ``fold`` and in one process with Hugging Face's code in float64, and compares (errors < 1e-9)."""
-    path, spec = checkpoint(folder, row["family"], row["shape"]), spec_of(row)
+    path, spec = checkpoint(folder, row["family"], row["shape"], row.get("layers")), spec_of(row)
     spec["exchange"] = _legal_exchange(row.get("exchange", "ring"), fold, MoEConfig.from_pretrained(path))
     vocab = SHAPES[row["shape"]].get("vocab_size", 96)
     batches = make_batches(
         STEPS * row["accumulate"],
         fold.dp,
-        ROWS // fold.dp,
+        row.get("rows", ROWS) // fold.dp,
         7,
         vocab,
         seed=seed,

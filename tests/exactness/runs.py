@@ -119,6 +119,7 @@ def _fit(module: Case, fold: str, batches: list[list[dict[str, torch.Tensor]]], 
         data_parallel_sharding=spec.get("sharding", "optimizer"),
         context_parallel_exchange=spec.get("exchange", "auto"),
         recompute=spec.get("recompute"),
+        **spec.get("pipeline", {}),
     )
     world = dist.get_world_size()
     dp_rank = Fold.parse(fold, world).coordinates(dist.get_rank())["dp"]

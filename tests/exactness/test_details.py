@@ -73,7 +73,7 @@ def test_different_batches_in_a_tp_group_are_refused(pool: RankPool, checkpoint:
     batches = make_batches(1, 1, 2, 10, 97)
     with pytest.raises(RankError) as caught:
         pool.run(runs.train, checkpoint, fold, batches, {"shift_tokens_by_rank": True}, ranks=2)
-    assert set(caught.value.exception_types.values()) == {"ValueError"}
+    assert set(caught.value.exception_types.values()) == {"BatchError"}
     assert all("different batches" in message for message in caught.value.messages.values())
 
 

@@ -23,6 +23,9 @@ CASES = [
     ("term", 4, "tp2 | etp2 ep2", "none"),
     ("calls", 4, "tp2 | ep2", "full"),
     ("calls", 2, "| ep2", "optimizer"),
+    ("focal", 4, "pp2 | ep2", "optimizer"),
+    ("distillation", 4, "tp2 pp2", "none"),
+    ("calls", 2, "pp2", "optimizer"),
     ("focal", 4, "cp2 | ep4", "full"),
     ("preference", 4, "tp2 cp2 | ep2", "optimizer"),
     ("distillation", 2, "cp2", "optimizer"),
@@ -44,6 +47,7 @@ def test_own_losses(pool: RankPool, checkpoints: list[str], loss: str, world: in
     batches = make_batches(3, dp, 2, 9, 97, seed=8, ignore="uneven")
     spec = {"loss": loss, "clip": 0.5, "lr": 1e-2, "sharding": sharding}
     spec |= {"teacher": teacher} if loss == "distillation" else {}
+    spec |= {"num_microbatches": 2} if "pp" in fold else {}
     expected = own_losses.train_alone(student, batches, spec)
     actual = pool.run(own_losses.train, student, fold, batches, spec, ranks=world)
     for rank, run in enumerate(actual):
@@ -54,3 +58,17 @@ def test_own_losses(pool: RankPool, checkpoints: list[str], loss: str, world: in
         assert_close_by_name(assemble(r.grads[step] for r in actual), grads, 1e-9, f"gradients of step {step}, {what}")
     found = {n: t for n, t in assemble(r.weights for r in actual).items() if not n.startswith("teacher.")}
     assert_close_by_name(found, expected.weights, 1e-9, f"weights, {what}")
+
+
+def test_a_loss_fn_beside_the_auxiliary_loss_in_a_pipeline(pool: RankPool, checkpoints: list[str]) -> None:
+    """Its weight, here the number of labels, decides what the auxiliary loss weighs beside it."""
+    batches = make_batches(3, 1, 4, 9, 97, seed=8, ignore="uneven")
+    spec = {"loss": "focal", "clip": 0.5, "num_microbatches": 2, "overrides": {"output_router_logits": True}}
+    [expected] = pool.run(own_losses.train, checkpoints[0], "", batches, spec, ranks=1)
+    actual = pool.run(own_losses.train, checkpoints[0], "pp2", batches, spec, ranks=2)
+    for run in actual:
+        torch.testing.assert_close(run.losses, expected.losses, rtol=1e-9, atol=0)
+    for step, grads in enumerate(expected.grads):
+        assert_close_by_name(
+            assemble(r.grads[step] for r in actual), assemble([grads]), 1e-9, f"gradients of step {step}"
+        )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from lightning_moefold import Fold
-from lightning_moefold.modules import Attention, MoELayer, load_balancing_loss
+from lightning_moefold.modules import Attention, MoELayer, attention, load_balancing_loss
+from lightning_moefold.refusals import UnsupportedFeature, check_blocks
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import cover
@@ -123,6 +125,71 @@ def test_blocks_under_autocast_outside_a_strategy() -> None:
     assert load_balancing_loss(module).requires_grad
 
 
+def test_router_under_autocast_computes_in_float32() -> None:
+    layer, x_TD = MoELayer(8, 4, 2, 8), torch.randn(5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer.gate(x_TD)
+    for one, other in zip(found, layer.gate(x_TD), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_long_rows_with_a_window_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the mask is not built whole, rotated keys (float32) meet values in 16 bits."""
+    layer, x_BSD = Attention(8, 2, sliding_window=3), torch.randn(2, 9, 8)
+    grads = {}
+    for longest in (9, 4):
+        monkeypatch.setattr(attention, "_WHOLE_MASK", longest)
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(x_BSD).float().square().sum().backward()
+        grads[longest] = {name: p.grad for name, p in layer.named_parameters()}
+    for name, grad in grads[9].items():
+        torch.testing.assert_close(grads[4][name], grad, rtol=0.05, atol=0.05)
+
+
+def test_dropout_in_experts_follows_modes_put_back_by_lightning() -> None:
+    """After a validation Lightning sets ``training`` of each module by itself, without ``train()``."""
+    layer = MoELayer(8, 4, 2, expert=lambda: torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)))
+    x_TD = torch.randn(16, 8)
+    for training in (False, True, False):
+        for module in layer.modules():
+            module.training = training
+        assert torch.equal(layer(x_TD), layer(x_TD)) != training
+
+
+def test_routing_is_of_the_latest_forward_pass_and_not_copied() -> None:
+    layer, x_TD = MoELayer(8, 4, 2, 8, keep_routing=True), torch.randn(5, 8)
+    layer(x_TD)
+    twin = copy.deepcopy(layer)
+    assert layer.routing is not None
+    assert twin.routing is None
+    assert torch.equal(twin(x_TD), layer(x_TD))
+    layer.eval()(x_TD)
+    with pytest.raises(ValueError, match="in training mode"):
+        load_balancing_loss(layer)
+
+
+class _Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.down.weight = self.up.weight
+
+
+@pytest.mark.parametrize("shared", ["experts", "a gate's weight", "a weight of no block"])
+def test_blocks_that_share_parameters_are_refused(shared: str) -> None:
+    network = torch.nn.ModuleDict({"a": MoELayer(8, 4, 2, 8), "b": MoELayer(8, 4, 2, 8), "c": torch.nn.Linear(8, 4)})
+    network["alias"], network["gate"] = network["a"], network["a"].gate  # a second name is no second holder
+    check_blocks(network, Fold(2))
+    if shared == "experts":
+        network["b"].experts = network["a"].experts
+    else:
+        other = network["c"] if "no block" in shared else network["b"].gate
+        other.weight = network["a"].gate.weight
+    with pytest.raises(UnsupportedFeature, match="share a parameter"):
+        check_blocks(network, Fold(2))
+
+
 def test_what_a_block_refuses() -> None:
     layer = MoELayer(4, 2, 1, 8)
     with pytest.raises(ValueError, match="keep_routing=True"):
@@ -131,6 +198,8 @@ def test_what_a_block_refuses() -> None:
         MoELayer(4, 2, 1)
     with pytest.raises(ValueError, match="buffers"):
         MoELayer(4, 2, 1, expert=lambda: torch.nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="two names"):
+        MoELayer(4, 2, 1, expert=_Tied)
     with pytest.raises(ValueError, match="keep the rows apart"):
         Attention(8, 2)(torch.randn(3, 8))
     with pytest.raises(ValueError, match="needs causal=True"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,6 +113,28 @@ def test_state_dict_keeps_every_bit() -> None:
     assert_close_by_name(dict(twin.state_dict()), dict(module.state_dict()), 0.0, "weights")
     assert module.narrow.weight in optimizer.state
     assert "master" not in optimizer.state[module.wide.weight]
+
+
+class _Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as optimizers without a schedule do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for group in self.param_groups:
+            group["count"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["count"] += 1
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_in_its_groups() -> None:
+    module = _Mixed()
+    optimizer = MasterWeights(_Counting, module.parameters(), lr=0.01)
+    _train(module, optimizer, 3)
+    assert [group["count"] for group in optimizer.param_groups] == [3]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01 * 0.5**3]
 
 
 def test_groups_cannot_be_added_later() -> None:

@@ -81,7 +81,7 @@ def state_pieces(optimizer: torch.optim.Optimizer, model: MoECausalLM) -> dict[s
             if value.shape == parameter.shape and layout.is_owner(model.fold, model.rank):
                 box = layout.box(model.fold, model.rank)
                 pieces[f"{name}.{key}"] = (box.offsets, layout.shape, local_part(value).clone())
-            elif value.dim() == 0 and model.rank == 0:
+            elif value.dim() == 0 and model.rank == layout.owners(model.fold, list(range(model.fold.world_size)))[0][0]:
                 pieces[f"{name}.{key}"] = ((0,), (1,), value.reshape(1).clone())
     return pieces
 
@@ -168,6 +168,7 @@ class Finetune(pl.LightningModule):
 
 
 def make(fold: str, arguments: dict[str, Any], **options: Any) -> pl.Trainer:
+    options = {"num_microbatches": 1, "pipeline_schedule": "gpipe", **options}  # so that a pipeline changes no number
     return trainer(MoEFoldStrategy(fold=fold, **options), **{"precision": "64-true", **arguments})
 
 

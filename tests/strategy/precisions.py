@@ -30,11 +30,11 @@ class Watched(Finetune):
         self.own = nn.Linear(4, 4)
         self.seen: dict[str, Any] = {}
         assert self.model is not None
-        layer = self.model.model.layers["0"]
-        layer.self_attn.q_proj.register_forward_hook(lambda m, i, o: self._note("inside", o.dtype))
-        layer.mlp.gate.register_forward_hook(lambda m, i, o: self._note("router", o[0].dtype))
-        layer.mlp.gate.register_forward_pre_hook(lambda m, i: self._note("router weight", m.weight.dtype))
-        layer.register_forward_hook(lambda *_: self._note("autocast inside", torch.is_autocast_enabled("cpu")))
+        for layer in self.model.model.layers.values():  # a pipeline will leave some of them to this rank
+            layer.self_attn.q_proj.register_forward_hook(lambda m, i, o: self._note("inside", o.dtype))
+            layer.mlp.gate.register_forward_hook(lambda m, i, o: self._note("router", o[0].dtype))
+            layer.mlp.gate.register_forward_pre_hook(lambda m, i: self._note("router weight", m.weight.dtype))
+            layer.register_forward_hook(lambda *_: self._note("autocast inside", torch.is_autocast_enabled("cpu")))
 
     def _note(self, name: str, value: Any) -> None:
         self.seen.setdefault(name, str(value))
@@ -60,7 +60,9 @@ def train(path: str, fold: str, precision: str, tokens: Tensor, sharding: str = 
     module.steps = lambda count, seed: finetune.Steps(  # type: ignore[method-assign]
         tokens, module.trainer.strategy.dp_rank, module.trainer.strategy.dp_size
     )
-    strategy = MoEFoldStrategy(fold=fold, data_parallel_sharding=sharding)  # type: ignore[arg-type]
+    strategy = MoEFoldStrategy(
+        fold=fold, data_parallel_sharding=sharding, num_microbatches=1, pipeline_schedule="gpipe"  # type: ignore[arg-type]
+    )  # fmt: skip
     from tests.strategy.plain import trainer
 
     trainer(strategy, precision=precision, max_epochs=1, gradient_clip_val=1.0, limit_val_batches=0).fit(module)

@@ -14,6 +14,7 @@ from lightning_moefold.testing.pieces import assemble
 from tests.strategy import life
 
 FOLD = "tp2 | ep2 etp2"
+PIPELINE = "pp2 | ep2"
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(folder, "qwen2_moe", num_experts=4, vocab_size=96, moe_intermediate_size=8))
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["configure_model", "__init__"])
-def test_entry_points(pool: RankPool, path: str, early: bool) -> None:
+@pytest.mark.parametrize(
+    ("fold", "early"), [(FOLD, False), (FOLD, True), (PIPELINE, False)], ids=["configure_model", "__init__", "pipeline"]
+)
+def test_entry_points(pool: RankPool, path: str, fold: str, early: bool) -> None:
     [expected] = pool.run(life.entry_points, path, "", False, ranks=1)
-    actual = pool.run(life.entry_points, path, FOLD, early, ranks=4)
+    actual = pool.run(life.entry_points, path, fold, early, ranks=4)
     for seen in actual:
         for key in ("validated", "tested", "validated again"):
             assert seen[key] == pytest.approx(expected[key], rel=1e-7), key  # Lightning logs in float32
@@ -46,9 +49,9 @@ def test_model_outside_a_trainer(pool: RankPool, path: str) -> None:
     assert actual[0][0].losses == pytest.approx(losses, rel=1e-9)
 
 
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_best_and_last(pool: RankPool, path: str, tmp_path: Path, weights_only: bool) -> None:
-    for seen in pool.run(life.keep_best, path, FOLD, str(tmp_path), weights_only, ranks=4):
+@pytest.mark.parametrize(("fold", "weights_only"), [(FOLD, False), (FOLD, True), (PIPELINE, False)])
+def test_best_and_last(pool: RankPool, path: str, tmp_path: Path, fold: str, weights_only: bool) -> None:
+    for seen in pool.run(life.keep_best, path, fold, str(tmp_path), weights_only, ranks=4):
         order = sorted(range(5), key=lambda step: -seen["losses"][step])
         kept = sorted(f"step={step + 1}.ckpt" for step in order[:2])
         assert seen["files"] == sorted(["last.ckpt", *kept])
@@ -67,9 +70,10 @@ RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def test_limits_schedules_and_intervals(pool: RankPool, path: str) -> None:
+@pytest.mark.parametrize("fold", [FOLD, PIPELINE])
+def test_limits_schedules_and_intervals(pool: RankPool, path: str, fold: str) -> None:
     [expected] = pool.run(life.cases, path, "", RUNS, ranks=1)
-    actual = pool.run(life.cases, path, FOLD, RUNS, ranks=4)
+    actual = pool.run(life.cases, path, fold, RUNS, ranks=4)
     for i, (case, theirs) in enumerate(zip(RUNS, expected, strict=True)):
         reports = [runs[i] for runs in actual]
         for ours in reports:

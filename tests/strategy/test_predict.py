@@ -70,6 +70,7 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("tp2 | etp2 ep2", {"rows": [11], "teacher": True}, {}, {"data_parallel_sharding": "full"}),
     ("| ep4", {"rows": [11, 3], "teacher": True}, {}, {}),
     ("cp2 | ep4", {"rows": [7], "late": True}, {}, {}),
+    ("pp2 | ep2", {"rows": [7, 1]}, {}, {"num_microbatches": 2}),
     ("tp2 | ep4", {"rows": [11], "iterator": True, "teacher": True}, {}, {}),
     ("tp2 | ep4", {"rows": [7], "generates": True}, {}, {"data_parallel_sharding": "full"}),
     ("| ep2", {"rows": [11], "generates": True}, {}, {}),

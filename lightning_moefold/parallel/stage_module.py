@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one pipeline stage computes: its layers, on one micro-batch at a time.
+
+From stage to stage travel the hidden states, padded to the longest micro-batch (pipelining wants one shape), and for
+the auxiliary loss what the routers of all layers so far have done: two vectors over the experts. The loss forms on the
+last stage from the counts and probabilities of all layers and ranks; the gradient of the probabilities travels back the
+same way, so that each router gets exactly what it gets without a pipeline, whatever the schedule.
+
+Legend: T tokens of this tp rank, C tokens of the longest micro-batch, N tokens of the rows, D hidden size, E experts, M
+micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_moefold import comm
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.models.batch import CausalLMBatch
+
+
+@dataclass
+class Job:
+    """One call of the model: its micro-batches, and what the last stage found.
+
+    Args:
+        batches: The micro-batches.
+        loss_fn: A loss of the user's own.
+        extras: Its further arguments, for each micro-batch.
+        wants_logits: Whether logits are kept.
+        capacity: C.
+        scale: By which sums of losses are multiplied before backward.
+
+    Attributes:
+        sums: Sum of losses and weight on this data rank, of each micro-batch.
+        auxiliary: Value of the auxiliary loss of each micro-batch, on all ranks.
+        logits: Of each micro-batch.
+        error: What ``loss_fn`` raised.
+    """
+
+    batches: list[CausalLMBatch]
+    loss_fn: Callable[..., tuple[Tensor, Tensor]] | None
+    extras: list[dict[str, Any]]
+    wants_logits: bool
+    capacity: int
+    scale: float = 1.0
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    auxiliary: dict[int, Tensor] = field(default_factory=dict)
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+class Stage(nn.Module):
+    """Some layers of a model, with the embedding before the first and the head after the last.
+
+    Shares its modules with the model; ``fully_shard`` wraps it, because every stage gathers and reduces on its own.
+
+    Args:
+        model: The model, cut down to what this pipeline rank holds.
+        index: Of the stage.
+        count: Stages in all.
+        layers: Numbers of its layers.
+    """
+
+    def __init__(self, model: MoECausalLM, index: int, count: int, layers: range) -> None:
+        super().__init__()
+        self.index, self.is_first, self.is_last = index, index == 0, index == count - 1
+        tied = model.config.tie_word_embeddings
+        self.embed_tokens = model.model.embed_tokens if self.is_first or (self.is_last and tied) else None
+        self.layers = nn.ModuleList(model.model.layers[str(i)] for i in layers)
+        self.norm = model.model.norm if self.is_last else None
+        self.lm_head = model.lm_head if self.is_last else None
+        self.job: Job | None = None
+        self._model = (model,)  # not registered: the model is not a part of its stages
+
+    def units(self) -> list[nn.Module]:
+        """The modules whose dense weights are gathered together, inner ones first."""
+        return [*self.layers, self]
+
+    def forward(self, *received: Tensor, microbatch: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Runs one micro-batch.
+
+        Args:
+            received: From the stage before: hidden states ``[C, D]``, and routing ``[2, E]`` for the auxiliary loss.
+            microbatch: Its number, ``[1]`` on the CPU.
+
+        Returns:
+            What the next stage receives; on the last stage, the scalar to be differentiated.
+        """
+        assert self.job is not None
+        number = int(microbatch)
+        batch = self.job.batches[number]
+        sequence = batch.sequence
+        if self.embed_tokens is not None and self.is_first:
+            x_TD = self.embed_tokens(batch.token_N, sequence)
+        else:
+            x_TD = received[0][: (sequence.tokens + sequence.padding) // sequence.tp.size]
+        if sequence.cos_BLh is None:
+            batch.place(x_TD.dtype)
+        routing_2E = self._routing_so_far(received, x_TD.device) if sequence.wants_routing else None
+        for layer in self.layers:
+            output = layer(x_TD, sequence)
+            if isinstance(output, tuple):
+                x_TD, counts_ME, probability_ME = output
+                assert routing_2E is not None
+                routing_2E = routing_2E + torch.cat([counts_ME.double(), probability_ME.double()])
+            else:
+                x_TD = output
+        if self.is_last:
+            return self._finish(x_TD, routing_2E, batch, number)
+        x_CD = F.pad(x_TD, (0, 0, 0, self.job.capacity - x_TD.shape[0]))
+        if torch.is_grad_enabled() and not x_CD.requires_grad:
+            # Where all is frozen so far, pipelining still wants something to run backward from.
+            x_CD = x_CD + torch.zeros((), dtype=x_CD.dtype, device=x_CD.device, requires_grad=True)
+        return (x_CD,) if routing_2E is None else (x_CD, routing_2E)
+
+    def _routing_so_far(self, received: tuple[Tensor, ...], device: torch.device) -> Tensor:
+        if not self.is_first:
+            return received[1] + 0.0  # a tensor of its own even where no layer adds to it
+        experts = self._model[0].config.num_experts
+        return torch.zeros(2, experts, dtype=torch.float64, device=device)
+
+    # ---- the last stage ----------------------------------------------------------------------------------------
+
+    def _finish(self, x_TD: Tensor, routing_2E: Tensor | None, batch: CausalLMBatch, number: int) -> Tensor:
+        assert self.norm is not None
+        assert self.lm_head is not None
+        assert self.job is not None
+        job, model = self.job, self._model[0]
+        x_ND = batch.sequence.gather(self.norm(x_TD))
+        logits = None
+        if job.wants_logits or job.loss_fn is not None:
+            logits = model._whole_logits(x_ND, batch)
+        objective = x_ND.new_zeros((), dtype=torch.float64)
+        try:
+            local = model._local_loss(x_ND, logits, batch, job.loss_fn, job.extras[number])
+        except Exception as failure:  # raised after the schedule, together with all ranks
+            if job.loss_fn is None:
+                raise
+            job.error, local = job.error or failure, None
+        if local is not None:
+            total, weight = local
+            job.sums[number] = torch.stack([total.detach().double(), weight.detach().double()])
+            objective = objective + job.scale * total.double()
+        if routing_2E is not None:
+            objective = objective + self._auxiliary_loss(routing_2E, number)
+        if job.wants_logits and logits is not None:
+            job.logits[number] = logits.detach()
+        if torch.is_grad_enabled() and not objective.requires_grad:
+            # A loss_fn failed or returned a constant: the gradients are zero, but every rank takes part in them.
+            objective = objective + 0 * (x_ND if logits is None else logits).sum().double()
+        return objective
+
+    def _auxiliary_loss(self, routing_2E: Tensor, number: int) -> Tensor:
+        """This rank's share of the weighted loss, and its value over all ranks; one collective over the stage.
+
+        See :mod:`~lightning_moefold.models.losses` for the formula.
+        """
+        assert self.job is not None
+        model = self._model[0]
+        total_2E = routing_2E.detach().clone()
+        if model.mesh is not None:
+            comm.all_reduce_raw(total_2E, model.mesh.stage)
+        counts_E, probability_E = total_2E.unbind(0)
+        pairs = (counts_E.sum() / model.config.num_experts_per_tok).clamp(min=1)
+        slope_E = counts_E / pairs.square() * (model.config.num_experts / len(self.job.batches))
+        self.job.auxiliary[number] = (slope_E * probability_E).sum()
+        return model.config.router_aux_loss_coef * (slope_E * routing_2E[1]).sum()
