@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -35,11 +36,11 @@ def lost_contact(error: BaseException) -> str | None:
 
 
 def _waited(error: BaseException) -> str:
-    """The innermost line that lies in no installed package and not in ours."""
-    ours = Path(__file__).parent
+    """The innermost line that lies neither in Python's library or an installed package nor in ours."""
+    libraries = (Path(__file__).parent, Path(sysconfig.get_path("stdlib")))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if path.is_file() and "site-packages" not in path.parts and not path.is_relative_to(ours):
+        if path.is_file() and "site-packages" not in path.parts and not any(map(path.is_relative_to, libraries)):
             return f" at {path.name}:{frame.lineno}"
     return ""
 
