@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_moefold.checkpoint import CheckpointError
@@ -25,6 +24,7 @@ from lightning_moefold.checkpoint.sharded import TensorPiece, load_sharded, save
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel import local_part
+from lightning_moefold.parallel.gradients import like
 from lightning_moefold.parallel.registry import ParameterRegistry
 
 #: Where a checkpoint describes its models: by name, ``{"config": of Hugging Face, "dtypes": on disk, "path": or None}``.
@@ -229,14 +229,4 @@ def _prepare_optimizer(
 def _empty_state(parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if shape != tuple(parameter.shape):
         return torch.empty(shape, dtype=dtype)
-    if not isinstance(parameter, DTensor):
-        return torch.empty(shape, dtype=dtype, device=parameter.device)
-    local = torch.empty_like(local_part(parameter), dtype=dtype)
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    return like(parameter, torch.empty_like(local_part(parameter), dtype=dtype))

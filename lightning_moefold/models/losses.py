@@ -62,7 +62,10 @@ class GlobalLoss:
         # hence statistics, of all ranks are distinct.
         first_tp = self.mesh is None or self.mesh.tp.index == 0
         first_cp = self.mesh is None or self.mesh.axis("cp").index == 0
-        head = torch.cat([sums if first_tp else zero, batch.faults * (first_tp and first_cp)])
+        faults = batch.faults.clone()
+        if not (first_tp and first_cp):
+            faults[:3] = 0  # but a batch that this rank cannot read may be this rank's alone
+        head = torch.cat([sums if first_tp else zero, faults])
         counts_ME = probability_ME = None
         parts = [head]
         if statistics:

@@ -262,6 +262,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="attention over cp (auto)",
     )
     add("--schedule", default="1f1b", help="of the pipeline (1f1b)")
+    add("--stages-per-rank", type=int, default=1, help="pipeline stages on each rank (1)")
     add("--seed", type=int, default=0, help="of the tokens (0)")
 
 
@@ -270,7 +271,7 @@ def run(arguments: argparse.Namespace) -> int:
     strategy = {
         "num_microbatches": arguments.num_microbatches, "data_parallel_sharding": arguments.sharding,
         "recompute": arguments.recompute, "context_parallel_exchange": arguments.exchange,
-        "pipeline_schedule": arguments.schedule,
+        "pipeline_schedule": arguments.schedule, "num_stages_per_rank": arguments.stages_per_rank,
     }  # fmt: skip
     findings = verify(
         arguments.checkpoint, arguments.fold, arguments.ranks, layers=arguments.layers, steps=arguments.steps,
