@@ -242,7 +242,7 @@ def test_the_commands_of_the_pages_are_understood(page: str, monkeypatch: pytest
         (["--trainer.strategy.tensor_parallel_size", "1.5"], "tensor_parallel_size: 1.5 is not int"),
         (["--trainer.strategy.timeout", "soon"], 'timeout: Not of type timedelta: Expected a string with form "h:m:s"'),
         (["--trainer.strategy.drop_policy", "x"], "drop_policy: x is not Literal['probs', 'position']"),
-        (["--trainer.strategy.pipeline_schedule", "x"], "pipeline_schedule='x' is not available; use "),
+        (["--trainer.strategy.pipeline_schedule", "x"], "pipeline_schedule='x' is not known; use "),
         (["--trainer.strategy.fold", "tp3"], "tensor_parallel_size=3"),
         (["--trainer.strategy", "moefolt"], "invalid strategy name: `strategy='moefolt'`"),
         (["--trainer.max_steps", "many"], "trainer.max_steps: many is not int"),
