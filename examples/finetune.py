@@ -103,7 +103,7 @@ def make_trainer(args: argparse.Namespace, *callbacks: Callback) -> L.Trainer:
     if args.val_every:
         in_steps = {"val_check_interval": args.val_every * args.accumulate, "check_val_every_n_epoch": None}
     return L.Trainer(
-        strategy=MoEFoldStrategy(fold=args.fold),
+        strategy=MoEFoldStrategy(fold=args.fold, num_microbatches=args.num_microbatches),
         accelerator=accelerator,
         devices=args.devices,
         num_nodes=args.num_nodes,
@@ -158,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     length.add_argument("--max-steps", type=int, help="optimizer steps (instead of epochs)")
     length.add_argument("--epochs", type=int, default=1, help="passes over the data")
     add("--batch-size", type=int, default=1, help="blocks in a batch of each data rank")
+    add("--num-microbatches", type=int, help="micro-batches of a batch; a pipeline (pp in --fold) needs a number")
     add("--accumulate", type=int, default=1, help="batches per optimizer step")
     add("--sequence-length", type=int, default=1024, help="tokens in a block")
     add("--val-fraction", type=float, default=0.1, help="share of the blocks kept for validation")
