@@ -37,7 +37,7 @@ def measure_step(text: str, ranks: int, full: bool, steps: int) -> float:
     mesh = FoldedMesh(fold, "cpu")
     with deferred_weights():
         model = MoECausalLM.from_config(CONFIG)
-    parallelize(model, mesh, Sharding(reshard_after_forward=full), torch.device("cpu"))
+    parallelize(model, mesh, Sharding("full" if full else "optimizer"), torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     generator = torch.Generator().manual_seed(mesh.place["dp"])
     ids = torch.randint(0, CONFIG.vocab_size, (BATCH // fold.dp, LENGTH), generator=generator)
