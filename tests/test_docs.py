@@ -12,10 +12,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_moefold import MoECausalLM
 from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["docs/networks.md", "docs/folds.md", "docs/training.md", "docs/pipeline.md", "docs/planner.md"]
+PAGES = [f"docs/{name}.md" for name in ("networks", "folds", "training", "pipeline", "planner", "inference")]
+
+
+def names_of(page: str, folder: Path) -> dict[str, Any]:
+    """What a page's code takes as given."""
+    if page != "docs/inference.md":
+        return {"__name__": "docs"}
+    model = MoECausalLM.from_pretrained(make_checkpoint(folder / "model", "mixtral"), output_router_logits=True)
+    ids = torch.randint(3, 90, (2, 5))
+    return {
+        "__name__": "docs", "torch": torch, "Finetune": L.LightningModule, "model": model, "scores": [],
+        "my_batches": [{"input_ids": ids}], "input_ids": ids, "attention_mask": torch.ones_like(ids),
+    }  # fmt: skip
 
 
 def blocks(page: str) -> list[str]:
@@ -26,7 +39,7 @@ def blocks(page: str) -> list[str]:
 def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": "docs"}
+    names = names_of(page, tmp_path)
     code = blocks(page)
     assert code
     for block in code:
