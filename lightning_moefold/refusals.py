@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from fnmatch import fnmatchcase
 
 import lightning.pytorch as pl
@@ -96,6 +95,10 @@ def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
             )
     if fold.pp == 1:
         return
+    if len(set(map(id, network.layers().values()))) < len(network.layers()):
+        raise UnsupportedFeature(
+            f"{network.layers_name} holds a layer twice, and another pipeline stage may hold the second; give each its own."
+        )
     holders: dict[int, str] = {}
     ends = [p for m in network.ends() for p in m.parameters(recurse=False)]
     layers = {f"layer {name} of {network.layers_name}": layer.parameters() for name, layer in network.layers().items()}
@@ -105,11 +108,6 @@ def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
                 raise UnsupportedFeature(
                     f"{name} shares a parameter with {first}, which another pipeline stage may hold; give each its own."
                 )
-    same = Counter(map(id, network.layers().values()))
-    if any(times > 1 for times in same.values()):
-        raise UnsupportedFeature(
-            f"{network.layers_name} holds a layer twice, and another pipeline stage may hold the second; give each its own."
-        )
 
 
 def check_second_names(module: nn.Module) -> None:

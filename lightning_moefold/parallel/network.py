@@ -30,6 +30,7 @@ from lightning_moefold.modules.rows import RowCut
 from lightning_moefold.parallel.apply import Sharding, parallelize
 from lightning_moefold.parallel.network_pipeline import NetworkPipeline
 from lightning_moefold.parallel.network_stage import NetworkStage, is_ratio
+from lightning_moefold.parallel.position_check import check_positions
 from lightning_moefold.parallel.stages import PipelinePlan
 
 _RUNNER = "_moefold_runner"
@@ -70,6 +71,7 @@ class NetworkRunner:
         self.layouts: dict[str, ParameterLayout] = {}
         self.names = set(network.module.state_dict())
         self.pipeline: NetworkPipeline | None = None
+        self._tried = False
 
     @property
     def fold(self) -> Fold:
@@ -95,6 +97,11 @@ class NetworkRunner:
         for block in self.network.blocks():
             block.rows = cut
         if cut is not None:
+            if not self._tried:
+                wrong = check_positions(self.network.layers(), x_R, cut, self.mesh.stage)
+                if wrong is not None:
+                    raise wrong
+                self._tried = True
             x_R = cut.enter(x_R)
         for layer in self.network.layers().values():
             x_R = layer(x_R)
@@ -202,7 +209,7 @@ def _cut(runner: NetworkRunner) -> list[Callable[[], NetworkStage]]:
         for module in network.ends():
             for leaf, _ in list(module.named_parameters(recurse=False)):
                 module.register_parameter(leaf, None)
-    return [partial(NetworkStage, network, stage, count, parts[stage]) for stage in mine]
+    return [partial(NetworkStage, network, stage, count, parts[stage], mesh.stage) for stage in mine]
 
 
 def _cost(layer: nn.Module) -> float:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.layered import LayeredNetwork
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.rows import RowCut
+from lightning_moefold.parallel.position_check import check_positions
 from lightning_moefold.parallel.schedule import Wire
 
 #: What a head returned.
@@ -88,10 +90,12 @@ class NetworkStage(nn.Module):
         index: Of the stage.
         count: Stages in all.
         names: Of its layers.
+        axis: The ranks of the stage.
     """
 
-    def __init__(self, network: LayeredNetwork, index: int, count: int, names: list[str]) -> None:
+    def __init__(self, network: LayeredNetwork, index: int, count: int, names: list[str], axis: Axis) -> None:
         super().__init__()
+        self._axis = axis
         self.index, self.is_first, self.is_last = index, index == 0, index == count - 1
         layers = network.layers()
         self.layers = nn.ModuleList(layers[name] for name in names)
@@ -99,6 +103,7 @@ class NetworkStage(nn.Module):
         # Schedules that split backward look for weights among the parameters of the stage.
         self.ends = nn.ParameterList(dict.fromkeys(ends) if self.is_first or self.is_last else ())
         self.job: NetworkJob | None = None
+        self._names, self._tried = names, False
         self._network = (network,)  # not registered: the network is not a part of its stages
         self._routers = {
             f"{name}.{inner}": m
@@ -151,16 +156,25 @@ class NetworkStage(nn.Module):
         return x_R if job.cut is None else job.cut.enter(x_R)
 
     def _run_layers(self, x_R: Tensor, job: NetworkJob) -> tuple[Tensor, Tensor | None]:
-        expected = x_R.shape
-        for layer in self.layers:
-            x_R = layer(x_R)
-        if x_R.shape != expected:
-            job.error = job.error or ValueError(
-                f"layers must return hidden states of the shape that they take in a pipeline; {list(expected)} became "
-                f"{list(x_R.shape)}."
-            )
-            x_R = x_R.sum() * x_R.new_zeros(expected)
-        return x_R, self._routing(job)
+        if job.cut is not None and not self._tried:
+            layers = dict(zip(self._names, self.layers, strict=True))
+            if (wrong := check_positions(layers, x_R, job.cut, self._axis)) is not None:
+                job.error = job.error or wrong
+                return x_R, None
+            self._tried = True
+        y_R = x_R
+        try:
+            for layer in self.layers:
+                y_R = layer(y_R)
+            if y_R.shape != x_R.shape:
+                raise ValueError(
+                    f"layers must return hidden states of the shape that they take in a pipeline; {list(x_R.shape)} became "
+                    f"{list(y_R.shape)}."
+                )
+        except Exception as failure:  # if it is that of all ranks of the stage; otherwise the others wait for this one
+            job.error = job.error or failure
+            return x_R, None
+        return y_R, self._routing(job)
 
     def _routing(self, job: NetworkJob) -> Tensor | None:
         """Takes what the layers have kept: adds it up or, for the load-balancing loss, forms this rank's share of it."""
@@ -242,7 +256,7 @@ class _Beside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_C: Tensor, share: Tensor) -> Tensor:
         ctx.like = share.new_ones(())
-        return x_C.view_as(x_C)
+        return x_C.clone()  # no view: a stage on the same rank detaches it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,32 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_moefold import Fold, MoEFoldStrategy
-from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, load_balancing_loss
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm, load_balancing_loss
+from lightning_moefold.modules.layered import layered_networks
+from lightning_moefold.parallel import PipelinePlan, Sharding
+from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.exactness.runs import BatchList
-from tests.networks.network import CLASSES, SIZE, Block, Run, _naive_balance
+from tests.networks.network import CLASSES, SIZE, Run, _naive_balance
+from tests.strategy.bad import told
 
 Batch = dict[str, Tensor]
+
+
+class Block(nn.Module):
+    """Attention that sees all positions, then something else, between norms of the user's own."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(SIZE), RMSNorm(SIZE)
+        self.attention = Attention(SIZE, 4, 2, 4, causal=False, rope_theta=50.0, qkv_bias=True, output_bias=True)
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mixer(self.norm2(x))
 
 
 class Plain(nn.Module):
@@ -43,7 +62,8 @@ class Layers(nn.Module):
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         causal = DecoderLayer(
-            SIZE, Attention(SIZE, 4, 2, sliding_window=3), MoELayer(SIZE, 8, 3, 8, normalize_weights=False, keep_routing=True)
+            SIZE, Attention(SIZE, 4, 2, 4, sliding_window=3),
+            MoELayer(SIZE, 8, 3, 8, normalize_weights=False, keep_routing=True),
         )
         moe = MoELayer(SIZE, 4, 2, 8, shared_ffn_hidden_size=4, keep_routing=True)
         blocks = [Block(moe), Plain(), causal, Block(GatedMLP(SIZE, 8, "gelu"))][: spec.get("layers", 4)]
@@ -212,3 +232,96 @@ def _losses(network: nn.Module, step: list[Batch], spec: dict[str, Any]) -> tupl
         return torch.stack(found).mean(), [part.item() for part in found], routed
     loss = sum(total for total, _ in found) / sum(weight for _, weight in found)
     return loss, [loss.item()] * len(step), routed
+
+
+class _Odd(Module):
+    """A module that does one thing wrong."""
+
+    def __init__(self, wrong: str) -> None:
+        super().__init__({"head": "pair"})
+        self.wrong = wrong
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        network, wrong = self.network, self.wrong
+        blocks = network.body["blocks"]
+        if wrong == "block in head":
+            network.pool = GatedMLP(SIZE, 8)
+        elif wrong == "shared layer":
+            blocks[3] = blocks[1]
+        elif wrong == "tied to an end":
+            blocks[1].mix[1].bias = network.lift.bias
+        elif wrong == "batch norm":
+            network.norm = nn.BatchNorm1d(4)
+        elif wrong == "no list":
+            type(network).pipeline_layers = "bodies"
+        elif wrong == "second name":
+            self.last = blocks[3]
+        elif wrong == "mean over positions":
+            blocks[1].mix[2] = Centred()
+        elif wrong == "length":
+            blocks[1] = Shorter()
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+class Shorter(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 1:]
+
+
+class _Fails(Layers):
+    """Whose code fails on one data rank."""
+
+    def embed(self, batch: Batch) -> Tensor:
+        if batch.get("fails") == "embed":
+            raise ZeroDivisionError
+        return super().embed(batch)
+
+    def head(self, hidden: Tensor, batch: Batch) -> Any:
+        if batch.get("fails") == "head":
+            raise ZeroDivisionError
+        result = super().head(hidden, batch)
+        return {None: result, "rows": hidden.mean(1), "kind": [1, 2, 3]}.get(batch.get("gives"), result)
+
+
+def refused(fold: str, wrongs: list[str]) -> dict[str, str]:
+    """What a fit says of each."""
+    said = {}
+    for wrong in wrongs:
+        try:
+            trainer, loader = make_trainer(fold, make_data(1, 1), {}, max_steps=1)
+            said[wrong] = told(lambda t=trainer, w=wrong, d=loader: t.fit(_Odd(w), d))
+        finally:
+            Layers.pipeline_layers = "body.blocks"
+    return said
+
+
+def calls(fold: str) -> dict[str, Any]:
+    """Errors in single calls, after each of which the network goes on."""
+    mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
+    network = _Fails({"head": "pair", "dtype": torch.float32})
+    options = NetworkOptions(PipelinePlan(), 2)
+    [layered] = layered_networks(network)
+    parallelize_network(layered, mesh, Sharding(), torch.device("cpu"), options)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    batch = make_data(1, mesh.fold.dp, 4)[0][mesh.place["dp"]]
+    wrong = mesh.place["dp"] == mesh.fold.dp - 1  # on the last data rank only
+    few = {name: t[: 1 if wrong else 2] for name, t in batch.items()}
+    said = {
+        "few rows": told(lambda: network(few)),
+        "other batch": told(lambda: network({**batch, "pixels": batch["pixels"] + last})),
+        "embed": told(lambda: network({**batch, **({"fails": "embed"} if wrong else {})})),
+        "head": told(lambda: network({**batch, **({"fails": "head"} if wrong else {})})),
+        "output in training": told(lambda: network({**batch, "gives": "rows"})),
+        "no result": told(lambda: network({**batch, "gives": "kind"})),
+        "no tensor": told(lambda: network({})),
+        "good again": told(lambda: network(batch).backward()),
+    }
+    with torch.no_grad():
+        said["few rows in evaluation"] = told(lambda: network(few))
+    said["placeholder"] = told(lambda: [layer(torch.zeros(1, 4, SIZE)) for layer in layered.layers().values()])
+    return said

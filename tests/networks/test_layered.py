@@ -38,5 +38,88 @@ def check(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
         assert torch.equal(sum(run.loads[name] for run in actual if name in run.loads), load_E), name
 
 
-def test_a(pool: RankPool) -> None:
-    check(pool, 2, "pp2", {})
+QUICK = [
+    (2, "pp2", {"head": "mean", "balance": True, "accumulate": 2, "sharding": "full"}),
+    (2, "cp2 | ep2", {"balance": True}),
+    (4, "pp2 | ep2", {"calls": True, "microbatches": 3, "frozen": "experts", "tied": True}),
+    (4, "cp2 pp2 | etp2", {"head": "mean", "balance": True}),
+    (4, "tp2 pp2 | ep2", {"schedule": "interleaved_zero_bubble", "chunks": 2}),
+]
+MORE = [
+    *((2, "pp2", {"schedule": s, "chunks": 2, "balance": True, "microbatches": 4}) for s in ("interleaved_1f1b", "zbv", "dualpipev")),
+    *((4, "pp2 | ep2", {"schedule": s, "microbatches": 4, "chunks": c, "balance": s == "zbv", "accumulate": 2})
+      for s, c in (("gpipe", 1), ("interleaved_1f1b", 2), ("interleaved_zero_bubble", 2), ("zbv", 1), ("dualpipev", 1))),
+    *((2, "pp2", {"frozen": frozen, "balance": True}) for frozen in ("ends", "first", "last")),
+    (2, "pp2", {"recompute": "full", "balance": True, "sharding": "none"}),
+    (4, "pp4", {"microbatches": 4, "tied": True, "balance": True}),
+    (4, "pp2", {"sharding": "none", "head": "mean", "calls": True}),
+    (4, "cp2 | ep4", {"exchange": "ring", "calls": True}),
+    (4, "tp2 cp2 | etp2", {"head": "mean", "sharding": "full", "accumulate": 2}),
+    (2, "cp2", {"exchange": "all_to_all", "recompute": "selective", "frozen": "first"}),
+    (4, "cp4 | ep2", {"exchange": "all_gather", "balance": True, "sharding": "none"}),
+    (4, "pp2 | etp2", {"microbatches": 3, "accumulate": 2, "frozen": "last"}),
+    (2, "", {"balance": True}),
+    (2, "tp2 | ep2", {"head": "mean", "calls": True}),
+    (8, "tp2 pp2 | ep4", {"balance": True}),
+    (8, "tp2 cp2 pp2 | ep2", {"balance": True, "schedule": "zbv", "tied": True}),
+    (8, "cp2 pp4 | ep2", {"microbatches": 4, "tied": True, "calls": True, "head": "mean"}),
+]  # fmt: skip
+
+
+def _named(cases: list[Any]) -> list[Any]:
+    return [pytest.param(*case, id=f"{case[0]}-{case[1]}-{i}") for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("world", "fold", "spec"), _named(QUICK))
+def test_a_layered_network(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
+    check(pool, world, fold, spec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "fold", "spec"), _named(MORE))
+def test_more_folds_and_schedules(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
+    check(pool, world, fold, spec)
+
+
+def test_what_is_refused(pool: RankPool) -> None:
+    patterns = {
+        "block in head": "network.pool is in a network of your own, whose layers pipeline parallelism cannot cut unless",
+        "shared layer": "body.blocks holds a layer twice",
+        "tied to an end": "layer 1 of body.blocks shares a parameter with embed or head",
+        "batch norm": "BatchNorm1d in network takes statistics of a whole batch",
+        "no list": "pipeline_layers='bodies' of Layers names no list of layers",
+        "second name": "second name for a part of a model that another pipeline stage holds",
+        "length": "layers must return hidden states of the shape that they take",
+        "mean over positions": "no error",
+    }
+    for said in pool.run(layered.refused, "pp2", list(patterns), ranks=2):
+        for wrong, pattern in patterns.items():
+            assert pattern in said[wrong] or (wrong == "length" and "failed on another rank" in said[wrong]), said[wrong]
+    cut = {"mean over positions": "layer 1 gives another result on a part of a row than on the whole", "batch norm": "no error"}
+    for said in pool.run(layered.refused, "cp2", list(cut), ranks=2):
+        assert all(pattern in said[wrong] for wrong, pattern in cut.items()), said
+
+
+@pytest.mark.parametrize("fold", ["pp2", pytest.param("pp2 | ep2", marks=pytest.mark.slow)])
+def test_errors_reach_all_ranks(pool: RankPool, fold: str) -> None:
+    patterns = {
+        "few rows": "fewer rows than num_microbatches=2",
+        "other batch": "were given different batches",
+        "embed": "the network's code failed on another rank",
+        "head": "the network's code failed on another rank",
+        "no tensor": "whose first tensor has an entry for each row",
+        "output in training": "through which a pipeline cannot go backward",
+        "no result": "head must return a loss (a scalar, the mean over rows), a pair",
+        "good again": "no error",
+        "few rows in evaluation": "no error",
+        "placeholder": "this layer is on another pipeline stage",
+    }
+    world = 4 if "ep2" in fold else 2
+    fails = {"embed": world // 2 - 1, "head": world - 1}  # the rank that runs it
+    for rank, said in enumerate(pool.run(layered.calls, fold, ranks=world)):
+        for name, pattern in patterns.items():
+            if fails.get(name) == rank:
+                pattern = "ZeroDivisionError"
+            if name == "no result" and rank < world // 2:
+                pattern = "failed on another rank"
+            assert pattern in said[name], f"{name} on rank {rank}: {said[name]}"
