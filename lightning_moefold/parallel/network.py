@@ -90,6 +90,9 @@ class NetworkRunner:
             batch: What ``embed`` and ``head`` take; tensors in it whose first dimension is that of its first tensor hold
                 its rows.
         """
+        if torch.is_inference_mode_enabled():  # what FSDP2 gathers in it would serve no training after it
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return self(batch)
         if self.pipeline is not None:
             return self.pipeline.run(batch)
         x_R = self.network.embed(batch)

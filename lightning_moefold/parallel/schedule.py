@@ -180,6 +180,7 @@ class ScheduleRunner:
 
     # ---- forward alone -----------------------------------------------------------------------------------------
 
+    @torch.inference_mode(mode=False)  # what FSDP2 gathers would serve no training after it
     @torch.no_grad()
     def evaluate(self, job: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
         """All micro-batches through the first stage of every rank, then through the second.

@@ -116,6 +116,11 @@ class Module(pl.LightningModule):
                 parameter.requires_grad_(not name.startswith(FROZEN[self.spec.get("frozen", "none")] or ("-",)))
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
+        if self.spec.get("peek"):
+            self.network.eval()
+            with torch.inference_mode():
+                self.network(batch)
+            self.network.train()
         loss = self.network(batch)
         self.run.losses.append(loss.item())
         if self.spec.get("calls"):

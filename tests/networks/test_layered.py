@@ -40,7 +40,7 @@ def check(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
 
 QUICK = [
     (2, "pp2", {"head": "mean", "balance": True, "accumulate": 2, "sharding": "full"}),
-    (2, "cp2 | ep2", {"balance": True}),
+    (2, "cp2 | ep2", {"balance": True, "peek": True}),
     (4, "pp2 | ep2", {"calls": True, "microbatches": 3, "frozen": "experts", "tied": True}),
     (4, "cp2 pp2 | etp2", {"head": "mean", "balance": True}),
     (4, "tp2 pp2 | ep2", {"schedule": "interleaved_zero_bubble", "chunks": 2}),
@@ -58,7 +58,8 @@ MORE = [
     (2, "cp2", {"exchange": "all_to_all", "recompute": "selective", "frozen": "first"}),
     (4, "cp4 | ep2", {"exchange": "all_gather", "balance": True, "sharding": "none"}),
     (4, "pp2 | etp2", {"microbatches": 3, "accumulate": 2, "frozen": "last"}),
-    (2, "", {"balance": True}),
+    (2, "", {"balance": True, "peek": True}),
+    (4, "pp2 | ep2", {"peek": True, "sharding": "full", "head": "mean"}),
     (2, "tp2 | ep2", {"head": "mean", "calls": True}),
     (8, "tp2 pp2 | ep4", {"balance": True}),
     (8, "tp2 cp2 pp2 | ep2", {"balance": True, "schedule": "zbv", "tied": True}),
