@@ -137,6 +137,7 @@ class NetworkStage(nn.Module):
             if self.is_last:
                 return self._finish(x_R, share, job, number)
         x_C = F.pad(x_R.to(job.wire.dtype), [0, 0] * (x_R.dim() - 1) + [0, job.wire.shape[0] - x_R.shape[0]])
+        x_C = x_C.contiguous()  # to be sent
         if share is not None:
             x_C = _Beside.apply(x_C, share)
         if torch.is_grad_enabled() and not x_C.requires_grad:
@@ -256,7 +257,7 @@ class _Beside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_C: Tensor, share: Tensor) -> Tensor:
         ctx.like = share.new_ones(())
-        return x_C.clone()  # no view: a stage on the same rank detaches it in place
+        return x_C.clone(memory_format=torch.contiguous_format)  # no view: a stage on the same rank detaches it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,8 @@ class Layers(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         pixels = batch["pixels"].to(self.spec.get("dtype", torch.float64))
-        return self.lift(pixels) + self.position[:, : pixels.shape[1]]
+        hidden = self.lift(pixels) + self.position[:, : pixels.shape[1]]
+        return hidden.transpose(1, 2).contiguous().transpose(1, 2)  # as convolutions leave it
 
     def head(self, hidden: Tensor, batch: Batch) -> Any:
         if self.spec.get("tied"):
