@@ -73,8 +73,9 @@ def _tell(blocks: list[ParallelRoot], cut: RowCut | None) -> None:
 
 
 def _sentence(name: str, cut: RowCut) -> str:
+    layer = f"layer {name}" if name else "a layer"
     return (
-        f"{f'layer {name}' if name else 'a layer'} gives another result on a part of a row than on the whole, so context parallelism cannot cut rows between "
+        f"{layer} gives another result on a part of a row than on the whole, so context parallelism cannot cut rows between "
         "embed and head; let nothing but Attention look at other positions there (position embeddings belong into embed), or "
         f"use context_parallel_size=1 instead of {cut.layout.cp.size}."
     )

@@ -62,7 +62,8 @@ class Layers(nn.Module):
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         causal = DecoderLayer(
-            SIZE, Attention(SIZE, 4, 2, 4, sliding_window=3),
+            SIZE,
+            Attention(SIZE, 4, 2, 4, sliding_window=3),
             MoELayer(SIZE, 8, 3, 8, normalize_weights=False, keep_routing=True),
         )
         moe = MoELayer(SIZE, 4, 2, 8, shared_ffn_hidden_size=4, keep_routing=True)
@@ -177,7 +178,20 @@ def train(fold: str, data: list[list[Batch]], spec: dict[str, Any]) -> tuple[Run
     return run, module.outputs, [n for n, _ in module.network.named_parameters()]
 
 
-def make_trainer(fold: str, data: list[list[Batch]], spec: dict[str, Any], **more: Any) -> tuple[pl.Trainer, DataLoader]:
+def stop_and_resume(folds: list[str], data: list[list[Batch]], path: str) -> Run:
+    """One step under each fold, from the checkpoint of the one before."""
+    for index, fold in enumerate(folds):
+        module = Module({"head": "pair", "rank": dist.get_rank()})
+        trainer, loader = make_trainer(fold, [data[index]], {}, epochs=index + 1)
+        trainer.fit(module, loader, ckpt_path=None if index == 0 else path)
+        trainer.save_checkpoint(path)
+    module.run.weights = owned_pieces(module.network)
+    return module.run
+
+
+def make_trainer(
+    fold: str, data: list[list[Batch]], spec: dict[str, Any], epochs: int = 1, **more: Any
+) -> tuple[pl.Trainer, DataLoader]:
     world = dist.get_world_size()
     place = Fold.parse(fold, world).coordinates(dist.get_rank())
     strategy = MoEFoldStrategy(
@@ -187,7 +201,7 @@ def make_trainer(fold: str, data: list[list[Batch]], spec: dict[str, Any], **mor
     )  # fmt: skip
     trainer = pl.Trainer(
         accelerator="cpu", devices=world, plugins=[PoolEnvironment()], precision=spec.get("precision", "64-true"),
-        max_epochs=1, strategy=strategy, accumulate_grad_batches=spec.get("accumulate", 1), gradient_clip_val=0.5,
+        max_epochs=epochs, strategy=strategy, accumulate_grad_batches=spec.get("accumulate", 1), gradient_clip_val=0.5,
         use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         logger=False, **more,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,7 +47,8 @@ QUICK = [
     (4, "tp2 pp2 | ep2", {"schedule": "interleaved_zero_bubble", "chunks": 2}),
 ]
 MORE = [
-    *((2, "pp2", {"schedule": s, "chunks": 2, "balance": True, "microbatches": 4}) for s in ("interleaved_1f1b", "zbv", "dualpipev")),
+    *((2, "pp2", {"schedule": s, "chunks": 2, "balance": True, "microbatches": 4})
+      for s in ("interleaved_1f1b", "zbv", "dualpipev")),
     *((4, "pp2 | ep2", {"schedule": s, "microbatches": 4, "chunks": c, "balance": s == "zbv", "accumulate": 2})
       for s, c in (("gpipe", 1), ("interleaved_1f1b", 2), ("interleaved_zero_bubble", 2), ("zbv", 1), ("dualpipev", 1))),
     *((2, "pp2", {"frozen": frozen, "balance": True}) for frozen in ("ends", "first", "last")),
@@ -82,6 +84,61 @@ def test_more_folds_and_schedules(pool: RankPool, world: int, fold: str, spec: d
     check(pool, world, fold, spec)
 
 
+def test_resume_under_other_folds(pool: RankPool, tmp_path: Path) -> None:
+    data = layered.make_data(3, 1)
+    expected, _ = layered.train_alone(data, {"head": "pair"})
+    folds = ["pp2", "cp2", "tp2 | ep2"]  # one data rank, as the data must be the same
+    actual = pool.run(layered.stop_and_resume, folds, data, str(tmp_path / "last.ckpt"), ranks=2)
+    assert_close_by_name(assemble(run.weights for run in actual), expected.weights, 1e-9, "weights")
+
+
+@pytest.mark.slow
+def test_resume_under_other_folds_of_four(pool: RankPool, tmp_path: Path) -> None:
+    data = layered.make_data(3, 1)
+    expected, _ = layered.train_alone(data, {"head": "pair"})
+    folds = ["tp2 pp2 | ep2", "pp4", "cp2 pp2 | etp2"]
+    # pp4 wants four micro-batches at least, which change nothing.
+    data = [[{name: t.repeat(2, *[1] * (t.dim() - 1)) for name, t in batch.items()} for batch in step] for step in data]
+    actual = pool.run(layered.stop_and_resume, folds, data, str(tmp_path / "last.ckpt"), ranks=4)
+    assert_close_by_name(assemble(run.weights for run in actual), expected.weights, 1e-9, "weights")
+
+
+def test_a_rank_holds_its_stages_only(pool: RankPool) -> None:
+    data = layered.make_data(1, 1)
+    (first, _, here), (last, _, there) = pool.run(
+        layered.train, "pp2", data, {"head": "mean", "validate": False}, ranks=2
+    )
+    ends = {"lift.weight", "lift.bias", "position", "out.weight", "out.bias"}
+    assert set(here) & set(there) == ends
+    assert {name.split(".")[2] for name in set(here) - ends} == {"0", "1"}
+    assert {name.split(".")[2] for name in set(there) - ends} == {"2", "3"}
+    assert first.losses == last.losses
+
+
+@pytest.mark.parametrize("fold", ["pp2", "cp2"])
+@pytest.mark.parametrize("sharding", ["optimizer", pytest.param("none", marks=pytest.mark.slow)])
+def test_mixed_precision_is_near_float32(pool: RankPool, fold: str, sharding: str) -> None:
+    data = layered.make_data(2, 1)
+    spec = {"head": "pair", "balance": True, "sharding": sharding, "validate": False, "dtype": torch.float32}
+    plain, mixed = (
+        [run for run, _, _ in pool.run(layered.train, fold, data, {**spec, "precision": precision}, ranks=2)]
+        for precision in ("32-true", "bf16-mixed")
+    )
+    assert mixed[0].losses[0] != plain[0].losses[0]
+    assert mixed[0].losses[0] == pytest.approx(plain[0].losses[0], rel=0.03)
+    expected, found = (assemble(run.grads[0] for run in runs) for runs in (plain, mixed))
+    for name in (
+        "out.weight",
+        "body.blocks.0.attention.q_proj.weight",
+        "lift.weight",
+        "position",
+        "body.blocks.1.mix.1.weight",
+    ):
+        assert found[name].dtype == torch.float32
+        cosine = torch.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0)
+        assert cosine > 0.95, name
+
+
 def test_what_is_refused(pool: RankPool) -> None:
     patterns = {
         "block in head": "network.pool is in a network of your own, whose layers pipeline parallelism cannot cut unless",
@@ -95,8 +152,13 @@ def test_what_is_refused(pool: RankPool) -> None:
     }
     for said in pool.run(layered.refused, "pp2", list(patterns), ranks=2):
         for wrong, pattern in patterns.items():
-            assert pattern in said[wrong] or (wrong == "length" and "failed on another rank" in said[wrong]), said[wrong]
-    cut = {"mean over positions": "layer 1 gives another result on a part of a row than on the whole", "batch norm": "no error"}
+            assert pattern in said[wrong] or (wrong == "length" and "failed on another rank" in said[wrong]), said[
+                wrong
+            ]
+    cut = {
+        "mean over positions": "layer 1 gives another result on a part of a row than on the whole",
+        "batch norm": "no error",
+    }
     for said in pool.run(layered.refused, "cp2", list(cut), ranks=2):
         assert all(pattern in said[wrong] for wrong, pattern in cut.items()), said
 
