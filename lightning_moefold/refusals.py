@@ -111,13 +111,15 @@ def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
 
 
 def check_second_names(module: nn.Module) -> None:
-    """Once models are parallelised, everything has storage but what a pipeline has taken off this rank.
+    """Everything has storage but models that are to read their weights, and what a pipeline has taken off this rank.
 
     Raises:
         UnsupportedFeature: For a part of a model that the module holds under a name of its own, on another stage.
     """
+    models = (m for m in module.modules() if isinstance(m, MoECausalLM) and m.weights_pending)
+    pending = {id(p) for model in models for p in model.parameters()}
     for name, parameter in module.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and id(parameter) not in pending:
             raise UnsupportedFeature(
                 f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the model "
                 "instead, or use pipeline_parallel_size=1."

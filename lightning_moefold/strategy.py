@@ -381,7 +381,7 @@ class MoEFoldStrategy(ParallelStrategy):
         try:
             for network in layered_networks(self.lightning_module):
                 parallelize_network(network, self.mesh, sharding, self.root_device, options)
-            check_second_names(self.lightning_module)
+            check_second_names(self.lightning_module)  # before the blocks among them are parallelised
             for root in self._roots():
                 if isinstance(root, MoECausalLM):
                     root.num_microbatches = self.num_microbatches
