@@ -257,7 +257,9 @@ class _Beside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_C: Tensor, share: Tensor) -> Tensor:
         ctx.like = share.new_ones(())
-        return x_C.clone(memory_format=torch.contiguous_format)  # no view: a stage on the same rank detaches it in place
+        return x_C.clone(
+            memory_format=torch.contiguous_format
+        )  # no view: a stage on the same rank detaches it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from lightning_moefold import comm
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.base import ParallelRoot
+from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.rows import RowCut
 
 
 @torch.no_grad()
-def check_positions(
-    layers: Mapping[str, nn.Module], like: Tensor, cut: RowCut, axis: Axis
-) -> ValueError | None:
+def check_positions(layers: Mapping[str, nn.Module], like: Tensor, cut: RowCut, axis: Axis) -> ValueError | None:
     """Tries layers in evaluation mode. Collective over the ranks of a stage.
 
     Args:
@@ -40,7 +39,7 @@ def check_positions(
     x_1SD = noise.to(like)
     wrong: ValueError | None = None
     for name, layer in layers.items():
-        if isinstance(layer, ParallelRoot):
+        if isinstance(layer, ParallelRoot) or _drops_by_parts(layer):
             continue
         modes = [(m, m.training) for m in layer.modules()]
         blocks = [m for m in layer.modules() if isinstance(m, ParallelRoot)]
@@ -65,6 +64,12 @@ def check_positions(
     if bool(comm.all_reduce_raw(flag, axis)) and wrong is None:
         wrong = ValueError(_sentence("", cut))
     return wrong
+
+
+def _drops_by_parts(layer: nn.Module) -> bool:
+    """Whether experts are asked to serve each rank's part of a row by itself: that is meant to depend on the cut."""
+    configs = [m.dispatcher.config for m in layer.modules() if isinstance(m, MoELayer)]
+    return any(c.capacity_factor is not None and c.drop_scope == "sub_sequence" for c in configs)
 
 
 def _tell(blocks: list[ParallelRoot], cut: RowCut | None) -> None:
