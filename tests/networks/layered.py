@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_moefold import Fold, MoEFoldStrategy
+from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm, load_balancing_loss
 from lightning_moefold.modules.layered import layered_networks
@@ -61,12 +62,13 @@ class Layers(nn.Module):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
+        dispatch = DispatchConfig(capacity_factor=spec["capacity"]) if "capacity" in spec else None
         causal = DecoderLayer(
             SIZE,
             Attention(SIZE, 4, 2, 4, sliding_window=3),
-            MoELayer(SIZE, 8, 3, 8, normalize_weights=False, keep_routing=True),
+            MoELayer(SIZE, 8, 3, 8, normalize_weights=False, keep_routing=True, dispatch=dispatch),
         )
-        moe = MoELayer(SIZE, 4, 2, 8, shared_ffn_hidden_size=4, keep_routing=True)
+        moe = MoELayer(SIZE, 4, 2, 8, shared_ffn_hidden_size=4, keep_routing=True, dispatch=dispatch)
         blocks = [Block(moe), Plain(), causal, Block(GatedMLP(SIZE, 8, "gelu"))][: spec.get("layers", 4)]
         self.lift = nn.Linear(7, SIZE)
         self.position = nn.Parameter(torch.randn(1, 8, SIZE))

@@ -61,6 +61,8 @@ MORE = [
     (4, "cp4 | ep2", {"exchange": "all_gather", "balance": True, "sharding": "none"}),
     (4, "pp2 | etp2", {"microbatches": 3, "accumulate": 2, "frozen": "last"}),
     (2, "", {"balance": True, "peek": True}),
+    (2, "cp2", {"capacity": 0.7, "balance": True}),
+    (2, "pp2", {"capacity": 0.7, "balance": True, "microbatches": 3}),
     (4, "pp2 | ep2", {"peek": True, "sharding": "full", "head": "mean"}),
     (2, "tp2 | ep2", {"head": "mean", "calls": True}),
     (8, "tp2 pp2 | ep4", {"balance": True}),
@@ -115,7 +117,7 @@ def test_a_rank_holds_its_stages_only(pool: RankPool) -> None:
     assert first.losses == last.losses
 
 
-@pytest.mark.parametrize("fold", ["pp2", "cp2"])
+@pytest.mark.parametrize("fold", ["pp2", pytest.param("cp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sharding", ["optimizer", pytest.param("none", marks=pytest.mark.slow)])
 def test_mixed_precision_is_near_float32(pool: RankPool, fold: str, sharding: str) -> None:
     data = layered.make_data(2, 1)
