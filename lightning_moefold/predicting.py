@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.trainer.connectors import data_connector
 
-from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.unequal import UnequalCalls
+from lightning_moefold.modules.base import parallel_roots
 
 
 class Predicting(Callback):
-    """Lets ranks call the models a different number of times while the Trainer predicts.
+    """Lets ranks call the models (and blocks) a different number of times while the Trainer predicts.
 
     The strategy puts it before all other callbacks for the time of ``Trainer.predict``: the calls are unequal from
     ``on_predict_start`` on, and no more when other callbacks reach ``on_predict_epoch_end``, where they may do
@@ -29,7 +29,7 @@ class Predicting(Callback):
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
-        self._models = [m for m in module.modules() if isinstance(m, MoECausalLM)]
+        self._models = [root for _, root in parallel_roots(module)]
         self._calls: UnequalCalls | None = None
         self._over = not self._models
         self._lenient = ExitStack()

@@ -65,7 +65,6 @@ from lightning_moefold.refusals import (
     check_blocks,
     check_optimizers,
     check_second_names,
-    check_sharding,
     check_trainer,
 )
 from lightning_moefold.sentences import print_without_traceback
@@ -291,7 +290,13 @@ class MoEFoldStrategy(ParallelStrategy):
         if self._mesh is None:
             # FSDP2 casts the parameters in mixed precision, so there even a data axis of one rank is wrapped.
             mixed = self._precision.mixed_dtype is not None
-            self._mesh = FoldedMesh(fold, self.root_device.type, timeout=self._timeout, wrap_single=mixed)
+            self._mesh = FoldedMesh(
+                fold,
+                self.root_device.type,
+                timeout=self._timeout,
+                wrap_single=mixed,
+                replicated=self.data_parallel_sharding == "none",
+            )
 
     def _mesh_of_earlier_trainer(self, fold: Fold) -> FoldedMesh | None:
         """The mesh on which another Trainer has parallelised the module's model, if its fold is ours."""
@@ -338,7 +343,6 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
-        check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
         for loop in (
             trainer.validate_loop,

@@ -71,7 +71,7 @@ class MoELayer(ParallelRoot):
             raise ValueError(
                 "a MoELayer needs either ffn_hidden_size, for gated experts, or expert, which makes one; give one."
             )
-        self.num_experts, self.top_k = num_experts, top_k
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         self.gate = Router(hidden_size, num_experts, top_k, normalize_weights)
         self.experts: RoutedExperts
         if ffn_hidden_size is not None:

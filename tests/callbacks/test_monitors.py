@@ -181,6 +181,30 @@ def test_hardware_utilisation_where_it_differs(
     assert "train/hfu" not in run(pool, checkpoint, tmp_path, fold, ranks, data)[0].mfu[-1]
 
 
+def test_recomputed_products_are_work_of_the_hardware(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    """Layers that keep nothing make all their products a fourth time; the head does not."""
+    data, config = batches(2, padding="none"), MoEConfig.from_pretrained(checkpoint)
+    figures = run(pool, checkpoint, tmp_path, "tp2 | ep2", 4, data, strategy={"recompute": "full"})[0].mfu[-1]
+    layers = config.forward_flops_per_token(LENGTH) - 2 * config.vocab_size * config.hidden_size
+    assert figures["train/hfu"] - figures["train/mfu"] == pytest.approx(layers * PARTS * LENGTH / 4e9)
+
+
+def test_what_other_pipeline_stages_have_frozen(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    """Hardware FLOPs are those of one process, though no rank holds all parameters; unfreezing is found out."""
+    spec = {"frozen": ["*.mlp.experts.*", "*embed_tokens*"], "unfreezes_in": 3}
+    [alone] = run(pool, checkpoint, tmp_path, "", 1, batches(5, padding="none"), mfu={"window": 1}, **spec)
+    stages = {"strategy": {"num_microbatches": 2}, "mfu": {"window": 1}}
+    seen = run(pool, checkpoint, tmp_path, "pp2", 2, batches(5, padding="none"), **stages, **spec)
+    assert_equal_on_ranks(seen)
+    expected, found = (
+        [figures["train/hfu"] / figures["train/mfu"] if "train/hfu" in figures else None for figures in of.mfu]
+        for of in (alone, seen[0])
+    )
+    assert found == [pytest.approx(expected[0]), pytest.approx(expected[1]), None, None]
+    assert expected[0] < 1
+    assert expected[2:] == [None, None]
+
+
 @pytest.mark.parametrize(("count_padding", "expected"), [(True, PARTS * 2 * LENGTH), (False, None)])
 def test_padding_is_no_token(
     pool: RankPool, checkpoint: Path, tmp_path: Path, count_padding: bool, expected: int | None

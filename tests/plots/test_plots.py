@@ -167,6 +167,24 @@ def test_words_in_pictures(tmp_path: Path) -> None:
         assert draw_expert_load(run).axes[0].get_title(loc="left") == f"Latest interval, {words}"
 
 
+def test_each_expert_over_the_run(tmp_path: Path) -> None:
+    """A row for each expert, a column for each interval; of many layers, those that are least even."""
+    pytest.importorskip("matplotlib")
+    write_load(tmp_path)
+    run = read_run(tmp_path)
+    panel = draw_expert_load(run).axes[1]
+    np.testing.assert_allclose(panel.collections[0].get_array().filled(np.nan), [[2, 1], [0, 1], [1, 1], [0.5, np.nan],
+                                                                                [1.5, np.nan], [np.nan, np.nan]])  # fmt: skip
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["layer 1", "layer 3"]
+    assert panel.get_xlim() == (0, 20)
+    counts = np.ones((3, 12, 128), dtype=np.int64)
+    counts[1:, 4, :64], counts[:, 9, 5] = 3, 100
+    run.load = RecordedLoad(np.array([10, 20, 30]), np.arange(12), counts)
+    panel = draw_expert_load(run).axes[1]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["layer 4", "layer 9"]
+    assert panel.get_title(loc="left") == "Each expert over the run, the 2 most uneven of 12 layers"
+
+
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     many = RecordedLoad(np.array([5]), np.arange(12), np.ones((1, 12, 4), dtype=np.int64))
