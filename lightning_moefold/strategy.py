@@ -400,7 +400,10 @@ class MoEFoldStrategy(ParallelStrategy):
         precision = self._precision
         precision.loss_scale = 1.0 / self.mesh.dp_cp.size
         precision.gradient_sum = GradientSum(self._registry.unfinished_gradients())
-        precision.gradient_norm = GradientNorm(self.mesh.world, self._registry.counts_here, self.root_device)
+        registry = self._registry
+        precision.gradient_norm = GradientNorm(
+            self.mesh.world, registry.counts_here, registry.is_expert, self.root_device
+        )
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

@@ -44,7 +44,8 @@ class MFUMonitor(pl.Callback):
 
     Logged at log steps: ``train/mfu`` (0..1), ``train/tokens_per_second``, ``train/tokens_per_second_per_device``,
     ``train/tflops_per_device`` (model TFLOP/s), ``train/step_time`` (seconds), memory of the fullest rank in units of
-    10^9 bytes (below), and ``train/grad_norm`` (before clipping) where the strategy clips gradients. ``train/hfu``, hardware
+    10^9 bytes (below), and ``train/grad_norm`` (before clipping; ``_dense`` and ``_expert`` of each family) where the
+    strategy clips gradients. ``train/hfu``, hardware
     FLOPs utilisation, is logged where it is not the MFU: when frozen parameters spare products, or some are recomputed. What
     cannot be known is not logged: MFU without a peak or without model FLOPs, tokens without ``input_ids``.
 
@@ -202,7 +203,12 @@ class MFUMonitor(pl.Callback):
                 self._work.share_frozen(self._axis)
         norm = getattr(trainer.precision_plugin, "grad_norm", None)
         if isinstance(norm, Tensor):
-            figures["train/grad_norm"] = float(norm)
+            dense, expert = trainer.precision_plugin.grad_norm_by_family.tolist()
+            figures |= {
+                "train/grad_norm": float(norm),
+                "train/grad_norm_dense": dense,
+                "train/grad_norm_expert": expert,
+            }
         return figures
 
     def _measure(self, device: torch.device) -> list[float]:

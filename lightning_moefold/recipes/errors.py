@@ -18,11 +18,11 @@ class InputError(ValueError):
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether ``error`` was raised on purpose, by this package or by Lightning, about what the user gave.
+    """Whether ``error`` was raised on purpose, about what the user gave: by this package or Lightning, or as an InputError.
 
     A ``ValueError`` that comes out of any other code is a bug, and its traceback is worth more than its message.
     """
-    if isinstance(error, (PeerError, MisconfigurationException)):
+    if isinstance(error, (InputError, PeerError, MisconfigurationException)):
         return True
     if not isinstance(error, ValueError):
         return False

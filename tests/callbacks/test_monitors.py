@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ MODEL = {"num_experts": 8, "num_hidden_layers": 3}
 FROZEN = {"lr": 0.0, "optimizer": "sgd"}  # so that one set of weights routes every batch
 LENGTH, PARTS = 10, 4
 TIME_KEYS = {"train/tokens_per_second", "train/tokens_per_second_per_device", "train/tflops_per_device", "train/mfu"}
+NORM_KEYS = ["train/grad_norm", "train/grad_norm_dense", "train/grad_norm_expert"]
 LOAD_KEYS = {
     "moe/load_imbalance", "moe/load_imbalance_max", "moe/cv_mean", "moe/cv_median", "moe/cv_min", "moe/cv_max",
     "moe/dead_expert_frac_mean", "moe/entropy_mean", "moe/expert_utilization_min", "moe/expert_utilization_p25",
@@ -155,7 +157,7 @@ def test_tokens_are_counted_once_per_data_rank(
     seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(3, padding="none"), clip=1.0)
     flops = 3 * MoEConfig.from_pretrained(checkpoint).forward_flops_per_token(LENGTH) * PARTS * LENGTH
     warmup, *steps = seen[0].mfu
-    assert set(warmup) == {"train/grad_norm"}
+    assert set(warmup) == set(NORM_KEYS)
     for figures in steps:
         assert figures["train/step_time"] == 1
         assert figures["train/tokens_per_second"] == PARTS * LENGTH
@@ -163,7 +165,13 @@ def test_tokens_are_counted_once_per_data_rank(
         assert figures["train/tflops_per_device"] == pytest.approx(flops / ranks / 1e12)
         assert figures["train/mfu"] == pytest.approx(flops / (ranks * 1e9))
         assert 0.05 < figures["train/memory_peak_gb"] < 100
-        assert figures["train/grad_norm"] > 0
+        total, *families = (figures[name] for name in NORM_KEYS)
+        assert total == pytest.approx(math.hypot(*families))
+        assert min(families) > 0
+    if ranks > 1:
+        [alone] = run(pool, checkpoint, tmp_path, "", 1, batches(3, padding="none"), clip=1.0)
+        for name in NORM_KEYS:
+            assert steps[-1][name] == pytest.approx(alone.mfu[-1][name], rel=1e-9)
     assert_equal_on_ranks(seen)
 
 
@@ -298,7 +306,7 @@ def test_csv_holds_every_key(pool: RankPool, checkpoint: Path, tmp_path: Path) -
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [1, 3]
-    keys = {"train/step_time", "train/memory_peak_gb", "train/grad_norm", *TIME_KEYS, *LOAD_KEYS}
+    keys = {"train/step_time", "train/memory_peak_gb", *NORM_KEYS, *TIME_KEYS, *LOAD_KEYS}
     for row, mfu, load in zip(rows, seen[0].mfu, seen[0].load, strict=True):
         assert row.keys() >= keys
         for name in keys:

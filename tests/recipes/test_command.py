@@ -174,12 +174,19 @@ class NotRun(command.MoEFoldCLI):
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
-#: For each argument of the strategy a value other than its default, if it accepts one; as YAML and as it should arrive.
+#: For each argument of the strategy a value other than its default, as YAML and as it should arrive.
 VALUES: dict[str, tuple[Any, Any]] = {
     "tensor_parallel_size": (2, 2),
+    "context_parallel_size": (2, 2),
+    "pipeline_parallel_size": (2, 2),
     "expert_parallel_size": (2, 2),
     "expert_tensor_parallel_size": (2, 2),
-    "num_microbatches": (3, 3),
+    "num_microbatches": (4, 4),
+    "pipeline_schedule": ("interleaved_1f1b", "interleaved_1f1b"),
+    "num_stages_per_rank": (2, 2),
+    "pipeline_split": ([1, 2, 2, 1], [1, 2, 2, 1]),
+    "recompute": ("full", "full"),
+    "context_parallel_exchange": ("ring", "ring"),
     "data_parallel_sharding": ("full", "full"),
     "drop_policy": ("position", "position"),
     "drop_scope": ("sub_sequence", "sub_sequence"),
@@ -187,10 +194,14 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "timeout": ("0:10:00", timedelta(minutes=10)),
     "process_group_backend": ("gloo", "gloo"),
 }
+#: Those that take one value only, and the fold, which stands for the sizes.
+DEFAULTS = {"fold", "dispatcher", "capacity_factor"}
 
 
 def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
     parameters = list(inspect.signature(MoEFoldStrategy.__init__).parameters.values())[1:]
+    assert {p.name for p in parameters} == VALUES.keys() | DEFAULTS
+    assert not [p.name for p in parameters if p.name in VALUES and VALUES[p.name][1] == p.default]
     text = {p.name: VALUES.get(p.name, (p.default, p.default))[0] for p in parameters}
     expected = {p.name: VALUES.get(p.name, (p.default, p.default))[1] for p in parameters}
     strategy = {"class_path": f"{__name__}.Recording", "init_args": text}
@@ -198,7 +209,7 @@ def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
     file.write_text(
         yaml.safe_dump(
             {
-                "trainer": {"strategy": strategy, "devices": 4, "accelerator": "cpu"},
+                "trainer": {"strategy": strategy, "devices": 16, "accelerator": "cpu"},
                 "model": {"init_args": {"checkpoint": "somewhere"}},
                 "data": {"init_args": {"files": ["a.txt"], "tokenizer": "somewhere"}},
             }
@@ -206,13 +217,21 @@ def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
     )
     cli = NotRun(["fit", "--config", str(file)])
     assert cli.trainer.strategy.given == expected
+    assert str(cli.trainer.strategy._make_fold()) == "tp2 cp2 dp2 pp2 | etp2 ep2 edp2"
     assert type(cli.model) is FineTuneModule
     assert type(cli.datamodule) is TextData
     cli = NotRun(["fit", "--config", str(file), "--trainer.strategy", "moefold", "--trainer.devices", "1"])
     assert type(cli.trainer.strategy) is MoEFoldStrategy
     cli = NotRun(
         ["fit", "--config", str(file), "--trainer.strategy=lightning_moefold.MoEFoldStrategy"]
-        + ["--trainer.strategy.fold", "tp2 | ep4", "--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
+        + [
+            "--trainer.strategy.fold",
+            "tp2 | ep4",
+            "--trainer.devices",
+            "4",
+            "--model",
+            "lightning.pytorch.demos.boring_classes.BoringModel",
+        ]
         + ["--data=lightning.pytorch.demos.boring_classes.BoringDataModule"]
     )
     assert str(cli.trainer.strategy._make_fold()) == "tp2 cp1 dp2 pp1 | etp1 ep4 edp1"

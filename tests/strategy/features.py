@@ -228,7 +228,7 @@ def refused(path: str, fold: str, folder: str) -> dict[str, str]:
         "sync_batchnorm": plugin(TorchSyncBatchNorm()),
         "multiple optimizers": lambda: make(fold, {"max_steps": 1}).fit(_Two(path)),
         "mps": lambda: pl.Trainer(strategy=MoEFoldStrategy(), accelerator="mps", devices=1),
-        "tpu": lambda: pl.Trainer(strategy=MoEFoldStrategy(), accelerator="tpu", devices=1),
+        "torch_xla": lambda: pl.Trainer(strategy=MoEFoldStrategy(), accelerator="tpu", devices=1),
         "storage_options": lambda: _save_with_options(path, fold, folder),
     }
     return {name: told(case) for name, case in cases.items()}
