@@ -201,9 +201,10 @@ class MFUMonitor(pl.Callback):
             if table_WK[:, -1].any():  # on a pipeline stage; known to all ranks from the next log step on
                 figures.pop("train/hfu", None)
                 self._work.share_frozen(self._axis)
-        norm = getattr(trainer.precision_plugin, "grad_norm", None)
+        precision: Any = trainer.precision_plugin
+        norm = getattr(precision, "grad_norm", None)
         if isinstance(norm, Tensor):
-            dense, expert = trainer.precision_plugin.grad_norm_by_family.tolist()
+            dense, expert = precision.grad_norm_by_family.tolist()
             figures |= {
                 "train/grad_norm": float(norm),
                 "train/grad_norm_dense": dense,
