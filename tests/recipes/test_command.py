@@ -28,7 +28,7 @@ from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.cli import main
 from lightning_moefold.recipes import FineTuneModule, TextData, command
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.recipes.running import ROOT, arguments, logged
+from tests.recipes.running import CONFIG, ROOT, arguments, logged
 from tests.strategy.plain import trainer
 
 # Lightning calls functions of jsonargparse that the next one has no more.
@@ -282,6 +282,35 @@ def test_a_wrong_value_is_one_sentence(
     assert captured.err.startswith("moefold fit: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        ("\ntrainer:", "\ntrainr:", "; did you mean trainer?\n"),
+        ("max_epochs: 1", "max_epoch: 1", "option 'trainer.max_epoch'; did you mean max_epochs?\n"),
+        ("fold:", "fodl:", "trainer.strategy: Option 'fodl' is not accepted; did you mean fold?\n"),
+        ("moefold.MoEFold", "moefold.MoeFold", "no attribute 'MoeFoldStrategy'; did you mean MoEFoldStrategy?\n"),
+        ("LoadBalanceM", "LoadBalancM", "no attribute 'LoadBalancMonitor'; did you mean LoadBalanceMonitor?\n"),
+        ("per_layer:", "per_layr:", "trainer.callbacks: Option 'per_layr' is not accepted; did you mean per_layer?\n"),
+        ("devices: 4", "devices: four", "`devices` selected with `CPUAccelerator` should be an int > 0.\n"),
+        ("clip_val: 1.0", "clip_val: a", "trainer.gradient_clip_val: a is not int or float or null\n"),
+        ("init_args:\n    files", "init_arg:\n    files", "data: Option 'init_arg.files' is not accepted\n"),
+        ("seed_everything: 1", "seed_everything: [1, 2", "Problems parsing config: "),
+    ],
+)
+def test_a_wrong_line_of_the_file_is_one_sentence(
+    tmp_path: Path, capfd: Any, written: str, instead: str, message: str
+) -> None:
+    text, file = CONFIG.read_text(), tmp_path / "wrong.yaml"
+    assert written in text
+    file.write_text(text.replace(written, instead))
+    assert main(["fit", "--config", str(file), "--trainer.accelerator", "cpu"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("moefold fit: ")
+    assert said.count("\n") == 1
+    assert message in said
+    assert len(said) < 300
 
 
 def errors_of_commands(cases: list[list[str]]) -> list[tuple[int, str]]:
