@@ -21,7 +21,7 @@ from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_ba
 from tests.callbacks.monitored import Seen, monitored_fit
 from tests.callbacks.own_network import own_network_counts, own_network_fit, uneven_table
 
-FOLDS = [("", 1), ("tp2 | ep2", 2), ("tp2 | ep4", 4), ("tp2 | ep2", 4), ("| etp2 ep2", 4)]
+FOLDS = [("", 1), ("tp2 | ep2", 2), ("tp2 | ep4", 4), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("cp2 pp2 | ep2", 4)]
 MODEL = {"num_experts": 8, "num_hidden_layers": 3}
 FROZEN = {"lr": 0.0, "optimizer": "sgd"}  # so that one set of weights routes every batch
 LENGTH, PARTS = 10, 4
@@ -70,7 +70,9 @@ def hf_counts(checkpoint: Path, batch: dict[str, torch.Tensor]) -> np.ndarray:
 
 
 def run(pool: RankPool, checkpoint: Path, root: Path, fold: str, ranks: int, data: Any, **spec: Any) -> list[Seen]:
-    return pool.run(monitored_fit, str(checkpoint), fold, data, {"root": str(root), **FROZEN, **spec}, ranks=ranks)
+    stages = {"strategy": {"num_microbatches": 2}} if "pp" in fold else {}
+    spec = {"root": str(root), **FROZEN, **stages, **spec}
+    return pool.run(monitored_fit, str(checkpoint), fold, data, spec, ranks=ranks)
 
 
 def assert_equal_on_ranks(seen: list[Seen]) -> None:
@@ -201,8 +203,7 @@ def test_what_other_pipeline_stages_have_frozen(pool: RankPool, checkpoint: Path
     """Hardware FLOPs are those of one process, though no rank holds all parameters; unfreezing is found out."""
     spec = {"frozen": ["*.mlp.experts.*", "*embed_tokens*"], "unfreezes_in": 3}
     [alone] = run(pool, checkpoint, tmp_path, "", 1, batches(5, padding="none"), mfu={"window": 1}, **spec)
-    stages = {"strategy": {"num_microbatches": 2}, "mfu": {"window": 1}}
-    seen = run(pool, checkpoint, tmp_path, "pp2", 2, batches(5, padding="none"), **stages, **spec)
+    seen = run(pool, checkpoint, tmp_path, "pp2", 2, batches(5, padding="none"), mfu={"window": 1}, **spec)
     assert_equal_on_ranks(seen)
     expected, found = (
         [figures["train/hfu"] / figures["train/mfu"] if "train/hfu" in figures else None for figures in of.mfu]
@@ -287,10 +288,12 @@ def test_measured_peak_is_summed_over_ranks(pool: RankPool, checkpoint: Path, tm
 # ---- communication ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep2", 2)])
+@pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep2", 2), ("pp2", 2)])
 def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int) -> None:
+    at_start = {"MFUMonitor.on_train_start:all_gather_object": 1} if "pp" in fold else {}  # what stages have frozen
     for rank in run(pool, checkpoint, tmp_path, fold, ranks, batches(6), log_every=3, accumulate=1):
         assert rank.collectives == {
+            **at_start,
             "MFUMonitor.on_train_start:all_reduce": 1,
             f"MFUMonitor.on_train_batch_end:{comm.ALL_GATHER}": 2,
             "LoadBalanceMonitor.on_train_start:all_gather_object": 1,  # who has which layers
