@@ -185,6 +185,10 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "pipeline_schedule": ("interleaved_1f1b", "interleaved_1f1b"),
     "num_stages_per_rank": (2, 2),
     "pipeline_split": ([1, 2, 2, 1], [1, 2, 2, 1]),
+    "dispatcher": ("auto", "auto"),
+    "capacity_factor": (1.25, 1.25),
+    "pad_to_capacity": (True, True),
+    "dispatch_chunks": (2, 2),
     "recompute": ("full", "full"),
     "context_parallel_exchange": ("ring", "ring"),
     "data_parallel_sharding": ("full", "full"),
@@ -194,8 +198,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "timeout": ("0:10:00", timedelta(minutes=10)),
     "process_group_backend": ("gloo", "gloo"),
 }
-#: Those that take one value only, and the fold, which stands for the sizes.
-DEFAULTS = {"fold", "dispatcher", "capacity_factor"}
+#: It stands for the sizes.
+DEFAULTS = {"fold"}
 
 
 def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
