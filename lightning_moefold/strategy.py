@@ -99,8 +99,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         drop_policy: Which it serves: those of highest probability, ``"probs"``, or the first of the row, ``"position"``.
         drop_scope: Capacity is counted over whole rows, ``"full_sequence"``, the same under every fold, or over the tokens
             of a rank, ``"sub_sequence"``, whose result *depends on the fold*.
-        pad_to_capacity: Send each expert as many rows as it may serve, so that no size depends on the data. Every rank then
-            needs batches of the same shape.
+        pad_to_capacity: In training, send each expert as many rows as it may serve, so that no size depends on the data.
+            Every rank then needs batches of the same shape.
         dispatch_chunks: Parts in which a layer's tokens travel, by expert, so that one part's exchange hides behind
             another's computation; the same bits. For ``"alltoall"``.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward

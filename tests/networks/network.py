@@ -188,7 +188,9 @@ def make_trainer(fold: str, spec: dict[str, Any], **arguments: Any) -> pl.Traine
     return pl.Trainer(
         accelerator="cpu", devices=world, plugins=[PoolEnvironment()],
         precision=spec.get("precision", "64-true"), max_epochs=spec.get("epochs", 1),
-        strategy=MoEFoldStrategy(fold=fold, data_parallel_sharding=spec.get("sharding", "optimizer")),
+        strategy=MoEFoldStrategy(
+            fold=fold, data_parallel_sharding=spec.get("sharding", "optimizer"), **spec.get("dispatch", {})
+        ),
         accumulate_grad_batches=spec.get("accumulate", 1), gradient_clip_val=0.5,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False, **arguments,
     )  # fmt: skip

@@ -84,6 +84,7 @@ PREDICTIONS: list[tuple[str, int, dict[str, Any]]] = [
     ("| etp2 ep2", 9, {"sharding": "none", "twice": True}),
     ("| ep2", 1, {"expert": True}),
     ("", 5, {"sharding": "full", "expert": True}),
+    ("| ep4", 7, {"dispatch": {"capacity_factor": 50.0, "pad_to_capacity": True}}),
 ]
 
 
