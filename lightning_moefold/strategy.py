@@ -49,6 +49,8 @@ from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.modules.expert_kernels import EXPERT_KERNELS, ExpertKernel
+from lightning_moefold.modules.experts import Experts
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.optim.elementwise import elementwise_only
@@ -103,6 +105,9 @@ class MoEFoldStrategy(SharedCheckpoints):
             Every rank then needs batches of the same shape.
         dispatch_chunks: Parts in which a layer's tokens travel, by expert, so that one part's exchange hides behind
             another's computation; the same bits. For ``"alltoall"``.
+        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, or
+            ``"transformer_engine"``, all at once and, inside its ``autocast``, in FP8; ``"auto"`` is a loop on CPU and
+            ``grouped_mm`` on CUDA.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
         recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
@@ -144,6 +149,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         drop_scope: DropScope = "full_sequence",
         pad_to_capacity: bool = False,
         dispatch_chunks: int = 1,
+        expert_kernel: ExpertKernel = "auto",
         data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
         recompute: Recompute | None = None,
         context_parallel_exchange: Exchange = "auto",
@@ -161,12 +167,18 @@ class MoEFoldStrategy(SharedCheckpoints):
             raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
         for name, value, known in (
             ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
+            ("expert_kernel", expert_kernel, EXPERT_KERNELS),
             ("recompute", recompute, (None, "selective", "full")),
             ("sequence_parallel", sequence_parallel, (None, True)),
             ("context_parallel_exchange", context_parallel_exchange, EXCHANGES),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
+        if expert_kernel == "transformer_engine" and dispatch_chunks > 1:
+            raise ValueError(
+                "expert_kernel='transformer_engine' keeps scales for all experts of a layer at once; use dispatch_chunks=1."
+            )
+        self.expert_kernel: ExpertKernel = expert_kernel
         self._sizes, self._fold_text = sizes, fold
         split = None if pipeline_split is None else tuple(pipeline_split)
         self._pipeline_plan = PipelinePlan(pipeline_schedule, num_stages_per_rank, split)
@@ -375,6 +387,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             layer.recompute = self.recompute
         for moe in (m for m in self._modules() if isinstance(m, MoELayer) and m.dispatch is None):
             moe.dispatch = self.dispatch
+        for experts in (m for m in self._modules() if isinstance(m, Experts)):
+            experts.kernel = self.expert_kernel
         try:
             for root in self._roots():
                 if isinstance(root, MoECausalLM):
