@@ -118,10 +118,13 @@ class Savings:
         else:
             blocks = [f"{layer}mlp."]
         for block in blocks:
-            tail = "" if block.endswith("experts.") else ".weight"
-            inner = (f"{block}gate_proj", f"{block}up_proj")
+            routed = block.endswith("experts.")
+            tail = "" if routed else ".weight"
+            inner = [f"{block}gate_proj", f"{block}up_proj"]
             for name in inner:
                 self._multiply(name + tail, moving)
+            if routed:  # its weights are multiplied in before the last product
+                inner.append(f"{layer}mlp.gate.")
             self._multiply(f"{block}down_proj{tail}", moving or self._trains(*inner))
         return moving or self._trains(f"{layer}mlp.")
 
