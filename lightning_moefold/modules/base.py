@@ -66,11 +66,15 @@ class ParallelRoot(ParallelModule):
         layouts: Where the pieces of each parameter lie, by name relative to the root.
         compute_dtype: The dtype in which it computes where that is not the dtype of storage (``bf16-mixed``).
         rows: How the rows that a block is given are cut over cp (:class:`~.rows.RowCut`); None where they are whole.
+        hidden_size: D, what it takes and returns for each token.
+        unequal: The context of unequal calls that is open, if one is.
     """
 
     sharding: Any = None
     compute_dtype: torch.dtype | None = None
     rows: Any = None
+    hidden_size: int
+    unequal: Any = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,6 +83,11 @@ class ParallelRoot(ParallelModule):
     def units(self) -> list[nn.Module]:
         """The modules whose dense weights are gathered together, inner ones first."""
         return [self]
+
+    def stand_in(self) -> None:
+        """Takes part in a call of ranks that have data, without any. Collective."""
+        parameter = next(self.parameters())
+        self(torch.empty(0, 1, self.hidden_size, dtype=parameter.dtype, device=parameter.device))
 
     def release_gathered_weights(self) -> None:
         """Lets go of weights that a forward pass gathered, so that ``named_parameters`` gives this rank's pieces."""

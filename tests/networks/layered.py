@@ -138,6 +138,9 @@ class Module(pl.LightningModule):
     def validation_step(self, batch: Batch, _: int) -> None:
         self.outputs.append(self.network(batch))
 
+    def predict_step(self, batch: Batch, _: int) -> Tensor:
+        return self.network(batch)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.run.grads.append(owned_pieces(self.network, "grad"))
 
@@ -177,6 +180,7 @@ def train(fold: str, data: list[list[Batch]], spec: dict[str, Any]) -> tuple[Run
     run.loads = {n: m.load_E.clone() for n, m in module.network.named_modules() if isinstance(m, MoELayer)}
     if spec.get("validate", True):
         trainer.validate(module, loader, verbose=False)
+        module.outputs += trainer.predict(module, loader) if spec.get("predict") else []
     return run, module.outputs, [n for n, _ in module.network.named_parameters()]
 
 
