@@ -158,6 +158,14 @@ class FoldedMesh:
         """All ranks."""
         return self._axes["world"]
 
+    @property
+    def ends(self) -> Axis:
+        """The first and the last rank of this pipeline, where this is one of them; made on first use, by both."""
+        if "ends" not in self._axes:
+            ranks = self._axes["pp"].ranks
+            self._axes["ends"] = self._axis_of("ends", [ranks[0], ranks[-1]])
+        return self._axes["ends"]
+
     def _make_axis(self, name: str) -> Axis:
         return self._axis_of(name, next(group for group in self.fold.groups(name) if self.rank in group))
 

@@ -51,13 +51,15 @@ from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.expert_kernels import EXPERT_KERNELS, ExpertKernel
 from lightning_moefold.modules.experts import Experts
+from lightning_moefold.modules.layered import layered_networks
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
+from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
-from lightning_moefold.parallel.pipeline import spare_parameters
 from lightning_moefold.parallel.registry import ParameterRegistry
+from lightning_moefold.parallel.spare import spare_parameters
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.predicting import Predicting
 from lightning_moefold.refusals import (
@@ -385,11 +387,15 @@ class MoEFoldStrategy(SharedCheckpoints):
         align_blocks(self.lightning_module, self.mesh)
         for layer in (m for m in self._modules() if isinstance(m, DecoderLayer)):
             layer.recompute = self.recompute
+        options = NetworkOptions(self._pipeline_plan, self.num_microbatches, self.context_parallel_exchange)
         for moe in (m for m in self._modules() if isinstance(m, MoELayer) and m.dispatch is None):
             moe.dispatch = self.dispatch
         for experts in (m for m in self._modules() if isinstance(m, Experts)):
             experts.kernel = self.expert_kernel
         try:
+            for network in layered_networks(self.lightning_module):
+                parallelize_network(network, self.mesh, sharding, self.root_device, options)
+            check_second_names(self.lightning_module)  # before the blocks among them are parallelised
             for root in self._roots():
                 if isinstance(root, MoECausalLM):
                     root.num_microbatches = self.num_microbatches
@@ -419,7 +425,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         # Optimizers of an earlier entry point may refer to parameters that no longer exist.
         self._reset_optimizers_and_schedulers()
-        with spare_parameters(self._roots()):
+        with spare_parameters(self._modules()):
             super().setup_optimizers(trainer)
 
     @override
