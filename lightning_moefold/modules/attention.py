@@ -48,7 +48,8 @@ class Attention(ParallelRoot):
             own and takes no masks.
 
     Raises:
-        ValueError: If the key/value heads do not divide the query heads, or a window is asked for without causality.
+        ValueError: If the key/value heads do not divide the query heads, a window is asked for without causality, or rotary
+            positions for heads of odd size.
     """
 
     def __init__(
@@ -74,6 +75,10 @@ class Attention(ParallelRoot):
         self.hidden_size, self.causal = hidden_size, causal
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = head_dim or hidden_size // num_heads
+        if rope_theta is not None and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd, and rotary positions turn pairs of numbers; use an even one, or rope_theta=None."
+            )
         self.sliding_window, self.rope_theta = sliding_window, rope_theta
         self.q_proj = Linear(hidden_size, num_heads * self.head_dim, qkv_bias)
         self.k_proj = Linear(hidden_size, num_kv_heads * self.head_dim, qkv_bias)
