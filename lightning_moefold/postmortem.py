@@ -94,19 +94,19 @@ def _called(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective:
             break
         if _is(frame, _C10D):
             outermost = index
-    call, callers = frames[outermost], frames[outermost + 1 :]
-    for frame in callers:
-        if _is(frame, _FSDP):
-            return _fsdp(callers, mesh)
-        if _is(frame, _PIPELINING):
-            return _of_axis("exchange", "pipeline stages", None if mesh is None else mesh.axis("pp"))
-        if _is(frame, "lightning_moefold."):
-            break
+    call = frames[outermost]
+    callers = [frame for frame in frames[outermost + 1 :] if not _is(frame, "torch.distributed.c10d_logger")]
     kind = _KINDS.get(call.f_code.co_name, call.f_code.co_name.strip("_"))
-    axis = next((a for f in callers if _is(f, "lightning_moefold.comm") and (a := _axis_in(f.f_locals))), None)
+    caller = callers[0] if callers else call
+    if _is(caller, _FSDP):
+        return _fsdp(callers, mesh)
+    if _is(caller, _PIPELINING):
+        return _of_axis("exchange", "pipeline stages", None if mesh is None else mesh.axis("pp"))
+    purpose = _purpose(callers) if _is(caller, "lightning_moefold.") else ""  # else the line of the user's code says it
+    axis = _axis_in(caller.f_locals) if _is(caller, "lightning_moefold.comm") else None
     if axis is not None:
-        return _of_axis(kind, _purpose(callers), axis)
-    return _of_group(kind, _purpose(callers), _group_in(call.f_locals), mesh)
+        return _of_axis(kind, purpose, axis)
+    return _of_group(kind, purpose, _group_in(call.f_locals), mesh)
 
 
 def _fsdp(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective:

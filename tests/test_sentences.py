@@ -104,7 +104,7 @@ LOST = {
     },
     "other collective": {
         0: r"in the all-gather of \S+ over tp \[0, 1\] on stage 0 \(Timed out .*\); no other rank of the group has ended, .*",
-        1: r"in the barrier of \S+ over world \[0, 1\] on stage 0 \(Timed out .*\); .*",
+        1: r"in the barrier over world \[0, 1\] on stage 0 \(Timed out .*\); .*",
     },
     # Where gloo receives too much, it ends the process itself, and says so.
     "other size": {0: r"in the \S+ of \S+ over tp \[0, 1\] on stage 0 .*; rank 1 \(stage 0\) has ended\."},
