@@ -17,8 +17,8 @@ Legend: M micro-batches, C tokens of the longest, D hidden size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +66,16 @@ class Pipeline:
         mesh: The folded mesh.
         plan: Schedule and cut.
         stages: Of this rank, in the order of the model.
+
+    Attributes:
+        watch: Makes, of torch's schedule, a context in which it runs; for who would see what happens when.
     """
 
     def __init__(self, model: MoECausalLM, mesh: FoldedMesh, plan: PipelinePlan, stages: list[Stage]) -> None:
         self.mesh, self.plan, self.stages = mesh, plan, stages
         self._model = model
         self._count = mesh.fold.pp * plan.chunks
+        self.watch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
         self._schedule: Any = None
         self._schedule_key: tuple[Any, ...] = ()
 
@@ -260,7 +264,7 @@ class Pipeline:
         numbers = torch.arange(len(job.batches))
         try:
             schedule = self._prepare(job)
-            with self._working_on(job):
+            with self._working_on(job), self.watch(schedule):
                 schedule.step(microbatch=numbers, target=numbers, return_outputs=False)
             model.release_gathered_weights()
             self._sum_tied()
