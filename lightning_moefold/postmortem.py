@@ -127,7 +127,8 @@ def _waiting(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective | N
     frame = frames[0]
     axis = _axis_in(frame.f_locals) or _axis_in(getattr(frame.f_locals.get("self"), "__dict__", {}))
     if axis is not None:
-        return _of_axis("exchange", _purpose(frames[1:]), axis)
+        kind = "all-to-all" if _is(frame, "lightning_moefold.comm") else "exchange"
+        return _of_axis(kind, _purpose(frames[1:]), axis)
     if _is(frame, "lightning_moefold.parallel.pipeline") and mesh is not None:
         return _of_axis("exchange", "pipeline stages", mesh.axis("pp"))
     return None

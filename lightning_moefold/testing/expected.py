@@ -111,11 +111,15 @@ class _Parts:
         yield from self._there_and_back("attention", tokens, self.m * len(layers), self.m * len(layers))
         wide = moe * bool(config.shared_expert_intermediate_size) + len(layers) - moe
         yield from self._there_and_back("shared expert, dense layer", tokens, self.m * wide, self.m * wide)
-        rows = self.t * config.num_experts_per_tok * config.hidden_size * _HALF
+        rows = self.t * config.num_experts_per_tok
+        sizes = (("rows", rows * config.hidden_size * _HALF, 2), ("router weights", rows * _SINGLE, 1))
         joint = fold.etp * fold.ep
         yield self._over("etp_ep", "token counts", "all-gather", joint * config.num_experts * _DOUBLE, moe * self.m)
-        yield self._over("ep", "dispatch and combine", "all-to-all", rows, 4 * moe * self.m)
-        yield self._over("etp", "gather and reduce of rows", "all-to-all", fold.etp * rows, 4 * moe * self.m)
+        # Rows travel there and back, router weights only there; in backward their gradients the other way.
+        for what, size, ways in sizes:
+            yield self._over("ep", what, "all-to-all", size, 2 * ways * moe * self.m)
+            for kind in ("all-gather", "reduce-scatter"):
+                yield self._over("etp", what, kind, fold.etp * size, ways * moe * self.m)
 
     def ends(self) -> Iterator[Expected]:
         """Embedding, and the head with its loss."""

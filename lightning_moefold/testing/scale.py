@@ -5,7 +5,7 @@ torch's fake process group stands in for the other ranks and fake tensors for st
 mesh, its part of a model of any size, its optimizer, and runs a step of the real code in seconds: what is recorded is
 what a real rank would do. Routing is taken to be balanced. :mod:`.expected` says what the fold requires.
 
-Legend: E experts, L local experts, R rows sent.
+Legend: E experts.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_moefold import comm
-from lightning_moefold.dispatch import AllToAllDispatcher
-from lightning_moefold.dispatch.alltoall import DispatchPlan
-from lightning_moefold.dispatch.permutation import Permutation
+from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
+from lightning_moefold.dispatch.alltoall import AllToAllDispatcher, ChunkPlan
+from lightning_moefold.dispatch.permutation import Choices, Copies
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig, causal_lm
@@ -115,8 +116,8 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
     parallelize(model, mesh, Sharding("optimizer", torch.bfloat16), torch.device("meta"), step.plan)
     model.num_microbatches = step.num_microbatches
     for layer in model.moe_layers().values():
-        dispatcher = layer.dispatcher
-        layer.dispatcher = _Balanced(dispatcher.num_experts, dispatcher.ep, dispatcher.etp, dispatcher.etp_ep)
+        axes = ExpertAxes(mesh.ep, mesh.etp, mesh.axis("etp_ep"))
+        layer.dispatcher = _Balanced(DispatchConfig(), layer.num_experts, layer.top_k, axes)
     recorder = Recorder(fold)
     ids = torch.zeros(step.num_microbatches, step.sequence_length, dtype=torch.int64)
     with FakeTensorMode(allow_non_fake_inputs=True), _real_batches(model):
@@ -223,19 +224,23 @@ class Recorder(TorchDispatchMode):
 class _Balanced(AllToAllDispatcher):
     """Sends as much to every expert, since nobody can know what a router without numbers would choose."""
 
-    def _make_plan(self, order: Permutation) -> DispatchPlan:
-        sources, peers = self.ep.size, self.etp.size
+    def _sizes_of_exchange(self, choices: Choices) -> tuple[list[list[int]], list[Tensor]]:
+        sources, peers, local = self.ep.size, self.etp.size, self.local_experts
         if self.etp_ep.size > 1:
-            comm.all_gather_raw(order.counts_E, self.etp_ep)
-        local, rows = self.num_experts // sources, order.rows
-        arrived = rows * peers
-        if rows % sources or arrived % local:
-            raise ValueError(f"{rows} rows do not spread evenly over {self.num_experts} experts and ep={sources}.")
-        with unset_fake_temporarily():
-            counts_L = torch.full((local,), arrived // local)
-            order_M = torch.arange(arrived) if local > 1 and peers * sources > 1 else None
-        even = [rows // sources] * sources
-        return DispatchPlan(order, even, even, [rows] * peers, order_M, counts_L)
+            comm.all_gather_raw(choices.counts_E, self.etp_ep)
+        rows = choices.slot_S.shape[0]
+        if rows % self.num_experts:
+            raise ValueError(f"{rows} rows of a rank do not spread evenly over {self.num_experts} experts.")
+        each = rows // self.num_experts
+        even = [local * each] * sources
+        return [[*even, *even, *[rows] * peers]], [torch.full((peers, sources, local), each)]
+
+    def _plans(
+        self, choices: Choices, sizes: list[list[int]], counts: list[Tensor], tokens: int
+    ) -> tuple[list[ChunkPlan], Copies]:
+        plans, copies = super()._plans(choices, sizes, counts, tokens)
+        computed = sum(plans[0].arrived) // self.local_experts
+        return [replace(plans[0], counts=[computed] * self.local_experts)], copies
 
 
 @contextmanager
