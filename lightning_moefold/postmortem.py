@@ -175,5 +175,8 @@ def _purpose(frames: list[FrameType]) -> str:
             if frame.f_code.co_name == "backward":
                 return "a backward pass"
         elif _is(frame, "lightning_moefold."):
-            return getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
+            name: str = getattr(
+                frame.f_code, "co_qualname", frame.f_code.co_name
+            )  # Python 3.10 has the short one alone
+            return name.partition(".<locals>")[0]
     return ""

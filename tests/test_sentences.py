@@ -84,8 +84,8 @@ def test_causes_in_a_pipeline_stage(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 LOST = {
     "tp": {0: r"in the all-gather of \S+ over tp \[0, 1\] on stage 0 .*; rank 1 \(stage 0\) has ended\."},
     "cp": {0: r"in the exchange of \S+ over cp \[0, 1\] on stage 0 .*; rank 1 \(stage 0\) has ended\."},
-    "ep": {0: r"in the all-to-all of \S+ over ep \[0, 1\] on stage 0 .*; rank 1 \(stage 0\) has ended\."},
-    "etp": {0: r"in the (?:all-gather|reduce-scatter|all-to-all) of \S+ over etp \[0, 1\] on stage 0 .*; rank 1 \(stage 0\) has ended\."},
+    "ep": {0: r"in the all-to-all of [\w.]+ over ep \[0, 1\] on stage 0 .*; rank 1 \(stage 0\) has ended\."},
+    "etp": {0: r"in the (?:all-gather|all-to-all) of \S+ over etp \[0, 1\] on stage 0 .*; rank 1 \(stage 0\) has ended\."},
     "pp": {0: r"in the exchange of pipeline stages over pp \[0, 1\] on stage 0 .*; rank 1 \(stage 1\) has ended\."},
     "dp": {0: r"in the all-gather of weights of \S+ over dp_cp \[0, 1\] on stage 0 .*; rank 1 \(stage 0\) has ended\."},
     "store": {1: r"in the all-to-all of \S+ over ep \[0, 1\] on stage 0 .*; rank 0 \(stage 0\), which holds the store of the "

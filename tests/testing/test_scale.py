@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,8 @@ from lightning_moefold.testing.expected import as_counter, expected_messages
 from lightning_moefold.testing.scale import Step, rehearse
 
 
-def check(name: str, fold: str, world: int, rank: int, plan: PipelinePlan, m: int, aux: bool = True) -> None:
-    step = Step(replace(MODELS[name], output_router_logits=aux), m, 4096, plan)
+def check(name: str, fold: str, world: int, rank: int, plan: PipelinePlan, m: int, **fields: Any) -> None:
+    step = Step(replace(MODELS[name], **{"output_router_logits": True} | fields), m, 4096, plan)
     done = rehearse(step, Fold.parse(fold, world), rank)
     assert done.memory == done.promised
     assert done.messages == as_counter(expected_messages(step, done.fold, rank, done.model.layouts))
@@ -47,7 +48,7 @@ def test_folds_of_the_paper(name: str, fold: str, rank: int) -> None:
              PipelinePlan("dualpipev")], ids=lambda plan: plan.schedule,
 )  # fmt: skip
 def test_schedules(plan: PipelinePlan) -> None:
-    check("qwen2-57b-a14b", "tp2 pp4 | ep4", 1024, 1021, plan, 8, aux=False)
+    check("qwen2-57b-a14b", "tp2 pp4 | ep4", 1024, 1021, plan, 8, output_router_logits=False, num_hidden_layers=8)
 
 
 @pytest.mark.slow
