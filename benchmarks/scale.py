@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ from lightning_moefold.planner.memory import MemoryModel
 from lightning_moefold.planner.models_zoo import MODELS
 from lightning_moefold.planner.schedules import RankLayers
 from lightning_moefold.testing.expected import Expected, as_counter, expected_messages
-from lightning_moefold.testing.scale import Rehearsal, Step, rehearse
+from lightning_moefold.testing.scale import Message, Rehearsal, Step, rehearse
 
 FOLDS = {
     "mixtral-8x22b": ("tp2 pp8 | ep8", "tp2 pp8 | ep4 etp2"),
@@ -61,11 +62,13 @@ def show(done: Rehearsal, expected: Sequence[Expected]) -> bool:
     print("| purpose | over | ranks | kind | calls | MB each | as required |")
     print("|---|---|--:|---|--:|--:|---|")
     required, every = as_counter(list(expected)), True
+    rows: Counter[tuple[str, str, Message]] = Counter()
     for entry in expected:
-        message = entry.message
+        rows[entry.purpose, entry.axis, entry.message] += entry.count
+    for (purpose, axis, message), count in rows.items():
         fits = done.messages[message] == required[message]
         every &= fits
-        print(f"| {entry.purpose} | {entry.axis} | {len(message.ranks)} | {message.kind} | {entry.count} | "
+        print(f"| {purpose} | {axis} | {len(message.ranks)} | {message.kind} | {count} | "
               f"{message.bytes / 1e6:.6g} | {'yes' if fits else done.messages[message]} |")  # fmt: skip
     for message in set(done.messages) - set(required):
         every = False
