@@ -161,7 +161,7 @@ class _Parts:
         else:
             numbers = 6 + 2 * self.step.num_microbatches * experts * self.wants_routing + 2 * fold.dp * (fold.tp > 1)
             yield self._over("stage", "loss and faults", "all-reduce", numbers * _DOUBLE, 1)
-        yield self._over("world", "gradient norm", "all-reduce", _DOUBLE, 1)
+        yield self._over("world", "gradient norm", "all-reduce", 2 * _DOUBLE, 1)
 
     def data_parallel(self, layouts: Mapping[str, ParameterLayout]) -> Iterator[Expected]:
         """Weights gathered and gradients reduced by FSDP2, and the sum of partial gradients over tp."""

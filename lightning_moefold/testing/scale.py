@@ -124,7 +124,7 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
         model.to_empty(device="cpu")
         registry = ParameterRegistry(model, mesh)
         gradient_sum = GradientSum(registry.unfinished_gradients())
-        norm = GradientNorm(mesh.world, registry.counts_here, torch.device("cpu"))
+        norm = GradientNorm(mesh.world, registry.counts_here, registry.is_expert, torch.device("cpu"))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         clock.lap("build")
         with recorder, gradient_sum.around_backward():
