@@ -44,6 +44,7 @@ from lightning_moefold import comm
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.dispatch.config import DispatcherName, DropPolicy, DropScope
 from lightning_moefold.fold import Fold
+from lightning_moefold.liveness import RollCall
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
@@ -68,7 +69,7 @@ from lightning_moefold.refusals import (
     check_second_names,
     check_trainer,
 )
-from lightning_moefold.sentences import print_without_traceback
+from lightning_moefold.sentences import Place, print_without_traceback
 from lightning_moefold.shared_checkpoints import SharedCheckpoints
 
 log = logging.getLogger(__name__)
@@ -198,6 +199,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._mesh: FoldedMesh | None = None
         self._converted: weakref.ref[torch.nn.Module] | None = None
         self._own: OwnModules | None = None
+        self._roll_call: RollCall | None = None
         self._predicting: Predicting | None = None
         self._watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -293,6 +295,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self.set_world_ranks()
         fold = self._make_fold()
         self._connect_processes()
+        self._join_roll_call()
         if self._mesh is None or self._mesh.fold != fold:
             self._mesh = self._mesh_of_earlier_trainer(fold)
         if self._mesh is None:
@@ -333,6 +336,15 @@ class MoEFoldStrategy(SharedCheckpoints):
         )
         if fresh:  # a process that ends with open groups may abort (gloo) or is complained of (NCCL)
             atexit.register(_end_processes)
+
+    def _join_roll_call(self) -> None:
+        """Lets peers see whether this process lives, should a collective fail."""
+        if self.world_size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        if self._roll_call is None or self._roll_call.store is not store:  # the process group may be another by now
+            self._roll_call = RollCall(store, self.global_rank)
+        self._roll_call.announce()
 
     # ---- set-up ------------------------------------------------------------------------------------------------
 
@@ -570,7 +582,8 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        print_without_traceback(exception, self.global_rank)
+        place = None if self._mesh is None else Place(self._mesh, self._pipeline_plan, self._roll_call)
+        print_without_traceback(exception, self.global_rank, place)
 
     @override
     def teardown(self) -> None:

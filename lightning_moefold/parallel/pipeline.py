@@ -59,7 +59,7 @@ class Pipeline:
     def __init__(self, model: MoECausalLM, mesh: FoldedMesh, plan: PipelinePlan, stages: list[Stage]) -> None:
         self.mesh, self.plan, self.stages = mesh, plan, stages
         self._model = model
-        self._runner = ScheduleRunner(model, mesh, plan, stages)
+        self.runner = ScheduleRunner(model, mesh, plan, stages)
 
     # ---- a call of the model -----------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class Pipeline:
         job = Job(batches, loss_fn, parts, wants_logits, tokens // self.mesh.tp.size, 1 / labels)
         if loss_fn is not None and training and batches[0].sequence.wants_routing:
             # The weight that a loss_fn finds decides how its gradients compare with those of the auxiliary loss.
-            with self._runner.counters_kept():
+            with self.runner.counters_kept():
                 self._run(job, training=False)
             job.scale = 1 / self._totals(job).weight
         kept = self._run(job, training)
@@ -199,7 +199,7 @@ class Pipeline:
             shape = (rows, job.batches[0].true_length, self._model.config.vocab_size)
             mine = torch.empty(shape, dtype=self._dtype, device=job.batches[0].faults.device)
         mine = mine.contiguous()
-        dist.broadcast(mine, src=self._runner.last_rank, group=pp.group)
+        dist.broadcast(mine, src=self.runner.last_rank, group=pp.group)
         return mine
 
     @property
@@ -212,7 +212,7 @@ class Pipeline:
         wires: tuple[Wire, ...] = (Wire((job.capacity, config.hidden_size), self._dtype),)
         if job.batches[0].sequence.wants_routing:
             wires += (Wire((2, config.num_experts), torch.float64),)
-        run = self._runner.train if training else self._runner.evaluate
+        run = self.runner.train if training else self.runner.evaluate
         return run(job, len(job.batches), wires, next(self._model.parameters()).device)
 
 

@@ -13,8 +13,8 @@ enter there like any others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -88,12 +88,16 @@ class ScheduleRunner:
         mesh: The folded mesh.
         plan: Schedule and cut.
         stages: Of this rank, in the order of the model.
+
+    Attributes:
+        watch: Makes, of torch's schedule, a context in which it runs; for who would see what happens when.
     """
 
     def __init__(self, owner: Staged, mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[StageModule]) -> None:
         self.mesh, self.plan, self.stages = mesh, plan, stages
         self.count = mesh.fold.pp * plan.chunks
         self._owner = owner
+        self.watch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
         self._schedule: Any = None
         self._schedule_key: tuple[Any, ...] = ()
 
@@ -144,7 +148,7 @@ class ScheduleRunner:
         numbers = torch.arange(microbatches)
         try:
             schedule = self._prepare(microbatches, wires, device)
-            with self._working_on(job):
+            with self._working_on(job), self.watch(schedule):
                 schedule.step(microbatch=numbers, target=numbers, return_outputs=False)
             self._owner.release_gathered_weights()
             return [(p, p.grad) for p in parameters]
