@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,25 +27,46 @@ LENGTH = 7
 
 
 def check(pool: RankPool, folder: Path, fold: Fold, row: Row, seed: int = 0) -> float:
-    """Trains under ``fold`` and in one process with Hugging Face's code in float64, and compares (errors < 1e-9).
+    """Trains a case of the matrix under ``fold`` and in one process with Hugging Face's code, and compares.
 
     Args:
         pool: Of enough ranks.
         folder: Where checkpoints are kept.
         fold: Of the parallel run.
-        row: A value for each factor of the matrix; or ``optimizer`` a factory, with ``zero_everything``.
+        row: A value for each factor of the matrix.
         seed: Of the tokens.
+
+    Returns:
+        The largest error, below 1e-9.
+    """
+    path = checkpoint(folder, row["family"], row["shape"], matrix.layers(fold, row))
+    # Two steps where batches accumulate and three where they do not, which the optimizer's momenta need.
+    number = row["accumulate"] * (STEPS - (row["accumulate"] > 1))
+    batches = draw_batches(fold, row, number, SHAPES[row["shape"]].get("vocab_size", 96), seed)
+    return check_run(pool, path, fold, row, matrix.frozen_patterns(fold, row), batches)
+
+
+def check_run(
+    pool: RankPool, path: Path, fold: Fold, row: Row, frozen: Sequence[str], batches: list[list[dict[str, Tensor]]]
+) -> float:
+    """Trains a checkpoint on ``batches[batch][data rank]`` both ways in float64, and compares everything (errors < 1e-9).
+
+    Args:
+        pool: Of enough ranks.
+        path: The checkpoint.
+        fold: Of the parallel run.
+        row: Of its factors, those that are about training; ``optimizer`` may be a factory, with ``zero_everything``.
+        frozen: Patterns of names.
+        batches: Of every data rank.
 
     Returns:
         The largest error.
     """
-    path = checkpoint(folder, row["family"], row["shape"], matrix.layers(fold, row))
-    batches = draw_batches(fold, row, STEPS * row["accumulate"], seed)
     spec = {
         "overrides": {"output_router_logits": row["auxiliary"]},
         "accumulate": row["accumulate"],
         "num_microbatches": row["microbatches"],
-        "frozen": matrix.frozen_patterns(fold, row),
+        "frozen": frozen,
         "sharding": row["sharding"],
         "optimizer": row["optimizer"],
         "exchange": row["exchange"] or "auto",
@@ -65,11 +87,13 @@ def check(pool: RankPool, folder: Path, fold: Fold, row: Row, seed: int = 0) -> 
     return compare(actual, expected, 1e-9, f"{fold} {row}")
 
 
-def draw_batches(fold: Fold, row: Row, number: int, seed: int = 0, length: int = LENGTH) -> list[list[dict[str, Tensor]]]:
+def draw_batches(
+    fold: Fold, row: Row, number: int, vocab: int, seed: int = 0, length: int = LENGTH
+) -> list[list[dict[str, Tensor]]]:
     """``[batch][data rank]`` of random tokens as the row wants them."""
     batches = make_batches(
-        number, fold.dp, matrix.rows_per_rank(fold, row), length, SHAPES[row["shape"]].get("vocab_size", 96), seed=seed,
-        padding=row["padding"], ignore=row["ignore"],
+        number, fold.dp, matrix.rows_per_rank(fold, row), length, vocab, seed=seed, padding=row["padding"],
+        ignore=row["ignore"],
     )  # fmt: skip
     if row["documents"]:
         generator = torch.Generator().manual_seed(seed)

@@ -27,7 +27,7 @@ def test_a_fold_that_does_not_suit_the_model_never_starts(pool: RankPool, folder
     """Which folds these are is tested beside the matrix; here all ranks are told, and none hangs."""
     path = checkpoint(folder, "mixtral", "6 experts, tied")
     with pytest.raises(RankError) as caught:
-        pool.run(runs.train, str(path), "tp2 | ep4", [[{}]], {}, ranks=4)
+        pool.run(runs.train, str(path), "tp2 | ep4", [[{}, {}]], {}, ranks=4)
     assert caught.value.exception_types == dict.fromkeys(range(4), "FoldError")
     assert all("use ep in 1, 2, 3, 6" in message for message in caught.value.messages.values())
 

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probes that run on every rank of many folds: over which ranks gradients are summed, what the norm counts, where tokens go."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from lightning_moefold import MoECausalLM, MoEFoldStrategy
+from lightning_moefold.dispatch import AllToAllDispatcher
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.parallel import local_part
+from lightning_moefold.testing import PoolEnvironment
+from tests.exactness.runs import BatchList
+
+EXPERTS, TOP = 8, 2
+
+
+@dataclasses.dataclass
+class Found:
+    """Of one fold, on one rank.
+
+    Attributes:
+        powers: By parameter, the value of its gradient's elements (all the same on a rank) after backward and reductions, if
+            the backward of every rank r gives 2 ** r.
+        norm: The global norm if every gradient is one.
+        clipped: The same after clipping to one.
+        parameters: Of the whole model.
+        identity: Largest difference between tokens and what comes back from experts that change nothing.
+    """
+
+    powers: dict[str, float] = dataclasses.field(default_factory=dict)
+    norm: float = 0.0
+    clipped: float = 0.0
+    parameters: int = 0
+    identity: float = 0.0
+
+
+class Probed(pl.LightningModule):
+    """One training step in which the gradient of every weight, as its layer's backward computes it, becomes 2 ** rank."""
+
+    def __init__(self, path: str, found: Found) -> None:
+        super().__init__()
+        self.path, self.found, self.model = path, found, None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = MoECausalLM.from_pretrained(self.path, output_router_logits=True)
+
+    def on_train_start(self) -> None:
+        # Within a pipeline the model's loss has seen the number of data ranks, which its gradients are divided by afterwards.
+        scale = float(self.trainer.strategy.mesh.dp_cp.size) if self.trainer.strategy.fold.pp > 1 else 1.0
+        for module in self.model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(_Fill(2.0 ** dist.get_rank() * scale))
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        return self.model(**batch).loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for name, parameter in self.model.named_parameters():
+            values = local_part(parameter.grad).unique()
+            assert len(values) <= 1, f"{name} holds {values.tolist()}"
+            if len(values):
+                self.found.powers[name] = float(values)
+        for parameter in self.model.parameters():
+            local_part(parameter.grad).fill_(1.0)
+        norm = self.trainer.strategy.precision_plugin.gradient_norm
+        members = list(self.parameters())
+        self.found.norm = norm.total(members).item()
+        norm.clip(members, 1.0)
+        self.found.clipped = norm.total(members).item()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class _Fill:
+    """A hook before forward, when the weights are gathered: replaces the gradient of each of the module's own weights."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and torch.is_grad_enabled():
+                parameter.register_hook(self.fill)
+
+    def fill(self, grad: Tensor) -> Tensor:
+        if not isinstance(grad, DTensor):
+            return torch.full_like(grad, self.value)
+        filled = torch.full_like(grad.to_local(), self.value)
+        return DTensor.from_local(
+            filled, grad.device_mesh, grad.placements, run_check=False, shape=grad.shape, stride=grad.stride()
+        )
+
+
+def probe(path: str, folds: list[str], shardings: list[str]) -> list[Found]:
+    """All probes of all folds, one after the other in this process group."""
+    return [_probe(path, fold, sharding) for fold, sharding in zip(folds, shardings, strict=True)]
+
+
+def _probe(path: str, fold: str, sharding: str) -> Found:
+    found = Found()
+    module = Probed(path, found)
+    strategy = MoEFoldStrategy(
+        fold=fold, num_microbatches=1, pipeline_schedule="gpipe", data_parallel_sharding=sharding  # type: ignore[arg-type]
+    )  # fmt: skip
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, plugins=[PoolEnvironment()], precision="64-true",
+        max_steps=1, use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, logger=False,
+    )  # fmt: skip
+    tokens = torch.arange(16).view(2, 8) * 5 % 96
+    trainer.fit(module, DataLoader(BatchList([{"input_ids": tokens, "labels": tokens}]), batch_size=None))
+    assert module.model is not None
+    found.parameters = module.model.config.num_parameters()
+    found.identity = _identity(strategy.mesh)
+    return found
+
+
+def _identity(mesh: FoldedMesh) -> float:
+    """Tokens of which no two are alike on any two ranks, through experts that change nothing; weights sum to one.
+
+    An expert is cut over etp: each rank gives its share of every token, and the shares differ.
+    """
+    dispatcher = AllToAllDispatcher(EXPERTS, mesh.ep, mesh.etp, mesh.axis("etp_ep"))
+    generator = torch.Generator().manual_seed(mesh.rank)
+    tokens = 3 + 2 * mesh.rank
+    x = torch.randn(tokens, 4, generator=generator, dtype=torch.float64) + 100 * mesh.rank
+    expert = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in range(tokens)])
+    weight = torch.rand(tokens, TOP, generator=generator, dtype=torch.float64)
+    weight = weight / weight.sum(1, keepdim=True)
+    parts = torch.arange(1.0, mesh.etp.size + 1, dtype=torch.float64)
+    share = parts[mesh.etp.index] / parts.sum()
+    rows, plan = dispatcher.dispatch_preprocess(x, expert, None)
+    arrived = dispatcher.dispatch_postprocess(dispatcher.token_dispatch(rows, plan), plan)
+    back = dispatcher.token_combine(dispatcher.combine_preprocess(arrived * share, plan), plan)
+    return float((dispatcher.combine_postprocess(back, weight, plan) - x).abs().max())
