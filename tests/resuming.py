@@ -82,11 +82,16 @@ class Ledger:
         lines = [" ".join([" " * width, *(f"{family:>18}" for family in families)])]
         for fold, row in sorted(cells.items(), key=lambda item: _order(item[0])):
             lines.append(" ".join([f"{fold:<{width}}", *(_cell(row.get(family, [])) for family in families)]))
-        worst = max((e for row in cells.values() for es in row.values() for e in es), key=lambda e: e["error"], default=None)
+        worst = max(
+            (e for row in cells.values() for es in row.values() for e in es), key=lambda e: e["error"], default=None
+        )
         if worst is None:
             return []
         number = sum(len(entries) for row in cells.values() for entries in row.values())
-        return [*lines, f"{number} cases under {len(cells)} folds; the largest error is {worst['error']:.1e} ({worst['fold']})"]
+        return [
+            *lines,
+            f"{number} cases under {len(cells)} folds; the largest error is {worst['error']:.1e} ({worst['fold']})",
+        ]
 
 
 def _cell(entries: list[dict[str, Any]]) -> str:
@@ -112,7 +117,9 @@ _LEDGER = pytest.StashKey[Ledger]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moefold")
-    group.addoption("--resume", action="store_true", help="leave out what has passed under the same version of the code")
+    group.addoption(
+        "--resume", action="store_true", help="leave out what has passed under the same version of the code"
+    )
     group.addoption("--fresh", action="store_true", help="with --resume: forget what has passed")
     group.addoption("--ledger", type=Path, default=ROOT / "build" / "test-all.jsonl", help="where --resume writes")
 

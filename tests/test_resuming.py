@@ -30,7 +30,14 @@ def test_fold(fold, family, record_property):
 
 def _run(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(folder), "-p", "tests.resuming", "-p"]
-    command += ["no:cacheprovider", "--resume", "--ledger", str(folder / "build" / "ledger.jsonl"), *options, str(folder)]
+    command += [
+        "no:cacheprovider",
+        "--resume",
+        "--ledger",
+        str(folder / "build" / "ledger.jsonl"),
+        *options,
+        str(folder),
+    ]
     environ = {**os.environ, "PYTHONPATH": str(resuming.ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **environment}
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
 

@@ -82,7 +82,16 @@ def runs(draw: st.DrawFn, worlds: tuple[int, ...]) -> Run:
     frozen = tuple(draw(st.lists(st.sampled_from(patterns), max_size=2, unique=True)))
     # Where every query has but one key to attend to, its gradient is zero in exact arithmetic and rounding in ours.
     length = draw(st.integers(5, 13))
-    return Run(str(fold), fold.world_size, model, draw(st.sampled_from(ROUTINGS)), row, length, frozen, draw(st.integers(0, 99)))
+    return Run(
+        str(fold),
+        fold.world_size,
+        model,
+        draw(st.sampled_from(ROUTINGS)),
+        row,
+        length,
+        frozen,
+        draw(st.integers(0, 99)),
+    )
 
 
 @st.composite

@@ -11,7 +11,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from lightning_moefold import Fold, FoldError, MoEConfig
@@ -83,7 +83,7 @@ def layers(fold: Fold, row: Row) -> int:
     return least if fold.pp == 1 else max(3, fold.pp * plan(row).chunks)
 
 
-@lru_cache(maxsize=None)
+@cache
 def config_of(family: str, shape: str, num_layers: int) -> MoEConfig:
     """The configuration without a checkpoint on disk."""
     return MoEConfig.from_hf(hf_config(family, shape, num_hidden_layers=num_layers))
@@ -233,14 +233,21 @@ CORNERS = [
 ]  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def everyday() -> tuple[Case, ...]:
     """What ``make test`` runs: every fold of up to four ranks, and a cover of those of eight."""
     few = [*Fold.enumerate(1), *Fold.enumerate(2)]
     return tuple(cover([*few, *FOUR, *covering_folds(EIGHT, 20)], [*few, *(f for f in FOUR if f.pp == 2)], seed=6))
 
 
-@lru_cache(maxsize=None)
+def more_on_four() -> list[Case]:
+    """Every fold of four ranks with rows of chance beside the covering ones."""
+    chance = random.Random(5)
+    drawn = [(fold, number, draw(fold, chance)) for fold in FOUR for number in range(4)]
+    return [Case(fold, tuple(row.items()), f"more{number}") for fold, number, row in drawn if row is not None]
+
+
+@cache
 def all_of_eight() -> tuple[Case, ...]:
     """Every fold of eight ranks with every family."""
     chance = random.Random(2)

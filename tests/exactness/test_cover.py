@@ -65,7 +65,9 @@ def test_any_two_values_meet() -> None:
     assert wanted - forbidden - met == set()
 
 
-@pytest.mark.parametrize("suite", [matrix.everyday, matrix.all_of_eight, matrix.corners, matrix.sixteen])
+@pytest.mark.parametrize(
+    "suite", [matrix.everyday, matrix.more_on_four, matrix.all_of_eight, matrix.corners, matrix.sixteen]
+)
 def test_every_case_is_legal_and_named_once(suite) -> None:  # type: ignore[no-untyped-def]
     cases = suite()
     assert len({str(case) for case in cases}) == len(cases)

@@ -42,8 +42,18 @@ def sixteen() -> Iterator[RankPool]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", matrix.more_on_four(), ids=str)
+def test_more_rows_on_four(
+    pool: RankPool, folder: Path, case: matrix.Case, record_property: Callable[..., None]
+) -> None:
+    _check_for_the_table(pool, folder, case, record_property)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", matrix.all_of_eight(), ids=str)
-def test_all_folds_of_eight(pool: RankPool, folder: Path, case: matrix.Case, record_property: Callable[..., None]) -> None:
+def test_all_folds_of_eight(
+    pool: RankPool, folder: Path, case: matrix.Case, record_property: Callable[..., None]
+) -> None:
     _check_for_the_table(pool, folder, case, record_property)
 
 
@@ -57,13 +67,13 @@ def test_every_schedule_with_every_exchange(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", matrix.sixteen(), ids=str)
-def test_sixteen_ranks(sixteen: RankPool, folder: Path, case: matrix.Case, record_property: Callable[..., None]) -> None:
+def test_sixteen_ranks(
+    sixteen: RankPool, folder: Path, case: matrix.Case, record_property: Callable[..., None]
+) -> None:
     _check_for_the_table(sixteen, folder, case, record_property)
 
 
-def _check_for_the_table(
-    pool: RankPool, folder: Path, case: matrix.Case, record_property: Callable[..., None]
-) -> None:
+def _check_for_the_table(pool: RankPool, folder: Path, case: matrix.Case, record_property: Callable[..., None]) -> None:
     record_property("fold", str(case.fold))
     record_property("family", case.row["family"])
     record_property("error", compare.check(pool, folder, case.fold, case.row))

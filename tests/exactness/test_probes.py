@@ -34,7 +34,9 @@ def _members(fold: Fold, name: str, rank: int) -> list[int]:
         return next(g for g in fold.groups("edp") if rank in g)
     summed = next(g for g in fold.groups("dp_cp") if rank in g)
     cut = any(part in name for part in CUT)
-    if not cut or (fold.tp == 8 and ("k_proj" in name or "v_proj" in name)):  # four key/value heads are not cut over eight
+    if not cut or (
+        fold.tp == 8 and ("k_proj" in name or "v_proj" in name)
+    ):  # four key/value heads are not cut over eight
         summed = [r for g in fold.groups("tp") if set(g) & set(summed) for r in g]
     return sorted(summed)
 
