@@ -58,7 +58,7 @@ class Probed(pl.LightningModule):
         # Within a pipeline the model's loss has seen the number of data ranks, which its gradients are divided by afterwards.
         scale = float(self.trainer.strategy.mesh.dp_cp.size) if self.trainer.strategy.fold.pp > 1 else 1.0
         for module in self.model.modules():
-            if any(True for _ in module.parameters(recurse=False)):
+            if any(True for _ in module.parameters()):
                 module.register_forward_pre_hook(_Fill(2.0 ** dist.get_rank() * scale))
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
@@ -83,13 +83,16 @@ class Probed(pl.LightningModule):
 
 
 class _Fill:
-    """A hook before forward, when the weights are gathered: replaces the gradient of each of the module's own weights."""
+    """A hook before forward: replaces the gradient of the weights that are in use from there on.
+
+    Weights are gathered by the module that holds them or one around it, and are used by either, so it is hooked to all.
+    """
 
     def __init__(self, value: float) -> None:
         self.value = value
 
     def __call__(self, module: nn.Module, _: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+        for parameter in module.parameters():
             if parameter.requires_grad and torch.is_grad_enabled():
                 parameter.register_hook(self.fill)
 
@@ -102,9 +105,9 @@ class _Fill:
         )
 
 
-def probe(path: str, folds: list[str], shardings: list[str]) -> list[Found]:
+def probe(paths: list[str], folds: list[str], shardings: list[str]) -> list[Found]:
     """All probes of all folds, one after the other in this process group."""
-    return [_probe(path, fold, sharding) for fold, sharding in zip(folds, shardings, strict=True)]
+    return [_probe(*case) for case in zip(paths, folds, shardings, strict=True)]
 
 
 def _probe(path: str, fold: str, sharding: str) -> Found:

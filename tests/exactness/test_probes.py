@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
@@ -20,12 +19,16 @@ CUT = ("q_proj", "k_proj", "v_proj", "o_proj", "shared_expert.", "embed_tokens",
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("probed") / "qwen"
-    return make_checkpoint(
-        folder, "qwen2_moe", num_experts=8, num_hidden_layers=8, moe_intermediate_size=8, hidden_size=16,
-        num_attention_heads=8, num_key_value_heads=4,
-    )  # fmt: skip
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """Checkpoints by their number of layers."""
+    folder = tmp_path_factory.mktemp("probed")
+    return {
+        layers: str(make_checkpoint(
+            folder / f"{layers}", "qwen2_moe", num_experts=8, num_hidden_layers=layers, moe_intermediate_size=8,
+            hidden_size=16, num_attention_heads=8, num_key_value_heads=4,
+        ))
+        for layers in (2, 4, 8)
+    }  # fmt: skip
 
 
 def _members(fold: Fold, name: str, rank: int) -> list[int]:
@@ -41,11 +44,11 @@ def _members(fold: Fold, name: str, rank: int) -> list[int]:
     return sorted(summed)
 
 
-def _check(pool: RankPool, path: Path, folds: list[Fold]) -> None:
+def _check(pool: RankPool, paths: dict[int, str], folds: list[Fold]) -> None:
     shardings = [SHARDINGS[i % 3] for i in range(len(folds))]
     world = folds[0].world_size
-    outcome = pool.run(probes.probe, str(path), [str(f) for f in folds], shardings, ranks=world, timeout=600)
-    names = set(parameter_entries(MoEConfig.from_pretrained(path)))
+    chosen = [paths[max(2, fold.pp)] for fold in folds]
+    outcome = pool.run(probes.probe, chosen, [str(f) for f in folds], shardings, ranks=world, timeout=600)
     for i, (fold, sharding) in enumerate(zip(folds, shardings, strict=True)):
         what = f"{fold}, sharding {sharding}"
         for rank in range(world):
@@ -57,15 +60,16 @@ def _check(pool: RankPool, path: Path, folds: list[Fold]) -> None:
             assert found.norm == pytest.approx(math.sqrt(found.parameters), rel=1e-12), what
             assert found.clipped == pytest.approx(1.0, rel=1e-6), what
             assert found.identity < 1e-12, what
+        names = set(parameter_entries(MoEConfig.from_pretrained(chosen[i])))
         assert set().union(*(outcome[rank][i].powers for rank in range(world))) == names, what
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_every_fold_of_four(pool: RankPool, path: Path, part: int) -> None:
-    _check(pool, path, list(Fold.enumerate(4))[part::2])
+def test_every_fold_of_four(pool: RankPool, paths: dict[int, str], part: int) -> None:
+    _check(pool, paths, list(Fold.enumerate(4))[part::2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(12))
-def test_every_fold_of_eight(pool: RankPool, path: Path, part: int) -> None:
-    _check(pool, path, list(Fold.enumerate(8))[part::12])
+def test_every_fold_of_eight(pool: RankPool, paths: dict[int, str], part: int) -> None:
+    _check(pool, paths, list(Fold.enumerate(8))[part::12])
