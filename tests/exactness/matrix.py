@@ -2,7 +2,8 @@
 """The test matrix: which folds are tried, and which values of the other factors meet in each. Pure Python, the same every time.
 
 Every fold comes with a row, that is, one value of each factor. Rows are chosen greedily so that any two values of two factors,
-and any value with any axis of the fold in {1, > 1}, meet in some case of the suite, as far as the rules let them.
+and any value with any axis of the fold in {1, > 1}, meet in some case of the suite, as far as the rules let them. Only
+schedules and exchanges do not all meet there: their full product is among the slow tests.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.exactness.shapes import SHAPES, hf_config
 AXES = ("tp", "cp", "dp", "pp", "ep", "etp", "edp")
 
 #: Rows of the global batch, whatever the number of data ranks, where these are enough.
-GLOBAL_ROWS = 16
+GLOBAL_ROWS = 8
 
 FACTORS: dict[str, list[Any]] = {
     "family": ["mixtral", "qwen2_moe", "qwen3_moe"],
@@ -213,10 +214,13 @@ def _weight(pair: Pair) -> int:
 
 
 def wanted_pairs() -> Iterator[Pair]:
-    """Every pair of values of two factors, and every value with every axis in {1, > 1}, whether or not it can be met."""
+    """Every pair of values of two factors, and every value with every axis in {1, > 1}, whether or not it can be met.
+
+    Except pairs of an exchange and a schedule.
+    """
     for (a, many), (b, others) in itertools.combinations(FACTORS.items(), 2):
-        for x, y in itertools.product(many, others):
-            yield (a, x), (b, y)
+        if (a, b) != ("exchange", "schedule"):  # see corners()
+            yield from (((a, x), (b, y)) for x, y in itertools.product(many, others))
     for (name, many), axis, big in itertools.product(FACTORS.items(), AXES, (False, True)):
         for value in many:
             yield (name, value), (axis, big)
@@ -237,7 +241,7 @@ CORNERS = [
 def everyday() -> tuple[Case, ...]:
     """What ``make test`` runs: every fold of up to four ranks, and a cover of those of eight."""
     few = [*Fold.enumerate(1), *Fold.enumerate(2)]
-    return tuple(cover([*few, *FOUR, *covering_folds(EIGHT, 20)], [*few, *(f for f in FOUR if f.pp == 2)], seed=6))
+    return tuple(cover([*few, *FOUR, *covering_folds(EIGHT, 18)], [*few, *(f for f in FOUR if f.pp == 2)], seed=6))
 
 
 def more_on_four() -> list[Case]:

@@ -12,7 +12,7 @@ from lightning_moefold.testing.checkpoints import _COMMON, _FAMILIES
 #: Each is awkward in several ways that do not hide each other.
 SHAPES: dict[str, dict[str, Any]] = {
     "28 heads": {"num_experts": 8, "hidden_size": 56, "num_attention_heads": 28, "num_key_value_heads": 4},
-    "60 experts": {"num_experts": 60, "num_experts_per_tok": 4, "moe_ffn": 8, "vocab_size": 97},
+    "12 experts": {"num_experts": 12, "num_experts_per_tok": 4, "moe_ffn": 8, "vocab_size": 97},
     "6 experts, tied": {
         "num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 1, "tie_word_embeddings": True,
     },

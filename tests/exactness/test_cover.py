@@ -35,12 +35,12 @@ FORBIDDEN: list[tuple[str, object, str, object]] = [
 ]
 
 
-def test_every_fold_of_four_ranks_and_twenty_of_eight() -> None:
+def test_every_fold_of_four_ranks_and_some_of_eight() -> None:
     folds = {case.fold for case in matrix.everyday()}
     assert {f for f in folds if f.world_size == 4} == set(Fold.enumerate(4))
     assert len(set(Fold.enumerate(4))) == 46
     assert {f for f in folds if f.world_size <= 2} == {*Fold.enumerate(1), *Fold.enumerate(2)}
-    assert len([f for f in folds if f.world_size == 8]) == 20
+    assert len([f for f in folds if f.world_size == 8]) == 18
 
 
 def test_every_triple_of_axes_on_eight_ranks() -> None:

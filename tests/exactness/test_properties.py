@@ -30,7 +30,7 @@ def _check(pool: RankPool, run: drawn.Run) -> None:
         compare.check_run(pool, path, fold, run.row, run.frozen, batches)
 
 
-@settings(common, max_examples=12)
+@settings(common, max_examples=10)
 @given(run=drawn.runs((1, 2, 4)))
 def test_a_run_is_that_of_one_process(pool: RankPool, run: drawn.Run) -> None:
     _check(pool, run)
