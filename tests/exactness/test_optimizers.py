@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: Those that do not differ in kind from others.
-RARE = {"adadelta", "adamax", "radam", "asgd", "adamw foreach", "sgd foreach"}
+RARE = {"adadelta", "adamax", "radam", "nadam", "asgd", "adam amsgrad", "adamw foreach", "sgd foreach", "lion"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in FACTORIES])
