@@ -71,6 +71,7 @@ def check_run(
         "optimizer": row["optimizer"],
         "exchange": row["exchange"] or "auto",
         "recompute": row["recompute"],
+        "dispatch": {"dispatch_chunks": 2} if row["dispatch"] == "chunks" else {"dispatcher": row["dispatch"]},
         "zero_everything": row.get("zero_everything", False),
         "clip": 0.5,
         "lr": 1e-2,

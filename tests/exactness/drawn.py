@@ -75,6 +75,7 @@ def runs(draw: st.DrawFn, worlds: tuple[int, ...]) -> Run:
         "sharding": draw(st.sampled_from(["optimizer", "none"] if split_backward else FACTORS["sharding"])),
         "optimizer": draw(st.sampled_from(FACTORS["optimizer"])),
         "recompute": None if split_backward else draw(st.sampled_from(FACTORS["recompute"])),
+        "dispatch": draw(st.sampled_from(FACTORS["dispatch"])),
         "exchange": exchange,
         "schedule": plan.schedule if fold.pp > 1 else None,
     }

@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
-from lightning_moefold.dispatch import AllToAllDispatcher
+from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
+from lightning_moefold.dispatch.registry import DISPATCHERS
 from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
 from lightning_moefold.parallel import local_part
 from lightning_moefold.testing import PoolEnvironment
 from tests.exactness.runs import BatchList
@@ -132,9 +134,9 @@ def _probe(path: str, fold: str, sharding: str) -> Found:
 def _identity(mesh: FoldedMesh) -> float:
     """Tokens of which no two are alike on any two ranks, through experts that change nothing; weights sum to one.
 
-    An expert is cut over etp: each rank gives its share of every token, and the shares differ.
+    An expert is cut over etp: each rank gives its share of every token, and the shares differ. Largest difference over all
+    dispatchers.
     """
-    dispatcher = AllToAllDispatcher(EXPERTS, mesh.ep, mesh.etp, mesh.axis("etp_ep"))
     generator = torch.Generator().manual_seed(mesh.rank)
     tokens = 3 + 2 * mesh.rank
     x = torch.randn(tokens, 4, generator=generator, dtype=torch.float64) + 100 * mesh.rank
@@ -143,7 +145,14 @@ def _identity(mesh: FoldedMesh) -> float:
     weight = weight / weight.sum(1, keepdim=True)
     parts = torch.arange(1.0, mesh.etp.size + 1, dtype=torch.float64)
     share = parts[mesh.etp.index] / parts.sum()
-    rows, plan = dispatcher.dispatch_preprocess(x, expert, None)
-    arrived = dispatcher.dispatch_postprocess(dispatcher.token_dispatch(rows, plan), plan)
-    back = dispatcher.token_combine(dispatcher.combine_preprocess(arrived * share, plan), plan)
-    return float((dispatcher.combine_postprocess(back, weight, plan) - x).abs().max())
+    axes = ExpertAxes(mesh.ep, mesh.etp, mesh.axis("etp_ep"))
+    worst = 0.0
+    for name, kind in DISPATCHERS.items():
+        dispatcher = kind(DispatchConfig(name), EXPERTS, TOP, axes)
+        [parcel] = dispatcher.dispatch_preprocess(x, weight, expert)
+        parcel = dispatcher.token_dispatch(parcel)
+        arrived, rows = dispatcher.dispatch_postprocess(parcel)
+        y = sum_rows(read_tokens(arrived, rows) * share * rows.weight_M.unsqueeze(1), rows, arrived.shape[0])
+        back = dispatcher.token_combine(dispatcher.combine_preprocess(y, parcel.plan), parcel.plan)
+        worst = max(worst, float((dispatcher.combine_postprocess([back], [parcel.plan]) - x).abs().max()))
+    return worst
