@@ -57,14 +57,19 @@ class Probed(pl.LightningModule):
             self.model = MoECausalLM.from_pretrained(self.path, output_router_logits=True)
 
     def on_train_start(self) -> None:
-        # Within a pipeline the model's loss has seen the number of data ranks, which its gradients are divided by afterwards.
+        # In a pipeline backward is over when the model returns its loss: what its schedule has computed is divided by the
+        # number of data ranks afterwards.
         scale = float(self.trainer.strategy.mesh.dp_cp.size) if self.trainer.strategy.fold.pp > 1 else 1.0
+        self.fill = _Fill(2.0 ** dist.get_rank() * scale)
         for module in self.model.modules():
             if any(True for _ in module.parameters()):
-                module.register_forward_pre_hook(_Fill(2.0 ** dist.get_rank() * scale))
+                module.register_forward_pre_hook(self.fill)
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        return self.model(**batch).loss
+        loss = self.model(**batch).loss
+        if self.trainer.strategy.fold.pp > 1:
+            self.fill.remove()
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         for name, parameter in self.model.named_parameters():
@@ -92,11 +97,16 @@ class _Fill:
 
     def __init__(self, value: float) -> None:
         self.value = value
+        self.handles: list[Any] = []
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
     def __call__(self, module: nn.Module, _: Any) -> None:
         for parameter in module.parameters():
             if parameter.requires_grad and torch.is_grad_enabled():
-                parameter.register_hook(self.fill)
+                self.handles.append(parameter.register_hook(self.fill))
 
     def fill(self, grad: Tensor) -> Tensor:
         if not isinstance(grad, DTensor):
