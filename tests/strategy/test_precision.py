@@ -51,8 +51,8 @@ def test_single_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> N
 def test_mixed_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> None:
     """Weights and gradients in float32, computation in bfloat16, the router in float32, autocast for others only.
 
-    A fold may be as far from one process as roundings of two kinds are from each other: each tensor's gradient differs by no
-    more than twice what bfloat16 itself costs there (both as 2-norms).
+    A fold may be as far from one process as roundings of two kinds are from each other, and tp rounds parts of sums besides:
+    each tensor's gradient differs by no more than four times what bfloat16 itself costs there (both as 2-norms).
     """
     rows = torch.cat([tokens, finetune.rows(2 * finetune.ROWS)])
     [[exact]] = pool.run(precisions.train_folds, str(path), [""], "32-true", rows, ranks=1)
@@ -73,7 +73,7 @@ def test_mixed_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> No
         assert grads.keys() == in_full.keys()
         for name, grad in grads.items():
             cost, distance = (narrow[name] - in_full[name]).norm(), (grad - narrow[name]).norm()
-            assert distance <= 2 * cost, f"{name}, {fold}: {distance / cost:.1f} times what bfloat16 costs"
+            assert distance <= 4 * cost, f"{name}, {fold}: {distance / cost:.1f} times what bfloat16 costs"
         assemble(r["weights"] for r in runs)
 
 
