@@ -19,8 +19,8 @@ demo: setup-demo ## set up, then run the main job on CPU ranks: minutes; shorter
 test: setup-test ## set up, then run the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not slow" $(ARGS)
 
-test-all: setup-test ## set up, then run all the tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q $(ARGS)
+test-all: setup-test ## set up, then run all the tests: hours; goes on where it was stopped, ARGS="--fresh" begins anew
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --resume $(ARGS)
 
 lint: setup-test ## check the style of the code (ruff)
 	$(PYTHON) -m ruff check .

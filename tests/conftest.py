@@ -9,6 +9,8 @@ import pytest
 
 from lightning_moefold.testing import RankPool
 
+pytest_plugins = ["tests.resuming"]
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:

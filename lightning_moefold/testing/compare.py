@@ -41,7 +41,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 def assert_close_by_name(
     actual: Mapping[str, Tensor | None], expected: Mapping[str, Tensor | None], tol: float, what: str
-) -> None:
+) -> float:
     """Asserts that two sets of tensors have the same names, and errors below a tolerance.
 
     Args:
@@ -49,6 +49,9 @@ def assert_close_by_name(
         expected: The reference.
         tol: Largest :func:`relative_error` allowed.
         what: What the tensors are, for the message.
+
+    Returns:
+        The largest error.
 
     Raises:
         AssertionError: Listing missing and extra names, and the worst tensors with their errors.
@@ -58,17 +61,15 @@ def assert_close_by_name(
         lines.append(f"missing: {', '.join(missing)}")
     if extra := sorted(actual.keys() - expected.keys()):
         lines.append(f"extra: {', '.join(extra)}")
-    bad = []
-    for name in expected.keys() & actual.keys():
-        error, note = _judge(actual[name], expected[name])
-        if not error <= tol:
-            bad.append((error, name, note))
+    judged = [(*_judge(actual[name], expected[name]), name) for name in expected.keys() & actual.keys()]
+    bad = [(error, name, note) for error, note, name in judged if not error <= tol]
     bad.sort(key=lambda item: (-item[0], item[1]))
     if bad:
         lines.append(f"{len(bad)} of {len(expected)} tensors differ by more than {tol:g}, the worst:")
         lines += [f"  {error:.3e}  {name}  {note}" for error, name, note in bad[:_LISTED]]
     if lines:
         raise AssertionError("\n".join([what, *lines]))
+    return max((error for error, _, _ in judged), default=0.0)
 
 
 def _judge(a: Tensor | None, b: Tensor | None) -> tuple[float, str]:

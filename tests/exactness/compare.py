@@ -1,145 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a case, runs it under a fold and in one process, and compares everything."""
+"""Runs a case under a fold and in one process, and compares everything."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from lightning_moefold import Fold, MoEConfig
+from lightning_moefold import Fold
 from lightning_moefold.testing import (
     RankPool,
     ReferenceRun,
     assert_close_by_name,
     make_batches,
-    make_checkpoint,
     reference_run,
 )
 from lightning_moefold.testing.pieces import assemble
-from tests.exactness import runs
+from tests.exactness import matrix, runs
+from tests.exactness.matrix import Row
+from tests.exactness.shapes import SHAPES, checkpoint
 
 STEPS = 3
-#: Rows of the global batch, whatever the number of data ranks.
-ROWS = 16
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "plain": {"num_experts": 8},
-    "vocabulary of 97": {"num_experts": 8, "vocab_size": 97},
-    "60 experts": {"num_experts": 60, "num_experts_per_tok": 4, "moe_ffn": 8},
-    "28 heads": {"num_experts": 8, "hidden_size": 56, "num_attention_heads": 28, "num_key_value_heads": 4},
-    "one key/value head": {"num_experts": 8, "num_key_value_heads": 1, "tie_word_embeddings": True},
-    "dense layers": {"num_experts": 8, "num_hidden_layers": 3, "dense": True, "pad_token_id": 3},
-}
-
-FACTORS: dict[str, list[Any]] = {
-    "family": ["mixtral", "qwen2_moe", "qwen3_moe"],
-    "shape": list(SHAPES),
-    "accumulate": [1, 2],
-    "auxiliary": [True, False],
-    "microbatches": [1, 2],
-    "padding": ["none", "right", "left"],
-    "ignore": ["none", "uneven", "one_rank_empty"],
-    "frozen": [(), ("*.mlp.gate.weight",), ("*.experts.*",), ("model.embed_tokens.*", "model.layers.0.*")],
-    "sharding": ["optimizer", "full", "none"],
-    "optimizer": ["adamw", "sgd"],
-    "exchange": ["ring", "all_gather", "all_to_all"],
-    "recompute": [None, "selective", "full"],
-}
+LENGTH = 7
 
 
-def shape_fields(family: str, shape: str) -> dict[str, Any]:
-    """Config fields of a shape, in the words of a family."""
-    fields = dict(SHAPES[shape])
-    width = fields.pop("moe_ffn", 16)
-    fields["intermediate_size" if family == "mixtral" else "moe_intermediate_size"] = width
-    dense = fields.pop("dense", False)
-    if family == "mixtral":
-        return fields
-    fields["intermediate_size"] = 24
-    if family == "qwen2_moe":
-        fields["shared_expert_intermediate_size"] = 24
-    fields |= (
-        {"decoder_sparse_step": 2, "mlp_only_layers": []}
-        if dense
-        else {"mlp_only_layers": [1]}
-        if family == "qwen3_moe"
-        else {}
-    )
-    return fields
+def check(pool: RankPool, folder: Path, fold: Fold, row: Row, seed: int = 0) -> float:
+    """Trains a case of the matrix under ``fold`` and in one process with Hugging Face's code, and compares.
+
+    Args:
+        pool: Of enough ranks.
+        folder: Where checkpoints are kept.
+        fold: Of the parallel run.
+        row: A value for each factor of the matrix.
+        seed: Of the tokens.
+
+    Returns:
+        The largest error, below 1e-9.
+    """
+    path = checkpoint(folder, row["family"], row["shape"], matrix.layers(fold, row))
+    # Two steps where batches accumulate and three where they do not, which the optimizer's momenta need.
+    number = row["accumulate"] * (STEPS - (row["accumulate"] > 1))
+    batches = draw_batches(fold, row, number, SHAPES[row["shape"]].get("vocab_size", 96), seed)
+    return check_run(pool, path, fold, row, matrix.frozen_patterns(fold, row), batches)
 
 
-def checkpoint(folder: Path, family: str, shape: str, layers: int | None = None) -> Path:
-    """The checkpoint of a family and shape, made once; ``layers`` replaces its number of layers."""
-    path = folder / f"{family}-{shape.replace('/', ' ')}-{layers}"
-    if not path.exists():
-        more = {} if layers is None else {"num_hidden_layers": layers}
-        make_checkpoint(path, family, **{**shape_fields(family, shape), **more})
-    return path
+def check_run(
+    pool: RankPool, path: Path, fold: Fold, row: Row, frozen: Sequence[str], batches: list[list[dict[str, Tensor]]]
+) -> float:
+    """Trains a checkpoint on ``batches[batch][data rank]`` both ways in float64, and compares everything (errors < 1e-9).
 
+    Args:
+        pool: Of enough ranks.
+        path: The checkpoint.
+        fold: Of the parallel run.
+        row: Of its factors, those that are about training; ``optimizer`` may be a factory, with ``zero_everything``.
+        frozen: Patterns of names.
+        batches: Of every data rank.
 
-def spec_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What both runs are told."""
-    return {
+    Returns:
+        The largest error.
+    """
+    spec = {
         "overrides": {"output_router_logits": row["auxiliary"]},
         "accumulate": row["accumulate"],
         "num_microbatches": row["microbatches"],
-        "frozen": row["frozen"],
+        "frozen": frozen,
         "sharding": row["sharding"],
         "optimizer": row["optimizer"],
-        "pipeline": row.get("pipeline", {}),
-        "recompute": row.get("recompute"),
+        "exchange": row["exchange"] or "auto",
+        "recompute": row["recompute"],
+        "dispatch": {"dispatch_chunks": 2} if row["dispatch"] == "chunks" else {"dispatcher": row["dispatch"]},
         "zero_everything": row.get("zero_everything", False),
         "clip": 0.5,
         "lr": 1e-2,
     }
-
-
-def check(pool: RankPool, folder: Path, fold: Fold, row: dict[str, Any], seed: int = 0) -> None:
-    """Trains under ``fold`` and in one process with Hugging Face's code in float64, and compares (errors < 1e-9)."""
-    path, spec = checkpoint(folder, row["family"], row["shape"], row.get("layers")), spec_of(row)
-    spec["exchange"] = _legal_exchange(row.get("exchange", "ring"), fold, MoEConfig.from_pretrained(path))
-    vocab = SHAPES[row["shape"]].get("vocab_size", 96)
-    batches = make_batches(
-        STEPS * row["accumulate"],
-        fold.dp,
-        row.get("rows", ROWS) // fold.dp,
-        7,
-        vocab,
-        seed=seed,
-        padding=row["padding"],
-        ignore=row["ignore"],
-    )
+    if fold.pp > 1:
+        plan = matrix.plan(row)
+        spec["pipeline"] = {"pipeline_schedule": plan.schedule, "num_stages_per_rank": plan.stages_per_rank}
+        spec["pipeline"] |= {"pipeline_split": row["split"]} if "split" in row else {}
     expected = reference_run(
         path, batches, clip=spec["clip"], lr=spec["lr"], optimizer=spec["optimizer"], accumulate=spec["accumulate"],
         config_overrides=spec["overrides"], frozen=spec["frozen"], num_microbatches=spec["num_microbatches"],
     )  # fmt: skip
     actual = pool.run(runs.train, str(path), str(fold), batches, spec, ranks=fold.world_size, timeout=180)
-    compare(actual, expected, 1e-9, f"{fold} {row}")
+    return compare(actual, expected, 1e-9, f"{fold} {row}")
 
 
-def _legal_exchange(wanted: str, fold: Fold, config: MoEConfig) -> str:
-    """All-to-all cuts the heads of a tp rank over cp; where it cannot, a ring takes its place."""
-    heads = (config.num_attention_heads, config.num_key_value_heads)
-    return "ring" if wanted == "all_to_all" and any(n % (fold.tp * fold.cp) for n in heads) else wanted
+def draw_batches(
+    fold: Fold, row: Row, number: int, vocab: int, seed: int = 0, length: int = LENGTH
+) -> list[list[dict[str, Tensor]]]:
+    """``[batch][data rank]`` of random tokens as the row wants them."""
+    batches = make_batches(
+        number, fold.dp, matrix.rows_per_rank(fold, row), length, vocab, seed=seed, padding=row["padding"],
+        ignore=row["ignore"],
+    )  # fmt: skip
+    if row["documents"]:
+        generator = torch.Generator().manual_seed(seed)
+        for batch in (rank for step in batches for rank in step):
+            borders = torch.rand(batch["input_ids"].shape, generator=generator) < 0.3
+            batch["document_ids"] = borders.long().cumsum(1)
+    return batches
 
 
-def compare(actual: list[runs.RankRun], expected: ReferenceRun, tolerance: float, what: str) -> None:
-    """Losses on every rank, norms, every gradient of every step, and the weights at the end."""
+def compare(actual: list[runs.RankRun], expected: ReferenceRun, tolerance: float, what: str) -> float:
+    """Losses on every rank, norms, every gradient of every step, and the weights at the end; returns the largest error."""
     for run in actual:
         assert run.losses == actual[0].losses, f"ranks disagree on the loss: {what}"
         assert run.grad_norms == actual[0].grad_norms, f"ranks disagree on the norm: {what}"
-    _close(actual[0].losses, expected.losses, tolerance, f"losses, {what}")
-    _close(actual[0].grad_norms, expected.grad_norms, tolerance, f"norms, {what}")
+    errors = [
+        _close(actual[0].losses, expected.losses, tolerance, f"losses, {what}"),
+        _close(actual[0].grad_norms, expected.grad_norms, tolerance, f"norms, {what}"),
+    ]
     for step, grads in enumerate(expected.grads):
         found = {**dict.fromkeys(grads), **assemble(run.grads[step] for run in actual)}
-        assert_close_by_name(found, grads, tolerance, f"gradients of step {step}, {what}")
-    assert_close_by_name(assemble(run.weights for run in actual), expected.weights, tolerance, f"weights, {what}")
+        errors.append(assert_close_by_name(found, grads, tolerance, f"gradients of step {step}, {what}"))
+    weights = assemble(run.weights for run in actual)
+    errors.append(assert_close_by_name(weights, expected.weights, tolerance, f"weights, {what}"))
+    return max(errors)
 
 
-def _close(actual: list[float], expected: list[float], tolerance: float, what: str) -> None:
+def _close(actual: list[float], expected: list[float], tolerance: float, what: str) -> float:
     a, b = torch.tensor(actual, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
     assert a.shape == b.shape, f"{what}: {len(a)} values, not {len(b)}"
     error = ((a - b).abs() / b.abs().clamp(min=1e-30)).max().item()
     assert error < tolerance, f"{what}: {actual} is not {expected} (error {error:.1e})"
+    return error

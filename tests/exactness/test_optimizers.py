@@ -9,7 +9,7 @@ import pytest
 
 from lightning_moefold import Fold
 from lightning_moefold.testing import RankPool
-from tests.exactness import compare
+from tests.exactness import compare, matrix
 from tests.exactness.optimizers import FACTORIES
 
 #: Both meshes with two axes; experts cut within; and more data ranks than rows of some parameters (edp4 with 4 experts, dp4).
@@ -22,22 +22,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 #: Those that do not differ in kind from others.
-RARE = {"adadelta", "adamax", "radam", "asgd", "adamw foreach", "sgd foreach"}
+RARE = {"adadelta", "adamax", "radam", "nadam", "asgd", "adam amsgrad", "adamw foreach", "sgd foreach", "lion"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in FACTORIES])
 def test_exact(pool: RankPool, folder: Path, name: str) -> None:
     place = list(FACTORIES).index(name)
     row = {
-        "family": compare.FACTORS["family"][place % 3],
-        "shape": "28 heads" if place % 2 else "vocabulary of 97",
-        "accumulate": 1,
+        **matrix.PLAIN,
+        "family": matrix.FACTORS["family"][place % 3],
+        "shape": "28 heads" if place % 2 else "6 experts, tied",
         "auxiliary": True,
-        "microbatches": 1,
-        "padding": "none",
         "ignore": "uneven",
-        "frozen": ("model.embed_tokens.*",) if place % 4 == 1 else (),
-        "sharding": compare.FACTORS["sharding"][place // 2 % 3],
+        "frozen": "first stage" if place % 4 == 1 else "nothing",
+        "sharding": matrix.FACTORS["sharding"][place // 2 % 3],
         "optimizer": FACTORIES[name],
         "zero_everything": name == "some parameters",
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs about precision and about gradients: what they are, and over which ranks they were summed."""
+"""Jobs about precision, and about the collectives of a step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_moefold import MoECausalLM, MoEFoldStrategy
-from lightning_moefold.parallel import local_part
+from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.strategy import finetune
 from tests.strategy.finetune import Finetune, make
@@ -107,84 +105,7 @@ def refuse() -> dict[str, str]:
     }
 
 
-# ---- probes ----------------------------------------------------------------------------------------------------------
-
-
-def powers(path: str, folds: list[str]) -> list[dict[str, float]]:
-    """The gradient of every parameter if each rank's backward gives 2 ** rank in every element.
-
-    Returns:
-        For each fold, the value of this rank's piece by name; every element of a piece must have the same.
-    """
-    results = []
-    for fold in folds:
-        module = Finetune(path)
-        seen: dict[str, float] = {}
-
-        def probe(optimizer: Any, module: Finetune = module, seen: dict[str, float] = seen) -> None:
-            for name, parameter in module.model.named_parameters():
-                values = local_part(parameter.grad).unique()
-                assert len(values) <= 1, f"{name} holds {values.tolist()}"
-                if len(values):
-                    seen[name] = float(values)
-
-        module.on_before_optimizer_step = probe  # type: ignore[method-assign]
-        module.training_step = lambda batch, index, m=module: _fake_loss(m, batch)  # type: ignore[method-assign]
-        make(fold, {"max_steps": 1, "limit_val_batches": 0}).fit(module)
-        results.append(seen)
-    return results
-
-
-class _Fill(torch.autograd.Function):
-    """Zero, with a gradient of 2 ** rank in every element of the parameter."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, scale: float) -> Tensor:
-        ctx.like, ctx.scale = parameter, scale
-        return parameter.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.full_like(ctx.like, 2.0 ** dist.get_rank()) * ctx.scale * grads[0], None
-
-
-def _fake_loss(module: Finetune, batch: dict[str, Tensor]) -> Tensor:
-    """The model's own loss counts nothing; its parameters' gradients are set through their local parts."""
-    model = module.model
-    assert isinstance(model, MoECausalLM)
-    assert model.mesh is not None
-    loss = model(**batch).loss * 0.0  # gathers the weights, and makes fully_shard expect a backward
-    # training_step's loss is averaged over data ranks, which is undone here: a bare sum over ranks is to be seen.
-    scale = float(model.mesh.dp_cp.size)
-    for parameter in model.parameters():
-        held = (
-            parameter.to_local(grad_placements=parameter.placements) if hasattr(parameter, "placements") else parameter
-        )
-        loss = loss + _Fill.apply(held, scale)
-    return loss
-
-
-def ones(path: str, folds: list[str]) -> list[tuple[float, int]]:
-    """The norm if every element's gradient is one, and the number of parameters."""
-    results = []
-    for fold in folds:
-        module = Finetune(path)
-        seen: list[float] = []
-
-        def probe(optimizer: Any, module: Finetune = module, seen: list[float] = seen) -> None:
-            for parameter in module.model.parameters():
-                local_part(parameter.grad).fill_(1.0)
-            norm = module.trainer.strategy.precision_plugin.gradient_norm
-            seen.append(norm.total(list(module.parameters())).item())
-            seen.append(norm.clip(list(module.parameters()), 1.0).item())
-            seen.append(norm.total(list(module.parameters())).item())
-
-        module.on_before_optimizer_step = probe  # type: ignore[method-assign]
-        make(fold, {"max_steps": 1, "limit_val_batches": 0}).fit(module)
-        assert seen[0] == seen[1]
-        assert abs(seen[2] - 1.0) < 1e-6
-        results.append((seen[0], module.model.config.num_parameters()))
-    return results
+# ---- collectives -----------------------------------------------------------------------------------------------------
 
 
 class _Counting(TorchDispatchMode):
