@@ -66,7 +66,10 @@ def hugging_face(layer: MoELayer, implementation: str) -> nn.Module:
 
     width, hidden = layer.experts.gate_proj.shape[1:]
     config = MixtralConfig(
-        hidden_size=hidden, intermediate_size=width, num_local_experts=layer.num_experts, num_experts_per_tok=layer.top_k
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_local_experts=layer.num_experts,
+        num_experts_per_tok=layer.top_k,
     )
     config._experts_implementation = implementation
     block = MixtralSparseMoeBlock(config).to(layer.experts.gate_proj.dtype)
@@ -179,7 +182,9 @@ def measure_time(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["8/2", "64/2", "64/8", "128/2", "128/8"], metavar="EXPERTS/TOP-K")
+    parser.add_argument(
+        "--cases", nargs="+", default=["8/2", "64/2", "64/8", "128/2", "128/8"], metavar="EXPERTS/TOP-K"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     for name, default in (("tokens", 4096), ("hidden", 512), ("ffn", 1024), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
