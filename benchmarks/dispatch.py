@@ -186,8 +186,8 @@ def main() -> None:
     for name, default in (("experts", 16), ("top-k", 4), ("tokens", 2048), ("hidden", 512), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    print(f"{args.tokens} tokens per rank, hidden {args.hidden}, {args.experts} experts top-{args.top_k}, float32, one thread per rank, "
-          f"median of {args.rounds} rounds of forward + backward")  # fmt: skip
+    print(f"{args.tokens} tokens per rank, hidden {args.hidden}, {args.experts} experts top-{args.top_k}, "
+          f"float32, one thread per rank, median of {args.rounds} rounds of forward + backward")  # fmt: skip
     print(f"{machine()}\n")
     print("| ranks | dispatcher | MB sent/rank | wall ms | raw wall ms | ratio | CPU ms | raw CPU ms | collectives (fwd, bwd) | "
           "row copies | rows copied per token | host reads |")  # fmt: skip
@@ -212,8 +212,8 @@ def _row(found: list[dict[str, Any]]) -> str:
     middle = {key: statistics.median(values) * 1e3 for key, values in per_round.items()}
     ratio = statistics.median(a / b for a, b in zip(per_round["dispatcher"], per_round["raw"], strict=True))
     counts = found[0]["counts"]
-    cells = [f"{max(rank['sent'] for rank in found) / 1e6:.1f}", f"{middle['dispatcher']:.0f}", f"{middle['raw']:.0f}", f"{ratio:.2f}",
-             f"{middle['dispatcher cpu']:.0f}", f"{middle['raw cpu']:.0f}",
+    cells = [f"{max(rank['sent'] for rank in found) / 1e6:.1f}", f"{middle['dispatcher']:.0f}", f"{middle['raw']:.0f}",
+             f"{ratio:.2f}", f"{middle['dispatcher cpu']:.0f}", f"{middle['raw cpu']:.0f}",
              *(", ".join(f"{n:g}" for n in counts[key]) for key in ("collectives", "copies")),
              ", ".join(f"{n:.1f}" for n in counts["rows"]), ", ".join(f"{n:g}" for n in counts["reads"])]  # fmt: skip
     return " | ".join(cells)

@@ -256,8 +256,8 @@ def main() -> None:
     print(f"{args.tokens} tokens per rank, hidden {args.hidden}, ffn {args.ffn}, {args.experts} experts top-{args.top_k}, float32, "
           f"{RANKS} gloo ranks of {args.threads} thread(s), median of {args.rounds} steps")  # fmt: skip
     print(f"{machine()}; " + (f"DeepSpeed {version}\n" if version else "DeepSpeed is not installed and left out\n"))
-    print("| routing (expert, rank load: max / mean) | mode | contender | step ms | CPU ms | step ratio | CPU ratio | MB sent/rank | "
-          "collectives | peak MB/rank |")  # fmt: skip
+    print("| routing (expert, rank load: max / mean) | mode | contender | step ms | CPU ms | step ratio | CPU ratio | MB sent/rank "
+          "| collectives | peak MB/rank |")  # fmt: skip
     print("|---|---|---|--:|--:|--:|--:|--:|--:|--:|")
     for routing in args.routings:
         command = ["--routing", routing] + (["--deepspeed"] if version else [])
@@ -278,8 +278,8 @@ def main() -> None:
                     f"{statistics.median(a / b for a, b in zip(row[key], base[key], strict=True)):.2f}"
                     for key in ("wall", "cpu")
                 )
-                print(f"| {routing} ({load['expert']:.1f}, {load['rank']:.2f}) | {mode} | {name} | {wall * 1e3:.0f} | {cpu * 1e3:.0f} | "
-                      f"{ratios} | {row['sent'] / 1e6:.1f} | {row['collectives']} | {memory[mode][name]['peak'] / 1e6:.0f} |",
+                print(f"| {routing} ({load['expert']:.1f}, {load['rank']:.2f}) | {mode} | {name} | {wall * 1e3:.0f} "
+                      f"| {cpu * 1e3:.0f} | {ratios} | {row['sent'] / 1e6:.1f} | {row['collectives']} | {memory[mode][name]['peak'] / 1e6:.0f} |",
                       flush=True)  # fmt: skip
 
 

@@ -203,8 +203,8 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, default=Path("overlap.json"))
     args = parser.parse_args()
     sizes = (args.experts, args.top_k, args.tokens, args.hidden, args.ffn, args.rounds)
-    print(f"{args.tokens} tokens per rank, hidden {args.hidden}, ffn {args.ffn}, {args.experts} experts top-{args.top_k}, float32, 2 gloo "
-          f"ranks of one thread, median of {args.rounds} rounds, rank 0")  # fmt: skip
+    print(f"{args.tokens} tokens per rank, hidden {args.hidden}, ffn {args.ffn}, {args.experts} experts top-{args.top_k}, "
+          f"float32, 2 gloo ranks of one thread, median of {args.rounds} rounds, rank 0")  # fmt: skip
     print(f"{machine()}\n")
     print(
         "| chunks | phase | ms | exchange under way, ms | waited, ms | hidden | behind experts |\n|--:|---|--:|--:|--:|--:|--:|"
