@@ -145,7 +145,7 @@ def make(
 
 
 def work(args: argparse.Namespace) -> None:
-    """Both ranks run this; rank zero prints the figures of one routing."""
+    """Both ranks run this; rank zero prints the figures."""
     if args.deepspeed:
         import deepspeed as ds
 
@@ -153,20 +153,23 @@ def work(args: argparse.Namespace) -> None:
             ds.init_distributed("gloo", verbose=False)
     else:
         dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    order_E = torch.randperm(args.experts, generator=torch.Generator().manual_seed(5))
-    bias_E = -SKEWS[args.routing] * torch.log1p(order_E.float())
-    layer = reference(args, bias_E)
     mesh = FoldedMesh(Fold(RANKS, expert_parallel_size=RANKS), "cpu")
-    generator = torch.Generator().manual_seed(rank + 1)
+    leave({routing: compare(args, SKEWS[routing], mesh) for routing in args.routings})
+
+
+def compare(args: argparse.Namespace, skew: float, mesh: FoldedMesh) -> dict[str, Any]:
+    """All contenders under one routing."""
+    order_E = torch.randperm(args.experts, generator=torch.Generator().manual_seed(5))
+    layer = reference(args, -skew * torch.log1p(order_E.float()))
+    generator = torch.Generator().manual_seed(mesh.rank + 1)
     x, grad = torch.randn(2, 1, args.tokens, args.hidden, generator=generator).unbind(0)
     x[..., -1] = 1.0
     x.requires_grad_()
     traffic: list[Traffic] = []
     results: dict[str, Any] = {"load": loads(layer, x)}
     for mode, group in make(args, layer, mesh, traffic).items():
-        results[mode] = measure(args, group, x, grad, traffic, compare=mode == "dropless")
-    leave(results)
+        results[mode] = measure(args, group, x, grad, traffic, check=mode == "dropless")
+    return results
 
 
 def loads(layer: MoELayer, x: Tensor) -> dict[str, float]:
@@ -179,7 +182,7 @@ def loads(layer: MoELayer, x: Tensor) -> dict[str, float]:
 
 
 def measure(
-    args: argparse.Namespace, group: dict[str, Contender], x: Tensor, grad: Tensor, traffic: list[Traffic], compare: bool
+    args: argparse.Namespace, group: dict[str, Contender], x: Tensor, grad: Tensor, traffic: list[Traffic], check: bool
 ) -> dict[str, Any]:  # fmt: skip
     """Takes turns."""
 
@@ -200,7 +203,7 @@ def measure(
         if args.worker == "memory":
             found[name]["peak"] = largest(peak_above(lambda c=contender: c.step(x, grad)))
             clear(contender)
-    if compare:
+    if check:
         base = outputs["moefold alltoall"]
         for name, y in outputs.items():
             error = ((y - base).abs().max() / base.abs().max()).item()
@@ -246,7 +249,6 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--routings", nargs="+", choices=SKEWS, default=list(SKEWS))
     parser.add_argument("--worker", choices=("time", "memory"), help=argparse.SUPPRESS)
-    parser.add_argument("--routing", choices=SKEWS, help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -259,18 +261,16 @@ def main() -> None:
     print("| routing (expert, rank load: max / mean) | mode | contender | step ms | CPU ms | step ratio | CPU ratio | MB sent/rank "
           "| collectives | peak MB/rank |")  # fmt: skip
     print("|---|---|---|--:|--:|--:|--:|--:|--:|--:|")
+    command = ["--routings", *args.routings] + (["--deepspeed"] if version else [])
+    for name in ("tokens", "hidden", "ffn", "experts", "top-k", "rounds"):
+        command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
+    timed, memory = (
+        run_worker("expert_parallel.py", [*command, "--worker", kind], ranks=RANKS, threads=args.threads, extra=extra)
+        for kind, extra in (("time", {}), ("memory", RETURN_MEMORY))
+    )
     for routing in args.routings:
-        command = ["--routing", routing] + (["--deepspeed"] if version else [])
-        for name in ("tokens", "hidden", "ffn", "experts", "top-k", "rounds"):
-            command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
-        timed, memory = (
-            run_worker(
-                "expert_parallel.py", [*command, "--worker", kind], ranks=RANKS, threads=args.threads, extra=extra
-            )
-            for kind, extra in (("time", {}), ("memory", RETURN_MEMORY))
-        )
-        load = timed.pop("load")
-        for mode, group in timed.items():
+        load = timed[routing].pop("load")
+        for mode, group in timed[routing].items():
             base = group.get("DeepSpeed-MoE") or group["moefold alltoall"]
             for name, row in group.items():
                 wall, cpu = (statistics.median(row[key]) for key in ("wall", "cpu"))
@@ -278,9 +278,9 @@ def main() -> None:
                     f"{statistics.median(a / b for a, b in zip(row[key], base[key], strict=True)):.2f}"
                     for key in ("wall", "cpu")
                 )
+                peak = memory[routing][mode][name]["peak"] / 1e6
                 print(f"| {routing} ({load['expert']:.1f}, {load['rank']:.2f}) | {mode} | {name} | {wall * 1e3:.0f} "
-                      f"| {cpu * 1e3:.0f} | {ratios} | {row['sent'] / 1e6:.1f} | {row['collectives']} | {memory[mode][name]['peak'] / 1e6:.0f} |",
-                      flush=True)  # fmt: skip
+                      f"| {cpu * 1e3:.0f} | {ratios} | {row['sent'] / 1e6:.1f} | {row['collectives']} | {peak:.0f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

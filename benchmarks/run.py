@@ -80,7 +80,8 @@ def main() -> None:
         parameters = write_checkpoint(checkpoint, args)
         print(
             f"{FAMILIES[args.family]}, {parameters / 1e6:.1f}M parameters, {args.experts} experts top-{args.top_k}, "
-            f"{args.rows} rows of {args.length} tokens per rank, {args.precision}, AdamW (fused), median of {args.rounds} rounds of {args.steps} steps"
+            f"{args.rows} rows of {args.length} tokens per rank, {args.precision}, AdamW (fused), "
+            f"median of {args.rounds} rounds of {args.steps} steps"
         )
         print(
             f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n"
