@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Computation of gated experts: ``y_a = sum over rows m of token a of  w_m * down(act(gate(x_a)) * up(x_a))``.
 
-Two ways, by device:
+Two ways, by device, and a third one behind the same call in :mod:`.transformer_engine`:
 
 - CPU (and whatever the grouped kernel does not take): one expert after the other, forward and backward, so that gather,
   activation, its derivative and the weighted sum per token stay in cache between the products;
@@ -17,7 +17,7 @@ Legend: A tokens, M rows in expert order, L local experts, D hidden size, F expe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +27,20 @@ from lightning_moefold.dispatch import ExpertRows
 
 Activation = Callable[[Tensor], Tensor]
 
+ExpertKernel = Literal["auto", "loop", "grouped_mm", "transformer_engine"]
+EXPERT_KERNELS = ("auto", "loop", "grouped_mm", "transformer_engine")
+
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gated_experts(
-    x_AD: Tensor, rows: ExpertRows, activation: Activation, gate_LFD: Tensor, up_LFD: Tensor, down_LDF: Tensor
+    x_AD: Tensor,
+    rows: ExpertRows,
+    activation: Activation,
+    gate_LFD: Tensor,
+    up_LFD: Tensor,
+    down_LDF: Tensor,
+    kernel: Literal["auto", "loop", "grouped_mm"] = "auto",
 ) -> Tensor:
     """Runs gated experts on their rows and sums them per token, ``[A, D] -> [A, D]``.
 
@@ -42,8 +51,10 @@ def gated_experts(
         gate_LFD: Weights of the gate.
         up_LFD: Weights of the other factor.
         down_LDF: Weights back to D.
+        kernel: Which way; ``"auto"`` by device. What ``"grouped_mm"`` cannot take (float64, odd widths) goes by loop.
     """
-    if _kernel_takes(x_AD, rows, gate_LFD):
+    wanted = x_AD.is_cuda if kernel == "auto" else kernel == "grouped_mm"
+    if wanted and _kernel_takes(x_AD, rows, gate_LFD):
         return _grouped(x_AD, rows, activation, gate_LFD, up_LFD, down_LDF)
     counts = rows.counts_L.tolist() if rows.counts is None else rows.counts
     job = _Job(rows.token_M, rows.distinct, counts, activation)
@@ -54,9 +65,9 @@ def gated_experts(
 
 
 def _kernel_takes(x_AD: Tensor, rows: ExpertRows, weight_LFD: Tensor) -> bool:
-    """The grouped kernel is for CUDA; it has no float64, and rows of all operands must be multiples of 16 bytes."""
+    """It has no float64, and rows of all operands must be multiples of 16 bytes."""
     aligned = all(n * x_AD.element_size() % 16 == 0 for n in weight_LFD.shape[1:])
-    return x_AD.is_cuda and x_AD.dtype in _KERNEL_DTYPES and aligned and rows.weight_M.shape[0] > 0
+    return x_AD.dtype in _KERNEL_DTYPES and aligned and rows.weight_M.shape[0] > 0
 
 
 def _grouped(x_AD: Tensor, rows: ExpertRows, activation: Activation, *weights: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from lightning_moefold.dispatch import ExpertRows, Parcel, Return, TokenDispatch
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient, even_split
 from lightning_moefold.modules.base import ParallelModule, local
-from lightning_moefold.modules.expert_kernels import gated_experts
+from lightning_moefold.modules.expert_kernels import ExpertKernel, gated_experts
 from lightning_moefold.modules.mlp import ACTIVATIONS
+from lightning_moefold.modules.transformer_engine import TransformerEngineExperts
 
 
 class RoutedExperts(ParallelModule):
@@ -83,7 +85,12 @@ class Experts(RoutedExperts):
         num_experts: E, spread evenly over ep.
         ffn_hidden_size: F.
         activation: A name in :data:`~.mlp.ACTIVATIONS`.
+
+    Attributes:
+        kernel: How the products are computed: ``"auto"``, ``"loop"``, ``"grouped_mm"`` or ``"transformer_engine"``.
     """
+
+    kernel: ExpertKernel = "auto"
 
     def __init__(self, hidden_size: int, num_experts: int, ffn_hidden_size: int, activation: str = "silu") -> None:
         super().__init__(num_experts)
@@ -92,6 +99,7 @@ class Experts(RoutedExperts):
         self.gate_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_hidden_size))
+        self._engine: TransformerEngineExperts | None = None
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             nn.init.normal_(weight, std=0.02)
 
@@ -116,4 +124,12 @@ class Experts(RoutedExperts):
         if torch.is_autocast_enabled(x_AD.device.type):  # outside a language model; autocast knows no custom function
             dtype = torch.get_autocast_dtype(x_AD.device.type)
             x_AD, gate_LFD, up_LFD, down_LDF = (t.to(dtype) for t in (x_AD, gate_LFD, up_LFD, down_LDF))
-        return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF)
+        if self.kernel != "transformer_engine":
+            return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, self.kernel)
+        experts, width, hidden = gate_LFD.shape
+        self._engine = self._engine or TransformerEngineExperts(experts, hidden, width, gate_LFD.dtype)
+        return self._engine(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, makes an engine of its own."""
+        return self.__dict__ | {"_engine": None}

@@ -52,6 +52,29 @@ def test_grouped_kernel_is_the_loop(dtype: torch.dtype, counts: list[int], kind:
         torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["in order", "often or never"])
+def test_transformer_engine_is_the_loop(kind: str) -> None:
+    """Its grouped products in bfloat16, gradients included; and in FP8 within what eight bits can do."""
+    te = pytest.importorskip("transformer_engine.pytorch", exc_type=Exception)
+    counts = [5, 0, 11, 16]
+    layer = Experts(64, len(counts), 32).to("cuda", torch.bfloat16)
+    tokens, rows = make_rows(counts, kind, "cuda")
+    rows = dataclasses.replace(rows, weight_M=rows.weight_M.float().requires_grad_())
+    x = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    inputs = [x, rows.weight_M, layer.gate_proj, layer.up_proj, layer.down_proj]
+
+    def run(kernel: str, fp8: bool) -> list[torch.Tensor]:
+        layer.kernel = kernel
+        with te.autocast(enabled=fp8):
+            y = layer.compute(x, rows, layer.stacks())
+            return [y.detach(), *torch.autograd.grad(y.float().square().sum(), inputs)]
+
+    exact = run("loop", False)
+    for found, tolerance in ((run("transformer_engine", False), 2e-2), (run("transformer_engine", True), 0.2)):
+        for a, b in zip(found, exact, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=tolerance * float(b.float().abs().max()))
+
+
 @pytest.mark.parametrize("dispatch", [DispatchConfig(), DispatchConfig(capacity_factor=1.0, pad_to_capacity=True)])
 def test_a_layer_never_waits_for_the_device(dispatch: DispatchConfig) -> None:
     """On one device neither forward nor backward synchronises the host, dropless or padded to capacity."""
