@@ -80,4 +80,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import context  # the ranks can import what is in a module
+
+    context.main()

@@ -109,6 +109,8 @@ class AllToAllDispatcher(TokenDispatcher):
         rows = [sum(plan.send) for plan in plans]
         x_RD = spread(x_TD, copies)
         weight_R = take_distinct(weight_TK.reshape(-1), choices.slot_S[: sum(rows)])
+        if len(plans) == 1:  # the gradient of a split is a copy, even of a split into one
+            return [Parcel(x_RD, weight_R, plans[0])]
         return [
             Parcel(x, weight, plan)
             for x, weight, plan in zip(x_RD.split(rows), weight_R.split(rows), plans, strict=True)
