@@ -99,9 +99,30 @@ def _kernel_takes(x_MD: Tensor, weight_LFD: Tensor) -> bool:
 def _grouped(x_MD: Tensor, counts_L: Tensor, activation: Activation, *weights: Tensor) -> Tensor:
     """All experts in one kernel per product; the counts stay on the device."""
     ends_L = counts_L.cumsum(0).to(torch.int32)
-    gate, up, down = (weight.transpose(1, 2) for weight in weights)
-    inner_MF = activation(F.grouped_mm(x_MD, gate, offs=ends_L)) * F.grouped_mm(x_MD, up, offs=ends_L)
-    return F.grouped_mm(inner_MF, down, offs=ends_L)
+    gate_LFD, up_LFD, down_LDF = weights
+    gate_MF, up_MF = (F.grouped_mm(x_MD, w_LFD.transpose(1, 2), offs=ends_L) for w_LFD in (gate_LFD, up_LFD))
+    return _GroupedDown.apply(gate_MF, up_MF, down_LDF, ends_L, activation)
+
+
+class _GroupedDown(torch.autograd.Function):
+    """``down(act(gate) * up)`` of all experts; keeps the two factors (``2F`` numbers per row), makes the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate_MF: Tensor, up_MF: Tensor, down_LDF: Tensor, ends_L: Tensor, activation: Activation
+    ) -> Tensor:
+        ctx.save_for_backward(gate_MF, up_MF, down_LDF, ends_L)
+        ctx.activation = activation
+        return F.grouped_mm(activation(gate_MF).mul_(up_MF), down_LDF.transpose(1, 2), offs=ends_L)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate_MF, up_MF, down_LDF, ends_L = ctx.saved_tensors
+        grad_y = grads[0].contiguous()
+        grad_inner = F.grouped_mm(grad_y, down_LDF, offs=ends_L)
+        inner, slope_gate, slope_up = _slopes(gate_MF, up_MF, grad_inner, ctx.activation)
+        grad_down = F.grouped_mm(grad_y.t(), inner, offs=ends_L) if ctx.needs_input_grad[2] else None
+        return slope_gate, slope_up, grad_down, None, None
 
 
 class _ExpertByExpert(torch.autograd.Function):

@@ -182,7 +182,7 @@ class CostModel:
         embedding, head = self.layers.ends(fold.tp, fold.cp, size)
         body = combine([(held.moe, moe), (held.dense, dense)])
         block = combine([(1, body), (held.first, embedding), (held.last, head)])
-        again = {"none": 0.0, "selective": body.selective, "experts": body.half, "full": body.forward_total}
+        again = {"none": 0.0, "selective": body.attention_half, "full": body.forward_total}
         recompute = again[plan.recompute]
         if self.job.sharding != "full":
             return RankTimes(block, recompute, 0.0, 0.0)

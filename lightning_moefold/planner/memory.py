@@ -142,7 +142,7 @@ class MemoryModel:
         gated = rows * f * b
         # The router keeps its input in fp32; without a cast or a gather that is the shared expert's input.
         router = (0 if b >= 4 and shared and tp == 1 else t * d * max(b, 4)) + 2 * t * model.num_experts * 4
-        experts = t * d * b + router + rows * d * b + 4 * gated + sent * d * b
+        experts = t * d * b + router + rows * d * b + 2 * gated + sent * d * b  # the gated product is made again
         if shared:
             experts += n * d * b + 4 * n * shared * b + t * d * b
         dense = t * d * b + n * d * b + 4 * n * ceil(model.intermediate_size / tp) * b
@@ -151,13 +151,9 @@ class MemoryModel:
         live = exchange + rows * d * b * (1 + (etp > 1))
         if recompute == "full":
             return t * d * b, t * d * b, live + max(everything[0] if self.costs.num_moe else 0.0, everything[1])
-        if recompute == "experts":
-            half = t * d * b
-            return attention + half, attention + half, live + max(experts if self.costs.num_moe else 0.0, dense)
-        if recompute == "selective":
-            gate = 2 * gated + 2 * n * shared * b
-            kept = attention - norm + experts - gate - t * d * b
-            return kept, everything[1] - norm - 2 * n * ceil(model.intermediate_size / tp) * b, live + gate + norm
+        if recompute == "selective":  # the attention half keeps its input
+            kept = t * d * b
+            return kept + experts, kept + dense, live + attention
         return everything[0], everything[1], live
 
     def estimate(self, plan: Plan) -> Memory:
@@ -166,7 +162,9 @@ class MemoryModel:
         microbatches = plan.num_microbatches(job)
         saved = self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
         layout = pipeline_layout(self.model, fold.pp, plan.num_stages_per_rank, plan.schedule)
-        ranks = {0, fold.pp - 1} | {r for r, layers in enumerate(layout) if layers.last}
+        # The first rank has most in flight, the first of those with most layers most of each, the last one logits.
+        most = max(range(fold.pp), key=lambda r: layout[r].layers)
+        ranks = {0, most, fold.pp - 1} | {r for r, layers in enumerate(layout) if layers.last}
         candidates = [self._on_rank(plan, rank, layout[rank], microbatches, saved) for rank in sorted(ranks)]
         return max(candidates, key=lambda memory: memory.total)
 

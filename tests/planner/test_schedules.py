@@ -2,10 +2,12 @@
 """Closed forms of the schedules against the simulator."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from lightning_moefold.fold import Fold
+from lightning_moefold.parallel.stages import PipelinePlan
 from lightning_moefold.planner import MODELS, PRESETS, Job, Plan, find_routing
 from lightning_moefold.planner.schedules import bubble, chunks_in_flight, legal, pipeline_layout
 from lightning_moefold.planner.simulate import run_fixed, run_split, simulate, write_chrome_trace
@@ -73,10 +75,36 @@ def test_layers_and_ends_are_all_held():
     assert pipeline_layout(model, 8, 2, "zbv")[0].last  # the V ends where it began
 
 
-def test_refusals_name_the_reason():
-    assert "multiples of pp=4" in legal("interleaved_1f1b", 4, 2, 6, 32, "optimizer")
-    assert "sharding='full'" in legal("zbv", 4, 2, 8, 32, "full")
-    assert legal("1f1b", 4, 1, 3, 32, "full") is None
+def test_stages_are_the_strategys():
+    """Layers lie where the strategy puts them, the head weighed in."""
+    model = MODELS["qwen2-57b-a14b"]
+    for schedule, chunks in (("1f1b", 1), ("zbv", 2), ("interleaved_1f1b", 3)):
+        plan = PipelinePlan(schedule, chunks)
+        stages = plan.layers(model, 4)
+        held = [sum(len(stages[stage]) for stage in plan.local_stages(4, rank)) for rank in range(4)]
+        assert [rank.layers for rank in pipeline_layout(model, 4, chunks, schedule)] == held
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("interleaved_1f1b", 4, 2, 6, "optimizer"), "multiples of pp=4"),
+        (("zbv", 4, 2, 8, "full"), "sharding='full'"),
+        (("zbv", 4, 2, 8, "optimizer", "full"), "recompute=None"),
+        (("1f1b", 4, 1, 3, "full"), "too few"),
+        (("dualpipev", 4, 2, 7, "none"), "use at least 8"),
+        (("zbv", 32, 2, 64, "none"), "more than the 32 layers"),
+    ],
+)
+def test_refusals_are_the_strategys(arguments, reason):
+    schedule, pp, chunks, microbatches, *rest = arguments
+    assert reason in legal(schedule, pp, chunks, microbatches, MODELS["mixtral-8x7b"], *rest)
+
+
+def test_what_is_legal():
+    assert legal("1f1b", 4, 1, 4, MODELS["mixtral-8x7b"], "full", "full") is None
+    tied = replace(MODELS["mixtral-8x7b"], tie_word_embeddings=True)
+    assert "tied" in legal("zbv", 4, 2, 8, tied, "none")
 
 
 def test_simulated_plan_is_near_the_prediction_and_draws_a_trace(tmp_path):
