@@ -57,11 +57,13 @@ def plan_json(job: Job, estimate: Estimate) -> dict[str, Any]:
         "sharding": job.sharding,
         "busiest_rank_load": estimate.load,
         "strategy": strategy_arguments(job, estimate),
+        "trainer": trainer_arguments(job, estimate),
+        "batch_size_per_data_rank": rows_per_batch(job, estimate),
     }
 
 
 def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
-    """Arguments of ``MoEFoldStrategy`` that run the plan."""
+    """Arguments of ``MoEFoldStrategy`` that run the plan; see :func:`trainer_arguments` for what goes with them."""
     plan, fold = estimate.plan, estimate.plan.fold
     arguments: dict[str, Any] = {
         "tensor_parallel_size": fold.tp,
@@ -71,9 +73,8 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
         "expert_tensor_parallel_size": fold.etp,
     }
     arguments = {name: size for name, size in arguments.items() if size > 1}
-    if estimate.microbatches > 1:
-        arguments["num_microbatches"] = estimate.microbatches
     if fold.pp > 1:
+        arguments["num_microbatches"] = estimate.microbatches
         arguments["pipeline_schedule"] = plan.schedule
         if plan.num_stages_per_rank > 1:
             arguments["num_stages_per_rank"] = plan.num_stages_per_rank
@@ -84,6 +85,20 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
         ("recompute", plan.recompute, "none"),
     )
     return arguments | {name: value for name, value, default in optional if value != default}
+
+
+def trainer_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
+    """What of the plan is not the strategy's: the Trainer's precision, and batches accumulated without a pipeline."""
+    arguments: dict[str, Any] = {"precision": job.precision}
+    if estimate.plan.fold.pp == 1 and estimate.microbatches > 1:
+        arguments["accumulate_grad_batches"] = estimate.microbatches
+    return arguments
+
+
+def rows_per_batch(job: Job, estimate: Estimate) -> int:
+    """Rows of a batch on each data rank."""
+    accumulated = trainer_arguments(job, estimate).get("accumulate_grad_batches", 1)
+    return job.global_batch_size // (estimate.plan.fold.dp * accumulated)
 
 
 def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, Any]:

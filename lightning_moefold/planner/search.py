@@ -32,7 +32,9 @@ class Space:
         recomputes: Recomputation settings.
         dispatchers: Token dispatchers.
         largest_micro_batch: Of the micro-batch sizes that are tried if none are given.
-        num_microbatches: Micro-batches of a step; None for any.
+        num_microbatches: Micro-batches of a step of a pipeline; None for any.
+        accumulates: Whether batches may be accumulated where there is no pipeline; otherwise a rank computes its share
+            at once.
         num_stages_per_rank: Stages on each rank of interleaved schedules; None for what divides the layers.
         data_parallel_size: dp of the folds; None for any.
     """
@@ -43,6 +45,7 @@ class Space:
     dispatchers: tuple[str, ...] = ("alltoall",)
     largest_micro_batch: int = 16
     num_microbatches: int | None = None
+    accumulates: bool = True
     num_stages_per_rank: int | None = None
     data_parallel_size: int | None = None
 
@@ -65,16 +68,18 @@ def _powers_of_two(largest: int) -> tuple[int, ...]:
     return tuple(2**i for i in range(largest.bit_length()) if 2**i <= largest)
 
 
-def micro_batches(job: Job, space: Space, dp: int) -> list[int]:
-    """Micro-batch sizes to try on ``dp`` data-parallel ranks.
+def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
+    """Micro-batch sizes to try under ``fold``.
 
     Where neither they nor their number is given: powers of two that divide a rank's share of the batch. Under
     ``sharding="full"`` it is one sequence: the published FSDP baselines are explained by gathering weights for every
     sequence, and nothing else; a larger micro-batch amortises the gathers and is offered as a hint.
     """
-    share = job.global_batch_size // dp
-    if space.num_microbatches is not None:
-        return [share // space.num_microbatches] if share and share % space.num_microbatches == 0 else []
+    share = job.global_batch_size // fold.dp
+    if fold.pp == 1 and not space.accumulates:
+        return [share]
+    if fold.pp > 1 and space.num_microbatches is not None:
+        return [] if share % space.num_microbatches else [share // space.num_microbatches]
     sizes = space.micro_batch_sizes or ((1,) if job.sharding == "full" else _powers_of_two(space.largest_micro_batch))
     return [size for size in sizes if share % size == 0]
 
@@ -181,7 +186,7 @@ class Planner:
         fold.validate(cast(FoldableConfig, self.job.model))
         if fold.world_size != self.job.world_size:
             raise PlanError(f"the fold is for {fold.world_size} ranks, the job for {self.job.world_size}.")
-        sizes = micro_batches(self.job, self.space, fold.dp)
+        sizes = micro_batches(self.job, self.space, fold)
         if not sizes or self.job.global_batch_size % fold.dp:
             raise PlanError(
                 f"global_batch_size={self.job.global_batch_size} does not split into micro-batches over dp={fold.dp}; "
@@ -246,7 +251,7 @@ class Planner:
         for fold in legal_folds(self.job, self.space):
             if self._states(fold) > self.job.hardware.usable_bytes:
                 continue
-            for size in micro_batches(self.job, self.space, fold.dp):
+            for size in micro_batches(self.job, self.space, fold):
                 for dispatcher in self.space.dispatchers:
                     yield self.costs.lower_bound(fold, size, dispatcher), fold, size
 
@@ -277,7 +282,7 @@ class Planner:
         planner, best = Planner(self.job, tightest), None
         folds = sorted(legal_folds(self.job, self.space), key=planner._states)
         for fold in folds[:200]:
-            for size in micro_batches(self.job, self.space, fold.dp)[:1]:
+            for size in micro_batches(self.job, self.space, fold)[:1]:
                 for found in planner._best(fold, size):
                     if best is None or found.memory.total < best.memory.total:
                         best = found
