@@ -495,7 +495,9 @@ class MoEFoldStrategy(ParallelStrategy):
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        units = [m for m in self._modules() if isinstance(m, FSDPModule)]
+        # Whole gradients are what "full" is to save: there every batch's are scattered and added up in pieces.
+        waits = self.data_parallel_sharding != "full"
+        units = [m for m in self._modules() if isinstance(m, FSDPModule)] if waits else []
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
         self._precision.gradient_sum.deferred = True

@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     if result.best.fits:
         notes = hints(result, space, result.best.plan.fold if fold else None)
     else:
-        notes = why_not(result, space)
+        notes = why_not(result, space, result.best.plan.fold if fold else None)
     if arguments.timeline:
         notes.append(_write_timeline(job, result, Path(arguments.timeline)))
     if arguments.plot:
@@ -143,6 +143,8 @@ def _print(result: Result, notes: list[str], seconds: float, explain: bool) -> N
 
 
 def _print_pool(result: Result, show: Callable[[Any], None]) -> None:
+    if not result.best.fits:
+        return
     if result.plain and not result.plain.fits:
         show(f"plain expert parallelism ({result.plain.plan}) does not fit")
     if len({str(e.plan) for e in result.pool.values()}) > 1:

@@ -157,8 +157,9 @@ def header(job: Job) -> str:
     dropping = "dropless" if job.capacity_factor is None else f"capacity factor {job.capacity_factor:g}"
     nodes = -(-job.world_size // job.hardware.gpus_per_node)
     machines = f"{nodes} node{'s' * (nodes > 1)} of {job.hardware.name}"
+    ranks = f"{job.world_size} {'CPU rank' if job.hardware.name == 'cpu' else 'GPU'}{'s' * (job.world_size > 1)}"
     return (
-        f"{job.model.model_type} {total:.1f}B ({active:.1f}B active) on {job.world_size} GPUs ({machines}), "
+        f"{job.model.model_type} {total:.1f}B ({active:.1f}B active) on {ranks} ({machines}), "
         f"batch {job.global_batch_size} x {job.sequence_length} tokens, {job.precision}, sharding {job.sharding}, "
         f"{dropping}, routing {job.routing.name}"
     )
@@ -207,7 +208,9 @@ def pool_text(result: Result) -> str:
 
 def legend() -> str:
     """What the letters of a time bar mean."""
-    return "time: " + ", ".join(f"{letter} {kind}" for kind, (letter, _) in STYLES.items())
+    return "mbs: rows of a micro-batch x micro-batches of a data rank; time: " + ", ".join(
+        f"{letter} {kind}" for kind, (letter, _) in STYLES.items()
+    )
 
 
 def table_rich(estimates: list[Estimate], labels: list[str] | None = None) -> Any:

@@ -12,6 +12,7 @@ NCCL, cuBLAS and fused attention, and are round numbers.
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -147,7 +148,10 @@ class Hardware:
             raw = tomllib.loads(file.read_text())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise HardwareError(f"{file} is not valid TOML ({error}).") from None
-        return _from_mapping(raw, file.stem)
+        try:
+            return _from_mapping(raw, file.stem)
+        except HardwareError as error:
+            raise HardwareError(f"{file}: {error}") from None
 
     def to_toml(self) -> str:
         """The text that :meth:`from_toml` reads."""
@@ -179,7 +183,7 @@ def _from_mapping(raw: dict[str, Any], stem: str) -> Hardware:
              "peak_tflops", "intra", "inter", "kernels"}  # fmt: skip
     unknown = sorted(set(raw) - known)
     if unknown:
-        raise HardwareError(f"unknown field {unknown[0]!r}; the fields are {', '.join(sorted(known))}.")
+        raise HardwareError(_unknown(unknown[0], "", known))
     base = find_hardware(raw["base"]) if "base" in raw else None
     if base is None:
         missing = [
@@ -189,10 +193,16 @@ def _from_mapping(raw: dict[str, Any], stem: str) -> Hardware:
             raise HardwareError(
                 f"field {missing[0]!r} is missing; give it, or base = 'dgx-h100' to start from a preset."
             )
+        if isinstance(raw["intra"], dict) and "bandwidth_gb_s" not in raw["intra"]:
+            raise HardwareError(
+                "field 'bandwidth_gb_s' of [intra] is missing; give it, or base = 'dgx-h100' to start from a preset."
+            )
         base = replace(PRESETS["dgx-h100"], name=stem, **_scalars(raw), **_peaks(raw))
-        intra = _link(raw["intra"], base.intra)
-        base = replace(base, intra=intra, inter=_link(raw["inter"], base.inter) if "inter" in raw else intra)
-    links: dict[str, Any] = {name: _link(raw[name], getattr(base, name)) for name in ("intra", "inter") if name in raw}
+        intra = _link("intra", raw["intra"], base.intra)
+        base = replace(base, intra=intra, inter=_link("inter", raw["inter"], base.inter) if "inter" in raw else intra)
+    links: dict[str, Any] = {
+        name: _link(name, raw[name], getattr(base, name)) for name in ("intra", "inter") if name in raw
+    }
     changes: dict[str, Any] = {"name": raw.get("name", stem), **_scalars(raw), **_peaks(raw), **links}
     if "kernels" in raw:
         changes["kernels"] = replace(
@@ -217,8 +227,8 @@ def _peaks(raw: dict[str, Any]) -> dict[str, Any]:
     return {"peak_flops": {dtype: value * 1e12 for dtype, value in peaks.items()}}
 
 
-def _link(raw: dict[str, Any], base: Link) -> Link:
-    values = _checked("link", raw, {"bandwidth_gb_s", "latency_us", "efficiency"})
+def _link(table: str, raw: dict[str, Any], base: Link) -> Link:
+    values = _checked(table, raw, {"bandwidth_gb_s", "latency_us", "efficiency"})
     return Link(
         values.get("bandwidth_gb_s", base.bandwidth / 1e9) * 1e9,
         values.get("latency_us", base.latency * 1e6) * 1e-6,
@@ -226,12 +236,18 @@ def _link(raw: dict[str, Any], base: Link) -> Link:
     )
 
 
+def _unknown(name: str, where: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    guess = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown field {name!r}{where}{guess}; the fields are {', '.join(sorted(known))}."
+
+
 def _checked(table: str, raw: Any, known: set[str]) -> dict[str, float]:
     if not isinstance(raw, dict):
         raise HardwareError(f"[{table}] must be a table.")
     for name, value in raw.items():
         if name not in known:
-            raise HardwareError(f"unknown field {name!r} in [{table}]; the fields are {', '.join(sorted(known))}.")
+            raise HardwareError(_unknown(name, f" in [{table}]", known))
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise HardwareError(f"{name}={value!r} in [{table}] must be a number that is not negative.")
     return dict(raw)

@@ -18,6 +18,7 @@ from math import ceil
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner.job import PRECISIONS, Plan
 from lightning_moefold.planner.layer import LayerCosts
+from lightning_moefold.planner.parameters import count, dense_shapes, end_shapes, expert_shapes, shard
 from lightning_moefold.planner.schedules import RankLayers, chunks_in_flight, pipeline_layout
 
 
@@ -60,12 +61,14 @@ class LocalParameters:
         expert: Routed experts.
         layer_dense: Dense family of its largest layer.
         layer_expert: Experts of one layer.
+        ends: Embedding, head and final norm.
     """
 
     dense: int
     expert: int
     layer_dense: int
     layer_expert: int
+    ends: int
 
 
 class MemoryModel:
@@ -78,49 +81,55 @@ class MemoryModel:
     def __init__(self, costs: LayerCosts) -> None:
         self.costs, self.job, self.model = costs, costs.job, costs.model
         self.parameters = lru_cache(maxsize=None)(self._parameters)
+        self.shards = lru_cache(maxsize=None)(self._shards)
         self._saved = lru_cache(maxsize=None)(self._saved_per_layer)
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
     def _parameters(self, tp: int, ep: int, etp: int, layers: RankLayers) -> LocalParameters:
-        model = self.model
-        d = model.hidden_size
-        q = ceil(model.num_attention_heads / tp) * model.head_dim
-        kv = model.num_key_value_heads * model.head_dim // (1 if model.num_key_value_heads % tp else tp)
-        attention = d * (q + 2 * kv) + q * d + 2 * d
-        attention += (q + 2 * kv) * model.qkv_bias + d * model.output_bias + 2 * model.head_dim * model.qk_norm
-        moe = attention + d * model.num_experts
-        if model.shared_expert_intermediate_size:
-            moe += 3 * d * ceil(model.shared_expert_intermediate_size / tp) + d
-        dense_layer = attention + 3 * d * ceil(model.intermediate_size / tp)
-        expert = model.num_experts // ep * 3 * d * ceil(model.moe_intermediate_size / etp)
-        end = ceil(model.vocab_size / tp) * d
-        ends = end * (layers.first + layers.last - (layers.first and layers.last and model.tie_word_embeddings))
-        total = layers.moe * moe + layers.dense * dense_layer + ends + d * layers.last
-        return LocalParameters(total, layers.moe * expert, max(moe, dense_layer) if layers.dense else moe, expert)
+        moe = RankLayers(1, 0) if layers.moe else RankLayers(0, 1)
+        dense = RankLayers(0, 1) if layers.dense else moe
+        return LocalParameters(
+            count(dense_shapes(self.model, tp, layers)),
+            count(expert_shapes(self.model, ep, etp, layers.moe)),
+            max(count(dense_shapes(self.model, tp, one)) for one in (moe, dense)),
+            count(expert_shapes(self.model, ep, etp, 1)),
+            count(end_shapes(self.model, tp, layers)),
+        )
+
+    def _shards(self, tp: int, ep: int, etp: int, layers: RankLayers, ranks: int, edp: int) -> tuple[int, int]:
+        """Numbers of both families that a rank stores where ``fully_shard`` cuts them over ``ranks`` and ``edp``."""
+        return (
+            shard(dense_shapes(self.model, tp, layers), ranks),
+            shard(expert_shapes(self.model, ep, etp, layers.moe), edp, experts=True),
+        )
 
     def states(self, fold: Fold, layers: RankLayers, accumulates: bool) -> tuple[float, float, float]:
         """Bytes of weights, gradients and moments on a rank."""
         _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
         held = self.parameters(fold.tp, fold.ep, fold.etp, layers)
-        totals = [0.0, 0.0, 0.0]
-        families = ((held.dense, held.layer_dense, fold.dp * fold.cp), (held.expert, held.layer_expert, fold.edp))
-        parts: tuple[float, float, float]
-        for number, layer, ranks in families:
+        ranks = fold.dp * fold.cp
+        shards = self.shards(fold.tp, fold.ep, fold.etp, layers, ranks, fold.edp)
+        weights = gradients = optimizer = 0.0
+        families = (
+            (held.dense, shards[0], held.layer_dense, held.ends, ranks),
+            (held.expert, shards[1], held.layer_expert, 0, fold.edp),
+        )
+        for number, mine, layer, ends, spread in families:
             if self.job.sharding == "none":
-                extra = gathered if gathered != stored else 0
-                parts = (number * (stored + extra), number * reduced, number * moments)
+                mine, live, reducing = number, number if gathered != stored else 0, 0
             elif self.job.sharding == "optimizer":
-                whole = number * gathered if ranks > 1 or gathered != stored else 0.0
-                gradients = (
-                    number * reduced if accumulates or ranks == 1 else number * reduced / ranks + layer * reduced
-                )
-                parts = (number * stored / ranks + whole, gradients, number * moments / ranks)
-            else:
-                parts = (number * stored / ranks + 2 * layer * gathered, number * reduced / ranks + layer * reduced,
-                         number * moments / ranks)  # fmt: skip
-            totals = [a + p for a, p in zip(totals, parts, strict=True)]
-        return totals[0], totals[1], totals[2]
+                live = number if spread > 1 or gathered != stored else 0
+                mine_reduced = number if accumulates else mine
+                reducing = mine_reduced - mine + (layer if spread > 1 and not accumulates else 0)
+            else:  # two layers are gathered at a time, and the ends from forward to backward
+                live = 2 * layer + ends if spread > 1 or gathered != stored else 0
+                # A pipeline reduces once, after its last micro-batch.
+                reducing = number - mine if accumulates and fold.pp > 1 else layer if spread > 1 else 0
+            weights += mine * stored + live * gathered
+            gradients += (mine + reducing) * reduced
+            optimizer += mine * moments
+        return weights, gradients, optimizer
 
     # ---- activations -------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
     """
     share = job.global_batch_size // fold.dp
     if fold.pp == 1 and not space.accumulates:
-        return [share]
+        return [share] if share >= (space.num_microbatches or 1) else []
     if fold.pp > 1 and space.num_microbatches is not None:
         return [] if share % space.num_microbatches else [share // space.num_microbatches]
     sizes = space.micro_batch_sizes or ((1,) if job.sharding == "full" else _powers_of_two(space.largest_micro_batch))
@@ -243,8 +243,10 @@ class Planner:
         plain = self.plain()
         if plain is not None and plain.fits:
             kept.setdefault(plain.plan.fold, plain)
-        plans = sorted(kept.values(), key=_rank) or [self.smallest()]
-        return Result(self.job, plans, plain, examined)
+        if kept:
+            return Result(self.job, sorted(kept.values(), key=_rank), plain, examined)
+        folds = sorted(legal_folds(self.job, self.space), key=self._states)
+        return Result(self.job, [self._smallest(folds)], plain, len(folds))
 
     def _bounded(self) -> Iterator[tuple[float, Fold, int]]:
         """Folds and micro-batch sizes whose weights and states fit, with a lower bound of their step time."""
@@ -272,15 +274,14 @@ class Planner:
                 continue
         return min(found, key=_rank, default=None)
 
-    def smallest(self) -> Estimate:
-        """The plan that needs least memory, for when none fits.
+    def _smallest(self, folds: list[Fold]) -> Estimate:
+        """The plan that needs least memory, for when none fits, among folds in order of their weights and states.
 
         Raises:
             PlanError: If no fold is legal for the batch.
         """
         tightest = replace(self.space, recomputes=(self.space.recomputes[-1],), schedules=("1f1b",))
         planner, best = Planner(self.job, tightest), None
-        folds = sorted(legal_folds(self.job, self.space), key=planner._states)
         for fold in folds[:200]:
             for size in micro_batches(self.job, self.space, fold)[:1]:
                 for found in planner._best(fold, size):

@@ -41,7 +41,8 @@ def walk(job: Job, estimate: Estimate) -> Iterator[str]:
         f"{job.model_flops / estimate.step_time / job.world_size / 1e12:.0f} model TFLOP/s per rank, "
         f"bound by {estimate.bound_by}, largest overhead {estimate.overhead}"
     )
-    yield f"[{time_bar(estimate, 60)}]  {legend()}"
+    yield f"[{time_bar(estimate, 60)}]"
+    yield legend()
     yield ""
     yield from _groups(job, estimate)
     yield ""
