@@ -69,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.timeline:
         notes.append(_write_timeline(job, result, Path(arguments.timeline)))
     if arguments.plot:
-        notes.append("Wrote " + ", ".join(map(str, write_plots(result, arguments.plot))) + ".")
+        written = write_plots(result_json(result, notes, seconds), arguments.plot)
+        notes.append("Wrote " + ", ".join(map(str, written)) + ".")
     if arguments.json:
         print(json.dumps(result_json(result, notes, seconds), indent=1))
     else:

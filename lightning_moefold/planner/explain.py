@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from lightning_moefold.planner.cost import BOUNDS, Estimate
 from lightning_moefold.planner.job import Job
+from lightning_moefold.planner.roofline import roofline
 from lightning_moefold.planner.routing import PROFILES
 from lightning_moefold.planner.search import Result, under_each
 
@@ -59,6 +61,7 @@ def plan_json(job: Job, estimate: Estimate) -> dict[str, Any]:
         "strategy": strategy_arguments(job, estimate),
         "trainer": trainer_arguments(job, estimate),
         "batch_size_per_data_rank": rows_per_batch(job, estimate),
+        "roofline": [asdict(point) for point in roofline(job, estimate)],
     }
 
 
@@ -110,8 +113,10 @@ def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, A
         "pool": {name: plan_json(job, e) for name, e in result.pool.items()},
         "notes": notes,
         "job": {
+            "model": f"{job.model.model_type} {job.model.num_parameters() / 1e9:.1f}B",
             "world_size": job.world_size,
             "hardware": job.hardware.name,
+            "gemm_efficiency": job.hardware.kernels.gemm_efficiency,
             "global_batch_size": job.global_batch_size,
             "sequence_length": job.sequence_length,
             "precision": job.precision,

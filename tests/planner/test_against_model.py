@@ -57,8 +57,8 @@ def layouts(name, text, world):
 def test_bytes_of_a_rank_are_those_of_the_layouts(name, text):
     """Weights, gradients and moments, to the byte: heads that tp does not divide and pieces that differ included."""
     fold, found = layouts(name, text, 64)
-    whole = {family: 0 for family in Family}
-    stored = {family: 0 for family in Family}
+    whole = dict.fromkeys(Family, 0)
+    stored = dict.fromkeys(Family, 0)
     for layout in found:
         whole[layout.plan.family] += layout.tensor_box(fold.coordinates(0)).numel
         stored[layout.plan.family] += layout.box(fold, 0).numel
