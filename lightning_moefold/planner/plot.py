@@ -67,7 +67,8 @@ def _draw_mfu(axes: Any, found: Mapping[str, Any]) -> None:
     names, plans = _folds(found), found["plans"]
     axes.barh(names, [100 * plan["mfu"] for plan in plans], color=["C0" if plan["fits"] else "0.7" for plan in plans])
     for row, plan in enumerate(plans):
-        notes = f" {plan['mfu']:.1%}, bound by {plan['bound_by']}" + ("" if plan["fits"] else " (does not fit)")
+        notes = f" {plan['mfu']:.1%}, largest overhead: {plan['largest_overhead']}"
+        notes += "" if plan["fits"] else " (does not fit)"
         axes.text(100 * plan["mfu"], row, notes, va="center", fontsize="small")
     axes.set(xlabel="MFU, percent", xlim=(0, 150 * max(plan["mfu"] for plan in plans)))
     axes.invert_yaxis()
@@ -102,10 +103,15 @@ def _draw_roofline(axes: Any, found: Mapping[str, Any]) -> None:
     top = found["job"]["gemm_efficiency"]
     axes.plot(ratios, [top * min(1, r) for r in ratios], label="exchange hidden", color="0.4")
     axes.plot(ratios, [top * r / (1 + r) for r in ratios], label="nothing hidden", color="0.4", linestyle=":")
+    places: dict[tuple[tuple[float, float], ...], list[int]] = {}  # folds with the same mapping of experts are one
     for number, plan in enumerate(found["plans"], 1):
-        points = [(min(layer["ratio"] or ratios[-1], ratios[-1]), layer["achieved"]) for layer in plan["roofline"]]
+        points = tuple((min(layer["ratio"] or ratios[-1], ratios[-1]), layer["achieved"]) for layer in plan["roofline"])
+        places.setdefault(points, []).append(number)
+    for points, numbers in places.items():
         axes.scatter(*zip(*points, strict=True), s=18, zorder=3)
-        axes.annotate(str(number), points[0], textcoords="offset points", xytext=(4, 4))
+        axes.annotate(
+            ", ".join(map(str, numbers)), max(points), textcoords="offset points", xytext=(6, -3), fontsize="small"
+        )
     axes.set(
         xscale="log", xlabel="expert compute over exchange, forward and backward", ylabel="expert FLOP/s over the peak"
     )

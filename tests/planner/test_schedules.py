@@ -8,7 +8,7 @@ import pytest
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.parallel.stages import PipelinePlan
-from lightning_moefold.planner import MODELS, PRESETS, Job, Plan, find_routing
+from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan, RoutingProfile, find_routing
 from lightning_moefold.planner.schedules import bubble, chunks_in_flight, legal, pipeline_layout
 from lightning_moefold.planner.simulate import run_fixed, run_split, simulate, write_chrome_trace
 
@@ -110,8 +110,6 @@ def test_what_is_legal():
 def test_simulated_plan_is_near_the_prediction_and_draws_a_trace(tmp_path):
     job = Job(MODELS["mixtral-8x22b"], 128, PRESETS["dgx-h100"], 256, 4096, capacity_factor=1.0)
     plan = Plan(Fold.parse("tp2 pp8 | ep8", 128), schedule="interleaved_1f1b", num_stages_per_rank=7)
-    from lightning_moefold.planner import CostModel
-
     predicted = CostModel(job).estimate(plan)
     timeline = simulate(job, plan)
     assert timeline.seconds == pytest.approx(predicted.step_time, rel=0.1)
@@ -120,6 +118,30 @@ def test_simulated_plan_is_near_the_prediction_and_draws_a_trace(tmp_path):
     write_chrome_trace(timeline, tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert sum(e["ph"] == "X" for e in events) == len(timeline.events) == 8 * 7 * 32 * 2
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("interleaved_1f1b", 2)])
+def test_simulating_a_trace_agrees_with_the_closed_form(schedule, chunks):
+    """To rounding where it is exact: equal stages, free messages, layers of one load; slower where layers differ."""
+    links = replace(PRESETS["dgx-h100"].inter, bandwidth=1e30, latency=0.0)
+    machine = replace(
+        PRESETS["dgx-h100"], inter=links, intra=links, kernels=replace(PRESETS["dgx-h100"].kernels, collective=0.0)
+    )
+    model = replace(MODELS["mixtral-8x7b"], vocab_size=1)
+    uneven = (0.25, 0.25, *(1 / 12,) * 6)
+    plan = Plan(Fold.parse("pp4 | ep8", 64), schedule=schedule, num_stages_per_rank=chunks)
+    alike, mixed = (uneven,) * 32, (uneven, (1 / 8,) * 8) * 16
+    seconds = {}
+    for name, shares in (("alike", alike), ("mixed", mixed)):
+        job = Job(model, 64, machine, 256, 4096, routing=RoutingProfile(name, shares=shares))
+        costs = CostModel(job)
+        ranks = costs.ranks(plan)
+        slowest = max(r.forward + r.backward for r in ranks)
+        times = [[getattr(r, way) for r in ranks] for way in ("forward", "backward")]
+        closed = plan.num_microbatches(job) * slowest + bubble(schedule, chunks, *times, [0.0] * 4)
+        seconds[name] = simulate(job, plan).seconds / closed
+    assert seconds["alike"] == pytest.approx(1, rel=2e-3)  # but for the ends, which one token of vocabulary leaves
+    assert 1 < seconds["mixed"] < 1.2
 
 
 def vars_of(job):
