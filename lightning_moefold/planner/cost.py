@@ -180,9 +180,9 @@ class CostModel:
         fold, size = plan.fold, plan.micro_batch_size
         moe, dense = self.layers.layers(fold.tp, fold.cp, fold.ep, fold.etp, size, plan.dispatcher)
         embedding, head = self.layers.ends(fold.tp, fold.cp, size)
-        body = combine([(held.moe, moe), (held.dense, dense)])
-        block = combine([(1, body), (held.first, embedding), (held.last, head)])
-        again = {"none": 0.0, "selective": body.attention_half, "full": body.forward_total}
+        block = combine([(held.moe, moe), (held.dense, dense), (held.first, embedding), (held.last, head)])
+        layers = held.moe * moe.forward_total + held.dense * dense.forward_total
+        again = {"none": 0.0, "selective": block.attention_half, "full": layers}
         recompute = again[plan.recompute]
         if self.job.sharding != "full":
             return RankTimes(block, recompute, 0.0, 0.0)

@@ -10,7 +10,6 @@ two ends of the model. A block depends on few sizes, so thousands of folds share
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -55,16 +54,19 @@ class Block:
 
 def combine(parts: list[tuple[float, Block]]) -> Block:
     """The sum of blocks, each as often as its number says."""
-    forward: dict[str, float] = defaultdict(float)
-    backward: dict[str, float] = defaultdict(float)
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    weight = attention_half = 0.0
     for times, block in parts:
-        for total, seconds in ((forward, block.forward), (backward, block.backward)):
-            for name, value in seconds.items():
-                total[name] += times * value
-    weight, attention_half = (
-        sum(times * getattr(block, name) for times, block in parts) for name in ("weight", "attention_half")
-    )
-    return Block(dict(forward), dict(backward), weight, attention_half)
+        if not times:
+            continue
+        for name, value in block.forward.items():
+            forward[name] = forward.get(name, 0.0) + times * value
+        for name, value in block.backward.items():
+            backward[name] = backward.get(name, 0.0) + times * value
+        weight += times * block.weight
+        attention_half += times * block.attention_half
+    return Block(forward, backward, weight, attention_half)
 
 
 class LayerCosts:
