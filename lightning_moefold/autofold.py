@@ -16,11 +16,12 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.planner.auto import AutoFold, Choice, choose, machine_for
 from lightning_moefold.planner.hardware import Hardware, find_hardware
-from lightning_moefold.planner.job import RECOMPUTES, SCHEDULES, Job, PlanError
+from lightning_moefold.planner.job import DISPATCHERS, RECOMPUTES, SCHEDULES, Job, PlanError
 from lightning_moefold.planner.models_zoo import find_model
 from lightning_moefold.planner.routing import find_routing
 from lightning_moefold.planner.search import Space
@@ -39,8 +40,7 @@ class Fixed:
         ranks_per_node: Ranks on a node.
         precision: The Trainer's.
         sharding: ``data_parallel_sharding``.
-        capacity_factor: Of the strategy.
-        dispatcher: Of the strategy.
+        dispatch: Of the strategy.
         num_microbatches: None to choose them for a pipeline.
         schedule: None to choose a pipeline schedule.
         num_stages_per_rank: Of a given schedule.
@@ -51,8 +51,7 @@ class Fixed:
     ranks_per_node: int
     precision: str
     sharding: str
-    capacity_factor: float | None
-    dispatcher: str
+    dispatch: DispatchConfig
     num_microbatches: int | None
     schedule: str | None
     num_stages_per_rank: int
@@ -65,7 +64,7 @@ class Fixed:
         return Space(
             schedules=tuple(s for s in SCHEDULES if s != "gpipe") if self.schedule is None else (self.schedule,),
             recomputes=RECOMPUTES if self.recompute is None else (self.recompute,),
-            dispatchers=(self.dispatcher,),
+            dispatchers=DISPATCHERS if self.dispatch.dispatcher == "auto" else (self.dispatch.dispatcher,),
             num_microbatches=self.num_microbatches,
             num_stages_per_rank=self.num_stages_per_rank if looped else None,
             accumulates=False,
@@ -123,7 +122,7 @@ def choose_for(
     rows, total, length = _batch(auto, module.trainer)
     job = Job(
         model, fixed.world_size, machine(auto, fixed.ranks_per_node, device), total or rows or 1, length,
-        fixed.precision, fixed.sharding, fixed.capacity_factor, find_routing(auto.routing),
+        fixed.precision, fixed.sharding, fixed.dispatch.capacity_factor, find_routing(auto.routing),
     )  # fmt: skip
     return choose(job, fixed.space, rows_per_rank=None if total else rows)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,6 +85,7 @@ class SequenceBatch:
         self.routing: RoutingStatistics | None = None
         self.cache: KeyValueCache | None = None
         self._visibility: dict[int | None, Visibility] = {}
+        self._places: tuple[Tensor, Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -124,6 +126,19 @@ class SequenceBatch:
     def reduce_scatter(self, x_ND: Tensor) -> Tensor:
         """Sums partial results over tp and keeps this rank's tokens, ``[N, D] -> [T, D]``."""
         return comm.reduce_scatter(self.pad(x_ND), self.tp)
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor, int]:
+        """Row and position of every token of the cp x tp group, in the order of a gather over tp and then over cp.
+
+        Returns:
+            Rows ``[cp * P]`` and positions ``[cp * P]`` (int64; of padding, any), and the number of rows.
+        """
+        if self._places is None:
+            number_P = torch.arange(self.tokens + self.padding, device=device)
+            row_P = (number_P // self.length).clamp(max=self.rows - 1)
+            held = [self.layout.positions(device, rank)[number_P % self.length] for rank in range(self.layout.cp.size)]
+            self._places = row_P.repeat(self.layout.cp.size), torch.cat(held)
+        return *self._places, self.rows
 
     def visibility(self, window: int | None) -> Visibility:
         """What queries see of their row.

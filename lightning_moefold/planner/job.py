@@ -23,7 +23,7 @@ PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
 }
 SHARDINGS = ("none", "optimizer", "full")
 RECOMPUTES = ("none", "selective", "full")
-DISPATCHERS = ("alltoall", "allgather")
+DISPATCHERS = ("alltoall", "deduplicated", "allgather")
 __all__ = [
     "DISPATCHERS", "PRECISIONS", "RECOMPUTES", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD", "V_SHAPED", "Job", "Plan",
     "PlanError",

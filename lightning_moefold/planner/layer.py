@@ -69,6 +69,11 @@ def combine(parts: list[tuple[float, Block]]) -> Block:
     return Block(forward, backward, weight, attention_half)
 
 
+def ranks_of_a_token(top_k: int, ep: int) -> float:
+    """Mean number of ranks that hold some of a token's experts, under balanced routing."""
+    return ep * (1 - (1 - 1 / ep) ** top_k)
+
+
 class LayerCosts:
     """Blocks of a job's model, memoised.
 
@@ -216,8 +221,14 @@ class LayerCosts:
             everyone = tokens * ep * etp
             gather = self.links.gather(self.shape(ep * etp, 1), everyone * d * b)
             return {"a2a": 2 * gather}, d * (2 * rows + rows + everyone)
-        exchange = self.links.exchange(self.shape(ep, etp), sent * load * d * b)
-        widen = self.links.gather(self.shape(etp, 1), rows * d * b)
+        # Deduplicated, a token travels once to each rank that holds some of its experts, else once for each expert.
+        copies = (
+            ranks_of_a_token(model.num_experts_per_tok, ep)
+            if dispatcher == "deduplicated"
+            else model.num_experts_per_tok
+        )
+        exchange = self.links.exchange(self.shape(ep, etp), tokens * copies * load * d * b)
+        widen = self.links.gather(self.shape(etp, 1), tokens * copies * load * etp * d * b)
         sort = 4 * rows * d if model.num_experts // ep > 1 or etp > 1 else 0.0
         return {"a2a": 2 * exchange, "etp": 2 * widen}, 2 * (tokens + sent) * d + sort
 

@@ -17,7 +17,7 @@ from math import ceil
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner.job import PRECISIONS, Plan
-from lightning_moefold.planner.layer import LayerCosts
+from lightning_moefold.planner.layer import LayerCosts, ranks_of_a_token
 from lightning_moefold.planner.parameters import count, dense_shapes, end_shapes, expert_shapes, shard
 from lightning_moefold.planner.schedules import RankLayers, chunks_in_flight, pipeline_layout
 
@@ -151,12 +151,17 @@ class MemoryModel:
         gated = rows * f * b
         # The router keeps its input in fp32; without a cast or a gather that is the shared expert's input.
         router = (0 if b >= 4 and shared and tp == 1 else t * d * max(b, 4)) + 2 * t * model.num_experts * 4
-        experts = t * d * b + router + rows * d * b + 2 * gated + sent * d * b  # the gated product is made again
+        # The gated product is made again; a row has its token's number and its weight.
+        experts = t * d * b + router + rows * d * b + 2 * gated + 12 * rows
         if shared:
             experts += n * d * b + 4 * n * shared * b + t * d * b
         dense = t * d * b + n * d * b + 4 * n * ceil(model.intermediate_size / tp) * b
         everything = attention + experts, attention + dense
-        exchange = 2 * sent * d * b if dispatcher == "alltoall" else 2 * t * ep * etp * d * b
+        deduplicated = ranks_of_a_token(model.num_experts_per_tok, ep)
+        copies = {"alltoall": model.num_experts_per_tok, "deduplicated": deduplicated, "allgather": ep * etp}[
+            dispatcher
+        ]
+        exchange = 2 * t * copies * d * b
         live = exchange + rows * d * b * (1 + (etp > 1))
         if recompute == "full":
             return t * d * b, t * d * b, live + max(everything[0] if self.costs.num_moe else 0.0, everything[1])

@@ -11,7 +11,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.modules import experts
+from lightning_moefold.modules import Experts
 from lightning_moefold.modules.base import ParallelModule
 from lightning_moefold.parallel.apply import _data_dim
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job
@@ -142,8 +142,8 @@ def saved_bytes(config, dtype, rows, length):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "32-true"), (torch.bfloat16, "bf16-true")])
 def test_what_autograd_keeps_of_a_layer(family, dtype, precision, monkeypatch):
-    # The planner is for GPUs, where the experts are three grouped products under autograd.
-    monkeypatch.setattr(experts, "_kernel_takes", lambda *_: True)
+    # The planner is for GPUs, where the experts are three grouped products.
+    monkeypatch.setattr(Experts, "kernel", "grouped_mm")
     configs = [MoEConfig(**TINY, model_type=family, num_hidden_layers=n, **FAMILIES[family]) for n in (1, 2)]
     one, two = (saved_bytes(config, dtype, 2, 256) for config in configs)
     predicted, _, _ = costs(configs[0], precision).memory._saved(1, 1, 1, 1, 2, "none", "alltoall")
