@@ -33,7 +33,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -399,7 +399,7 @@ class MoEFoldStrategy(ParallelStrategy):
             self._pipeline_plan = PipelinePlan(chosen.schedule, chosen.num_stages_per_rank)
             self.num_microbatches, self._microbatches_given = choice.estimate.microbatches, True
         self._choice = {**choice.record, "num_microbatches": self.num_microbatches}
-        rank_zero_info(choice.reason)
+        _say(choice.reason)
 
     def _connect_processes(self) -> None:
         assert self.cluster_environment is not None
@@ -726,7 +726,7 @@ class MoEFoldStrategy(ParallelStrategy):
             error = failure
         comm.agree_on_error(error, self.mesh.world)
         if self._choice is not None and (remark := autofold.difference(meta, self._choice)):
-            rank_zero_info(remark)
+            _say(remark)
         self._release_gathered_weights()
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         load_training_state(path, meta, self._registry, self.lightning_module, self.optimizers if fitting else [])
@@ -756,6 +756,12 @@ class MoEFoldStrategy(ParallelStrategy):
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    """What a run should show wherever Lightning's own remarks are silenced."""
+    print(text, flush=True)
 
 
 def _end_processes() -> None:

@@ -32,7 +32,7 @@ def fit(
     module = Finetune(path, early=early)
     run = make(AutoFold(**auto), {"max_steps": steps}, **options)
     said: list[str] = []
-    with pl_info(said):
+    with Listening(said):
         run.fit(module, ckpt_path=ckpt_path)
     strategy = run.strategy
     seen: dict[str, Any] = {
@@ -58,7 +58,7 @@ def reference(path: str, num_microbatches: int, steps: int) -> dict[str, Any]:
     return {"losses": module.report.losses, "weights": owned_pieces(module.model)}
 
 
-class pl_info:
+class Listening:
     """Collects what the strategy says on rank 0."""
 
     def __init__(self, said: list[str]) -> None:
@@ -67,11 +67,11 @@ class pl_info:
     def __enter__(self) -> None:
         from lightning_moefold import strategy
 
-        self.module, self.before = strategy, strategy.rank_zero_info
-        strategy.rank_zero_info = self.said.append
+        self.module, self.before = strategy, strategy._say
+        strategy._say = self.said.append
 
     def __exit__(self, *_: Any) -> None:
-        self.module.rank_zero_info = self.before
+        self.module._say = self.before
 
 
 class Rows(torch.utils.data.Dataset):
