@@ -75,6 +75,7 @@ class Kernels:
         launch: Seconds of one kernel launch by the host; a layer is never faster than its launches.
         collective: Seconds that one collective costs before a byte moves.
         alltoall_efficiency: Bandwidth of an all-to-all relative to that of an all-gather on the same link.
+        reduce_efficiency: Bandwidth of a reduce-scatter relative to that of an all-gather (gloo adds up on the CPU).
         overlap: Part of the shorter of two overlapped activities (communication under compute) that disappears.
         host_sync: Seconds lost when the host waits for token counts (dropless routing only).
         split_backward: Relative extra time of a backward cut into input and weight gradients.
@@ -89,6 +90,7 @@ class Kernels:
     launch: float = 5e-6
     collective: float = 12e-6
     alltoall_efficiency: float = 0.90
+    reduce_efficiency: float = 1.0
     overlap: float = 0.65
     host_sync: float = 50e-6
     split_backward: float = 0.04

@@ -122,7 +122,7 @@ class LayerCosts:
         longest = self.mean_window / cp if exchange == "ring" else self.mean_window
         core, core_backward = self.compute.attention(n, self.mean_keys, q, longest)
         elementwise = self.compute.stream(b * (5 * n / tp * d + 2 * n * (q + kv)))
-        tp_comm = 2 * self.links.gather(self.shape(tp, 1), n * d * b)
+        tp_comm = self.links.reduce(self.shape(tp, 1), n * d * b)
         forward = {"gemm": gemm, "attention": core, "elementwise": elementwise, "tp": tp_comm}
         backward = {
             "gemm": 2 * gemm,
@@ -167,7 +167,7 @@ class LayerCosts:
             return seconds, seconds
         if exchange == "all_gather":  # backward gathers again, and scatters gradients in fp32
             gather = self.links.gather(group, group.size * pair)
-            return gather, gather + self.links.gather(group, group.size * pair * max(4 / self.job.activation_bytes, 1))
+            return gather, gather + self.links.scatter(group, group.size * pair * max(4 / self.job.activation_bytes, 1))
         # Backward, gradients of k and v travel along, in fp32.
         both = pair * (1 + max(4 / self.job.activation_bytes, 1))
         return self._ring(group, pair, core), self._ring(group, both, core_backward)
@@ -219,8 +219,8 @@ class LayerCosts:
         rows = sent * load * etp
         if dispatcher == "allgather":
             everyone = tokens * ep * etp
-            gather = self.links.gather(self.shape(ep * etp, 1), everyone * d * b)
-            return {"a2a": 2 * gather}, d * (2 * rows + rows + everyone)
+            both = self.links.reduce(self.shape(ep * etp, 1), everyone * d * b)
+            return {"a2a": both}, d * (2 * rows + rows + everyone)
         # Deduplicated, a token travels once to each rank that holds some of its experts, else once for each expert.
         copies = (
             ranks_of_a_token(model.num_experts_per_tok, ep)
@@ -238,7 +238,7 @@ class LayerCosts:
         n, f = self.tokens(micro_batch, cp), ceil(width / tp)
         gemm = 2 * self.compute.gemm(n, f, d) + self.compute.gemm(n, d, f)
         elementwise = self.compute.stream(3 * b * n * f) + self.compute.stream(b * (5 if own_norm else 3) * n / tp * d)
-        comm = 2 * self.links.gather(self.shape(tp, 1), n * d * b)
+        comm = self.links.reduce(self.shape(tp, 1), n * d * b)
         forward = {"gemm": gemm, "elementwise": elementwise, "tp": comm}
         backward = {"gemm": 2 * gemm, "elementwise": _ELEMENTWISE_BACKWARD * elementwise, "tp": comm}
         self._add_casts(forward, backward, n, d + f, 2 * f + d)
@@ -248,12 +248,12 @@ class LayerCosts:
         """Embedding; and final norm, head and loss."""
         model, b = self.model, self.job.activation_bytes
         n, d, v = self.tokens(micro_batch, cp), model.hidden_size, ceil(model.vocab_size / tp)
-        comm = self.links.gather(self.shape(tp, 1), n * d * b)
+        gather, scatter = (move(self.shape(tp, 1), n * d * b) for move in (self.links.gather, self.links.scatter))
         look_up = self.compute.stream(3 * b * n * d)
-        embedding = Block({"head": look_up, "tp": comm}, {"head": 2 * look_up, "tp": comm})
+        embedding = Block({"head": look_up, "tp": scatter}, {"head": 2 * look_up, "tp": gather})
         gemm = self.compute.gemm(n, v, d)
         loss = self.compute.stream(n * v * (b + 3 * 4))  # logits are read once and softmax runs in fp32
-        head = Block({"head": gemm + loss, "tp": comm}, {"head": 2 * gemm + loss, "tp": comm}, gemm)
+        head = Block({"head": gemm + loss, "tp": gather}, {"head": 2 * gemm + loss, "tp": scatter}, gemm)
         return embedding, head
 
     def _add_casts(
