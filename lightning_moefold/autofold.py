@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from lightning_moefold.dispatch import DispatchConfig
@@ -203,6 +204,12 @@ def _row_length(loader: DataLoader[Any]) -> int | None:
         return None
     ids: Any = row.get("input_ids") if isinstance(row, dict) else row
     return len(ids) if hasattr(ids, "__len__") else None
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """What a run should show even where Lightning's own remarks are silenced."""
+    print(text, flush=True)
 
 
 def agreed(answer: Callable[[], Answer], broadcast: Callable[[Any], Any], rank: int) -> Answer:

@@ -65,10 +65,14 @@ class ParallelRoot(ParallelModule):
         sharding: How the strategy parallelised it, for whoever would do it again.
         layouts: Where the pieces of each parameter lie, by name relative to the root.
         compute_dtype: The dtype in which it computes where that is not the dtype of storage (``bf16-mixed``).
+        hidden_size: D, what it takes and returns for each token.
+        unequal: The context of unequal calls that is open, if one is.
     """
 
     sharding: Any = None
     compute_dtype: torch.dtype | None = None
+    hidden_size: int
+    unequal: Any = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,6 +81,11 @@ class ParallelRoot(ParallelModule):
     def units(self) -> list[nn.Module]:
         """The modules whose dense weights are gathered together, inner ones first."""
         return [self]
+
+    def stand_in(self) -> None:
+        """Takes part in a call of ranks that have data, without any. Collective."""
+        parameter = next(self.parameters())
+        self(torch.empty(0, 1, self.hidden_size, dtype=parameter.dtype, device=parameter.device))
 
     def release_gathered_weights(self) -> None:
         """Lets go of weights that a forward pass gathered, so that ``named_parameters`` gives this rank's pieces."""

@@ -67,11 +67,6 @@ class Job:
         for name, known in (("precision", tuple(PRECISIONS)), ("sharding", SHARDINGS)):
             if getattr(self, name) not in known:
                 raise PlanError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(known)}.")
-        if self.sharding == "none" and self.precision == "bf16-mixed":
-            raise PlanError(
-                "bf16-mixed with sharding 'none' is not run by the strategy, as FSDP2 does the casting; use sharding "
-                "'optimizer', or bf16-true."
-            )
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise PlanError(f"capacity_factor={self.capacity_factor} must be positive, or left out to drop nothing.")
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_moefold import AutoFold, MoEFoldStrategy
+from lightning_moefold import AutoFold, MoEFoldStrategy, autofold
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.strategy import finetune
@@ -65,13 +65,11 @@ class Listening:
         self.said = said
 
     def __enter__(self) -> None:
-        from lightning_moefold import strategy
-
-        self.module, self.before = strategy, strategy._say
-        strategy._say = self.said.append
+        self.before = autofold.say
+        autofold.say = self.said.append
 
     def __exit__(self, *_: Any) -> None:
-        self.module._say = self.before
+        autofold.say = self.before
 
 
 class Rows(torch.utils.data.Dataset):
