@@ -5,7 +5,7 @@ Calibrates the machine with as many ranks, then runs every fold in turn, and all
 a busy minute does not meet one fold alone. A fold's time is its least disturbed round. Best on a machine that does
 nothing else; elsewhere in pieces, each of which adds to the file:
 
-    python benchmarks/planner_cpu.py --ranks 4 --rounds 2 --file steps.json
+    python benchmarks/planner_cpu.py --ranks 4 --minutes 7 --file steps.json
 """
 
 import argparse
@@ -93,7 +93,9 @@ def report(seconds: dict[str, list[float]], machine: Hardware, ranks: int) -> No
     print(f"{'measured':>11}{'predicted':>11}{'ratio':>7}{'spread':>8}  fold")
     for measured, predicted, spread, text, bounds in sorted(rows):
         kinds = ", ".join(f"{kind} {s / predicted:.0%}" for kind, s in list(bounds.items())[:3])
-        print(f"{measured * 1e3:8.1f} ms{predicted * 1e3:8.1f} ms{predicted / measured:7.2f}{spread:8.2f}  {text:40} {kinds}")
+        print(
+            f"{measured * 1e3:8.1f} ms{predicted * 1e3:8.1f} ms{predicted / measured:7.2f}{spread:8.2f}  {text:40} {kinds}"
+        )
     measured, predicted = [r[0] for r in rows], [r[1] for r in rows]
     ratios = [p / m for m, p in zip(measured, predicted, strict=True)]
     scale = statistics.geometric_mean(ratios)
@@ -107,26 +109,34 @@ def report(seconds: dict[str, list[float]], machine: Hardware, ranks: int) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8, help="a round runs of each fold")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--file", type=Path, default=Path("planner_cpu.json"), help="measurements so far (default: here)")
+    parser.add_argument("--steps", type=int, default=6, help="measured at a time under each fold")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each fold is to have been measured")
+    parser.add_argument("--minutes", type=float, default=60.0, help="when to stop, to go on another time")
+    parser.add_argument(
+        "--file", type=Path, default=Path("planner_cpu.json"), help="measurements so far (default: here)"
+    )
     arguments = parser.parse_args()
-    ranks, file = arguments.ranks, arguments.file
+    ranks, file, ends = arguments.ranks, arguments.file, time.monotonic() + 60 * arguments.minutes
     seen = json.loads(file.read_text()) if file.exists() else {"machines": [], "seconds": {}}
-    for _ in range(arguments.rounds):
-        machine, _ = calibrate(ranks, "here", use_gpu=False)
-        seen["machines"].append(machine.to_toml())
-        with RankPool(ranks) as pool:
-            for fold in folds(ranks):
-                seconds = max(pool.run(measure_step, str(fold), ranks, arguments.steps, ranks=ranks))
-                seen["seconds"].setdefault(str(fold), []).append(seconds)
-                print(f"{seconds * 1e3:8.1f} ms  {fold}", flush=True)
-        file.write_text(json.dumps(seen))
+    seconds: dict[str, list[float]] = seen["seconds"]
+    machine, _ = calibrate(ranks, "here", use_gpu=False)
+    seen["machines"].append(machine.to_toml())
+    file.write_text(json.dumps(seen))
+    with RankPool(ranks) as pool:
+        every = [str(fold) for fold in folds(ranks)]
+        while time.monotonic() < ends:
+            text = min(every, key=lambda text: len(seconds.get(text, ())))
+            if len(seconds.get(text, ())) >= arguments.rounds:
+                break
+            step = max(pool.run(measure_step, text, ranks, arguments.steps, ranks=ranks))
+            seconds.setdefault(text, []).append(step)
+            file.write_text(json.dumps(seen))
+            print(f"{step * 1e3:8.1f} ms  {text}", flush=True)
     machines = []
     for text in seen["machines"]:
         file.with_suffix(".toml").write_text(text)
         machines.append(Hardware.from_toml(file.with_suffix(".toml")))
-    report(seen["seconds"], max(machines, key=lambda m: m.peak("fp32")), ranks)
+    report(seconds, max(machines, key=lambda m: m.peak("fp32")), ranks)
 
 
 if __name__ == "__main__":
