@@ -28,7 +28,7 @@ lint: setup-test ## check the style of the code (ruff)
 types: setup-test ## check the types of the package (mypy)
 	$(PYTHON) -m mypy
 
-bench: setup-test ## run a benchmark: BENCH=run (training steps), loading, memory, planner_cpu
+bench: setup-test ## run a benchmark: BENCH=run (training steps), loading, memory, planner_cpu, bubble, scale
 	$(PYTHON) benchmarks/$(BENCH).py $(ARGS)
 
 clean: ## remove caches, build products and .venv

@@ -3,8 +3,11 @@
 
     python examples/vision.py --fold "tp2 | ep4" --devices 4
 
+    python examples/vision.py --fold "pp2 | ep2" --devices 4 --microbatches 4
+
 Nothing in the network knows of ranks: attention, MoE layers and whatever else you write are ordinary modules. The
-strategy finds the blocks of `lightning_moefold.modules` and parallelises them; the rest is replicated, as under DDP.
+strategy finds the blocks of `lightning_moefold.modules` and parallelises them; the rest is replicated, as under DDP. The
+network names its layers and its ends, so that pipelines can cut it.
 The pictures are drawn here: noisy discs, squares, crosses and rings that the network learns to tell apart.
 """
 
@@ -42,17 +45,27 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
+    pipeline_layers = "blocks"
+
     def __init__(self, width: int = 64, depth: int = 2, heads: int = 4, experts: int = 8) -> None:
         super().__init__()
-        self.embed = nn.Conv2d(1, width, PATCH, PATCH)
+        self.patches = nn.Conv2d(1, width, PATCH, PATCH)
         self.position = nn.Parameter(0.02 * torch.randn(1, (PIXELS // PATCH) ** 2, width))
         self.blocks = nn.Sequential(*(Block(width, heads, experts) for _ in range(depth)))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(SHAPES)))
+        self.classify = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(SHAPES)))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``[rows, 1, pixels, pixels]`` to logits ``[rows, classes]``."""
-        x = self.embed(images).flatten(2).transpose(1, 2) + self.position
-        return self.head(self.blocks(x).mean(1))
+    def embed(self, batch: list[Tensor]) -> Tensor:
+        """Images ``[rows, 1, pixels, pixels]`` to ``[rows, patches, width]``."""
+        return self.patches(batch[0]).flatten(2).transpose(1, 2) + self.position
+
+    def head(self, hidden: Tensor, batch: list[Tensor]) -> Tensor:
+        """The loss in training, logits ``[rows, classes]`` otherwise."""
+        logits = self.classify(hidden.mean(1))
+        return F.cross_entropy(logits, batch[1]) if self.training else logits
+
+    def forward(self, batch: list[Tensor]) -> Tensor:
+        """These three steps; under the strategy, whatever the fold makes of them."""
+        return self.head(self.blocks(self.embed(batch)), batch)
 
 
 class Classifier(L.LightningModule):
@@ -65,15 +78,13 @@ class Classifier(L.LightningModule):
             self.network = VisionTransformer()
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        images, classes = batch
-        loss = F.cross_entropy(self.network(images), classes)
+        loss = self.network(batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         # Both are averages over all data ranks: this one by Lightning's convention, the other as it is.
         return loss + self.balance * load_balancing_loss(self.network)
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
-        images, classes = batch
-        right = (self.network(images).argmax(1) == classes).float().mean()
+        right = (self.network(batch).argmax(1) == batch[1]).float().mean()
         self.log("val/accuracy", right, sync_dist=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -101,6 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--fold", default="tp2 | ep4", help="parallel sizes; the rest is data parallel")
     parser.add_argument("--devices", type=int, default=4, help="ranks")
+    parser.add_argument("--microbatches", type=int, help="of a batch; needed by pp")
     parser.add_argument("--epochs", type=int, default=8, help="passes over the data")
     parser.add_argument("--images", type=int, default=1024, help="pictures to train on")
     args = parser.parse_args()
@@ -108,7 +120,8 @@ def main() -> None:
         warnings.filterwarnings("ignore", pattern)
     L.seed_everything(1, verbose=False)
     trainer = L.Trainer(
-        strategy=MoEFoldStrategy(fold=args.fold), accelerator="auto", devices=args.devices, max_epochs=args.epochs,
+        strategy=MoEFoldStrategy(fold=args.fold, num_microbatches=args.microbatches),
+        accelerator="auto", devices=args.devices, max_epochs=args.epochs,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[FoldSummary(), LoadBalanceMonitor(log_every_n_steps=8)], log_every_n_steps=8,
     )  # fmt: skip

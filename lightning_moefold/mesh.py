@@ -63,15 +63,20 @@ def _exists(group: dist.ProcessGroup) -> bool:
     return group in dist.distributed_c10d._world.pg_map
 
 
-def _shared_group(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
-    """The group of ``ranks``, made on first use. Its members call this in the same order."""
+def _shared_group(name: str, ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+    """The group of ``ranks``, made on first use. Its members call this in the same order.
+
+    NCCL's watchdog ends a process without asking Python; what it prints then has ``name``, the operation and the rank.
+    """
     if len(ranks) == dist.get_world_size() and dist.group.WORLD is not None:
         return dist.group.WORLD
     for key in [key for key, group in _made.items() if not _exists(group)]:  # went with the default group
         del _made[key]
     if (ranks, timeout) not in _made:
         # Only its members take part in making a group: a thousand ranks need not wait for each other's.
-        _made[ranks, timeout] = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        _made[ranks, timeout] = dist.new_group(
+            list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=f"moefold {name}"
+        )
     return _made[ranks, timeout]
 
 
@@ -124,6 +129,10 @@ class FoldedMesh:
 
     # ---- axes --------------------------------------------------------------------------------------------------
 
+    def axes(self) -> list[Axis]:
+        """All axes on this rank."""
+        return list(self._axes.values())
+
     def axis(self, name: str) -> Axis:
         """The axis ``name`` on this rank: ``tp cp dp pp ep etp edp dp_cp etp_ep``, ``stage`` or ``world``."""
         return self._axes[name]
@@ -158,16 +167,24 @@ class FoldedMesh:
         """All ranks."""
         return self._axes["world"]
 
+    @property
+    def ends(self) -> Axis:
+        """The first and the last rank of this pipeline, where this is one of them; made on first use, by both."""
+        if "ends" not in self._axes:
+            ranks = self._axes["pp"].ranks
+            self._axes["ends"] = self._axis_of("ends", [ranks[0], ranks[-1]])
+        return self._axes["ends"]
+
     def _make_axis(self, name: str) -> Axis:
         return self._axis_of(name, next(group for group in self.fold.groups(name) if self.rank in group))
 
     def _axis_of(self, name: str, ranks: list[int]) -> Axis:
-        group = self._group(tuple(ranks)) if len(ranks) > 1 else None
+        group = self._group(name, tuple(ranks)) if len(ranks) > 1 else None
         return Axis(name, tuple(ranks), ranks.index(self.rank), group)
 
-    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    def _group(self, name: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         if ranks not in self._groups:
-            self._groups[ranks] = _shared_group(ranks, self._timeout)
+            self._groups[ranks] = _shared_group(name, ranks, self._timeout)
         return self._groups[ranks]
 
     # ---- storage meshes ----------------------------------------------------------------------------------------
@@ -180,7 +197,7 @@ class FoldedMesh:
         axes = [data] * wraps + [axis for axis in tensor if axis.size > 1]
         if not axes:
             return None
-        groups = [axis.group or self._group((self.rank,)) for axis in axes]
+        groups = [axis.group or self._group(axis.name, (self.rank,)) for axis in axes]
         if len(axes) == 1:
             return DeviceMesh.from_group(groups[0], self.device_type, mesh_dim_names=(axes[0].name,))
         # The axes left out have one rank each, so the others span the ranks of the stage, or of a replica of the family.

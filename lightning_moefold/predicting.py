@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.connectors import data_connector
 
 from lightning_moefold.models.unequal import UnequalCalls
 from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.parallel.network import network_runners
 
 
 class Predicting(Callback):
@@ -32,7 +33,10 @@ class Predicting(Callback):
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._trainer = trainer
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
-        self._models = [root for _, root in parallel_roots(module)]
+        # A network whose ranks communicate around its blocks is called equally often by all of them.
+        networks = [r.network for _, r in network_runners(module) if r.fold.cp * r.fold.pp > 1]
+        inside = {id(block) for network in networks for block in network.blocks()}
+        self._models = [root for _, root in parallel_roots(module) if id(root) not in inside]
         self._calls: UnequalCalls | None = None
         self._over = not self._models
         self._lenient = ExitStack()

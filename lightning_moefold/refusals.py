@@ -19,10 +19,12 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.modules.layered import LayeredNetwork, layered_networks
 
 _CALLBACKS = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
@@ -58,30 +60,66 @@ def check_blocks(module: nn.Module, fold: Fold) -> None:
         UnsupportedFeature: For blocks in networks of the user's own, for a pipeline without a model, and for parameters
             that a block shares.
     """
-    roots = parallel_roots(module)
+    roots, networks = parallel_roots(module), layered_networks(module)
+    try:
+        layers = {id(block) for network in networks for block in network.blocks()}
+    except ValueError as error:
+        raise UnsupportedFeature(str(error)) from None
     for name, root in roots:
-        if fold.cp * fold.pp > 1 and not isinstance(root, MoECausalLM):
+        if fold.cp * fold.pp > 1 and not isinstance(root, MoECausalLM) and id(root) not in layers:
             axis, size = ("context", fold.cp) if fold.cp > 1 else ("pipeline", fold.pp)
             what = "rows context" if fold.cp > 1 else "layers pipeline"
             raise UnsupportedFeature(
-                f"{name or type(root).__name__} is in a network of your own, whose {what} parallelism cannot cut; use "
+                f"{name or type(root).__name__} is in a network of your own, whose {what} parallelism cannot cut unless the "
+                "network names its layers (pipeline_layers, with embed and head) and the block is in one of them; do so, or use "
                 f"{axis}_parallel_size=1 instead of {size}."
             )
-    if fold.pp > 1 and not roots:
+    if fold.pp > 1 and not roots and not networks:
         raise UnsupportedFeature(
-            f"{type(module).__name__} holds no MoECausalLM to cut into stages; use pipeline_parallel_size=1 instead of {fold.pp}."
+            f"{type(module).__name__} holds no MoECausalLM to cut into stages, and no network with pipeline_layers; use "
+            f"pipeline_parallel_size=1 instead of {fold.pp}."
         )
+    for network in networks:
+        _check_layers(network, fold)
     _check_sharing(module)
 
 
+def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
+    """What micro-batches and cut rows would change in a network of the user's own."""
+    cut = network.module.modules() if fold.pp > 1 else network.container.modules() if fold.cp > 1 else ()
+    for part in cut:
+        if isinstance(part, _BatchNorm) and part.track_running_stats:
+            raise UnsupportedFeature(
+                f"{type(part).__name__} in {network.name or type(network.module).__name__} takes statistics of a whole batch, of "
+                "which a pipeline or cp sees parts; use another norm, such as LayerNorm or GroupNorm."
+            )
+    if fold.pp == 1:
+        return
+    if len(set(map(id, network.layers().values()))) < len(network.layers()):
+        raise UnsupportedFeature(
+            f"{network.layers_name} holds a layer twice, and another pipeline stage may hold the second; give each its own."
+        )
+    holders: dict[int, str] = {}
+    ends = [p for m in network.ends() for p in m.parameters(recurse=False)]
+    layers = {f"layer {name} of {network.layers_name}": layer.parameters() for name, layer in network.layers().items()}
+    for name, parameters in [("embed or head", iter(ends)), *layers.items()]:
+        for parameter in parameters:
+            if (first := holders.setdefault(id(parameter), name)) != name:
+                raise UnsupportedFeature(
+                    f"{name} shares a parameter with {first}, which another pipeline stage may hold; give each its own."
+                )
+
+
 def check_second_names(module: nn.Module) -> None:
-    """Once models are parallelised, everything has storage but what a pipeline has taken off this rank.
+    """Everything has storage but models that are to read their weights, and what a pipeline has taken off this rank.
 
     Raises:
         UnsupportedFeature: For a part of a model that the module holds under a name of its own, on another stage.
     """
+    models = (m for m in module.modules() if isinstance(m, MoECausalLM) and m.weights_pending)
+    pending = {id(p) for model in models for p in model.parameters()}
     for name, parameter in module.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and id(parameter) not in pending:
             raise UnsupportedFeature(
                 f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the model "
                 "instead, or use pipeline_parallel_size=1."

@@ -45,6 +45,7 @@ from lightning_moefold import autofold, comm
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.dispatch.config import DispatcherName, DropPolicy, DropScope
 from lightning_moefold.fold import Fold
+from lightning_moefold.liveness import RollCall
 from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
@@ -53,13 +54,16 @@ from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.expert_kernels import EXPERT_KERNELS, ExpertKernel
 from lightning_moefold.modules.experts import Experts
+from lightning_moefold.modules.layered import layered_networks
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
+from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
-from lightning_moefold.parallel.pipeline import Pipeline, spare_parameters
+from lightning_moefold.parallel.pipeline import Pipeline
 from lightning_moefold.parallel.registry import ParameterRegistry
+from lightning_moefold.parallel.spare import spare_parameters
 from lightning_moefold.planner.auto import AutoFold, Choice
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.predicting import Predicting
@@ -69,7 +73,7 @@ from lightning_moefold.refusals import (
     check_second_names,
     check_trainer,
 )
-from lightning_moefold.sentences import print_without_traceback
+from lightning_moefold.sentences import Place, print_without_traceback
 from lightning_moefold.shared_checkpoints import SharedCheckpoints
 
 log = logging.getLogger(__name__)
@@ -208,6 +212,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._mesh: FoldedMesh | None = None
         self._converted: weakref.ref[torch.nn.Module] | None = None
         self._own: OwnModules | None = None
+        self._roll_call: RollCall | None = None
         self._predicting: Predicting | None = None
         self._watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -310,6 +315,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         if self._fold_text != "auto":
             self._make_fold()
         self._connect_processes()
+        self._join_roll_call()
         self._choose_fold(last_call=False)
         if self._fold_text != "auto":
             self._make_mesh()
@@ -404,6 +410,15 @@ class MoEFoldStrategy(SharedCheckpoints):
         if fresh:  # a process that ends with open groups may abort (gloo) or is complained of (NCCL)
             atexit.register(_end_processes)
 
+    def _join_roll_call(self) -> None:
+        """Lets peers see whether this process lives, should a collective fail."""
+        if self.world_size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        if self._roll_call is None or self._roll_call.store is not store:  # the process group may be another by now
+            self._roll_call = RollCall(store, self.global_rank)
+        self._roll_call.announce()
+
     # ---- set-up ------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -460,11 +475,15 @@ class MoEFoldStrategy(SharedCheckpoints):
         align_blocks(self.lightning_module, self.mesh)
         for layer in (m for m in self._modules() if isinstance(m, DecoderLayer)):
             layer.recompute = self.recompute
+        options = NetworkOptions(self._pipeline_plan, self.num_microbatches, self.context_parallel_exchange)
         for moe in (m for m in self._modules() if isinstance(m, MoELayer) and m.dispatch is None):
             moe.dispatch = self.dispatch
         for experts in (m for m in self._modules() if isinstance(m, Experts)):
             experts.kernel = self.expert_kernel
         try:
+            for network in layered_networks(self.lightning_module):
+                parallelize_network(network, self.mesh, sharding, self.root_device, options)
+            check_second_names(self.lightning_module)  # before the blocks among them are parallelised
             for root in self._roots():
                 if isinstance(root, MoECausalLM):
                     root.num_microbatches = self.num_microbatches
@@ -494,7 +513,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         # Optimizers of an earlier entry point may refer to parameters that no longer exist.
         self._reset_optimizers_and_schedulers()
-        with spare_parameters(self._roots()):
+        with spare_parameters(self._modules()):
             super().setup_optimizers(trainer)
 
     @override
@@ -643,7 +662,8 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        print_without_traceback(exception, self.global_rank)
+        place = None if self._mesh is None else Place(self._mesh, self._pipeline_plan, self._roll_call)
+        print_without_traceback(exception, self.global_rank, place)
 
     @override
     def teardown(self) -> None:

@@ -5,5 +5,6 @@ from lightning_moefold.callbacks.generate_samples import GenerateSamples
 from lightning_moefold.callbacks.load_balance import LoadBalanceMonitor
 from lightning_moefold.callbacks.mfu import MFUMonitor
 from lightning_moefold.callbacks.summary import FoldSummary
+from lightning_moefold.callbacks.timeline import PipelineTimeline
 
-__all__ = ["FoldSummary", "GenerateSamples", "LoadBalanceMonitor", "MFUMonitor"]
+__all__ = ["FoldSummary", "GenerateSamples", "LoadBalanceMonitor", "MFUMonitor", "PipelineTimeline"]

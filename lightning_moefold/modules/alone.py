@@ -24,15 +24,24 @@ def run_alone(block: ParallelRoot, hidden: Tensor, batch: SequenceBatch | None =
     Args:
         block: With or without a strategy.
         hidden: ``[..., D]``, the same on every tp rank.
-        batch: Where rows and positions matter; by default the tokens are one row.
+        batch: Where rows and positions matter; by default the tokens are one row, or this cp rank's part of some.
 
     Returns:
         A tensor of the shape and dtype of ``hidden``.
     """
     x_ND = hidden.reshape(-1, hidden.shape[-1])
-    batch = batch or SequenceBatch(1, x_ND.shape[0], tp=block.tp)
-    if batch.padding:
+    cut = block.rows
+    if batch is None:
+        tokens = x_ND.shape[0]
+        batch = (
+            SequenceBatch(1, tokens, tp=block.tp)
+            if cut is None
+            else SequenceBatch(tokens // cut.length, cut.layout.length, tp=block.tp, cp=cut.layout.cp)
+        )
+    if batch.padding or (cut is not None and cut.is_padded):
         real_N = torch.ones(batch.tokens, dtype=torch.bool, device=hidden.device)
+        if cut is not None:
+            real_N = cut.real_N(batch.rows, hidden.device)
         batch.routed_T = batch.counted_T = batch.shard(real_N, value=False)
         batch.num_routed = int(batch.routed_T.sum())
     dtype = block.compute_dtype

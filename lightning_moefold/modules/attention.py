@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_moefold import comm
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
 from lightning_moefold.mesh import FoldedMesh
@@ -47,7 +48,8 @@ class Attention(ParallelRoot):
             own and takes no masks.
 
     Raises:
-        ValueError: If the key/value heads do not divide the query heads, or a window is asked for without causality.
+        ValueError: If the key/value heads do not divide the query heads, a window is asked for without causality, or rotary
+            positions for heads of odd size.
     """
 
     def __init__(
@@ -73,6 +75,10 @@ class Attention(ParallelRoot):
         self.hidden_size, self.causal = hidden_size, causal
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = head_dim or hidden_size // num_heads
+        if rope_theta is not None and self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd, and rotary positions turn pairs of numbers; use an even one, or rope_theta=None."
+            )
         self.sliding_window, self.rope_theta = sliding_window, rope_theta
         self.q_proj = Linear(hidden_size, num_heads * self.head_dim, qkv_bias)
         self.k_proj = Linear(hidden_size, num_kv_heads * self.head_dim, qkv_bias)
@@ -164,11 +170,24 @@ class Attention(ParallelRoot):
                 f"attention needs [rows, length, hidden size], not {list(x_BSD.shape)}; keep the rows apart."
             )
         rows, length, _ = x_BSD.shape
-        batch = SequenceBatch(rows, length, tp=self.tp)
+        cut = self.rows
+        if cut is not None and length != cut.length:
+            raise ValueError(
+                f"attention was given rows of {length} positions, of which this context parallel rank holds {cut.length}; layers "
+                "between embed and head must keep the length of rows."
+            )
+        if cut is None:
+            batch = SequenceBatch(rows, length, tp=self.tp)
+        else:
+            batch = SequenceBatch(rows, cut.layout.length, tp=self.tp, cp=cut.layout.cp)
+            batch.exchange = cut.exchange
+            if cut.is_padded and not self.causal:
+                real_S = torch.arange(cut.layout.length, device=x_BSD.device) < cut.true_length
+                batch.real_BS = real_S.expand(rows, -1)
         if self.rope_theta is not None:
-            position_1S = torch.arange(length, device=x_BSD.device).unsqueeze(0)
+            position_1L = batch.layout.positions(x_BSD.device).unsqueeze(0)
             dtype = compute_dtype or x_BSD.dtype
-            batch.cos_BLh, batch.sin_BLh = rotary_tables(position_1S, self.head_dim, self.rope_theta, dtype)
+            batch.cos_BLh, batch.sin_BLh = rotary_tables(position_1L, self.head_dim, self.rope_theta, dtype)
         return batch
 
     def _heads(self, x_NO: Tensor, rows: int, length: int, norm: RMSNorm | None, batch: SequenceBatch) -> Tensor:
@@ -190,6 +209,8 @@ class Attention(ParallelRoot):
         visibility, layout = batch.visibility(self.sliding_window), batch.layout
         if earlier is not None:
             y_BQLd = _attend_to_row(q, k, v, earlier, self.causal)
+        elif layout.cp.size > 1 and not self.causal:
+            y_BQLd = _attend_to_all_ranks(q, k, v, batch)
         elif layout.cp.size == 1 and (visibility.is_causal or layout.length <= _WHOLE_MASK or not self.causal):
             y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
         else:
@@ -208,6 +229,18 @@ def _attend_to_row(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor, causal:
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _attend_to_all_ranks(q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch) -> Tensor:
+    """Attention that sees all positions of rows cut over cp, ``[B, Q, L, d]``; the order of keys does not matter to it."""
+    layout = batch.layout
+    pair = comm.all_gather(torch.stack([k, v]).unsqueeze(0), layout.cp)  # one rank's keys after the other's
+    k, v = pair.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+    if batch.real_BS is None:
+        return _attend_to_row(q, k, v, Seen.ALL, causal=False)
+    held_S = torch.argsort(layout.order(q.device))
+    mask = batch.real_BS[:1, None, None].index_select(3, held_S)
+    return _attend_to_row(q, k, v, mask, causal=True)
 
 
 def _project(projection: Linear, x_ND: Tensor, rows: slice | None) -> Tensor:

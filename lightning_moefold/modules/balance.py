@@ -52,6 +52,10 @@ def load_balancing_loss(network: nn.Module) -> Tensor:
     Raises:
         ValueError: If no layer keeps its routing, or none was called in training.
     """
+    for module in network.modules():
+        run = module.__dict__.get("_moefold_runner")
+        if run is not None and (spread := run.load_balancing_loss()) is not None:
+            return spread  # over pipeline stages
     routings = [r for m in network.modules() if isinstance(r := getattr(m, "routing", None), Routing)]
     if not routings:
         raise ValueError(
@@ -88,7 +92,7 @@ class _GlobalValue(torch.autograd.Function):
         return grads[0] * ctx.scale, None, None
 
 
-def global_value(share: Tensor, value: Tensor, mesh: FoldedMesh | None) -> Tensor:
+def global_value(share: Tensor, value: Tensor, mesh: FoldedMesh | None, copies: int = 1) -> Tensor:
     """A loss with the value for all ranks' data and the gradient of this rank's share of it.
 
     A loss that ``training_step`` returns means the average over data ranks, whose gradients are summed: the strategy
@@ -98,5 +102,6 @@ def global_value(share: Tensor, value: Tensor, mesh: FoldedMesh | None) -> Tenso
         share: The part of the value that depends on this rank's data; scalar.
         value: The sum of all shares.
         mesh: The folded mesh; None on one rank.
+        copies: How many of these ranks have computed the same share (of a group that shares its rows).
     """
-    return _GlobalValue.apply(share, value, 1.0 if mesh is None else float(mesh.dp_cp.size))
+    return _GlobalValue.apply(share, value, 1.0 if mesh is None else mesh.dp_cp.size / copies)

@@ -218,6 +218,7 @@ class _Rotation:
     """Sends a tensor to the next rank of an axis and receives the previous rank's, while the caller computes."""
 
     def __init__(self, x: Tensor, axis: Axis) -> None:
+        self.axis = axis
         self._received = torch.empty_like(x)
         after, before = (axis.ranks[(axis.index + step) % axis.size] for step in (1, -1))
         self._work = dist.batch_isend_irecv(

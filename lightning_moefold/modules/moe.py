@@ -123,7 +123,8 @@ class MoELayer(ParallelRoot):
             A tensor of the shape of ``hidden``.
         """
         if batch is None:
-            rows = SequenceBatch(hidden[..., 0, 0].numel(), hidden.shape[-2], tp=self.tp) if hidden.dim() > 2 else None
+            whole = hidden.dim() > 2 and self.rows is None
+            rows = SequenceBatch(hidden[..., 0, 0].numel(), hidden.shape[-2], tp=self.tp) if whole else None
             return run_alone(self, hidden, rows)
         weight_TK, expert_TK, probability_TE = self.gate(hidden)
         counts_ME = count_choices(expert_TK, self.num_experts, batch)

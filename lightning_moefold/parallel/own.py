@@ -15,6 +15,8 @@ from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.modules.layered import layered_networks
+from lightning_moefold.parallel.network import network_runners, runner_of
 from lightning_moefold.parallel.registry import ParameterRegistry
 
 
@@ -33,7 +35,10 @@ class OwnModules:
     def __init__(self, root: nn.Module, registry: ParameterRegistry, mesh: FoldedMesh) -> None:
         self.mesh, self.buffers_stale = mesh, True
         ours = {id(b) for _, part in parallel_roots(root) for b in part.buffers()}
-        self._root, self._ours = root, ours
+        staged = [r.network.module for _, r in network_runners(root) if r.pipeline is not None]
+        # Stages hold different buffers: those are alike on the ranks of each.
+        self._of_stage = [b for network in staged for b in network.buffers() if id(b) not in ours]
+        self._root, self._ours = root, ours | {id(b) for b in self._of_stage}
         self._parameters = [p.detach() for _, p in registry.own()]
 
     def prepare(self) -> None:
@@ -46,6 +51,7 @@ class OwnModules:
         """Before a step whose predecessor may have changed them, buffers are rank 0's again. Collective."""
         if self.buffers_stale:
             comm.broadcast_flat([b.detach() for b in self._root.buffers() if id(b) not in self._ours], self.mesh.world)
+            comm.broadcast_flat([b.detach() for b in self._of_stage], self.mesh.stage)
         self.buffers_stale = False
 
     def _confine_metrics(self) -> None:
@@ -59,13 +65,17 @@ class OwnModules:
 
 
 def align_blocks(root: nn.Module, mesh: FoldedMesh) -> None:
-    """Before they are cut, blocks in networks of the user's own start out as rank 0's. Collective.
+    """Before they are cut, blocks in networks of the user's own start out as rank 0's, and all of a network for stages.
+
+    Collective.
 
     Raises:
         ValueError: If a block has parameters without storage.
     """
     blocks = [b for _, b in parallel_roots(root) if not isinstance(b, MoECausalLM) and b.mesh is None]
-    parameters = [p.detach() for block in blocks for p in block.parameters()]
+    networks = [n.module for n in layered_networks(root) if mesh.fold.pp > 1 and runner_of(n.module) is None]
+    parameters = [p.detach() for block in (*networks, *blocks) for p in block.parameters()]
+    parameters += [b.detach() for network in networks for b in network.buffers()]
     if any(p.is_meta for p in parameters):
         raise ValueError(
             "a block of your network was made on the meta device and has no weights; only a MoECausalLM knows where to "

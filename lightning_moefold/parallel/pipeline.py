@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language model in a pipeline: one call runs the whole schedule, forward and backward, over the micro-batches.
 
-Lightning calls ``training_step``, then ``zero_grad``, then ``backward``; gradients that a schedule left behind would be
-wiped. So a call puts the gradients that are there aside, runs the schedule, takes what it made and puts the old ones
-back, and returns the loss as the output of an autograd function that has the parameters as inputs and *returns* the
-gradients it kept, times whatever arrives. By the chain rule that is exact for anything done with the loss.
-
-FSDP2 reduces inside the schedule, once a call; sums over tp, and over data ranks where weights are replicated, are made
-after backward as always (:class:`~.gradients.GradientSum`), since these gradients enter there like any others.
+The engine is :mod:`.schedule`, which networks of the user's own (:mod:`.network`) share.
 
 Data errors are agreed on before the schedule, in the collective that counts the labels: a rank that raised alone would
 leave the others waiting in it.
@@ -17,36 +11,30 @@ Legend: M micro-batches, C tokens of the longest, D hidden size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.models.batch import BatchAxes, BatchError, CausalLMBatch, check_shapes, read_batch, stand_in
+from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, check_shapes, read_batch, stand_in
 from lightning_moefold.models.causal_lm import CausalLMOutput, LossFunction
 from lightning_moefold.models.losses import check_faults
 from lightning_moefold.modules.base import wide
-from lightning_moefold.parallel.gradients import like, local_part
+from lightning_moefold.parallel.agreement import PRIME, check_same_batch, same_batch_slots
+from lightning_moefold.parallel.schedule import Kept, ScheduleRunner, Wire, differentiable, value_only
 from lightning_moefold.parallel.stage_module import Job, Stage
 from lightning_moefold.parallel.stages import PipelinePlan
 
-_CLASSES = {
-    "gpipe": "ScheduleGPipe",
-    "1f1b": "Schedule1F1B",
-    "interleaved_1f1b": "ScheduleInterleaved1F1B",
-    "interleaved_zero_bubble": "ScheduleInterleavedZeroBubble",
-    "zbv": "ScheduleZBVZeroBubble",
-    "dualpipev": "ScheduleDualPipeV",
-}
-_PRIME = 1048573  # sums of squares of numbers below it are exact in float64
-_Kept = list[tuple[nn.Parameter, Tensor | None]]
+_VALUES = (
+    "only output.loss can be differentiated: its gradients were made during the call, and logits, lm_loss and aux_loss are "
+    "values; compute your loss in a loss_fn, or detach() them."
+)
 
 
 @dataclass
@@ -71,9 +59,7 @@ class Pipeline:
     def __init__(self, model: MoECausalLM, mesh: FoldedMesh, plan: PipelinePlan, stages: list[Stage]) -> None:
         self.mesh, self.plan, self.stages = mesh, plan, stages
         self._model = model
-        self._count = mesh.fold.pp * plan.chunks
-        self._schedule: Any = None
-        self._schedule_key: tuple[Any, ...] = ()
+        self.runner = ScheduleRunner(model, mesh, plan, stages)
 
     # ---- a call of the model -----------------------------------------------------------------------------------
 
@@ -105,10 +91,10 @@ class Pipeline:
         job = Job(batches, loss_fn, parts, wants_logits, tokens // self.mesh.tp.size, 1 / labels)
         if loss_fn is not None and training and batches[0].sequence.wants_routing:
             # The weight that a loss_fn finds decides how its gradients compare with those of the auxiliary loss.
-            with self._counters_kept():
-                self._run_forward(job)
+            with self.runner.counters_kept():
+                self._run(job, training=False)
             job.scale = 1 / self._totals(job).weight
-        kept = self._run_schedule(job) if training else self._run_forward(job)
+        kept = self._run(job, training)
         totals = self._totals(job)
         output = self._output(job, totals, labelled)
         if wants_logits:
@@ -143,9 +129,8 @@ class Pipeline:
         mesh, faults = self.mesh, torch.stack([b.faults for b in batches]).sum(0)
         number = torch.full((), mode, device=faults.device)
         for batch in batches:
-            number = (number * 31 + batch.fingerprint + 17 * batch.sequence.rows) % _PRIME
-        slots = faults.new_zeros(mesh.fold.dp, 2)
-        slots[mesh.place["dp"]] = torch.stack([number, number * number]).double()
+            number = (number * 31 + batch.fingerprint + 17 * batch.sequence.rows) % PRIME
+        slots = same_batch_slots(number, mesh)
         weight = torch.stack([b.weight_N[b.labelled_index].double().sum() for b in batches]).sum()
         if mesh.tp.index or mesh.place["pp"]:  # what the first of those who share a batch says counts for all of them
             weight = torch.zeros_like(weight)
@@ -155,13 +140,7 @@ class Pipeline:
         mine = torch.cat([weight[None], short, faults, slots.flatten()])
         totals = comm.all_reduce_raw(mine, mesh.world).cpu()
         check_faults(totals[2:6], batches[0].error, self._model.config.vocab_size, self._model.num_microbatches)
-        first, second = totals[6:].view(-1, 2).unbind(1)
-        if bool((second * (mesh.fold.tp * mesh.fold.cp * mesh.fold.pp) != first * first).any()):
-            raise BatchError(
-                "ranks of a tensor, context or pipeline parallel group were given different batches or arguments, but they "
-                "compute one batch together; shard the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed "
-                "that all share."
-            )
+        check_same_batch(totals[6:], mesh)
         return float(totals[0]) or 1.0, bool(totals[1])
 
     def _totals(self, job: Job) -> _Totals:
@@ -199,18 +178,17 @@ class Pipeline:
             return CausalLMOutput(language, language)
         return CausalLMOutput(language + self._model.config.router_aux_loss_coef * auxiliary, language, auxiliary)
 
-    def _differentiable(self, output: CausalLMOutput, kept: _Kept, factor: float) -> CausalLMOutput:
+    def _differentiable(self, output: CausalLMOutput, kept: Kept, factor: float) -> CausalLMOutput:
         assert output.loss is not None
         # A loss means the mean over data ranks, whose gradients are summed (modules/balance.py); this is a global value.
-        factor *= self.mesh.dp_cp.size
-        anchor = torch.zeros((), device=output.loss.device, requires_grad=True)
-        loss = _KeptGradients.apply(output.loss, factor, [g for _, g in kept], anchor, *[p for p, _ in kept])
+        loss = differentiable(output.loss, kept, factor * self.mesh.dp_cp.size)
         if output.aux_loss is None:
             output = output._replace(loss=loss, lm_loss=loss)
         else:
-            language, auxiliary = (_Detached.apply(part, anchor) for part in (output.lm_loss, output.aux_loss))
+            assert output.lm_loss is not None
+            language, auxiliary = (value_only(part, _VALUES) for part in (output.lm_loss, output.aux_loss))
             output = CausalLMOutput(loss, language, auxiliary, output.logits)
-        return output if output.logits is None else output._replace(logits=_Detached.apply(output.logits, anchor))
+        return output if output.logits is None else output._replace(logits=value_only(output.logits, _VALUES))
 
     def _logits(self, job: Job, gather: bool) -> Tensor | None:
         mine = torch.cat([job.logits[i] for i in sorted(job.logits)]) if job.logits else None
@@ -221,7 +199,7 @@ class Pipeline:
             shape = (rows, job.batches[0].true_length, self._model.config.vocab_size)
             mine = torch.empty(shape, dtype=self._dtype, device=job.batches[0].faults.device)
         mine = mine.contiguous()
-        dist.broadcast(mine, src=pp.ranks[self.plan.owner(self._count - 1, pp.size)], group=pp.group)
+        dist.broadcast(mine, src=self.runner.last_rank, group=pp.group)
         return mine
 
     @property
@@ -229,148 +207,13 @@ class Pipeline:
         """Of the hidden states."""
         return self._model.compute_dtype or next(self._model.parameters()).dtype
 
-    # ---- forward and backward ----------------------------------------------------------------------------------
-
-    @contextmanager
-    def _working_on(self, job: Job) -> Iterator[None]:
-        for stage in self.stages:
-            stage.job = job
-        try:
-            yield
-        finally:
-            for stage in self.stages:
-                stage.job = None
-
-    @contextmanager
-    def _counters_kept(self) -> Iterator[None]:
-        """Tokens are counted once, however often they pass."""
-        layers = self._model.moe_layers().values()
-        counters = [(c, c.clone()) for layer in layers for c in (layer.load_E, layer.dropped)]
-        yield
-        for counter, before in counters:
-            counter.copy_(before)
-
-    def _run_schedule(self, job: Job) -> _Kept:
-        model = self._model
-        model.release_gathered_weights()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        aside = [p.grad for p in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        numbers = torch.arange(len(job.batches))
-        try:
-            schedule = self._prepare(job)
-            with self._working_on(job):
-                schedule.step(microbatch=numbers, target=numbers, return_outputs=False)
-            model.release_gathered_weights()
-            self._sum_tied()
-            return [(p, p.grad) for p in parameters]
-        finally:
-            for parameter, grad in zip(parameters, aside, strict=True):
-                parameter.grad = grad
-
-    def _prepare(self, job: Job) -> Any:
-        """The schedule of torch for the shape of this batch; the one of the last call if the shape is the same.
-
-        Shapes are given, never inferred: inference would run the model on garbage and spoil the load counts.
-        """
-        routed, m = job.batches[0].sequence.wants_routing, len(job.batches)
-        key = (job.capacity, routed, m, self._dtype)
-        if key != self._schedule_key:
-            self._schedule, self._schedule_key = self._make_schedule(job.capacity, routed, m), key
-        return self._schedule
-
-    def _make_schedule(self, capacity: int, routed: bool, m: int) -> Any:
-        from torch.distributed import pipelining
-
-        config, pp = self._model.config, self.mesh.axis("pp")
-        device = next(self._model.parameters()).device
-        hidden = torch.empty(capacity, config.hidden_size, dtype=self._dtype, device=device, requires_grad=True)
-        routing = torch.empty(2, config.num_experts, dtype=torch.float64, device=device, requires_grad=True)
-        between = (hidden, routing) if routed else (hidden,)
-        scalar = torch.empty((), dtype=torch.float64, device=device, requires_grad=True)
-        stages = [
-            pipelining.PipelineStage(
-                stage, stage.index, self._count, device, input_args=() if stage.is_first else between,
-                output_args=(scalar,) if stage.is_last else between, group=pp.group,
-            )
-            for stage in self.stages
-        ]  # fmt: skip
-        kind = getattr(pipelining, _CLASSES[self.plan.schedule])
-        single = self.plan.schedule in ("gpipe", "1f1b")
-        return kind(stages[0] if single else stages, m, loss_fn=lambda output, _: output, scale_grads=False)
-
-    @torch.no_grad()
-    def _sum_tied(self) -> None:
-        """The embedding's gradient as such, on the first stage, and as the head, on the last, are parts of one."""
-        embedding, pp = self._model.model.embed_tokens, self.mesh.axis("pp")
-        if not self._model.config.tie_word_embeddings or embedding is None or not embedding.weight.requires_grad:
-            return
-        weight = embedding.weight
-        ends = [pp.ranks[self.plan.owner(stage, pp.size)] for stage in (0, self._count - 1)]
-        if weight.grad is None:
-            weight.grad = like(weight, torch.zeros_like(local_part(weight)))
-        mine = local_part(weight.grad)
-        sent, other = mine.contiguous(), torch.empty_like(mine, memory_format=torch.contiguous_format)
-        peer = ends[self.mesh.rank == ends[0]]
-        ops = [dist.P2POp(dist.isend, sent, peer, pp.group), dist.P2POp(dist.irecv, other, peer, pp.group)]
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
-        mine.add_(other)
-
-    @torch.no_grad()
-    def _run_forward(self, job: Job) -> _Kept:
-        """All micro-batches through the first stage of every rank, then through the second."""
-        pp, here = self.mesh.axis("pp"), {stage.index for stage in self.stages}
-        passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
-        sends: list[tuple[Any, Tensor]] = []
-        with self._working_on(job):
-            for stage in self.stages:
-                before, after = (pp.ranks[self.plan.owner(i, pp.size)] if 0 <= i < self._count else -1
-                                 for i in (stage.index - 1, stage.index + 1))  # fmt: skip
-                # From the last rank back to the first: only after all that the last one has to receive, or each of a pair
-                # of ranks might wait for the other to receive first.
-                around: list[Tensor] = []
-                for i in range(len(job.batches)):
-                    received: tuple[Tensor, ...] = ()
-                    if stage.index - 1 in here:
-                        received = passed.pop((stage.index - 1, i))
-                    elif not stage.is_first:
-                        received = self._receive(job, before)
-                    output = stage(*received, microbatch=torch.tensor([i]))
-                    if stage.index + 1 in here:
-                        passed[stage.index, i] = output
-                    elif not stage.is_last and (stage.index + 1) % pp.size == 0:
-                        around += output
-                    elif not stage.is_last:
-                        sends += [(dist.isend(x, after, group=pp.group), x) for x in output]
-                sends += [(dist.isend(x, after, group=pp.group), x) for x in around]
-        for work, _ in sends:
-            work.wait()
-        return []
-
-    def _receive(self, job: Job, source: int) -> tuple[Tensor, ...]:
-        config, device = self._model.config, job.batches[0].faults.device
-        tensors = [torch.empty(job.capacity, config.hidden_size, dtype=self._dtype, device=device)]
+    def _run(self, job: Job, training: bool) -> Kept:
+        config = self._model.config
+        wires: tuple[Wire, ...] = (Wire((job.capacity, config.hidden_size), self._dtype),)
         if job.batches[0].sequence.wants_routing:
-            tensors.append(torch.empty(2, config.num_experts, dtype=torch.float64, device=device))
-        for tensor in tensors:
-            dist.recv(tensor, source, group=self.mesh.axis("pp").group)
-        return tuple(tensors)
-
-
-@contextmanager
-def spare_parameters(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, a model whose stages here are all frozen has a parameter without elements: optimizers refuse to have none."""
-    frozen = [m for m in models if isinstance(m, MoECausalLM) and m.pipeline is not None]
-    frozen = [m for m in frozen if not any(p.requires_grad for p in m.parameters())]
-    for model in frozen:
-        model.register_parameter("pipeline_spare", nn.Parameter(torch.empty(0, device=next(model.parameters()).device)))
-    try:
-        yield
-    finally:
-        for model in frozen:
-            del model.pipeline_spare
+            wires += (Wire((2, config.num_experts), torch.float64),)
+        run = self.runner.train if training else self.runner.evaluate
+        return run(job, len(job.batches), wires, next(self._model.parameters()).device)
 
 
 def _cut(values: Mapping[str, Any], rows: int, m: int) -> list[dict[str, Any]]:
@@ -382,32 +225,3 @@ def _cut(values: Mapping[str, Any], rows: int, m: int) -> list[dict[str, Any]]:
         for name, value in values.items()
     }  # fmt: skip
     return [{name: column[i] for name, column in columns.items()} for i in range(m)]
-
-
-class _KeptGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, factor: float, kept: list[Tensor | None], anchor: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        ctx.factor, ctx.kept, ctx.parameters = factor, kept, parameters
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        factor = grads[0] * ctx.factor
-        pairs = zip(ctx.parameters, ctx.kept, strict=True)
-        scaled = [None if g is None else like(p, local_part(g) * factor.to(g.dtype)) for p, g in pairs]
-        return None, None, None, None, *scaled
-
-
-class _Detached(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, anchor: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "under pipeline parallelism only output.loss can be differentiated: its gradients were made during the call, and "
-            "logits, lm_loss and aux_loss are values; compute your loss in a loss_fn, or detach() them."
-        )

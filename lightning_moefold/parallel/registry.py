@@ -10,13 +10,15 @@ from torch import nn
 from lightning_moefold.layout import Box, Family, ParameterLayout, TensorGradient
 from lightning_moefold.mesh import Axis, FoldedMesh
 from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.parallel.network import network_runners
 
 
 class ParameterRegistry:
     """Made once parameters are final.
 
-    Parameters of language models and blocks have a layout. All others are the user's own: dense, replicated on every rank,
-    with identical gradients over tp and gradients summed over data ranks, as under DDP.
+    Parameters of language models and blocks have a layout, and all those of a network that is spread over pipeline stages.
+    All others are the user's own: dense, replicated on every rank, with identical gradients over tp and gradients summed over
+    data ranks, as under DDP.
 
     Args:
         root: The LightningModule.
@@ -32,6 +34,11 @@ class ParameterRegistry:
             part.release_gathered_weights()
             layouts |= {id(p): part.layouts[name] for name, p in part.named_parameters()}
             everywhere |= {f"{prefix}.{name}".lstrip(".") for name in part.layouts}
+        for prefix, runner in network_runners(root):
+            if runner.pipeline is not None:
+                own = runner.network.module.named_parameters()
+                layouts |= {id(p): runner.layouts[name] for name, p in own if name in runner.layouts}
+                everywhere |= {f"{prefix}.{name}".lstrip(".") for name in runner.names}
         # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
         everything = root.named_parameters(remove_duplicate=False)
         self.layouts = {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
@@ -80,3 +87,5 @@ class ParameterRegistry:
                 yield parameter, self.mesh.tp
             if layout.data_dim is None:  # replicated, or there is but one copy
                 yield parameter, self.mesh.axis(layout.data_axis)
+            if layout.stages is not None and len(layout.stages) == 2:  # used by both, each of which has a part
+                yield parameter, self.mesh.ends

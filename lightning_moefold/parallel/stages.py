@@ -111,24 +111,34 @@ class PipelinePlan:
         return [stage for stage in range(pp * self.chunks) if self.owner(stage, pp) == rank]
 
     def layers(self, config: MoEConfig, pp: int) -> list[range]:
+        """The layers of every stage of a language model; see :meth:`cut`."""
+        costs = [float(config.layer_parameters(i, active=True)) for i in range(config.num_hidden_layers)]
+        return self.cut(costs, pp, "num_hidden_layers", head=float(config.vocab_size * config.hidden_size))
+
+    def cut(self, costs: Sequence[float], pp: int, name: str, head: float = 0.0) -> list[range]:
         """The layers of every stage.
+
+        Args:
+            costs: Of each layer.
+            pp: Pipeline ranks.
+            name: What the number of layers is called.
+            head: What the last stage does besides its layers.
 
         Raises:
             ValueError: If there are fewer layers than stages, or the numbers given do not add up.
         """
-        stages, total = pp * self.chunks, config.num_hidden_layers
+        stages, total = pp * self.chunks, len(costs)
         if stages > total:
             raise ValueError(
                 f"{stages} pipeline stages (pipeline_parallel_size={pp} x {self.chunks} a rank) are more than "
-                f"num_hidden_layers={total}, and every stage needs a layer; use fewer."
+                f"{name}={total}, and every stage needs a layer; use fewer."
             )
         if self.split is not None and sum(self.split) != total:
             raise ValueError(
                 f"pipeline_split={list(self.split)} adds up to {sum(self.split)} layers, but the model has {total}; "
                 "make them equal."
             )
-        costs = [float(config.layer_parameters(i, active=True)) for i in range(total)]
-        split = self.split or cut_by_cost(costs, stages, head=float(config.vocab_size * config.hidden_size))
+        split = self.split or cut_by_cost(costs, stages, head)
         ends = [sum(split[: i + 1]) for i in range(stages)]
         return [range(end - size, end) for end, size in zip(ends, split, strict=True)]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run has left in its folder: Lightning's ``metrics.csv`` and LoadBalanceMonitor's ``expert_load.npz``.
+"""What a run has left in its folder: ``metrics.csv`` of Lightning, ``expert_load.npz`` and ``pipeline_timeline.json`` of callbacks.
 
 Legend: N intervals, L MoE layers, E experts.
 """
@@ -7,6 +7,7 @@ Legend: N intervals, L MoE layers, E experts.
 from __future__ import annotations
 
 import csv
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from lightning_moefold.callbacks.expert_load import NO_EXPERT
 from lightning_moefold.callbacks.load_balance import FILE_NAME
+from lightning_moefold.callbacks.timeline import FILE_NAME as TIMELINE_NAME
+from lightning_moefold.planner.simulate import Event, Timeline
 
 METRICS_NAME = "metrics.csv"
 NEWEST = 4
@@ -68,12 +71,14 @@ class Run:
         folder: The run's.
         versions: Metrics by name for each version of the run (a folder with a ``metrics.csv``), oldest first.
         load: The latest record of expert loads.
+        timeline: The latest record of a pipeline.
         notes: What a reader should know about the files, each in a sentence.
     """
 
     folder: Path
     versions: dict[str, dict[str, Series]] = field(default_factory=dict)
     load: RecordedLoad | None = None
+    timeline: Timeline | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -102,10 +107,11 @@ def read_run(folder: str | Path) -> Run:
     run = Run(folder)
     _read_versions(run)
     _read_load(run)
-    if not run.versions and run.load is None:
+    _read_timeline(run)
+    if not run.versions and run.load is None and run.timeline is None:
         reason = " ".join(run.notes) or (
             f"{folder} holds neither a {METRICS_NAME} (written by Lightning's CSVLogger) nor an {FILE_NAME} (by "
-            "LoadBalanceMonitor)."
+            f"LoadBalanceMonitor) nor a {TIMELINE_NAME} (by PipelineTimeline)."
         )
         raise ValueError(reason)
     return run
@@ -180,3 +186,34 @@ def _read_load(run: Run) -> None:
         return
     if load.counts_NLE.ndim == 3 and load.counts_NLE.size:
         run.load = load
+
+
+def read_timeline(path: Path) -> Timeline:
+    """A pipeline from a Chrome trace, as :func:`~lightning_moefold.planner.simulate.write_chrome_trace` writes it.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    try:
+        rows = json.loads(path.read_text())["traceEvents"]
+        events = [
+            Event(row["tid"], (row["cat"], row["args"]["stage"], row["args"]["micro-batch"]), row["ts"] / 1e6,
+                  (row["ts"] + row["dur"]) / 1e6)
+            for row in rows if row["ph"] == "X"
+        ]  # fmt: skip
+        ranks = sum(row["ph"] == "M" for row in rows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is no trace of a pipeline ({type(error).__name__}: {error}).") from error
+    if not events or ranks <= max(event.rank for event in events):
+        raise ValueError("it holds no passes, or of ranks that it does not name.")
+    return Timeline(tuple(events), ranks)
+
+
+def _read_timeline(run: Run) -> None:
+    files = sorted(run.folder.rglob(TIMELINE_NAME), key=lambda path: path.stat().st_mtime)
+    if not files:
+        return
+    try:
+        run.timeline = read_timeline(files[-1])
+    except (OSError, ValueError) as error:
+        run.notes.append(f"{files[-1]} is left out: {error}")

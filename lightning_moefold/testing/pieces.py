@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_moefold.layout import ParameterLayout
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel import local_part
+from lightning_moefold.parallel.network import NetworkRunner, network_runners
 
 #: Offsets of a piece in the whole tensor, the whole tensor's shape, and the piece.
 Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
@@ -27,10 +28,13 @@ def owned_pieces(module: nn.Module, what: Literal["weight", "grad"] = "weight") 
         module: A language model, or a module that holds models, blocks and parameters of the user's own.
         what: Weights or gradients.
     """
-    layouts: dict[int, tuple[ParallelRoot, ParameterLayout]] = {}
+    layouts: dict[int, tuple[ParallelRoot | NetworkRunner, ParameterLayout]] = {}
     for _, root in parallel_roots(module):
         root.release_gathered_weights()
         layouts |= {id(p): (root, root.layouts[name]) for name, p in root.named_parameters()}
+    for _, runner in network_runners(module):
+        own = runner.network.module.named_parameters()
+        layouts |= {id(p): (runner, runner.layouts[name]) for name, p in own if name in runner.layouts}
     pieces: dict[str, Piece] = {}
     for name, parameter in module.named_parameters():
         value = parameter.grad if what == "grad" else parameter
@@ -41,9 +45,9 @@ def owned_pieces(module: nn.Module, what: Literal["weight", "grad"] = "weight") 
             if not dist.is_initialized() or dist.get_rank() == 0:
                 pieces[name] = ((0,) * piece.dim(), tuple(piece.shape), piece)
             continue
-        root, layout = layouts[id(parameter)]
-        if layout.is_owner(root.fold, root.rank):
-            pieces[name] = (layout.box(root.fold, root.rank).offsets, layout.shape, piece)
+        owner, layout = layouts[id(parameter)]
+        if layout.is_owner(owner.fold, owner.rank):
+            pieces[name] = (layout.box(owner.fold, owner.rank).offsets, layout.shape, piece)
     return pieces
 
 

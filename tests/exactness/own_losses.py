@@ -32,9 +32,10 @@ def focal(logits: Tensor, labels: Tensor, power: float = 2.0) -> tuple[Tensor, T
 
 
 def preference(logits: Tensor, labels: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
-    """Like DPO: even rows are chosen, odd ones rejected; ``margins`` are those of a reference model."""
+    """Like DPO: even rows are chosen, odd ones rejected; ``margins`` are those of a reference model, at the rows of both."""
     logp_B = log_probabilities(logits, labels)[0].sum(1)
-    return -F.logsigmoid(0.1 * (logp_B[0::2] - logp_B[1::2] - margins)).sum(), torch.tensor(float(len(margins)))
+    chosen, rejected, margin = logp_B[0::2], logp_B[1::2], margins[0::2]
+    return -F.logsigmoid(0.1 * (chosen - rejected - margin)).sum(), torch.tensor(float(len(margin)))
 
 
 def distillation(logits: Tensor, labels: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,7 @@ class OwnLoss(runs.Case):
         return self.model(**batch, loss_fn=focal, power=1.5).loss
 
     def _preference(self, batch: Batch) -> Tensor:
-        margins = batch["input_ids"][::2].double().mean(1)
+        margins = batch["input_ids"].double().mean(1)  # an entry for each row, which a pipeline cuts like the batch
         return self.model(**batch, loss_fn=preference, margins=margins).loss
 
     def _distillation(self, batch: Batch) -> Tensor:
@@ -102,7 +103,7 @@ def train_alone(path: str, batches: list[list[Batch]], spec: dict[str, Any]) -> 
     kinds: dict[str, Callable[[list[Batch]], Any]] = {
         "focal": lambda step: _ratio([focal(_logits(model, b), b["labels"], 1.5) for b in step]),
         "preference": lambda step: _ratio(
-            [preference(_logits(model, b), b["labels"], b["input_ids"][::2].double().mean(1)) for b in step]
+            [preference(_logits(model, b), b["labels"], b["input_ids"].double().mean(1)) for b in step]
         ),
         "distillation": lambda step: _ratio(
             [distillation(_logits(model, b), b["labels"], _logits(teacher, b).detach()) for b in step]

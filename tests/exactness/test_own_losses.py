@@ -26,6 +26,7 @@ CASES = [
     ("focal", 4, "pp2 | ep2", "optimizer"),
     ("distillation", 4, "tp2 pp2", "none"),
     ("calls", 2, "pp2", "optimizer"),
+    ("preference", 2, "pp2", "full"),
     ("focal", 4, "cp2 | ep4", "full"),
     ("preference", 4, "tp2 cp2 | ep2", "optimizer"),
     ("distillation", 2, "cp2", "optimizer"),
@@ -44,7 +45,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_own_losses(pool: RankPool, checkpoints: list[str], loss: str, world: int, fold: str, sharding: str) -> None:
     student, teacher = checkpoints
     dp = Fold.parse(fold, world).dp
-    batches = make_batches(3, dp, 2, 9, 97, seed=8, ignore="uneven")
+    rows = 4 if loss == "preference" and "pp" in fold else 2  # a pair in each micro-batch
+    batches = make_batches(3, dp, rows, 9, 97, seed=8, ignore="uneven")
     spec = {"loss": loss, "clip": 0.5, "lr": 1e-2, "sharding": sharding}
     spec |= {"teacher": teacher} if loss == "distillation" else {}
     spec |= {"num_microbatches": 2} if "pp" in fold else {}

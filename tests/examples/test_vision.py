@@ -8,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_vision_example_learns_under_a_fold() -> None:
-    command = [
-        sys.executable, "examples/vision.py", "--devices", "2", "--fold", "tp2 | ep2", "--epochs", "3", "--images", "256"
-    ]  # fmt: skip
+FOLDS = [["tp2 | ep2"], pytest.param(["pp2", "--microbatches", "4"], marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("fold", FOLDS, ids=["tensors", "pipeline"])
+def test_vision_example_learns_under_a_fold(fold: list[str]) -> None:
+    command = [sys.executable, "examples/vision.py", "--devices", "2", "--epochs", "3", "--images", "256", "--fold", *fold]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found = re.search(r"val/accuracy (\d\.\d+) over disc, square, cross, ring; loss (\d\.\d+)", done.stdout)

@@ -59,5 +59,7 @@ def test_layer_is_causal() -> None:
 def test_arguments_that_cannot_work() -> None:
     with pytest.raises(ValueError, match="use a divisor"):
         Attention(8, 4, 3)
+    with pytest.raises(ValueError, match="head_dim=3 is odd"):
+        Attention(12, 4)
     with pytest.raises(ValueError, match="between 1 and num_experts=4"):
         Router(8, 4, 5)

@@ -28,7 +28,7 @@ class Block(nn.Module):
     def __init__(self, mixer: nn.Module) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(SIZE), RMSNorm(SIZE)
-        self.attention = Attention(SIZE, 4, 2, causal=False, rope_theta=50.0, qkv_bias=True, output_bias=True)
+        self.attention = Attention(SIZE, 4, 2, 4, causal=False, rope_theta=50.0, qkv_bias=True, output_bias=True)
         self.mixer = mixer
 
     def forward(self, x: Tensor) -> Tensor:

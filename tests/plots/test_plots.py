@@ -143,7 +143,7 @@ def test_pictures_of_a_run(tmp_path: Path, versions: int, capsys: pytest.Capture
     write_load(path.parent)
     assert main(["plot", str(tmp_path)]) == 0
     assert pngs(tmp_path / "plots") == ["expert_load", "loss", "memory", "speed"]
-    assert capsys.readouterr().out.count("\n") == 4
+    assert capsys.readouterr().out.count("\n") == 5  # and a sentence about the pipeline, of which there is none
     assert main(["plot", str(tmp_path)]) == 0  # its own pictures are in nobody's way
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_moefold import Fold, MoECausalLM, MoEFoldStrategy
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import CheckpointWeights, deferred_weights
-from lightning_moefold.parallel import PipelinePlan, Sharding, parallelize
+from lightning_moefold.parallel import PipelinePlan, Sharding, local_part, parallelize
 from tests.strategy import finetune
 from tests.strategy.bad import told
 from tests.strategy.finetune import Finetune
@@ -101,6 +101,21 @@ def evaluations(path: str, fold: str, plans: list[PipelinePlan]) -> list[tuple[f
             with torch.no_grad():
                 output = model(tokens, labels=tokens, gather_logits=True)
             seen.append((output.loss.item(), output.logits))
+    return seen
+
+
+def after_inference_mode(path: str, fold: str) -> list[tuple[float, dict[str, Tensor]]]:
+    """Loss and gradients of a call, alone and after one in inference mode."""
+    seen = []
+    for before in (False, True):
+        model, tokens = _make(path, fold), finetune.rows(4)
+        if before:
+            with torch.inference_mode():
+                assert not model(tokens, labels=tokens).loss.requires_grad
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        seen.append((loss.item(), {n: local_part(p.grad) for n, p in model.named_parameters() if p.grad is not None}))
+        model.release_gathered_weights()
     return seen
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_moefold.parallel import PipelinePlan
 from lightning_moefold.testing import RankPool, make_checkpoint, relative_error
@@ -61,6 +62,14 @@ def test_forward_alone_through_every_kind_of_stages(pool: RankPool, tmp_path: Pa
         for (loss, logits), (right, whole) in zip(seen, expected * len(plans), strict=True):
             assert loss == pytest.approx(right, rel=1e-12)
             assert relative_error(logits, whole) < 1e-12
+
+
+@pytest.mark.parametrize(("world", "fold"), [(2, "pp2"), pytest.param(4, "pp2 | ep2", marks=pytest.mark.slow)])
+def test_inference_mode_leaves_nothing_behind(pool: RankPool, path: str, world: int, fold: str) -> None:
+    for (loss, grads), (again, after) in pool.run(stages.after_inference_mode, path, fold, ranks=world):
+        assert loss == again
+        assert grads.keys() == after.keys()
+        assert all(torch.equal(grads[name], after[name]) for name in grads)
 
 
 def test_refusals(pool: RankPool, path: str, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PipelineTimeline: what each pipeline rank does when, in one training step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.parallel.pipeline import Pipeline
+from lightning_moefold.parallel.schedule import ScheduleRunner
+from lightning_moefold.planner.simulate import Event, Op, Timeline, write_chrome_trace
+
+FILE_NAME = "pipeline_timeline.json"
+
+
+class PipelineTimeline(pl.Callback):
+    """Records the forward and backward passes of every stage in one optimizer step, for ``moefold plot``.
+
+    Written to ``pipeline_timeline.json`` in the Trainer's ``log_dir`` as a Chrome trace (it opens in ``chrome://tracing`` and
+    Perfetto): the pipeline of the first data replica. What lies between passes is waiting, for other stages above all.
+    One collective over pp after that step; no other step costs anything.
+
+    Args:
+        step: The optimizer step to record, from 1 on; the first ones are slow.
+
+    Attributes:
+        timeline: What was recorded, on the ranks of each pipeline; None before, and without a pipeline.
+
+    Raises:
+        ValueError: If ``step`` is not positive.
+    """
+
+    def __init__(self, step: int = 4) -> None:
+        super().__init__()
+        if step < 1:
+            raise ValueError(f"step={step} must be at least 1, the first optimizer step.")
+        self.step = step
+        self.timeline: Timeline | None = None
+        self._recorder: TimelineRecorder | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        models = [m for m in pl_module.modules() if isinstance(m, MoECausalLM) and isinstance(m.pipeline, Pipeline)]
+        if not models:
+            rank_zero_warn("PipelineTimeline found no model with a pipeline and has nothing to record.")
+            return
+        assert isinstance(models[0].pipeline, Pipeline)
+        self._recorder = TimelineRecorder(models[0].pipeline.runner)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder is not None and self.timeline is None and trainer.global_step == self.step - 1:
+            self._recorder.start()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder is None or not self._recorder.recording:
+            return
+        self.timeline = self._recorder.finish()
+        folder = trainer.log_dir if trainer.loggers else None  # asks rank zero
+        if trainer.is_global_zero and folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_chrome_trace(self.timeline, Path(folder) / FILE_NAME)
+
+
+class TimelineRecorder:
+    """Notes when each pass of a pipeline's stages begins and ends.
+
+    On the CPU by the clock; on CUDA by events in the stream, since the host runs ahead of the device. Ranks are brought
+    together by the time of day, which machines of a cluster agree on to a millisecond or so.
+
+    Args:
+        runner: Of this rank's stages.
+    """
+
+    def __init__(self, runner: ScheduleRunner) -> None:
+        self.runner = runner
+        self.recording = False
+        self._mesh: FoldedMesh = runner.mesh
+        self._passes: list[tuple[Op, Any, Any]] = []
+        self._origin: Any = None
+
+    def start(self) -> None:
+        """Records all that follows. Every rank of the pipeline calls this."""
+        self.recording, self._passes, self._origin = True, [], None
+        self.runner.watch = self._watch
+
+    def finish(self) -> Timeline:
+        """Stops, and brings together what the ranks of this pipeline have seen. Collective over pp."""
+        self.runner.watch, self.recording = nullcontext, False
+        pp = self._mesh.axis("pp")
+        mine = [(op, self._seconds(start), self._seconds(end)) for op, start, end in self._passes]
+        everyone: list[Any] = [None] * pp.size
+        dist.all_gather_object(everyone, mine, group=pp.group)
+        first = min((start for passes in everyone for _, start, _ in passes), default=0.0)
+        events = [
+            Event(rank, op, start - first, end - first)
+            for rank, passes in enumerate(everyone)
+            for op, start, end in passes
+        ]
+        return Timeline(tuple(events), pp.size)
+
+    @contextmanager
+    def _watch(self, schedule: Any) -> Iterator[None]:
+        stages = getattr(schedule, "_stages", None) or [schedule._stage]
+        for stage in stages:
+            for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+                setattr(stage, name, self._timed(stage, name))
+        if self._on_cuda and self._origin is None:
+            torch.cuda.synchronize()
+            self._origin = self._now(), time.time()
+        try:
+            yield
+        finally:
+            for stage in stages:
+                for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+                    delattr(stage, name)  # the method of its class shows again
+
+    def _timed(self, stage: Any, name: str) -> Callable[..., Any]:
+        function = getattr(stage, name)
+        kind = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_one_chunk": "W"}[name]
+
+        def run(number: int, *args: Any, **kwargs: Any) -> Any:
+            start = self._now()
+            result = function(number, *args, **kwargs)
+            self._passes.append(((kind, stage.stage_index, number), start, self._now()))
+            return result
+
+        return run
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._mesh.device_type == "cuda"
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.time()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, moment: Any) -> float:
+        if not self._on_cuda:
+            return moment
+        moment.synchronize()
+        event, seconds = self._origin
+        return seconds + event.elapsed_time(moment) / 1e3

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline of a step: which rank does what when, and how long each waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_moefold.figures import COLORS, make_figure
+from lightning_moefold.planner.simulate import Timeline
+from lightning_moefold.plots.read import Run
+
+#: Kind of a pass to color and name.
+KINDS = {"F": (COLORS[0], "forward"), "B": (COLORS[1], "backward"), "W": (COLORS[4], "gradients of weights")}
+_MOST_NUMBERED = 400
+
+
+def idle_shares(timeline: Timeline) -> list[float]:
+    """Part of the time from the first pass to the end of the last in which each pipeline rank runs none."""
+    return [
+        1 - sum(e.end - e.start for e in timeline.events if e.rank == rank) / timeline.seconds
+        for rank in range(timeline.ranks)
+    ]
+
+
+def draw_timeline(run: Run) -> Any:
+    """A row for each pipeline rank; None where the run has recorded no pipeline."""
+    return None if run.timeline is None else draw(run.timeline, f"Pipeline: {run.title}")
+
+
+def draw(timeline: Timeline, title: str) -> Any:
+    """A row for each pipeline rank, numbered by micro-batch; later stages of a rank are darker at the edge."""
+    figure, (axes,) = make_figure(title, [0.55 * timeline.ranks + 1.4], width=11)
+    axes.grid(visible=False)
+    numbered = len(timeline.events) <= _MOST_NUMBERED
+    for kind, (color, name) in KINDS.items():
+        events = [e for e in timeline.events if e.op[0] == kind]
+        if not events:
+            continue
+        later = ["black" if e.op[1] >= timeline.ranks else "white" for e in events]
+        axes.barh(
+            [e.rank for e in events], [1e3 * (e.end - e.start) for e in events], left=[1e3 * e.start for e in events],
+            height=0.8, color=color, edgecolor=later, linewidth=0.6, label=name,
+        )  # fmt: skip
+        for e in events if numbered else ():
+            middle = 1e3 * (e.start + e.end) / 2
+            axes.text(middle, e.rank, str(e.op[2]), ha="center", va="center", fontsize=7, color="white")
+    shares = idle_shares(timeline)
+    labels = [f"rank {rank}\n{share:.0%} idle" for rank, share in enumerate(shares)]
+    axes.set_yticks(range(timeline.ranks), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_title(f"idle on average: {sum(shares) / len(shares):.1%}", loc="right", fontsize=9)
+    axes.set(xlabel="milliseconds (numbers: micro-batch; black edge: a later stage of the rank)")
+    axes.legend(fontsize="small", frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.3))
+    return figure
