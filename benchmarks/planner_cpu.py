@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted against measured step times of real runs on CPU ranks, under every fold that the strategy runs.
+"""Predicted against measured step times of real training steps on CPU ranks, under every fold of the strategy.
 
-Calibrates the machine first, with as many ranks. Run it on a machine that does nothing else:
+Calibrates the machine with as many ranks, then runs every fold in turn, and all of them again as often as asked, so that
+a busy minute does not meet one fold alone. A fold's time is its least disturbed round. Best on a machine that does
+nothing else; elsewhere in pieces, each of which adds to the file:
 
-    python benchmarks/planner_cpu.py --ranks 4
+    python benchmarks/planner_cpu.py --ranks 4 --minutes 7 --file steps.json
 """
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,31 +22,37 @@ from lightning_moefold.calibrate import calibrate
 from lightning_moefold.fold import FoldError
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.parallel import Sharding, parallelize
-from lightning_moefold.planner import CostModel, Job, Plan
+from lightning_moefold.parallel import PipelinePlan, Sharding, parallelize
+from lightning_moefold.planner import CostModel, Hardware, Job, Plan
 from lightning_moefold.testing import RankPool
 
 CONFIG = MoEConfig(
-    model_type="mixtral", vocab_size=1024, hidden_size=256, num_hidden_layers=2, num_attention_heads=8,
+    model_type="mixtral", vocab_size=1024, hidden_size=256, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=4, head_dim=32, intermediate_size=0, moe_intermediate_size=512,
     shared_expert_intermediate_size=0, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True,
     router_aux_loss_coef=0.0,
 )  # fmt: skip
-BATCH, LENGTH = 16, 128
+BATCH, LENGTH, MICRO = 16, 128, 4
 
 
-def measure_step(text: str, ranks: int, full: bool, steps: int) -> float:
-    """Seconds of a step under a fold, on one rank of the pool."""
+def plan_of(fold: Fold) -> Plan:
+    """One call of the model: the batch at once, or four micro-batches through a pipeline."""
+    return Plan(fold, BATCH // fold.dp // (MICRO if fold.pp > 1 else 1))
+
+
+def measure_step(text: str, ranks: int, steps: int) -> float:
+    """Seconds of a step under a fold, on one rank of the pool: the lower quartile."""
     fold = Fold.parse(text, ranks)
     mesh = FoldedMesh(fold, "cpu")
     with deferred_weights():
         model = MoECausalLM.from_config(CONFIG)
-    parallelize(model, mesh, Sharding("full" if full else "optimizer"), torch.device("cpu"))
+    model.num_microbatches = MICRO if fold.pp > 1 else 1
+    parallelize(model, mesh, Sharding("optimizer"), torch.device("cpu"), PipelinePlan("1f1b"))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     generator = torch.Generator().manual_seed(mesh.place["dp"])
     ids = torch.randint(0, CONFIG.vocab_size, (BATCH // fold.dp, LENGTH), generator=generator)
     times = []
-    for _ in range(steps):
+    for _ in range(steps + 2):
         dist.barrier()
         started = time.perf_counter()
         model(input_ids=ids, labels=ids).loss.backward()
@@ -50,7 +60,20 @@ def measure_step(text: str, ranks: int, full: bool, steps: int) -> float:
         optimizer.zero_grad()
         dist.barrier()
         times.append(time.perf_counter() - started)
-    return sorted(times[2:])[len(times) // 8]
+    return sorted(times[2:])[steps // 4]
+
+
+def folds(ranks: int) -> list[Fold]:
+    """Those that suit model and batch."""
+    found = []
+    for fold in Fold.enumerate(ranks):
+        try:
+            fold.validate(CONFIG)
+        except FoldError:
+            continue
+        if BATCH % (fold.dp * (MICRO if fold.pp > 1 else 1)) == 0 and fold.pp <= MICRO:
+            found.append(fold)
+    return found
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
@@ -59,38 +82,61 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
     return statistics.correlation(*places)
 
 
+def report(seconds: dict[str, list[float]], machine: Hardware, ranks: int) -> None:
+    """Prints every fold, and how far the predictions are."""
+    job = Job(CONFIG, ranks, machine, BATCH, LENGTH, "32-true")
+    costs = CostModel(job)
+    rows = []
+    for text, rounds in seconds.items():
+        estimate = costs.estimate(plan_of(Fold.parse(text, ranks)))
+        rows.append((min(rounds), estimate.step_time, max(rounds) / min(rounds), text, estimate.bounds))
+    print(f"{'measured':>11}{'predicted':>11}{'ratio':>7}{'spread':>8}  fold")
+    for measured, predicted, spread, text, bounds in sorted(rows):
+        kinds = ", ".join(f"{kind} {s / predicted:.0%}" for kind, s in list(bounds.items())[:3])
+        print(
+            f"{measured * 1e3:8.1f} ms{predicted * 1e3:8.1f} ms{predicted / measured:7.2f}{spread:8.2f}  {text:40} {kinds}"
+        )
+    measured, predicted = [r[0] for r in rows], [r[1] for r in rows]
+    ratios = [p / m for m, p in zip(measured, predicted, strict=True)]
+    scale = statistics.geometric_mean(ratios)
+    mean, shape = (statistics.fmean(abs(r / s - 1) for r in ratios) for s in (1.0, scale))
+    best = min(rows, key=lambda row: row[1])
+    print(f"{len(rows)} folds: mean error {mean:.0%}, {shape:.0%} after a common factor of {scale:.2f}")
+    print(f"rank correlation {rank_correlation(predicted, measured):.2f}")
+    print(f"the fold predicted to be fastest is {best[0] / min(measured):.2f} times the fastest one measured")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=6, help="measured at a time under each fold")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each fold is to have been measured")
+    parser.add_argument("--minutes", type=float, default=60.0, help="when to stop, to go on another time")
+    parser.add_argument(
+        "--file", type=Path, default=Path("planner_cpu.json"), help="measurements so far (default: here)"
+    )
     arguments = parser.parse_args()
-    ranks = arguments.ranks
+    ranks, file, ends = arguments.ranks, arguments.file, time.monotonic() + 60 * arguments.minutes
+    seen = json.loads(file.read_text()) if file.exists() else {"machines": [], "seconds": {}}
+    seconds: dict[str, list[float]] = seen["seconds"]
     machine, _ = calibrate(ranks, "here", use_gpu=False)
-    measured, predicted = [], []
+    seen["machines"].append(machine.to_toml())
+    file.write_text(json.dumps(seen))
     with RankPool(ranks) as pool:
-        for fold in Fold.enumerate(ranks):
-            if fold.pp > 1 or fold.cp > 1 or BATCH % fold.dp:
-                continue
-            try:
-                fold.validate(CONFIG)
-            except FoldError:
-                continue
-            for sharding in ("optimizer", "full"):
-                job = Job(CONFIG, ranks, machine, BATCH, LENGTH, "32-true", sharding)
-                estimate = CostModel(job).estimate(Plan(fold, BATCH // fold.dp))
-                seconds = max(
-                    pool.run(measure_step, str(fold), ranks, sharding == "full", arguments.steps, ranks=ranks)
-                )
-                measured.append(seconds)
-                predicted.append(estimate.step_time)
-                row = f"{seconds * 1e3:8.1f} ms  {predicted[-1] * 1e3:8.1f} ms  {predicted[-1] / seconds:5.2f}"
-                print(f"{fold!s:40} {sharding:10} {row}", flush=True)
-    scale = statistics.geometric_mean(p / m for p, m in zip(predicted, measured, strict=True))
-    errors = [abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
-    scaled = [abs(p / m / scale - 1) for p, m in zip(predicted, measured, strict=True)]
-    mean, shape = statistics.fmean(errors), statistics.fmean(scaled)
-    print(f"{len(measured)} runs: mean error {mean:.0%}, {shape:.0%} after a common factor")
-    print(f"common factor {scale:.2f}; rank correlation {rank_correlation(predicted, measured):.2f}")
+        every = [str(fold) for fold in folds(ranks)]
+        while time.monotonic() < ends:
+            text = min(every, key=lambda text: len(seconds.get(text, ())))
+            if len(seconds.get(text, ())) >= arguments.rounds:
+                break
+            step = max(pool.run(measure_step, text, ranks, arguments.steps, ranks=ranks))
+            seconds.setdefault(text, []).append(step)
+            file.write_text(json.dumps(seen))
+            print(f"{step * 1e3:8.1f} ms  {text}", flush=True)
+    machines = []
+    for text in seen["machines"]:
+        file.with_suffix(".toml").write_text(text)
+        machines.append(Hardware.from_toml(file.with_suffix(".toml")))
+    report(seconds, max(machines, key=lambda m: m.peak("fp32")), ranks)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_moefold.fold import Fold, FoldError
 from lightning_moefold.models import MoECausalLM, MoEConfig
+from lightning_moefold.planner.auto import AutoFold
 from lightning_moefold.strategy import MoEFoldStrategy
 
 __version__ = "0.1.0"
-__all__ = ["Fold", "FoldError", "MoECausalLM", "MoEConfig", "MoEFoldStrategy"]
+__all__ = ["AutoFold", "Fold", "FoldError", "MoECausalLM", "MoEConfig", "MoEFoldStrategy"]
 
 if MoEFoldStrategy.strategy_name not in StrategyRegistry:
     StrategyRegistry.register(

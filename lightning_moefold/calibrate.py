@@ -7,7 +7,7 @@ train. Each constant comes from the measurement that shows it best:
 - ``gemm_efficiency``, ``gemm_half_size``: the two that describe a list of matrix products with least error in log time;
 - attention: long and short sequences, forward and backward;
 - ``memory_bandwidth``: a large copy; ``launch``: a tiny operation;
-- links: all-gather and all-to-all by size; the smallest message is the latency, the largest the bandwidth.
+- links: all-gather, all-to-all and reduce-scatter by size; the smallest message is the latency, the largest the bandwidth.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.nn import functional as F
 
+from lightning_moefold import comm
+from lightning_moefold.mesh import Axis
 from lightning_moefold.planner.hardware import GIB, Hardware, Kernels, Link
 
 #: Sides of the measured products: cubes, and the flat ones that experts make.
@@ -43,6 +45,8 @@ _PRODUCTS = [
     (256, 128, 512),
 ]
 _SCALE_ON_GPU = 8
+#: Relative error of the fit above which the machine was not left alone.
+_DISTURBED = 0.3
 _MESSAGES = [2**12, 2**16, 2**20, 2**23]
 
 #: m, n, k, seconds.
@@ -60,6 +64,7 @@ class Measurements:
         launch: Seconds of a tiny operation.
         gather: Bytes of the gathered tensor, seconds.
         exchange: Bytes sent by a rank, seconds.
+        reduce: Bytes of the tensor that is reduced and scattered, seconds.
     """
 
     products: list[Product]
@@ -68,6 +73,7 @@ class Measurements:
     launch: float
     gather: list[tuple[int, float]]
     exchange: list[tuple[int, float]]
+    reduce: list[tuple[int, float]]
 
 
 # ---- fitting ---------------------------------------------------------------------------------------------------------
@@ -111,7 +117,9 @@ def describe(measured: Measurements, ranks: int, dtype: str, memory: float, name
     ratio = min(short_forward / forward, 0.999)
     attention_half = max((1 - ratio) / (ratio / shortest - 1 / length), 0.0) if ratio / shortest > 1 / length else 0.0
     start, gather_rate = fit_link(measured.gather, (ranks - 1) / ranks)
-    _, exchange_rate = fit_link(measured.exchange, (ranks - 1) / ranks)
+    (_, exchange_rate), (_, reduce_rate) = (
+        fit_link(samples, (ranks - 1) / ranks) for samples in (measured.exchange, measured.reduce)
+    )
     link = Link(gather_rate, 0.0, 1.0)
     kernels = Kernels(
         gemm_efficiency=1.0,
@@ -122,7 +130,8 @@ def describe(measured: Measurements, ranks: int, dtype: str, memory: float, name
         memory_efficiency=1.0,
         launch=measured.launch,
         collective=start,
-        alltoall_efficiency=min(exchange_rate / gather_rate, 1.0),
+        alltoall_efficiency=exchange_rate / gather_rate,
+        reduce_efficiency=min(reduce_rate / gather_rate, 1.0),
         overlap=0.0 if dtype == "fp32" else Kernels().overlap,
         host_sync=measured.launch,
     )
@@ -188,8 +197,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Measurements:
     copy = 2 * large.nbytes / seconds_of(lambda: target.copy_(large), synchronize)
     tiny = torch.zeros(1, **make)
     launch = seconds_of(lambda: tiny.add_(1), _nothing)
-    gather, exchange = _messages(device, synchronize)
-    return Measurements(products, attention, copy, launch, gather, exchange)
+    return Measurements(products, attention, copy, launch, *_messages(device, synchronize))
 
 
 def _attention(length: int, make: dict[str, Any], synchronize: Callable[[], None]) -> tuple[int, float, float]:
@@ -208,20 +216,22 @@ def _attention(length: int, make: dict[str, Any], synchronize: Callable[[], None
     return length, 2 * product / once, 5 * product / back
 
 
-def _messages(
-    device: torch.device, synchronize: Callable[[], None]
-) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+def _messages(device: torch.device, synchronize: Callable[[], None]) -> list[list[tuple[int, float]]]:
+    """All-gather, all-to-all and reduce-scatter, as the strategy calls them."""
     ranks = dist.get_world_size()
-    gather, exchange = [], []
+    world = Axis("world", tuple(range(ranks)), dist.get_rank(), dist.group.WORLD)
+    found: list[list[tuple[int, float]]] = [[], [], []]
     for size in _MESSAGES:
-        mine = torch.zeros(size // ranks, dtype=torch.uint8, device=device)
-        whole = torch.zeros(mine.numel() * ranks, dtype=torch.uint8, device=device)
-        arrived = torch.empty_like(whole)
-        gathering = partial(dist.all_gather, list(arrived.chunk(ranks)), mine)
-        exchanging = partial(dist.all_to_all_single, arrived, whole)
-        gather.append((whole.numel(), _collective_seconds(gathering, synchronize)))
-        exchange.append((whole.numel(), _collective_seconds(exchanging, synchronize)))
-    return gather, exchange
+        mine = torch.zeros(size // 4 // ranks, device=device)
+        whole = torch.zeros(mine.numel() * ranks, device=device)
+        even = [mine.numel()] * ranks
+        actions = (
+            partial(comm.all_gather_raw, mine, world), partial(comm.all_to_all, whole, even, even, world),
+            partial(comm.reduce_scatter_raw, whole, world),
+        )  # fmt: skip
+        for samples, action in zip(found, actions, strict=True):
+            samples.append((whole.nbytes, _collective_seconds(action, synchronize)))
+    return found
 
 
 def _nothing() -> None:
@@ -267,7 +277,8 @@ def calibrate(ranks: int, name: str, use_gpu: bool | None = None) -> tuple[Hardw
     found = Measurements(
         [(int(m), int(n), int(k), s) for m, n, k, s in found.products],
         [(int(length), f, b) for length, f, b in found.attention],
-        found.copy, found.launch, [(int(n), s) for n, s in found.gather], [(int(n), s) for n, s in found.exchange],
+        found.copy, found.launch,
+        *([(int(n), s) for n, s in samples] for samples in (found.gather, found.exchange, found.reduce)),
     )  # fmt: skip
     memory = torch.cuda.get_device_properties(0).total_memory if use_gpu else _host_memory() / ranks
     return describe(found, ranks, "bf16" if use_gpu else "fp32", memory, name), found
@@ -305,5 +316,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"matrix products: {rate / 1e9:.1f} GFLOP/s {dtype}, {half}")
     print(f"memory {hardware.memory_bandwidth / 1e9:.1f} GB/s; all-gather {hardware.intra.bandwidth / 1e9:.2f} GB/s")
     print(f"a collective starts in {kernels.collective * 1e6:.0f} us, a kernel in {kernels.launch * 1e6:.1f} us")
+    if error > _DISTURBED:
+        print("* the products do not follow one curve: something else was running; calibrate again when nothing is")
     print(f"wrote {path}; use it with moefold plan --hardware {path}")
     return 0

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_moefold import comm
+from lightning_moefold import autofold, comm
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
@@ -29,6 +29,8 @@ class SharedCheckpoints(ParallelStrategy):
     """
 
     _registry: ParameterRegistry | None = None
+    #: What ``fold="auto"`` has chosen, as it is stored.
+    _choice: dict[str, Any] | None = None
 
     @property
     @override
@@ -76,6 +78,8 @@ class SharedCheckpoints(ParallelStrategy):
         if storage_options is not None:
             raise TypeError("MoEFoldStrategy writes checkpoints itself and takes no storage_options; leave them out.")
         assert self._registry is not None
+        if self._choice is not None:
+            checkpoint[autofold.RECORD] = self._choice
         save_training_state(self.broadcast(filepath), checkpoint, self._registry)
 
     @override
@@ -99,6 +103,8 @@ class SharedCheckpoints(ParallelStrategy):
         except CheckpointError as failure:
             error = failure
         comm.agree_on_error(error, self._registry.mesh.world)
+        if self._choice is not None and (remark := autofold.difference(meta, self._choice)):
+            autofold.say(remark)
         self._release_gathered_weights()
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         load_training_state(path, meta, self._registry, self.lightning_module, self.optimizers if fitting else [])

@@ -10,9 +10,10 @@ import os
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -40,14 +41,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_moefold import comm
+from lightning_moefold import autofold, comm
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.dispatch.config import DispatcherName, DropPolicy, DropScope
 from lightning_moefold.fold import Fold
 from lightning_moefold.liveness import RollCall
-from lightning_moefold.mesh import FoldedMesh, forget_groups
+from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
+from lightning_moefold.modules.base import ParallelRoot
 from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.expert_kernels import EXPERT_KERNELS, ExpertKernel
@@ -59,8 +61,10 @@ from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
 from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
+from lightning_moefold.parallel.pipeline import Pipeline
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.parallel.spare import spare_parameters
+from lightning_moefold.planner.auto import AutoFold, Choice
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.predicting import Predicting
 from lightning_moefold.refusals import (
@@ -88,7 +92,10 @@ class MoEFoldStrategy(SharedCheckpoints):
         pipeline_parallel_size: Ranks over which the layers are spread.
         expert_parallel_size: Ranks over which the experts of a layer are spread.
         expert_tensor_parallel_size: Ranks over which each expert is cut.
-        fold: All sizes in one string, such as ``"tp2 | ep4"``, instead of the arguments above.
+        fold: All sizes in one string, such as ``"tp2 | ep4"``, instead of the arguments above; or ``"auto"``, and the
+            planner chooses them for the model, the batch and the devices at hand, with ``num_microbatches``,
+            ``pipeline_schedule``, ``num_stages_per_rank`` and ``recompute`` where those are left alone.
+        auto: What ``fold="auto"`` is to plan for, where the strategy cannot see it.
         num_microbatches: Micro-batches of a batch; part of the mathematics of the auxiliary loss. None means 1; a
             pipeline needs a number.
         pipeline_schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved_1f1b"``, ``"interleaved_zero_bubble"``, ``"zbv"`` or
@@ -142,6 +149,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         expert_tensor_parallel_size: int = 1,
         *,
         fold: str | None = None,
+        auto: AutoFold | None = None,
         num_microbatches: int | None = None,
         pipeline_schedule: str = "1f1b",
         num_stages_per_rank: int = 1,
@@ -166,6 +174,10 @@ class MoEFoldStrategy(SharedCheckpoints):
         )  # fmt: skip
         if fold is not None and any(size != 1 for size in sizes):
             raise ValueError(f"fold={fold!r} and parallel sizes are both given; use one or the other.")
+        if auto is not None and fold != "auto":
+            raise ValueError('auto=AutoFold(...) is for fold="auto"; leave one out or give both.')
+        if fold == "auto" and pipeline_split is not None:
+            raise ValueError('pipeline_split is for a pipeline of known size; leave it out with fold="auto".')
         if num_microbatches is not None and num_microbatches < 1:
             raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
         for name, value, known in (
@@ -183,6 +195,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             )
         self.expert_kernel: ExpertKernel = expert_kernel
         self._sizes, self._fold_text = sizes, fold
+        self._auto = auto or AutoFold()
         split = None if pipeline_split is None else tuple(pipeline_split)
         self._pipeline_plan = PipelinePlan(pipeline_schedule, num_stages_per_rank, split)
         self._microbatches_given = num_microbatches is not None
@@ -217,6 +230,11 @@ class MoEFoldStrategy(SharedCheckpoints):
         Raises:
             RuntimeError: Before the processes have started.
         """
+        if self._mesh is None and self._fold_text == "auto" and _distributed_is_initialized():
+            raise RuntimeError(
+                'fold="auto" is chosen once the model is there, after configure_model; ask later, make the model in __init__, or '
+                "say what it is with auto=AutoFold(model=...)."
+            )
         if self._mesh is None:
             raise RuntimeError(
                 "the fold is known once the processes have started; ask for it inside a hook, not before fit."
@@ -277,7 +295,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        self._make_fold()  # an illegal fold is refused before any process is started
+        if self._fold_text != "auto":
+            self._make_fold()  # an illegal fold is refused before any process is started
         if not self.cluster_environment.creates_processes_externally:
             self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
@@ -293,9 +312,16 @@ class MoEFoldStrategy(SharedCheckpoints):
         super().setup_environment()
         reset_seed()
         self.set_world_ranks()
-        fold = self._make_fold()
+        if self._fold_text != "auto":
+            self._make_fold()
         self._connect_processes()
         self._join_roll_call()
+        self._choose_fold(last_call=False)
+        if self._fold_text != "auto":
+            self._make_mesh()
+
+    def _make_mesh(self) -> None:
+        fold = self._make_fold()
         if self._mesh is None or self._mesh.fold != fold:
             self._mesh = self._mesh_of_earlier_trainer(fold)
         if self._mesh is None:
@@ -321,6 +347,53 @@ class MoEFoldStrategy(SharedCheckpoints):
             raise ValueError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; use {2 * fold.pp} or more.")
         self._pipeline_plan.check(fold.pp, self.num_microbatches, self.data_parallel_sharding, self.recompute)
         return fold
+
+    def _choose_fold(self, last_call: bool) -> None:
+        """Lets the planner choose, if it is to and the model is known. Collective.
+
+        Args:
+            last_call: Whether the model has to be known by now.
+        """
+        module = self.lightning_module
+        if self._fold_text != "auto" or module is None:
+            return
+        if (earlier := autofold.earlier_root(module)) is not None:
+            self._go_on_with(earlier)
+            return
+        plan = self._pipeline_plan
+        fixed = autofold.Fixed(
+            self.world_size, self.num_processes, str(self._precision.precision), self.data_parallel_sharding,
+            self.dispatch, self.num_microbatches if self._microbatches_given else None,
+            None if plan == PipelinePlan() else plan.schedule, plan.stages_per_rank, self.recompute,
+        )  # fmt: skip
+        choice = autofold.agreed(
+            lambda: autofold.choose_for(self._auto, fixed, module, self.root_device, last_call),
+            self.broadcast,
+            self.global_rank,
+        )
+        if choice is not None:
+            self._take(choice)
+
+    def _go_on_with(self, root: ParallelRoot) -> None:
+        """Takes over the arguments under which an earlier Trainer has spread the model."""
+        self._fold_text = str(root.fold)
+        for layer in (m for m in root.modules() if isinstance(m, DecoderLayer)):
+            self.recompute = layer.recompute
+        if isinstance(root, MoECausalLM) and isinstance(root.pipeline, Pipeline):
+            self._pipeline_plan = root.pipeline.plan
+            self.num_microbatches, self._microbatches_given = root.num_microbatches, True
+
+    def _take(self, choice: Choice) -> None:
+        """Sets the arguments that a choice settles."""
+        chosen = choice.estimate.plan
+        self._fold_text = str(chosen.fold)
+        self.recompute = None if chosen.recompute == "none" else cast(Recompute, chosen.recompute)
+        self.dispatch = replace(self.dispatch, dispatcher=cast(DispatcherName, chosen.dispatcher))
+        if chosen.fold.pp > 1:
+            self._pipeline_plan = PipelinePlan(chosen.schedule, chosen.num_stages_per_rank)
+            self.num_microbatches, self._microbatches_given = choice.estimate.microbatches, True
+        self._choice = {**choice.record, "num_microbatches": self.num_microbatches}
+        autofold.say(choice.reason)
 
     def _connect_processes(self) -> None:
         assert self.cluster_environment is not None
@@ -361,6 +434,9 @@ class MoEFoldStrategy(SharedCheckpoints):
         assert self.accelerator is not None
         assert self.model is not None
         assert self.lightning_module is not None
+        if self._mesh is None:
+            self._choose_fold(last_call=True)
+            self._make_mesh()
         check_trainer(trainer, self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
         self.accelerator.setup(trainer)
@@ -457,7 +533,9 @@ class MoEFoldStrategy(SharedCheckpoints):
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        units = [m for m in self._modules() if isinstance(m, FSDPModule)]
+        # Whole gradients are what "full" is to save: there every batch's are scattered and added up in pieces.
+        waits = self.data_parallel_sharding != "full"
+        units = [m for m in self._modules() if isinstance(m, FSDPModule)] if waits else []
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
         self._precision.gradient_sum.deferred = True
@@ -575,8 +653,10 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         # Over the world, whatever reduce() does: every rank must take the same decision.
-        value = comm.all_reduce_raw(torch.tensor(int(decision), device=self.root_device), self.mesh.world)
-        return bool(value == self.mesh.world.size) if all else bool(value)
+        # With fold="auto", data is set up before there is a mesh.
+        world = Axis("world", tuple(range(self.world_size)), self.global_rank, dist.group.WORLD)
+        value = comm.all_reduce_raw(torch.tensor(int(decision), device=self.root_device), world)
+        return bool(value == world.size) if all else bool(value)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from lightning_moefold.modules.blockwise import BLOCK, PartialAttention, Partial
 Exchange = Literal["auto", "ring", "all_gather", "all_to_all"]
 EXCHANGES = ("auto", "ring", "all_gather", "all_to_all")
 #: Below this, gathered keys and values of a row are not worth a ring's many messages.
-_SMALL_BYTES = 32 * 1024 * 1024
+SMALL_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def choose_exchange(layout: ContextLayout, q: Tensor, k: Tensor) -> Exchange:
     size, heads, kv_heads = layout.cp.size, q.shape[1], k.shape[1]
     if heads % size == 0 and kv_heads % size == 0 and heads + kv_heads < size * kv_heads:
         return "all_to_all"
-    return "all_gather" if 2 * k.numel() * k.element_size() * size <= _SMALL_BYTES else "ring"
+    return "all_gather" if 2 * k.numel() * k.element_size() * size <= SMALL_BYTES else "ring"
 
 
 def context_attention(

@@ -7,9 +7,9 @@ Two ways, by device, and a third one behind the same call in :mod:`.transformer_
   activation, its derivative and the weighted sum per token stay in cache between the products;
 - CUDA: ``torch.nn.functional.grouped_mm``, three kernels for all experts, counts on the device.
 
-The weight multiplies the activation, before the last product: so backward needs no expert's output. Kept for backward on
-the first way are the tokens and the two products before the activation: ``A * D + 2 * M * F`` numbers, and no copy of a
-token per expert.
+The weight multiplies the activation, before the last product: so backward needs no expert's output. Kept for backward are
+the two products before the activation and the tokens, ``A * D + 2 * M * F`` numbers on the first way, which needs no copy of
+a token per expert, and ``M * D + 2 * M * F`` on the second.
 
 Legend: A tokens, M rows in expert order, L local experts, D hidden size, F expert width, c rows of one expert.
 """
@@ -72,11 +72,45 @@ def _kernel_takes(x_AD: Tensor, rows: ExpertRows, weight_LFD: Tensor) -> bool:
 
 def _grouped(x_AD: Tensor, rows: ExpertRows, activation: Activation, *weights: Tensor) -> Tensor:
     ends_L = rows.counts_L.cumsum(0).to(torch.int32)
-    gate, up, down = (weight.transpose(1, 2) for weight in weights)
+    gate_LFD, up_LFD, down_LDF = weights
     x_MD = read_tokens(x_AD, rows)
-    inner_MF = activation(F.grouped_mm(x_MD, gate, offs=ends_L)) * F.grouped_mm(x_MD, up, offs=ends_L)
-    weighted_MF = (inner_MF * rows.weight_M.unsqueeze(1)).to(inner_MF.dtype)
-    return sum_rows(F.grouped_mm(weighted_MF, down, offs=ends_L), rows, x_AD.shape[0])
+    gate_MF, up_MF = (F.grouped_mm(x_MD, w_LFD.transpose(1, 2), offs=ends_L) for w_LFD in (gate_LFD, up_LFD))
+    y_MD = _GroupedDown.apply(gate_MF, up_MF, rows.weight_M, down_LDF, ends_L, activation)
+    return sum_rows(y_MD, rows, x_AD.shape[0])
+
+
+class _GroupedDown(torch.autograd.Function):
+    """``down(weight * act(gate) * up)`` of all experts; keeps the two products and makes the rest again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_MF: Tensor,
+        up_MF: Tensor,
+        weight_M: Tensor,
+        down_LDF: Tensor,
+        ends_L: Tensor,
+        activation: Activation,
+    ) -> Tensor:
+        ctx.save_for_backward(gate_MF, up_MF, weight_M, down_LDF, ends_L)
+        ctx.activation = activation
+        inner_MF = activation(gate_MF).mul_(up_MF).mul_(weight_M.unsqueeze(1))
+        return F.grouped_mm(inner_MF, down_LDF.transpose(1, 2), offs=ends_L)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate_MF, up_MF, weight_M, down_LDF, ends_L = ctx.saved_tensors
+        grad_MD, weight_M1 = grads[0].contiguous(), weight_M.unsqueeze(1)
+        grad_inner = F.grouped_mm(grad_MD, down_LDF, offs=ends_L)
+        active, slope = _activation_and_slope(gate_MF, ctx.activation)
+        inner, grad_weight, grad_down = active * up_MF, None, None
+        if ctx.needs_input_grad[2]:
+            grad_weight = torch.linalg.vecdot(inner.to(weight_M.dtype), grad_inner.to(weight_M.dtype))
+        if ctx.needs_input_grad[3]:
+            grad_down = F.grouped_mm(grad_MD.t(), inner.mul_(weight_M1), offs=ends_L)
+        grad_inner.mul_(weight_M1)
+        grad_up = active.mul_(grad_inner)
+        return grad_inner.mul_(up_MF).mul_(slope), grad_up, grad_weight, grad_down, None, None
 
 
 class _Read(torch.autograd.Function):

@@ -152,6 +152,8 @@ def cut_by_cost(costs: Sequence[float], stages: int, head: float = 0.0) -> tuple
         head: What the last stage does besides its layers.
     """
     total = len(costs)
+    if stages > 1 and len(set(costs)) == 1:
+        return _cut_alike(total, stages, costs[0], head)
 
     @cache
     def best(first: int, pieces: int) -> tuple[float, float, tuple[int, ...]]:
@@ -167,3 +169,14 @@ def cut_by_cost(costs: Sequence[float], stages: int, head: float = 0.0) -> tuple
         return min(options)
 
     return best(0, stages)[2]
+
+
+def _cut_alike(layers: int, stages: int, cost: float, head: float) -> tuple[int, ...]:
+    """The same cut where all layers cost the same: only what the last stage takes is open, the others are even."""
+    options = []
+    for last in range(1, layers - stages + 2):
+        size, more = divmod(layers - last, stages - 1)
+        split = (*(size + (i >= stages - 1 - more) for i in range(stages - 1)), last)
+        sums = [n * cost + head * (i == stages - 1) for i, n in enumerate(split)]
+        options.append((max(sums), sum(s * s for s in sums), split))
+    return min(options)[2]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner: which fold, how fast, how much memory, before anything runs. Pure Python and numpy."""
 
-from lightning_moefold.planner.auto import Choice, choose, machine_for
+from lightning_moefold.planner.auto import AutoFold, Choice, choose, machine_for
 from lightning_moefold.planner.cost import CostModel, Estimate
 from lightning_moefold.planner.hardware import PRESETS, Hardware, HardwareError, Kernels, Link, find_hardware
 from lightning_moefold.planner.job import Job, Plan, PlanError
@@ -14,6 +14,7 @@ __all__ = [
     "MODELS",
     "PRESETS",
     "PROFILES",
+    "AutoFold",
     "Choice",
     "CostModel",
     "Estimate",

@@ -65,11 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     if result.best.fits:
         notes = hints(result, space, result.best.plan.fold if fold else None)
     else:
-        notes = why_not(result, space)
+        notes = why_not(result, space, result.best.plan.fold if fold else None)
     if arguments.timeline:
         notes.append(_write_timeline(job, result, Path(arguments.timeline)))
     if arguments.plot:
-        notes.append("Wrote " + ", ".join(map(str, write_plots(result, arguments.plot))) + ".")
+        written = write_plots(result_json(result, notes, seconds), arguments.plot)
+        notes.append("Wrote " + ", ".join(map(str, written)) + ".")
     if arguments.json:
         print(json.dumps(result_json(result, notes, seconds), indent=1))
     else:
@@ -143,6 +144,8 @@ def _print(result: Result, notes: list[str], seconds: float, explain: bool) -> N
 
 
 def _print_pool(result: Result, show: Callable[[Any], None]) -> None:
+    if not result.best.fits:
+        return
     if result.plain and not result.plain.fits:
         show(f"plain expert parallelism ({result.plain.plan}) does not fit")
     if len({str(e.plan) for e in result.pool.values()}) > 1:

@@ -180,9 +180,9 @@ class CostModel:
         fold, size = plan.fold, plan.micro_batch_size
         moe, dense = self.layers.layers(fold.tp, fold.cp, fold.ep, fold.etp, size, plan.dispatcher)
         embedding, head = self.layers.ends(fold.tp, fold.cp, size)
-        body = combine([(held.moe, moe), (held.dense, dense)])
-        block = combine([(1, body), (held.first, embedding), (held.last, head)])
-        again = {"none": 0.0, "selective": body.selective, "experts": body.half, "full": body.forward_total}
+        block = combine([(held.moe, moe), (held.dense, dense), (held.first, embedding), (held.last, head)])
+        layers = held.moe * moe.forward_total + held.dense * dense.forward_total
+        again = {"none": 0.0, "selective": block.attention_half, "full": layers}
         recompute = again[plan.recompute]
         if self.job.sharding != "full":
             return RankTimes(block, recompute, 0.0, 0.0)
@@ -212,7 +212,7 @@ class CostModel:
         for number, axis in ((local.dense, "dp_cp"), (local.expert, "edp")):
             shape = axis_shape(fold, axis, per_node)
             gather += units * self._links.gather(shape, number * gathered / units)
-            scatter += units * self._links.gather(shape, number * reduced / units)
+            scatter += units * self._links.scatter(shape, number * reduced / units)
         return gather, scatter
 
     def gradients(self, fold: Fold, held: RankLayers, rank: RankTimes) -> float:
@@ -220,8 +220,10 @@ class CostModel:
         if self.job.sharding == "full":
             return 0.0
         gather, scatter = self._sharded_traffic(fold, held)
+        _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
         if self.job.sharding == "none":
-            return self._links.hidden(2 * scatter, rank.backward)
+            again = gather * reduced / gathered  # an all-reduce gathers what it has scattered
+            return self._links.hidden(scatter + again, rank.backward)
         return self._links.hidden(scatter, rank.backward) + self._links.hidden(gather, rank.forward)
 
     def optimizer(self, fold: Fold, held: RankLayers) -> float:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from lightning_moefold.planner.cost import BOUNDS, Estimate
 from lightning_moefold.planner.job import Job
+from lightning_moefold.planner.roofline import roofline
 from lightning_moefold.planner.routing import PROFILES
 from lightning_moefold.planner.search import Result, under_each
 
@@ -57,11 +59,14 @@ def plan_json(job: Job, estimate: Estimate) -> dict[str, Any]:
         "sharding": job.sharding,
         "busiest_rank_load": estimate.load,
         "strategy": strategy_arguments(job, estimate),
+        "trainer": trainer_arguments(job, estimate),
+        "batch_size_per_data_rank": rows_per_batch(job, estimate),
+        "roofline": [asdict(point) for point in roofline(job, estimate)],
     }
 
 
 def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
-    """Arguments of ``MoEFoldStrategy`` that run the plan."""
+    """Arguments of ``MoEFoldStrategy`` that run the plan; see :func:`trainer_arguments` for what goes with them."""
     plan, fold = estimate.plan, estimate.plan.fold
     arguments: dict[str, Any] = {
         "tensor_parallel_size": fold.tp,
@@ -71,9 +76,8 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
         "expert_tensor_parallel_size": fold.etp,
     }
     arguments = {name: size for name, size in arguments.items() if size > 1}
-    if estimate.microbatches > 1:
-        arguments["num_microbatches"] = estimate.microbatches
     if fold.pp > 1:
+        arguments["num_microbatches"] = estimate.microbatches
         arguments["pipeline_schedule"] = plan.schedule
         if plan.num_stages_per_rank > 1:
             arguments["num_stages_per_rank"] = plan.num_stages_per_rank
@@ -86,6 +90,20 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
     return arguments | {name: value for name, value, default in optional if value != default}
 
 
+def trainer_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
+    """What of the plan is not the strategy's: the Trainer's precision, and batches accumulated without a pipeline."""
+    arguments: dict[str, Any] = {"precision": job.precision}
+    if estimate.plan.fold.pp == 1 and estimate.microbatches > 1:
+        arguments["accumulate_grad_batches"] = estimate.microbatches
+    return arguments
+
+
+def rows_per_batch(job: Job, estimate: Estimate) -> int:
+    """Rows of a batch on each data rank."""
+    accumulated = trainer_arguments(job, estimate).get("accumulate_grad_batches", 1)
+    return job.global_batch_size // (estimate.plan.fold.dp * accumulated)
+
+
 def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, Any]:
     """Everything a search found."""
     job = result.job
@@ -95,8 +113,10 @@ def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, A
         "pool": {name: plan_json(job, e) for name, e in result.pool.items()},
         "notes": notes,
         "job": {
+            "model": f"{job.model.model_type} {job.model.num_parameters() / 1e9:.1f}B",
             "world_size": job.world_size,
             "hardware": job.hardware.name,
+            "gemm_efficiency": job.hardware.kernels.gemm_efficiency,
             "global_batch_size": job.global_batch_size,
             "sequence_length": job.sequence_length,
             "precision": job.precision,
@@ -142,8 +162,9 @@ def header(job: Job) -> str:
     dropping = "dropless" if job.capacity_factor is None else f"capacity factor {job.capacity_factor:g}"
     nodes = -(-job.world_size // job.hardware.gpus_per_node)
     machines = f"{nodes} node{'s' * (nodes > 1)} of {job.hardware.name}"
+    ranks = f"{job.world_size} {'CPU rank' if job.hardware.name == 'cpu' else 'GPU'}{'s' * (job.world_size > 1)}"
     return (
-        f"{job.model.model_type} {total:.1f}B ({active:.1f}B active) on {job.world_size} GPUs ({machines}), "
+        f"{job.model.model_type} {total:.1f}B ({active:.1f}B active) on {ranks} ({machines}), "
         f"batch {job.global_batch_size} x {job.sequence_length} tokens, {job.precision}, sharding {job.sharding}, "
         f"{dropping}, routing {job.routing.name}"
     )
@@ -192,7 +213,9 @@ def pool_text(result: Result) -> str:
 
 def legend() -> str:
     """What the letters of a time bar mean."""
-    return "time: " + ", ".join(f"{letter} {kind}" for kind, (letter, _) in STYLES.items())
+    return "mbs: rows of a micro-batch x micro-batches of a data rank; time: " + ", ".join(
+        f"{letter} {kind}" for kind, (letter, _) in STYLES.items()
+    )
 
 
 def table_rich(estimates: list[Estimate], labels: list[str] | None = None) -> Any:

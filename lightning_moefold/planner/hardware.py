@@ -5,13 +5,24 @@ Datasheet values (peak, memory, bandwidths) stand in the presets. What a kernel 
 the efficiencies below: few, shared by all presets of a kind, and to be replaced by measured ones where they are known
 (``Hardware.from_toml``). Units are SI: bytes, bytes/s, FLOP/s, seconds.
 
-Four of the efficiencies are calibrated on the ten published runs in ``published.py``: ``gemm_efficiency``, ``overlap``,
-``alltoall_efficiency`` and the efficiency of the link between nodes. The others are round numbers from experience with
-NCCL, cuBLAS and fused attention, and are round numbers.
+Two of the efficiencies are calibrated on the ten published runs in ``published.py``: ``gemm_efficiency`` and ``overlap``.
+Measured by others, on machines that those runs do not come from:
+
+- attention: cuDNN on an H100, FlashAttention-3 (arXiv 2407.08608), figures 5 and 6, head size 128. Causal forward reaches
+  315, 410, 484, 518, 529, 539 TFLOP/s at 512 to 16,384 tokens, which ``0.56 L / (L + 385)`` of the peak meets within 4%;
+  backward is to forward (both without mask, 16,384 tokens) as 516 to 595.
+- network: an all-reduce over 256 H100 moves 340 of the 400 GB/s of a node's eight ports (NVIDIA/nccl issue 1218); NVLink,
+  about 360 of 450 GB/s in all-gathers of nccl-tests.
+- all-to-all: it cannot use more ports than its own but fills that one (NVIDIA/nccl-tests issue 267); Megatron-Core's
+  dispatch over 8 ranks of a node (arXiv 2603.07685: 1,265 us) runs at 0.9 of an all-gather's rate.
+
+The rest (launch and collective start-up, memory efficiency, half size of a product, host waits, split backward) are round
+numbers.
 """
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -64,6 +75,7 @@ class Kernels:
         launch: Seconds of one kernel launch by the host; a layer is never faster than its launches.
         collective: Seconds that one collective costs before a byte moves.
         alltoall_efficiency: Bandwidth of an all-to-all relative to that of an all-gather on the same link.
+        reduce_efficiency: Bandwidth of a reduce-scatter relative to that of an all-gather (gloo adds up on the CPU).
         overlap: Part of the shorter of two overlapped activities (communication under compute) that disappears.
         host_sync: Seconds lost when the host waits for token counts (dropless routing only).
         split_backward: Relative extra time of a backward cut into input and weight gradients.
@@ -71,13 +83,14 @@ class Kernels:
 
     gemm_efficiency: float = 0.70
     gemm_half_size: float = 128.0
-    attention_efficiency: float = 0.65
-    attention_backward_ratio: float = 0.80
-    attention_half_length: float = 512.0
+    attention_efficiency: float = 0.56
+    attention_backward_ratio: float = 0.87
+    attention_half_length: float = 385.0
     memory_efficiency: float = 0.80
     launch: float = 5e-6
     collective: float = 12e-6
-    alltoall_efficiency: float = 0.80
+    alltoall_efficiency: float = 0.90
+    reduce_efficiency: float = 1.0
     overlap: float = 0.65
     host_sync: float = 50e-6
     split_backward: float = 0.04
@@ -147,7 +160,10 @@ class Hardware:
             raw = tomllib.loads(file.read_text())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise HardwareError(f"{file} is not valid TOML ({error}).") from None
-        return _from_mapping(raw, file.stem)
+        try:
+            return _from_mapping(raw, file.stem)
+        except HardwareError as error:
+            raise HardwareError(f"{file}: {error}") from None
 
     def to_toml(self) -> str:
         """The text that :meth:`from_toml` reads."""
@@ -179,7 +195,7 @@ def _from_mapping(raw: dict[str, Any], stem: str) -> Hardware:
              "peak_tflops", "intra", "inter", "kernels"}  # fmt: skip
     unknown = sorted(set(raw) - known)
     if unknown:
-        raise HardwareError(f"unknown field {unknown[0]!r}; the fields are {', '.join(sorted(known))}.")
+        raise HardwareError(_unknown(unknown[0], "", known))
     base = find_hardware(raw["base"]) if "base" in raw else None
     if base is None:
         missing = [
@@ -189,10 +205,16 @@ def _from_mapping(raw: dict[str, Any], stem: str) -> Hardware:
             raise HardwareError(
                 f"field {missing[0]!r} is missing; give it, or base = 'dgx-h100' to start from a preset."
             )
+        if isinstance(raw["intra"], dict) and "bandwidth_gb_s" not in raw["intra"]:
+            raise HardwareError(
+                "field 'bandwidth_gb_s' of [intra] is missing; give it, or base = 'dgx-h100' to start from a preset."
+            )
         base = replace(PRESETS["dgx-h100"], name=stem, **_scalars(raw), **_peaks(raw))
-        intra = _link(raw["intra"], base.intra)
-        base = replace(base, intra=intra, inter=_link(raw["inter"], base.inter) if "inter" in raw else intra)
-    links: dict[str, Any] = {name: _link(raw[name], getattr(base, name)) for name in ("intra", "inter") if name in raw}
+        intra = _link("intra", raw["intra"], base.intra)
+        base = replace(base, intra=intra, inter=_link("inter", raw["inter"], base.inter) if "inter" in raw else intra)
+    links: dict[str, Any] = {
+        name: _link(name, raw[name], getattr(base, name)) for name in ("intra", "inter") if name in raw
+    }
     changes: dict[str, Any] = {"name": raw.get("name", stem), **_scalars(raw), **_peaks(raw), **links}
     if "kernels" in raw:
         changes["kernels"] = replace(
@@ -217,8 +239,8 @@ def _peaks(raw: dict[str, Any]) -> dict[str, Any]:
     return {"peak_flops": {dtype: value * 1e12 for dtype, value in peaks.items()}}
 
 
-def _link(raw: dict[str, Any], base: Link) -> Link:
-    values = _checked("link", raw, {"bandwidth_gb_s", "latency_us", "efficiency"})
+def _link(table: str, raw: dict[str, Any], base: Link) -> Link:
+    values = _checked(table, raw, {"bandwidth_gb_s", "latency_us", "efficiency"})
     return Link(
         values.get("bandwidth_gb_s", base.bandwidth / 1e9) * 1e9,
         values.get("latency_us", base.latency * 1e6) * 1e-6,
@@ -226,12 +248,18 @@ def _link(raw: dict[str, Any], base: Link) -> Link:
     )
 
 
+def _unknown(name: str, where: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    guess = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"unknown field {name!r}{where}{guess}; the fields are {', '.join(sorted(known))}."
+
+
 def _checked(table: str, raw: Any, known: set[str]) -> dict[str, float]:
     if not isinstance(raw, dict):
         raise HardwareError(f"[{table}] must be a table.")
     for name, value in raw.items():
         if name not in known:
-            raise HardwareError(f"unknown field {name!r} in [{table}]; the fields are {', '.join(sorted(known))}.")
+            raise HardwareError(_unknown(name, f" in [{table}]", known))
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise HardwareError(f"{name}={value!r} in [{table}] must be a number that is not negative.")
     return dict(raw)
@@ -253,11 +281,12 @@ PRESETS: dict[str, Hardware] = {
         "dgx-h200", 8, _HOPPER_PEAKS, 141e9, 4.8e12, _NVLINK4, _NDR400
     ),
     # NVIDIA A100 SXM 80 GB datasheet: 312 TFLOP/s bf16, 2.04 TB/s, NVLink 600 GB/s both ways; DGX A100: 8 x 200 Gb/s.
-    # Its smaller matrix units are filled by smaller products, and it throttles less.
+    # Its smaller matrix units are filled by smaller products, and it throttles less. FlashAttention-2 reaches 50 to 73% of
+    # its peak (arXiv 2307.08691).
     "a100": Hardware(
         "a100", 8, {"bf16": 312e12, "fp32": 19.5e12, "fp64": 19.5e12}, 80 * GIB, 2.04e12,
         Link(300e9, 2e-6, 0.80), Link(25e9, 6e-6, 0.85),
-        kernels=Kernels(gemm_efficiency=0.85, gemm_half_size=96.0),
+        kernels=Kernels(gemm_efficiency=0.85, gemm_half_size=96.0, attention_efficiency=0.62),
     ),
     # NVIDIA DGX B200 datasheet: 2.25 PFLOP/s bf16 dense, 180 GB, 8 TB/s; NVLink 1.8 TB/s both ways; 8 x 400 Gb/s.
     "b200": Hardware(

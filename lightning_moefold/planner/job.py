@@ -8,6 +8,7 @@ from functools import cached_property
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.parallel.stages import SCHEDULES, SPLIT_BACKWARD, V_SHAPED
 from lightning_moefold.planner.hardware import Hardware
 from lightning_moefold.planner.routing import BALANCED, RoutingProfile
 
@@ -21,13 +22,12 @@ PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
     "64-true": ("fp64", 8, 8, 8, 8, 16),
 }
 SHARDINGS = ("none", "optimizer", "full")
-RECOMPUTES = ("none", "selective", "experts", "full")
-DISPATCHERS = ("alltoall", "allgather")
-SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
-#: Schedules that compute input and weight gradients apart; not with ``sharding="full"``.
-SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
-#: Schedules of the V shape: two chunks a rank, the first and the last chunk on the same rank.
-V_SHAPED = ("zbv", "dualpipev")
+RECOMPUTES = ("none", "selective", "full")
+DISPATCHERS = ("alltoall", "deduplicated", "allgather")
+__all__ = [
+    "DISPATCHERS", "PRECISIONS", "RECOMPUTES", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD", "V_SHAPED", "Job", "Plan",
+    "PlanError",
+]  # fmt: skip
 
 
 class PlanError(ValueError):
@@ -117,8 +117,8 @@ class Plan:
         micro_batch_size: Sequences in a micro-batch of one data-parallel rank.
         schedule: Pipeline schedule; of no effect at pp = 1.
         num_stages_per_rank: Model chunks per rank of the interleaved and V-shaped schedules.
-        recompute: ``"none"``; ``"selective"``: norms and gated activations; ``"experts"``: the feed-forward half of a
-            layer, exchange included; ``"full"``: whole layers.
+        recompute: ``"none"``; ``"selective"``: the attention half of a layer; ``"full"``: whole layers. As the
+            strategy's.
         dispatcher: How tokens travel.
     """
 

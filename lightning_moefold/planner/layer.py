@@ -10,12 +10,12 @@ two ends of the model. A block depends on few sizes, so thousands of folds share
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
 
+from lightning_moefold.modules.context import SMALL_BYTES, ContextLayout
 from lightning_moefold.planner.job import Job
 from lightning_moefold.planner.kernels import Compute
 from lightning_moefold.planner.links import GroupShape, Links, group_shape
@@ -37,15 +37,13 @@ class Block:
         forward: By what they go to.
         backward: The same, gradients of weights included.
         weight: Part of ``backward`` that computes gradients of weights and that nobody waits for.
-        selective: What selective recomputation repeats.
-        half: What recomputation of the feed-forward half repeats.
+        attention_half: What selective recomputation repeats.
     """
 
     forward: Mapping[str, float]
     backward: Mapping[str, float]
     weight: float = 0.0
-    selective: float = 0.0
-    half: float = 0.0
+    attention_half: float = 0.0
     forward_total: float = field(init=False)
     backward_total: float = field(init=False)
 
@@ -56,16 +54,24 @@ class Block:
 
 def combine(parts: list[tuple[float, Block]]) -> Block:
     """The sum of blocks, each as often as its number says."""
-    forward: dict[str, float] = defaultdict(float)
-    backward: dict[str, float] = defaultdict(float)
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    weight = attention_half = 0.0
     for times, block in parts:
-        for total, seconds in ((forward, block.forward), (backward, block.backward)):
-            for name, value in seconds.items():
-                total[name] += times * value
-    weight, selective, half = (
-        sum(times * getattr(block, name) for times, block in parts) for name in ("weight", "selective", "half")
-    )
-    return Block(dict(forward), dict(backward), weight, selective, half)
+        if not times:
+            continue
+        for name, value in block.forward.items():
+            forward[name] = forward.get(name, 0.0) + times * value
+        for name, value in block.backward.items():
+            backward[name] = backward.get(name, 0.0) + times * value
+        weight += times * block.weight
+        attention_half += times * block.attention_half
+    return Block(forward, backward, weight, attention_half)
+
+
+def ranks_of_a_token(top_k: int, ep: int) -> float:
+    """Mean number of ranks that hold some of a token's experts, under balanced routing."""
+    return ep * (1 - (1 - 1 / ep) ** top_k)
 
 
 class LayerCosts:
@@ -96,8 +102,8 @@ class LayerCosts:
         return job.routing.load_factor(model.num_experts, model.num_experts_per_tok, ep, job.capacity_factor)
 
     def tokens(self, micro_batch: int, cp: int) -> int:
-        """N, with the padding of lengths that cp does not divide."""
-        return micro_batch * ceil(self.job.sequence_length / cp)
+        """N, with the padding of lengths that 2 cp does not divide."""
+        return micro_batch * ContextLayout.padded(self.job.sequence_length, cp) // cp
 
     def shape(self, size: int, stride: int) -> GroupShape:
         """How a group lies on the nodes."""
@@ -112,11 +118,11 @@ class LayerCosts:
         q = ceil(model.num_attention_heads / tp) * model.head_dim
         kv = self.local_kv_heads(tp) * model.head_dim
         gemm = self.compute.gemm(n, q + 2 * kv, d) + self.compute.gemm(n, d, q)
-        core, core_backward = self.compute.attention(n, self.mean_keys, q, self.mean_window / cp)
+        exchange = self.context_exchange(tp, cp, micro_batch)
+        longest = self.mean_window / cp if exchange == "ring" else self.mean_window
+        core, core_backward = self.compute.attention(n, self.mean_keys, q, longest)
         elementwise = self.compute.stream(b * (5 * n / tp * d + 2 * n * (q + kv)))
-        tp_comm = 2 * self.links.gather(self.shape(tp, 1), n * d * b)
-        ring = self.shape(cp, tp)
-        step_bytes = 2 * n * kv * b
+        tp_comm = self.links.reduce(self.shape(tp, 1), n * d * b)
         forward = {"gemm": gemm, "attention": core, "elementwise": elementwise, "tp": tp_comm}
         backward = {
             "gemm": 2 * gemm,
@@ -126,10 +132,45 @@ class LayerCosts:
         }
         self._add_casts(forward, backward, n, d + q, q + 2 * kv + d)
         if cp > 1:
-            forward["cp"] = self._ring(ring, step_bytes, core)
-            backward["cp"] = self._ring(ring, 2 * step_bytes, core_backward)  # gradients of k and v travel along
-        norm = self.compute.stream(2 * b * n / tp * d)
-        return self._with_launches("attention", forward, backward, gemm, norm)
+            forward["cp"], backward["cp"] = self._meet(
+                exchange, self.shape(cp, tp), n * q * b, 2 * n * kv * b, core, core_backward
+            )
+        return self._with_launches("attention", forward, backward, gemm)
+
+    def context_exchange(self, tp: int, cp: int, micro_batch: int) -> str:
+        """What the strategy's ``context_parallel_exchange="auto"`` takes (:func:`~..modules.context.choose_exchange`)."""
+        if cp == 1:
+            return "none"
+        heads, kv = ceil(self.model.num_attention_heads / tp), self.local_kv_heads(tp)
+        if heads % cp == kv % cp == 0 and heads + kv < cp * kv:
+            return "all_to_all"
+        row = 2 * self.tokens(micro_batch, cp) * cp * kv * self.model.head_dim * self.job.activation_bytes
+        return "all_gather" if row <= SMALL_BYTES else "ring"
+
+    def _meet(
+        self, exchange: str, group: GroupShape, queries: float, pair: float, core: float, core_backward: float
+    ) -> tuple[float, float]:
+        """Exposed seconds forward and backward in which queries and keys of a row meet over cp.
+
+        Args:
+            exchange: How.
+            group: The cp group.
+            queries: Bytes of a rank's queries.
+            pair: Bytes of a rank's keys and values.
+            core: Seconds of attention forward, under which a ring's messages travel.
+            core_backward: The same backward.
+        """
+        if (
+            exchange == "all_to_all"
+        ):  # queries, keys, values there and the output back; backward the gradients the other way
+            seconds = self.links.exchange(group, queries + pair) + self.links.exchange(group, queries)
+            return seconds, seconds
+        if exchange == "all_gather":  # backward gathers again, and scatters gradients in fp32
+            gather = self.links.gather(group, group.size * pair)
+            return gather, gather + self.links.scatter(group, group.size * pair * max(4 / self.job.activation_bytes, 1))
+        # Backward, gradients of k and v travel along, in fp32.
+        both = pair * (1 + max(4 / self.job.activation_bytes, 1))
+        return self._ring(group, pair, core), self._ring(group, both, core_backward)
 
     def _ring(self, ring: GroupShape, step_bytes: float, compute: float) -> float:
         """Ring attention: each of cp - 1 messages travels under the attention of one step."""
@@ -151,8 +192,7 @@ class LayerCosts:
         experts = 2 * product + self.compute.gemm(rows / local, d, f, local)
         router = self._router(tokens)
         comm, moved = self._dispatch(ep, etp, tokens, load, dispatcher)
-        activation = self.compute.stream(b * 3 * rows * f)
-        elementwise = self.compute.stream(b * (8 * tokens * d + moved)) + activation
+        elementwise = self.compute.stream(b * (8 * tokens * d + moved)) + self.compute.stream(b * 3 * rows * f)
         sync = self.job.hardware.kernels.host_sync if self.job.capacity_factor is None and ep * etp > 1 else 0.0
         forward = {"experts": experts, "gemm": router, "elementwise": elementwise, **comm}
         backward = {
@@ -164,9 +204,7 @@ class LayerCosts:
         self._add_casts(forward, backward, rows, d + f, 2 * f + d)
         if sync:
             forward["launch"] = sync
-        return self._with_launches(
-            "experts", forward, backward, experts + router, activation + self.compute.stream(2 * b * tokens * d)
-        )
+        return self._with_launches("experts", forward, backward, experts + router)
 
     def _router(self, tokens: int) -> float:
         """Scores in fp32: arithmetic on the wide units, and never faster than the tokens are read."""
@@ -181,10 +219,16 @@ class LayerCosts:
         rows = sent * load * etp
         if dispatcher == "allgather":
             everyone = tokens * ep * etp
-            gather = self.links.gather(self.shape(ep * etp, 1), everyone * d * b)
-            return {"a2a": 2 * gather}, d * (2 * rows + rows + everyone)
-        exchange = self.links.exchange(self.shape(ep, etp), sent * load * d * b)
-        widen = self.links.gather(self.shape(etp, 1), rows * d * b)
+            both = self.links.reduce(self.shape(ep * etp, 1), everyone * d * b)
+            return {"a2a": both}, d * (2 * rows + rows + everyone)
+        # Deduplicated, a token travels once to each rank that holds some of its experts, else once for each expert.
+        copies = (
+            ranks_of_a_token(model.num_experts_per_tok, ep)
+            if dispatcher == "deduplicated"
+            else model.num_experts_per_tok
+        )
+        exchange = self.links.exchange(self.shape(ep, etp), tokens * copies * load * d * b)
+        widen = self.links.gather(self.shape(etp, 1), tokens * copies * load * etp * d * b)
         sort = 4 * rows * d if model.num_experts // ep > 1 or etp > 1 else 0.0
         return {"a2a": 2 * exchange, "etp": 2 * widen}, 2 * (tokens + sent) * d + sort
 
@@ -193,24 +237,23 @@ class LayerCosts:
         b, d = self.job.activation_bytes, self.model.hidden_size
         n, f = self.tokens(micro_batch, cp), ceil(width / tp)
         gemm = 2 * self.compute.gemm(n, f, d) + self.compute.gemm(n, d, f)
-        activation = self.compute.stream(3 * b * n * f)
-        elementwise = activation + self.compute.stream(b * (5 if own_norm else 3) * n / tp * d)
-        comm = 2 * self.links.gather(self.shape(tp, 1), n * d * b)
+        elementwise = self.compute.stream(3 * b * n * f) + self.compute.stream(b * (5 if own_norm else 3) * n / tp * d)
+        comm = self.links.reduce(self.shape(tp, 1), n * d * b)
         forward = {"gemm": gemm, "elementwise": elementwise, "tp": comm}
         backward = {"gemm": 2 * gemm, "elementwise": _ELEMENTWISE_BACKWARD * elementwise, "tp": comm}
         self._add_casts(forward, backward, n, d + f, 2 * f + d)
-        return self._with_launches("mlp", forward, backward, gemm, activation)
+        return self._with_launches("mlp", forward, backward, gemm)
 
     def _ends(self, tp: int, cp: int, micro_batch: int) -> tuple[Block, Block]:
         """Embedding; and final norm, head and loss."""
         model, b = self.model, self.job.activation_bytes
         n, d, v = self.tokens(micro_batch, cp), model.hidden_size, ceil(model.vocab_size / tp)
-        comm = self.links.gather(self.shape(tp, 1), n * d * b)
+        gather, scatter = (move(self.shape(tp, 1), n * d * b) for move in (self.links.gather, self.links.scatter))
         look_up = self.compute.stream(3 * b * n * d)
-        embedding = Block({"head": look_up, "tp": comm}, {"head": 2 * look_up, "tp": comm})
+        embedding = Block({"head": look_up, "tp": scatter}, {"head": 2 * look_up, "tp": gather})
         gemm = self.compute.gemm(n, v, d)
         loss = self.compute.stream(n * v * (b + 3 * 4))  # logits are read once and softmax runs in fp32
-        head = Block({"head": gemm + loss, "tp": comm}, {"head": 2 * gemm + loss, "tp": comm}, gemm)
+        head = Block({"head": gemm + loss, "tp": gather}, {"head": 2 * gemm + loss, "tp": scatter}, gemm)
         return embedding, head
 
     def _add_casts(
@@ -221,17 +264,14 @@ class LayerCosts:
             forward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * inputs)
             backward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * outputs)
 
-    def _with_launches(
-        self, kind: str, forward: dict[str, float], backward: dict[str, float], weight: float, selective: float
-    ) -> Block:
+    def _with_launches(self, kind: str, forward: dict[str, float], backward: dict[str, float], weight: float) -> Block:
         """Adds what is missing to the time that the host needs to launch the kernels."""
         floor = _LAUNCHES[kind] * self.job.hardware.kernels.launch
         for seconds, least in ((forward, floor), (backward, 2 * floor)):
             missing = least - sum(seconds.values())
             if missing > 0:
                 seconds["launch"] = seconds.get("launch", 0.0) + missing
-        half = 0.0 if kind == "attention" else sum(forward.values())
-        return Block(forward, backward, weight, selective, half)
+        return Block(forward, backward, weight, sum(forward.values()) if kind == "attention" else 0.0)
 
     # ---- layers ------------------------------------------------------------------------------------------------
 

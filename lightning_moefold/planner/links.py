@@ -6,7 +6,7 @@ axis is ``size`` ranks at distance ``stride`` (:func:`axis_shape`), so its place
 
 Costs are alpha-beta. With n ranks, l of them on each node, N nodes, S bytes of the gathered tensor::
 
-    all-gather, reduce-scatter   (n-1)/n S / rate + hops
+    all-gather, reduce-scatter   (n-1)/n S / rate + hops                               the latter at a rate of its own
     all-reduce                   both of them
     all-to-all                   max((n-l)/n V / inter, (l-1)/n V / intra) + hops          V bytes sent by one rank
 
@@ -86,16 +86,23 @@ class Links:
     hardware: Hardware
 
     def gather(self, shape: GroupShape, total_bytes: float) -> float:
-        """All-gather of ``total_bytes`` (the result), or the reduce-scatter of as much."""
+        """All-gather of ``total_bytes`` (the result)."""
+        return self._ring(shape, total_bytes, 1.0)
+
+    def scatter(self, shape: GroupShape, total_bytes: float) -> float:
+        """Reduce-scatter of ``total_bytes`` on each rank."""
+        return self._ring(shape, total_bytes, self.hardware.kernels.reduce_efficiency)
+
+    def _ring(self, shape: GroupShape, total_bytes: float, reach: float) -> float:
         if shape.size == 1 or total_bytes <= 0:
             return 0.0
         intra, inter = self.hardware.intra, self.hardware.inter
         rate = min(shape.local * inter.rate, intra.rate) if shape.crosses else intra.rate
-        return (shape.size - 1) / shape.size * total_bytes / rate + self._hops(shape)
+        return (shape.size - 1) / shape.size * total_bytes / (rate * reach) + self._hops(shape)
 
     def reduce(self, shape: GroupShape, total_bytes: float) -> float:
         """All-reduce of ``total_bytes``: a reduce-scatter and an all-gather."""
-        return 2 * self.gather(shape, total_bytes)
+        return self.gather(shape, total_bytes) + self.scatter(shape, total_bytes)
 
     def exchange(self, shape: GroupShape, sent_bytes: float) -> float:
         """All-to-all in which the busiest rank sends or receives ``sent_bytes``, its own part included."""

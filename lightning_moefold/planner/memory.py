@@ -17,7 +17,8 @@ from math import ceil
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner.job import PRECISIONS, Plan
-from lightning_moefold.planner.layer import LayerCosts
+from lightning_moefold.planner.layer import LayerCosts, ranks_of_a_token
+from lightning_moefold.planner.parameters import count, dense_shapes, end_shapes, expert_shapes, shard
 from lightning_moefold.planner.schedules import RankLayers, chunks_in_flight, pipeline_layout
 
 
@@ -60,12 +61,14 @@ class LocalParameters:
         expert: Routed experts.
         layer_dense: Dense family of its largest layer.
         layer_expert: Experts of one layer.
+        ends: Embedding, head and final norm.
     """
 
     dense: int
     expert: int
     layer_dense: int
     layer_expert: int
+    ends: int
 
 
 class MemoryModel:
@@ -78,49 +81,55 @@ class MemoryModel:
     def __init__(self, costs: LayerCosts) -> None:
         self.costs, self.job, self.model = costs, costs.job, costs.model
         self.parameters = lru_cache(maxsize=None)(self._parameters)
+        self.shards = lru_cache(maxsize=None)(self._shards)
         self._saved = lru_cache(maxsize=None)(self._saved_per_layer)
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
     def _parameters(self, tp: int, ep: int, etp: int, layers: RankLayers) -> LocalParameters:
-        model = self.model
-        d = model.hidden_size
-        q = ceil(model.num_attention_heads / tp) * model.head_dim
-        kv = model.num_key_value_heads * model.head_dim // (1 if model.num_key_value_heads % tp else tp)
-        attention = d * (q + 2 * kv) + q * d + 2 * d
-        attention += (q + 2 * kv) * model.qkv_bias + d * model.output_bias + 2 * model.head_dim * model.qk_norm
-        moe = attention + d * model.num_experts
-        if model.shared_expert_intermediate_size:
-            moe += 3 * d * ceil(model.shared_expert_intermediate_size / tp) + d
-        dense_layer = attention + 3 * d * ceil(model.intermediate_size / tp)
-        expert = model.num_experts // ep * 3 * d * ceil(model.moe_intermediate_size / etp)
-        end = ceil(model.vocab_size / tp) * d
-        ends = end * (layers.first + layers.last - (layers.first and layers.last and model.tie_word_embeddings))
-        total = layers.moe * moe + layers.dense * dense_layer + ends + d * layers.last
-        return LocalParameters(total, layers.moe * expert, max(moe, dense_layer) if layers.dense else moe, expert)
+        moe = RankLayers(1, 0) if layers.moe else RankLayers(0, 1)
+        dense = RankLayers(0, 1) if layers.dense else moe
+        return LocalParameters(
+            count(dense_shapes(self.model, tp, layers)),
+            count(expert_shapes(self.model, ep, etp, layers.moe)),
+            max(count(dense_shapes(self.model, tp, one)) for one in (moe, dense)),
+            count(expert_shapes(self.model, ep, etp, 1)),
+            count(end_shapes(self.model, tp, layers)),
+        )
+
+    def _shards(self, tp: int, ep: int, etp: int, layers: RankLayers, ranks: int, edp: int) -> tuple[int, int]:
+        """Numbers of both families that a rank stores where ``fully_shard`` cuts them over ``ranks`` and ``edp``."""
+        return (
+            shard(dense_shapes(self.model, tp, layers), ranks),
+            shard(expert_shapes(self.model, ep, etp, layers.moe), edp, experts=True),
+        )
 
     def states(self, fold: Fold, layers: RankLayers, accumulates: bool) -> tuple[float, float, float]:
         """Bytes of weights, gradients and moments on a rank."""
         _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
         held = self.parameters(fold.tp, fold.ep, fold.etp, layers)
-        totals = [0.0, 0.0, 0.0]
-        families = ((held.dense, held.layer_dense, fold.dp * fold.cp), (held.expert, held.layer_expert, fold.edp))
-        parts: tuple[float, float, float]
-        for number, layer, ranks in families:
+        ranks = fold.dp * fold.cp
+        shards = self.shards(fold.tp, fold.ep, fold.etp, layers, ranks, fold.edp)
+        weights = gradients = optimizer = 0.0
+        families = (
+            (held.dense, shards[0], held.layer_dense, held.ends, ranks),
+            (held.expert, shards[1], held.layer_expert, 0, fold.edp),
+        )
+        for number, mine, layer, ends, spread in families:
             if self.job.sharding == "none":
-                extra = gathered if gathered != stored else 0
-                parts = (number * (stored + extra), number * reduced, number * moments)
+                mine, live, reducing = number, number if gathered != stored else 0, 0
             elif self.job.sharding == "optimizer":
-                whole = number * gathered if ranks > 1 or gathered != stored else 0.0
-                gradients = (
-                    number * reduced if accumulates or ranks == 1 else number * reduced / ranks + layer * reduced
-                )
-                parts = (number * stored / ranks + whole, gradients, number * moments / ranks)
-            else:
-                parts = (number * stored / ranks + 2 * layer * gathered, number * reduced / ranks + layer * reduced,
-                         number * moments / ranks)  # fmt: skip
-            totals = [a + p for a, p in zip(totals, parts, strict=True)]
-        return totals[0], totals[1], totals[2]
+                live = number if spread > 1 or gathered != stored else 0
+                mine_reduced = number if accumulates else mine
+                reducing = mine_reduced - mine + (layer if spread > 1 and not accumulates else 0)
+            else:  # two layers are gathered at a time, and the ends from forward to backward
+                live = 2 * layer + ends if spread > 1 or gathered != stored else 0
+                # A pipeline reduces once, after its last micro-batch.
+                reducing = number - mine if accumulates and fold.pp > 1 else layer if spread > 1 else 0
+            weights += mine * stored + live * gathered
+            gradients += (mine + reducing) * reduced
+            optimizer += mine * moments
+        return weights, gradients, optimizer
 
     # ---- activations -------------------------------------------------------------------------------------------
 
@@ -142,22 +151,23 @@ class MemoryModel:
         gated = rows * f * b
         # The router keeps its input in fp32; without a cast or a gather that is the shared expert's input.
         router = (0 if b >= 4 and shared and tp == 1 else t * d * max(b, 4)) + 2 * t * model.num_experts * 4
-        experts = t * d * b + router + rows * d * b + 4 * gated + sent * d * b
+        # The gated product is made again; a row has its token's number and its weight.
+        experts = t * d * b + router + rows * d * b + 2 * gated + 12 * rows
         if shared:
             experts += n * d * b + 4 * n * shared * b + t * d * b
         dense = t * d * b + n * d * b + 4 * n * ceil(model.intermediate_size / tp) * b
         everything = attention + experts, attention + dense
-        exchange = 2 * sent * d * b if dispatcher == "alltoall" else 2 * t * ep * etp * d * b
+        deduplicated = ranks_of_a_token(model.num_experts_per_tok, ep)
+        copies = {"alltoall": model.num_experts_per_tok, "deduplicated": deduplicated, "allgather": ep * etp}[
+            dispatcher
+        ]
+        exchange = 2 * t * copies * d * b
         live = exchange + rows * d * b * (1 + (etp > 1))
         if recompute == "full":
             return t * d * b, t * d * b, live + max(everything[0] if self.costs.num_moe else 0.0, everything[1])
-        if recompute == "experts":
-            half = t * d * b
-            return attention + half, attention + half, live + max(experts if self.costs.num_moe else 0.0, dense)
-        if recompute == "selective":
-            gate = 2 * gated + 2 * n * shared * b
-            kept = attention - norm + experts - gate - t * d * b
-            return kept, everything[1] - norm - 2 * n * ceil(model.intermediate_size / tp) * b, live + gate + norm
+        if recompute == "selective":  # the attention half keeps its input
+            kept = t * d * b
+            return kept + experts, kept + dense, live + attention
         return everything[0], everything[1], live
 
     def estimate(self, plan: Plan) -> Memory:
@@ -166,7 +176,9 @@ class MemoryModel:
         microbatches = plan.num_microbatches(job)
         saved = self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
         layout = pipeline_layout(self.model, fold.pp, plan.num_stages_per_rank, plan.schedule)
-        ranks = {0, fold.pp - 1} | {r for r, layers in enumerate(layout) if layers.last}
+        # The first rank has most in flight, the first of those with most layers most of each, the last one logits.
+        most = max(range(fold.pp), key=lambda r: layout[r].layers)
+        ranks = {0, most, fold.pp - 1} | {r for r, layers in enumerate(layout) if layers.last}
         candidates = [self._on_rank(plan, rank, layout[rank], microbatches, saved) for rank in sorted(ranks)]
         return max(candidates, key=lambda memory: memory.total)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,10 @@ def find_model(name_or_directory: str) -> MoEConfig:
     if path.name == "config.json":
         path = path.parent
     if not path.is_dir():
+        close = difflib.get_close_matches(key, MODELS, 1) or [name for name in MODELS if name.startswith(key)][:1]
         raise ConfigError(
-            f"model {name_or_directory!r} is neither a directory with a config.json nor a known name; "
-            f"known are {', '.join(MODELS)}."
+            f"model {name_or_directory!r} is neither a directory with a config.json nor a known name"
+            + (f" (did you mean {close[0]}?)" if close else "")
+            + f"; known are {', '.join(MODELS)}."
         )
     return MoEConfig.from_pretrained(path)

@@ -1,96 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a search: MFU over folds, memory by part, and the DDL roofline of a MoE layer. Needs matplotlib."""
+"""Pictures of a search: MFU over folds, memory by part, and the DDL roofline of MoE layers. Needs matplotlib.
+
+They are drawn from what ``moefold plan --json`` prints, so that a file of it is enough.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_moefold.figures import make_figure, save_figure
-from lightning_moefold.planner.cost import CostModel, Estimate
-from lightning_moefold.planner.job import Job
-from lightning_moefold.planner.search import Result
+
+#: Inches that a fold takes in a list of bars.
+_ROW = 0.33
 
 
-def write_plots(result: Result, folder: str | Path) -> list[Path]:
+def write_plots(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Writes ``mfu.png``, ``memory.png`` and ``roofline.png``.
 
     Args:
-        result: Of a search.
+        found: As :func:`~.explain.result_json` makes it.
         folder: Made if it does not exist.
 
     Raises:
         ValueError: If matplotlib is not installed.
     """
-    drawings = (
-        ("mfu", "Time of a step by what it is spent on", _draw_mfu),
-        ("memory", "Memory of the fullest rank", _draw_memory),
-        ("roofline", "Roofline of a MoE layer", _draw_roofline),
+    job, rows = found["job"], len(found["plans"])
+    subject = f"{job['model']} on {job['world_size']} x {job['hardware']}"
+    bars = 1.2 + _ROW * rows
+    drawings: tuple[tuple[str, str, tuple[float, ...], tuple[Callable[[Any, Mapping[str, Any]], None], ...]], ...] = (
+        ("mfu", f"Folds of {subject}", (bars, bars), (_draw_mfu, _draw_times)),
+        ("memory", f"Memory of the fullest rank: {subject}", (bars,), (_draw_memory,)),
+        ("roofline", f"DDL roofline of the MoE layers: {subject}", (4.5,), (_draw_roofline,)),
     )
     written = []
-    for name, title, draw in drawings:
-        figure, (axes,) = make_figure(title)
-        draw(axes, result)
+    for name, title, heights, draws in drawings:
+        figure, panels = make_figure(title, heights)
+        for axes, draw in zip(panels, draws, strict=True):
+            draw(axes, found)
         written.append(save_figure(figure, Path(folder) / f"{name}.png"))
     return written
 
 
-def _draw_mfu(axes: Any, result: Result) -> None:
-    names = [str(e.plan.fold) for e in result.plans]
-    left = [0.0] * len(names)
-    for kind in dict.fromkeys(kind for e in result.plans for kind in e.bounds):
-        widths = [e.bounds.get(kind, 0.0) for e in result.plans]
-        axes.barh(names, widths, left=left, label=kind)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for row, estimate in enumerate(result.plans):
-        axes.text(left[row], row, f" {estimate.mfu:.1%}", va="center")
-    axes.set(xlabel="seconds per step (MFU at the bar's end)")
+def read_plans(path: Path) -> dict[str, Any]:
+    """A file of ``moefold plan --json``.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.get("plans") or "roofline" not in found["plans"][0]:
+        raise ValueError(f"{path} does not hold what moefold plan --json prints.")
+    return found
+
+
+def _folds(found: Mapping[str, Any]) -> list[str]:
+    return [f"{number}  {plan['fold']}" for number, plan in enumerate(found["plans"], 1)]
+
+
+def _draw_mfu(axes: Any, found: Mapping[str, Any]) -> None:
+    names, plans = _folds(found), found["plans"]
+    axes.barh(names, [100 * plan["mfu"] for plan in plans], color=["C0" if plan["fits"] else "0.7" for plan in plans])
+    for row, plan in enumerate(plans):
+        notes = f" {plan['mfu']:.1%}, largest overhead: {plan['largest_overhead']}"
+        notes += "" if plan["fits"] else " (does not fit)"
+        axes.text(100 * plan["mfu"], row, notes, va="center", fontsize="small")
+    axes.set(xlabel="MFU, percent", xlim=(0, 150 * max(plan["mfu"] for plan in plans)))
     axes.invert_yaxis()
-    _legend_below(axes)
 
 
-def _legend_below(axes: Any) -> None:
-    axes.legend(fontsize="small", frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.11))
+def _draw_times(axes: Any, found: Mapping[str, Any]) -> None:
+    _stack(axes, found, "bounds_s", 1.0)
+    axes.set(xlabel="seconds per step, by what they go to")
 
 
-def _draw_memory(axes: Any, result: Result) -> None:
-    names = [str(e.plan.fold) for e in result.plans]
+def _draw_memory(axes: Any, found: Mapping[str, Any]) -> None:
+    _stack(axes, found, "memory", 2.0**30)
+    axes.axvline(found["plans"][0]["memory_limit_bytes"] / 2**30, color="black", linestyle="--", label="limit")
+    axes.set(xlabel="GiB")
+
+
+def _stack(axes: Any, found: Mapping[str, Any], field: str, unit: float) -> None:
+    """Bars of the parts of each plan, side by side."""
+    names, plans = _folds(found), found["plans"]
     left = [0.0] * len(names)
-    for part in result.best.memory.as_dict():
-        widths = [e.memory.as_dict()[part] / 2**30 for e in result.plans]
+    for part in dict.fromkeys(part for plan in plans for part in plan[field]):
+        widths = [plan[field].get(part, 0.0) / unit for plan in plans]
         axes.barh(names, widths, left=left, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.axvline(result.best.limit / 2**30, color="black", linestyle="--", label="limit")
-    axes.set(xlabel="GiB on the fullest rank")
     axes.invert_yaxis()
-    _legend_below(axes)
+    axes.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def roofline_point(job: Job, estimate: Estimate) -> tuple[float, float]:
-    """A MoE layer in the DDL roofline: compute over communication, and achieved over peak FLOP/s of the experts.
-
-    FasterMoE's diagram. Time is that of the experts and their exchange on the busiest rank, forward and backward.
-    """
-    plan, fold, model = estimate.plan, estimate.plan.fold, job.model
-    layers = CostModel(job).layers
-    tokens = layers.tokens(plan.micro_batch_size, fold.cp) // fold.tp
-    block = layers.experts(fold.ep, fold.etp, tokens, plan.dispatcher)
-    passes = (block.forward, block.backward)
-    busy = sum(p["experts"] for p in passes)
-    talk = sum(p.get("a2a", 0.0) + p.get("etp", 0.0) for p in passes)
-    flops = 3 * 2 * 3 * tokens * model.num_experts_per_tok * model.hidden_size * model.moe_intermediate_size
-    return busy / talk if talk else float("inf"), flops / (busy + talk) / job.hardware.peak(job.dtype)
-
-
-def _draw_roofline(axes: Any, result: Result) -> None:
-    job = result.job
+def _draw_roofline(axes: Any, found: Mapping[str, Any]) -> None:
+    """FasterMoE's diagram: a layer below the bends waits for its exchange."""
     ratios = [2.0 ** (i / 4) for i in range(-12, 33)]
-    top = job.hardware.kernels.gemm_efficiency
-    axes.plot(ratios, [top * min(1, r) for r in ratios], label="exchange fully hidden")
-    axes.plot(ratios, [top * r / (1 + r) for r in ratios], label="nothing hidden")
-    for number, estimate in enumerate(result.plans, 1):
-        ratio, achieved = roofline_point(job, estimate)
-        axes.scatter(min(ratio, ratios[-1]), achieved, zorder=3)
-        axes.annotate(str(number), (min(ratio, ratios[-1]), achieved), textcoords="offset points", xytext=(4, 4))
-    axes.set(xscale="log", xlabel="expert compute over exchange", ylabel="expert FLOP/s over the peak")
-    axes.legend(title="numbers: rank in the table")
+    top = found["job"]["gemm_efficiency"]
+    axes.plot(ratios, [top * min(1, r) for r in ratios], label="exchange hidden", color="0.4")
+    axes.plot(ratios, [top * r / (1 + r) for r in ratios], label="nothing hidden", color="0.4", linestyle=":")
+    places: dict[tuple[tuple[float, float], ...], list[int]] = {}  # folds with the same mapping of experts are one
+    for number, plan in enumerate(found["plans"], 1):
+        points = tuple((min(layer["ratio"] or ratios[-1], ratios[-1]), layer["achieved"]) for layer in plan["roofline"])
+        places.setdefault(points, []).append(number)
+    for points, numbers in places.items():
+        axes.scatter(*zip(*points, strict=True), s=18, zorder=3)
+        axes.annotate(
+            ", ".join(map(str, numbers)), max(points), textcoords="offset points", xytext=(6, -3), fontsize="small"
+        )
+    axes.set(
+        xscale="log", xlabel="expert compute over exchange, forward and backward", ylabel="expert FLOP/s over the peak"
+    )
+    axes.legend(title="a point a layer; numbers: rank in the table", fontsize="small")

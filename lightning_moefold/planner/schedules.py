@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.planner.job import SPLIT_BACKWARD, V_SHAPED
+from lightning_moefold.parallel.stages import V_SHAPED, PipelinePlan
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class RankLayers:
         return self.moe + self.dense
 
 
-def even_split(total: int, parts: int) -> list[int]:
-    """``total`` in ``parts`` pieces that differ by one at most, larger ones first."""
-    return [total // parts + (i < total % parts) for i in range(parts)]
+@lru_cache(maxsize=4096)
+def stage_layers(model: MoEConfig, pp: int, chunks: int, schedule: str) -> tuple[range, ...]:
+    """The layers of every stage, cut as the strategy cuts them: by cost, the head included."""
+    return tuple(PipelinePlan(schedule, chunks).layers(model, pp))
 
 
 def chunk_owner(chunk: int, pp: int, schedule: str) -> int:
@@ -64,13 +65,13 @@ def chunk_owner(chunk: int, pp: int, schedule: str) -> int:
 @lru_cache(maxsize=4096)
 def pipeline_layout(model: MoEConfig, pp: int, chunks: int, schedule: str) -> tuple[RankLayers, ...]:
     """What each of the ``pp`` ranks holds, with ``chunks`` chunks a rank."""
+    if pp == 1:
+        return (RankLayers(model.num_moe_layers, model.num_hidden_layers - model.num_moe_layers, True, True),)
     moe, dense = [0] * pp, [0] * pp
-    index = 0
-    for chunk, size in enumerate(even_split(model.num_hidden_layers, pp * chunks)):
+    for chunk, layers in enumerate(stage_layers(model, pp, chunks, schedule)):
         owner = chunk_owner(chunk, pp, schedule)
-        for layer in range(index, index + size):
+        for layer in layers:
             (moe if model.is_moe_layer(layer) else dense)[owner] += 1
-        index += size
     last = chunk_owner(pp * chunks - 1, pp, schedule)
     return tuple(RankLayers(moe[r], dense[r], r == 0, r == last) for r in range(pp))
 
@@ -111,22 +112,23 @@ def chunks_in_flight(schedule: str, pp: int, chunks: int, microbatches: int, ran
     return min(microbatches * 2, 2 * pp + (schedule == "dualpipev"))
 
 
-def legal(schedule: str, pp: int, chunks: int, microbatches: int, layers: int, sharding: str) -> str | None:
-    """Why a schedule cannot run, or None."""
+@lru_cache(maxsize=65536)
+def legal(
+    schedule: str, pp: int, chunks: int, microbatches: int, model: MoEConfig, sharding: str, recompute: str = "none"
+) -> str | None:
+    """Why the strategy cannot run a schedule, or None."""
     if pp == 1:
         return None if schedule == "1f1b" and chunks == 1 else "there is no pipeline at pp=1"
-    if schedule in V_SHAPED:
-        if chunks != 2:
-            return f"{schedule} has two chunks a rank, not {chunks}"
-    elif schedule.startswith("interleaved"):
-        if chunks < 2:
-            return f"{schedule} needs two chunks a rank or more"
-        if microbatches % pp:
-            return f"{schedule} needs micro-batches ({microbatches}) in multiples of pp={pp}"
-    elif chunks != 1:
-        return f"{schedule} has one chunk a rank, not {chunks}"
-    if pp * chunks > layers:
-        return f"{pp} x {chunks} chunks are more than the {layers} layers"
-    if schedule in SPLIT_BACKWARD and sharding == "full":
-        return f"{schedule} splits backward, which sharding='full' cannot do; use 1f1b or interleaved_1f1b"
+    if schedule in V_SHAPED and chunks != 2:
+        return f"{schedule} has two chunks a rank, not {chunks}"
+    if schedule.startswith("interleaved") and microbatches % pp:
+        return f"{schedule} needs micro-batches ({microbatches}) in multiples of pp={pp}"
+    if pp * chunks > model.num_hidden_layers:
+        return f"{pp} x {chunks} chunks are more than the {model.num_hidden_layers} layers"
+    if schedule in V_SHAPED and model.tie_word_embeddings:
+        return f"{schedule} does not go with tied embeddings"
+    try:
+        PipelinePlan(schedule, chunks).check(pp, microbatches, sharding, None if recompute == "none" else recompute)
+    except ValueError as error:
+        return str(error).rstrip(".")
     return None

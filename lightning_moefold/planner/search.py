@@ -17,7 +17,7 @@ from typing import cast
 
 from lightning_moefold.fold import Fold, FoldableConfig, FoldError, divisors
 from lightning_moefold.planner.cost import CostModel, Estimate
-from lightning_moefold.planner.job import DISPATCHERS, RECOMPUTES, SCHEDULES, Job, Plan, PlanError
+from lightning_moefold.planner.job import DISPATCHERS, RECOMPUTES, SCHEDULES, V_SHAPED, Job, Plan, PlanError
 from lightning_moefold.planner.routing import PROFILES, RoutingProfile
 from lightning_moefold.planner.schedules import legal, pipeline_layout
 
@@ -32,6 +32,11 @@ class Space:
         recomputes: Recomputation settings.
         dispatchers: Token dispatchers.
         largest_micro_batch: Of the micro-batch sizes that are tried if none are given.
+        num_microbatches: Micro-batches of a step of a pipeline; None for any.
+        accumulates: Whether batches may be accumulated where there is no pipeline; otherwise a rank computes its share
+            at once.
+        num_stages_per_rank: Stages on each rank of interleaved schedules; None for what divides the layers.
+        data_parallel_size: dp of the folds; None for any.
     """
 
     micro_batch_sizes: tuple[int, ...] | None = None
@@ -39,6 +44,10 @@ class Space:
     recomputes: tuple[str, ...] = RECOMPUTES
     dispatchers: tuple[str, ...] = ("alltoall",)
     largest_micro_batch: int = 16
+    num_microbatches: int | None = None
+    accumulates: bool = True
+    num_stages_per_rank: int | None = None
+    data_parallel_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, values, known in (
@@ -59,14 +68,18 @@ def _powers_of_two(largest: int) -> tuple[int, ...]:
     return tuple(2**i for i in range(largest.bit_length()) if 2**i <= largest)
 
 
-def micro_batches(job: Job, space: Space, dp: int) -> list[int]:
-    """Micro-batch sizes to try on ``dp`` data-parallel ranks.
+def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
+    """Micro-batch sizes to try under ``fold``.
 
-    Where none are given: powers of two that divide a rank's share of the batch. Under ``sharding="full"`` it is one
-    sequence: the published FSDP baselines are explained by gathering weights for every sequence, and nothing else; a
-    larger micro-batch amortises the gathers and is offered as a hint.
+    Where neither they nor their number is given: powers of two that divide a rank's share of the batch. Under
+    ``sharding="full"`` it is one sequence: the published FSDP baselines are explained by gathering weights for every
+    sequence, and nothing else; a larger micro-batch amortises the gathers and is offered as a hint.
     """
-    share = job.global_batch_size // dp
+    share = job.global_batch_size // fold.dp
+    if fold.pp == 1 and not space.accumulates:
+        return [share] if share >= (space.num_microbatches or 1) else []
+    if fold.pp > 1 and space.num_microbatches is not None:
+        return [] if share % space.num_microbatches else [share // space.num_microbatches]
     sizes = space.micro_batch_sizes or ((1,) if job.sharding == "full" else _powers_of_two(space.largest_micro_batch))
     return [size for size in sizes if share % size == 0]
 
@@ -95,12 +108,12 @@ class Result:
         return self.plans[0]
 
 
-def legal_folds(job: Job) -> Iterator[Fold]:
+def legal_folds(job: Job, space: Space | None = None) -> Iterator[Fold]:
     """Every fold of ``Fold.enumerate`` whose data-parallel size divides the batch, in order of pp.
 
     The same laws, written as divisor lists: enumerating first and refusing later takes seconds for 16,384 ranks.
     """
-    model, world = job.model, job.world_size
+    model, world, only = job.model, job.world_size, space.data_parallel_size if space else None
     dense, expert = gcd(0, *model.dense_widths.values()), gcd(0, *model.expert_widths.values())
     for pp in divisors(world):
         if pp > model.num_hidden_layers:
@@ -111,6 +124,7 @@ def legal_folds(job: Job) -> Iterator[Fold]:
         attention = [
             (tp, cp) for tp in tps for cp in divisors(stage // tp)
             if job.global_batch_size % (stage // (tp * cp)) == 0 and tp * cp <= job.sequence_length
+            and only in (None, stage // (tp * cp))
         ]  # fmt: skip
         eps = [n for n in sizes if model.num_experts % n == 0]
         moe = [(ep, etp) for ep in eps for etp in sizes if stage % (ep * etp) == 0 and expert % etp == 0]
@@ -140,26 +154,27 @@ class Planner:
     def plans(self, fold: Fold, micro_batch: int, dispatcher: str) -> Iterator[Iterator[Plan]]:
         """Plans of a fold: for each schedule, one for each recomputation setting, cheapest in time first."""
         microbatches = Plan(fold, micro_batch).num_microbatches(self.job)
-        for schedule, chunks in self._schedules(fold.pp, microbatches):
-            yield (
-                Plan(fold, micro_batch, schedule, chunks, r, dispatcher)
-                for r in RECOMPUTES
-                if r in self.space.recomputes
-            )
+        model, sharding = self.job.model, self.job.sharding
+        for schedule, chunks in self._schedules(fold.pp):
+            recomputes = [
+                r for r in self.space.recomputes
+                if legal(schedule, fold.pp, chunks, microbatches, model, sharding, r) is None
+            ]  # fmt: skip
+            if recomputes:
+                yield (Plan(fold, micro_batch, schedule, chunks, r, dispatcher) for r in recomputes)
 
-    def _schedules(self, pp: int, microbatches: int) -> Iterator[tuple[str, int]]:
-        layers, sharding = self.job.model.num_hidden_layers, self.job.sharding
+    def _schedules(self, pp: int) -> Iterator[tuple[str, int]]:
+        layers = self.job.model.num_hidden_layers
         if pp == 1:
             yield "1f1b", 1
             return
         for schedule in self.space.schedules:
+            choices = [2] if schedule in V_SHAPED else [1]
             if schedule.startswith("interleaved"):
                 choices = [v for v in divisors(max(layers // pp, 1)) if v > 1 and layers % (pp * v) == 0] or [2]
-            else:
-                choices = [2] if schedule in ("zbv", "dualpipev") else [1]
+                choices = [self.space.num_stages_per_rank] if self.space.num_stages_per_rank else choices
             for chunks in choices:
-                if legal(schedule, pp, chunks, microbatches, layers, sharding) is None:
-                    yield schedule, chunks
+                yield schedule, chunks
 
     def evaluate(self, fold: Fold) -> list[Estimate]:
         """The best plan of a fold for each micro-batch size, best first; those that fit before those that do not.
@@ -171,7 +186,7 @@ class Planner:
         fold.validate(cast(FoldableConfig, self.job.model))
         if fold.world_size != self.job.world_size:
             raise PlanError(f"the fold is for {fold.world_size} ranks, the job for {self.job.world_size}.")
-        sizes = micro_batches(self.job, self.space, fold.dp)
+        sizes = micro_batches(self.job, self.space, fold)
         if not sizes or self.job.global_batch_size % fold.dp:
             raise PlanError(
                 f"global_batch_size={self.job.global_batch_size} does not split into micro-batches over dp={fold.dp}; "
@@ -228,15 +243,17 @@ class Planner:
         plain = self.plain()
         if plain is not None and plain.fits:
             kept.setdefault(plain.plan.fold, plain)
-        plans = sorted(kept.values(), key=_rank) or [self.smallest()]
-        return Result(self.job, plans, plain, examined)
+        if kept:
+            return Result(self.job, sorted(kept.values(), key=_rank), plain, examined)
+        folds = sorted(legal_folds(self.job, self.space), key=self._states)
+        return Result(self.job, [self._smallest(folds)], plain, len(folds))
 
     def _bounded(self) -> Iterator[tuple[float, Fold, int]]:
         """Folds and micro-batch sizes whose weights and states fit, with a lower bound of their step time."""
-        for fold in legal_folds(self.job):
+        for fold in legal_folds(self.job, self.space):
             if self._states(fold) > self.job.hardware.usable_bytes:
                 continue
-            for size in micro_batches(self.job, self.space, fold.dp):
+            for size in micro_batches(self.job, self.space, fold):
                 for dispatcher in self.space.dispatchers:
                     yield self.costs.lower_bound(fold, size, dispatcher), fold, size
 
@@ -249,23 +266,24 @@ class Planner:
         """Plain expert parallelism at its best ep: data parallel attention, no tp, cp, pp or etp."""
         job, found = self.job, []
         for ep in divisors(gcd(job.model.num_experts, job.world_size)):
+            if self.space.data_parallel_size not in (None, job.world_size):
+                break
             try:
                 found.append(self.evaluate(Fold(job.world_size, expert_parallel_size=ep))[0])
             except (FoldError, PlanError):
                 continue
         return min(found, key=_rank, default=None)
 
-    def smallest(self) -> Estimate:
-        """The plan that needs least memory, for when none fits.
+    def _smallest(self, folds: list[Fold]) -> Estimate:
+        """The plan that needs least memory, for when none fits, among folds in order of their weights and states.
 
         Raises:
             PlanError: If no fold is legal for the batch.
         """
         tightest = replace(self.space, recomputes=(self.space.recomputes[-1],), schedules=("1f1b",))
         planner, best = Planner(self.job, tightest), None
-        folds = sorted(legal_folds(self.job), key=planner._states)
         for fold in folds[:200]:
-            for size in micro_batches(self.job, self.space, fold.dp)[:1]:
+            for size in micro_batches(self.job, self.space, fold)[:1]:
                 for found in planner._best(fold, size):
                     if best is None or found.memory.total < best.memory.total:
                         best = found

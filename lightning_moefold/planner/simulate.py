@@ -22,7 +22,7 @@ import numpy as np
 from lightning_moefold.planner.cost import CostModel, RankTimes
 from lightning_moefold.planner.job import SPLIT_BACKWARD, Job, Plan
 from lightning_moefold.planner.links import axis_shape
-from lightning_moefold.planner.schedules import RankLayers, chunk_owner, chunks_in_flight, even_split
+from lightning_moefold.planner.schedules import RankLayers, chunk_owner, chunks_in_flight, stage_layers
 
 #: Kind (F, B or W), virtual stage, micro-batch.
 Op = tuple[str, int, int]
@@ -244,12 +244,15 @@ def simulate(job: Job, plan: Plan, seed: int = 0) -> Timeline:
 
 
 def _stages(costs: CostModel, plan: Plan) -> list[RankTimes]:
-    model, number = costs.job.model, plan.fold.pp * plan.num_stages_per_rank
-    stages, index = [], 0
-    for stage, size in enumerate(even_split(model.num_hidden_layers, number)):
-        moe = sum(model.is_moe_layer(i) for i in range(index, index + size))
-        stages.append(costs.chunk(plan, RankLayers(moe, size - moe, stage == 0, stage == number - 1)))
-        index += size
+    model, fold = costs.job.model, plan.fold
+    number = fold.pp * plan.num_stages_per_rank
+    every = [range(model.num_hidden_layers)]
+    stages = []
+    for stage, layers in enumerate(
+        stage_layers(model, fold.pp, plan.num_stages_per_rank, plan.schedule) if fold.pp > 1 else every
+    ):
+        moe = sum(map(model.is_moe_layer, layers))
+        stages.append(costs.chunk(plan, RankLayers(moe, len(layers) - moe, stage == 0, stage == number - 1)))
     return stages
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import ceil
+from typing import Any
 
 from lightning_moefold.planner.cost import CostModel, Estimate
-from lightning_moefold.planner.explain import legend, strategy_arguments, time_bar
+from lightning_moefold.planner.explain import legend, rows_per_batch, strategy_arguments, time_bar, trainer_arguments
 from lightning_moefold.planner.job import Job
 from lightning_moefold.planner.links import axis_shape
 
@@ -40,7 +41,8 @@ def walk(job: Job, estimate: Estimate) -> Iterator[str]:
         f"{job.model_flops / estimate.step_time / job.world_size / 1e12:.0f} model TFLOP/s per rank, "
         f"bound by {estimate.bound_by}, largest overhead {estimate.overhead}"
     )
-    yield f"[{time_bar(estimate, 60)}]  {legend()}"
+    yield f"[{time_bar(estimate, 60)}]"
+    yield legend()
     yield ""
     yield from _groups(job, estimate)
     yield ""
@@ -50,8 +52,13 @@ def walk(job: Job, estimate: Estimate) -> Iterator[str]:
     yield ""
     yield from _memory(estimate)
     yield ""
-    arguments = ", ".join(f"{name}={value!r}" for name, value in strategy_arguments(job, estimate).items())
-    yield f"run it: MoEFoldStrategy({arguments})"
+    strategy, trainer = (_call(make(job, estimate)) for make in (strategy_arguments, trainer_arguments))
+    yield f"run it: Trainer(strategy=MoEFoldStrategy({strategy}), {trainer})"
+    yield f"        with batches of {rows_per_batch(job, estimate)} rows on each of the {estimate.plan.fold.dp} data ranks"
+
+
+def _call(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def _groups(job: Job, estimate: Estimate) -> Iterator[str]:

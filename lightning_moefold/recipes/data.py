@@ -112,6 +112,16 @@ class TextData(pl.LightningDataModule):
         self._loader: RowLoader | None = None
         self._position: Position | None = None
 
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of a batch over all data ranks together, for ``fold="auto"``."""
+        return self.batch_size
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row, for ``fold="auto"``."""
+        return self.length
+
     # ---- rows --------------------------------------------------------------------------------------------------
 
     @override

@@ -100,3 +100,18 @@ def test_cuts_that_do_not_suit_the_model() -> None:
         PipelinePlan("zbv").layers(_config(7), 4)
     with pytest.raises(ValueError, match="adds up to 5 layers, but the model has 6"):
         PipelinePlan(split=(2, 3)).layers(_config(6), 2)
+
+
+@pytest.mark.parametrize("head", [0.0, 1.5, 40.0])
+@pytest.mark.parametrize(("layers", "stages"), [(4, 2), (7, 3), (12, 4), (13, 5), (9, 9)])
+def test_layers_that_are_alike_are_cut_as_any_others(layers: int, stages: int, head: float) -> None:
+    """The short way gives what the search over all cuts gives; a layer that costs a trifle more takes the long way."""
+    costs = [4.0] * layers
+    cut = cut_by_cost(costs, stages, head)
+    searched = min(
+        (max(sums), sum(s * s for s in sums), sizes)
+        for borders in itertools.combinations(range(1, layers), stages - 1)
+        for sizes in [tuple(b - a for a, b in itertools.pairwise((0, *borders, layers)))]
+        for sums in [[4.0 * n + head * (i == stages - 1) for i, n in enumerate(sizes)]]
+    )
+    assert cut == searched[2]

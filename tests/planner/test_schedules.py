@@ -2,11 +2,13 @@
 """Closed forms of the schedules against the simulator."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from lightning_moefold.fold import Fold
-from lightning_moefold.planner import MODELS, PRESETS, Job, Plan, find_routing
+from lightning_moefold.parallel.stages import PipelinePlan
+from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan, RoutingProfile, find_routing
 from lightning_moefold.planner.schedules import bubble, chunks_in_flight, legal, pipeline_layout
 from lightning_moefold.planner.simulate import run_fixed, run_split, simulate, write_chrome_trace
 
@@ -73,17 +75,41 @@ def test_layers_and_ends_are_all_held():
     assert pipeline_layout(model, 8, 2, "zbv")[0].last  # the V ends where it began
 
 
-def test_refusals_name_the_reason():
-    assert "multiples of pp=4" in legal("interleaved_1f1b", 4, 2, 6, 32, "optimizer")
-    assert "sharding='full'" in legal("zbv", 4, 2, 8, 32, "full")
-    assert legal("1f1b", 4, 1, 3, 32, "full") is None
+def test_stages_are_the_strategys():
+    """Layers lie where the strategy puts them, the head weighed in."""
+    model = MODELS["qwen2-57b-a14b"]
+    for schedule, chunks in (("1f1b", 1), ("zbv", 2), ("interleaved_1f1b", 3)):
+        plan = PipelinePlan(schedule, chunks)
+        stages = plan.layers(model, 4)
+        held = [sum(len(stages[stage]) for stage in plan.local_stages(4, rank)) for rank in range(4)]
+        assert [rank.layers for rank in pipeline_layout(model, 4, chunks, schedule)] == held
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("interleaved_1f1b", 4, 2, 6, "optimizer"), "multiples of pp=4"),
+        (("zbv", 4, 2, 8, "full"), "sharding='full'"),
+        (("zbv", 4, 2, 8, "optimizer", "full"), "recompute=None"),
+        (("1f1b", 4, 1, 3, "full"), "too few"),
+        (("dualpipev", 4, 2, 7, "none"), "use at least 8"),
+        (("zbv", 32, 2, 64, "none"), "more than the 32 layers"),
+    ],
+)
+def test_refusals_are_the_strategys(arguments, reason):
+    schedule, pp, chunks, microbatches, *rest = arguments
+    assert reason in legal(schedule, pp, chunks, microbatches, MODELS["mixtral-8x7b"], *rest)
+
+
+def test_what_is_legal():
+    assert legal("1f1b", 4, 1, 4, MODELS["mixtral-8x7b"], "full", "full") is None
+    tied = replace(MODELS["mixtral-8x7b"], tie_word_embeddings=True)
+    assert "tied" in legal("zbv", 4, 2, 8, tied, "none")
 
 
 def test_simulated_plan_is_near_the_prediction_and_draws_a_trace(tmp_path):
     job = Job(MODELS["mixtral-8x22b"], 128, PRESETS["dgx-h100"], 256, 4096, capacity_factor=1.0)
     plan = Plan(Fold.parse("tp2 pp8 | ep8", 128), schedule="interleaved_1f1b", num_stages_per_rank=7)
-    from lightning_moefold.planner import CostModel
-
     predicted = CostModel(job).estimate(plan)
     timeline = simulate(job, plan)
     assert timeline.seconds == pytest.approx(predicted.step_time, rel=0.1)
@@ -92,6 +118,30 @@ def test_simulated_plan_is_near_the_prediction_and_draws_a_trace(tmp_path):
     write_chrome_trace(timeline, tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert sum(e["ph"] == "X" for e in events) == len(timeline.events) == 8 * 7 * 32 * 2
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("1f1b", 1), ("interleaved_1f1b", 2)])
+def test_simulating_a_trace_agrees_with_the_closed_form(schedule, chunks):
+    """To rounding where it is exact: equal stages, free messages, layers of one load; slower where layers differ."""
+    links = replace(PRESETS["dgx-h100"].inter, bandwidth=1e30, latency=0.0)
+    machine = replace(
+        PRESETS["dgx-h100"], inter=links, intra=links, kernels=replace(PRESETS["dgx-h100"].kernels, collective=0.0)
+    )
+    model = replace(MODELS["mixtral-8x7b"], vocab_size=1)
+    uneven = (0.25, 0.25, *(1 / 12,) * 6)
+    plan = Plan(Fold.parse("pp4 | ep8", 64), schedule=schedule, num_stages_per_rank=chunks)
+    alike, mixed = (uneven,) * 32, (uneven, (1 / 8,) * 8) * 16
+    seconds = {}
+    for name, shares in (("alike", alike), ("mixed", mixed)):
+        job = Job(model, 64, machine, 256, 4096, routing=RoutingProfile(name, shares=shares))
+        costs = CostModel(job)
+        ranks = costs.ranks(plan)
+        slowest = max(r.forward + r.backward for r in ranks)
+        times = [[getattr(r, way) for r in ranks] for way in ("forward", "backward")]
+        closed = plan.num_microbatches(job) * slowest + bubble(schedule, chunks, *times, [0.0] * 4)
+        seconds[name] = simulate(job, plan).seconds / closed
+    assert seconds["alike"] == pytest.approx(1, rel=2e-3)  # but for the ends, which one token of vocabulary leaves
+    assert 1 < seconds["mixed"] < 1.2
 
 
 def vars_of(job):

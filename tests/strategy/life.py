@@ -185,3 +185,23 @@ def kernels(path: str, fold: str, folder: str) -> list[Report]:
             finetune.fit(path, fold, spec, {"max_epochs": 2}, ckpt_path=str(Path(folder, name, "step=2.ckpt")))
         )
     return reports
+
+
+class Accumulating(Finetune):
+    """Notes whether gradients are held in pieces between the batches of a step."""
+
+    def on_after_backward(self) -> None:
+        if not self.trainer.fit_loop._should_accumulate():
+            return
+        weights = [p for p in self.model.parameters() if isinstance(p, torch.distributed.tensor.DTensor)]
+        self.report.counters.append(sum(p.grad is not None for p in weights) - len(weights))
+
+
+def accumulated(path: str, fold: str, sharding: str) -> Report:
+    module = Accumulating(path)
+    run = make(fold, {"max_steps": 2, "accumulate_grad_batches": 2}, data_parallel_sharding=sharding)
+    run.fit(module)
+    counters = list(module.report.counters)
+    report = finetune.finish(module, run)
+    report.counters = counters
+    return report

@@ -85,6 +85,17 @@ def test_limits_schedules_and_intervals(pool: RankPool, path: str, fold: str) ->
         assert_close_by_name(assemble(r.weights for r in reports), assemble([theirs.weights]), 1e-8, str(case))
 
 
+def test_full_sharding_accumulates_in_pieces(pool: RankPool, path: str) -> None:
+    """Gradients of each batch are scattered and added up, to the same weights."""
+    [expected] = pool.run(life.accumulated, path, "", "optimizer", ranks=1)
+    for sharding in ("full", "optimizer"):
+        actual = pool.run(life.accumulated, path, "| ep2", sharding, ranks=4)
+        assert actual[0].losses == pytest.approx(expected.losses, rel=1e-9)
+        assert_close_by_name(assemble(r.weights for r in actual), assemble([expected.weights]), 1e-8, sharding)
+        held = [missing == 0 for missing in actual[0].counters]
+        assert held == [sharding == "full"] * 2
+
+
 @pytest.mark.parametrize("peek", [False, True], ids=["", "forward before the step"])
 def test_model_beside_own_modules(pool: RankPool, path: str, tmp_path: Path, peek: bool) -> None:
     """Aliases of parts of the model, running statistics and extra state survive saving under a fold."""
