@@ -53,6 +53,7 @@ from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
@@ -439,6 +440,8 @@ class MoEFoldStrategy(ParallelStrategy):
     ) -> Any:
         with self._watch(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self.lightning_module is not None
+        update_expert_bias(self.lightning_module)
         # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now
         # old.
         self._release_gathered_weights()

@@ -31,6 +31,8 @@ def run_alone(block: ParallelRoot, hidden: Tensor, batch: SequenceBatch | None =
     """
     x_ND = hidden.reshape(-1, hidden.shape[-1])
     batch = batch or SequenceBatch(1, x_ND.shape[0], tp=block.tp)
+    if block.mesh is not None:
+        batch.row_numbers = range(block.mesh.place["dp"], block.fold.dp * batch.rows, block.fold.dp)
     if batch.padding:
         real_N = torch.ones(batch.tokens, dtype=torch.bool, device=hidden.device)
         batch.routed_T = batch.counted_T = batch.shard(real_N, value=False)
