@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from lightning_moefold import Fold
+from lightning_moefold import Fold, MoECausalLM
+from lightning_moefold.export import export
+from lightning_moefold.modules import RouterOptions
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import cover
@@ -122,6 +125,33 @@ FOUR = [Fold.parse(text, 4) for text in ("tp2 cp2 | etp2 ep2", "cp2 | ep4", "tp2
 @pytest.mark.parametrize(("fold", "row"), _cases(list(Fold.enumerate(2)), 1, seed=1) + _cases(FOUR, 1, seed=2))
 def test_some_folds(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> None:
     check(pool, checkpoint, fold, row)
+
+
+def test_biases_and_noise_go_on_under_another_fold(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    """Three steps under three folds, each from the last one's checkpoint; then both ways out to Hugging Face's format."""
+    row = {**TABLE[0], "router": "noise", "padding": "none", "microbatches": 2, "accumulate": 1}
+    spec, folds = spec_of(row), ["pp2", "tp2 | ep2", "| ep2"]
+    ranks = [Fold.parse(fold, 2).dp for fold in folds]
+    batches = [make_batches(1, n, 4 // n, LENGTH, 96, seed=i)[0] for i, n in enumerate(ranks)]
+    expected = naive.train_alone(str(checkpoint), batches, spec)
+    saved, written, again = tmp_path / "last.ckpt", tmp_path / "written", tmp_path / "again"
+    biased = str(checkpoint.parent / "biased")
+    actual = pool.run(
+        jobs.stop_and_resume, biased, folds, batches, spec, str(saved), str(written), ranks=2, timeout=180
+    )
+    assert_close_by_name(assemble(run.weights for run in actual), expected.weights, 1e-9, "weights")
+    for layer, bias in expected.bias.items():
+        assert actual[0].bias[layer].tolist() == pytest.approx(bias, abs=1e-12)
+    export(saved, again)
+    for path in (written, again):
+        model = MoECausalLM.from_pretrained(path)
+        assert model.config.router == RouterOptions(**ROUTERS["noise"])
+        for layer, bias in expected.bias.items():
+            found = model.moe_layers()[layer].gate.e_score_correction_bias
+            torch.testing.assert_close(found, torch.tensor(bias), rtol=1e-6, atol=1e-7)
+    with pytest.warns(UserWarning, match="will route differently in transformers, whose qwen3_moe does not know"):
+        model.save_pretrained(again)
+    assert AutoModelForCausalLM.from_pretrained(again) is not None
 
 
 @pytest.mark.slow

@@ -95,5 +95,6 @@ class RouterOptions:
         return bool(set(self.as_dict()) - {"norm_topk_prob", "input_jitter", "seed"})
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as plain data."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        """The name, unless it is the default router's, and the fields that differ from their defaults; plain data."""
+        named = {} if self.name == RouterOptions.name else {"name": self.name}
+        return named | {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

@@ -41,7 +41,10 @@ def router_options(spec: RouterSpec) -> RouterOptions:
         ValueError: For a name that is not registered, or a field that the router does not have.
     """
     if isinstance(spec, RouterOptions):
-        _find(spec.name)
+        if type(spec) is not (kind := _find(spec.name).Options):
+            raise ValueError(
+                f"{type(spec).__name__} names the router {spec.name!r}, whose options are {kind.__name__}; set its name."
+            )
         return spec
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
     kind = _find(given.get("name", RouterOptions.name)).Options
