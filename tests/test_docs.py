@@ -16,7 +16,7 @@ from lightning_moefold import MoECausalLM
 from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
 
 ROOT = Path(__file__).parents[1]
-PAGES = [f"docs/{name}.md" for name in ("networks", "folds", "training", "pipeline", "planner", "inference")]
+PAGES = [f"docs/{name}.md" for name in ("networks", "routers", "folds", "training", "pipeline", "planner", "inference")]
 
 
 def names_of(page: str, folder: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monk
     code = blocks(page)
     assert code
     for block in code:
-        exec(compile(block, page, "exec"), names)
+        exec(compile(block, page, "exec", dont_inherit=True), names)
 
 
 class _ShortTrainer(L.Trainer):

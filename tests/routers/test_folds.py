@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from lightning_moefold import Fold, MoECausalLM
 from lightning_moefold.export import export
 from lightning_moefold.modules import RouterOptions
+from lightning_moefold.recipes import FineTuneModule
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import cover
@@ -152,6 +153,15 @@ def test_biases_and_noise_go_on_under_another_fold(pool: RankPool, checkpoint: P
     with pytest.warns(UserWarning, match="will route differently in transformers, whose qwen3_moe does not know"):
         model.save_pretrained(again)
     assert AutoModelForCausalLM.from_pretrained(again) is not None
+
+
+def test_recipe_takes_router_options(checkpoint: Path) -> None:
+    overrides = {"router": {"bias_update_rate": 0.01}, "aux_loss": "sequence"}
+    module = FineTuneModule(str(checkpoint), initial_seed=1, aux_loss=False, config_overrides=overrides)
+    module.configure_model()
+    assert module.model.config.router == RouterOptions(bias_update_rate=0.01)
+    assert (module.model.config.aux_loss, module.model.config.output_router_logits) == ("sequence", False)
+    assert module.model.config.raw["router"] == {"bias_update_rate": 0.01}
 
 
 @pytest.mark.slow
