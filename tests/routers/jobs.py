@@ -25,6 +25,7 @@ class RouterRun(runs.RankRun):
 
     z_losses: list[float] = field(default_factory=list)
     bias: dict[int, Tensor] = field(default_factory=dict)
+    counts: list[dict[int, Tensor]] = field(default_factory=list)
 
 
 class RouterCase(runs.Case):
@@ -41,6 +42,11 @@ class RouterCase(runs.Case):
             self.model.eval()(**batch)
             self.model.train()
         return output.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        gates = {number: layer.gate for number, layer in self.model.moe_layers().items()}
+        self.run.counts.append({i: gate.counts_E.clone() for i, gate in gates.items() if gate.learns_bias})
 
 
 def stop_and_resume(

@@ -173,6 +173,7 @@ class NaiveRun:
     grads: list[dict[str, Tensor | None]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     bias: dict[int, list[float]] = field(default_factory=dict)
+    counts: list[dict[int, list[int]]] = field(default_factory=list)
 
 
 def train_alone(path: str, batches: Sequence[Sequence[Batch]], spec: dict[str, Any]) -> NaiveRun:
@@ -198,6 +199,7 @@ def train_alone(path: str, batches: Sequence[Sequence[Batch]], spec: dict[str, A
             continue
         _hand_over_gradients(model, parameters)
         run.grads.append({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
+        run.counts.append({i: list(counts) for i, counts in naive.counts.items()})
         optimizer.step()
         naive.step()
         model.zero_grad()

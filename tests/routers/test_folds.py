@@ -84,7 +84,7 @@ def spec_of(row: dict[str, Any]) -> dict[str, Any]:
 def check(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> None:
     spec = spec_of(row)
     path = str(checkpoint if spec["bias"] is None else checkpoint.parent / "biased")
-    rows = max(ROWS // fold.dp, row["microbatches"])
+    rows = max(ROWS // fold.dp, row["microbatches"]) | 1  # so that tp cuts through a row
     batches = make_batches(2 * row["accumulate"], fold.dp, rows, LENGTH, 96, seed=3, padding=row["padding"])
     if row["padding"] == "right" and rows > 1:  # a row that is all padding has no balance to lose
         batches[0][0]["attention_mask"][1] = 0
@@ -102,6 +102,10 @@ def check(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> 
             assert bias_E.dtype == torch.float64
             assert bias_E.tolist() == pytest.approx(expected.bias[layer], abs=1e-12), f"bias of layer {layer}, {what}"
             assert torch.equal(bias_E, next(other.bias[layer] for other in actual if layer in other.bias)), what
+    for step, counts in enumerate(expected.counts):
+        for layer in counts if ROUTERS[row["router"]].get("bias_update_rate") else ():
+            chosen = sum(run.counts[step][layer] for run in actual if layer in run.counts[step])
+            assert chosen.tolist() == counts[layer], f"choices in layer {layer}, {what}"
     for step, grads in enumerate(expected.grads):
         found = {**dict.fromkeys(grads), **assemble(run.grads[step] for run in actual)}
         assert_close_by_name(found, grads, 1e-9, f"gradients of step {step}, {what}")
