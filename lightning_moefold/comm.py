@@ -75,12 +75,18 @@ def all_to_all_raw(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> T
     return out
 
 
-def _gather_uneven_raw(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
+def all_gather_uneven_raw(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
+    """Concatenates tensors of ``counts[i]`` rows on rank i: ``[counts[me], D] -> [sum(counts), D]``."""
+    if len(set(counts)) == 1:
+        return all_gather_raw(x_ND, axis)
     repeated = x_ND.repeat(axis.size, *[1] * (x_ND.dim() - 1))
     return all_to_all_raw(repeated, [x_ND.shape[0]] * axis.size, counts, axis)
 
 
-def _reduce_scatter_uneven_raw(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
+def reduce_scatter_uneven_raw(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
+    """Sums over ranks and keeps this rank's part: ``[sum(counts), D] -> [counts[me], D]``."""
+    if len(set(counts)) == 1:
+        return reduce_scatter_raw(x_ND, axis)
     mine = counts[axis.index]
     parts = all_to_all_raw(x_ND, counts, [mine] * axis.size, axis)
     return parts.view(axis.size, mine, *x_ND.shape[1:]).sum(0)
@@ -149,22 +155,22 @@ class _GatherUneven(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
         ctx.counts, ctx.axis = counts, axis
-        return _gather_uneven_raw(x_ND, counts, axis)
+        return all_gather_uneven_raw(x_ND, counts, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter_uneven_raw(grads[0], ctx.counts, ctx.axis), None, None
+        return reduce_scatter_uneven_raw(grads[0], ctx.counts, ctx.axis), None, None
 
 
 class _ReduceScatterUneven(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
         ctx.counts, ctx.axis = counts, axis
-        return _reduce_scatter_uneven_raw(x_ND, counts, axis)
+        return reduce_scatter_uneven_raw(x_ND, counts, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _gather_uneven_raw(grads[0], ctx.counts, ctx.axis), None, None
+        return all_gather_uneven_raw(grads[0], ctx.counts, ctx.axis), None, None
 
 
 def all_gather(x_ND: Tensor, axis: Axis) -> Tensor:
@@ -200,6 +206,80 @@ def all_gather_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
 def reduce_scatter_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``; backward is :func:`all_gather_uneven`."""
     return x_ND if axis.size == 1 else _ReduceScatterUneven.apply(x_ND, counts, axis)
+
+
+# ---- all-to-all behind other work ------------------------------------------------------------------------------------
+
+
+class Flight:
+    """An all-to-all that is under way: the memory it writes to, and whom to wait for.
+
+    Between :func:`send_off` and :func:`land` the rank may compute. Autograd runs backward in the opposite order, so the
+    gradients of what has landed are sent off there, and landed where the rows were sent off: what hides behind computation
+    in forward does so in backward.
+    """
+
+    def __init__(self, send: Counts, receive: Counts, axis: Axis) -> None:
+        self.send, self.receive, self.axis = send, receive, axis
+        self._pending: tuple[dist.Work, Tensor, Tensor] | None = None
+
+    def start(self, x_ND: Tensor, send: Counts, receive: Counts) -> Tensor:
+        """Begins to send; the result is not to be read before :meth:`wait`."""
+        x_ND = x_ND.contiguous()
+        out = x_ND.new_empty((sum(receive), *x_ND.shape[1:]))
+        work = dist.all_to_all_single(out, x_ND, list(receive), list(send), group=self.axis.group, async_op=True)
+        self._pending = work, x_ND, out  # which has to live until it has left
+        return out
+
+    def wait(self) -> Tensor:
+        """The latest start's result, arrived (on CUDA, the current stream waits, not the host)."""
+        assert self._pending is not None
+        work, _, out = self._pending
+        work.wait()
+        self._pending = None
+        return out
+
+
+class _SendOff(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.start(x_ND.detach(), flight.send, flight.receive)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.wait(), None
+
+
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, flight: Flight) -> Tensor:
+        ctx.flight = flight
+        flight.wait()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # What is under way has the shape of the rows sent, and autograd wants that of the rows landed: a stand-in goes on.
+        ctx.flight.start(grads[0], ctx.flight.receive, ctx.flight.send)
+        return grads[0], None
+
+
+def send_off(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> tuple[Tensor, Flight | None]:
+    """Starts an all-to-all-v, ``[sum(send), D] -> [sum(receive), D]``, that :func:`land` ends.
+
+    Returns:
+        What is not to be read yet, and the flight to hand to :func:`land` with it.
+    """
+    if axis.size == 1:
+        return x_ND, None
+    flight = Flight(send, receive, axis)
+    return _SendOff.apply(x_ND, flight), flight
+
+
+def land(out: Tensor, flight: Flight | None) -> Tensor:
+    """What :func:`send_off` has promised, arrived."""
+    return out if flight is None else _Land.apply(out, flight)
 
 
 # ---- agreement on errors ---------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ from typing_extensions import override
 from lightning_moefold import comm
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import load_meta
+from lightning_moefold.dispatch import DispatchConfig
+from lightning_moefold.dispatch.config import DispatcherName, DropPolicy, DropScope
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
@@ -52,6 +54,9 @@ from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.modules.expert_kernels import EXPERT_KERNELS, ExpertKernel
+from lightning_moefold.modules.experts import Experts
+from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
@@ -96,10 +101,21 @@ class MoEFoldStrategy(ParallelStrategy):
         num_stages_per_rank: Pipeline stages on each rank, for the interleaved schedules; ``zbv`` and ``dualpipev``
             always have two.
         pipeline_split: Number of layers of each stage, in the order of the model; cut by cost if not given.
-        dispatcher: How tokens travel; ``"alltoall"``.
-        capacity_factor: Only None (dropless) so far.
-        drop_policy: Which tokens an overfull expert drops; without effect while dropless.
-        drop_scope: Over which tokens capacity is counted; without effect while dropless.
+        dispatcher: How tokens travel to their experts: ``"alltoall"`` once for each expert, ``"deduplicated"`` once for
+            each rank that holds some of them, ``"allgather"`` to all ranks, or ``"auto"``
+            (:func:`~.dispatch.choose_dispatcher`).
+        capacity_factor: An expert serves ``ceil(capacity_factor * k * L / E)`` tokens of a row of L and drops the others;
+            None to drop none.
+        drop_policy: Which it serves: those of highest probability, ``"probs"``, or the first of the row, ``"position"``.
+        drop_scope: Capacity is counted over whole rows, ``"full_sequence"``, the same under every fold, or over the tokens
+            of a rank, ``"sub_sequence"``, whose result *depends on the fold*.
+        pad_to_capacity: Send each expert as many rows as it may serve, so that no size depends on the data. Every rank then
+            needs batches of the same shape.
+        dispatch_chunks: Parts in which a layer's tokens travel, by expert, so that one part's exchange hides behind
+            another's computation; the same bits. For ``"alltoall"``.
+        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, or
+            ``"transformer_engine"``, all at once and, inside its ``autocast``, in FP8; ``"auto"`` is a loop on CPU and
+            ``grouped_mm`` on CUDA.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
         recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
@@ -135,10 +151,13 @@ class MoEFoldStrategy(ParallelStrategy):
         pipeline_schedule: str = "1f1b",
         num_stages_per_rank: int = 1,
         pipeline_split: list[int] | None = None,
-        dispatcher: Literal["alltoall"] = "alltoall",
+        dispatcher: DispatcherName = "alltoall",
         capacity_factor: float | None = None,
-        drop_policy: Literal["probs", "position"] = "probs",
-        drop_scope: Literal["full_sequence", "sub_sequence"] = "full_sequence",
+        drop_policy: DropPolicy = "probs",
+        drop_scope: DropScope = "full_sequence",
+        pad_to_capacity: bool = False,
+        dispatch_chunks: int = 1,
+        expert_kernel: ExpertKernel = "auto",
         data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
         recompute: Recompute | None = None,
         context_parallel_exchange: Exchange = "auto",
@@ -155,23 +174,27 @@ class MoEFoldStrategy(ParallelStrategy):
         if num_microbatches is not None and num_microbatches < 1:
             raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
         for name, value, known in (
-            ("dispatcher", dispatcher, ("alltoall",)),
-            ("capacity_factor", capacity_factor, (None,)),
-            ("drop_policy", drop_policy, ("probs", "position")),
-            ("drop_scope", drop_scope, ("full_sequence", "sub_sequence")),
             ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
+            ("expert_kernel", expert_kernel, EXPERT_KERNELS),
             ("recompute", recompute, (None, "selective", "full")),
             ("sequence_parallel", sequence_parallel, (None, True)),
             ("context_parallel_exchange", context_parallel_exchange, EXCHANGES),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
+        if expert_kernel == "transformer_engine" and dispatch_chunks > 1:
+            raise ValueError(
+                "expert_kernel='transformer_engine' keeps scales for all experts of a layer at once; use dispatch_chunks=1."
+            )
+        self.expert_kernel: ExpertKernel = expert_kernel
         self._sizes, self._fold_text = sizes, fold
         split = None if pipeline_split is None else tuple(pipeline_split)
         self._pipeline_plan = PipelinePlan(pipeline_schedule, num_stages_per_rank, split)
         self._microbatches_given = num_microbatches is not None
         self.num_microbatches = num_microbatches or 1
-        self.dispatcher = dispatcher
+        self.dispatch = DispatchConfig(
+            dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks
+        )
         self.context_parallel_exchange = context_parallel_exchange
         self.recompute = recompute
         self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
@@ -376,6 +399,10 @@ class MoEFoldStrategy(ParallelStrategy):
         align_blocks(self.lightning_module, self.mesh)
         for layer in (m for m in self._modules() if isinstance(m, DecoderLayer)):
             layer.recompute = self.recompute
+        for moe in (m for m in self._modules() if isinstance(m, MoELayer) and m.dispatch is None):
+            moe.dispatch = self.dispatch
+        for experts in (m for m in self._modules() if isinstance(m, Experts)):
+            experts.kernel = self.expert_kernel
         try:
             for root in self._roots():
                 if isinstance(root, MoECausalLM):

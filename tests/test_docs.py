@@ -16,7 +16,10 @@ from lightning_moefold import MoECausalLM
 from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
 
 ROOT = Path(__file__).parents[1]
-PAGES = [f"docs/{name}.md" for name in ("networks", "routers", "folds", "training", "pipeline", "planner", "inference")]
+PAGES = [
+    f"docs/{name}.md"
+    for name in ("networks", "routers", "folds", "training", "pipeline", "planner", "inference", "dispatch")
+]
 
 
 def names_of(page: str, folder: Path) -> dict[str, Any]:

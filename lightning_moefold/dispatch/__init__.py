@@ -1,6 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token dispatchers: how tokens travel to their experts and back."""
 
-from lightning_moefold.dispatch.alltoall import AllToAllDispatcher, DispatchPlan
+from lightning_moefold.dispatch.base import ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
+from lightning_moefold.dispatch.config import DispatchConfig, choose_dispatcher
+from lightning_moefold.dispatch.registry import make_dispatcher
 
-__all__ = ["AllToAllDispatcher", "DispatchPlan"]
+__all__ = [
+    "DispatchConfig",
+    "ExpertAxes",
+    "ExpertRows",
+    "Parcel",
+    "Return",
+    "TokenDispatcher",
+    "choose_dispatcher",
+    "make_dispatcher",
+]

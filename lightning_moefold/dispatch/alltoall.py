@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dropless all-to-all dispatcher: any ep, any etp, any number of tokens per rank, zero included.
+"""All-to-all dispatch: one row for each choice, dropless or with a capacity, in one part or in several.
 
-Six steps, of which two communicate (the workflow of MoE Parallel Folding, section 3, and of Megatron-Core)::
+    token_dispatch    all-to-all-v over ep (rows, and their weights)
+    dispatch_post..   all-gather-v over etp
+    combine_pre..     reduce-scatter-v over etp
+    token_combine     all-to-all-v over ep
 
-    dispatch_preprocess    sort rows by expert; exchange counts                 (one small all-gather of integers)
-    token_dispatch         all-to-all-v over ep, then all-gather-v over etp     (communicates)
-    dispatch_postprocess   rows of each local expert next to each other
-        ... experts ...
-    combine_preprocess     back to the order of arrival
-    token_combine          reduce-scatter-v over etp, then all-to-all-v over ep (communicates)
-    combine_postprocess    weighted sum of each token's rows
+With ``chunks`` the local experts of every rank are taken in C groups, and rows are sorted by group before rank: while one
+group computes, the next one's tokens arrive and the last one's results leave (FasterMoE's smart schedule, PPoPP'22, with
+collectives that are really under way). Experts and sums are the same, in the same order: so are the bits.
 
-Every rank issues the same collectives whatever its data. On one rank (ep = etp = 1) there is no communication and no
-synchronisation with the host; otherwise the host waits for the counts once per layer.
+With ``pad_to_capacity`` every rank sends every expert the same number of rows, empty ones of weight zero among them:
+sizes are known, no counts are exchanged.
 
-Legend: T tokens of this rank, K experts per token, R rows sent, A rows that arrive over ep, M rows computed here (after
-etp), D hidden size, E experts, L = E / ep local experts, S = ep sources, P = etp peers.
+The host waits for the device once a layer (for the sizes of the exchange), never with padding, and on a single rank only
+where tokens are dropped.
+
+Legend: see :mod:`.base`; S ep sources, P etp peers, C chunks.
 """
 
 from __future__ import annotations
@@ -26,124 +27,182 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
-from lightning_moefold.dispatch.permutation import Permutation, combine, permute, sort_by_expert
-from lightning_moefold.mesh import SINGLE, Axis
+from lightning_moefold.dispatch.base import ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
+from lightning_moefold.dispatch.config import DispatchConfig
+from lightning_moefold.dispatch.permutation import (
+    Choices,
+    Copies,
+    collect,
+    sort_by_expert,
+    spread,
+    take_distinct,
+)
+from lightning_moefold.layout import even_split
 
 
 @dataclass(frozen=True)
-class DispatchPlan:
-    """What one layer's exchange looks like, known before any token moves.
+class ChunkPlan:
+    """What one chunk's exchange looks like, known before any token moves.
 
     Args:
-        order: This rank's rows in expert order.
+        copies: Rows of all chunks, as copies of this rank's tokens.
         send: Rows to each ep rank.
         receive: Rows from each ep rank.
         arrived: Rows that each etp peer received over ep.
-        expert_order_M: Index that sorts the rows computed here by local expert; None where they already are.
-        counts_L: Rows of each local expert, int64, on the device.
+        counts_PSL: Rows for each expert of the chunk, from each source of each peer.
+        counts: Rows of each expert, where the host knows.
     """
 
-    order: Permutation
+    copies: Copies
     send: list[int]
     receive: list[int]
     arrived: list[int]
-    expert_order_M: Tensor | None
-    counts_L: Tensor
+    counts_PSL: Tensor
+    counts: list[int] | None = None
 
 
-class AllToAllDispatcher:
-    """Moves tokens to the ranks of their experts and back.
+class AllToAllDispatcher(TokenDispatcher):
+    """A row for each choice; any ep, any etp, any number of tokens per rank, zero included.
 
     Args:
-        num_experts: Experts of the layer, E.
-        ep: Expert parallel axis.
-        etp: Expert tensor parallel axis.
-        etp_ep: The joint axis (ep outer, etp inner), for the exchange of counts.
+        config: What the user chose.
+        num_experts: E.
+        top_k: K.
+        axes: Over which the experts are spread.
     """
 
-    def __init__(self, num_experts: int, ep: Axis = SINGLE, etp: Axis = SINGLE, etp_ep: Axis = SINGLE) -> None:
-        self.num_experts = num_experts
-        self.ep, self.etp, self.etp_ep = ep, etp, etp_ep
+    def __init__(self, config: DispatchConfig, num_experts: int, top_k: int, axes: ExpertAxes = ExpertAxes()) -> None:
+        super().__init__(config, num_experts, top_k, axes)
+        chunks = min(config.chunks, self.local_experts) if self.ep.size > 1 else 1
+        self._sizes = list(even_split(self.local_experts, chunks))
+
+    @property
+    def experts_per_chunk(self) -> list[int]:
+        """Local experts of each chunk."""
+        return self._sizes
+
+    def _places(self, device: torch.device) -> Tensor | None:
+        """Place of each expert in the order of travel: by chunk, then rank, then number."""
+        if len(self._sizes) == 1:
+            return None
+        expert_SL = torch.arange(self.num_experts, device=device).view(self.ep.size, self.local_experts)
+        order_E = torch.cat([part.flatten() for part in expert_SL.split(self._sizes, dim=1)])
+        return order_E.argsort()
+
+    # ---- there -------------------------------------------------------------------------------------------------
 
     def dispatch_preprocess(
-        self, x_TD: Tensor, expert_TK: Tensor, routed_T: Tensor | None = None, num_routed: int | None = None
-    ) -> tuple[Tensor, DispatchPlan]:
-        """Sorts the rows by expert and agrees on who sends how much.
+        self,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        served: int | None = None,
+        capacity: int | None = None,
+    ) -> list[Parcel]:
+        """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        choices = sort_by_expert(expert_TK, self.num_experts, kept_TK, served, self._places(x_TD.device))
+        if self.config.pad_to_capacity:
+            assert capacity is not None, "who pads says how far"
+            return self._padded(choices, x_TD, weight_TK, capacity)
+        sizes, counts = self._sizes_of_exchange(choices)
+        plans, copies = self._plans(choices, sizes, counts, x_TD.shape[0])
+        rows = [sum(plan.send) for plan in plans]
+        x_RD = spread(x_TD, copies)
+        weight_R = take_distinct(weight_TK.reshape(-1), choices.slot_S[: sum(rows)])
+        return [
+            Parcel(x, weight, plan)
+            for x, weight, plan in zip(x_RD.split(rows), weight_R.split(rows), plans, strict=True)
+        ]
 
-        Args:
-            x_TD: Tokens.
-            expert_TK: Experts of each token, int64.
-            routed_T: False for tokens that are routed nowhere (padding).
-            num_routed: How many are routed, where the caller knows.
-
-        Returns:
-            The rows ``[R, D]`` and the plan for the steps that follow.
-        """
-        order = sort_by_expert(expert_TK, self.num_experts, routed_T, num_routed)
-        return permute(x_TD, order), self._make_plan(order)
-
-    def _make_plan(self, order: Permutation) -> DispatchPlan:
+    def _sizes_of_exchange(self, choices: Choices) -> tuple[list[list[int]], list[Tensor]]:
+        """For each chunk, rows to and from each rank and of each peer in one list, and ``counts_PSL``."""
+        sources, peers, local = self.ep.size, self.etp.size, self.local_experts
         if self.etp_ep.size == 1:
-            return DispatchPlan(order, [order.rows], [order.rows], [order.rows], None, order.counts_E)
-        sources, peers = self.ep.size, self.etp.size
-        local = self.num_experts // sources
-        counts_SPE = comm.all_gather_raw(order.counts_E, self.etp_ep).view(sources, peers, self.num_experts)
-        first = self.ep.index * local
-        mine_PSL = counts_SPE[:, :, first : first + local].transpose(0, 1)  # rows for the experts held here
-        sent_S = order.counts_E.view(sources, local).sum(1)
-        # The one place where the host must know sizes: three short vectors in one transfer.
-        sizes = torch.cat([sent_S, mine_PSL[self.etp.index].sum(1), mine_PSL.sum((1, 2))]).tolist()
-        send, receive, arrived = sizes[:sources], sizes[sources : 2 * sources], sizes[2 * sources :]
-        return DispatchPlan(
-            order, send, receive, arrived, self._expert_order(mine_PSL, sum(arrived)), mine_PSL.sum((0, 1)).contiguous()
-        )
+            rows = int(choices.counts_E.sum()) if choices.served is None else choices.served
+            return [[rows, rows, rows]], [choices.counts_E.view(1, 1, -1)]
+        counts_SPE = comm.all_gather_raw(choices.counts_E, self.etp_ep).view(sources, peers, self.num_experts)
+        counts, sizes, start = [], [], 0
+        for size in self._sizes:
+            block = slice(start, start + sources * size)  # the experts of this chunk on all ranks
+            sent_S = choices.counts_E[block].view(sources, size).sum(1)
+            mine_PSL = counts_SPE[:, :, block].unflatten(2, (sources, size))[:, :, self.ep.index].transpose(0, 1)
+            counts.append(mine_PSL)
+            sizes.append(torch.cat([sent_S, mine_PSL[self.etp.index].sum(1), mine_PSL.sum((1, 2))]))
+            start = block.stop
+        assert start == sources * local
+        # The one place where the host must know sizes: all of them in one transfer.
+        return torch.stack(sizes).tolist(), counts
 
-    @staticmethod
-    def _expert_order(mine_PSL: Tensor, rows: int) -> Tensor | None:
-        peers, sources, local = mine_PSL.shape
+    def _plans(
+        self, choices: Choices, sizes: list[list[int]], counts: list[Tensor], tokens: int
+    ) -> tuple[list[ChunkPlan], Copies]:
+        sources = self.ep.size
+        copies = Copies.of_choices(choices, sum(sum(s[:sources]) for s in sizes), tokens)
+        plans = [
+            ChunkPlan(copies, s[:sources], s[sources : 2 * sources], s[2 * sources :], counts_PSL)
+            for s, counts_PSL in zip(sizes, counts, strict=True)
+        ]
+        return plans, copies
+
+    def _padded(self, choices: Choices, x_TD: Tensor, weight_TK: Tensor, capacity: int) -> list[Parcel]:
+        """Every rank sends every expert as many rows as an expert may serve of a rank's tokens."""
+        tokens, k = weight_TK.shape
+        sources, peers, device = self.ep.size, self.etp.size, x_TD.device
+        start_E1 = (choices.counts_E.cumsum(0) - choices.counts_E).unsqueeze(1)
+        place_1C = torch.arange(capacity, device=device).unsqueeze(0)
+        filled_R = (place_1C < choices.counts_E.unsqueeze(1)).flatten()
+        index_R = (start_E1 + place_1C).flatten().clamp(max=max(0, tokens * k - 1))
+        slot_R = choices.slot_S[index_R] if tokens else index_R
+        slot_R = torch.where(filled_R, slot_R, tokens * k)  # one past the last: an empty row
+        rows = len(slot_R)
+        row_S = torch.full((tokens * k + 1,), rows, dtype=torch.int64, device=device)
+        row_S[slot_R] = torch.arange(rows, device=device)
+        copies = Copies(slot_R // k, row_S[:-1].view(tokens, k), complete=False, padded=True)
+        x_RD = spread(x_TD, copies)
+        weight_R = torch.cat([weight_TK.reshape(-1), weight_TK.new_zeros(1)])[slot_R]
+        parcels, first = [], 0
+        for size in self._sizes:
+            send = [size * capacity] * sources
+            counts_PSL = torch.full((peers, sources, size), capacity, dtype=torch.int64, device=device)
+            plan = ChunkPlan(copies, send, send, [sum(send)] * peers, counts_PSL, [peers * sources * capacity] * size)
+            part = slice(first, first + sum(send))
+            parcels.append(Parcel(x_RD[part], weight_R[part], plan))
+            first = part.stop
+        return parcels
+
+    def token_dispatch(self, parcel: Parcel) -> Parcel:
+        """``[R, D]`` to the ep ranks of their experts."""
+        plan: ChunkPlan = parcel.plan
+        x_AD, first = comm.send_off(parcel.x, plan.send, plan.receive, self.ep)
+        weight_A, second = comm.send_off(parcel.weight, plan.send, plan.receive, self.ep)
+        return Parcel(x_AD, weight_A, plan, (first, second))
+
+    def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
+        """To all etp ranks that hold a part of the expert; then by expert."""
+        plan: ChunkPlan = parcel.plan
+        x_AD, weight_A = (comm.land(t, f) for t, f in zip((parcel.x, parcel.weight), parcel.flights, strict=True))
+        x_AD = comm.all_gather_uneven(x_AD, plan.arrived, self.etp)
+        weight_A = comm.all_gather_uneven(weight_A, plan.arrived, self.etp)
+        peers, sources, local = plan.counts_PSL.shape
+        counts_L = plan.counts_PSL.sum((0, 1))
         if local == 1 or peers * sources == 1:
-            return None
-        expert = torch.arange(local, device=mine_PSL.device).repeat(peers * sources)
-        expert_M = expert.repeat_interleave(mine_PSL.reshape(-1), output_size=rows)
-        return torch.argsort(expert_M, stable=True)
+            return x_AD, ExpertRows(None, weight_A, counts_L, True, plan.counts)
+        token_M = expert_of_rows(plan.counts_PSL.reshape(-1, local), x_AD.shape[0]).argsort(stable=True)
+        return x_AD, ExpertRows(token_M, take_distinct(weight_A, token_M), counts_L, True, plan.counts)
 
-    def token_dispatch(self, x_RD: Tensor, plan: DispatchPlan) -> Tensor:
-        """``[R, D] -> [M, D]``: rows go to the ep rank of their expert, then to all etp ranks that hold a part of it."""
-        x_AD = comm.all_to_all(x_RD, plan.send, plan.receive, self.ep)
-        return comm.all_gather_uneven(x_AD, plan.arrived, self.etp)
+    # ---- and back ----------------------------------------------------------------------------------------------
 
-    def dispatch_postprocess(self, x_MD: Tensor, plan: DispatchPlan) -> Tensor:
-        """Puts the rows of each local expert next to each other."""
-        return x_MD if plan.expert_order_M is None else _Reorder.apply(x_MD, plan.expert_order_M)
+    def combine_preprocess(self, y_AD: Tensor, plan: ChunkPlan) -> Tensor:
+        """Sums the parts of each expert over etp."""
+        return comm.reduce_scatter_uneven(y_AD, plan.arrived, self.etp)
 
-    def combine_preprocess(self, y_MD: Tensor, plan: DispatchPlan) -> Tensor:
-        """Back to the order in which the rows arrived."""
-        return y_MD if plan.expert_order_M is None else _Reorder.apply(y_MD, _inverse(plan.expert_order_M))
+    def token_combine(self, y_AD: Tensor, plan: ChunkPlan) -> Return:
+        """Every row goes home."""
+        return Return(*comm.send_off(y_AD, plan.receive, plan.send, self.ep))
 
-    def token_combine(self, y_MD: Tensor, plan: DispatchPlan) -> Tensor:
-        """``[M, D] -> [R, D]``: sums the parts of each expert over etp, then sends every row home."""
-        y_AD = comm.reduce_scatter_uneven(y_MD, plan.arrived, self.etp)
-        return comm.all_to_all(y_AD, plan.receive, plan.send, self.ep)
-
-    def combine_postprocess(self, y_RD: Tensor, weight_TK: Tensor, plan: DispatchPlan) -> Tensor:
-        """Weighted sum over each token's experts, ``[R, D] -> [T, D]``; zero for tokens routed nowhere."""
-        return combine(y_RD, weight_TK, plan.order)
-
-
-def _inverse(order_M: Tensor) -> Tensor:
-    inverse = torch.empty_like(order_M)
-    inverse[order_M] = torch.arange(order_M.shape[0], device=order_M.device)
-    return inverse
-
-
-class _Reorder(torch.autograd.Function):
-    """A permutation of rows, whose backward is the inverse permutation (a gather instead of a scatter)."""
-
-    @staticmethod
-    def forward(ctx, x_MD: Tensor, order_M: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.order_M = order_M
-        return x_MD.index_select(0, order_M)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return grads[0].index_select(0, _inverse(ctx.order_M)), None
+    def combine_postprocess(self, returns: list[Return], plans: list[ChunkPlan]) -> Tensor:
+        """Sums each token's rows."""
+        parts = [comm.land(*back) for back in returns]
+        y_RD = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return collect(y_RD, plans[0].copies)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens to expert order and back, on one rank.
+"""Tokens to the order in which they travel and back, on one rank.
 
 A token is copied once per chosen expert; the copies ("rows") are sorted by expert. Both directions are autograd
 functions, because the generic backward of an index (an atomic or serial ``index_add``) is slow where the inverse
 permutation is known: every gradient here is a gather.
 
-Legend: T tokens, K experts per token, R = routed rows <= T*K, D hidden size, E experts.
+Legend: T tokens, K experts per token, R = rows <= T*K, J copies of a token (K, or fewer), D hidden size, E experts.
 """
 
 from __future__ import annotations
@@ -18,116 +18,154 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Permutation:
-    """The sorted order of the routed rows.
+class Choices:
+    """All choices of this rank's tokens, sorted by expert; those that are served come first.
 
     Args:
-        token_R: Token of each row.
-        slot_R: Position ``token * K + k`` of each row in the flattened ``[T, K]`` choice.
-        row_TK: Row of each choice; R (one past the last row) where the token is routed nowhere.
-        counts_E: Rows of each expert, int64.
+        slot_S: Position ``token * K + k`` of each choice in the flattened ``[T, K]``; the unserved ones at the end.
+        counts_E: Served choices of each expert, int64, in the order of sorting.
+        top_k: K.
+        served: Number of served choices R, where the host knows it; else None.
     """
 
-    token_R: Tensor
-    slot_R: Tensor
-    row_TK: Tensor
+    slot_S: Tensor
     counts_E: Tensor
-
-    @property
-    def rows(self) -> int:
-        """Number of routed rows R."""
-        return self.token_R.shape[0]
+    top_k: int
+    served: int | None
 
 
 def sort_by_expert(
-    expert_TK: Tensor, num_experts: int, routed_T: Tensor | None = None, num_routed: int | None = None
-) -> Permutation:
-    """Sorts the choices of all tokens by expert, ties in token order.
+    expert_TK: Tensor,
+    num_experts: int,
+    kept_TK: Tensor | None = None,
+    served: int | None = None,
+    place_E: Tensor | None = None,
+) -> Choices:
+    """Sorts the choices of all tokens by expert, ties in token order. The host does not wait for the device.
 
     Args:
         expert_TK: Chosen experts, int64.
         num_experts: E.
-        routed_T: False for tokens that go nowhere (padding).
-        num_routed: How many tokens are routed, where the caller knows; otherwise the device is asked.
+        kept_TK: False for choices that nobody serves: of padding, or dropped; None if all are served. ``[T, 1]`` will do
+            where a token goes as a whole.
+        served: How many are served, where the caller knows.
+        place_E: Place of each expert in the order; by number if not given.
     """
-    tokens, k = expert_TK.shape
-    flat = expert_TK.reshape(-1)
-    if routed_T is not None:
-        flat = flat.masked_fill(~routed_T.repeat_interleave(k), num_experts)
-    slot_R = torch.argsort(flat, stable=True)
+    k = expert_TK.shape[1]
+    place_TK = expert_TK if place_E is None else place_E[expert_TK]
+    if kept_TK is None:
+        served = expert_TK.numel()
+    else:
+        place_TK = place_TK.masked_fill(~kept_TK, num_experts)
+    flat = place_TK.reshape(-1)
     # Not bincount, which waits for the device.
-    counts_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
-    counts_E = counts_E.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
-    if routed_T is not None:
-        slot_R = slot_R[: (int(routed_T.sum()) if num_routed is None else num_routed) * k]
-    rows = slot_R.shape[0]
-    row_TK = torch.full_like(flat, rows)
-    row_TK[slot_R] = torch.arange(rows, device=flat.device)
-    return Permutation(slot_R // k, slot_R, row_TK.view(tokens, k), counts_E)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat))
+    return Choices(flat.argsort(stable=True), counts[:num_experts], k, served)
 
 
-def _take_rows(x_RD: Tensor, row_T: Tensor) -> Tensor:
-    """Rows ``row_T`` of ``x_RD``; zeros for row R, one past the last."""
+@dataclass(frozen=True)
+class Copies:
+    """Which rows are copies of which token.
+
+    Args:
+        token_R: Token of each row; T (one past the last) for an empty row.
+        row_TJ: Rows of each token; R (one past the last) where it has fewer than J.
+        complete: Whether every token has J.
+        padded: Whether there are empty rows.
+    """
+
+    token_R: Tensor
+    row_TJ: Tensor
+    complete: bool
+    padded: bool = False
+
+    @classmethod
+    def of_choices(cls, choices: Choices, rows: int, tokens: int) -> Copies:
+        """A row for each served choice, in their order.
+
+        Args:
+            choices: The choices.
+            rows: R.
+            tokens: T.
+        """
+        slot_R = choices.slot_S[:rows]
+        row_S = torch.full_like(choices.slot_S, rows)
+        row_S[slot_R] = torch.arange(rows, device=slot_R.device)
+        return cls(slot_R // choices.top_k, row_S.view(tokens, choices.top_k), rows == tokens * choices.top_k)
+
+
+def take_rows(x_RD: Tensor, row_T: Tensor, complete: bool = False) -> Tensor:
+    """Rows ``row_T`` of ``x_RD``; zeros for row R, one past the last. No gradient of its own.
+
+    Args:
+        x_RD: Rows.
+        row_T: Their numbers.
+        complete: Whether none is R.
+    """
+    if complete:
+        return x_RD.index_select(0, row_T)
     if x_RD.shape[0] == 0:
         return x_RD.new_zeros((row_T.shape[0], *x_RD.shape[1:]))
     missing_T = row_T == x_RD.shape[0]
     taken = x_RD.index_select(0, row_T.clamp(max=x_RD.shape[0] - 1))
-    return taken.masked_fill_(missing_T.unsqueeze(-1), 0)
+    return taken.masked_fill_(missing_T.view(-1, *[1] * (x_RD.dim() - 1)), 0)
 
 
-def _rows_of_choice(x_RD: Tensor, order: Permutation, k: int) -> Tensor:
-    row_T = order.row_TK[:, k]
-    complete = order.rows == order.row_TK.numel()
-    return x_RD.index_select(0, row_T) if complete else _take_rows(x_RD, row_T)
+def _sum_of_copies(x_RD: Tensor, copies: Copies) -> Tensor:
+    wide = torch.promote_types(x_RD.dtype, torch.float32)
+    total = take_rows(x_RD, copies.row_TJ[:, 0], copies.complete).to(wide)
+    for j in range(1, copies.row_TJ.shape[1]):
+        total.add_(take_rows(x_RD, copies.row_TJ[:, j], copies.complete))
+    return total.to(x_RD.dtype)
 
 
-class _Permute(torch.autograd.Function):
+class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order: Permutation) -> Tensor:
-        ctx.order = order
-        return x_TD.index_select(0, order.token_R)
+    def forward(ctx: Any, x_TD: Tensor, copies: Copies) -> Tensor:
+        ctx.copies = copies
+        return take_rows(x_TD, copies.token_R, not copies.padded)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad_RD, order = grads[0], ctx.order
-        grad_TD = _rows_of_choice(grad_RD, order, 0)
-        for k in range(1, order.row_TK.shape[1]):
-            grad_TD.add_(_rows_of_choice(grad_RD, order, k))
-        return grad_TD, None
+        return _sum_of_copies(grads[0], ctx.copies), None
 
 
-class _Combine(torch.autograd.Function):
+class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, weight_TK: Tensor, order: Permutation) -> Tensor:
-        ctx.order = order
-        ctx.save_for_backward(y_RD, weight_TK)
-        wide = torch.promote_types(y_RD.dtype, weight_TK.dtype)
-        out_TD = _rows_of_choice(y_RD, order, 0).to(wide).mul_(weight_TK[:, 0:1])
-        for k in range(1, weight_TK.shape[1]):
-            out_TD.addcmul_(_rows_of_choice(y_RD, order, k).to(wide), weight_TK[:, k : k + 1].to(wide))
-        return out_TD.to(y_RD.dtype)
+    def forward(ctx: Any, y_RD: Tensor, copies: Copies) -> Tensor:
+        ctx.copies = copies
+        return _sum_of_copies(y_RD, copies)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_TD, order = grads[0], ctx.order
-        y_RD, weight_TK = ctx.saved_tensors
-        grad_y = grad_weight = None
-        grad_RD = grad_TD.index_select(0, order.token_R)
-        if ctx.needs_input_grad[1]:
-            grad_R = torch.linalg.vecdot(grad_RD.to(weight_TK.dtype), y_RD.to(weight_TK.dtype))
-            grad_weight = torch.zeros_like(weight_TK)
-            grad_weight.view(-1)[order.slot_R] = grad_R
-        if ctx.needs_input_grad[0]:
-            weight_R = weight_TK.reshape(-1)[order.slot_R]
-            grad_y = (grad_RD * weight_R.unsqueeze(-1)).to(y_RD.dtype)
-        return grad_y, grad_weight, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return take_rows(grads[0], ctx.copies.token_R, not ctx.copies.padded), None
 
 
-def permute(x_TD: Tensor, order: Permutation) -> Tensor:
-    """Copies tokens into expert order: ``[T, D] -> [R, D]``."""
-    return _Permute.apply(x_TD, order)
+def spread(x_TD: Tensor, copies: Copies) -> Tensor:
+    """A copy of its token for each row, ``[T, D] -> [R, D]``; zeros for empty rows."""
+    return _Spread.apply(x_TD, copies)
 
 
-def combine(y_RD: Tensor, weight_TK: Tensor, order: Permutation) -> Tensor:
-    """Weighted sum of each token's rows, ``[R, D] -> [T, D]``, summed in the wider of the two dtypes."""
-    return _Combine.apply(y_RD, weight_TK, order)
+def collect(y_RD: Tensor, copies: Copies) -> Tensor:
+    """Sum of each token's rows, ``[R, D] -> [T, D]``, in at least float32; zero for tokens without rows."""
+    return _Collect.apply(y_RD, copies)
+
+
+class _TakeDistinct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index_R: Tensor) -> Tensor:
+        ctx.save_for_backward(index_R)
+        ctx.length = x.shape[0]
+        return x.index_select(0, index_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index_R,) = ctx.saved_tensors
+        grad = grads[0].new_zeros((ctx.length, *grads[0].shape[1:]))
+        return grad.index_copy_(0, index_R, grads[0]), None
+
+
+def take_distinct(x: Tensor, index_R: Tensor) -> Tensor:
+    """``x[index_R]`` where no index comes twice, so that the gradient is a copy and no sum."""
+    return _TakeDistinct.apply(x, index_R)

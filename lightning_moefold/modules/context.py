@@ -58,9 +58,10 @@ class ContextLayout:
             spans = [Span(rank * chunk, chunk), Span((2 * size - 1 - rank) * chunk, chunk)]
         return spans if longest is None else [part for span in spans for part in span.cut(longest)]
 
-    def positions(self, device: torch.device | None = None) -> Tensor:
-        """This rank's positions, ``[L]``."""
-        return torch.cat([torch.arange(s.start, s.end, device=device) for s in self.spans(self.cp.index)])
+    def positions(self, device: torch.device | None = None, rank: int | None = None) -> Tensor:
+        """Positions of a rank of the axis, by default this one, ``[L]``."""
+        spans = self.spans(self.cp.index if rank is None else rank)
+        return torch.cat([torch.arange(s.start, s.end, device=device) for s in spans])
 
     def order(self, device: torch.device | None = None) -> Tensor:
         """Where each position of the row lies in the concatenation of all ranks, ``[S]``."""

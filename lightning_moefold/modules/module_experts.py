@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any module as an expert: slower than the built-in experts, for research on what an expert is.
 
-Legend: M rows in expert order, L local experts, D hidden size, E experts.
+Legend: A tokens, M rows in expert order, L local experts, D hidden size, E experts.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.fold import Fold, FoldError
 from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient, even_split
 from lightning_moefold.modules.base import local
+from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
 from lightning_moefold.modules.experts import RoutedExperts
 
 
@@ -68,16 +70,22 @@ class ModuleExperts(RoutedExperts):
         )
         return {f"stack.{name}": plan for name, _ in self.stack.named_parameters()}
 
-    def forward(self, x_MD: Tensor, counts_L: Tensor) -> Tensor:
-        """See :meth:`RoutedExperts.forward`. Experts without rows run on none, so that all have a gradient."""
+    def stacks(self) -> tuple[Tensor, ...]:
+        """In the order of ``stack.named_parameters()``."""
+        return tuple(local(p) for _, p in self.stack.named_parameters())
+
+    def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor]) -> Tensor:
+        """See :meth:`RoutedExperts.compute`. Experts without rows run on none, so that all have a gradient."""
         # Dropout follows the mode of the stack: Lightning puts modes back module by module, without train().
         for module, stacked in zip(self._architecture[0].modules(), self.stack.modules(), strict=True):
             module.training = stacked.training
-        stacks = {name: local(p).unbind(0) for name, p in self.stack.named_parameters()}
-        blocks = x_MD.split(counts_L.tolist())
-        return torch.cat(
+        names = [name for name, _ in self.stack.named_parameters()]
+        experts = [dict(zip(names, values, strict=True)) for values in zip(*(s.unbind(0) for s in stacks), strict=True)]
+        blocks = read_tokens(x_AD, rows).split(rows.counts_L.tolist())
+        y_MD = torch.cat(
             [
-                torch.func.functional_call(self._architecture[0], {n: s[i] for n, s in stacks.items()}, (block,))
-                for i, block in enumerate(blocks)
+                torch.func.functional_call(self._architecture[0], parameters, (block,))
+                for parameters, block in zip(experts, blocks, strict=True)
             ]
         )
+        return sum_rows((y_MD * rows.weight_M.unsqueeze(1)).to(y_MD.dtype), rows, x_AD.shape[0])

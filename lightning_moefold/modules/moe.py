@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_moefold.dispatch import AllToAllDispatcher
+from lightning_moefold.dispatch import DispatchConfig, ExpertAxes, make_dispatcher
+from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.alone import run_alone
 from lightning_moefold.modules.balance import Routing
@@ -42,6 +43,8 @@ class MoELayer(ParallelRoot):
         shared_ffn_hidden_size: Width of a shared expert that every token visits; 0 for none.
         shared_gate: Scale the shared expert by ``sigmoid(shared_expert_gate(x))`` (Qwen2-MoE).
         activation: Of all gated experts.
+        dispatch: How tokens travel to experts, and how many an expert serves; by default as the strategy says (its
+            arguments ``dispatcher``, ``capacity_factor`` and those after them), and dropless without one.
         keep_routing: In training, keep what :func:`~.balance.load_balancing_loss` needs of the latest forward pass (a
             language model takes care of this itself).
 
@@ -67,6 +70,7 @@ class MoELayer(ParallelRoot):
         shared_ffn_hidden_size: int = 0,
         shared_gate: bool = True,
         activation: str = "silu",
+        dispatch: DispatchConfig | None = None,
         keep_routing: bool = False,
     ) -> None:
         super().__init__()
@@ -86,7 +90,8 @@ class MoELayer(ParallelRoot):
             GatedMLP(hidden_size, shared_ffn_hidden_size, activation) if shared_ffn_hidden_size else None
         )
         self.shared_expert_gate = Linear(hidden_size, 1) if shared_ffn_hidden_size and shared_gate else None
-        self.dispatcher = AllToAllDispatcher(num_experts)
+        self.dispatch = dispatch
+        self.dispatcher = make_dispatcher(dispatch or DispatchConfig(), num_experts, top_k)
         self.keep_routing = keep_routing
         self.routing: Routing | None = None
         # Not buffers: those are made alike on all ranks before each step, and counters are each rank's own.
@@ -108,7 +113,8 @@ class MoELayer(ParallelRoot):
     def bind(self, mesh: FoldedMesh) -> None:
         """Makes the dispatcher of this fold."""
         super().bind(mesh)
-        self.dispatcher = AllToAllDispatcher(self.num_experts, mesh.ep, mesh.etp, mesh.axis("etp_ep"))
+        axes = ExpertAxes(mesh.ep, mesh.etp, mesh.axis("etp_ep"))
+        self.dispatcher = make_dispatcher(self.dispatch or DispatchConfig(), self.num_experts, self.top_k, axes)
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
         """Routes each token through its experts.
@@ -121,17 +127,15 @@ class MoELayer(ParallelRoot):
             A tensor of the shape of ``hidden``.
         """
         if batch is None:
-            return run_alone(self, hidden)
+            rows = SequenceBatch(hidden[..., 0, 0].numel(), hidden.shape[-2], tp=self.tp) if hidden.dim() > 2 else None
+            return run_alone(self, hidden, rows)
         routed: RouterOutput = self.gate(hidden, batch)
-        counts_GE = count_choices(routed.expert_TK, self.num_experts, batch)
+        expert_TK = routed.expert_TK
+        counts_GE = count_choices(expert_TK, self.num_experts, batch)
+        kept_TK, served = self._served(expert_TK, routed.probability_TE, batch)
         if self.training and not is_recomputing():
-            self._count(counts_GE.sum(0))
-        y_TD = self._routed(hidden, routed.weight_TK, routed.expert_TK, batch)
-        if self.shared_expert is not None:
-            shared_TD = self.shared_expert(hidden, batch)
-            if self.shared_expert_gate is not None:
-                shared_TD = self.shared_expert_gate(hidden).sigmoid() * shared_TD
-            y_TD = y_TD + shared_TD
+            self._count(counts_GE.sum(0), kept_TK)
+        y_TD = self._routed(hidden, routed.weight_TK, expert_TK, kept_TK, served, batch)
         if batch.wants_routing:
             batch.routing = routing_table(routed, counts_GE, batch)
         elif self.keep_routing:
@@ -142,16 +146,64 @@ class MoELayer(ParallelRoot):
             self.routing = None if table_SE is None else Routing(table_SE, self.top_k, self.mesh, dtype)
         return y_TD
 
-    def _count(self, counts_E: Tensor) -> None:
+    def _count(self, counts_E: Tensor, kept_TK: Tensor | None) -> None:
         learning = torch.is_grad_enabled()
         with torch.no_grad():
             self.load_E += counts_E
+            if self.dispatcher.config.capacity_factor is not None and kept_TK is not None:
+                self.dropped += counts_E.sum() - kept_TK.sum()
             if learning:
                 self.gate.count(counts_E)
 
-    def _routed(self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, batch: SequenceBatch) -> Tensor:
+    def _served(
+        self, expert_TK: Tensor, probability_TE: Tensor, batch: SequenceBatch
+    ) -> tuple[Tensor | None, int | None]:
+        """Which choices are served, ``[T, K]`` or ``[T, 1]``, and how many where the host knows."""
+        config = self.dispatcher.config
+        if config.capacity_factor is None:
+            routed_T, k = batch.routed_T, self.top_k
+            if routed_T is None:
+                return None, None
+            return routed_T.unsqueeze(1), None if batch.num_routed is None else batch.num_routed * k
+        score_TK = probability_TE.detach().gather(1, expert_TK)
+        places = batch.places(expert_TK.device)
+        kept_TK = keep_within_capacity(
+            expert_TK, score_TK, places, batch.counted_T, self.num_experts, config, batch.tp, batch.layout.cp
+        )
+        return kept_TK, None
+
+    def _routed(
+        self,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        kept_TK: Tensor | None,
+        served: int | None,
+        batch: SequenceBatch,
+    ) -> Tensor:
+        """Routed experts plus the shared one, which computes while the first tokens travel."""
         dispatcher = self.dispatcher
-        x_RD, plan = dispatcher.dispatch_preprocess(x_TD, expert_TK, batch.routed_T, batch.num_routed)
-        x_MD = dispatcher.dispatch_postprocess(dispatcher.token_dispatch(x_RD, plan), plan)
-        y_MD = dispatcher.combine_preprocess(self.experts(x_MD, plan.counts_L), plan)
-        return dispatcher.combine_postprocess(dispatcher.token_combine(y_MD, plan), weight_TK, plan)
+        capacity = self._padded_capacity(x_TD.shape[0], batch)
+        parcels = dispatcher.dispatch_preprocess(x_TD, weight_TK, expert_TK, kept_TK, served, capacity)
+        first, *others = parcels
+        under_way = dispatcher.token_dispatch(first)
+        shared_TD = None if self.shared_expert is None else self._shared(x_TD, batch)
+        returns = self.experts([under_way, *others], dispatcher)
+        y_TD = dispatcher.combine_postprocess(returns, [parcel.plan for parcel in (under_way, *others)])
+        return y_TD if shared_TD is None else y_TD + shared_TD
+
+    def _shared(self, x_TD: Tensor, batch: SequenceBatch) -> Tensor:
+        assert self.shared_expert is not None
+        shared_TD = self.shared_expert(x_TD, batch)
+        if self.shared_expert_gate is not None:
+            shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+        return shared_TD
+
+    def _padded_capacity(self, tokens: int, batch: SequenceBatch) -> int | None:
+        """Rows that an expert may serve of a rank's tokens at most, from shapes alone."""
+        config = self.dispatcher.config
+        if not config.pad_to_capacity:
+            return None
+        if config.drop_scope == "sub_sequence":
+            return config.capacity(tokens, self.top_k, self.num_experts)
+        return min(tokens, batch.rows * config.capacity(batch.layout.length, self.top_k, self.num_experts))

@@ -75,9 +75,10 @@ class SequenceBatch:
         self.routing: Tensor | None = None
         self.row_numbers = range(rows)
         self.call: Tensor | None = None
-        self._places: tuple[Tensor, Tensor] | None = None
         self.cache: KeyValueCache | None = None
         self._visibility: dict[int | None, Visibility] = {}
+        self._places: tuple[Tensor, Tensor] | None = None
+        self._token_places: tuple[Tensor, Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -88,15 +89,6 @@ class SequenceBatch:
     def padding(self) -> int:
         """P - N."""
         return -self.tokens % self.tp.size
-
-    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The row number and the position in its row of each of this rank's tokens, ``[T]`` int64 each."""
-        if self._places is None:
-            numbers = self.row_numbers
-            row_B = torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
-            row_N, position_N = row_B.repeat_interleave(self.length), self.layout.positions(device).repeat(self.rows)
-            self._places = self.shard(row_N), self.shard(position_N)
-        return self._places
 
     def pad(self, x_ND: Tensor, value: float = 0) -> Tensor:
         """``[N, ...] -> [P, ...]``."""
@@ -127,6 +119,28 @@ class SequenceBatch:
     def reduce_scatter(self, x_ND: Tensor) -> Tensor:
         """Sums partial results over tp and keeps this rank's tokens, ``[N, D] -> [T, D]``."""
         return comm.reduce_scatter(self.pad(x_ND), self.tp)
+
+    def token_places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The row number and the position in its row of each of this rank's tokens, ``[T]`` int64 each."""
+        if self._token_places is None:
+            numbers = self.row_numbers
+            row_B = torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
+            row_N, position_N = row_B.repeat_interleave(self.length), self.layout.positions(device).repeat(self.rows)
+            self._token_places = self.shard(row_N), self.shard(position_N)
+        return self._token_places
+
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor, int]:
+        """Row and position of every token of the cp x tp group, in the order of a gather over tp and then over cp.
+
+        Returns:
+            Rows ``[cp * P]`` and positions ``[cp * P]`` (int64; of padding, any), and the number of rows.
+        """
+        if self._places is None:
+            number_P = torch.arange(self.tokens + self.padding, device=device)
+            row_P = (number_P // self.length).clamp(max=self.rows - 1)
+            held = [self.layout.positions(device, rank)[number_P % self.length] for rank in range(self.layout.cp.size)]
+            self._places = row_P.repeat(self.layout.cp.size), torch.cat(held)
+        return *self._places, self.rows
 
     def visibility(self, window: int | None) -> Visibility:
         """What queries see of their row.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moefold.testing.batches import IGNORE, Batch, GlobalBatch, micro_batches, unpack_documents
+from lightning_moefold.testing.dropping import DroppingReference
 from lightning_moefold.testing.reference import hf_reference
 
 _FUSED = ".experts.gate_up_proj"
@@ -58,6 +59,7 @@ def reference_run(
     config_overrides: Mapping[str, Any] | None = None,
     frozen: Iterable[str] = (),
     num_microbatches: int = 1,
+    capacity: tuple[float, Literal["probs", "position"]] | None = None,
 ) -> ReferenceRun:
     """Trains a checkpoint in one process on the batches of all data ranks.
 
@@ -79,6 +81,7 @@ def reference_run(
         config_overrides: Fields of the config to replace.
         frozen: Patterns (``fnmatch``) on our parameter names.
         num_microbatches: Micro-batches per batch; more than one needs one batch per data rank.
+        capacity: Capacity factor and drop policy, where experts drop tokens.
 
     Returns:
         The record of the run.
@@ -90,6 +93,8 @@ def reference_run(
     if steps < 1 or steps * accumulate > len(batches):
         raise ValueError(f"{steps} steps of {accumulate} batches need more than the {len(batches)} given")
     model = hf_reference(path, dtype=dtype, **(config_overrides or {})).train()
+    if capacity is not None:
+        DroppingReference(model, *capacity)
     model.router_aux_loss_coef /= num_microbatches  # the micro-batches' losses add up, their auxiliary losses average
     parameters = _view_parameters(model, frozen)
     update, scheduler = _make_optimizer(optimizer, {n: p for n, p in parameters.items() if p.requires_grad}, lr)

@@ -1,21 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dispatcher on the ranks of the pool, compared with a loop over tokens."""
+"""Dispatchers on the ranks of the pool, compared with a loop over tokens; and what they send."""
 
 from __future__ import annotations
+
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold import Fold
-from lightning_moefold.dispatch import AllToAllDispatcher
+from lightning_moefold.dispatch import DispatchConfig, ExpertAxes, TokenDispatcher
+from lightning_moefold.dispatch.registry import DISPATCHERS
 from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
 
-EXPERTS, TOP, SIZE = 8, 2, 3
+EXPERTS, TOP, SIZE = 8, 3, 3
+#: What is tried under every fold.
+CONFIGS = {
+    "alltoall": DispatchConfig("alltoall"),
+    "two chunks": DispatchConfig("alltoall", chunks=2),
+    "uneven chunks": DispatchConfig("alltoall", chunks=3),
+    "padded": DispatchConfig("alltoall", capacity_factor=1.0, pad_to_capacity=True),
+    "padded chunks": DispatchConfig("alltoall", capacity_factor=1.0, pad_to_capacity=True, chunks=2),
+    "allgather": DispatchConfig("allgather"),
+    "deduplicated": DispatchConfig("deduplicated"),
+}
+#: More rows than any expert gets in the cases below.
+PADDED = 40
 
 
 def _routing(kind: str, rank: int) -> tuple[int, Tensor, Tensor | None]:
-    """Tokens, their experts, and which are routed; different on every rank."""
+    """Tokens, their experts, and which choices are served; different on every rank."""
     generator = torch.Generator().manual_seed(17 * rank + 1)
     tokens = {"uneven": 3 + 4 * rank, "one rank empty": 0 if rank == 1 else 6, "all empty": 0}.get(kind, 7)
     expert = (
@@ -23,13 +40,15 @@ def _routing(kind: str, rank: int) -> tuple[int, Tensor, Tensor | None]:
     )
     expert = torch.empty(0, TOP, dtype=torch.int64) if expert is None else expert
     if kind == "all to one":
-        expert = torch.tensor([5, 0]).expand(tokens, TOP).clone()
-    routed = None
+        expert = torch.tensor([5, 0, 4]).expand(tokens, TOP).clone()
+    kept = None
     if kind == "padding":
-        routed = torch.rand(tokens, generator=generator) > 0.4
+        kept = torch.rand(tokens, 1, generator=generator) > 0.4
     if kind == "a rank of padding":
-        routed = torch.full((tokens,), rank != 0)
-    return tokens, expert, routed
+        kept = torch.full((tokens, 1), rank != 0)
+    if kind == "dropped":
+        kept = torch.rand(tokens, TOP, generator=generator) > 0.4
+    return tokens, expert, kept
 
 
 def _expert(index: int, x: Tensor, part: int, parts: int) -> Tensor:
@@ -38,48 +57,111 @@ def _expert(index: int, x: Tensor, part: int, parts: int) -> Tensor:
     return x * (index + 1.5) * torch.arange(1, SIZE + 1, dtype=x.dtype) * share
 
 
-def check(folds: list[str], kinds: list[str]) -> int:
+def walk(dispatcher: TokenDispatcher, mesh: FoldedMesh, x: Tensor, weight: Tensor, expert: Tensor, kept: Any) -> Tensor:
+    """The six steps around the experts above, as :class:`MoELayer` and :class:`RoutedExperts` take them."""
+    parcels = dispatcher.dispatch_preprocess(x, weight, expert, kept, None, PADDED)
+    flying = [dispatcher.token_dispatch(parcel) for parcel in parcels]
+    returns, first = [], mesh.ep.index * dispatcher.local_experts
+    for parcel, size in zip(flying, dispatcher.experts_per_chunk, strict=True):
+        x_AD, rows = dispatcher.dispatch_postprocess(parcel)
+        assert len(rows.counts_L) == size
+        assert int(rows.counts_L.sum()) == rows.weight_M.shape[0]
+        assert rows.counts is None or rows.counts == rows.counts_L.tolist()
+        parts = [
+            _expert(first + i, part, mesh.etp.index, mesh.etp.size)
+            for i, part in enumerate(read_tokens(x_AD, rows).split(rows.counts_L.tolist()))
+        ]
+        y_AD = sum_rows(torch.cat(parts) * rows.weight_M.unsqueeze(1), rows, x_AD.shape[0])
+        returns.append(dispatcher.token_combine(dispatcher.combine_preprocess(y_AD, parcel.plan), parcel.plan))
+        first += size
+    return dispatcher.combine_postprocess(returns, [parcel.plan for parcel in flying])
+
+
+def make(name: str, mesh: FoldedMesh) -> TokenDispatcher:
+    """The dispatcher of a name in ``CONFIGS``, on one rank too."""
+    config = CONFIGS[name]
+    axes = ExpertAxes(mesh.ep, mesh.etp, mesh.axis("etp_ep"))
+    return DISPATCHERS[config.dispatcher](config, EXPERTS, TOP, axes)
+
+
+def check(folds: list[str], kinds: list[str], names: list[str]) -> int:
     """Output, gradient of the input and of the weights, against a loop, in float64."""
     torch.set_default_dtype(torch.float64)
     cases = 0
     for text in folds:
-        fold = Fold.parse(text, dist.get_world_size())
-        mesh = FoldedMesh(fold, "cpu")
-        dispatcher = AllToAllDispatcher(EXPERTS, mesh.ep, mesh.etp, mesh.axis("etp_ep"))
-        for kind in kinds:
-            _check_one(dispatcher, mesh, kind, f"{text} {kind}")
-            cases += 1
+        mesh = FoldedMesh(Fold.parse(text, dist.get_world_size()), "cpu")
+        for name in names:
+            for kind in kinds:
+                _check_one(make(name, mesh), mesh, kind, f"{name}, {text}, {kind}")
+                cases += 1
     return cases
 
 
-def _check_one(dispatcher: AllToAllDispatcher, mesh: FoldedMesh, kind: str, what: str) -> None:
-    tokens, expert, routed = _routing(kind, mesh.rank)
-    generator = torch.Generator().manual_seed(100 + mesh.rank)
+def _inputs(kind: str, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    tokens, expert, kept = _routing(kind, rank)
+    generator = torch.Generator().manual_seed(100 + rank)
     x, slope = torch.randn(2, tokens, SIZE, generator=generator).unbind(0)
-    weight = torch.rand(tokens, TOP, generator=generator)
+    return x, slope, torch.rand(tokens, TOP, generator=generator), expert, kept
+
+
+def _check_one(dispatcher: TokenDispatcher, mesh: FoldedMesh, kind: str, what: str) -> None:
+    x, slope, weight, expert, kept = _inputs(kind, mesh.rank)
     inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    rows, plan = dispatcher.dispatch_preprocess(inputs[0], expert, routed)
-    arrived = dispatcher.dispatch_postprocess(dispatcher.token_dispatch(rows, plan), plan)
-    local = EXPERTS // mesh.ep.size
-    assert int(plan.counts_L.sum()) == arrived.shape[0], what
-    parts = [
-        _expert(mesh.ep.index * local + i, part, mesh.etp.index, mesh.etp.size)
-        for i, part in enumerate(arrived.split(plan.counts_L.tolist()))
-    ]
-    back = dispatcher.token_combine(dispatcher.combine_preprocess(torch.cat(parts), plan), plan)
-    output = dispatcher.combine_postprocess(back, inputs[1], plan)
+    output = walk(dispatcher, mesh, *inputs, expert, kept)
     (output * slope).sum().backward()
 
     naive = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    expected = [torch.zeros(SIZE) for _ in range(tokens)]
-    for t in range(tokens):
+    expected = [torch.zeros(SIZE) for _ in range(len(x))]
+    for t in range(len(x)):
         for k in range(TOP):
-            if routed is None or bool(routed[t]):
+            if kept is None or bool(kept.expand(-1, TOP)[t, k]):
                 expected[t] = expected[t] + naive[1][t, k] * _expert(int(expert[t, k]), naive[0][t], 0, 1)
-    whole = torch.stack(expected) if tokens else torch.zeros(0, SIZE)
+    whole = torch.stack(expected) if len(x) else torch.zeros(0, SIZE)
     if whole.requires_grad:
         (whole * slope).sum().backward()
     pairs = [(output, whole), *((a.grad, b.grad) for a, b in zip(inputs, naive, strict=True))]
     for name, (a, b) in zip(("output", "gradient of x", "gradient of the weights"), pairs, strict=True):
         b = torch.zeros_like(a) if b is None else b
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}, {what}: {m}")
+
+
+def bits_of_chunks(fold: str) -> list[bool]:
+    """Whether output and gradients are the same bits in one part and in several."""
+    torch.set_default_dtype(torch.float32)
+    mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
+    found = {}
+    for name in ("alltoall", "two chunks", "uneven chunks"):
+        x, slope, weight, expert, kept = _inputs("uneven", mesh.rank)
+        inputs = [x.requires_grad_(), weight.requires_grad_()]
+        output = walk(make(name, mesh), mesh, *inputs, expert, kept)
+        found[name] = [output.detach(), *torch.autograd.grad(output, inputs, slope)]
+    return [
+        torch.equal(a, b)
+        for name in ("two chunks", "uneven chunks")
+        for a, b in zip(found["alltoall"], found[name], strict=True)
+    ]
+
+
+def bytes_sent(name: str, fold: str, tokens: int, size: int) -> dict[str, int]:
+    """Bytes of tokens and all other bytes that this rank sends to others in a forward pass, and the distinct pairs of a
+    token of this rank with another rank that holds one of its experts."""
+    torch.set_default_dtype(torch.float32)
+    mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
+    generator = torch.Generator().manual_seed(mesh.rank)
+    expert = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP] for _ in range(tokens)])
+    sent = {"tokens": 0, "else": 0}
+    real = dist.all_to_all_single
+
+    def counted(out: Tensor, x: Tensor, receive: list[int], send: list[int], **kwargs: Any) -> Any:
+        rows = sum(send) - send[mesh.ep.index]
+        sent["tokens" if x.shape[1:] == (size,) else "else"] += rows * x[:1].numel() * x.element_size()
+        return real(out, x, receive, send, **kwargs)
+
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        dispatcher = make(name, mesh)
+        parcels = dispatcher.dispatch_preprocess(torch.randn(tokens, size), torch.rand(tokens, TOP), expert)
+        for parcel in parcels:
+            dispatcher.dispatch_postprocess(dispatcher.token_dispatch(parcel))
+    rank_TK = expert // dispatcher.local_experts
+    pairs = sum(len(set(row.tolist()) - {mesh.ep.index}) for row in rank_TK)
+    return {**sent, "pairs": pairs}

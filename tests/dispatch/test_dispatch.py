@@ -9,18 +9,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_moefold.dispatch.permutation import combine, permute, sort_by_expert
+from lightning_moefold.dispatch.permutation import Copies, collect, sort_by_expert, spread
 from lightning_moefold.testing import RankPool
 from tests.dispatch import jobs
 
-KINDS = ["plain", "uneven", "one rank empty", "all empty", "all to one", "padding", "a rank of padding"]
+KINDS = [
+    "plain", "uneven", "one rank empty", "all empty", "all to one", "padding", "a rank of padding", "dropped",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_round_trip(pool: RankPool, ranks: int) -> None:
     sizes = [n for n in (1, 2, 4) if n <= ranks]
     folds = [f"ep{ep} etp{etp}" for ep in sizes for etp in sizes if ep * etp <= ranks]
-    assert pool.run(jobs.check, folds, KINDS, ranks=ranks) == [len(folds) * len(KINDS)] * ranks
+    names = list(jobs.CONFIGS)
+    cases = len(folds) * len(KINDS) * len(names)
+    assert pool.run(jobs.check, folds, KINDS, names, ranks=ranks) == [cases] * ranks
+
+
+@pytest.mark.parametrize("fold", ["ep2", "ep2 etp2", "ep4"])
+def test_chunks_have_the_same_bits(pool: RankPool, fold: str) -> None:
+    ranks = 4 if fold != "ep2" else 2
+    assert pool.run(jobs.bits_of_chunks, fold, ranks=ranks) == [[True] * 6] * ranks
+
+
+def test_bytes_on_the_wire(pool: RankPool) -> None:
+    """Deduplication sends a token once to each other rank that wants it, with a little beside; never more than all-to-all."""
+    size, row = 512, 512 * 4
+    plain = pool.run(jobs.bytes_sent, "alltoall", "ep4", 50, size, ranks=4)
+    for sent, once in zip(plain, pool.run(jobs.bytes_sent, "deduplicated", "ep4", 50, size, ranks=4), strict=True):
+        assert once["tokens"] == once["pairs"] * row
+        assert once["pairs"] > 0
+        assert once["tokens"] + once["else"] < 1.02 * once["pairs"] * row
+        assert once["tokens"] + once["else"] < sent["tokens"] + sent["else"]
+        assert sent["tokens"] > 1.1 * once["tokens"]
 
 
 @st.composite
@@ -39,32 +61,34 @@ def routings(draw: st.DrawFn) -> tuple[Tensor, int, Tensor | None]:
 def test_sorting(routing: tuple[Tensor, int, Tensor | None], told: bool) -> None:
     expert, experts, routed = routing
     tokens, top = expert.shape
-    order = sort_by_expert(expert, experts, routed, None if routed is None or not told else int(routed.sum()))
     kept = [t for t in range(tokens) if routed is None or bool(routed[t])]
-    assert order.rows == len(kept) * top
-    sorted_experts = expert.reshape(-1)[order.slot_R].tolist()
+    served = len(kept) * top if told else None
+    choices = sort_by_expert(expert, experts, None if routed is None else routed.unsqueeze(1), served)
+    assert choices.served == (len(kept) * top if told or routed is None else None)
+    slots = choices.slot_S[: len(kept) * top]
+    sorted_experts = expert.reshape(-1)[slots].tolist()
     assert sorted_experts == sorted(sorted_experts)
-    assert order.counts_E.tolist() == [sorted_experts.count(e) for e in range(experts)]
-    assert sorted(order.slot_R.tolist()) == [t * top + k for t in kept for k in range(top)]
+    assert choices.counts_E.tolist() == [sorted_experts.count(e) for e in range(experts)]
+    assert sorted(slots.tolist()) == [t * top + k for t in kept for k in range(top)]
+    copies = Copies.of_choices(choices, len(slots), tokens)
     for e in range(experts):  # ties in token order
-        mine = [t for t, x in zip(order.token_R.tolist(), sorted_experts, strict=True) if x == e]
+        mine = [t for t, x in zip(copies.token_R.tolist(), sorted_experts, strict=True) if x == e]
         assert mine == sorted(mine)
-    for row, slot in enumerate(order.slot_R.tolist()):
-        assert order.row_TK.view(-1)[slot] == row
+    for row, slot in enumerate(slots.tolist()):
+        assert copies.row_TJ.view(-1)[slot] == row
 
 
 @given(routings())
 @settings(max_examples=100, deadline=None)
-def test_permute_and_combine_gradients(routing: tuple[Tensor, int, Tensor | None]) -> None:
+def test_spread_and_collect(routing: tuple[Tensor, int, Tensor | None]) -> None:
     expert, experts, routed = routing
     tokens, top = expert.shape
-    order = sort_by_expert(expert, experts, routed)
+    kept = None if routed is None else routed.unsqueeze(1)
+    choices = sort_by_expert(expert, experts, kept)
+    copies = Copies.of_choices(choices, int(choices.counts_E.sum()), tokens)
     x = torch.randn(tokens, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.rand(tokens, top, dtype=torch.float64, requires_grad=True)
-    keep = torch.ones(tokens, 1, dtype=torch.float64) if routed is None else routed.double().unsqueeze(1)
-    y = combine(permute(x, order), weight, order)
-    torch.testing.assert_close(y, x * weight.sum(1, keepdim=True) * keep)
+    times = top * (torch.ones(tokens, 1, dtype=torch.float64) if routed is None else routed.double().unsqueeze(1))
+    y = collect(spread(x, copies), copies)
+    torch.testing.assert_close(y, x * times)
     slope = torch.randn_like(y)
-    actual = torch.autograd.grad(y, (x, weight), slope)
-    torch.testing.assert_close(actual[0], slope * weight.sum(1, keepdim=True) * keep)
-    torch.testing.assert_close(actual[1], ((slope * x).sum(1, keepdim=True) * keep).expand(tokens, top))
+    torch.testing.assert_close(torch.autograd.grad(y, x, slope)[0], slope * times)

@@ -32,6 +32,7 @@ class RankRun:
     weights: dict[str, Piece] = field(default_factory=dict)
     fold: str = ""
     loads: dict[int, torch.Tensor] = field(default_factory=dict)
+    dropped: int = 0
 
 
 class BatchList(Dataset):
@@ -109,6 +110,7 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
     run.weights = owned_pieces(module.model)
     run.fold = str(module.model.fold)
     run.loads = {number: layer.load_E.clone() for number, layer in module.model.moe_layers().items()}
+    run.dropped = sum(int(layer.dropped) for layer in module.model.moe_layers().values())
     return run
 
 
@@ -119,6 +121,7 @@ def _fit(module: Case, fold: str, batches: list[list[dict[str, torch.Tensor]]], 
         data_parallel_sharding=spec.get("sharding", "optimizer"),
         context_parallel_exchange=spec.get("exchange", "auto"),
         recompute=spec.get("recompute"),
+        **spec.get("dispatch", {}),
         **spec.get("pipeline", {}),
     )
     world = dist.get_world_size()

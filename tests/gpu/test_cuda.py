@@ -6,6 +6,7 @@ Skipped where there is no CUDA device.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,10 +16,13 @@ from torch.utils.data import DataLoader
 
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
 from lightning_moefold.callbacks.memory import read_memory
-from lightning_moefold.modules import experts
+from lightning_moefold.dispatch import DispatchConfig
+from lightning_moefold.modules import Experts, MoELayer
+from lightning_moefold.modules import expert_kernels as kernels
 from lightning_moefold.testing import assert_close_by_name, make_batches, make_checkpoint, reference_run
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import runs
+from tests.modules.expert_cases import make_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,25 +32,61 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("counts", [[5, 0, 11, 16], [0, 0, 32, 0], [8, 8, 8, 8]])
-def test_grouped_kernel_is_the_loop(dtype: torch.dtype, counts: list[int]) -> None:
+@pytest.mark.parametrize("kind", ["in order", "permuted", "often or never"])
+def test_grouped_kernel_is_the_loop(dtype: torch.dtype, counts: list[int], kind: str) -> None:
     """One kernel for all experts gives what one expert after the other gives, gradients included."""
     torch.manual_seed(0)
-    layer = experts.Experts(64, len(counts), 32).to("cuda", dtype)
-    rows = torch.randn(sum(counts), 64, device="cuda", dtype=dtype)
-    counts_L = torch.tensor(counts, device="cuda")
+    layer = Experts(64, len(counts), 32).to("cuda", dtype)
+    tokens, rows = make_rows(counts, kind, "cuda")
+    rows = dataclasses.replace(rows, weight_M=rows.weight_M.float().requires_grad_())
+    x = torch.randn(tokens, 64, device="cuda", dtype=dtype, requires_grad=True)
+    inputs = [x, rows.weight_M, layer.gate_proj, layer.up_proj, layer.down_proj]
+    job = kernels._Job(rows.token_M, rows.distinct, counts, layer.activation)
     results = []
-    for grouped in (True, False):
-        x = rows.clone().requires_grad_()
-        layer.zero_grad()
-        weights = (layer.gate_proj, layer.up_proj, layer.down_proj)
-        if grouped:
-            y = experts._grouped(x, counts_L, layer.activation, *weights)
-        else:
-            y = experts._ExpertByExpert.apply(x, counts, layer.activation, *weights)
-        y.square().sum().backward()
-        results.append([y.detach(), x.grad, *(w.grad.clone() for w in weights)])
+    for y in (
+        kernels._grouped(x, rows, layer.activation, *inputs[2:]),
+        kernels._ExpertByExpert.apply(x, rows.weight_M, job, *inputs[2:]),
+    ):
+        results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), inputs)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["in order", "often or never"])
+def test_transformer_engine_is_the_loop(kind: str) -> None:
+    """Its grouped products in bfloat16, gradients included; and in FP8 within what eight bits can do."""
+    te = pytest.importorskip("transformer_engine.pytorch", exc_type=Exception)
+    counts = [5, 0, 11, 16]
+    layer = Experts(64, len(counts), 32).to("cuda", torch.bfloat16)
+    tokens, rows = make_rows(counts, kind, "cuda")
+    rows = dataclasses.replace(rows, weight_M=rows.weight_M.float().requires_grad_())
+    x = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    inputs = [x, rows.weight_M, layer.gate_proj, layer.up_proj, layer.down_proj]
+
+    def run(kernel: str, fp8: bool) -> list[torch.Tensor]:
+        layer.kernel = kernel
+        with te.autocast(enabled=fp8):
+            y = layer.compute(x, rows, layer.stacks())
+            return [y.detach(), *torch.autograd.grad(y.float().square().sum(), inputs)]
+
+    exact = run("loop", False)
+    for found, tolerance in ((run("transformer_engine", False), 2e-2), (run("transformer_engine", True), 0.2)):
+        for a, b in zip(found, exact, strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=tolerance * float(b.float().abs().max()))
+
+
+@pytest.mark.parametrize("dispatch", [DispatchConfig(), DispatchConfig(capacity_factor=1.0, pad_to_capacity=True)])
+def test_a_layer_never_waits_for_the_device(dispatch: DispatchConfig) -> None:
+    """On one device neither forward nor backward synchronises the host, dropless or padded to capacity."""
+    layer = MoELayer(64, 8, 2, 32, dispatch=dispatch).cuda()
+    x = torch.randn(2, 16, 64, device="cuda", requires_grad=True)
+    layer(x).sum().backward()  # warms up allocator and libraries
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])

@@ -22,6 +22,6 @@ class ForceBalancedRouter(Router):
 
     def choose(self, score_TE: Tensor, batch: SequenceBatch) -> Tensor:
         """By position and row alone; see :meth:`Router.choose`."""
-        row_T, position_T = batch.places(score_TE.device)
+        row_T, position_T = batch.token_places(score_TE.device)
         slot_K = torch.arange(self.top_k, device=score_TE.device)
         return ((position_T * self.top_k + row_T).unsqueeze(-1) + slot_K) % self.num_experts

@@ -169,7 +169,7 @@ class Router(ParallelModule):
         if batch.call is None:  # a layer by itself; kept, so that recomputation makes the same noise
             batch.call = self.next_call()
         assert batch.call is not None
-        row_T, position_T = batch.places(x_TD.device)
+        row_T, position_T = batch.token_places(x_TD.device)
         key_T = hashed(self.options.seed, batch.call, self.layer, row_T, position_T)
         return 1 + self.options.input_jitter * (2 * uniform(key_T, x_TD.shape[1], x_TD.dtype) - 1)
 

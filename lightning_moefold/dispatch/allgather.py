@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All-gather dispatch: every rank sees all tokens of the group and computes those its experts want.
+
+    token_dispatch    all-gather-v over etp x ep (tokens; choices and weights)
+    token_combine     reduce-scatter-v over etp x ep
+
+Nothing is permuted and each token travels once to each rank, so it is the cheapest where a token's experts live on nearly
+all ranks (top-k well above ep). On one rank nothing travels at all: experts read the tokens where they are, and this is
+what every layer without expert parallelism runs.
+
+The host waits for the device once a layer where there is more than one rank; on one rank only where tokens are dropped.
+
+Legend: see :mod:`.base`; G ranks of etp x ep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_moefold import comm
+from lightning_moefold.dispatch.base import ExpertRows, Parcel, Return, TokenDispatcher
+from lightning_moefold.dispatch.packing import exchange_choices
+from lightning_moefold.dispatch.permutation import sort_by_expert, take_distinct
+
+
+@dataclass(frozen=True)
+class GatherPlan:
+    """What is known before any token moves.
+
+    Args:
+        expert_TK: This rank's choices; E where nobody serves one.
+        tokens: Tokens of each rank.
+        served: Rows computed here; None where the host does not know.
+    """
+
+    expert_TK: Tensor
+    tokens: list[int]
+    served: int | None
+
+
+class AllGatherDispatcher(TokenDispatcher):
+    """All tokens to all ranks; see the module."""
+
+    def dispatch_preprocess(
+        self,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        served: int | None = None,
+        capacity: int | None = None,
+    ) -> list[Parcel]:
+        """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        tokens, k = expert_TK.shape
+        marked_TK = expert_TK if kept_TK is None else expert_TK.masked_fill(~kept_TK, self.num_experts)
+        if self.etp_ep.size == 1:
+            served = tokens * k if kept_TK is None else served
+            return [Parcel(x_TD, weight_TK, GatherPlan(marked_TK, [tokens], served))]
+        counts_E = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=x_TD.device)
+        counts_E.scatter_add_(0, marked_TK.reshape(-1), torch.ones_like(marked_TK).reshape(-1))
+        counts_E[-1] = tokens
+        counts_GE = comm.all_gather_raw(counts_E, self.etp_ep).view(self.etp_ep.size, -1)
+        first = self.ep.index * self.local_experts
+        mine = counts_GE[:, first : first + self.local_experts].sum().view(1)
+        *all_tokens, rows = torch.cat([counts_GE[:, -1], mine]).tolist()
+        return [Parcel(x_TD, weight_TK, GatherPlan(marked_TK, all_tokens, rows))]
+
+    def token_dispatch(self, parcel: Parcel) -> Parcel:
+        """``[T, D]`` of every rank to every rank."""
+        plan: GatherPlan = parcel.plan
+        if self.etp_ep.size == 1:
+            return parcel
+        x_AD = comm.all_gather_uneven(parcel.x, plan.tokens, self.etp_ep)
+        weight_AK, expert_AK = exchange_choices(
+            parcel.weight,
+            plan.expert_TK,
+            lambda packed: comm.all_gather_uneven_raw(packed, plan.tokens, self.etp_ep),
+            lambda grad: comm.reduce_scatter_uneven_raw(grad, plan.tokens, self.etp_ep),
+        )
+        return Parcel(x_AD, weight_AK, GatherPlan(expert_AK, plan.tokens, plan.served))
+
+    def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
+        """Picks the choices that fall on the experts here."""
+        plan: GatherPlan = parcel.plan
+        local, k = self.local_experts, plan.expert_TK.shape[1]
+        expert_AK, kept_AK, served = plan.expert_TK, None, plan.served
+        if self.etp_ep.size > 1 or served != expert_AK.numel():
+            expert_AK = expert_AK - self.ep.index * local
+            kept_AK = (expert_AK >= 0) & (expert_AK < local)
+        choices = sort_by_expert(expert_AK, local, kept_AK, served)
+        rows = int(choices.counts_E.sum()) if choices.served is None else choices.served
+        slot_M = choices.slot_S[:rows]
+        weight_M = take_distinct(parcel.weight.reshape(-1), slot_M)
+        return parcel.x, ExpertRows(slot_M // k, weight_M, choices.counts_E, distinct=False)
+
+    def combine_preprocess(self, y_AD: Tensor, plan: GatherPlan) -> Tensor:
+        """Nothing: the sum over etp is part of the way home."""
+        return y_AD
+
+    def token_combine(self, y_AD: Tensor, plan: GatherPlan) -> Return:
+        """Sums what the ranks have computed of each token, at its home."""
+        return Return(comm.reduce_scatter_uneven(y_AD, plan.tokens, self.etp_ep))
+
+    def combine_postprocess(self, returns: list[Return], plans: list[GatherPlan]) -> Tensor:
+        """Nothing: the tokens are whole."""
+        return returns[0].y

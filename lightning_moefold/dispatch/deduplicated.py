@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deduplicated dispatch: a token travels once to each rank that holds some of its experts, and comes back once.
+
+With top-8 over 4 ranks an all-to-all sends a token 8 times, this at most 4 times (the idea of DeepEP's dispatch). The
+rank sums what its experts make of the token, weights applied, and returns one row.
+
+    token_dispatch    all-to-all-v over ep: pairs (token, rank), and an index and a weight for each row
+    dispatch_post..   all-gather-v of both over etp
+    combine_pre..     reduce-scatter-v over etp
+    token_combine     all-to-all-v over ep: pairs
+
+The host waits for the device once a layer.
+
+Legend: see :mod:`.base`; S ep ranks, P etp peers, Q pairs sent, R rows, i.e. choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_moefold import comm
+from lightning_moefold.dispatch.base import ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
+from lightning_moefold.dispatch.packing import exchange_choices
+from lightning_moefold.dispatch.permutation import Copies, collect, sort_by_expert, spread, take_distinct
+
+
+class Sizes(NamedTuple):
+    """Items that travel.
+
+    Args:
+        send: To each ep rank.
+        receive: From each ep rank.
+        arrived: To each etp peer, from all ep ranks.
+    """
+
+    send: list[int]
+    receive: list[int]
+    arrived: list[int]
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """What the exchange looks like, known before any token moves.
+
+    Args:
+        copies: Pairs, as copies of this rank's tokens.
+        index_R: For each row, which of the pairs sent to its rank it reads.
+        pairs: Sizes of the exchange of pairs.
+        rows: Likewise of what belongs to the rows.
+        counts_PSL: Rows for each local expert, from each source of each peer.
+        pairs_PS: Pairs from each source of each peer, on the device.
+    """
+
+    copies: Copies
+    index_R: Tensor
+    pairs: Sizes
+    rows: Sizes
+    counts_PSL: Tensor
+    pairs_PS: Tensor
+
+
+class DeduplicatedDispatcher(TokenDispatcher):
+    """A row for each pair of token and rank; see the module."""
+
+    def dispatch_preprocess(
+        self,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        served: int | None = None,
+        capacity: int | None = None,
+    ) -> list[Parcel]:
+        """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        tokens, k = expert_TK.shape
+        sources, local, device = self.ep.size, self.local_experts, x_TD.device
+        choices = sort_by_expert(expert_TK, self.num_experts, kept_TK, served)
+        rank_TK = expert_TK // local
+        if kept_TK is not None:
+            rank_TK = rank_TK.masked_fill(~kept_TK, sources)
+        goes_TS = torch.zeros(tokens, sources + 1, dtype=torch.bool, device=device)
+        goes_ST = goes_TS.scatter_(1, rank_TK, True)[:, :sources].t().contiguous()
+        pairs_sent, rows_sent, pairs_PS, counts_PSL = self._sizes_of_exchange(choices.counts_E, goes_ST)
+        pairs = sum(pairs_sent.send)
+        # By rank, then by token.
+        pair_Q = goes_ST.flatten().logical_not().to(torch.uint8).argsort(stable=True)[:pairs]
+        number_ST = torch.full((sources * tokens,), pairs, dtype=torch.int64, device=device)
+        number_ST[pair_Q] = torch.arange(pairs, device=device)
+        number_ST = number_ST.view(sources, tokens)
+        each = min(k, sources)
+        row_TJ = number_ST.t().sort(dim=1).values[:, :each]
+        copies = Copies(pair_Q % max(1, tokens), row_TJ, complete=pairs == tokens * each)
+        slot_R = choices.slot_S[: sum(rows_sent.send)]
+        rank_R, token_R = rank_TK.reshape(-1)[slot_R], slot_R // k
+        sent_S = goes_ST.sum(1)
+        index_R = number_ST[rank_R, token_R] - (sent_S.cumsum(0) - sent_S)[rank_R]
+        plan = PairPlan(copies, index_R, pairs_sent, rows_sent, counts_PSL, pairs_PS)
+        return [Parcel(spread(x_TD, copies), take_distinct(weight_TK.reshape(-1), slot_R), plan)]
+
+    def _sizes_of_exchange(self, counts_E: Tensor, goes_ST: Tensor) -> tuple[Sizes, Sizes, Tensor, Tensor]:
+        sources, peers, local = self.ep.size, self.etp.size, self.local_experts
+        sent_S = goes_ST.sum(1)
+        known = comm.all_gather_raw(torch.cat([counts_E, sent_S]), self.etp_ep)
+        counts_SPE, pairs_SPS = known.view(sources, peers, -1).split([self.num_experts, sources], dim=2)
+        first = self.ep.index * local
+        counts_PSL = counts_SPE[:, :, first : first + local].transpose(0, 1)
+        pairs_PS = pairs_SPS[:, :, self.ep.index].t()
+        mine = self.etp.index
+        parts = [sent_S, pairs_PS[mine], pairs_PS.sum(1)]
+        parts += [counts_E.view(sources, local).sum(1), counts_PSL[mine].sum(1), counts_PSL.sum((1, 2))]
+        # The one place where the host must know sizes: all of them in one transfer.
+        sizes = torch.cat(parts).tolist()
+        lists, start = [], 0
+        for part in parts:
+            lists.append(sizes[start : start + len(part)])
+            start += len(part)
+        return Sizes(*lists[:3]), Sizes(*lists[3:]), pairs_PS, counts_PSL
+
+    def token_dispatch(self, parcel: Parcel) -> Parcel:
+        """Pairs, and what belongs to each row, to the ep ranks."""
+        plan: PairPlan = parcel.plan
+        x_AD, flight = comm.send_off(parcel.x, plan.pairs.send, plan.pairs.receive, self.ep)
+        weight_A, index_A = exchange_choices(
+            parcel.weight,
+            plan.index_R,
+            lambda packed: self._rows_there(packed, plan),
+            lambda grad: comm.all_to_all_raw(
+                comm.reduce_scatter_uneven_raw(grad, plan.rows.arrived, self.etp),
+                plan.rows.receive,
+                plan.rows.send,
+                self.ep,
+            ),
+        )
+        return Parcel(x_AD, weight_A, (plan, index_A), (flight,))
+
+    def _rows_there(self, packed: Tensor, plan: PairPlan) -> Tensor:
+        arrived = comm.all_to_all_raw(packed, plan.rows.send, plan.rows.receive, self.ep)
+        return comm.all_gather_uneven_raw(arrived, plan.rows.arrived, self.etp)
+
+    def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
+        """Which pair each row reads, by expert."""
+        plan, index_A = parcel.plan
+        x_AD = comm.all_gather_uneven(comm.land(parcel.x, parcel.flights[0]), plan.pairs.arrived, self.etp)
+        rows = sum(plan.rows.arrived)
+        blocks_PS = plan.counts_PSL.sum(2).reshape(-1)
+        pairs_PS = plan.pairs_PS.reshape(-1)
+        start_PS = pairs_PS.cumsum(0) - pairs_PS
+        token_A = index_A + start_PS.repeat_interleave(blocks_PS, output_size=rows)
+        order_M = expert_of_rows(plan.counts_PSL.reshape(len(blocks_PS), -1), rows).argsort(stable=True)
+        weight_M = take_distinct(parcel.weight, order_M)
+        return x_AD, ExpertRows(token_A[order_M], weight_M, plan.counts_PSL.sum((0, 1)), distinct=False)
+
+    def combine_preprocess(self, y_AD: Tensor, plan: tuple[PairPlan, Tensor]) -> Tensor:
+        """Sums the parts of each expert over etp."""
+        return comm.reduce_scatter_uneven(y_AD, plan[0].pairs.arrived, self.etp)
+
+    def token_combine(self, y_AD: Tensor, plan: tuple[PairPlan, Tensor]) -> Return:
+        """One row per pair goes home."""
+        return Return(*comm.send_off(y_AD, plan[0].pairs.receive, plan[0].pairs.send, self.ep))
+
+    def combine_postprocess(self, returns: list[Return], plans: list[tuple[PairPlan, Tensor]]) -> Tensor:
+        """Sums each token's pairs."""
+        return collect(comm.land(*returns[0]), plans[0][0].copies)

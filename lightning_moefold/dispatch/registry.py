@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dispatchers by name."""
+
+from __future__ import annotations
+
+from lightning_moefold.dispatch.allgather import AllGatherDispatcher
+from lightning_moefold.dispatch.alltoall import AllToAllDispatcher
+from lightning_moefold.dispatch.base import ExpertAxes, TokenDispatcher
+from lightning_moefold.dispatch.config import DispatchConfig, choose_dispatcher
+from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
+
+DISPATCHERS: dict[str, type[TokenDispatcher]] = {
+    "alltoall": AllToAllDispatcher,
+    "allgather": AllGatherDispatcher,
+    "deduplicated": DeduplicatedDispatcher,
+}
+
+
+def make_dispatcher(
+    config: DispatchConfig, num_experts: int, top_k: int, axes: ExpertAxes = ExpertAxes()
+) -> TokenDispatcher:
+    """The dispatcher of a layer.
+
+    Args:
+        config: What the user chose.
+        num_experts: E.
+        top_k: k.
+        axes: Over which the experts are spread.
+    """
+    name: str = choose_dispatcher(config, num_experts, top_k, axes.ep.size)
+    if axes.etp_ep.size == 1 and not config.pad_to_capacity:
+        name = "allgather"  # on one rank nothing travels, and experts read the tokens where they are
+    return DISPATCHERS[name](config, num_experts, top_k, axes)
