@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from lightning_moefold import Fold, MoECausalLM
 from lightning_moefold.export import export
+from lightning_moefold.models.config import ConfigError
 from lightning_moefold.modules import RouterOptions
 from lightning_moefold.recipes import FineTuneModule
-from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint
+from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint, verify
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import cover
 from tests.routers import jobs, naive
@@ -154,9 +155,31 @@ def test_biases_and_noise_go_on_under_another_fold(pool: RankPool, checkpoint: P
         for layer, bias in expected.bias.items():
             found = model.moe_layers()[layer].gate.e_score_correction_bias
             torch.testing.assert_close(found, torch.tensor(bias), rtol=1e-6, atol=1e-7)
+    with pytest.raises(ConfigError, match="so there is nothing to compare with; take router"):
+        verify(again, "", 1)
     with pytest.warns(UserWarning, match="will route differently in transformers, whose qwen3_moe does not know"):
         model.save_pretrained(again)
     assert AutoModelForCausalLM.from_pretrained(again) is not None
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_precisions(pool: RankPool, checkpoint: Path, precision: str) -> None:
+    """Biases stay in float32, and 16 bits give about what float32 gives."""
+    row = {**TABLE[0], "router": "deepseek", "aux_loss": "sequence", "z": 0.02, "padding": "right", "recompute": "full"}
+    spec, path = spec_of({**row, "microbatches": 1, "accumulate": 1}), str(checkpoint.parent / "biased")
+    batches = make_batches(2, 1, 5, LENGTH, 96, seed=3, padding="right")
+    plain, narrow = (
+        pool.run(jobs.train, path, "tp2 | ep2", batches, spec | {"precision": p}, ranks=2)
+        for p in ("32-true", precision)
+    )
+    for name in ("losses", "aux_losses", "z_losses"):
+        assert getattr(narrow[0], name) == pytest.approx(getattr(plain[0], name), rel=0.03), name
+        assert getattr(narrow[0], name) == getattr(narrow[1], name)
+    for layer, bias_E in narrow[0].bias.items():
+        assert bias_E.dtype == torch.float32
+        assert torch.equal(bias_E, narrow[1].bias[layer])
+    grads = [assemble(run.grads[0] for run in ranks)["model.layers.0.mlp.gate.weight"] for ranks in (plain, narrow)]
+    assert torch.cosine_similarity(*(grad.float().flatten() for grad in grads), dim=0) > 0.95
 
 
 def test_recipe_takes_router_options(checkpoint: Path) -> None:

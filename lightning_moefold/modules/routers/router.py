@@ -75,7 +75,8 @@ class Router(ParallelModule):
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
         has_bias, has_noise = self.options.bias_update_rate is not None, self.options.input_jitter > 0
-        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts) if has_bias else None)
+        bias = torch.zeros(num_experts, dtype=wide(torch.get_default_dtype())) if has_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
         self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
         self.register_buffer("call", torch.zeros((), dtype=torch.int64) if has_noise else None)
 
