@@ -25,6 +25,7 @@ from lightning_moefold.layout import Family
 _GROUP_AXES = ("tp", "cp", "dp", "ep", "etp", "edp", "dp_cp", "etp_ep", "pp")
 _MESH_AXES = {Family.DENSE: ("dp_cp", "tp"), Family.EXPERT: ("edp", "ep", "etp")}
 _DATA_AXIS = {Family.DENSE: "dp_cp", Family.EXPERT: "edp"}
+_TENSOR_GROUP = {Family.DENSE: "tp", Family.EXPERT: "etp_ep"}
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,20 @@ class FoldedMesh:
         timeout: For the collectives of the groups made here.
         wrap_single: Make a data axis of one rank part of the meshes as well. ``fully_shard`` is what casts parameters
             in mixed precision, so there it wraps even a single rank (and such a group is then created).
+        replicated: Spread nothing over data ranks: the data axes of the meshes hold this rank alone.
 
     Raises:
         RuntimeError: If the fold's world size is not that of the default process group.
     """
 
     def __init__(
-        self, fold: Fold, device_type: str, *, timeout: timedelta | None = None, wrap_single: bool = False
+        self,
+        fold: Fold,
+        device_type: str,
+        *,
+        timeout: timedelta | None = None,
+        wrap_single: bool = False,
+        replicated: bool = False,
     ) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1
         if world != fold.world_size:
@@ -112,7 +120,7 @@ class FoldedMesh:
         first = self.rank // stage * stage
         self._axes["stage"] = self._axis_of("stage", list(range(first, first + stage)))
         self._axes["world"] = self._axis_of("world", list(range(world)))
-        self._meshes = {family: self._make_mesh(family, wrap_single) for family in Family}
+        self._meshes = {family: self._make_mesh(family, wrap_single, replicated) for family in Family}
 
     # ---- axes --------------------------------------------------------------------------------------------------
 
@@ -164,20 +172,23 @@ class FoldedMesh:
 
     # ---- storage meshes ----------------------------------------------------------------------------------------
 
-    def _make_mesh(self, family: Family, wrap_single: bool) -> DeviceMesh | None:
-        forced = _DATA_AXIS[family] if wrap_single and dist.is_initialized() else None
-        axes = [self._axes[name] for name in _MESH_AXES[family] if self._axes[name].size > 1 or name == forced]
+    def _make_mesh(self, family: Family, wrap_single: bool, replicated: bool) -> DeviceMesh | None:
+        data, *tensor = (self._axes[name] for name in _MESH_AXES[family])
+        if replicated:
+            data = Axis(data.name, (self.rank,))
+        wraps = data.size > 1 or (wrap_single and dist.is_initialized())
+        axes = [data] * wraps + [axis for axis in tensor if axis.size > 1]
         if not axes:
             return None
         groups = [axis.group or self._group((self.rank,)) for axis in axes]
         if len(axes) == 1:
             return DeviceMesh.from_group(groups[0], self.device_type, mesh_dim_names=(axes[0].name,))
-        # The axes left out have one rank each, so the others span the ranks of the stage.
-        shape = [axis.size for axis in axes]
+        # The axes left out have one rank each, so the others span the ranks of the stage, or of a replica of the family.
+        ranks = self._axes[_TENSOR_GROUP[family]].ranks if replicated else self.stage.ranks
         return DeviceMesh.from_group(
             groups,
             self.device_type,
-            mesh=torch.tensor(self.stage.ranks).view(shape),
+            mesh=torch.tensor(ranks).view([axis.size for axis in axes]),
             mesh_dim_names=tuple(a.name for a in axes),
         )
 

@@ -51,6 +51,11 @@ class MoEFoldPrecision(Precision):
         self.grad_norm: Tensor | None = None
 
     @property
+    def grad_norm_by_family(self) -> Tensor | None:
+        """Norms of the dense and of the expert family at the latest clipping, before it, ``[2]``; or None."""
+        return None if self.gradient_norm is None else self.gradient_norm.by_family
+
+    @property
     def mixed_dtype(self) -> torch.dtype | None:
         """The dtype in which FSDP2 computes, where it is not the dtype of storage."""
         return torch.bfloat16 if self.precision == "bf16-mixed" else None

@@ -12,24 +12,27 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from lightning.pytorch.trainer.connectors import data_connector
 
-from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.unequal import UnequalCalls
+from lightning_moefold.modules.base import parallel_roots
 
 
 class Predicting(Callback):
-    """Lets ranks call the models a different number of times while the Trainer predicts.
+    """Lets ranks call the models (and blocks) a different number of times while the Trainer predicts.
 
-    The strategy puts it before all other callbacks for the time of ``Trainer.predict``: the calls are unequal from
+    It comes before all other callbacks for the time of ``Trainer.predict``: the calls are unequal from
     ``on_predict_start`` on, and no more when other callbacks reach ``on_predict_epoch_end``, where they may do
     collectives of their own. Lightning passes over all hooks on a rank without any batch; that rank joins in
     :meth:`finish`.
 
     Args:
-        module: The module that predicts.
+        trainer: The Trainer; it has this callback until :meth:`finish`.
+        module: The module that predicts, with its models parallelised.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
-        self._models = [m for m in module.modules() if isinstance(m, MoECausalLM)]
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._trainer = trainer
+        trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
+        self._models = [root for _, root in parallel_roots(module)]
         self._calls: UnequalCalls | None = None
         self._over = not self._models
         self._lenient = ExitStack()
@@ -48,7 +51,8 @@ class Predicting(Callback):
         self._leave(exception)
 
     def finish(self) -> None:
-        """Takes part in the other ranks' calls if Lightning found nothing to do on this one."""
+        """Goes, after taking part in the other ranks' calls if Lightning found nothing to do on this one."""
+        self._trainer.callbacks.remove(self)  # type: ignore[attr-defined]
         if not self._over:
             self._enter()
         self._leave(None)

@@ -158,19 +158,6 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
         )
 
 
-def check_sharding(sharding: str, precision: str, module: nn.Module) -> None:
-    """Mixed precision is FSDP2's, so there must be something for it to wrap.
-
-    Raises:
-        UnsupportedFeature: For mixed precision with replicated weights.
-    """
-    if sharding == "none" and precision == "bf16-mixed" and any(isinstance(m, MoECausalLM) for m in module.modules()):
-        raise UnsupportedFeature(
-            "precision='bf16-mixed' with data_parallel_sharding='none' is not supported, as FSDP2 does the casting; "
-            "use data_parallel_sharding='optimizer', or precision='bf16-true'."
-        )
-
-
 def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
     """Checks what ``configure_optimizers`` returned.
 

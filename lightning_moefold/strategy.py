@@ -8,11 +8,10 @@ import gc
 import logging
 import os
 import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -29,10 +28,9 @@ from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -43,15 +41,12 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_moefold import comm
-from lightning_moefold.checkpoint import CheckpointError
-from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.dispatch.config import DispatcherName, DropPolicy, DropScope
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.expert_kernels import EXPERT_KERNELS, ExpertKernel
@@ -67,20 +62,18 @@ from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.predicting import Predicting
 from lightning_moefold.refusals import (
-    UnsupportedFeature,
     check_blocks,
     check_optimizers,
     check_second_names,
-    check_sharding,
     check_trainer,
 )
 from lightning_moefold.sentences import print_without_traceback
-from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
+from lightning_moefold.shared_checkpoints import SharedCheckpoints
 
 log = logging.getLogger(__name__)
 
 
-class MoEFoldStrategy(ParallelStrategy):
+class MoEFoldStrategy(SharedCheckpoints):
     """Trains MoE language models with attention and experts under different parallel mappings over the same ranks.
 
     Data parallel sizes are derived: ``dp = world / (tp * cp * pp)`` for attention and dense layers and
@@ -109,8 +102,8 @@ class MoEFoldStrategy(ParallelStrategy):
         drop_policy: Which it serves: those of highest probability, ``"probs"``, or the first of the row, ``"position"``.
         drop_scope: Capacity is counted over whole rows, ``"full_sequence"``, the same under every fold, or over the tokens
             of a rank, ``"sub_sequence"``, whose result *depends on the fold*.
-        pad_to_capacity: Send each expert as many rows as it may serve, so that no size depends on the data. Every rank then
-            needs batches of the same shape.
+        pad_to_capacity: In training, send each expert as many rows as it may serve, so that no size depends on the data.
+            Every rank then needs batches of the same shape.
         dispatch_chunks: Parts in which a layer's tokens travel, by expert, so that one part's exchange hides behind
             another's computation; the same bits. For ``"alltoall"``.
         expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, or
@@ -204,7 +197,6 @@ class MoEFoldStrategy(ParallelStrategy):
         self._mesh: FoldedMesh | None = None
         self._converted: weakref.ref[torch.nn.Module] | None = None
         self._own: OwnModules | None = None
-        self._registry: ParameterRegistry | None = None
         self._predicting: Predicting | None = None
         self._watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -263,16 +255,6 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @property
     @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
-    @property
-    @override
-    def lightning_restore_optimizer(self) -> bool:
-        return self._registry is None or not self._registry.sharded
-
-    @property
-    @override
     def precision_plugin(self) -> Precision:
         return self._precision_plugin if self._precision_plugin is not None else MoEFoldPrecision(Precision())
 
@@ -315,7 +297,13 @@ class MoEFoldStrategy(ParallelStrategy):
         if self._mesh is None:
             # FSDP2 casts the parameters in mixed precision, so there even a data axis of one rank is wrapped.
             mixed = self._precision.mixed_dtype is not None
-            self._mesh = FoldedMesh(fold, self.root_device.type, timeout=self._timeout, wrap_single=mixed)
+            self._mesh = FoldedMesh(
+                fold,
+                self.root_device.type,
+                timeout=self._timeout,
+                wrap_single=mixed,
+                replicated=self.data_parallel_sharding == "none",
+            )
 
     def _mesh_of_earlier_trainer(self, fold: Fold) -> FoldedMesh | None:
         """The mesh on which another Trainer has parallelised the module's model, if its fold is ours."""
@@ -362,7 +350,6 @@ class MoEFoldStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
-        check_sharding(self.data_parallel_sharding, self._precision.precision, self.lightning_module)
         self.accelerator.setup(trainer)
         for loop in (
             trainer.validate_loop,
@@ -389,7 +376,7 @@ class MoEFoldStrategy(ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
         if trainer.state.fn == TrainerFn.PREDICTING:
-            self._begin_prediction(trainer)
+            self._predicting = Predicting(trainer, self.lightning_module)
 
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
@@ -424,7 +411,10 @@ class MoEFoldStrategy(ParallelStrategy):
         precision = self._precision
         precision.loss_scale = 1.0 / self.mesh.dp_cp.size
         precision.gradient_sum = GradientSum(self._registry.unfinished_gradients())
-        precision.gradient_norm = GradientNorm(self.mesh.world, self._registry.counts_here, self.root_device)
+        registry = self._registry
+        precision.gradient_norm = GradientNorm(
+            self.mesh.world, registry.counts_here, registry.is_expert, self.root_device
+        )
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -524,13 +514,6 @@ class MoEFoldStrategy(ParallelStrategy):
     def _modules(self) -> list[torch.nn.Module]:
         return list(self.lightning_module.modules()) if self.lightning_module is not None else []
 
-    def _roots(self) -> list[ParallelRoot]:
-        return [] if self.lightning_module is None else [root for _, root in parallel_roots(self.lightning_module)]
-
-    def _release_gathered_weights(self) -> None:
-        for root in self._roots():
-            root.release_gathered_weights()
-
     @override
     def on_validation_end(self) -> None:
         self._release_gathered_weights()
@@ -542,19 +525,6 @@ class MoEFoldStrategy(ParallelStrategy):
     @override
     def on_predict_end(self) -> None:
         self._release_gathered_weights()
-
-    def _begin_prediction(self, trainer: pl.Trainer) -> None:
-        assert self.lightning_module is not None
-        self._predicting = Predicting(self.lightning_module)
-        trainer.callbacks.insert(0, self._predicting)  # type: ignore[attr-defined]
-
-    def _end_prediction(self) -> None:
-        if self._predicting is None:
-            return
-        assert self.lightning_module is not None
-        predicting, self._predicting = self._predicting, None
-        self.lightning_module.trainer.callbacks.remove(predicting)  # type: ignore[attr-defined]
-        predicting.finish()
 
     # ---- communication -----------------------------------------------------------------------------------------
 
@@ -593,74 +563,7 @@ class MoEFoldStrategy(ParallelStrategy):
         value = comm.all_reduce_raw(torch.tensor(int(decision), device=self.root_device), self.mesh.world)
         return bool(value == self.mesh.world.size) if all else bool(value)
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------
-
-    @property
-    def _sharded(self) -> bool:
-        return self._registry is not None and self._registry.sharded
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        self._release_gathered_weights()
-        return super().lightning_module_state_dict()
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if not self._sharded:
-            return super().optimizer_state(optimizer)
-        assert self._registry is not None
-        return optimizer_state(optimizer, self._registry)
-
-    @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
-    ) -> None:
-        if self._registry is None:  # a callback that saves on exceptions, refused by setup() for just that
-            rank_zero_warn(f"{filepath} is not saved, because the set-up of the strategy has not finished.")
-            return
-        if not self._sharded:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        if storage_options is not None:
-            raise TypeError("MoEFoldStrategy writes checkpoints itself and takes no storage_options; leave them out.")
-        assert self._registry is not None
-        save_training_state(self.broadcast(filepath), checkpoint, self._registry)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(checkpoint_path))
-        if not self._sharded:
-            if path.is_dir():
-                raise UnsupportedFeature(f"{path} was saved by a model with MoE layers; this module has none.")
-            return super().load_checkpoint(path, weights_only)
-        if path.is_file():
-            raise UnsupportedFeature(
-                f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
-                "Face format and start from that."
-            )
-        assert self._registry is not None
-        assert self.lightning_module is not None
-        error: Exception | None = None
-        meta: dict[str, Any] = {}
-        try:
-            meta = load_meta(path)
-        except CheckpointError as failure:
-            error = failure
-        comm.agree_on_error(error, self.mesh.world)
-        self._release_gathered_weights()
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        load_training_state(path, meta, self._registry, self.lightning_module, self.optimizers if fitting else [])
-        return meta
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if not self._sharded:
-            super().load_model_state_dict(checkpoint, strict)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if not self._sharded:
-            super().load_optimizer_state_dict(checkpoint)
+    # ---- the end -----------------------------------------------------------------------------------------------
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -668,7 +571,9 @@ class MoEFoldStrategy(ParallelStrategy):
 
     @override
     def teardown(self) -> None:
-        self._end_prediction()
+        if self._predicting is not None:
+            predicting, self._predicting = self._predicting, None
+            predicting.finish()
         # Unlike the base class: sharded parameters stay where they are.
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()

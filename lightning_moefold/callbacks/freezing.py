@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of a training step that frozen parameters make unnecessary. Pure Python.
+"""Products of a training step that frozen parameters spare, and those that recomputation makes twice. Pure Python.
 
 Each weight takes part in three products: forward, and in backward the gradients of its input and of itself. A frozen
 weight needs no gradient of itself. The gradient of an input is needed only where something trains before it on a
-token's way; below, *moving* says that the input depends on such a parameter.
+token's way; below, *moving* says that the input depends on such a parameter. What is recomputed in backward is made once more
+where there is a backward: where its output moves.
 """
 
 from __future__ import annotations
@@ -13,27 +14,31 @@ from collections.abc import Collection
 
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.names import parameter_entries
+from lightning_moefold.modules.recompute import Recompute
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Savings:
-    """What is left out of the three times forward that training everything costs.
+    """By how much the products that are made differ from the three times forward of model FLOPs.
 
     Args:
         config: Of the model.
         frozen: Names of its frozen parameters.
+        recompute: What the decoder layers make again in backward.
 
     Attributes:
-        weights: FLOPs per token saved on products with weights.
+        weights: FLOPs per token saved on products with weights, less those made twice.
         still_attention: Layers whose queries, keys and values need no gradient.
+        repeated_attention: Layers whose scores and values are made twice.
     """
 
-    def __init__(self, config: MoEConfig, frozen: Collection[str]) -> None:
-        self.config, self.frozen = config, frozenset(frozen)
+    def __init__(self, config: MoEConfig, frozen: Collection[str], recompute: Recompute | None = None) -> None:
+        self.config, self.frozen, self.recompute = config, frozenset(frozen), recompute
         self.weights = 0.0
         self.still_attention: list[int] = []
-        if self.frozen:
+        self.repeated_attention: list[int] = []
+        if self.frozen or recompute is not None:
             self._shapes = {name: entry.shape for name, entry in parameter_entries(config).items()}
             self._trainable: dict[str, list[str]] = defaultdict(list)  # by layer: models are long
             for name in self._shapes.keys() - self.frozen:
@@ -41,17 +46,26 @@ class Savings:
             self._walk()
 
     def per_token(self, sequence_length: int) -> float:
-        """FLOPs saved on one token of a row of ``sequence_length``."""
+        """FLOPs saved on one token of a row of ``sequence_length``; negative where more are made twice."""
         width = self.config.num_attention_heads * self.config.head_dim
-        keys = sum(self.config.attended_keys(index, sequence_length) for index in self.still_attention)
-        return self.weights + 2 * 2 * 2 * width * keys  # two products each for scores and values
+        still, repeated = (
+            sum(self.config.attended_keys(index, sequence_length) for index in layers)
+            for layers in (self.still_attention, self.repeated_attention)
+        )
+        # For scores and for values, backward makes two products each, and forward one.
+        return self.weights + 2 * 2 * width * (2 * still - repeated)
 
     def _walk(self) -> None:
         """A token's way through the model."""
         moving = self._trains(_EMBEDDING)
         for index in range(self.config.num_hidden_layers):
             moving = self._attention(index, moving)
+            attended = moving
             moving = self._feed_forward(index, moving)
+            if self.recompute == "full" and moving:
+                self._repeat(index, "self_attn.", "mlp.")
+            elif self.recompute == "selective" and attended:
+                self._repeat(index, "self_attn.")
         head = _EMBEDDING if self.config.tie_word_embeddings else _HEAD
         self._multiply(head, moving or self._trains("model.norm."))
 
@@ -61,12 +75,23 @@ class Savings:
 
     def _multiply(self, name: str, moving: bool) -> None:
         """Adds what one weight saves."""
+        self.weights += self._product(name) * ((name in self.frozen) + (not moving))
+
+    def _product(self, name: str) -> float:
+        """FLOPs of a token's product with one weight."""
         weights = 1.0
         for length in self._shapes[name]:
             weights *= length
         if ".mlp.experts." in name:
             weights *= self.config.num_experts_per_tok / self.config.num_experts
-        self.weights += 2 * weights * ((name in self.frozen) + (not moving))
+        return 2 * weights
+
+    def _repeat(self, index: int, *parts: str) -> None:
+        """Takes off what parts of a layer, attention among them, make a second time."""
+        prefixes = tuple(f"model.layers.{index}.{part}" for part in parts)
+        matrices = (n for n, shape in self._shapes.items() if n.startswith(prefixes) and len(shape) > 1)
+        self.weights -= sum(map(self._product, matrices))
+        self.repeated_attention.append(index)
 
     def _attention(self, index: int, moving: bool) -> bool:
         """Adds what a layer's attention saves; whether its output moves."""
@@ -93,10 +118,13 @@ class Savings:
         else:
             blocks = [f"{layer}mlp."]
         for block in blocks:
-            tail = "" if block.endswith("experts.") else ".weight"
-            inner = (f"{block}gate_proj", f"{block}up_proj")
+            routed = block.endswith("experts.")
+            tail = "" if routed else ".weight"
+            inner = [f"{block}gate_proj", f"{block}up_proj"]
             for name in inner:
                 self._multiply(name + tail, moving)
+            if routed:  # its weights are multiplied in before the last product
+                inner.append(f"{layer}mlp.gate.")
             self._multiply(f"{block}down_proj{tail}", moving or self._trains(*inner))
         return moving or self._trains(f"{layer}mlp.")
 

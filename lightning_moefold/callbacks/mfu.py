@@ -44,9 +44,10 @@ class MFUMonitor(pl.Callback):
 
     Logged at log steps: ``train/mfu`` (0..1), ``train/tokens_per_second``, ``train/tokens_per_second_per_device``,
     ``train/tflops_per_device`` (model TFLOP/s), ``train/step_time`` (seconds), memory of the fullest rank in units of
-    10^9 bytes (below), and ``train/grad_norm`` (before clipping) where the strategy clips gradients. ``train/hfu``, hardware
-    FLOPs utilisation, is logged where it is not the MFU: when frozen parameters spare products. What cannot be known is
-    not logged: MFU without a peak or without model FLOPs, tokens without ``input_ids``.
+    10^9 bytes (below), and ``train/grad_norm`` (before clipping; ``_dense`` and ``_expert`` of each family) where the
+    strategy clips gradients. ``train/hfu``, hardware
+    FLOPs utilisation, is logged where it is not the MFU: when frozen parameters spare products, or some are recomputed. What
+    cannot be known is not logged: MFU without a peak or without model FLOPs, tokens without ``input_ids``.
 
     ``train/memory_allocated_gb`` is what tensors hold at the log step, ``train/memory_peak_gb`` the most they have ever
     held, ``train/memory_reserved_gb`` what torch's allocator has taken from the GPU. On CPU the first two are the
@@ -59,11 +60,12 @@ class MFUMonitor(pl.Callback):
 
     Model FLOPs are three times those of forward for the experts a token visits and causal attention at the rows'
     length; frozen parameters do not change them. Hardware FLOPs leave out the gradients that frozen parameters make
-    unnecessary (and would count what is computed a second time). The peak is the dense one of the
+    unnecessary, and count what is recomputed in backward. The peak is the dense one of the
     device for the Trainer's precision, times the ranks. On CPU there is no datasheet: a matrix product in the same
     dtype is measured at the start of training, on all ranks at the same time.
 
-    There is one collective at the start of training, one at each log step (a few numbers per rank), and none per batch.
+    There is one collective at the start of training, one at each log step (a few numbers per rank), and none per batch;
+    with pipeline stages one more at the start and where parameters have been frozen or unfrozen since.
 
     Args:
         log_every_n_steps: Optimizer steps between logs; the Trainer's if not given. Figures of a step at which the
@@ -122,6 +124,7 @@ class MFUMonitor(pl.Callback):
         self._work = WorkModel(pl_module, self.token_count_fn, self.count_padding)
         self._schedule.start(trainer)
         self.peak = self._total_peak(trainer)
+        self._work.share_frozen(self._axis)
         self._stopwatch = Stopwatch(self._make_clock(trainer.strategy.root_device))
 
     def _make_clock(self, device: torch.device) -> Clock:
@@ -195,17 +198,27 @@ class MFUMonitor(pl.Callback):
             mine_1K = torch.tensor([row], dtype=torch.float64, device=self._device)
             table_WK = comm.all_gather_raw(mine_1K, self._axis).cpu()
             figures = summarize(table_WK, _data_share(trainer), len(self._steps), self.peak)
-        norm = getattr(trainer.precision_plugin, "grad_norm", None)
+            if table_WK[:, -1].any():  # on a pipeline stage; known to all ranks from the next log step on
+                figures.pop("train/hfu", None)
+                self._work.share_frozen(self._axis)
+        precision: Any = trainer.precision_plugin
+        norm = getattr(precision, "grad_norm", None)
         if isinstance(norm, Tensor):
-            figures["train/grad_norm"] = float(norm)
+            dense, expert = precision.grad_norm_by_family.tolist()
+            figures |= {
+                "train/grad_norm": float(norm),
+                "train/grad_norm_dense": dense,
+                "train/grad_norm_expert": expert,
+            }
         return figures
 
     def _measure(self, device: torch.device) -> list[float]:
-        """This rank's row: seconds, tokens and FLOPs of the steps of the window, and bytes of memory."""
+        """This rank's row: seconds, tokens and FLOPs of the steps of the window, bytes of memory, news of freezing."""
         assert self._stopwatch is not None
         seconds = self._stopwatch.clock.seconds([span for step in self._steps for span in step.spans])
         work = self._work.count(batch for step in self._steps for batch in step.batches)
-        return [seconds, work.tokens, work.flops, work.hardware_flops, *astuple(read_memory(device))]
+        news = float(self._work.frozen_has_changed)
+        return [seconds, work.tokens, work.flops, work.hardware_flops, *astuple(read_memory(device)), news]
 
     def _total_peak(self, trainer: pl.Trainer) -> float:
         """Sum of the ranks' peaks in FLOP/s, NaN if one is not known. Collective."""
@@ -243,7 +256,7 @@ def summarize(table_WK: Tensor, data_share: float, steps: int, peak: float) -> d
 
     Args:
         table_WK: Seconds, tokens, model FLOPs, hardware FLOPs, and bytes allocated, reserved and at the peak, of each
-            rank; NaN where not known.
+            rank; NaN where not known. More columns are of no concern here.
         data_share: Replicas of the data per rank: what several ranks read together counts once.
         steps: Optimizer steps that the rows cover.
         peak: Of all ranks together in FLOP/s; NaN if not known.
@@ -254,7 +267,7 @@ def summarize(table_WK: Tensor, data_share: float, steps: int, peak: float) -> d
     world = table_WK.shape[0]
     seconds = float(table_WK[:, 0].max())
     tokens, flops, hardware_flops = (table_WK[:, 1:4].sum(0) * data_share).tolist()
-    allocated, reserved, peak_bytes = (table_WK[:, 4:].amax(0) / 1e9).tolist()
+    allocated, reserved, peak_bytes = (table_WK[:, 4:7].amax(0) / 1e9).tolist()
     rate = 1 / seconds if seconds > 0 else UNKNOWN
     figures = {
         "train/mfu": flops * rate / peak,

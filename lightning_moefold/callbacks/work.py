@@ -3,8 +3,8 @@
 
 Model FLOPs are those of forward and backward (three times forward: backward makes two products for each one of
 forward), without anything recomputed, as in PaLM (arXiv 2204.02311, appendix B). Only the experts a token visits count.
-Hardware FLOPs are those of the products that are really made: without the gradients that frozen parameters spare; what
-is made a second time would count here.
+Hardware FLOPs are those of the products that are really made: without the gradients that frozen parameters spare, and
+with what is recomputed in backward.
 
 Legend: B rows of a batch.
 """
@@ -18,10 +18,13 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold.callbacks.freezing import Savings
+from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules.recompute import Recompute
 
 BACKWARD_AND_FORWARD = 3
 UNKNOWN = float("nan")
@@ -107,6 +110,9 @@ class WorkModel:
         models = [m for m in module.modules() if isinstance(m, MoECausalLM)]
         self._model = models[0] if len(models) == 1 else None
         self._stated = getattr(module, "flops_per_token", None)
+        #: Frozen parameters of this rank as the others know them, where there are pipeline stages; and those of all.
+        self._shared: frozenset[str] | None = None
+        self._elsewhere: frozenset[str] = frozenset()
         # Asked once: a look-up that fails is slow in a Module.
         self._states_flops = getattr(module, "flops_per_batch", None) is not None
         # Cached: the sum over layers is asked for again with every batch.
@@ -144,14 +150,30 @@ class WorkModel:
                 hardware += rows * length * per_token[1]
         return Work(tokens, flops, hardware)
 
+    def share_frozen(self, world: Axis) -> None:
+        """Learns which parameters on other pipeline stages are frozen. Collective where the model has stages."""
+        if self._model is None or self._model.pipeline is None:
+            return
+        found: list[Any] = [None] * world.size
+        dist.all_gather_object(found, self._frozen_here(), group=world.group)
+        self._shared, self._elsewhere = found[world.index], frozenset().union(*found)
+
+    @property
+    def frozen_has_changed(self) -> bool:
+        """Whether this rank has frozen or unfrozen anything that other stages do not know of."""
+        return self._shared is not None and self._shared != self._frozen_here()
+
     def _frozen(self) -> frozenset[str]:
+        return self._elsewhere | self._frozen_here()
+
+    def _frozen_here(self) -> frozenset[str]:
         if self._model is None:
             return frozenset()
         return frozenset(name for name, p in self._model.named_parameters() if not p.requires_grad)
 
-    def _savings_of(self, frozen: frozenset[str]) -> Savings:
+    def _savings_of(self, frozen: frozenset[str], recompute: Recompute | None) -> Savings:
         assert self._model is not None
-        return Savings(self._model.config, frozen)
+        return Savings(self._model.config, frozen, recompute)
 
     def _flops_per_token(self, length: int, frozen: frozenset[str]) -> tuple[float, float]:
         """Model and hardware FLOPs of a token in a row of ``length``."""
@@ -162,4 +184,5 @@ class WorkModel:
             return UNKNOWN, UNKNOWN
         config = self._model.config
         flops = BACKWARD_AND_FORWARD * config.forward_flops_per_token(length)
-        return flops, flops - self._savings(frozen).per_token(length)
+        recompute = next(iter(self._model.model.layers.values())).recompute  # the strategy sets it for all layers
+        return flops, flops - self._savings(frozen, recompute).per_token(length)

@@ -102,8 +102,7 @@ class AllToAllDispatcher(TokenDispatcher):
     ) -> list[Parcel]:
         """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
         choices = sort_by_expert(expert_TK, self.num_experts, kept_TK, served, self._places(x_TD.device))
-        if self.config.pad_to_capacity:
-            assert capacity is not None, "who pads says how far"
+        if capacity is not None:
             return self._padded(choices, x_TD, weight_TK, capacity)
         sizes, counts = self._sizes_of_exchange(choices)
         plans, copies = self._plans(choices, sizes, counts, x_TD.shape[0])

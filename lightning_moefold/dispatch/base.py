@@ -134,8 +134,8 @@ class TokenDispatcher(ABC):
             expert_TK: Experts of each token, int64.
             kept_TK: False for choices that nobody serves: of padding, or dropped; ``[T, K]`` or ``[T, 1]``.
             served: How many are served, where the caller knows.
-            capacity: With ``pad_to_capacity``, rows that an expert may serve of a rank's tokens at most: the same on all
-                ranks that share experts.
+            capacity: To pad to it, the rows that an expert may serve of a rank's tokens at most: the same on all ranks
+                that share experts. None to send what there is.
 
         Returns:
             The parcels, one for each chunk of experts.

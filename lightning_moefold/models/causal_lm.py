@@ -145,14 +145,11 @@ class MoECausalLM(ParallelRoot):
 
     Args:
         config: The model's configuration.
-
-    Attributes:
-        unequal: The context of unequal calls that is open, if one is.
     """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.hidden_size = config, config.hidden_size
         self.model = Decoder(config)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, tied)
@@ -165,7 +162,6 @@ class MoECausalLM(ParallelRoot):
         }
         self.source: WeightSource | None = None
         self.weights_pending = False
-        self.unequal: UnequalCalls | None = None
         biased = config.router.bias_update_rate is not None  # instead of the loss
         if config.router_aux_loss_coef > 0 and not config.wants_aux_loss and config.num_moe_layers and not biased:
             warnings.warn(
@@ -385,6 +381,11 @@ class MoECausalLM(ParallelRoot):
         ):  # fmt: skip
             loss = loss if term is None else loss + coefficient * term
         return CausalLMOutput(loss, losses.lm, losses.aux, logits, losses.z)
+
+    def stand_in(self) -> None:
+        """Takes part in a call of ranks that have data, with rows in which nothing counts. Collective."""
+        token_M1 = torch.zeros(self.num_microbatches, 1, dtype=torch.int64, device=next(self.parameters()).device)
+        self(token_M1, labels=torch.full_like(token_M1, -100), attention_mask=torch.zeros_like(token_M1))
 
     def unequal_calls(self) -> AbstractContextManager[Any]:
         """A context in which ranks may call this model a different number of times, without gradients.

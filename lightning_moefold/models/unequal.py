@@ -4,7 +4,8 @@
 A forward pass is collective, so a rank with nothing left to compute would leave its peers waiting. Inside
 :class:`UnequalCalls` every call begins with one small all-reduce in which each rank says which model it is about to call.
 A rank that has left takes part in the calls of the others with a *stand-in*, a batch in which no token is labelled,
-counted or sent to an expert, until nobody calls any more. So code around the calls runs for real data only.
+counted or sent to an expert (a block in a network of the user's own: no row), until nobody calls any more. So code around
+the calls runs for real data only.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models.batch import BatchError
 
 if TYPE_CHECKING:
-    from lightning_moefold.models.causal_lm import MoECausalLM
+    from lightning_moefold.modules.base import ParallelRoot
 
 
 class UnequalCalls:
@@ -37,10 +38,11 @@ class UnequalCalls:
     :class:`~.comm.PeerError` at their next call, unless the error came from the middle of a call, when they are inside it too.
 
     Args:
-        models: Parallelised over the same mesh; all that are called inside, in the same order on every rank.
+        models: Language models, or blocks in a network of the user's own, parallelised over the same mesh; all that are
+            called inside, in the same order on every rank.
     """
 
-    def __init__(self, models: Sequence[MoECausalLM]) -> None:
+    def __init__(self, models: Sequence[ParallelRoot]) -> None:
         self._models = list(models)
         mesh = self._models[0].mesh
         self._world = SINGLE if mesh is None else mesh.world
@@ -109,18 +111,16 @@ class UnequalCalls:
         return next((i for i, count in enumerate(callers) if count), None)
 
     def _stand_in(self, index: int) -> None:
-        """Takes part in a call of the others with rows in which nothing counts."""
-        model = self._models[index]
-        token_M1 = torch.zeros(model.num_microbatches, 1, dtype=torch.int64, device=_device(model))
+        """Takes part in a call of the others."""
         self._standing_in = True
         try:
             with torch.no_grad():
-                model(token_M1, labels=torch.full_like(token_M1, -100), attention_mask=torch.zeros_like(token_M1))
+                self._models[index].stand_in()
         except BatchError as error:  # about the data of the rank whose call it is, which may go on after it
             self._heard = error
         finally:
             self._standing_in = self._inside_call = False
 
 
-def _device(model: MoECausalLM) -> torch.device:
+def _device(model: ParallelRoot) -> torch.device:
     return next(model.parameters()).device

@@ -70,7 +70,7 @@ class Attention(ParallelRoot):
             raise ValueError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}; use a divisor of it.")
         if sliding_window is not None and not causal:
             raise ValueError(f"sliding_window={sliding_window} needs causal=True; leave the window out.")
-        self.causal = causal
+        self.hidden_size, self.causal = hidden_size, causal
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim = head_dim or hidden_size // num_heads
         self.sliding_window, self.rope_theta = sliding_window, rope_theta

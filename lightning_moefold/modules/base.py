@@ -65,10 +65,14 @@ class ParallelRoot(ParallelModule):
         sharding: How the strategy parallelised it, for whoever would do it again.
         layouts: Where the pieces of each parameter and stored buffer lie, by name relative to the root.
         compute_dtype: The dtype in which it computes where that is not the dtype of storage (``bf16-mixed``).
+        hidden_size: D, what it takes and returns for each token.
+        unequal: The context of unequal calls that is open, if one is.
     """
 
     sharding: Any = None
     compute_dtype: torch.dtype | None = None
+    hidden_size: int
+    unequal: Any = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,6 +90,11 @@ class ParallelRoot(ParallelModule):
             for name, buffer in module.named_buffers(recurse=False)
             if name not in module._non_persistent_buffers_set
         ]
+
+    def stand_in(self) -> None:
+        """Takes part in a call of ranks that have data, without any. Collective."""
+        parameter = next(self.parameters())
+        self(torch.empty(0, 1, self.hidden_size, dtype=parameter.dtype, device=parameter.device))
 
     def release_gathered_weights(self) -> None:
         """Lets go of weights that a forward pass gathered, so that ``named_parameters`` gives this rank's pieces."""

@@ -37,6 +37,7 @@ class DecoderLayer(ParallelRoot):
         self, hidden_size: int, attention: Attention, mlp: MoELayer | GatedMLP, norm_eps: float = 1e-6
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.input_layernorm = RMSNorm(hidden_size, norm_eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)

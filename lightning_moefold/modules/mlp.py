@@ -34,7 +34,7 @@ class GatedMLP(ParallelRoot):
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str = "silu") -> None:
         super().__init__()
-        self.ffn_hidden_size = ffn_hidden_size
+        self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.activation = ACTIVATIONS[activation]
         self.gate_proj = Linear(hidden_size, ffn_hidden_size)
         self.up_proj = Linear(hidden_size, ffn_hidden_size)

@@ -78,7 +78,7 @@ class MoELayer(ParallelRoot):
             raise ValueError(
                 "a MoELayer needs either ffn_hidden_size, for gated experts, or expert, which makes one; give one."
             )
-        self.num_experts, self.top_k = num_experts, top_k
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
         make = router if callable(router) else partial(make_router, router)
         self.gate = make(hidden_size, num_experts, top_k)
         self.experts: RoutedExperts
@@ -200,9 +200,12 @@ class MoELayer(ParallelRoot):
         return shared_TD
 
     def _padded_capacity(self, tokens: int, batch: SequenceBatch) -> int | None:
-        """Rows that an expert may serve of a rank's tokens at most, from shapes alone."""
+        """Rows that an expert may serve of a rank's tokens at most, from shapes alone; None to send what there is.
+
+        Without gradients ranks may have batches of different shapes, or none (:class:`~.models.unequal.UnequalCalls`).
+        """
         config = self.dispatcher.config
-        if not config.pad_to_capacity:
+        if not config.pad_to_capacity or not torch.is_grad_enabled():
             return None
         if config.drop_scope == "sub_sequence":
             return config.capacity(tokens, self.top_k, self.num_experts)

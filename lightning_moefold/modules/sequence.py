@@ -124,7 +124,7 @@ class SequenceBatch:
         """The row number and the position in its row of each of this rank's tokens, ``[T]`` int64 each."""
         if self._token_places is None:
             numbers = self.row_numbers
-            row_B = torch.arange(numbers.start, numbers.stop, numbers.step, device=device)
+            row_B = numbers.start + numbers.step * torch.arange(len(numbers), device=device)
             row_N, position_N = row_B.repeat_interleave(self.length), self.layout.positions(device).repeat(self.rows)
             self._token_places = self.shard(row_N), self.shard(position_N)
         return self._token_places

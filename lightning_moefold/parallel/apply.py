@@ -39,7 +39,8 @@ class Sharding:
 
     Args:
         mode: ``"optimizer"`` shards and keeps gathered weights between forward and backward, ``"full"`` lets go of
-            them, ``"none"`` replicates (gradients are then summed like those of a user's own modules).
+            them, ``"none"`` replicates (gradients are then summed like those of a user's own modules; where
+            ``fully_shard`` casts, it wraps each rank alone, on a mesh made with ``replicated``).
         mixed_dtype: Compute in this dtype and reduce gradients in float32; None to compute as stored.
     """
 
@@ -48,7 +49,7 @@ class Sharding:
 
     def data_mesh(self, mesh: FoldedMesh, family: Family) -> DeviceMesh | None:
         """The mesh over which ``fully_shard`` cuts a family; None where it does not wrap."""
-        return None if self.mode == "none" else mesh.data_mesh(family)
+        return None if self.mode == "none" and self.mixed_dtype is None else mesh.data_mesh(family)
 
     def policy(self, storage: torch.dtype, *, cast: bool = True) -> MixedPrecisionPolicy:
         """FSDP2's policy; gradients of 16-bit weights are reduced in float32."""
@@ -120,7 +121,7 @@ def _collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPla
 
 def _layout(shape: tuple[int, ...], plan: ParameterPlan, mesh: FoldedMesh, sharding: Sharding) -> ParameterLayout:
     layout = ParameterLayout(shape, plan)
-    if sharding.data_mesh(mesh, plan.family) is None:
+    if sharding.mode == "none" or sharding.data_mesh(mesh, plan.family) is None:
         return layout
     sizes = layout.tensor_box(mesh.place).sizes
     return replace(layout, data_dim=_data_dim(sizes, plan.family, mesh.fold.size(layout.data_axis)))

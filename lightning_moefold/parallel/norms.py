@@ -19,23 +19,37 @@ class GradientNorm:
     Args:
         world: All ranks.
         counts_here: Whether this rank is the one that counts a parameter's piece (replicas count once).
+        is_expert: Whether a parameter is of the EXPERT family.
         device: Where to reduce.
+
+    Attributes:
+        by_family: Norms of the dense and of the expert family when the total was last taken, ``[2]``; else None.
     """
 
-    def __init__(self, world: Axis, counts_here: Callable[[nn.Parameter], bool], device: torch.device) -> None:
-        self.world, self.counts_here, self.device = world, counts_here, device
+    def __init__(
+        self,
+        world: Axis,
+        counts_here: Callable[[nn.Parameter], bool],
+        is_expert: Callable[[nn.Parameter], bool],
+        device: torch.device,
+    ) -> None:
+        self.world, self.counts_here, self.is_expert, self.device = world, counts_here, is_expert, device
+        self.by_family: Tensor | None = None
 
     @torch.no_grad()
     def total(self, parameters: list[nn.Parameter]) -> Tensor:
         """L2 norm over all ranks, the same bits on each; a scalar in float64. Collective."""
-        owned = [local_part(p.grad) for p in parameters if p.grad is not None and self.counts_here(p)]
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        if owned:
-            for dtype in {g.dtype for g in owned}:
+        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
+        owned = [p for p in parameters if p.grad is not None and self.counts_here(p)]
+        for family in (0, 1):
+            grads = [local_part(p.grad) for p in owned if p.grad is not None and self.is_expert(p) == family]
+            for dtype in {g.dtype for g in grads}:
                 wide = torch.promote_types(dtype, torch.float32)
-                norms = torch._foreach_norm([g for g in owned if g.dtype == dtype], 2, dtype=wide)
-                square += torch.stack([n.double() for n in norms]).square().sum()
-        return comm.all_reduce_raw(square, self.world).sqrt()
+                norms = torch._foreach_norm([g for g in grads if g.dtype == dtype], 2, dtype=wide)
+                squares[family] += torch.stack([n.double() for n in norms]).square().sum()
+        comm.all_reduce_raw(squares, self.world)
+        self.by_family = squares.sqrt()
+        return squares.sum().sqrt()
 
     @torch.no_grad()
     def clip(self, parameters: list[nn.Parameter], max_norm: float) -> Tensor:

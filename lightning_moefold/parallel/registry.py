@@ -67,6 +67,11 @@ class ParameterRegistry:
         name = self.names.get(id(parameter))
         return self.mesh.rank == 0 if name is None else self.owns(name)
 
+    def is_expert(self, parameter: nn.Parameter) -> bool:
+        """Whether the parameter is of the EXPERT family; the user's own are dense."""
+        layout = self.layouts.get(self.names.get(id(parameter), ""))
+        return layout is not None and layout.plan.family is Family.EXPERT
+
     def unfinished_gradients(self) -> Iterator[tuple[nn.Parameter, Axis]]:
         """Parameters whose gradients FSDP2 does not finish, as :class:`~.gradients.GradientSum` takes them."""
         for name, parameter in self._parameters.items():

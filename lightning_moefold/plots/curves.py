@@ -51,7 +51,7 @@ def draw_loss(run: Run) -> Any:
     if main:
         _draw_losses(panels[0], run, training, validation)
     for name in auxiliary:
-        draw_versions(panels[-1], run.having(name), name)
+        draw_versions(panels[-1], run, name, name)
     if auxiliary:
         finish(panels[-1], "auxiliary loss")
     panels[-1].set(xlabel=STEP)
@@ -68,7 +68,7 @@ def _draw_losses(axes: Any, run: Run, training: Sequence[str], validation: Seque
             (series,) = found.values()
             draw_series(axes, series, name, COLORS[index % len(COLORS)])
         else:
-            draw_versions(axes, found, name, dashed=name in validation)
+            draw_versions(axes, run, name, name, dashed=name in validation)
     finish(axes, "loss (cross-entropy: nats per token)")
     _cut_top(axes, shown)
 
@@ -99,9 +99,9 @@ def draw_speed(run: Run) -> Any:
     for axes, (name, label, unit, scale) in zip(panels, rows, strict=True):
         found = run.having(name)
         both = name == "train/mfu" and bool(run.having("train/hfu"))
-        draw_versions(axes, found, "MFU" if both else "", scale)
+        draw_versions(axes, run, name, "MFU" if both else "", scale)
         if both:
-            draw_versions(axes, run.having("train/hfu"), "HFU", scale, dashed=True)
+            draw_versions(axes, run, "train/hfu", "HFU", scale, dashed=True)
         typical = float(np.median(list(found.values())[-1].values)) * scale
         axes.axhline(typical, color="0.5", linewidth=0.9, linestyle=":")
         figure_text = f"{typical:,.3g}" if typical < 1000 else f"{typical:,.0f}"
@@ -120,7 +120,7 @@ def draw_memory(run: Run) -> Any:
         rows = [(rows[-1][0], "resident")]
     figure, (axes,) = make_figure(f"Memory of the fullest rank: {run.title}", [3.6])
     if len(run.versions) > 1:  # of each one figure, or there are too many lines
-        draw_versions(axes, run.having(rows[0][0]), rows[0][1])
+        draw_versions(axes, run, rows[0][0], rows[0][1])
         rows = []
     for index, (name, label) in enumerate(rows):
         (series,) = run.having(name).values()

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.figures import COLORS
-from lightning_moefold.plots.read import Series
+from lightning_moefold.plots.read import Run, Series
 
 LONG = 150
 """From so many points on, a line is smoothed over its pale raw points."""
@@ -47,12 +46,12 @@ def draw_series(axes: Any, series: Series, label: str, color: str, scale: float 
         axes.plot(series.steps, values, style, color=color, linewidth=1.6, markersize=3.5, marker=marker, label=label)
 
 
-def draw_versions(axes: Any, found: Mapping[str, Series], name: str, scale: float = 1.0, dashed: bool = False) -> None:
-    """A metric of every version, the newest in the first color."""
-    newest_first = list(found.items())[::-1]
-    for index, (version, series) in reversed(list(enumerate(newest_first))):
-        label = f"{name} ({version})" if len(found) > 1 and name else version if len(found) > 1 else name
-        draw_series(axes, series, label, COLORS[index % len(COLORS)], scale, dashed)
+def draw_versions(axes: Any, run: Run, metric: str, name: str, scale: float = 1.0, dashed: bool = False) -> None:
+    """A metric of every version that has it; each version has its color whatever the metric, the newest the first."""
+    newest_first = list(run.versions)[::-1]
+    for version, series in run.having(metric).items():
+        label = name if len(newest_first) == 1 else f"{name} ({version})" if name else version
+        draw_series(axes, series, label, COLORS[newest_first.index(version) % len(COLORS)], scale, dashed)
 
 
 def finish(axes: Any, ylabel: str, *, zero: bool = False) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The expert load of a run.
 
-Legend: N intervals, L MoE layers, E experts.
+Legend: N intervals, L MoE layers, E experts, R rows of a picture.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from lightning_moefold.plots.read import RecordedLoad, Run
 
 FEW_LAYERS = 8
 """Up to so many are drawn as lines."""
+MOST_EXPERTS = 256
+"""So many have a row each in the picture over time, if those of one layer are not more."""
 
 
 def imbalance(load: RecordedLoad) -> NDArray[np.float64]:
@@ -26,24 +28,64 @@ def imbalance(load: RecordedLoad) -> NDArray[np.float64]:
 
 
 def draw_expert_load(run: Run) -> Any:
-    """Load of every expert in the latest interval, and how uneven each layer has been over the run."""
+    """Load of every expert, in the latest interval and over the run, and how uneven each layer has been."""
     if run.load is None:
         return None
     load, share_NLE = run.load, run.load.shares()
     steps, layers = load.steps, load.layers
     tall = min(6.5, max(1.6, 0.22 * len(layers) + 1))
-    figure, panels = make_figure(f"Expert load: {run.title}", [tall, 3.2, 2.6])
+    shown = _most_uneven(share_NLE)
+    figure, panels = make_figure(
+        f"Expert load: {run.title}", [tall, min(6.5, max(1.8, 0.09 * len(shown) * share_NLE.shape[2] + 1)), 3.2, 2.6]
+    )
     first = steps[-2] + 1 if len(steps) > 1 else None
     since = f"up to step {steps[-1]}" if first is None else f"steps {first} to {steps[-1]}"
     since = f"step {steps[-1]}" if first == steps[-1] else since
     draw_heatmap(panels[0], share_NLE[-1], [int(i) for i in layers])
     idle = " (white: without load)" if np.isnan(share_NLE[-1]).any() else ""
     panels[0].set_title(f"Latest interval, {since}{idle}", loc="left", fontsize=10)
-    panels[1].set_title("Imbalance of each layer over the run", loc="left", fontsize=10)
-    (_draw_imbalance if len(layers) <= FEW_LAYERS else _draw_imbalance_map)(panels[1], load)
-    panels[1].set(xlabel=STEP)
-    _draw_distribution(panels[2], load, share_NLE)
+    some = f", the {len(shown)} most uneven of {len(layers)} layers" if len(shown) < len(layers) else ""
+    panels[1].set_title(f"Each expert over the run{some}", loc="left", fontsize=10)
+    _draw_over_time(panels[1], load, share_NLE, shown)
+    panels[2].set_title("Imbalance of each layer over the run", loc="left", fontsize=10)
+    (_draw_imbalance if len(layers) <= FEW_LAYERS else _draw_imbalance_map)(panels[2], load)
+    panels[2].set(xlabel=STEP)
+    _draw_distribution(panels[3], load, share_NLE)
     return figure
+
+
+def _most_uneven(share_NLE: NDArray[np.float64]) -> list[int]:
+    """Indices of the layers whose experts have a row each over time: all, or those least even over the run."""
+    _, layers, experts = share_NLE.shape
+    room = max(1, MOST_EXPERTS // experts)
+    if layers <= room:
+        return list(range(layers))
+    spread_L = np.nan_to_num(np.square(share_NLE - 1)).mean((0, 2))
+    return sorted(np.argsort(-spread_L, kind="stable")[:room].tolist())
+
+
+def _draw_over_time(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64], shown: list[int]) -> None:
+    """A row of colors for each expert, those of a layer together."""
+    axes.grid(visible=False)
+    experts = share_NLE.shape[2]
+    share_RN = share_NLE[:, shown].reshape(len(load.steps), -1).T
+    rows = np.arange(len(share_RN) + 1) - 0.5
+    image = axes.pcolormesh(_interval_edges(load), rows, share_RN, cmap="coolwarm", vmin=0, vmax=2)
+    axes.set_yticks(
+        [(i + 0.5) * experts - 0.5 for i in range(len(shown))], [f"layer {load.layers[layer]}" for layer in shown]
+    )
+    axes.tick_params(axis="y", length=0)
+    for border in rows[::experts][1:-1]:
+        axes.axhline(border, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel=STEP, ylabel=f"experts 0 to {experts - 1}")
+    axes.figure.colorbar(image, ax=axes, label="load / fair share", extend="max")
+
+
+def _interval_edges(load: RecordedLoad) -> NDArray[np.float64]:
+    """Steps at which intervals begin and end."""
+    ends = load.steps.astype(np.float64)
+    return np.concatenate([[max(0.0, 2 * ends[0] - ends[1]) if len(ends) > 1 else 0.0], ends])
 
 
 def _draw_imbalance(axes: Any, load: RecordedLoad) -> None:
@@ -61,10 +103,8 @@ def _draw_imbalance(axes: Any, load: RecordedLoad) -> None:
 def _draw_imbalance_map(axes: Any, load: RecordedLoad) -> None:
     """Too many layers for lines: a row of colors for each."""
     axes.grid(visible=False)
-    ends = load.steps.astype(np.float64)
-    first = max(0.0, 2 * ends[0] - ends[1]) if len(ends) > 1 else 0.0
     rows = np.arange(len(load.layers) + 1) - 0.5
-    image = axes.pcolormesh(np.concatenate([[first], ends]), rows, imbalance(load).T, cmap="viridis", vmin=1)
+    image = axes.pcolormesh(_interval_edges(load), rows, imbalance(load).T, cmap="viridis", vmin=1)
     shown = range(0, len(load.layers), -(-len(load.layers) // 12))
     axes.set_yticks(list(shown), [str(load.layers[i]) for i in shown])
     axes.invert_yaxis()

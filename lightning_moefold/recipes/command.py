@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
-import re
 import sys
 from typing import Any, NoReturn
 
@@ -17,9 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_moefold.recipes.data import TextData
 from lightning_moefold.recipes.errors import InputError, is_users
+from lightning_moefold.recipes.messages import one_sentence
 from lightning_moefold.recipes.module import FineTuneModule
 from lightning_moefold.recipes.terminal import peers_end_too, progress_display, quiet
-from lightning_moefold.strategy import MoEFoldStrategy
 
 try:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -69,49 +66,7 @@ class Parser(LightningArgumentParser):
         Raises:
             InputError: Always.
         """
-        raise InputError(with_suggestion(one_sentence(message)))
-
-
-def with_suggestion(sentence: str) -> str:
-    """``sentence``, and the option that is named most like the unknown one in it."""
-    unknown = re.fullmatch(r"([\w.]+): Option '(\w+)' is not accepted", sentence)
-    unknown = unknown or re.match(r"unrecognized arguments: --([\w.]+)\.(\w+)", sentence)
-    kinds = {"model": FineTuneModule, "data": TextData, "trainer": pl.Trainer, "trainer.strategy": MoEFoldStrategy}
-    if unknown is None or unknown[1] not in kinds:
-        return sentence
-    names = inspect.signature(kinds[unknown[1]]).parameters
-    close = difflib.get_close_matches(unknown[2], names, 1)
-    return f"{sentence}; did you mean {close[0]}?" if close else sentence
-
-
-def one_sentence(message: str) -> str:
-    """The reason in a message of jsonargparse, which lists every type that a value is not, each over several lines."""
-    text = re.sub(r"\s+", " ", message.replace("typing.", "")).strip()
-    key = ""
-    while True:
-        if named := re.match(r'Parser key "([^"]+)": ', text):
-            key, text = f"{key}.{named[1]}".lstrip("."), text[named.end() :]
-        if "Errors: - " not in text or not text.startswith("Does not validate"):
-            break
-        reasons, _, value = text.partition("Errors: ")[2].rpartition(" Given value: ")
-        reasons = reasons.rpartition(" Given value type: ")[0]
-        # What is left when "Expected a <class 'str'>" and the like are taken away says more than they do.
-        special = re.sub(rf"^({_WRONG_TYPE} )*|( {_WRONG_TYPE})*$", "", reasons)
-        if re.fullmatch(_WRONG_TYPE, special):
-            text = f"{value} is not {_kinds(reasons)}"
-            break
-        text = special.removeprefix("- ")
-    if expected := re.fullmatch(r"(Expected a .*?)\. Got value: (.*)", text):
-        text = f"{expected[2]} is not {_kinds(expected[1])}"
-    return f"{key}: {text}" if key else text
-
-
-def _kinds(expected: str) -> str:
-    kinds = re.findall(r"Expected a (?:<class '([\w.]+)'>|(\w+\[[^]]*\]))", expected)
-    return " or ".join(a or b for a, b in kinds).replace("NoneType", "null")
-
-
-_WRONG_TYPE = r"- Expected a (?:<class '[\w.]+'>|\w+\[[^]]*\])(?:\. Got value: (?:(?! - ).)*)?"
+        raise InputError(one_sentence(message))
 
 
 def launched() -> dict[str, int]:

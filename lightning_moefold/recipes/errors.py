@@ -18,14 +18,17 @@ class InputError(ValueError):
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether ``error`` was raised on purpose, by this package or by Lightning, about what the user gave.
+    """Whether ``error`` was raised on purpose, about what the user gave: by this package or Lightning, or as an InputError.
 
-    A ``ValueError`` that comes out of any other code is a bug, and its traceback is worth more than its message.
+    A ``ValueError`` or ``TypeError`` that comes out of any other code is a bug, and its traceback is worth more than its
+    message.
     """
-    if isinstance(error, (PeerError, MisconfigurationException)):
+    if isinstance(error, (InputError, PeerError, MisconfigurationException)):
         return True
-    if not isinstance(error, ValueError):
+    if not isinstance(error, (ValueError, TypeError)):
         return False
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, TypeError) and not str(last.line).startswith("raise "):
+        return False  # Python's own, about a call
     homes = [Path(str(package.__file__)).parent for package in (lightning_moefold, lightning)]
-    return any(raised_in.is_relative_to(home) for home in homes)
+    return any(Path(last.filename).is_relative_to(home) for home in homes)

@@ -68,7 +68,8 @@ class TimedCase(Case):
         self.time.now += 1000.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        pass
+        if self.global_step == self.spec.get("unfreezes_in"):
+            self.model.requires_grad_(True)
 
 
 @dataclass
@@ -214,7 +215,7 @@ def _trainer(fold: str, spec: dict[str, Any], callbacks: list[pl.Callback]) -> p
     return pl.Trainer(
         accelerator="cpu",
         devices=dist.get_world_size(),
-        strategy=MoEFoldStrategy(fold=fold),
+        strategy=MoEFoldStrategy(fold=fold, **spec.get("strategy", {})),
         plugins=[PoolEnvironment()],
         precision="64-true",
         max_epochs=1,

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hardware FLOPs against the products that torch counts in a real step, with all sorts of parameters frozen."""
+"""Hardware FLOPs against the products that torch counts in a real step, with all sorts of parameters frozen.
+
+And with activations that are recomputed.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +44,16 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return MoECausalLM.from_pretrained(path, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
 @pytest.mark.parametrize("what", FROZEN)
-def test_products_of_a_step(model: MoECausalLM, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_a_step(model: MoECausalLM, what: str, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen = set()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(fnmatch.fnmatch(name, pattern) for pattern in FROZEN[what]))
         if not parameter.requires_grad:
             frozen.add(name)
+    for layer in model.model.layers.values():
+        layer.recompute = recompute
     # The counter knows nothing of fused attention on a CPU, so attention sees no keys here; see the next test.
     monkeypatch.setattr(MoEConfig, "attended_keys", lambda *_: 0.0)
     config = model.config
@@ -56,7 +62,7 @@ def test_products_of_a_step(model: MoECausalLM, what: str, monkeypatch: pytest.M
         loss = model(ids, labels=ids).loss
         loss.backward()
     model.zero_grad()
-    per_token = 3 * config.forward_flops_per_token(LENGTH) - Savings(config, frozen).per_token(LENGTH)
+    per_token = 3 * config.forward_flops_per_token(LENGTH) - Savings(config, frozen, recompute).per_token(LENGTH)
     head = 2 * config.vocab_size * config.hidden_size
     head *= 3 - ("lm_head.weight" in frozen) - (what == "everything but the head")
     unlabelled = 3 * head  # the last token of each row has no label, and skips the head
@@ -74,3 +80,6 @@ def test_attention_by_hand(model: MoECausalLM) -> None:
     width = config.num_attention_heads * config.head_dim
     extra = savings.per_token(LENGTH) - savings.weights
     assert extra == pytest.approx(2 * 4 * 2 * width * (LENGTH + 1) / 2)
+    again = Savings(config, below, "selective")  # one layer trains, and makes its two products once more
+    assert again.repeated_attention == [2]
+    assert again.per_token(LENGTH) - again.weights == pytest.approx((2 * 4 - 2) * 2 * width * (LENGTH + 1) / 2)

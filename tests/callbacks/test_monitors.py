@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_ba
 from tests.callbacks.monitored import Seen, monitored_fit
 from tests.callbacks.own_network import own_network_counts, own_network_fit, uneven_table
 
-FOLDS = [("", 1), ("tp2 | ep2", 2), ("tp2 | ep4", 4), ("tp2 | ep2", 4), ("| etp2 ep2", 4)]
+FOLDS = [("", 1), ("tp2 | ep2", 2), ("tp2 | ep4", 4), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("cp2 pp2 | ep2", 4)]
 MODEL = {"num_experts": 8, "num_hidden_layers": 3}
 FROZEN = {"lr": 0.0, "optimizer": "sgd"}  # so that one set of weights routes every batch
 LENGTH, PARTS = 10, 4
 TIME_KEYS = {"train/tokens_per_second", "train/tokens_per_second_per_device", "train/tflops_per_device", "train/mfu"}
+NORM_KEYS = ["train/grad_norm", "train/grad_norm_dense", "train/grad_norm_expert"]
 LOAD_KEYS = {
     "moe/load_imbalance", "moe/load_imbalance_max", "moe/cv_mean", "moe/cv_median", "moe/cv_min", "moe/cv_max",
     "moe/dead_expert_frac_mean", "moe/entropy_mean", "moe/expert_utilization_min", "moe/expert_utilization_p25",
@@ -68,7 +70,9 @@ def hf_counts(checkpoint: Path, batch: dict[str, torch.Tensor]) -> np.ndarray:
 
 
 def run(pool: RankPool, checkpoint: Path, root: Path, fold: str, ranks: int, data: Any, **spec: Any) -> list[Seen]:
-    return pool.run(monitored_fit, str(checkpoint), fold, data, {"root": str(root), **FROZEN, **spec}, ranks=ranks)
+    stages = {"strategy": {"num_microbatches": 2}} if "pp" in fold else {}
+    spec = {"root": str(root), **FROZEN, **stages, **spec}
+    return pool.run(monitored_fit, str(checkpoint), fold, data, spec, ranks=ranks)
 
 
 def assert_equal_on_ranks(seen: list[Seen]) -> None:
@@ -155,7 +159,7 @@ def test_tokens_are_counted_once_per_data_rank(
     seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(3, padding="none"), clip=1.0)
     flops = 3 * MoEConfig.from_pretrained(checkpoint).forward_flops_per_token(LENGTH) * PARTS * LENGTH
     warmup, *steps = seen[0].mfu
-    assert set(warmup) == {"train/grad_norm"}
+    assert set(warmup) == set(NORM_KEYS)
     for figures in steps:
         assert figures["train/step_time"] == 1
         assert figures["train/tokens_per_second"] == PARTS * LENGTH
@@ -163,7 +167,13 @@ def test_tokens_are_counted_once_per_data_rank(
         assert figures["train/tflops_per_device"] == pytest.approx(flops / ranks / 1e12)
         assert figures["train/mfu"] == pytest.approx(flops / (ranks * 1e9))
         assert 0.05 < figures["train/memory_peak_gb"] < 100
-        assert figures["train/grad_norm"] > 0
+        total, *families = (figures[name] for name in NORM_KEYS)
+        assert total == pytest.approx(math.hypot(*families))
+        assert min(families) > 0
+    if ranks > 1:
+        [alone] = run(pool, checkpoint, tmp_path, "", 1, batches(3, padding="none"), clip=1.0)
+        for name in NORM_KEYS:
+            assert steps[-1][name] == pytest.approx(alone.mfu[-1][name], rel=1e-9)
     assert_equal_on_ranks(seen)
 
 
@@ -179,6 +189,29 @@ def test_hardware_utilisation_where_it_differs(
     figures = seen[0].mfu[-1]
     assert figures["train/hfu"] == pytest.approx(figures["train/mfu"] - spared)
     assert "train/hfu" not in run(pool, checkpoint, tmp_path, fold, ranks, data)[0].mfu[-1]
+
+
+def test_recomputed_products_are_work_of_the_hardware(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    """Layers that keep nothing make all their products a fourth time; the head does not."""
+    data, config = batches(2, padding="none"), MoEConfig.from_pretrained(checkpoint)
+    figures = run(pool, checkpoint, tmp_path, "tp2 | ep2", 4, data, strategy={"recompute": "full"})[0].mfu[-1]
+    layers = config.forward_flops_per_token(LENGTH) - 2 * config.vocab_size * config.hidden_size
+    assert figures["train/hfu"] - figures["train/mfu"] == pytest.approx(layers * PARTS * LENGTH / 4e9)
+
+
+def test_what_other_pipeline_stages_have_frozen(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
+    """Hardware FLOPs are those of one process, though no rank holds all parameters; unfreezing is found out."""
+    spec = {"frozen": ["*.mlp.experts.*", "*embed_tokens*"], "unfreezes_in": 3}
+    [alone] = run(pool, checkpoint, tmp_path, "", 1, batches(5, padding="none"), mfu={"window": 1}, **spec)
+    seen = run(pool, checkpoint, tmp_path, "pp2", 2, batches(5, padding="none"), mfu={"window": 1}, **spec)
+    assert_equal_on_ranks(seen)
+    expected, found = (
+        [figures["train/hfu"] / figures["train/mfu"] if "train/hfu" in figures else None for figures in of.mfu]
+        for of in (alone, seen[0])
+    )
+    assert found == [pytest.approx(expected[0]), pytest.approx(expected[1]), None, None]
+    assert expected[0] < 1
+    assert expected[2:] == [None, None]
 
 
 @pytest.mark.parametrize(("count_padding", "expected"), [(True, PARTS * 2 * LENGTH), (False, None)])
@@ -255,10 +288,12 @@ def test_measured_peak_is_summed_over_ranks(pool: RankPool, checkpoint: Path, tm
 # ---- communication ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep2", 2)])
+@pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep2", 2), ("pp2", 2)])
 def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int) -> None:
+    at_start = {"MFUMonitor.on_train_start:all_gather_object": 1} if "pp" in fold else {}  # what stages have frozen
     for rank in run(pool, checkpoint, tmp_path, fold, ranks, batches(6), log_every=3, accumulate=1):
         assert rank.collectives == {
+            **at_start,
             "MFUMonitor.on_train_start:all_reduce": 1,
             f"MFUMonitor.on_train_batch_end:{comm.ALL_GATHER}": 2,
             "LoadBalanceMonitor.on_train_start:all_gather_object": 1,  # who has which layers
@@ -274,7 +309,7 @@ def test_csv_holds_every_key(pool: RankPool, checkpoint: Path, tmp_path: Path) -
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [1, 3]
-    keys = {"train/step_time", "train/memory_peak_gb", "train/grad_norm", *TIME_KEYS, *LOAD_KEYS}
+    keys = {"train/step_time", "train/memory_peak_gb", *NORM_KEYS, *TIME_KEYS, *LOAD_KEYS}
     for row, mfu, load in zip(rows, seen[0].mfu, seen[0].load, strict=True):
         assert row.keys() >= keys
         for name in keys:

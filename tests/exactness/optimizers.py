@@ -54,6 +54,17 @@ def groups_with_schedules(parameters: Parameters) -> tuple[Optimizer, LambdaLR]:
     return optimizer, LambdaLR(optimizer, [lambda t: 1 / (t + 1), lambda t: float(t > 0), lambda t: (t + 1) / 3])
 
 
+def groups_by_place(parameters: Parameters) -> tuple[Optimizer, LambdaLR]:
+    """Both ends of the model at rates of their own: on a pipeline stage some of the groups are empty."""
+    ends = ("model.embed_tokens.", "lm_head.")
+    first, last = ([p for n, p in parameters.items() if n.startswith(end)] for end in ends)
+    rest = [p for n, p in parameters.items() if not n.startswith(ends)]
+    optimizer = torch.optim.AdamW(
+        [{"params": first, "lr": LR / 2}, {"params": rest}, {"params": last, "lr": 2 * LR}], lr=LR
+    )
+    return optimizer, LambdaLR(optimizer, [lambda t: 1 / (t + 1), lambda t: 1.0, lambda t: (t + 1) / 3])
+
+
 def some_parameters(parameters: Parameters) -> Optimizer:
     """Only attention and experts are given to the optimizer; the others have gradients that nobody uses."""
     chosen = [p for n, p in parameters.items() if "self_attn" in n or ".experts.down_proj" in n]

@@ -12,6 +12,7 @@ from lightning_moefold import Fold
 from lightning_moefold.parallel.stages import SPLIT_BACKWARD, V_SHAPED
 from lightning_moefold.testing import RankPool
 from tests.exactness import compare, cover
+from tests.exactness.optimizers import groups_by_place
 from tests.exactness.test_folds import _check
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
@@ -96,8 +97,17 @@ def test_schedules(pool: RankPool, folder: Path, schedule: str) -> None:
         {"shape": "one key/value head", "family": "mixtral", "schedule": "interleaved_1f1b", "accumulate": 2},
         {"pipeline_split": [2, 1], "padding": "left", "uneven rows": True},
         {"recompute": "full", "frozen": ("*.mlp.gate.weight",)},
+        {"optimizer": groups_by_place, "frozen": ("model.norm.*",), "schedule": "gpipe"},
     ],
-    ids=["frozen first stage", "frozen last stage", "frozen stage within", "tied", "split by hand", "recomputed"],
+    ids=[
+        "frozen first stage",
+        "frozen last stage",
+        "frozen stage within",
+        "tied",
+        "split by hand",
+        "recomputed",
+        "empty groups",
+    ],
 )
 def test_special_stages(pool: RankPool, folder: Path, change: dict[str, Any]) -> None:
     fold = Fold.parse("pp2", 2)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import finetune
 from demo_data import read_python_topics, train_tokenizer
 from lightning_moefold import FoldError, MoECausalLM
-from lightning_moefold.recipes import InputError
+from lightning_moefold.recipes import InputError, is_users
 from lightning_moefold.testing import make_checkpoint
 
 SCRIPT = Path(finetune.__file__)
@@ -103,5 +103,6 @@ def test_an_error_of_the_user_is_one_sentence(folder):
     ],
 )
 def test_wrong_input(folder, changes, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         finetune.finetune(finetune.parse_arguments(arguments(folder, **changes)))
+    assert is_users(caught.value)  # so that the script prints it alone

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_moefold import Fold, MoEFoldStrategy
 from lightning_moefold.modules import (
@@ -135,6 +135,43 @@ def train(fold: str, data: list[list[dict[str, Tensor]]], spec: dict[str, Any]) 
     return module.run
 
 
+class Pixels(Dataset[dict[str, Tensor]]):
+    """Pictures by number."""
+
+    def __init__(self, count: int) -> None:
+        draw = torch.Generator().manual_seed(3)
+        self.pixels = torch.randn(count, 5, 7, generator=draw, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"index": torch.tensor(index), "pixels": self.pixels[index]}
+
+
+class Predictor(Classifier):
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        if self.spec.get("fails") in batch["index"].tolist():
+            raise OSError("the disk is full")
+        return batch["index"], self.network(batch["pixels"].to(self.dtype))
+
+
+def predict(runs: list[tuple[str, int, dict[str, Any]]]) -> list[dict[int, Tensor] | str]:
+    """The logits of each picture that this rank has predicted, or why it stopped."""
+    outcomes: list[dict[int, Tensor] | str] = []
+    for fold, count, spec in runs:
+        module, trainer = Predictor({"expert": False, "rank": dist.get_rank(), **spec}), make_trainer(fold, spec)
+        try:
+            batches = trainer.predict(module, DataLoader(Pixels(count), batch_size=2)) or []
+        except Exception as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+            dist.barrier()
+            continue
+        assert not any(m.unequal or m.load_E.any() for m in module.modules() if isinstance(m, MoELayer))
+        outcomes.append({int(i): x for index, logits in batches for i, x in zip(index, logits, strict=True)})
+    return outcomes
+
+
 def stop_and_resume(folds: list[str], data: list[list[dict[str, Tensor]]], path: str) -> Run:
     """One step under each fold, from the checkpoint of the one before."""
     for index, fold in enumerate(folds):
@@ -147,22 +184,35 @@ def stop_and_resume(folds: list[str], data: list[list[dict[str, Tensor]]], path:
 
 
 def _fit(module: Classifier, fold: str, data: Any, spec: dict[str, Any], start: str | None = None) -> pl.Trainer:
-    world = dist.get_world_size()
-    place = Fold.parse(fold, world).coordinates(dist.get_rank())
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=world, plugins=[PoolEnvironment()],
-        precision=spec.get("precision", "64-true"), max_epochs=spec.get("epochs", 1),
-        strategy=MoEFoldStrategy(fold=fold, data_parallel_sharding=spec.get("sharding", "optimizer")),
-        accumulate_grad_batches=spec.get("accumulate", 1), gradient_clip_val=0.5, use_distributed_sampler=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False,
-    )  # fmt: skip
+    place = Fold.parse(fold, dist.get_world_size()).coordinates(dist.get_rank())
+    trainer = make_trainer(fold, spec, use_distributed_sampler=False)
     loader = DataLoader(BatchList([step[place["dp"]] for step in data]), batch_size=None)
     trainer.fit(module, loader, ckpt_path=start)
     return trainer
 
 
-def train_alone(data: list[list[dict[str, Tensor]]], spec: dict[str, Any]) -> Run:
-    """The oracle: plain PyTorch, one process; the losses of the data ranks are averaged."""
+def make_trainer(fold: str, spec: dict[str, Any], **arguments: Any) -> pl.Trainer:
+    world = dist.get_world_size()
+    return pl.Trainer(
+        accelerator="cpu", devices=world, plugins=[PoolEnvironment()],
+        precision=spec.get("precision", "64-true"), max_epochs=spec.get("epochs", 1),
+        strategy=MoEFoldStrategy(
+            fold=fold, data_parallel_sharding=spec.get("sharding", "optimizer"), **spec.get("dispatch", {})
+        ),
+        accumulate_grad_batches=spec.get("accumulate", 1), gradient_clip_val=0.5,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False, **arguments,
+    )  # fmt: skip
+
+
+def predict_alone(count: int, spec: dict[str, Any]) -> Tensor:
+    """Logits of all pictures in one process, ``[count, classes]``."""
+    module = _alone({"expert": False, **spec})
+    with torch.no_grad():
+        return module.network(Pixels(count).pixels)
+
+
+def _alone(spec: dict[str, Any]) -> Classifier:
+    """With the weights of rank 0, in float64."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -170,7 +220,13 @@ def train_alone(data: list[list[dict[str, Tensor]]], spec: dict[str, Any]) -> Ru
         module.configure_model()
     finally:
         torch.set_default_dtype(default)
-    network = module.network.double()
+    return module.double()
+
+
+def train_alone(data: list[list[dict[str, Tensor]]], spec: dict[str, Any]) -> Run:
+    """The oracle: plain PyTorch, one process; the losses of the data ranks are averaged."""
+    module = _alone(spec)
+    network = module.network
     optimizer, accumulate = module.configure_optimizers(), spec.get("accumulate", 1)
     run = Run()
     for index, step in enumerate(data):

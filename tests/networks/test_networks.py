@@ -78,6 +78,38 @@ def test_resume_under_other_folds(pool: RankPool, tmp_path: Path) -> None:
     assert_close_by_name(found, expected.weights, 1e-9, "weights")
 
 
+PREDICTIONS: list[tuple[str, int, dict[str, Any]]] = [
+    ("| ep4", 7, {}),
+    ("tp2 | ep2", 3, {"sharding": "full"}),
+    ("| etp2 ep2", 9, {"sharding": "none", "twice": True}),
+    ("| ep2", 1, {"expert": True}),
+    ("", 5, {"sharding": "full", "expert": True}),
+    ("| ep4", 7, {"dispatch": {"capacity_factor": 50.0, "pad_to_capacity": True}}),
+]
+
+
+def test_predictions_of_unequal_number(pool: RankPool) -> None:
+    """Each picture once, with the logits of one process; ranks with fewer batches, or none, keep nobody waiting."""
+    outcomes = pool.run(network.predict, PREDICTIONS, ranks=4)
+    for i, (fold, count, spec) in enumerate(PREDICTIONS):
+        expected = network.predict_alone(count, spec)
+        places = [Fold.parse(fold, 4).coordinates(rank)["dp"] for rank in range(4)]
+        owners: dict[int, int] = {}
+        for place, seen in zip(places, (run[i] for run in outcomes), strict=True):
+            assert not isinstance(seen, str), seen
+            for row, logits in seen.items():
+                assert owners.setdefault(row, place) == place
+                torch.testing.assert_close(logits, expected[row], rtol=1e-9, atol=1e-12)
+        assert sorted(owners) == list(range(count)), fold
+
+
+def test_a_rank_whose_prediction_fails(pool: RankPool) -> None:
+    """Row 5 is on data rank 1; data rank 3 has a batch less than the others."""
+    outcomes = [run[0] for run in pool.run(network.predict, [("| ep4", 15, {"fails": 5})], ranks=4)]
+    assert outcomes[1] == "OSError: the disk is full"
+    assert {outcomes[rank] for rank in (0, 2, 3)} == {"PeerError: another rank has failed; its own error says why."}
+
+
 @pytest.mark.parametrize(("world", "fold"), [(1, ""), (2, "tp2 | ep2"), (4, "tp2 | ep2"), (2, "")])
 @pytest.mark.parametrize("sharding", ["full", "none"])
 def test_mixed_precision_is_near_float32(pool: RankPool, world: int, fold: str, sharding: str) -> None:

@@ -44,7 +44,7 @@ def test_two_optimizers_by_hand(pool: RankPool, path: str, tmp_path: Path) -> No
 HOW = ["norm", "foreach norm", "mean", "product", "decomposition"]
 KINDS = [
     "SOAP", "DistributedShampoo", "Lamb", "FusedLAMB", "LARS", "GaLoreAdamW", "MuonWithAuxAdam", "APOLLOAdamW",
-    "AdamW8bit", "AdamW4bit", "AdamWFp8", "ZeroRedundancyOptimizer",
+    "AdamW8bit", "AdamW4bit", "AdamWFp8", "ZeroRedundancyOptimizer", "CPUOffloadOptimizer", "Rprop", "Muon",
 ]  # fmt: skip
 
 

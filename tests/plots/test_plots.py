@@ -16,7 +16,7 @@ from lightning_moefold.callbacks.expert_load import NO_EXPERT, LoadHistory
 from lightning_moefold.callbacks.load_balance import FILE_NAME
 from lightning_moefold.cli import main
 from lightning_moefold.plots import read_run
-from lightning_moefold.plots.curves import draw_memory, draw_speed, loss_names
+from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_speed, loss_names
 from lightning_moefold.plots.lines import smooth, top_of
 from lightning_moefold.plots.load import draw_expert_load, imbalance
 from lightning_moefold.plots.read import NEWEST, RecordedLoad
@@ -165,6 +165,40 @@ def test_words_in_pictures(tmp_path: Path) -> None:
     for steps, words in (([10, 20], "steps 11 to 20"), ([18, 19], "step 19"), ([5], "up to step 5")):
         run.load = RecordedLoad(np.array(steps), np.arange(2), np.ones((len(steps), 2, 4), dtype=np.int64))
         assert draw_expert_load(run).axes[0].get_title(loc="left") == f"Latest interval, {words}"
+
+
+def test_a_version_has_one_color(tmp_path: Path) -> None:
+    """Also where a version, such as that of a later validation, lacks a metric."""
+    pytest.importorskip("matplotlib")
+    write_metrics(tmp_path, 0, age=1)
+    logger = CSVLogger(tmp_path, name="logs", version=1)
+    logger.log_metrics({"val/loss": 2.0}, 0)
+    logger.save()
+    lines = draw_loss(read_run(tmp_path)).axes[0].get_lines()
+    colors = {line.get_label(): line.get_color() for line in lines}
+    assert colors.keys() == {
+        f"{name} (logs/version_{v})" for name, v in (("train/loss", 0), ("val/loss", 0), ("val/loss", 1))
+    }
+    assert colors["train/loss (logs/version_0)"] == colors["val/loss (logs/version_0)"]
+    assert colors["val/loss (logs/version_1)"] != colors["val/loss (logs/version_0)"]
+
+
+def test_each_expert_over_the_run(tmp_path: Path) -> None:
+    """A row for each expert, a column for each interval; of many layers, those that are least even."""
+    pytest.importorskip("matplotlib")
+    write_load(tmp_path)
+    run = read_run(tmp_path)
+    panel = draw_expert_load(run).axes[1]
+    np.testing.assert_allclose(panel.collections[0].get_array().filled(np.nan), [[2, 1], [0, 1], [1, 1], [0.5, np.nan],
+                                                                                [1.5, np.nan], [np.nan, np.nan]])  # fmt: skip
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["layer 1", "layer 3"]
+    assert panel.get_xlim() == (0, 20)
+    counts = np.ones((3, 12, 128), dtype=np.int64)
+    counts[1:, 4, :64], counts[:, 9, 5] = 3, 100
+    run.load = RecordedLoad(np.array([10, 20, 30]), np.arange(12), counts)
+    panel = draw_expert_load(run).axes[1]
+    assert [text.get_text() for text in panel.get_yticklabels()] == ["layer 4", "layer 9"]
+    assert panel.get_title(loc="left") == "Each expert over the run, the 2 most uneven of 12 layers"
 
 
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.cli import main
 from lightning_moefold.recipes import FineTuneModule, TextData, command
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.recipes.running import ROOT, arguments, logged
+from tests.recipes.running import CONFIG, ROOT, arguments, logged
 from tests.strategy.plain import trainer
 
 # Lightning calls functions of jsonargparse that the next one has no more.
@@ -174,12 +174,24 @@ class NotRun(command.MoEFoldCLI):
     def _run_subcommand(self, subcommand: str) -> None: ...
 
 
-#: For each argument of the strategy a value other than its default, if it accepts one; as YAML and as it should arrive.
+#: For each argument of the strategy a value other than its default, as YAML and as it should arrive.
 VALUES: dict[str, tuple[Any, Any]] = {
     "tensor_parallel_size": (2, 2),
+    "context_parallel_size": (2, 2),
+    "pipeline_parallel_size": (2, 2),
     "expert_parallel_size": (2, 2),
     "expert_tensor_parallel_size": (2, 2),
-    "num_microbatches": (3, 3),
+    "num_microbatches": (4, 4),
+    "pipeline_schedule": ("interleaved_1f1b", "interleaved_1f1b"),
+    "num_stages_per_rank": (2, 2),
+    "pipeline_split": ([1, 2, 2, 1], [1, 2, 2, 1]),
+    "dispatcher": ("auto", "auto"),
+    "capacity_factor": (1.25, 1.25),
+    "pad_to_capacity": (True, True),
+    "dispatch_chunks": (2, 2),
+    "expert_kernel": ("loop", "loop"),
+    "recompute": ("full", "full"),
+    "context_parallel_exchange": ("ring", "ring"),
     "data_parallel_sharding": ("full", "full"),
     "drop_policy": ("position", "position"),
     "drop_scope": ("sub_sequence", "sub_sequence"),
@@ -187,10 +199,14 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "timeout": ("0:10:00", timedelta(minutes=10)),
     "process_group_backend": ("gloo", "gloo"),
 }
+#: It stands for the sizes.
+DEFAULTS = {"fold"}
 
 
 def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
     parameters = list(inspect.signature(MoEFoldStrategy.__init__).parameters.values())[1:]
+    assert {p.name for p in parameters} == VALUES.keys() | DEFAULTS
+    assert not [p.name for p in parameters if p.name in VALUES and VALUES[p.name][1] == p.default]
     text = {p.name: VALUES.get(p.name, (p.default, p.default))[0] for p in parameters}
     expected = {p.name: VALUES.get(p.name, (p.default, p.default))[1] for p in parameters}
     strategy = {"class_path": f"{__name__}.Recording", "init_args": text}
@@ -198,7 +214,7 @@ def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
     file.write_text(
         yaml.safe_dump(
             {
-                "trainer": {"strategy": strategy, "devices": 4, "accelerator": "cpu"},
+                "trainer": {"strategy": strategy, "devices": 16, "accelerator": "cpu"},
                 "model": {"init_args": {"checkpoint": "somewhere"}},
                 "data": {"init_args": {"files": ["a.txt"], "tokenizer": "somewhere"}},
             }
@@ -206,13 +222,21 @@ def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
     )
     cli = NotRun(["fit", "--config", str(file)])
     assert cli.trainer.strategy.given == expected
+    assert str(cli.trainer.strategy._make_fold()) == "tp2 cp2 dp2 pp2 | etp2 ep2 edp2"
     assert type(cli.model) is FineTuneModule
     assert type(cli.datamodule) is TextData
     cli = NotRun(["fit", "--config", str(file), "--trainer.strategy", "moefold", "--trainer.devices", "1"])
     assert type(cli.trainer.strategy) is MoEFoldStrategy
     cli = NotRun(
         ["fit", "--config", str(file), "--trainer.strategy=lightning_moefold.MoEFoldStrategy"]
-        + ["--trainer.strategy.fold", "tp2 | ep4", "--model", "lightning.pytorch.demos.boring_classes.BoringModel"]
+        + [
+            "--trainer.strategy.fold",
+            "tp2 | ep4",
+            "--trainer.devices",
+            "4",
+            "--model",
+            "lightning.pytorch.demos.boring_classes.BoringModel",
+        ]
         + ["--data=lightning.pytorch.demos.boring_classes.BoringDataModule"]
     )
     assert str(cli.trainer.strategy._make_fold()) == "tp2 cp1 dp2 pp1 | etp1 ep4 edp1"
@@ -263,6 +287,35 @@ def test_a_wrong_value_is_one_sentence(
     assert captured.err.startswith("moefold fit: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        ("\ntrainer:", "\ntrainr:", "; did you mean trainer?\n"),
+        ("max_epochs: 1", "max_epoch: 1", "option 'trainer.max_epoch'; did you mean max_epochs?\n"),
+        ("fold:", "fodl:", "trainer.strategy: Option 'fodl' is not accepted; did you mean fold?\n"),
+        ("moefold.MoEFold", "moefold.MoeFold", "no attribute 'MoeFoldStrategy'; did you mean MoEFoldStrategy?\n"),
+        ("LoadBalanceM", "LoadBalancM", "no attribute 'LoadBalancMonitor'; did you mean LoadBalanceMonitor?\n"),
+        ("per_layer:", "per_layr:", "trainer.callbacks: Option 'per_layr' is not accepted; did you mean per_layer?\n"),
+        ("devices: 4", "devices: four", "`devices` selected with `CPUAccelerator` should be an int > 0.\n"),
+        ("clip_val: 1.0", "clip_val: a", "trainer.gradient_clip_val: a is not int or float or null\n"),
+        ("init_args:\n    files", "init_arg:\n    files", "data: Option 'init_arg.files' is not accepted\n"),
+        ("seed_everything: 1", "seed_everything: [1, 2", "Problems parsing config: "),
+    ],
+)
+def test_a_wrong_line_of_the_file_is_one_sentence(
+    tmp_path: Path, capfd: Any, written: str, instead: str, message: str
+) -> None:
+    text, file = CONFIG.read_text(), tmp_path / "wrong.yaml"
+    assert written in text
+    file.write_text(text.replace(written, instead))
+    assert main(["fit", "--config", str(file), "--trainer.accelerator", "cpu"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("moefold fit: ")
+    assert said.count("\n") == 1
+    assert message in said
+    assert len(said) < 300
 
 
 def errors_of_commands(cases: list[list[str]]) -> list[tuple[int, str]]:

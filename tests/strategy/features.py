@@ -18,6 +18,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.testing import PoolEnvironment
 from tests.strategy import finetune
 from tests.strategy.bad import told
@@ -226,6 +227,8 @@ def refused(path: str, fold: str, folder: str) -> dict[str, str]:
         "detect_anomaly": lambda: make(fold, {"max_steps": 1, "detect_anomaly": True}).fit(Finetune(path)),
         "sync_batchnorm": plugin(TorchSyncBatchNorm()),
         "multiple optimizers": lambda: make(fold, {"max_steps": 1}).fit(_Two(path)),
+        "mps": lambda: pl.Trainer(strategy=MoEFoldStrategy(), accelerator="mps", devices=1),
+        "torch_xla": lambda: pl.Trainer(strategy=MoEFoldStrategy(), accelerator="tpu", devices=1),
         "storage_options": lambda: _save_with_options(path, fold, folder),
     }
     return {name: told(case) for name, case in cases.items()}

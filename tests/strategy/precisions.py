@@ -54,7 +54,7 @@ class Watched(Finetune):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.02)
 
 
-def train(path: str, fold: str, precision: str, tokens: Tensor, sharding: str = "optimizer") -> dict[str, Any]:
+def train(path: str, fold: str, precision: str, tokens: Tensor, sharding: str) -> dict[str, Any]:
     """Some steps on the same rows."""
     module = Watched(path)
     module.steps = lambda count, seed: finetune.Steps(  # type: ignore[method-assign]
@@ -74,8 +74,9 @@ def train(path: str, fold: str, precision: str, tokens: Tensor, sharding: str = 
     }
 
 
-def train_folds(path: str, folds: list[str], precision: str, tokens: Tensor) -> list[dict[str, Any]]:
-    return [train(path, fold, precision, tokens, ("optimizer", "full")[i % 2]) for i, fold in enumerate(folds)]
+def train_folds(path: str, folds: list[tuple[str, str]], precision: str, tokens: Tensor) -> list[dict[str, Any]]:
+    """Trains under each fold and way to store weights."""
+    return [train(path, fold, precision, tokens, sharding) for fold, sharding in folds]
 
 
 def refuse() -> dict[str, str]:
@@ -84,6 +85,9 @@ def refuse() -> dict[str, str]:
 
     class TransformerEnginePrecision(Precision):
         precision = "transformer-engine"  # type: ignore[assignment]
+
+    class BitsandbytesPrecision(Precision):
+        precision = "nf4"  # type: ignore[assignment]
 
     class UsersPrecision(Precision):
         pass
@@ -98,6 +102,7 @@ def refuse() -> dict[str, str]:
         ),
         "16-true'": told(lambda: put(HalfPrecision("16-true"))),
         "transformer-engine": told(lambda: put(TransformerEnginePrecision())),
+        "BitsandbytesPrecision": told(lambda: put(BitsandbytesPrecision())),
         "UsersPrecision": told(lambda: put(UsersPrecision())),
     }
 

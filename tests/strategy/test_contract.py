@@ -17,10 +17,12 @@ from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 import lightning_moefold
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.precision import MoEFoldPrecision
+from lightning_moefold.shared_checkpoints import SharedCheckpoints
 
 
 def _overrides() -> list[Any]:
-    pairs = ((MoEFoldStrategy, ParallelStrategy), (MoEFoldPrecision, Precision))
+    strategies = ((kind, ParallelStrategy) for kind in (MoEFoldStrategy, SharedCheckpoints))
+    pairs = (*strategies, (MoEFoldPrecision, Precision))
     return [
         pytest.param(getattr(ours, name), getattr(base, name), id=f"{ours.__name__}.{name}")
         for ours, base in pairs
@@ -50,7 +52,7 @@ def test_override_takes_what_the_base_takes(ours: Any, base: Any) -> None:
 
 
 def test_properties_stay_properties() -> None:
-    for name in vars(MoEFoldStrategy):
+    for name in (*vars(MoEFoldStrategy), *vars(SharedCheckpoints)):
         base = inspect.getattr_static(ParallelStrategy, name, None)
         if isinstance(base, property) and not name.startswith("__"):
             assert isinstance(inspect.getattr_static(MoEFoldStrategy, name), property), name

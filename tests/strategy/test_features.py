@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,21 @@ def test_features_that_are_refused(pool: RankPool, path: str, tmp_path: Path) ->
             sentence(message)
             assert name.partition(",")[0].lower() in message.lower(), f"{name}: {message}"
     assert not list(tmp_path.iterdir())
+
+
+def test_every_row_of_the_page_is_tried() -> None:
+    """What docs/refusals.md calls refused is named where the tests have it refused."""
+    root = Path(__file__).parents[2]
+    files = ("strategy/features.py", "strategy/bad.py", "strategy/precisions.py", "optim/test_optimizers.py")
+    tried = "".join((root / "tests" / name).read_text() for name in files).lower()
+    _, _, table = (root / "docs" / "refusals.md").read_text().partition("## What is refused")
+    lines = table.partition("## What to know")[0].splitlines()
+    rows = [line.split("|")[1] for line in lines if line.startswith("| ")]
+    assert len(rows) > 15
+    for row in rows[1:]:
+        named = set(re.findall(r"[a-z_]{4,}|\d\d-\w+|mps|tpu", row.lower()))
+        missing = {name for name in named if name not in tried} - {"whose", "matrix", "automatic", "optimization"}
+        assert not missing, row
 
 
 def test_anomalies_are_looked_for_over_data_ranks(pool: RankPool, path: str) -> None:

@@ -16,8 +16,11 @@ from lightning_moefold.testing.compare import assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
 from tests.strategy import finetune, precisions
 
-#: dp_cp and edp of one and of several.
-FOLDS = ["", "tp4 | ep4", "tp2 | ep2 etp2", "| ep4", "tp4", "pp2 | ep2"]
+#: dp_cp and edp of one and of several, in every way to store weights.
+FOLDS = [
+    ("", "optimizer"), ("tp4 | ep4", "full"), ("tp2 | ep2 etp2", "none"), ("| ep4", "full"), ("tp4", "none"),
+    ("pp2 | ep2", "optimizer"), ("pp2 | etp2", "none"), ("tp2", "none"), ("", "none"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +58,8 @@ def test_single_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> N
 def test_mixed_precision(pool: RankPool, path: Path, ranks: int) -> None:
     """Weights and gradients in float32, computation in bfloat16, the router in float32, autocast for others only."""
     tokens = finetune.rows(3 * finetune.ROWS)
-    [[exact]] = pool.run(precisions.train_folds, str(path), [""], "32-true", tokens, ranks=1)
-    folds = FOLDS if ranks == 4 else [""]
+    [[exact]] = pool.run(precisions.train_folds, str(path), FOLDS[:1], "32-true", tokens, ranks=1)
+    folds = FOLDS if ranks == 4 else [("", "full"), ("", "none")]
     outcome = pool.run(precisions.train_folds, str(path), folds, "bf16-mixed", tokens, ranks=ranks)
     for i, fold in enumerate(folds):
         runs = [r[i] for r in outcome]
@@ -70,11 +73,16 @@ def test_mixed_precision(pool: RankPool, path: Path, ranks: int) -> None:
                 "storage": "['torch.float32']",
             }, fold  # fmt: skip
         assemble(r["weights"] for r in runs)
+        grads, expected = (assemble(r["grads"] for r in these) for these in (runs, [exact]))
+        for name, wanted in expected.items():
+            if wanted.norm() > 1e-3:  # a gradient summed over the wrong ranks would be off by a factor
+                assert torch.cosine_similarity(grads[name].flatten(), wanted.flatten(), 0) > 0.9, f"{name}, {fold}"
+                assert float(grads[name].norm() / wanted.norm()) == pytest.approx(1, abs=0.25), f"{name}, {fold}"
 
 
 def test_brain_float(pool: RankPool, path: Path) -> None:
     tokens = finetune.rows(2 * finetune.ROWS)
-    [[exact]] = pool.run(precisions.train_folds, str(path), [""], "32-true", tokens, ranks=1)
+    [[exact]] = pool.run(precisions.train_folds, str(path), FOLDS[:1], "32-true", tokens, ranks=1)
     outcome = pool.run(precisions.train_folds, str(path), FOLDS, "bf16-true", tokens, ranks=4)
     for i, fold in enumerate(FOLDS):
         for run in (r[i] for r in outcome):

@@ -74,6 +74,7 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("tp2 | ep4", {"rows": [11], "iterator": True, "teacher": True}, {}, {}),
     ("tp2 | ep4", {"rows": [7], "generates": True}, {}, {"data_parallel_sharding": "full"}),
     ("| ep2", {"rows": [11], "generates": True}, {}, {}),
+    ("| ep4", {"rows": [7]}, {}, {"capacity_factor": 50.0, "pad_to_capacity": True}),
 ]
 
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What jsonargparse says of a configuration, in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+
+import lightning.pytorch as pl
+
+from lightning_moefold import callbacks
+from lightning_moefold.recipes.data import TextData
+from lightning_moefold.recipes.module import FineTuneModule
+from lightning_moefold.strategy import MoEFoldStrategy
+
+_SECTIONS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "ckpt_path")
+_OWNERS = {"model": FineTuneModule, "data": TextData, "trainer": pl.Trainer, "trainer.strategy": MoEFoldStrategy}
+_UNKNOWN_OPTION = r"([\w.]+): Option '(\w+)' is not accepted$|unrecognized arguments: --([\w.]+)\.(\w+)"
+
+
+def one_sentence(message: str) -> str:
+    """The reason, and the name that is most like the unknown one in it."""
+    sentence = _reason(message)
+    close = _closest(sentence)
+    return f"{sentence}; did you mean {close}?" if close else sentence
+
+
+def _closest(sentence: str) -> str | None:
+    """What an unknown option, key or class should perhaps have been."""
+    if unknown := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", sentence):
+        return _most_like(unknown[2], dir(importlib.import_module(unknown[1])))
+    if unknown := re.fullmatch(r"Subcommand '\w+' does not accept option '(\w+)(?:\.(\w+))?.*'", sentence):
+        section, name = unknown.groups()
+        if section not in _SECTIONS:
+            return _most_like(section, _SECTIONS)
+    elif unknown := re.fullmatch(r"trainer\.callbacks: Option '(\w+)' is not accepted", sentence):
+        ours = (getattr(callbacks, name) for name in callbacks.__all__)
+        return _most_like(unknown[1], [name for kind in ours for name in inspect.signature(kind).parameters])
+    elif unknown := re.match(_UNKNOWN_OPTION, sentence):
+        section, name = (found for found in unknown.groups() if found)
+    else:
+        return None
+    return _most_like(name, inspect.signature(_OWNERS[section]).parameters) if name and section in _OWNERS else None
+
+
+def _most_like(name: str, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
+
+
+def _reason(message: str) -> str:
+    """The reason in a message of jsonargparse, which lists every type that a value is not, each over several lines."""
+    text = re.sub(r"\s+", " ", message.replace("typing.", "")).strip()
+    text = re.sub(r"- Not a valid subclass of .*?\(implicit class_path\) ?", "", text)  # what any class path may be
+    text = re.sub(r"Problem with given class_path '[^']*': ", "", text)
+    key = ""
+    while True:
+        if named := re.match(r'Parser key "([^"]+)": ', text):
+            key, text = f"{key}.{named[1]}".lstrip("."), text[named.end() :]
+        if "Errors: - " not in text or not text.startswith("Does not validate"):
+            break
+        reasons, _, value = text.partition("Errors: ")[2].rpartition(" Given value: ")
+        reasons = reasons.rpartition(" Given value type: ")[0]
+        # What is left when "Expected a <class 'str'>" and the like are taken away says more than they do.
+        special = re.sub(rf"^({_WRONG_TYPE} )*|( {_WRONG_TYPE})*$", "", reasons)
+        if re.fullmatch(_WRONG_TYPE, special):
+            text = f"{value} is not {_kinds(reasons)}"
+            break
+        text = special.removeprefix("- ")
+    if expected := re.fullmatch(r"(Expected .*?)\. Got value: (.*)", text):
+        text = f"{expected[2]} is not {_kinds(expected[1])}"
+    return f"{key}: {text}" if key else text
+
+
+def _kinds(expected: str) -> str:
+    kinds = re.findall(r"Expected (?:a )?(?:<class '([\w.]+)'>|(\w+\[[^]]*\]))", expected)
+    return " or ".join(a or b for a, b in kinds).replace("NoneType", "null")
+
+
+_WRONG_TYPE = r"- Expected (?:a )?(?:<class '[\w.]+'>|\w+\[[^]]*\])(?:\. Got value: (?:(?! - ).)*)?"
