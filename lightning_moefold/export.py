@@ -20,7 +20,7 @@ from lightning_moefold.layout import Box
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.hf_config import to_hf_config
-from lightning_moefold.models.names import parameter_entries
+from lightning_moefold.models.names import bias_entries, parameter_entries
 from lightning_moefold.training_state import MODELS
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -59,7 +59,7 @@ def export(checkpoint: Path, output: Path, model: Path | None = None, dtype: str
     config = MoEConfig.from_hf(described["config"])
     stored = StoredTensors(checkpoint)
     tensors, whole = {}, {}
-    for parameter, entry in parameter_entries(config).items():
+    for parameter, entry in (parameter_entries(config) | bias_entries(config)).items():
         full = f"model.{name}.{parameter}"
         if full not in stored.items or tuple(stored.items[full].size) != tuple(entry.shape):
             raise CheckpointError(f"{checkpoint} has no {full!r} of shape {list(entry.shape)}; it is damaged.")

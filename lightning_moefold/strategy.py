@@ -57,6 +57,7 @@ from lightning_moefold.modules.experts import Experts
 from lightning_moefold.modules.layered import layered_networks
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
 from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
@@ -552,6 +553,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     ) -> Any:
         with self._watch(optimizer):
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self.lightning_module is not None
+        update_expert_bias(self.lightning_module)
         # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now
         # old.
         self._release_gathered_weights()

@@ -17,7 +17,8 @@ from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    f"docs/{name}.md" for name in ("networks", "folds", "training", "pipeline", "planner", "inference", "dispatch")
+    f"docs/{name}.md"
+    for name in ("networks", "routers", "folds", "training", "pipeline", "planner", "inference", "dispatch")
 ]
 
 
@@ -45,7 +46,7 @@ def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monk
     code = blocks(page)
     assert code
     for block in code:
-        exec(compile(block, page, "exec"), names)
+        exec(compile(block, page, "exec", dont_inherit=True), names)
 
 
 class _ShortTrainer(L.Trainer):

@@ -21,7 +21,7 @@ from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules.context import ContextLayout, Exchange
 from lightning_moefold.modules.rotary import rotary_tables
-from lightning_moefold.modules.sequence import RoutingStatistics, SequenceBatch
+from lightning_moefold.modules.sequence import SequenceBatch
 
 IGNORED = -100
 
@@ -43,7 +43,9 @@ class CausalLMBatch:
         weight_N: Weight of each position's loss.
         labelled_index: Positions that have a target.
         fingerprint: A number below 2^20 for the data of all cp ranks, on the device.
-        routing: Routing statistics of the layers, as the decoder collects them.
+        sizes: On the device, what losses of routers are divided by: this rank's tokens that count, and the rows of this
+            data rank that have any (float ``[2]``).
+        routing: Tables of routing statistics of the MoE layers, as the decoder collects them.
         faults: Float vector ``[bad ids, bad labels, missing rows, malformed]`` on the device, zero where all is well.
         error: Why the batch could not be read, where an empty one stands in its place.
     """
@@ -57,7 +59,8 @@ class CausalLMBatch:
     labelled_index: Tensor
     faults: Tensor
     fingerprint: Tensor
-    routing: list[RoutingStatistics]
+    sizes: Tensor
+    routing: list[Tensor]
     _position_BL: Tensor
     _config: MoEConfig
     error: ValueError | None = None
@@ -76,11 +79,13 @@ class BatchAxes(NamedTuple):
         tp: Tokens.
         cp: Positions of each row.
         exchange: How attention works over cp.
+        data_rank: Of this rank, and how many there are.
     """
 
     tp: Axis = SINGLE
     cp: Axis = SINGLE
     exchange: Exchange = "auto"
+    data_rank: tuple[int, int] = (0, 1)
 
 
 def read_batch(
@@ -95,6 +100,7 @@ def read_batch(
     document_ids: Tensor | None,
     loss_weights: Tensor | None,
     keep_all: bool,
+    rows_before: int = 0,
 ) -> CausalLMBatch:
     """Reads the arguments of :meth:`.causal_lm.MoECausalLM.forward`.
 
@@ -109,6 +115,7 @@ def read_batch(
         document_ids: ``[B, S]``.
         loss_weights: ``[B, S]``.
         keep_all: Every position's output is needed, padding included.
+        rows_before: Rows of this data rank's batch that come before these.
     """
     check_shapes(input_ids, labels, attention_mask, position_ids, document_ids, loss_weights)
     rows, length = input_ids.shape
@@ -125,6 +132,8 @@ def read_batch(
     weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else _shift(loss_weights, 0)
     sequence = SequenceBatch(rows, ContextLayout.padded(length, axes.cp.size), tp=axes.tp, cp=axes.cp)
     sequence.num_microbatches, sequence.exchange = num_microbatches, axes.exchange
+    number, ranks = axes.data_rank
+    sequence.row_numbers = range(number + ranks * rows_before, ranks * (rows_before + rows), ranks)
     mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
     needed_BS = None if keep_all or labels is None or mask is None else mask.bool() | (target_BS != IGNORED)
     here = _Cut(sequence.layout, length, device)
@@ -133,7 +142,9 @@ def read_batch(
     if mask is not None and not _is_trailing(mask, needed_BS):
         sequence.real_BS = here.pad(mask.bool(), True)
     _mark_tokens(sequence, here, mask, needed_BS)
-    sequence.wants_routing = config.output_router_logits and config.num_moe_layers > 0
+    _mark_groups(sequence, config, device)
+    sequence.wants_z_loss = config.wants_z_loss
+    sequence.wants_routing = config.wants_aux_loss or config.wants_z_loss
     position_BS = _positions(position_ids, run_BS if document_ids is not None else None, length, device)
     target_N = here.cut(target_BS, IGNORED).flatten()
     place_N = torch.arange(token_BS.numel(), device=device) % 8191 + 1
@@ -146,6 +157,7 @@ def read_batch(
         weight_N=here.cut(weight_BS, 0).flatten(),
         labelled_index=(target_N != IGNORED).nonzero().squeeze(1),
         faults=faults.double(),
+        sizes=_sizes(sequence, mask, device),
         fingerprint=((token_BS + 31 * target_BS).flatten() * place_N).sum() % 1048573,
         routing=[],
         _position_BL=here.cut(position_BS, 0),
@@ -278,7 +290,7 @@ def _positions(position_ids: Tensor | None, run_BS: Tensor | None, length: int, 
 
 
 def _mark_tokens(sequence: SequenceBatch, here: _Cut, mask: Tensor | None, needed_BS: Tensor | None) -> None:
-    """Which of this rank's tokens are routed, which are counted, and to which micro-batch each belongs.
+    """Which of this rank's tokens are routed, and which are counted.
 
     Padding whose output nobody asks for is routed nowhere: exact, and it saves the experts' work.
     """
@@ -291,7 +303,21 @@ def _mark_tokens(sequence: SequenceBatch, here: _Cut, mask: Tensor | None, neede
     if sequence.padding or here.padding or mask is not None:
         counted_BL = here.cut(true_BS if mask is None else mask.bool(), False)
         sequence.counted_T = sequence.shard(counted_BL.flatten(), value=False)
-    if sequence.num_microbatches > 1:
-        sizes = torch.tensor(even_split(sequence.rows, sequence.num_microbatches), device=device)
-        microbatch_B = torch.arange(sequence.num_microbatches, device=device).repeat_interleave(sizes)
-        sequence.microbatch_T = sequence.shard(microbatch_B.repeat_interleave(sequence.length))
+
+
+def _mark_groups(sequence: SequenceBatch, config: MoEConfig, device: torch.device) -> None:
+    """Among which of this rank's tokens balance is asked for."""
+    if config.aux_loss == "global_batch":
+        return
+    groups = sequence.rows if config.aux_loss == "sequence" else sequence.num_microbatches
+    if groups > 1:
+        sizes = torch.tensor(even_split(sequence.rows, groups), device=device)
+        group_B = torch.arange(groups, device=device).repeat_interleave(sizes)
+        sequence.group_T, sequence.num_groups = sequence.shard(group_B.repeat_interleave(sequence.length)), groups
+
+
+def _sizes(sequence: SequenceBatch, mask: Tensor | None, device: torch.device) -> Tensor:
+    counted_T = sequence.counted_T
+    tokens = torch.tensor(sequence.tokens // sequence.tp.size, device=device) if counted_T is None else counted_T.sum()
+    rows = torch.tensor(sequence.rows, device=device) if mask is None else mask.bool().any(1).sum()
+    return torch.stack([tokens, rows]).double()

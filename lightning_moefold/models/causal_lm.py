@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,21 +20,20 @@ from torch.distributed.tensor import DTensor
 
 from lightning_moefold import comm
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
-from lightning_moefold.layout import ParameterLayout, ParameterPlan
+from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.generation import Sampling, generate
 from lightning_moefold.models.hf_config import to_hf_config
 from lightning_moefold.models.losses import GlobalLoss, Losses
-from lightning_moefold.models.names import parameter_entries
+from lightning_moefold.models.names import bias_entries, parameter_entries
 from lightning_moefold.models.unequal import UnequalCalls
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
 from lightning_moefold.modules.base import ParallelRoot, wide
 from lightning_moefold.modules.cache import KeyValueCache
 from lightning_moefold.modules.context import Exchange
-from lightning_moefold.modules.sequence import RoutingStatistics
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
@@ -64,14 +64,17 @@ class CausalLMOutput(NamedTuple):
         loss: Language-model loss plus weighted auxiliary loss over the *global* batch; the same on every rank, bit by
             bit. None without labels.
         lm_loss: Mean loss of all label tokens on all ranks.
-        aux_loss: Load-balancing loss, unweighted; None unless ``output_router_logits`` is on.
+        aux_loss: Load-balancing loss, unweighted; None unless ``output_router_logits`` is on, or an ``aux_loss`` is named
+            that ``transformers`` does not have.
         logits: ``[B, S, V]``; None where this rank does not hold them (see :meth:`MoECausalLM.forward`).
+        z_loss: z-loss of the routers, unweighted; None without ``router_z_loss_coef``.
     """
 
     loss: Tensor | None = None
     lm_loss: Tensor | None = None
     aux_loss: Tensor | None = None
     logits: Tensor | None = None
+    z_loss: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -94,8 +97,8 @@ class Decoder(nn.Module):
         for layer in self.layers.values():
             output = layer(x_TD, batch.sequence)
             if isinstance(output, tuple):
-                x_TD, counts_ME, probability_ME = output
-                batch.routing.append(RoutingStatistics(counts_ME, probability_ME))
+                x_TD, table_SE = output
+                batch.routing.append(table_SE)
             else:
                 x_TD = output
         return self.norm(x_TD)
@@ -115,15 +118,19 @@ def _make_layer(config: MoEConfig, index: int) -> DecoderLayer:
     )
     mlp: MoELayer | GatedMLP
     if config.is_moe_layer(index):
+        router = config.router
+        if router.norm_topk_prob is None and not router.softmax_after_topk:
+            router = replace(router, norm_topk_prob=config.norm_topk_prob)
         mlp = MoELayer(
             config.hidden_size,
             config.num_experts,
             config.num_experts_per_tok,
             config.moe_intermediate_size,
-            normalize_weights=config.norm_topk_prob,
+            router=router,
             shared_ffn_hidden_size=config.shared_expert_intermediate_size,
             activation=config.hidden_act,
         )
+        mlp.gate.layer = index
     else:
         mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
     return DecoderLayer(config.hidden_size, attention, mlp, config.rms_norm_eps)
@@ -150,11 +157,13 @@ class MoECausalLM(ParallelRoot):
         self.pipeline: PipelineRunner | None = None
         self.context_parallel_exchange: Exchange = "auto"
         self.layouts = {
-            name: ParameterLayout(entry.shape, ParameterPlan()) for name, entry in parameter_entries(config).items()
+            name: ParameterLayout(entry.shape, ParameterPlan())
+            for name, entry in (parameter_entries(config) | bias_entries(config)).items()
         }
         self.source: WeightSource | None = None
         self.weights_pending = False
-        if config.router_aux_loss_coef > 0 and not config.output_router_logits and config.num_moe_layers:
+        biased = config.router.bias_update_rate is not None  # instead of the loss
+        if config.router_aux_loss_coef > 0 and not config.wants_aux_loss and config.num_moe_layers and not biased:
             warnings.warn(
                 f"router_aux_loss_coef={config.router_aux_loss_coef} has no effect because output_router_logits is off, as "
                 "in transformers; pass output_router_logits=True to train with the load-balancing loss.",
@@ -218,8 +227,10 @@ class MoECausalLM(ParallelRoot):
             CheckpointError: If a file cannot be read.
         """
         assert self.source is not None, "a model made by its constructor has no source of weights"
-        for buffer in self.buffers():
+        for name, buffer in self.named_buffers():
             buffer.zero_()
+            if self.source.holds(name):
+                self.source.fill(name, Box((0,) * buffer.dim(), tuple(buffer.shape)), buffer)
         for name, parameter in self.named_parameters():
             mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             self.source.fill(name, self.layouts[name].box(self.fold, self.rank), mine)
@@ -295,8 +306,7 @@ class MoECausalLM(ParallelRoot):
             }  # fmt: skip
             with torch.autocast(input_ids.device.type, enabled=False):
                 return self.pipeline.run(tensors, loss_fn, gather_logits, extras)
-        cp = SINGLE if self.mesh is None else self.mesh.axis("cp")
-        axes = BatchAxes(self.tp, cp, self.context_parallel_exchange)
+        axes = self.batch_axes()
         try:
             batch = read_batch(
                 self.config, axes, self.num_microbatches, input_ids=input_ids, labels=labels,
@@ -306,14 +316,25 @@ class MoECausalLM(ParallelRoot):
         except ValueError as error:  # raised below, together with all ranks
             batch = stand_in(self.config, axes, self.num_microbatches, input_ids.device, error)
             cache = None
-        batch.sequence.cache = cache
+        batch.sequence.cache, batch.sequence.call = cache, self.next_call()
         with torch.autocast(input_ids.device.type, enabled=False):
             x_ND = batch.sequence.gather(self.model(batch))
             wants_logits = gather_logits or cache is not None or (labels is None and self.tp.size == 1)
             logits = self._whole_logits(x_ND, batch) if wants_logits or loss_fn else None
             local = self._local_loss(x_ND, logits, batch, loss_fn, extras)
-            losses = GlobalLoss(self.config, self.mesh).reduce(local, batch)
+            losses = GlobalLoss(self.config, self.mesh, wide(x_ND.dtype)).reduce(local, batch)
         return self._output(losses, logits if wants_logits else None, labels is not None)
+
+    def batch_axes(self) -> BatchAxes:
+        """Over which ranks batches are spread."""
+        if self.mesh is None:
+            return BatchAxes()
+        data_rank = self.mesh.place["dp"], self.mesh.fold.dp
+        return BatchAxes(self.tp, self.mesh.axis("cp"), self.context_parallel_exchange, data_rank)
+
+    def next_call(self) -> Tensor | None:
+        """The number of this call for routers with noise, the same for all micro-batches; None where there are none."""
+        return next((call for call in [layer.gate.next_call() for layer in self.moe_layers().values()]), None)
 
     def _whole_logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
         """Logits of whole rows, ``[B, S, V]``, on every rank of a data replica; cp ranks' gradients are summed.
@@ -353,11 +374,13 @@ class MoECausalLM(ParallelRoot):
 
     def _output(self, losses: Losses, logits: Tensor | None, labelled: bool) -> CausalLMOutput:
         if not labelled or losses.lm is None:
-            return CausalLMOutput(aux_loss=losses.aux, logits=logits)
+            return CausalLMOutput(aux_loss=losses.aux, logits=logits, z_loss=losses.z)
         loss = losses.lm
-        if losses.aux is not None:
-            loss = loss + self.config.router_aux_loss_coef * losses.aux
-        return CausalLMOutput(loss, losses.lm, losses.aux, logits)
+        for coefficient, term in (
+            (self.config.router_aux_loss_coef, losses.aux), (self.config.router_z_loss_coef, losses.z)
+        ):  # fmt: skip
+            loss = loss if term is None else loss + coefficient * term
+        return CausalLMOutput(loss, losses.lm, losses.aux, logits, losses.z)
 
     def stand_in(self) -> None:
         """Takes part in a call of ranks that have data, with rows in which nothing counts. Collective."""
@@ -432,19 +455,25 @@ class MoECausalLM(ParallelRoot):
             OSError: If the directory cannot be written; raised on every rank, with nothing left half-written.
         """
         self.release_gathered_weights()
-        parameters = dict(self.named_parameters())
+        held: dict[str, Tensor] = dict(self.named_parameters()) | dict(self.stored_buffers())
         ranks = list(range(self.fold.world_size))
         tensors = {}
-        for name, entry in parameter_entries(self.config).items():
+        if self.config.router.changes_prediction:
+            warnings.warn(
+                f"{path} will route differently in transformers, whose {self.config.model_type} does not know the router options "
+                f"{', '.join(sorted(self.config.router.as_dict()))}; from_pretrained of lightning_moefold honours them.",
+                stacklevel=2,
+            )
+        for name, entry in (parameter_entries(self.config) | bias_entries(self.config)).items():
             owners = tuple(self.layouts[name].owners(self.fold, ranks))
             tensors[name] = OutputTensor(
                 entry.shape, self._disk_dtype(name, dtype), entry.sources, entry.stacked, owners
             )
 
         def piece(name: str) -> Tensor:
-            if name not in parameters:  # another pipeline stage holds it
+            if name not in held:  # another pipeline stage holds it
                 return torch.empty(0)
-            parameter = parameters[name].detach()
+            parameter = held[name].detach()
             return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
         config = dict(self.config.raw) or to_hf_config(self.config)
@@ -468,12 +497,14 @@ class MoECausalLM(ParallelRoot):
             "config": dict(self.config.raw) or to_hf_config(self.config),
             "dtypes": {
                 name: str(self._disk_dtype(name, None)).removeprefix("torch.")
-                for name in parameter_entries(self.config)
+                for name in parameter_entries(self.config) | bias_entries(self.config)
             },
             "path": None if origin is None else str(origin.resolve()),
         }
 
     def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
+        if name in bias_entries(self.config):
+            return torch.float32
         stored = self.source.dtype(name) if self.source is not None else None
         named = getattr(torch, self.config.dtype, None) if self.config.dtype else None
         return dtype or stored or named or next(self.parameters()).dtype

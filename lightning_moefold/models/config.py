@@ -13,9 +13,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+
+from lightning_moefold.modules.routers.options import RouterOptions
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+AuxLoss = Literal["huggingface", "microbatch", "sequence", "global_batch"]
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
 
 #: Fields that do not change what training computes.
@@ -74,6 +77,11 @@ class MoEConfig:
         hidden_act: Activation of all feed-forward layers.
         router_aux_loss_coef: Weight of the load-balancing loss.
         output_router_logits: The load-balancing loss is part of the loss only if this is on, as in ``transformers``.
+        aux_loss: Over which tokens the load-balancing loss asks for balance. ``"huggingface"``: each micro-batch's, pooled
+            over all layers, as in ``transformers``, and only with ``output_router_logits``. In each layer by itself:
+            ``"microbatch"`` each micro-batch's, ``"sequence"`` each row's, ``"global_batch"`` all of a batch.
+        router_z_loss_coef: Weight of the z-loss; 0 for none.
+        router: How experts are chosen.
         initializer_range: Standard deviation of initial weights.
         dtype: Of the stored weights, as a name such as ``"bfloat16"``; None if the file does not say.
         raw: The configuration as read, with overrides; what is written back.
@@ -106,6 +114,9 @@ class MoEConfig:
     hidden_act: str = "silu"
     router_aux_loss_coef: float = 0.001
     output_router_logits: bool = False
+    aux_loss: AuxLoss = "huggingface"
+    router_z_loss_coef: float = 0.0
+    router: RouterOptions = RouterOptions()
     initializer_range: float = 0.02
     dtype: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -134,6 +145,15 @@ class MoEConfig:
             raise ConfigError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}."
             )
+        if self.aux_loss not in get_args(AuxLoss):
+            raise ConfigError(
+                f"aux_loss={self.aux_loss!r} is not known; use one of {', '.join(map(repr, get_args(AuxLoss)))}."
+            )
+        if self.num_moe_layers:
+            try:
+                self.router.check(self.num_experts, self.num_experts_per_tok)
+            except ValueError as error:
+                raise ConfigError(f"router: {error}") from None
         if self.head_dim % 2:
             raise ConfigError(
                 f"head_dim={self.head_dim} is odd, and rotary embedding turns pairs; use an even head_dim."
@@ -159,6 +179,16 @@ class MoEConfig:
     def num_moe_layers(self) -> int:
         """Layers with experts."""
         return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
+
+    @property
+    def wants_aux_loss(self) -> bool:
+        """Whether the load-balancing loss is computed: where it is switched on, or one is named that only exists here."""
+        return self.num_moe_layers > 0 and (self.output_router_logits or self.aux_loss != "huggingface")
+
+    @property
+    def wants_z_loss(self) -> bool:
+        """Whether the z-loss is computed."""
+        return self.num_moe_layers > 0 and self.router_z_loss_coef != 0
 
     @property
     def dense_widths(self) -> dict[str, int]:

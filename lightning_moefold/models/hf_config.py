@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_moefold.models.config import FAMILIES, ConfigError, MoEConfig, warn_unknown
+from lightning_moefold.modules.routers.options import RouterOptions
+from lightning_moefold.modules.routers.registry import router_options
 
 _MISSING = object()
 _KV_HEADS = {"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}
@@ -45,7 +47,12 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
             f"model_type={family!r} is not supported; the supported architectures are {', '.join(FAMILIES)}."
         )
     reader.refuse_unless("attention_dropout", (0.0, 0, None), "dropout would differ from rank to rank")
-    reader.refuse_unless("router_jitter_noise", (0.0, 0, None), "noise would differ from rank to rank")
+    reader.refuse_unless(
+        "router_jitter_noise",
+        (0.0, 0, None),
+        "it disturbs what experts compute, too; see input_jitter of RouterOptions",
+    )
+    options = _router(reader)
     reader.refuse_unless("quantization_config", (None,), "quantised weights cannot be trained")
     reader.refuse_unless("partial_rotary_factor", (1.0, None), "each head is turned as a whole")
     reader.refuse_unless("num_key_value_groups", (None,), "it is derived from the numbers of heads")
@@ -73,9 +80,12 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
         "hidden_act": reader.get("hidden_act", default="silu"),
         "router_aux_loss_coef": reader.get("router_aux_loss_coef", default=0.001),
         "output_router_logits": bool(reader.get("output_router_logits", default=False)),
+        "aux_loss": reader.get("aux_loss", default="huggingface"),
+        "router_z_loss_coef": reader.get("router_z_loss_coef", default=0.0),
+        "router": options,
         "initializer_range": reader.get("initializer_range", default=0.02),
         "dtype": _dtype(reader),
-        "raw": dict(raw.items()),
+        "raw": {**raw, "router": options.as_dict()} if "router" in raw else dict(raw),
     }
     specific = _mixtral(reader, layers) if family == "mixtral" else _qwen(reader, family, layers)
     warn_unknown(set(raw) - reader.seen)
@@ -85,6 +95,13 @@ def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
             f"override {sorted(unknown)[0]!r} is not a field of a {family} configuration that changes the result."
         )
     return MoEConfig(**{**common, **specific})
+
+
+def _router(reader: _Reader) -> RouterOptions:
+    try:
+        return router_options(reader.get("router", default=None) or {})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"router: {error}") from None
 
 
 def _padding(reader: _Reader) -> int | None:
@@ -178,6 +195,10 @@ def to_hf_config(config: MoEConfig) -> dict[str, Any]:
     out |= {"rope_parameters": rope, "head_dim": config.head_dim}
     if config.dtype:
         out["dtype"] = config.dtype
+    ours = {
+        "aux_loss": config.aux_loss, "router_z_loss_coef": config.router_z_loss_coef, "router": config.router.as_dict()
+    }  # fmt: skip
+    out |= {name: value for name, value in ours.items() if value not in ("huggingface", 0, {})}
     windows = {w for w in config.sliding_windows if w}
     if config.model_type == "mixtral":
         return out | {

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From each rank's share to the loss of the whole batch: one collective, the same bits on every rank.
+"""From each rank's share to the loss of the whole batch: the same bits on every rank.
 
     lm   = sum over all ranks of loss sums / sum over all ranks of weights
-    aux  = mean over micro-batches of  E * sum_e f_e * P_e        (``transformers``' formula, pooled over all layers)
 
-with ``f_e`` the choices of expert e and ``P_e`` its summed probability, each divided by the number of (token, layer)
-pairs that count, over all ranks. The balanced value is top-k, not 1. Backward needs no communication: the gradient of
-the global value with respect to this rank's tokens depends on the others only through counts and weights, which are
-known.
+and what the routers add (:mod:`.router_losses`). One collective, and one more over tp and cp each for load balance by rows.
+Backward needs no communication: the gradient of the global value with respect to this rank's tokens depends on the others
+only through counts and weights, which are known.
 
-Legend: M micro-batches, E experts, K experts per token.
+Legend: G groups of tokens, L layers, S = 2 G + 1 rows of a routing table, E experts.
 """
 
 from __future__ import annotations
@@ -23,15 +21,18 @@ from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.batch import BatchError, CausalLMBatch
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.router_losses import RouterLosses
 from lightning_moefold.modules.balance import global_value
+from lightning_moefold.modules.routers.statistics import split_table
 
 
 @dataclass
 class Losses:
-    """Global losses; None where there are no labels, or no statistics."""
+    """Global losses, unweighted; None where there are no labels, or where they are not asked for."""
 
     lm: Tensor | None
     aux: Tensor | None
+    z: Tensor | None
 
 
 class GlobalLoss:
@@ -40,50 +41,76 @@ class GlobalLoss:
     Args:
         config: The model's configuration.
         mesh: The folded mesh, or None on one rank.
+        dtype: Of the losses of routers.
     """
 
-    def __init__(self, config: MoEConfig, mesh: FoldedMesh | None) -> None:
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: MoEConfig, mesh: FoldedMesh | None, dtype: torch.dtype) -> None:
+        self.config, self.mesh, self.dtype = config, mesh, dtype
+        self._routers = RouterLosses(config, mesh)
 
     def reduce(self, local: tuple[Tensor, Tensor] | None, batch: CausalLMBatch) -> Losses:
         """Collective over the stage.
 
         Args:
             local: Sum of losses and weight on this data rank (equal on its tp ranks), or None without labels.
-            batch: For statistics and faults.
+            batch: For routing tables and faults.
 
         Raises:
             BatchError: On every rank, if any rank's data is at fault.
         """
-        statistics = batch.routing
         zero = batch.faults.new_zeros(2)
         sums = zero if local is None else torch.stack([local[0].detach().double(), local[1].detach().double()])
         # tp ranks computed the same sums, and cp ranks, too, found the same faults: one of them contributes. The tokens,
         # hence statistics, of all ranks are distinct.
         first_tp = self.mesh is None or self.mesh.tp.index == 0
         first_cp = self.mesh is None or self.mesh.axis("cp").index == 0
-        faults = batch.faults.clone()
+        faults, sizes = batch.faults.clone(), batch.sizes.clone()
         if not (first_tp and first_cp):
             faults[:3] = 0  # but a batch that this rank cannot read may be this rank's alone
-        head = torch.cat([sums if first_tp else zero, faults])
-        counts_ME = probability_ME = None
-        parts = [head]
-        if statistics:
-            counts_ME = torch.stack([s.counts_ME for s in statistics]).sum(0)
-            probability_ME = torch.stack([s.probability_ME for s in statistics]).sum(0)
-            parts += [counts_ME.double().flatten(), probability_ME.detach().double().flatten()]
+            sizes[1] = 0
+        tables_LSE, slope_LGE, known = self._routing(batch)
         prints = self._fingerprints(batch)
-        totals = torch.cat([*parts, prints])
+        totals = torch.cat([sums if first_tp else zero, faults, sizes, known, prints])
         if self.mesh is not None:
             comm.all_reduce_raw(totals, self.mesh.stage)
-        totals, prints = totals.split([len(totals) - len(prints), len(prints)])
-        check_faults(totals[2:6], batch.error, self.config.vocab_size, batch.sequence.num_microbatches)
+        sums, faults, sizes, known, prints = totals.split([2, 4, 2, len(known), len(prints)])
+        check_faults(faults, batch.error, self.config.vocab_size, batch.sequence.num_microbatches)
         self._check_fingerprints(prints)
-        lm = None if local is None else self._language_loss(local[0], totals[0], totals[1])
-        if counts_ME is None or probability_ME is None:
-            return Losses(lm, None)
-        all_counts, all_probability = totals[6:].view(2, *counts_ME.shape).unbind(0)
-        return Losses(lm, self._auxiliary_loss(probability_ME, all_counts, all_probability))
+        lm = None if local is None else self._language_loss(local[0], sums[0], sums[1])
+        if tables_LSE is None:
+            return Losses(lm, None, None)
+        return Losses(lm, *self._router_losses(tables_LSE, slope_LGE, known, sizes))
+
+    def _routing(self, batch: CausalLMBatch) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """The tables of all layers, where groups are rows the slope of their loss, and what all ranks are to know."""
+        if not batch.routing:
+            return None, None, batch.faults.new_zeros(0)
+        tables_LSE, routers = self._routers.join(batch.routing), self._routers
+        mine = tables_LSE.detach()
+        if not routers.per_row:
+            return tables_LSE, None, mine.flatten()
+        slope_LGE = routers.slope(tables_LSE)
+        return tables_LSE, slope_LGE, torch.stack([routers.balance(mine, slope_LGE), routers.z(mine)])
+
+    def _router_losses(
+        self, tables_LSE: Tensor, slope_LGE: Tensor | None, known: Tensor, sizes: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        routers = self._routers
+        if slope_LGE is None:
+            all_LSE = known.view_as(tables_LSE)
+            slope_LGE = routers.slope_of(split_table(all_LSE)[0])
+            balance, z = routers.balance(all_LSE, slope_LGE), routers.z(all_LSE)
+            groups = sizes.new_tensor(slope_LGE.shape[1])
+        else:
+            balance, z = known.unbind()
+            groups = sizes[1].clamp(min=1)
+        tokens, aux = sizes[0].clamp(min=1), None
+        if self.config.wants_aux_loss:
+            aux = self._global(routers.balance(tables_LSE, slope_LGE) / groups, balance / groups)
+        return aux, self._global(routers.z(tables_LSE) / tokens, z / tokens) if self.config.wants_z_loss else None
+
+    def _global(self, share: Tensor, value: Tensor) -> Tensor:
+        return global_value(share.to(self.dtype), value, self.mesh)
 
     def _fingerprints(self, batch: CausalLMBatch) -> Tensor:
         """A small number for this rank's data and its square, in the slots of its data rank.
@@ -112,12 +139,6 @@ class GlobalLoss:
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)
         share = (local / weight).to(local.dtype)
         return global_value(share, total / weight, self.mesh)
-
-    def _auxiliary_loss(self, local_ME: Tensor, counts_ME: Tensor, probability_ME: Tensor) -> Tensor:
-        pairs_M1 = (counts_ME.sum(-1, keepdim=True) / self.config.num_experts_per_tok).clamp(min=1)
-        slope_ME = counts_ME / pairs_M1.square() * (self.config.num_experts / counts_ME.shape[0])
-        share = (slope_ME.to(local_ME.dtype) * local_ME).sum()
-        return global_value(share, (slope_ME * probability_ME).sum(), self.mesh)
 
 
 def check_faults(faults: Tensor, error: Exception | None, vocab_size: int, num_microbatches: int) -> None:

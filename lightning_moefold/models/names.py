@@ -52,6 +52,17 @@ def parameter_entries(config: MoEConfig) -> dict[str, ParameterEntry]:
     return entries
 
 
+def bias_entries(config: MoEConfig) -> dict[str, ParameterEntry]:
+    """The buffers of routers that have a bias for each expert; named as DeepSeek-V3's, on disk as well.
+
+    ``transformers`` has none of them in these families, so a checkpoint may hold them or not.
+    """
+    if config.router.bias_update_rate is None:
+        return {}
+    names = [f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in range(config.num_hidden_layers)]
+    return {name: _single(name, config.num_experts) for i, name in enumerate(names) if config.is_moe_layer(i)}
+
+
 def _single(name: str, *shape: int) -> ParameterEntry:
     return ParameterEntry(shape, (name,))
 

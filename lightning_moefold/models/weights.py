@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.layout import Box
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.models.names import ParameterEntry, parameter_entries
+from lightning_moefold.models.names import ParameterEntry, bias_entries, parameter_entries
 
 _DEFERRED: ContextVar[bool] = ContextVar("moefold_deferred_weights", default=False)
 
@@ -42,6 +42,10 @@ class WeightSource(Protocol):
         """Copies the part ``box`` of parameter ``name`` (our name) into ``out``, whatever its dtype and device."""
         ...
 
+    def holds(self, name: str) -> bool:
+        """Whether there is anything for the buffer ``name``; it starts at zero otherwise."""
+        ...
+
     def dtype(self, name: str) -> torch.dtype | None:
         """The dtype in which the parameter is stored, if it is stored."""
         ...
@@ -62,8 +66,10 @@ class CheckpointWeights:
         self.checkpoint = checkpoint
         self._entries = parameter_entries(config)
         expected = {source: entry.source_shape for entry in self._entries.values() for source in entry.sources}
-        optional = frozenset({"lm_head.weight"} if config.tie_word_embeddings else set())
+        biases = bias_entries(config)
+        optional = frozenset(biases) | ({"lm_head.weight"} if config.tie_word_embeddings else set())
         checkpoint.check(expected, optional)
+        self._entries |= {name: entry for name, entry in biases.items() if name in checkpoint.tensors}
 
     def fill(self, name: str, box: Box, out: Tensor) -> None:
         """See :class:`WeightSource`."""
@@ -76,6 +82,10 @@ class CheckpointWeights:
             return
         for piece, source in zip(out, entry.sources[slices[0]], strict=True):
             piece.copy_(self.checkpoint.read(source, slices[1:]))
+
+    def holds(self, name: str) -> bool:
+        """See :class:`WeightSource`."""
+        return name in self._entries
 
     def dtype(self, name: str) -> torch.dtype | None:
         """See :class:`WeightSource`."""
@@ -121,6 +131,10 @@ class SeededWeights:
         if source == "model.embed_tokens.weight" and self.config.pad_token_id is not None:
             drawn[self.config.pad_token_id] = 0
         return drawn
+
+    def holds(self, name: str) -> bool:
+        """Buffers start at zero."""
+        return False
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Nothing is stored."""

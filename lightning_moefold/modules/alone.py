@@ -38,6 +38,8 @@ def run_alone(block: ParallelRoot, hidden: Tensor, batch: SequenceBatch | None =
             if cut is None
             else SequenceBatch(tokens // cut.length, cut.layout.length, tp=block.tp, cp=cut.layout.cp)
         )
+    if block.mesh is not None:
+        batch.row_numbers = range(block.mesh.place["dp"], block.fold.dp * batch.rows, block.fold.dp)
     if batch.padding or (cut is not None and cut.is_padded):
         real_N = torch.ones(batch.tokens, dtype=torch.bool, device=hidden.device)
         if cut is not None:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The load-balancing loss of MoE layers in networks of the user's own, and losses of all ranks' data in general.
+"""Losses of routers in networks of the user's own, and losses of all ranks' data in general.
 
-    loss of a layer = E * sum_e f_e * P_e
+Both are means over the MoE layers of a network, over the tokens of all ranks: of the load-balancing loss
+(:func:`~.routers.statistics.balance_slope`) and of the z-loss (ST-MoE, arXiv 2202.08906, equation 5), the mean of
+``logsumexp(logits)^2``.
 
-with ``f_e`` the choices of expert e and ``P_e`` its summed probability, each divided by the tokens of all ranks (Switch
-Transformer, arXiv 2101.03961, equation 4, for top-k). The balanced value is top-k.
-
-Legend: E experts, M micro-batches (one here).
+Legend: E experts, L layers, S rows of a layer's routing table.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules.sequence import RoutingStatistics
+from lightning_moefold.modules.routers.statistics import balance_slope, split_table
 
 
 @dataclass
@@ -27,14 +26,16 @@ class Routing:
     """What a layer keeps of its latest forward pass.
 
     Args:
-        statistics: Of this rank's tokens.
+        table_SE: Statistics of this rank's tokens (:mod:`.routers.statistics`).
         top_k: Experts per token.
         mesh: The folded mesh; None on one rank.
+        dtype: Of the probabilities.
     """
 
-    statistics: RoutingStatistics
+    table_SE: Tensor
     top_k: int
     mesh: FoldedMesh | None
+    dtype: torch.dtype
 
 
 def load_balancing_loss(network: nn.Module) -> Tensor:
@@ -56,29 +57,55 @@ def load_balancing_loss(network: nn.Module) -> Tensor:
         run = module.__dict__.get("_moefold_runner")
         if run is not None and (spread := run.load_balancing_loss()) is not None:
             return spread  # over pipeline stages
+    routings, totals = _reduced(network)
+    shares, values = [], []
+    for routing, total_SE in zip(routings, totals, strict=True):
+        counts_GE, all_GE, _ = split_table(total_SE)
+        slope_GE = balance_slope(counts_GE, routing.top_k)
+        values.append((slope_GE * all_GE).sum())
+        shares.append((slope_GE * split_table(routing.table_SE)[1]).sum())
+    return _mean(shares, values, routings[0])
+
+
+def router_z_loss(network: nn.Module) -> Tensor:
+    """Mean z-loss of the MoE layers in a network, over the tokens of all ranks; used as :func:`load_balancing_loss` is.
+
+    Args:
+        network: See there.
+
+    Returns:
+        A scalar, in at least float32.
+
+    Raises:
+        ValueError: See there.
+    """
+    routings, totals = _reduced(network)
+    shares, values = [], []
+    for routing, total_SE in zip(routings, totals, strict=True):
+        counts_GE, _, z = split_table(total_SE)
+        tokens = (counts_GE.sum() / routing.top_k).clamp(min=1)
+        values.append(z / tokens)
+        shares.append(split_table(routing.table_SE)[2] / tokens)
+    return _mean(shares, values, routings[0])
+
+
+def _reduced(network: nn.Module) -> tuple[list[Routing], list[Tensor]]:
+    """What the layers have kept, and their tables for the tokens of all ranks. Collective."""
     routings = [r for m in network.modules() if isinstance(r := getattr(m, "routing", None), Routing)]
     if not routings:
         raise ValueError(
             "no MoE layer has kept its routing; make layers with keep_routing=True and run the network in training mode first."
         )
-    mesh = routings[0].mesh
-    mine = [
-        torch.stack([r.statistics.counts_ME.double(), r.statistics.probability_ME.detach().double()]) for r in routings
-    ]
-    totals = torch.cat([part.flatten() for part in mine])
+    mesh, tables = routings[0].mesh, [r.table_SE.detach() for r in routings]
+    totals = torch.cat([table.flatten() for table in tables])
     if mesh is not None:
         comm.all_reduce_raw(totals, mesh.stage)
-    value, share = (
-        totals.new_zeros(()),
-        torch.zeros((), dtype=routings[0].statistics.probability_ME.dtype, device=totals.device),
-    )
-    for routing, total in zip(routings, totals.split([part.numel() for part in mine]), strict=True):
-        counts_E, probability_E = total.view(2, -1).unbind(0)
-        tokens = (counts_E.sum() / routing.top_k).clamp(min=1)
-        slope_E = counts_E / tokens.square() * (len(counts_E) / len(routings))
-        value = value + (slope_E * probability_E).sum()
-        share = share + (slope_E.to(share.dtype) * routing.statistics.probability_ME[0]).sum()
-    return global_value(share, value, mesh)
+    parts = totals.split([table.numel() for table in tables])
+    return routings, [part.view_as(table) for part, table in zip(parts, tables, strict=True)]
+
+
+def _mean(shares: list[Tensor], values: list[Tensor], routing: Routing) -> Tensor:
+    return global_value(torch.stack(shares).mean().to(routing.dtype), torch.stack(values).mean(), routing.mesh)
 
 
 class _GlobalValue(torch.autograd.Function):

@@ -63,7 +63,7 @@ class ParallelRoot(ParallelModule):
 
     Attributes:
         sharding: How the strategy parallelised it, for whoever would do it again.
-        layouts: Where the pieces of each parameter lie, by name relative to the root.
+        layouts: Where the pieces of each parameter and stored buffer lie, by name relative to the root.
         compute_dtype: The dtype in which it computes where that is not the dtype of storage (``bf16-mixed``).
         rows: How the rows that a block is given are cut over cp (:class:`~.rows.RowCut`); None where they are whole.
         hidden_size: D, what it takes and returns for each token.
@@ -83,6 +83,15 @@ class ParallelRoot(ParallelModule):
     def units(self) -> list[nn.Module]:
         """The modules whose dense weights are gathered together, inner ones first."""
         return [self]
+
+    def stored_buffers(self) -> list[tuple[str, Tensor]]:
+        """Buffers that belong into checkpoints, by name. They are whole on every rank that holds them."""
+        return [
+            (f"{prefix}.{name}".lstrip("."), buffer)
+            for prefix, module in self.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        ]
 
     def stand_in(self) -> None:
         """Takes part in a call of ranks that have data, without any. Collective."""

@@ -43,11 +43,11 @@ class DecoderLayer(ParallelRoot):
         self.post_attention_layernorm = RMSNorm(hidden_size, norm_eps)
         self.mlp = mlp
 
-    def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """``[T, D] -> [T, D]`` with a batch description; ``[B, S, D] -> [B, S, D]`` without, at positions 0, 1, ...
 
-        Where the batch asks for routing statistics, an MoE layer's counts and probabilities (``[M, E]``) come with the
-        hidden states: FSDP2 watches what a layer returns, and backward through anything else could reach weights that
+        Where the batch asks for routing statistics, an MoE layer's table of them (:mod:`.routers.statistics`) comes with
+        the hidden states: FSDP2 watches what a layer returns, and backward through anything else could reach weights that
         it has let go of.
         """
         if batch is None:
@@ -56,14 +56,14 @@ class DecoderLayer(ParallelRoot):
             return recomputed(self._forward, hidden, batch)
         return self._forward(hidden, batch)
 
-    def _forward(self, hidden: Tensor, batch: SequenceBatch) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, hidden: Tensor, batch: SequenceBatch) -> Tensor | tuple[Tensor, Tensor]:
         selective = self.recompute == "selective" and torch.is_grad_enabled()
         hidden = recomputed(self._attend, hidden, batch) if selective else self._attend(hidden, batch)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden), batch)
         if batch.routing is None:
             return hidden
-        statistics, batch.routing = batch.routing, None
-        return hidden, statistics.counts_ME, statistics.probability_ME
+        routing_SE, batch.routing = batch.routing, None
+        return hidden, routing_SE
 
     def _attend(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
         return hidden + self.self_attn(self.input_layernorm(hidden), batch)

@@ -7,6 +7,7 @@ Legend: T tokens of this rank, K experts per token, R rows sent, M rows computed
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from lightning_moefold.modules.experts import Experts, RoutedExperts
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.module_experts import ModuleExperts
 from lightning_moefold.modules.recompute import is_recomputing
-from lightning_moefold.modules.router import Router, count_choices, routing_statistics
+from lightning_moefold.modules.routers import Router, RouterOptions, RouterOutput, RouterSpec, make_router
+from lightning_moefold.modules.routers.statistics import count_choices, routing_table
 from lightning_moefold.modules.sequence import SequenceBatch
 
 
@@ -36,7 +38,8 @@ class MoELayer(ParallelRoot):
         ffn_hidden_size: Width of each gated expert.
         expert: Makes one expert, in place of gated ones: any module from ``[rows, D]`` to ``[rows, D]``
             (:class:`~.module_experts.ModuleExperts`).
-        normalize_weights: Divide a token's weights by their sum.
+        router: How experts are chosen: :class:`~.routers.RouterOptions`, the name of a registered router, a mapping of
+            options, or a function that makes a router from D, E and K.
         shared_ffn_hidden_size: Width of a shared expert that every token visits; 0 for none.
         shared_gate: Scale the shared expert by ``sigmoid(shared_expert_gate(x))`` (Qwen2-MoE).
         activation: Of all gated experts.
@@ -63,7 +66,7 @@ class MoELayer(ParallelRoot):
         ffn_hidden_size: int | None = None,
         *,
         expert: Callable[[], nn.Module] | None = None,
-        normalize_weights: bool = True,
+        router: RouterSpec | Callable[[int, int, int], Router] = RouterOptions(),
         shared_ffn_hidden_size: int = 0,
         shared_gate: bool = True,
         activation: str = "silu",
@@ -76,7 +79,8 @@ class MoELayer(ParallelRoot):
                 "a MoELayer needs either ffn_hidden_size, for gated experts, or expert, which makes one; give one."
             )
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
-        self.gate = Router(hidden_size, num_experts, top_k, normalize_weights)
+        make = router if callable(router) else partial(make_router, router)
+        self.gate = make(hidden_size, num_experts, top_k)
         self.experts: RoutedExperts
         if ffn_hidden_size is not None:
             self.experts = Experts(hidden_size, num_experts, ffn_hidden_size, activation)
@@ -126,22 +130,31 @@ class MoELayer(ParallelRoot):
             whole = hidden.dim() > 2 and self.rows is None
             rows = SequenceBatch(hidden[..., 0, 0].numel(), hidden.shape[-2], tp=self.tp) if whole else None
             return run_alone(self, hidden, rows)
-        weight_TK, expert_TK, probability_TE = self.gate(hidden)
-        counts_ME = count_choices(expert_TK, self.num_experts, batch)
-        kept_TK, served = self._served(expert_TK, probability_TE, batch)
+        routed: RouterOutput = self.gate(hidden, batch)
+        expert_TK = routed.expert_TK
+        counts_GE = count_choices(expert_TK, self.num_experts, batch)
+        kept_TK, served = self._served(expert_TK, routed.probability_TE, batch)
         if self.training and not is_recomputing():
-            with torch.no_grad():
-                self.load_E += counts_ME.sum(0)
-                if self.dispatcher.config.capacity_factor is not None and kept_TK is not None:
-                    self.dropped += counts_ME.sum() - kept_TK.sum()
-        y_TD = self._routed(hidden, weight_TK, expert_TK, kept_TK, served, batch)
+            self._count(counts_GE.sum(0), kept_TK)
+        y_TD = self._routed(hidden, routed.weight_TK, expert_TK, kept_TK, served, batch)
         if batch.wants_routing:
-            batch.routing = routing_statistics(probability_TE, counts_ME, batch)
+            batch.routing = routing_table(routed, counts_GE, batch)
         elif self.keep_routing:
             # None in evaluation, or a loss computed there would be that of the latest training batch.
-            statistics = routing_statistics(probability_TE, counts_ME, batch) if self.training else None
-            self.routing = None if statistics is None else Routing(statistics, self.top_k, self.mesh)
+            batch.wants_z_loss = True
+            table_SE = routing_table(routed, counts_GE, batch) if self.training else None
+            dtype = routed.probability_TE.dtype
+            self.routing = None if table_SE is None else Routing(table_SE, self.top_k, self.mesh, dtype)
         return y_TD
+
+    def _count(self, counts_E: Tensor, kept_TK: Tensor | None) -> None:
+        learning = torch.is_grad_enabled()
+        with torch.no_grad():
+            self.load_E += counts_E
+            if self.dispatcher.config.capacity_factor is not None and kept_TK is not None:
+                self.dropped += counts_E.sum() - kept_TK.sum()
+            if learning:
+                self.gate.count(counts_E)
 
     def _served(
         self, expert_TK: Tensor, probability_TE: Tensor, batch: SequenceBatch

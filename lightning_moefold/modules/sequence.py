@@ -11,8 +11,6 @@ multiple of tp, T = P / tp, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,19 +20,6 @@ from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules.blockwise import Visibility
 from lightning_moefold.modules.cache import KeyValueCache
 from lightning_moefold.modules.context import ContextLayout, Exchange
-
-
-@dataclass
-class RoutingStatistics:
-    """What the auxiliary loss needs of one layer, for this rank's tokens.
-
-    Args:
-        counts_ME: Choices of each expert per micro-batch, int64.
-        probability_ME: Sum of the router's probabilities per micro-batch; differentiable.
-    """
-
-    counts_ME: Tensor
-    probability_ME: Tensor
 
 
 class SequenceBatch:
@@ -59,10 +44,14 @@ class SequenceBatch:
         routed_T: False for tokens that go to no expert; None if all go.
         num_routed: How many of ``routed_T`` are True, so that no layer has to ask the device.
         counted_T: False for tokens that routing statistics leave out; None if all count.
-        microbatch_T: Micro-batch of each token; None where there is one.
         num_microbatches: M.
+        group_T: Of the tokens over which balance is asked for (:mod:`.routers.statistics`); None where there is one group.
+        num_groups: How many there are.
         wants_routing: Whether somebody asks for routing statistics.
-        routing: Where an MoE layer puts its statistics, for its decoder layer to return.
+        wants_z_loss: Whether they are to include what the z-loss needs.
+        routing: Where an MoE layer puts its table of statistics, for its decoder layer to return.
+        row_numbers: Of the rows, among those of all data ranks: row b of rank r of R is ``b * R + r``, as rows are dealt.
+        call: Number of the training call, for routers with noise.
         cache: Keys and values of earlier positions, while text is generated; else None.
     """
 
@@ -79,13 +68,17 @@ class SequenceBatch:
         self.routed_T: Tensor | None = None
         self.num_routed: int | None = None
         self.counted_T: Tensor | None = None
-        self.microbatch_T: Tensor | None = None
         self.num_microbatches = 1
-        self.wants_routing = False
-        self.routing: RoutingStatistics | None = None
+        self.group_T: Tensor | None = None
+        self.num_groups = 1
+        self.wants_routing = self.wants_z_loss = False
+        self.routing: Tensor | None = None
+        self.row_numbers = range(rows)
+        self.call: Tensor | None = None
         self.cache: KeyValueCache | None = None
         self._visibility: dict[int | None, Visibility] = {}
         self._places: tuple[Tensor, Tensor] | None = None
+        self._token_places: tuple[Tensor, Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -126,6 +119,15 @@ class SequenceBatch:
     def reduce_scatter(self, x_ND: Tensor) -> Tensor:
         """Sums partial results over tp and keeps this rank's tokens, ``[N, D] -> [T, D]``."""
         return comm.reduce_scatter(self.pad(x_ND), self.tp)
+
+    def token_places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The row number and the position in its row of each of this rank's tokens, ``[T]`` int64 each."""
+        if self._token_places is None:
+            numbers = self.row_numbers
+            row_B = numbers.start + numbers.step * torch.arange(len(numbers), device=device)
+            row_N, position_N = row_B.repeat_interleave(self.length), self.layout.positions(device).repeat(self.rows)
+            self._token_places = self.shard(row_N), self.shard(position_N)
+        return self._token_places
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor, int]:
         """Row and position of every token of the cp x tp group, in the order of a gather over tp and then over cp.

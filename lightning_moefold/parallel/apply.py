@@ -25,7 +25,7 @@ from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import ParallelModule, ParallelRoot
 from lightning_moefold.modules.experts import RoutedExperts
-from lightning_moefold.modules.router import Router
+from lightning_moefold.modules.routers import Router
 from lightning_moefold.parallel.pipeline import Pipeline
 from lightning_moefold.parallel.stage_module import Stage
 from lightning_moefold.parallel.stages import PipelinePlan
@@ -95,6 +95,7 @@ def parallelize(
         name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding)
         for name, p in model.named_parameters()
     }
+    model.layouts |= {name: ParameterLayout(tuple(b.shape), ParameterPlan()) for name, b in model.stored_buffers()}
     stages = _cut_into_stages(model, mesh, plan or PipelinePlan())
     _cut_over_tensor_axes(model, mesh)
     model.sharding = sharding

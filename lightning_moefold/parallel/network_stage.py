@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.layered import LayeredNetwork
 from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.modules.routers.statistics import split_table
 from lightning_moefold.modules.rows import RowCut
 from lightning_moefold.parallel.position_check import check_positions
 from lightning_moefold.parallel.schedule import Wire
@@ -184,12 +185,13 @@ class NetworkStage(nn.Module):
             kept, layer.routing = layer.routing, None
             if kept is None:
                 continue
-            probability_E = kept.statistics.probability_ME[0].double()
+            counts_GE, probability_GE, _ = split_table(kept.table_SE)
+            probability_E = probability_GE[0].double()
             if job.slopes is not None:
                 part = (job.slopes[name] * probability_E).sum()
                 share = part if share is None else share + part
             else:
-                mine = torch.stack([kept.statistics.counts_ME[0].double(), probability_E.detach()])
+                mine = torch.stack([counts_GE[0].double(), probability_E]).detach()
                 job.routed[name] = job.routed[name] + mine if name in job.routed else mine
         return share
 

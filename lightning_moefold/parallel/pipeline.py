@@ -6,14 +6,18 @@ The engine is :mod:`.schedule`, which networks of the user's own (:mod:`.network
 Data errors are agreed on before the schedule, in the collective that counts the labels: a rank that raised alone would
 leave the others waiting in it.
 
-Legend: M micro-batches, C tokens of the longest, D hidden size, E experts.
+Where balance is asked for over the whole batch, the gradient of no micro-batch is known before all of them have been routed:
+they pass forward once more, before the schedule.
+
+Legend: M micro-batches, C tokens of the longest, D hidden size, L layers, S rows of a routing table, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,9 +26,10 @@ from torch import Tensor
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, check_shapes, read_batch, stand_in
+from lightning_moefold.models.batch import CausalLMBatch, check_shapes, read_batch, stand_in
 from lightning_moefold.models.causal_lm import CausalLMOutput, LossFunction
-from lightning_moefold.models.losses import check_faults
+from lightning_moefold.models.losses import Losses, check_faults
+from lightning_moefold.models.router_losses import RouterLosses
 from lightning_moefold.modules.base import wide
 from lightning_moefold.parallel.agreement import PRIME, check_same_batch, same_batch_slots
 from lightning_moefold.parallel.schedule import Kept, ScheduleRunner, Wire, differentiable, value_only
@@ -32,18 +37,33 @@ from lightning_moefold.parallel.stage_module import Job, Stage
 from lightning_moefold.parallel.stages import PipelinePlan
 
 _VALUES = (
-    "only output.loss can be differentiated: its gradients were made during the call, and logits, lm_loss and aux_loss are "
-    "values; compute your loss in a loss_fn, or detach() them."
+    "only output.loss can be differentiated: its gradients were made during the call, and logits, lm_loss, aux_loss and z_loss "
+    "are values; compute your loss in a loss_fn, or detach() them."
 )
 
 
 @dataclass
 class _Totals:
-    """Mean loss over the labels of all ranks, the weight it was divided by (1 for none), and the auxiliary loss."""
+    """Mean loss over the labels of all ranks, the weight it was divided by (1 for none), and the losses of routers."""
 
     language: Tensor
     weight: float
     auxiliary: Tensor | None
+    z: Tensor | None
+
+
+class _Agreed(NamedTuple):
+    """What all ranks know before the schedule.
+
+    Args:
+        labels: Weight of all labels on all ranks; 1 where there are none.
+        short: Whether a rank has fewer rows than micro-batches.
+        sizes: See :class:`~.stage_module.Job`.
+    """
+
+    labels: float
+    short: bool
+    sizes: tuple[float, float]
 
 
 class Pipeline:
@@ -84,49 +104,60 @@ class Pipeline:
         keep_all, m = gather_logits or loss_fn is not None, self._model.num_microbatches
         mode = 8 * training + 4 * labelled + 2 * gather_logits + (loss_fn is not None)
         batches, parts = self._read(tensors, extras, keep_all, m)
-        labels, short = self._agree(batches, mode)
-        if short and m > 1:  # a rank has fewer rows than micro-batches, as in the last batch of a prediction
+        agreed = self._agree(batches, mode)
+        if agreed.short and m > 1:  # a rank has fewer rows than micro-batches, as in the last batch of a prediction
             batches, parts = self._read(tensors, extras, keep_all, 1)
         tokens = max(b.sequence.tokens + b.sequence.padding for b in batches)
-        job = Job(batches, loss_fn, parts, wants_logits, tokens // self.mesh.tp.size, 1 / labels)
-        if loss_fn is not None and training and batches[0].sequence.wants_routing:
-            # The weight that a loss_fn finds decides how its gradients compare with those of the auxiliary loss.
+        capacity = tokens // self.mesh.tp.size
+        job = Job(batches, loss_fn, parts, wants_logits, capacity, 1 / agreed.labels, agreed.sizes)
+        groups, call = max(b.sequence.num_groups for b in batches), self._model.next_call()
+        for batch in batches:
+            batch.sequence.num_groups, batch.sequence.call = groups, call
+        if training and batches[0].sequence.wants_routing and (loss_fn is not None or self._balances_batch(m)):
+            # The weight that a loss_fn finds decides how its gradients compare with those of the losses of routers.
             with self.runner.counters_kept():
                 self._run(job, training=False)
             job.scale = 1 / self._totals(job).weight
         kept = self._run(job, training)
         totals = self._totals(job)
-        output = self._output(job, totals, labelled)
+        output = self._output(totals, labelled)
         if wants_logits:
             output = output._replace(logits=self._logits(job, gather_logits))
         return self._differentiable(output, kept, 1 / (job.scale * totals.weight)) if training else output
+
+    def _balances_batch(self, m: int) -> bool:
+        config = self._model.config
+        return m > 1 and config.wants_aux_loss and config.aux_loss == "global_batch"
 
     def _read(
         self, tensors: Mapping[str, Any], extras: Mapping[str, Any], keep_all: bool, m: int
     ) -> tuple[list[CausalLMBatch], list[dict[str, Any]]]:
         """``m`` micro-batches; in place of what cannot be read, something whose fault all ranks will hear of."""
         model, input_ids = self._model, tensors["input_ids"]
-        axes = BatchAxes(model.tp, self.mesh.axis("cp"), model.context_parallel_exchange)
+        axes = model.batch_axes()
         try:
             check_shapes(**tensors)
             rows = input_ids.shape[0]
             if rows < m or m == 1:
                 return [read_batch(model.config, axes, m, keep_all=keep_all, **tensors)], [dict(extras)]
             cut = _cut({k: v if v is None or v.dim() == 2 else [v] * m for k, v in tensors.items()}, rows, m)
-            return [read_batch(model.config, axes, 1, keep_all=keep_all, **part) for part in cut], _cut(extras, rows, m)
+            before = list(accumulate([part["input_ids"].shape[0] for part in cut], initial=0))
+            batches = [
+                read_batch(model.config, axes, 1, keep_all=keep_all, rows_before=n, **part)
+                for n, part in zip(before, cut, strict=False)
+            ]
+            return batches, _cut(extras, rows, m)
         except ValueError as error:
             return [stand_in(model.config, axes, 1, input_ids.device, error)], [dict(extras)]
 
-    def _agree(self, batches: list[CausalLMBatch], mode: int) -> tuple[float, bool]:
-        """Weight of all labels on all ranks (1 where there are none), once everybody's data is known to be sound.
+    def _agree(self, batches: list[CausalLMBatch], mode: int) -> _Agreed:
+        """What all ranks must know before the schedule, once everybody's data is known to be sound.
 
         Ranks of one data replica must be given the same batch and arguments, see :mod:`..models.losses`; here their
         stages would wait for each other forever.
-
-        Returns:
-            The weight, and whether a rank has fewer rows than micro-batches.
         """
         mesh, faults = self.mesh, torch.stack([b.faults for b in batches]).sum(0)
+        sizes = torch.stack([b.sizes for b in batches]).sum(0)
         number = torch.full((), mode, device=faults.device)
         for batch in batches:
             number = (number * 31 + batch.fingerprint + 17 * batch.sequence.rows) % PRIME
@@ -136,12 +167,15 @@ class Pipeline:
             weight = torch.zeros_like(weight)
         if mesh.tp.index or mesh.place["pp"] or mesh.place["cp"]:
             faults[:3] = 0
+            sizes[1] = 0
+        if mesh.place["pp"]:
+            sizes[0] = 0
         short = faults.new_tensor([batches[0].sequence.rows < batches[0].sequence.num_microbatches])
-        mine = torch.cat([weight[None], short, faults, slots.flatten()])
+        mine = torch.cat([weight[None], short, faults, sizes, slots.flatten()])
         totals = comm.all_reduce_raw(mine, mesh.world).cpu()
         check_faults(totals[2:6], batches[0].error, self._model.config.vocab_size, self._model.num_microbatches)
-        check_same_batch(totals[6:], mesh)
-        return float(totals[0]) or 1.0, bool(totals[1])
+        check_same_batch(totals[8:], mesh)
+        return _Agreed(float(totals[0]) or 1.0, bool(totals[1]), (float(totals[6]) or 1.0, float(totals[7]) or 1.0))
 
     def _totals(self, job: Job) -> _Totals:
         """What the last stage found, on all ranks; the same bits on each.
@@ -150,45 +184,40 @@ class Pipeline:
             Exception: What a ``loss_fn`` raised; on other ranks, that it did.
         """
         mesh, device = self.mesh, job.batches[0].faults.device
-        mine = torch.zeros(4, dtype=torch.float64, device=device)
+        mine = torch.zeros(5, dtype=torch.float64, device=device)
         if job.sums and mesh.tp.index == 0:
             mine[:2] = torch.stack(list(job.sums.values())).sum(0)
-        if job.auxiliary and mesh.stage.index == 0:
-            mine[2] = torch.stack(list(job.auxiliary.values())).sum()
-        mine[3] = job.error is not None
+        if job.routing:
+            mine[2:4] = torch.stack(list(job.routing.values())).sum(0)
+        mine[4] = job.error is not None
         total = comm.all_reduce_raw(mine, mesh.world)
         weight = 1.0
         if job.loss_fn is not None:
             weight = float(total[1]) or 1.0
             if job.error is not None:
                 raise job.error
-            if bool(total[3]):
+            if bool(total[4]):
                 raise RuntimeError("loss_fn failed on another rank, which holds the last pipeline stage and says why.")
         else:
             weight = 1 / job.scale
-        return _Totals(total[0] / weight, weight, total[2] if job.batches[0].sequence.wants_routing else None)
+        config = self._model.config
+        auxiliary, z = total[2] if config.wants_aux_loss else None, total[3] if config.wants_z_loss else None
+        return _Totals(total[0] / weight, weight, auxiliary, z)
 
-    def _output(self, job: Job, totals: _Totals, labelled: bool) -> CausalLMOutput:
-        dtype = wide(self._dtype)
-        auxiliary = None if totals.auxiliary is None else totals.auxiliary.to(dtype)
-        if not labelled:
-            return CausalLMOutput(aux_loss=auxiliary)
-        language = totals.language.to(dtype)
-        if auxiliary is None:
-            return CausalLMOutput(language, language)
-        return CausalLMOutput(language + self._model.config.router_aux_loss_coef * auxiliary, language, auxiliary)
+    def _output(self, totals: _Totals, labelled: bool) -> CausalLMOutput:
+        language, *routers = (
+            None if value is None else value.to(wide(self._dtype))
+            for value in (totals.language if labelled else None, totals.auxiliary, totals.z)
+        )
+        return self._model._output(Losses(language, *routers), None, labelled)
 
     def _differentiable(self, output: CausalLMOutput, kept: Kept, factor: float) -> CausalLMOutput:
         assert output.loss is not None
         # A loss means the mean over data ranks, whose gradients are summed (modules/balance.py); this is a global value.
         loss = differentiable(output.loss, kept, factor * self.mesh.dp_cp.size)
-        if output.aux_loss is None:
-            output = output._replace(loss=loss, lm_loss=loss)
-        else:
-            assert output.lm_loss is not None
-            language, auxiliary = (value_only(part, _VALUES) for part in (output.lm_loss, output.aux_loss))
-            output = CausalLMOutput(loss, language, auxiliary, output.logits)
-        return output if output.logits is None else output._replace(logits=value_only(output.logits, _VALUES))
+        alone = output.aux_loss is None and output.z_loss is None
+        values = {name: value_only(value, _VALUES) for name, value in output._asdict().items() if value is not None}
+        return output._replace(**{**values, "loss": loss, "lm_loss": loss if alone else values["lm_loss"]})
 
     def _logits(self, job: Job, gather: bool) -> Tensor | None:
         mine = torch.cat([job.logits[i] for i in sorted(job.logits)]) if job.logits else None
@@ -211,9 +240,14 @@ class Pipeline:
         config = self._model.config
         wires: tuple[Wire, ...] = (Wire((job.capacity, config.hidden_size), self._dtype),)
         if job.batches[0].sequence.wants_routing:
-            wires += (Wire((2, config.num_experts), torch.float64),)
+            wires += (Wire(RouterLosses(config, self.mesh).shape(job.groups), torch.float64),)
         run = self.runner.train if training else self.runner.evaluate
-        return run(job, len(job.batches), wires, next(self._model.parameters()).device)
+        kept = run(job, len(job.batches), wires, next(self._model.parameters()).device)
+        if not training:
+            with self.runner.working_on(job):
+                for stage in self.stages:
+                    stage.balance_whole_batch()
+        return kept
 
 
 def _cut(values: Mapping[str, Any], rows: int, m: int) -> list[dict[str, Any]]:

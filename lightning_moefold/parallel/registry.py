@@ -44,8 +44,11 @@ class ParameterRegistry:
         self.layouts = {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
         self.names = {id(p): name for name, p in root.named_parameters()}
         self._parameters = dict(root.named_parameters())
-        #: Parameters that only other pipeline stages hold.
-        self.elsewhere = everywhere - set(self.layouts)
+        #: Parameters and stored buffers that only other pipeline stages hold.
+        here = {
+            f"{prefix}.{name}".lstrip(".") for prefix, part in self.roots.items() for name, _ in part.stored_buffers()
+        }
+        self.elsewhere = everywhere - set(self.layouts) - here
 
     @property
     def sharded(self) -> bool:

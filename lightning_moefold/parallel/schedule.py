@@ -111,7 +111,8 @@ class ScheduleRunner:
         return pp.ranks[self.plan.owner(stage, pp.size)]
 
     @contextmanager
-    def _working_on(self, job: Any) -> Iterator[None]:
+    def working_on(self, job: Any) -> Iterator[None]:
+        """A context in which the stages of this rank know what to do."""
         for stage in self.stages:
             stage.job = job
         try:
@@ -148,7 +149,7 @@ class ScheduleRunner:
         numbers = torch.arange(microbatches)
         try:
             schedule = self._prepare(microbatches, wires, device)
-            with self._working_on(job), self.watch(schedule):
+            with self.working_on(job), self.watch(schedule):
                 schedule.step(microbatch=numbers, target=numbers, return_outputs=False)
             self._owner.release_gathered_weights()
             return [(p, p.grad) for p in parameters]
@@ -195,7 +196,7 @@ class ScheduleRunner:
         pp, here = self.mesh.axis("pp"), {stage.index for stage in self.stages}
         passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         sends: list[tuple[Any, Tensor]] = []
-        with self._working_on(job):
+        with self.working_on(job):
             for stage in self.stages:
                 before, after = (
                     self._rank_of(i) if 0 <= i < self.count else -1 for i in (stage.index - 1, stage.index + 1)

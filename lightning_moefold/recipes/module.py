@@ -37,6 +37,7 @@ class FineTuneModule(pl.LightningModule):
         weight_decay: Of matrices; norms and biases have none.
         betas: Of AdamW.
         aux_loss: Whether the load-balancing loss is trained with (with the weight that config.json gives it).
+        config_overrides: Fields of config.json to replace, such as ``{"router": {"bias_update_rate": 0.001}}``.
         freeze: Patterns of parameter names that are not trained, such as ``*.mlp.gate.*`` for the routers.
         predictions: File that ``predict`` writes; predictions.jsonl in the Trainer's default_root_dir if not given.
 
@@ -55,6 +56,7 @@ class FineTuneModule(pl.LightningModule):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         aux_loss: bool = True,
+        config_overrides: dict[str, Any] | None = None,
         freeze: list[str] | None = None,
         predictions: str | None = None,
     ) -> None:
@@ -70,6 +72,7 @@ class FineTuneModule(pl.LightningModule):
         if self.model is not None:
             return
         path, options = self.hparams["checkpoint"], {"output_router_logits": self.hparams["aux_loss"]}
+        options |= self.hparams["config_overrides"] or {}
         if self.hparams["initial_seed"] is None:
             self.model = MoECausalLM.from_pretrained(path, **options)
         else:
@@ -98,6 +101,8 @@ class FineTuneModule(pl.LightningModule):
         self.log("train/loss", output.lm_loss, prog_bar=True)
         if output.aux_loss is not None:
             self.log("train/aux_loss", output.aux_loss)
+        if output.z_loss is not None:
+            self.log("train/z_loss", output.z_loss)
         return output.loss
 
     @override

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM, MoEConfig
+from lightning_moefold.models.config import ConfigError
 from lightning_moefold.strategy import MoEFoldStrategy
 from lightning_moefold.testing.batches import make_batches
 from lightning_moefold.testing.compare import relative_error
@@ -161,6 +162,7 @@ def verify(
 
     Raises:
         FoldError: If the fold does not suit the ranks or the model.
+        ConfigError: If its routers are none that ``transformers`` has.
         RankError: If a rank failed.
     """
     arguments = {**(strategy or {}), "fold": fold}
@@ -175,6 +177,11 @@ def verify(
             )  # fmt: skip
     config = MoEConfig.from_pretrained(path, **overrides)
     parsed.validate(config)
+    if config.router.changes_prediction or config.aux_loss != "huggingface" or config.wants_z_loss:
+        raise ConfigError(
+            f"{path} has routers or losses of routers that transformers does not know, so there is nothing to compare with; "
+            "take router, aux_loss and router_z_loss_coef out of a copy of its config.json."
+        )
     batches = make_batches(
         steps,
         parsed.dp,

@@ -15,7 +15,7 @@ def test_moe_layer_is_the_weighted_sum_of_its_experts() -> None:
     layer = MoELayer(8, 4, 2, 12, shared_ffn_hidden_size=6).double()
     x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     expected = torch.zeros_like(x).reshape(-1, 8)
-    weights, chosen, _ = layer.gate(x.reshape(-1, 8))
+    weights, chosen, *_ = layer.gate(x.reshape(-1, 8))
     for t, token in enumerate(x.reshape(-1, 8)):
         for weight, e in zip(weights[t], chosen[t], strict=True):
             inner = F.silu(layer.experts.gate_proj[e] @ token) * (layer.experts.up_proj[e] @ token)

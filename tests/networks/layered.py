@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader
 from lightning_moefold import Fold, MoEFoldStrategy
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm, load_balancing_loss
+from lightning_moefold.modules import (
+    Attention,
+    DecoderLayer,
+    GatedMLP,
+    MoELayer,
+    RMSNorm,
+    RouterOptions,
+    load_balancing_loss,
+)
 from lightning_moefold.modules.layered import layered_networks
 from lightning_moefold.parallel import PipelinePlan, Sharding
 from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
@@ -66,7 +74,7 @@ class Layers(nn.Module):
         causal = DecoderLayer(
             SIZE,
             Attention(SIZE, 4, 2, 4, sliding_window=3),
-            MoELayer(SIZE, 8, 3, 8, normalize_weights=False, keep_routing=True, dispatch=dispatch),
+            MoELayer(SIZE, 8, 3, 8, router=RouterOptions(norm_topk_prob=False), keep_routing=True, dispatch=dispatch),
         )
         moe = MoELayer(SIZE, 4, 2, 8, shared_ffn_hidden_size=4, keep_routing=True, dispatch=dispatch)
         blocks = [Block(moe), Plain(), causal, Block(GatedMLP(SIZE, 8, "gelu"))][: spec.get("layers", 4)]

@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_moefold import Fold, MoEFoldStrategy
-from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm, load_balancing_loss
+from lightning_moefold.modules import (
+    Attention,
+    DecoderLayer,
+    GatedMLP,
+    MoELayer,
+    RMSNorm,
+    RouterOptions,
+    load_balancing_loss,
+)
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.exactness.runs import BatchList
@@ -47,7 +55,7 @@ class Patches(nn.Module):
         decoder = DecoderLayer(
             SIZE,
             Attention(SIZE, 4, 4, rope_theta=None),
-            MoELayer(SIZE, 8, 3, 8, normalize_weights=False, keep_routing=True),
+            MoELayer(SIZE, 8, 3, 8, router=RouterOptions(norm_topk_prob=False), keep_routing=True),
         )
         self.embed = nn.Linear(7, SIZE)
         self.position = nn.Parameter(torch.randn(1, 5, SIZE))
@@ -248,8 +256,8 @@ def _naive_balance(layers: list[Any]) -> Tensor:
     """``E * sum f_e P_e`` per layer, over the tokens of all data ranks."""
     losses = []
     for parts in layers:
-        counts = sum(r.statistics.counts_ME[0] for r in parts).double()
-        probability = sum(r.statistics.probability_ME[0] for r in parts)
+        counts = sum(r.table_SE[0] for r in parts)
+        probability = sum(r.table_SE[1] for r in parts)
         tokens = counts.sum() / parts[0].top_k
         losses.append(len(counts) * (counts / tokens * probability / tokens).sum())
     return torch.stack(losses).mean()

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routers, their registry, and what losses and biases are made from."""
+
+from lightning_moefold.modules.routers.expert_bias import update_expert_bias
+from lightning_moefold.modules.routers.force_balanced import ForceBalancedRouter
+from lightning_moefold.modules.routers.options import RouterOptions
+from lightning_moefold.modules.routers.registry import RouterSpec, make_router, register_router, router_options
+from lightning_moefold.modules.routers.router import Router, RouterOutput
+
+__all__ = [
+    "ForceBalancedRouter",
+    "Router",
+    "RouterOptions",
+    "RouterOutput",
+    "RouterSpec",
+    "make_router",
+    "register_router",
+    "router_options",
+    "update_expert_bias",
+]

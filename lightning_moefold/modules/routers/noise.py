@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random numbers that depend on what they are for, and not on which rank draws them or what was drawn before.
+
+Each number is a hash of its coordinates (seed, call, layer, row, position, component), so any rank can make exactly those
+of its own tokens. The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+
+Legend: T tokens of this rank, D components.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def hashed(*coordinates: Tensor | int) -> Tensor:
+    """A hash of integer coordinates, int64; the tensors among them are broadcast."""
+    value = torch.zeros((), dtype=torch.int64)
+    for coordinate in coordinates:
+        if isinstance(coordinate, Tensor):
+            value = value.to(coordinate.device)
+        value = _mix(value + _STEP + coordinate)
+    return value
+
+
+def uniform(key_T: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """``[T, D]`` numbers in [0, 1), multiples of 2^-24, from one hash for each token."""
+    component_D = torch.arange(1, size + 1, device=key_T.device) * _STEP
+    bits_TD = _shift(_mix(key_T.unsqueeze(-1) + component_D), 40)
+    return bits_TD.to(dtype) * 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Integer products wrap around, which is what the hash wants."""
+    x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
+    x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in from the left (``>>`` would repeat the sign)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

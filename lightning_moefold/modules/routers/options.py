@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RouterOptions: how a router scores, chooses and weighs experts. Pure Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterOptions:
+    """Options of the built-in routers; one of your own may add fields in a subclass.
+
+    The defaults are what Mixtral, Qwen2-MoE and Qwen3-MoE do. Names are those of ``transformers`` where it has one.
+
+    Args:
+        name: Of the router, as it is registered (:func:`~.registry.register_router`).
+        score_function: ``"softmax"`` over all experts, or ``"sigmoid"`` of each expert's logit (DeepSeek-V3).
+        softmax_after_topk: Weights are a softmax over the logits of the chosen experts only; equal to a softmax over all,
+            normalised. Experts are chosen alike either way.
+        norm_topk_prob: Divide a token's K weights by their sum. None means what the model's configuration says, and True
+            in a layer of its own.
+        routed_scaling_factor: Multiplies the weights, last of all.
+        n_group: Groups of neighbouring experts; a token's experts come from ``topk_group`` of them. With one group for
+            each node this limits the nodes that a token travels to.
+        topk_group: Groups that a token may choose from.
+        group_score_topk: How many of its best experts' scores make the score of a group: 2 in DeepSeek-V3, 1 in
+            DeepSeek-V2.
+        bias_update_rate: Gives each expert a bias that takes part in the choice but not in the weights, and that moves by
+            this much after each optimizer step: up for experts with less than the mean load, down for those with more
+            (arXiv 2408.15664). 0 keeps the bias as it is; None for no bias.
+        input_jitter: In training, multiplies the router's input by noise between ``1 - input_jitter`` and ``1 +
+            input_jitter``. The experts see the input as it is.
+        seed: Of the noise.
+
+    Raises:
+        ValueError: For values that contradict each other.
+    """
+
+    name: str = "top_k"
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    softmax_after_topk: bool = False
+    norm_topk_prob: bool | None = None
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    group_score_topk: int = 2
+    bias_update_rate: float | None = None
+    input_jitter: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.score_function not in ("softmax", "sigmoid"):
+            raise ValueError(f"score_function={self.score_function!r} is not known; use 'softmax' or 'sigmoid'.")
+        if self.softmax_after_topk and self.score_function != "softmax":
+            raise ValueError("softmax_after_topk=True goes with score_function='softmax' only; leave one of them out.")
+        if self.softmax_after_topk and self.norm_topk_prob is False:
+            raise ValueError(
+                "weights that are a softmax over the chosen experts have the sum 1; leave out norm_topk_prob=False or "
+                "softmax_after_topk=True."
+            )
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} must lie between 1 and n_group={self.n_group}.")
+        if self.group_score_topk < 1:
+            raise ValueError(f"group_score_topk={self.group_score_topk} must be at least 1.")
+        if self.bias_update_rate is not None and self.bias_update_rate < 0:
+            raise ValueError(
+                f"bias_update_rate={self.bias_update_rate} must not be negative; 0 keeps the bias as it is."
+            )
+        if not 0 <= self.input_jitter < 1:
+            raise ValueError(f"input_jitter={self.input_jitter} must lie between 0 and 1, 1 excluded.")
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raises a ValueError unless a layer with ``num_experts`` experts, ``top_k`` of them per token, can be so routed."""
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}.")
+        if self.n_group == 1:
+            return
+        if num_experts % self.n_group:
+            raise ValueError(f"n_group={self.n_group} must divide num_experts={num_experts}.")
+        size = num_experts // self.n_group
+        if top_k > size * self.topk_group:
+            raise ValueError(
+                f"top_k={top_k} is more than the {size * self.topk_group} experts of topk_group={self.topk_group} groups; "
+                "allow more groups."
+            )
+        if self.group_score_topk > size:
+            raise ValueError(
+                f"group_score_topk={self.group_score_topk} is more than the {size} experts of a group; use at most {size}."
+            )
+
+    @property
+    def changes_prediction(self) -> bool:
+        """Whether a trained model computes something else than with the default options (normalisation aside)."""
+        return bool(set(self.as_dict()) - {"norm_topk_prob", "input_jitter", "seed"})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The name, unless it is the default router's, and the fields that differ from their defaults; plain data."""
+        named = {} if self.name == RouterOptions.name else {"name": self.name}
+        return named | {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

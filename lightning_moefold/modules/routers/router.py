@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router: which experts a token goes to, and with what weight.
+
+    logits  ->  scores  ->  chosen experts  ->  weights
+
+Each arrow is a method; a router of your own overrides one or two of them.
+
+Legend: T tokens, D hidden size, E experts, K experts per token, N groups of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_moefold.modules.base import ParallelModule, local, wide
+from lightning_moefold.modules.routers.noise import hashed, uniform
+from lightning_moefold.modules.routers.options import RouterOptions
+from lightning_moefold.modules.routers.registry import register_router
+from lightning_moefold.modules.sequence import SequenceBatch
+
+
+class RouterOutput(NamedTuple):
+    """What a router decides; all but the experts in at least float32.
+
+    A tuple, because FSDP2 (in torch 2.11) sees the tensors in tuples but not in dataclasses.
+
+    Args:
+        weight_TK: Weight of each chosen expert.
+        expert_TK: The chosen experts, int64; K different ones for each token.
+        probability_TE: What load-balancing losses take for the share of each expert; sums to 1 over the experts.
+        logits_TE: Before any score function.
+    """
+
+    weight_TK: Tensor
+    expert_TK: Tensor
+    probability_TE: Tensor
+    logits_TE: Tensor
+
+
+@register_router("top_k")
+class Router(ParallelModule):
+    """Scores all experts and takes the best K, in at least float32 whatever the precision of the model.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        top_k: K.
+        options: How; the defaults are a softmax over all experts, then top-k, then weights that sum to 1.
+
+    Attributes:
+        layer: Number of the layer in its model, which tells the noise of one layer from that of another.
+        e_score_correction_bias: ``[E]``, added to the scores where experts are chosen; None without
+            ``bias_update_rate``. At least float32 whatever the precision of the model.
+        counts_E: How often each expert was chosen on this rank since the bias was last updated (int64).
+        call: Number of training calls so far (int64 scalar), from which the noise of a call is made; None without noise.
+    """
+
+    #: The dataclass of its options.
+    Options: ClassVar[type[RouterOptions]] = RouterOptions
+
+    e_score_correction_bias: Tensor | None
+    counts_E: Tensor
+    call: Tensor | None
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int, options: RouterOptions | None = None) -> None:
+        super().__init__()
+        self.options = self.Options() if options is None else options
+        self.options.check(num_experts, top_k)
+        self.num_experts, self.top_k, self.layer = num_experts, top_k, 0
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        nn.init.normal_(self.weight, std=0.02)
+        has_bias, has_noise = self.options.bias_update_rate is not None, self.options.input_jitter > 0
+        bias = torch.zeros(num_experts, dtype=wide(torch.get_default_dtype())) if has_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("call", torch.zeros((), dtype=torch.int64) if has_noise else None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Keeps the bias in float32: in 16 bits most of its small steps would be lost."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        now = self.e_score_correction_bias
+        if bias is not None and now is not None and now.dtype != wide(now.dtype):
+            self.e_score_correction_bias = bias.to(now.device)
+        return self
+
+    def forward(self, x_TD: Tensor, batch: SequenceBatch | None = None) -> RouterOutput:
+        """Chooses experts.
+
+        Args:
+            x_TD: Tokens of this rank.
+            batch: Where they lie in their rows; one row from position 0 if not given.
+        """
+        batch = batch or SequenceBatch(1, x_TD.shape[0])
+        dtype = wide(x_TD.dtype)
+        x_TD = x_TD.to(dtype)
+        if self.training and self.options.input_jitter:
+            x_TD = x_TD * self._noise(batch, x_TD)
+        with torch.autocast(x_TD.device.type, enabled=False):  # it would compute the product in 16 bits
+            logits_TE = F.linear(x_TD, local(self.weight).to(dtype))
+        score_TE = self.scores(logits_TE)
+        expert_TK = self.choose(score_TE.detach(), batch)
+        weight_TK = self.weights(logits_TE, score_TE, expert_TK)
+        return RouterOutput(weight_TK, expert_TK, self.probabilities(logits_TE, score_TE), logits_TE)
+
+    # ---- the steps -------------------------------------------------------------------------------------------------
+
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        """What experts are chosen by and weighed with, ``[T, E] -> [T, E]``, between 0 and 1."""
+        return logits_TE.softmax(-1) if self.options.score_function == "softmax" else logits_TE.sigmoid()
+
+    def choose(self, score_TE: Tensor, batch: SequenceBatch) -> Tensor:
+        """K different experts for each token, ``[T, K]`` int64.
+
+        Args:
+            score_TE: Without gradient.
+            batch: Where the tokens lie, for routers that want to know.
+        """
+        if self.e_score_correction_bias is not None:
+            score_TE = score_TE + self.e_score_correction_bias
+        if self.options.n_group > 1:
+            score_TE = self._within_groups(score_TE)
+        return score_TE.topk(self.top_k, dim=-1).indices
+
+    def weights(self, logits_TE: Tensor, score_TE: Tensor, expert_TK: Tensor) -> Tensor:
+        """Weights of the chosen experts, ``[T, K]``."""
+        options = self.options
+        if options.softmax_after_topk:
+            weight_TK = logits_TE.gather(1, expert_TK).softmax(-1)
+        else:
+            weight_TK = score_TE.gather(1, expert_TK)
+            if options.norm_topk_prob is not False:  # sigmoids may all be zero
+                weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).tiny)
+        return weight_TK if options.routed_scaling_factor == 1 else weight_TK * options.routed_scaling_factor
+
+    def probabilities(self, logits_TE: Tensor, score_TE: Tensor) -> Tensor:
+        """Scores that sum to 1 over the experts, for load-balancing losses.
+
+        Sigmoids are normalised by way of their logarithms: divided by a sum that is kept from zero by some epsilon they
+        could lower the loss by all becoming small.
+        """
+        return score_TE if self.options.score_function == "softmax" else F.logsigmoid(logits_TE).softmax(-1)
+
+    def _within_groups(self, score_TE: Tensor) -> Tensor:
+        """Leaves to each token the experts of its best groups; the others' scores become -inf."""
+        options = self.options
+        score_TNe = score_TE.unflatten(-1, (options.n_group, -1))
+        group_TN = score_TNe.topk(options.group_score_topk, dim=-1).values.sum(-1)
+        kept = group_TN.topk(options.topk_group, dim=-1).indices
+        closed_TN = torch.ones_like(group_TN, dtype=torch.bool).scatter_(-1, kept, False)
+        return score_TNe.masked_fill(closed_TN.unsqueeze(-1), float("-inf")).flatten(-2)
+
+    # ---- noise -----------------------------------------------------------------------------------------------------
+
+    def next_call(self) -> Tensor | None:
+        """The number of this training call, where there is noise; one further each time that gradients are enabled."""
+        if self.call is None or not self.training:
+            return None
+        number = self.call.clone()
+        if torch.is_grad_enabled():
+            self.call += 1
+        return number
+
+    def _noise(self, batch: SequenceBatch, x_TD: Tensor) -> Tensor:
+        if batch.call is None:  # a layer by itself; kept, so that recomputation makes the same noise
+            batch.call = self.next_call()
+        assert batch.call is not None
+        row_T, position_T = batch.token_places(x_TD.device)
+        key_T = hashed(self.options.seed, batch.call, self.layer, row_T, position_T)
+        return 1 + self.options.input_jitter * (2 * uniform(key_T, x_TD.shape[1], x_TD.dtype) - 1)
+
+    # ---- the bias of the experts -----------------------------------------------------------------------------------
+
+    @property
+    def learns_bias(self) -> bool:
+        """Whether its bias moves with the load."""
+        return bool(self.options.bias_update_rate)
+
+    @torch.no_grad()
+    def count(self, counts_E: Tensor) -> None:
+        """Adds choices of tokens that are learned from (int64) to those that the next update of the bias goes by."""
+        if self.learns_bias:
+            self.counts_E += counts_E
+
+    @torch.no_grad()
+    def update_bias(self, counts_E: Tensor) -> None:
+        """Moves the bias against the load, ``b += rate * sign(mean - count)``, and begins to count anew.
+
+        Args:
+            counts_E: Choices of all ranks. Integers, compared as such: a mean in floating point may round to the wrong side.
+        """
+        bias_E = self.e_score_correction_bias
+        assert bias_E is not None
+        direction_E = torch.sign(counts_E.sum() - self.num_experts * counts_E)
+        bias_E.add_(direction_E.to(bias_E.dtype), alpha=self.options.bias_update_rate or 0.0)
+        self.counts_E.zero_()

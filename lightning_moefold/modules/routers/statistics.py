@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the losses of routers need to know of a layer, for this rank's tokens: one small table.
+
+A *group* is a set of tokens over which balance is asked for: a micro-batch, a row, or all tokens (which one, the batch
+says). The table of a layer has for each group a row with the choices of each expert and one with the sum of its
+probabilities, and a last row that begins with the sum of ``logsumexp(logits)^2``::
+
+    [counts; probabilities; z]    [2 G + 1, E]
+
+It is float64, in which counts are exact, and differentiable but for the counts.
+
+Legend: T tokens, E experts, K experts per token, G groups, S = 2 G + 1 rows of a table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_moefold.modules.routers.router import RouterOutput
+from lightning_moefold.modules.sequence import SequenceBatch
+
+
+def count_choices(expert_TK: Tensor, num_experts: int, batch: SequenceBatch) -> Tensor:
+    """How often each expert is chosen by tokens that count, ``[G, E]`` int64; never waits for the device."""
+    bin_TK = expert_TK
+    if batch.group_T is not None:
+        bin_TK = expert_TK + batch.group_T.unsqueeze(-1) * num_experts
+    weight_TK = torch.ones_like(expert_TK)
+    if batch.counted_T is not None:
+        weight_TK = weight_TK * batch.counted_T.unsqueeze(-1)
+    counts = torch.zeros(batch.num_groups * num_experts, dtype=torch.int64, device=expert_TK.device)
+    return counts.scatter_add_(0, bin_TK.reshape(-1), weight_TK.reshape(-1)).view(batch.num_groups, num_experts)
+
+
+def routing_table(routed: RouterOutput, counts_GE: Tensor, batch: SequenceBatch) -> Tensor:
+    """The table of a layer, ``[2 G + 1, E]``."""
+    probability_TE = routed.probability_TE
+    if batch.counted_T is not None:
+        probability_TE = probability_TE * batch.counted_T.unsqueeze(-1)
+    if batch.group_T is None and batch.num_groups == 1:
+        probability_GE = probability_TE.sum(0, keepdim=True)
+    else:
+        group_T = routed.expert_TK.new_zeros(len(probability_TE)) if batch.group_T is None else batch.group_T
+        probability_GE = probability_TE.new_zeros(counts_GE.shape).index_add(0, group_T, probability_TE)
+    z = probability_GE.new_zeros(())
+    if batch.wants_z_loss:
+        z_T = routed.logits_TE.logsumexp(-1).square()
+        z = (z_T if batch.counted_T is None else z_T * batch.counted_T).sum()
+    z_1E = F.pad(z.view(1, 1), (0, counts_GE.shape[1] - 1))
+    return torch.cat([counts_GE.double(), probability_GE.double(), z_1E.double()])
+
+
+def split_table(table_SE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts ``[..., G, E]``, probabilities ``[..., G, E]`` and the sum of z ``[...]`` of one or several tables."""
+    groups = table_SE.shape[-2] // 2
+    counts_GE, probability_GE, z_1E = table_SE.split([groups, groups, 1], dim=-2)
+    return counts_GE, probability_GE, z_1E[..., 0, 0]
+
+
+def balance_slope(counts_GE: Tensor, top_k: int) -> Tensor:
+    """``E f_e / n`` for each group of n tokens: times the summed probabilities it is the group's balancing loss.
+
+        loss of a group = E * sum_e f_e * P_e
+
+    with ``f_e`` the choices of expert e and ``P_e`` its summed probability, each divided by n (Switch Transformer, arXiv
+    2101.03961, equation 4, for top-k). The balanced value is K. An empty group has no loss.
+
+    Args:
+        counts_GE: Of all tokens of the groups, whatever ranks hold them; float64.
+        top_k: K.
+    """
+    tokens_G1 = (counts_GE.sum(-1, keepdim=True) / top_k).clamp(min=1)
+    return counts_GE / tokens_G1.square() * counts_GE.shape[-1]
