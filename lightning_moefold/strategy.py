@@ -76,6 +76,7 @@ from lightning_moefold.refusals import (
 )
 from lightning_moefold.sentences import Place, print_without_traceback
 from lightning_moefold.shared_checkpoints import SharedCheckpoints
+from lightning_moefold.stopping import stop_quietly
 
 log = logging.getLogger(__name__)
 
@@ -530,6 +531,27 @@ class MoEFoldStrategy(SharedCheckpoints):
         return dataloader
 
     # ---- running -----------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self) -> None:
+        self._stop_quietly()
+
+    @override
+    def on_validation_start(self) -> None:
+        self._stop_quietly()
+
+    @override
+    def on_test_start(self) -> None:
+        self._stop_quietly()
+
+    @override
+    def on_predict_start(self) -> None:
+        self._stop_quietly()
+
+    def _stop_quietly(self) -> None:
+        assert self.lightning_module is not None
+        if self.world_size > 1:
+            stop_quietly(self.lightning_module.trainer)
 
     @contextmanager
     @override

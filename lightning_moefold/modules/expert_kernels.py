@@ -181,6 +181,14 @@ class _Job:
             return torch.empty_like(x_AD)
         return x_AD.new_zeros(x_AD.shape, dtype=torch.promote_types(x_AD.dtype, torch.float32))
 
+    def stack_like(self, weight: Tensor) -> Tensor:
+        """Room for the gradient of a stack; zero for experts without rows, which nobody visits."""
+        grad = torch.empty_like(weight)
+        for expert, count in enumerate(self.counts):
+            if not count:
+                grad[expert].zero_()
+        return grad
+
     def add(self, total_AD: Tensor, tokens: Tensor | slice, y_cD: Tensor) -> None:
         if isinstance(tokens, slice):
             total_AD[tokens] = y_cD
@@ -215,10 +223,8 @@ class _ExpertByExpert(torch.autograd.Function):
         need_x, need_weight = ctx.needs_input_grad[:2]
         grad_AD, total_AD = grads[0], job.total(x_AD) if need_x else None
         grad_weight = torch.empty_like(weight_M) if need_weight else None
-        # Experts without rows are never visited below: their gradient is zero.
-        make = torch.zeros_like if 0 in job.counts else torch.empty_like
         grad_gate, grad_up, grad_down = (
-            make(w) if needed else None
+            job.stack_like(w) if needed else None
             for w, needed in zip((gate_LFD, up_LFD, down_LDF), ctx.needs_input_grad[3:], strict=True)
         )
         for expert, rows, tokens in job.blocks():
