@@ -28,8 +28,7 @@ from measuring import RETURN_MEMORY, Clock, leave, machine, median_ratio, peak_a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_moefold.modules import MoELayer
-from lightning_moefold.modules.router import Router
+from lightning_moefold.modules import MoELayer, Router
 
 OURS, GROUPED, EAGER, DENSE, MATMUL = "moefold", "HF grouped_mm", "HF eager", "dense SwiGLU", "matmul"
 _EDGE = 2048

@@ -138,7 +138,7 @@ class _Parts:
         """Between pipeline stages: hidden states and routing forward, their gradients back."""
         pp = self.group("pp")
         sizes = [("hidden states", self.t * self.config.hidden_size * _HALF)]
-        sizes += [("routing", 2 * self.config.num_experts * _DOUBLE)] * self.wants_routing
+        sizes += [("routing", 3 * self.config.num_experts * _DOUBLE)] * self.wants_routing
         for stage in self.stage_layers:
             for neighbour in (stage - 1, stage + 1):
                 if not 0 <= neighbour < self.count:
@@ -154,12 +154,13 @@ class _Parts:
         """Small numbers that all ranks must know."""
         fold, experts = self.fold, self.config.num_experts
         if fold.pp > 1:
-            yield self._over("world", "labels and faults", "all-reduce", (6 + 2 * fold.dp) * _DOUBLE, 1)
-            yield self._over("world", "loss", "all-reduce", 4 * _DOUBLE, 1)
+            yield self._over("world", "labels and faults", "all-reduce", (8 + 2 * fold.dp) * _DOUBLE, 1)
+            yield self._over("world", "loss", "all-reduce", 5 * _DOUBLE, 1)
             if self.last and self.wants_routing:
-                yield self._over("stage", "auxiliary loss", "all-reduce", 2 * experts * _DOUBLE, self.m)
+                yield self._over("stage", "load balance", "all-reduce", experts * _DOUBLE, self.m)
         else:
-            numbers = 6 + 2 * self.step.num_microbatches * experts * self.wants_routing + 2 * fold.dp * (fold.tp > 1)
+            table = (2 * self.step.num_microbatches + 1) * experts * self.wants_routing
+            numbers = 8 + table + 2 * fold.dp * (fold.tp > 1)
             yield self._over("stage", "loss and faults", "all-reduce", numbers * _DOUBLE, 1)
         yield self._over("world", "gradient norm", "all-reduce", 2 * _DOUBLE, 1)
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_moefold import Fold, MoEFoldStrategy, comm
 from lightning_moefold.callbacks import FoldSummary, LoadBalanceMonitor, MFUMonitor
 from lightning_moefold.callbacks.summary import summarize_model
+from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.modules.experts import Experts
 from lightning_moefold.testing import PoolEnvironment, join_rows
 from tests.exactness.runs import BatchList, Case, RankRun
@@ -146,11 +147,14 @@ def _record_rows(seen: Seen, model: torch.nn.Module) -> None:
     seen.expert_rows = [0] * len(layers)
     for i, layer in enumerate(layers):
 
-        def add(module: Experts, args: tuple[torch.Tensor, ...], i: int = i) -> None:
-            if module.training:
-                seen.expert_rows[i] += args[0].shape[0]
+        def add(
+            x: Any, rows: ExpertRows, stacks: Any, i: int = i, layer: Experts = layer, real: Any = layer.compute
+        ) -> Any:
+            if layer.training:
+                seen.expert_rows[i] += rows.weight_M.shape[0]
+            return real(x, rows, stacks)
 
-        layer.register_forward_pre_hook(add)
+        layer.compute = add  # type: ignore[method-assign]
 
 
 class RowRecorder(pl.Callback):

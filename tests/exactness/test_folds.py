@@ -29,7 +29,7 @@ def test_a_fold_that_does_not_suit_the_model_never_starts(pool: RankPool, folder
     with pytest.raises(RankError) as caught:
         pool.run(runs.train, str(path), "tp2 | ep4", [[{}, {}]], {}, ranks=4)
     assert caught.value.exception_types == dict.fromkeys(range(4), "FoldError")
-    assert all("use ep in 1, 2, 3, 6" in message for message in caught.value.messages.values())
+    assert all("use ep in 1,2,3,6" in message for message in caught.value.messages.values())
 
 
 # ---- `make test-all`: errors and seconds of these are in the table at the end ----------------------------------------

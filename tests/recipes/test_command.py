@@ -200,7 +200,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "process_group_backend": ("gloo", "gloo"),
 }
 #: It stands for the sizes.
-DEFAULTS = {"fold"}
+DEFAULTS = {"fold", "auto"}
 
 
 def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ class Router(ParallelModule):
         has_bias, has_noise = self.options.bias_update_rate is not None, self.options.input_jitter > 0
         bias = torch.zeros(num_experts, dtype=wide(torch.get_default_dtype())) if has_bias else None
         self.register_buffer("e_score_correction_bias", bias)
-        self.register_buffer("counts_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
+        counts_E = torch.zeros(num_experts, dtype=torch.int64) if has_bias else None
+        self.register_buffer("counts_E", counts_E, persistent=False)
         self.register_buffer("call", torch.zeros((), dtype=torch.int64) if has_noise else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
