@@ -42,7 +42,7 @@ class SameRouter(nn.Module):
         self.router = router
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight_TK, expert_TK, probability_TE = self.router(hidden.reshape(-1, hidden.shape[-1]))
+        weight_TK, expert_TK, probability_TE, _ = self.router(hidden.reshape(-1, hidden.shape[-1]))
         return probability_TE, weight_TK, expert_TK
 
 

@@ -7,7 +7,7 @@ Two ways, by device, and a third one behind the same call in :mod:`.transformer_
   activation, its derivative and the weighted sum per token stay in cache between the products;
 - CUDA: ``torch.nn.functional.grouped_mm``, three kernels for all experts, counts on the device.
 
-The weight multiplies the activation, before the last product: so backward needs no expert's output. Kept for backward are
+The weight's gradient comes from the activation and the gradient of it: so backward needs no expert's output. Kept for backward are
 the two products before the activation and the tokens, ``A * D + 2 * M * F`` numbers on the first way, which needs no copy of
 a token per expert, and ``M * D + 2 * M * F`` on the second.
 
@@ -102,7 +102,7 @@ class _GroupedDown(torch.autograd.Function):
         gate_MF, up_MF, weight_M, down_LDF, ends_L = ctx.saved_tensors
         grad_MD, weight_M1 = grads[0].contiguous(), weight_M.unsqueeze(1)
         grad_inner = F.grouped_mm(grad_MD, down_LDF, offs=ends_L)
-        active, slope = _activation_and_slope(gate_MF, ctx.activation)
+        active = ctx.activation(gate_MF)
         inner, grad_weight, grad_down = active * up_MF, None, None
         if ctx.needs_input_grad[2]:
             grad_weight = torch.linalg.vecdot(inner.to(weight_M.dtype), grad_inner.to(weight_M.dtype))
@@ -110,7 +110,8 @@ class _GroupedDown(torch.autograd.Function):
             grad_down = F.grouped_mm(grad_MD.t(), inner.mul_(weight_M1), offs=ends_L)
         grad_inner.mul_(weight_M1)
         grad_up = active.mul_(grad_inner)
-        return grad_inner.mul_(up_MF).mul_(slope), grad_up, grad_weight, grad_down, None, None
+        grad_gate = _through_activation(ctx.activation, gate_MF, grad_inner.mul_(up_MF))
+        return grad_gate, grad_up, grad_weight, grad_down, None, None
 
 
 class _Read(torch.autograd.Function):
@@ -194,8 +195,10 @@ class _Job:
             total_AD[tokens] = y_cD
         elif self.distinct:
             total_AD.index_copy_(0, tokens, y_cD)
-        else:
-            total_AD.index_add_(0, tokens, y_cD.to(total_AD.dtype))
+        elif y_cD.dtype == total_AD.dtype:
+            total_AD.index_add_(0, tokens, y_cD)
+        else:  # an expert reads a token once, so reading, adding and writing back is a sum, and faster than a copy in float32
+            total_AD.index_copy_(0, tokens, total_AD.index_select(0, tokens).add_(y_cD))
 
 
 class _ExpertByExpert(torch.autograd.Function):
@@ -210,8 +213,8 @@ class _ExpertByExpert(torch.autograd.Function):
             x_cD, gate, up = job.read(x_AD, tokens), gate_MF[rows], up_MF[rows]
             torch.mm(x_cD, gate_LFD[expert].t(), out=gate)
             torch.mm(x_cD, up_LFD[expert].t(), out=up)
-            inner = job.activation(gate).mul_(up).mul_(weight_M[rows].unsqueeze(1))
-            job.add(total_AD, tokens, inner @ down_LDF[expert].t())
+            y_cD = job.activation(gate).mul_(up) @ down_LDF[expert].t()
+            job.add(total_AD, tokens, y_cD.mul_(weight_M[rows].unsqueeze(1)))
         ctx.save_for_backward(x_AD, weight_M, gate_MF, up_MF, *weights)
         ctx.job = job
         return total_AD.to(x_AD.dtype)
@@ -230,15 +233,16 @@ class _ExpertByExpert(torch.autograd.Function):
         for expert, rows, tokens in job.blocks():
             grad_cD, weight_c1 = job.read(grad_AD, tokens), weight_M[rows].unsqueeze(1)
             grad_inner = grad_cD @ down_LDF[expert]
-            active, slope = _activation_and_slope(gate_MF[rows], job.activation)
+            active = job.activation(gate_MF[rows])
             inner = active * up_MF[rows]
             if grad_weight is not None:
                 grad_weight[rows] = torch.linalg.vecdot(inner.to(weight_M.dtype), grad_inner.to(weight_M.dtype))
             if grad_down is not None:
-                torch.mm(grad_cD.t(), inner.mul_(weight_c1), out=grad_down[expert])
+                weighted_cD = torch.mul(grad_cD, weight_c1, out=torch.empty_like(grad_cD))
+                torch.mm(weighted_cD.t(), inner, out=grad_down[expert])
             grad_inner.mul_(weight_c1)
             grad_up_cF = active.mul_(grad_inner)
-            grad_gate_cF = grad_inner.mul_(up_MF[rows]).mul_(slope)
+            grad_gate_cF = _through_activation(job.activation, gate_MF[rows], grad_inner.mul_(up_MF[rows]))
             if grad_gate is not None or grad_up is not None:
                 x_cD = job.read(x_AD, tokens)
             if grad_gate is not None:
@@ -251,14 +255,11 @@ class _ExpertByExpert(torch.autograd.Function):
         return grad_x, grad_weight, None, grad_gate, grad_up, grad_down
 
 
-def _activation_and_slope(gate_cF: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """``act(g)`` and its derivative; that of SiLU, ``s + act * (1 - s)`` with ``s = sigmoid(g)``, written out."""
+def _through_activation(activation: Activation, gate_cF: Tensor, grad_cF: Tensor) -> Tensor:
+    """The gradient with respect to what the activation took; of SiLU in one pass."""
     if activation is F.silu:
-        sigmoid = gate_cF.sigmoid()
-        active = gate_cF * sigmoid
-        return active, torch.addcmul(sigmoid, active, 1 - sigmoid)
+        return torch.ops.aten.silu_backward(grad_cF, gate_cF)
     with torch.enable_grad():
         leaf = gate_cF.detach().requires_grad_()
         active = activation(leaf)
-    (slope,) = torch.autograd.grad(active, leaf, torch.ones_like(active))
-    return active.detach(), slope
+    return torch.autograd.grad(active, leaf, grad_cF)[0]
