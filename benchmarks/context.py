@@ -4,9 +4,11 @@
     python benchmarks/context.py [--length 32768] [--ranks 1 2 4] [--documents 0]
 
 Forward and backward of causal attention alone (queries, keys and values are made on the rank, float32). Memory is the
-peak of resident memory above what the process had before; each row of the table has fresh processes. The ranks share
-this machine's cores, so time says nothing of real ones: it should stay level, as the work does. What a rank keeps falls
-as 1 / cp; gathering keys and values keeps those of the whole row, and all-to-all some copies of heads.
+peak of resident memory above what the process had before; each row of the table has fresh processes, in which glibc
+gives freed blocks back at once (``MALLOC_MMAP_THRESHOLD_``; as it is, it keeps those below 32 MB, which are the blocks
+of many ranks and not those of one). The ranks share this machine's cores, so time says nothing of real ones: it should
+stay level, as the work does. What a rank keeps falls as 1 / cp; gathering keys and values adds those of some heads of
+the whole row, and all-to-all a copy of heads.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ def main() -> None:
         f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n"
     )
     print("| cp | exchange | seconds | peak MB/rank | ratio |\n|--:|---|--:|--:|--:|")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1024 * 1024)
     base = None
     for ranks in args.ranks:
         for exchange in ["ring", "all_gather", "all_to_all"] if ranks > 1 else ["auto"]:

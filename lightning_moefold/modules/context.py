@@ -23,12 +23,15 @@ from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import SINGLE, Axis
+from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.blockwise import BLOCK, PartialAttention, PartialGradient, Span, Visibility
 
 Exchange = Literal["auto", "ring", "all_gather", "all_to_all"]
 EXCHANGES = ("auto", "ring", "all_gather", "all_to_all")
 #: Below this, gathered keys and values of a row are not worth a ring's many messages.
 SMALL_BYTES = 32 * 1024 * 1024
+#: Keys and values of one message: large enough for a link's bandwidth, small beside what attention keeps of a long row.
+MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -134,42 +137,70 @@ def _positions_of_all_heads(x_BhSd: Tensor, cp: Axis, order: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
+    """Ring or all-gather, some heads after the others: what a rank holds of other ranks is bounded by these heads."""
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: ContextLayout, visibility: Visibility, exchange: Exchange
     ) -> Tensor:
         ctx.layout, ctx.visibility, ctx.exchange = layout, visibility, exchange
-        longest = None if visibility.is_causal else BLOCK
-        partial = PartialAttention(q, layout.spans(layout.cp.index, longest), visibility)
-        if exchange == "all_gather" and layout.cp.size > 1:
-            k_S, v_S = _gather_keys(k, v, layout)
-            partial.add(k_S, v_S, _row(layout).cut(longest or layout.length // (2 * layout.cp.size)))
-        else:
-            size, rank = layout.cp.size, layout.cp.index
-            pair = _stacked(k, v, layout)
-            for step in range(size):
-                coming = _Rotation(pair, layout.cp) if isinstance(pair, Tensor) and step < size - 1 else None
-                partial.add(pair[0], pair[1], layout.spans((rank - step) % size, longest))
-                pair = pair if coming is None else coming.wait()
-        out = partial.out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, partial.lse)
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device)
+        for heads, kv_heads in _head_groups(q, k, layout):
+            out[:, heads], lse[:, heads] = _forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], ctx)
+        ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        layout, visibility = ctx.layout, ctx.visibility
-        longest = None if visibility.is_causal else BLOCK
-        spans = layout.spans(layout.cp.index, longest)
-        partial = PartialGradient(grads[0].contiguous(), q, out, lse, spans, visibility)
-        if ctx.exchange == "all_gather" and layout.cp.size > 1:
-            k_S, v_S = _gather_keys(k, v, layout)
-            row = _row(layout).cut(longest or layout.length // (2 * layout.cp.size))
-            grad_pair = _scatter_key_gradients(partial.add(k_S, v_S, row), layout)
-        else:
-            grad_pair = _ring_backward(partial, _stacked(k, v, layout), layout, longest)
-        grad_k, grad_v = grad_pair.to(k.dtype)
-        return partial.grad_q.to(q.dtype), grad_k, grad_v, None, None, None
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for heads, kv_heads in _head_groups(q, k, ctx.layout):
+            grad_q[:, heads], grad_k[:, kv_heads], grad_v[:, kv_heads] = _backward(
+                grads[0][:, heads], q[:, heads], out[:, heads], lse[:, heads], k[:, kv_heads], v[:, kv_heads], ctx
+            )
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _head_groups(q_BHLd: Tensor, k_BVLd: Tensor, layout: ContextLayout) -> list[tuple[slice, slice]]:
+    """Query and key/value heads that go together: as many as one message of ``MESSAGE_BYTES`` holds, at least one."""
+    kv_heads, ratio = k_BVLd.shape[1], q_BHLd.shape[1] // k_BVLd.shape[1]
+    a_head = 2 * k_BVLd[:, :1].numel() * k_BVLd.element_size()
+    some = kv_heads if layout.cp.size == 1 else max(1, min(kv_heads, MESSAGE_BYTES // max(a_head, 1)))
+    starts = range(0, kv_heads, some)
+    return [(slice(at * ratio, (at + some) * ratio), slice(at, at + some)) for at in starts]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, ctx: Any) -> tuple[Tensor, Tensor]:
+    layout, visibility = ctx.layout, ctx.visibility
+    longest = None if visibility.is_causal else BLOCK
+    partial = PartialAttention(q, layout.spans(layout.cp.index, longest), visibility)
+    if ctx.exchange == "all_gather" and layout.cp.size > 1:
+        k_S, v_S = _gather_keys(k, v, layout)
+        partial.add(k_S, v_S, _row(layout).cut(longest or layout.length // (2 * layout.cp.size)))
+    else:
+        size, rank = layout.cp.size, layout.cp.index
+        pair = _stacked(k, v, layout)
+        for step in range(size):
+            coming = _Rotation(pair, layout.cp) if isinstance(pair, Tensor) and step < size - 1 else None
+            partial.add(pair[0], pair[1], layout.spans((rank - step) % size, longest))
+            pair = pair if coming is None else coming.wait()
+    return partial.out, partial.lse
+
+
+def _backward(
+    grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, ctx: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout, visibility = ctx.layout, ctx.visibility
+    longest = None if visibility.is_causal else BLOCK
+    spans = layout.spans(layout.cp.index, longest)
+    partial = PartialGradient(grad.contiguous(), q, out, lse, spans, visibility)
+    if ctx.exchange == "all_gather" and layout.cp.size > 1:
+        k_S, v_S = _gather_keys(k, v, layout)
+        row = _row(layout).cut(longest or layout.length // (2 * layout.cp.size))
+        grad_pair = _scatter_key_gradients(partial.add(k_S, v_S, row), layout)
+    else:
+        grad_pair = _ring_backward(partial, _stacked(k, v, layout), layout, longest)
+    return partial.grad_q, grad_pair[0], grad_pair[1]
 
 
 def _stacked(k: Tensor, v: Tensor, layout: ContextLayout) -> Tensor | tuple[Tensor, Tensor]:

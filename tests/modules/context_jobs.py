@@ -66,7 +66,8 @@ def attend(case: dict[str, Any]) -> dict[str, Tensor]:
     place = layout.positions()
     q, k, v = (t[n][:, :, place].clone().requires_grad_() for n in "qkv")
     visibility = Visibility(case.get("window"), t.get("documents"), t.get("real"))
-    with mock.patch.object(context, "BLOCK", case.get("block", 1024)):
+    message = case.get("message", context.MESSAGE_BYTES)
+    with mock.patch.multiple(context, BLOCK=case.get("block", 1024), MESSAGE_BYTES=message):
         out = context_attention(q, k, v, layout, visibility, case["exchange"])
         out.backward(t["grad"][:, :, place])
     return {"place": place, "out": out.detach(), "q": q.grad, "k": k.grad, "v": v.grad}

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from lightning_moefold.mesh import Axis
+from lightning_moefold.modules import context
 from lightning_moefold.modules.blockwise import Seen, Span, Visibility, block_backward, block_forward
 from lightning_moefold.modules.context import ContextLayout, choose_exchange
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
@@ -37,6 +39,21 @@ def check(pool: RankPool, ranks: int, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("ranks", "kv_heads"), [(2, 2), (4, 4), (4, 8)])
 def test_over_ranks(pool: RankPool, ranks: int, kv_heads: int, mask: dict[str, Any], exchange: str) -> None:
     check(pool, ranks, {"length": 24, "heads": 8, "kv_heads": kv_heads, "block": 2, "exchange": exchange, **mask})
+
+
+@pytest.mark.parametrize("exchange", ["ring", "all_gather"])
+@pytest.mark.parametrize("mask", [MASKS[0], MASKS[-1]], ids=str)
+@pytest.mark.parametrize("message", [1, 2 * 2 * 2 * 6 * context_jobs.SIZE * 8], ids=["a head", "two heads of three"])
+def test_some_heads_after_the_others(pool: RankPool, message: int, mask: dict[str, Any], exchange: str) -> None:
+    """Six positions on a rank, two rows, float64: the second size is keys and values of two heads, exactly."""
+    shape = {"length": 24, "heads": 6, "kv_heads": 3, "block": 2, "message": message, "exchange": exchange}
+    check(pool, 4, {**shape, **mask})
+    layout = ContextLayout(24, Axis("cp", (0, 1, 2, 3)))
+    q, k = (torch.empty(2, heads, 6, context_jobs.SIZE, dtype=torch.float64) for heads in (6, 3))
+    with mock.patch.object(context, "MESSAGE_BYTES", message):
+        groups = context._head_groups(q, k, layout)
+    assert [kv.stop - kv.start for _, kv in groups] == ([1, 1, 1] if message == 1 else [2, 2])
+    assert torch.cat([k[0, kv, 0, 0] for _, kv in groups]).numel() == 3
 
 
 @pytest.mark.parametrize("mask", MASKS[1:], ids=str)
