@@ -12,6 +12,7 @@ Axes of size one are left out of a mesh. The two meshes never meet in one operat
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -174,6 +175,30 @@ class FoldedMesh:
             ranks = self._axes["pp"].ranks
             self._axes["ends"] = self._axis_of("ends", [ranks[0], ranks[-1]])
         return self._axes["ends"]
+
+    def cut_by_node(self, name: str, node_size: int) -> tuple[Axis, Axis] | None:
+        """An axis as two: its ranks in this rank's node, and those of the same place in each node.
+
+        Made on first use, by all ranks of the axis.
+
+        Args:
+            name: Of the axis.
+            node_size: Ranks of a node; nodes are runs of consecutive ranks.
+
+        Returns:
+            None where the axis does not span nodes, has one rank in each, or not the same number in each.
+        """
+        ranks = self._axes[name].ranks
+        nodes = [list(group) for _, group in itertools.groupby(ranks, lambda rank: rank // node_size)]
+        if len({len(node) for node in nodes}) != 1 or 1 in (len(nodes), len(nodes[0])):
+            return None
+        mine = next(node for node in nodes if self.rank in node)
+        place = mine.index(self.rank)
+        within, across = f"{name}_within_node", f"{name}_across_nodes"
+        if within not in self._axes:
+            self._axes[within] = self._axis_of(within, mine)
+            self._axes[across] = self._axis_of(across, [node[place] for node in nodes])
+        return self._axes[within], self._axes[across]
 
     def _make_axis(self, name: str) -> Axis:
         return self._axis_of(name, next(group for group in self.fold.groups(name) if self.rank in group))

@@ -106,8 +106,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             always have two.
         pipeline_split: Number of layers of each stage, in the order of the model; cut by cost if not given.
         dispatcher: How tokens travel to their experts: ``"alltoall"`` once for each expert, ``"deduplicated"`` once for
-            each rank that holds some of them, ``"allgather"`` to all ranks, or ``"auto"``
-            (:func:`~.dispatch.choose_dispatcher`).
+            each rank that holds some of them, ``"allgather"`` to all ranks, ``"hierarchical"`` once to each node and
+            from there once to each rank, or ``"auto"`` (:func:`~.dispatch.choose_dispatcher`).
         capacity_factor: An expert serves ``ceil(capacity_factor * k * L / E)`` tokens of a row of L and drops the others;
             None to drop none.
         drop_policy: Which it serves: those of highest probability, ``"probs"``, or the first of the row, ``"position"``.
@@ -117,6 +117,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             Every rank then needs batches of the same shape.
         dispatch_chunks: Parts in which a layer's tokens travel, by expert, so that one part's exchange hides behind
             another's computation; the same bits. For ``"alltoall"``.
+        node_size: Ranks that share fast links, for ``"hierarchical"``; those of one machine if not given.
         expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, or
             ``"transformer_engine"``, all at once and, inside its ``autocast``, in FP8; ``"auto"`` is a loop on CPU and
             ``grouped_mm`` on CUDA.
@@ -162,6 +163,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         drop_scope: DropScope = "full_sequence",
         pad_to_capacity: bool = False,
         dispatch_chunks: int = 1,
+        node_size: int | None = None,
         expert_kernel: ExpertKernel = "auto",
         data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
         recompute: Recompute | None = None,
@@ -203,7 +205,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._microbatches_given = num_microbatches is not None
         self.num_microbatches = num_microbatches or 1
         self.dispatch = DispatchConfig(
-            dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks
+            dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size
         )
         self.context_parallel_exchange = context_parallel_exchange
         self.recompute = recompute
@@ -478,8 +480,9 @@ class MoEFoldStrategy(SharedCheckpoints):
         for layer in (m for m in self._modules() if isinstance(m, DecoderLayer)):
             layer.recompute = self.recompute
         options = NetworkOptions(self._pipeline_plan, self.num_microbatches, self.context_parallel_exchange)
-        for moe in (m for m in self._modules() if isinstance(m, MoELayer) and m.dispatch is None):
-            moe.dispatch = self.dispatch
+        for moe in (m for m in self._modules() if isinstance(m, MoELayer)):
+            dispatch = moe.dispatch or self.dispatch
+            moe.dispatch = replace(dispatch, node_size=dispatch.node_size or self.num_processes)
         for experts in (m for m in self._modules() if isinstance(m, Experts)):
             experts.kernel = self.expert_kernel
         try:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_moefold.comm import Flight
 from lightning_moefold.dispatch.config import DispatchConfig
-from lightning_moefold.mesh import SINGLE, Axis
+from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,27 @@ class ExpertAxes:
         ep: Expert parallel axis.
         etp: Expert tensor parallel axis.
         etp_ep: The joint axis (ep outer, etp inner).
+        nodes: The ranks of the same place in each node, where ep spans nodes and is to be taken node by node.
+        within: The axes in this node, likewise.
     """
 
     ep: Axis = SINGLE
     etp: Axis = SINGLE
     etp_ep: Axis = SINGLE
+    nodes: Axis | None = None
+    within: ExpertAxes | None = None
+
+    @classmethod
+    def of(cls, mesh: FoldedMesh, config: DispatchConfig) -> ExpertAxes:
+        """The axes of a fold. Where tokens go by node, collective over the ranks that share experts."""
+        ep, etp, joint = mesh.ep, mesh.etp, mesh.axis("etp_ep")
+        size = config.node_size
+        if config.dispatcher != "hierarchical" or size is None:
+            return cls(ep, etp, joint)
+        cut, joint_cut = mesh.cut_by_node("ep", size), mesh.cut_by_node("etp_ep", size)
+        if cut is None or joint_cut is None or joint_cut[0].size != cut[0].size * etp.size:
+            return cls(ep, etp, joint)
+        return cls(ep, etp, joint, cut[1], cls(cut[0], etp, joint_cut[0]))
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-DispatcherName = Literal["alltoall", "allgather", "deduplicated", "auto"]
+DispatcherName = Literal["alltoall", "allgather", "deduplicated", "hierarchical", "auto"]
 DropPolicy = Literal["probs", "position"]
 DropScope = Literal["full_sequence", "sub_sequence"]
 
-DISPATCHER_NAMES = ("alltoall", "allgather", "deduplicated", "auto")
+DISPATCHER_NAMES = ("alltoall", "allgather", "deduplicated", "hierarchical", "auto")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class DispatchConfig:
 
     Args:
         dispatcher: ``"alltoall"`` sends a token once for each of its experts, ``"deduplicated"`` once for each *rank* that
-            holds some of them, ``"allgather"`` to every rank; ``"auto"`` chooses (:func:`choose_dispatcher`).
+            holds some of them, ``"allgather"`` to every rank, ``"hierarchical"`` once to each *node* and from there once to
+            each rank; ``"auto"`` chooses (:func:`choose_dispatcher`), never the last.
         capacity_factor: An expert serves ``ceil(capacity_factor * k * L / E)`` tokens of a row of L tokens and drops the
             others; None to drop none.
         drop_policy: Which it serves: those of the highest router probability (ties by position), ``"probs"``, or the
@@ -32,6 +33,8 @@ class DispatchConfig:
             the data, and no host waits for a device; needs a ``capacity_factor``.
         chunks: Parts, by expert, in which a layer's tokens travel, so that one part's exchange hides behind another's
             computation; bit for bit the same result. Only for ``"alltoall"``.
+        node_size: Ranks that share fast links, consecutive ones, for ``"hierarchical"``; None for one node. Where ep has
+            one rank in a node, or lies within one, a token travels as under ``"deduplicated"``.
 
     Raises:
         ValueError: For a value that is not known, or two that contradict each other.
@@ -43,6 +46,7 @@ class DispatchConfig:
     drop_scope: DropScope = "full_sequence"
     pad_to_capacity: bool = False
     chunks: int = 1
+    node_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -59,7 +63,9 @@ class DispatchConfig:
             raise ValueError("pad_to_capacity=True needs a capacity_factor, which says how far to pad.")
         if self.chunks < 1:
             raise ValueError(f"dispatch_chunks={self.chunks} must be at least 1.")
-        if self.dispatcher in ("allgather", "deduplicated"):
+        if self.node_size is not None and self.node_size < 1:
+            raise ValueError(f"node_size={self.node_size} must be at least 1.")
+        if self.dispatcher in ("allgather", "deduplicated", "hierarchical"):
             for name, given in (("pad_to_capacity", self.pad_to_capacity), ("dispatch_chunks", self.chunks > 1)):
                 if given:
                     raise ValueError(f"{name} does not go with dispatcher={self.dispatcher!r}; use 'alltoall'.")

@@ -25,6 +25,7 @@ from torch import Tensor
 from lightning_moefold import comm
 from lightning_moefold.dispatch.base import ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
 from lightning_moefold.dispatch.packing import exchange_choices
+from lightning_moefold.dispatch.pairs import number_pairs, places_of
 from lightning_moefold.dispatch.permutation import Copies, collect, sort_by_expert, spread, take_distinct
 
 
@@ -76,24 +77,11 @@ class DeduplicatedDispatcher(TokenDispatcher):
         capacity: int | None = None,
     ) -> list[Parcel]:
         """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
-        tokens, k = expert_TK.shape
-        sources, local, device = self.ep.size, self.local_experts, x_TD.device
+        k, sources, local = expert_TK.shape[1], self.ep.size, self.local_experts
         choices = sort_by_expert(expert_TK, self.num_experts, kept_TK, served)
-        rank_TK = expert_TK // local
-        if kept_TK is not None:
-            rank_TK = rank_TK.masked_fill(~kept_TK, sources)
-        goes_TS = torch.zeros(tokens, sources + 1, dtype=torch.bool, device=device)
-        goes_ST = goes_TS.scatter_(1, rank_TK, True)[:, :sources].t().contiguous()
+        rank_TK, goes_ST = places_of(expert_TK // local, sources, kept_TK)
         pairs_sent, rows_sent, pairs_PS, counts_PSL = self._sizes_of_exchange(choices.counts_E, goes_ST)
-        pairs = sum(pairs_sent.send)
-        # By rank, then by token.
-        pair_Q = goes_ST.flatten().logical_not().to(torch.uint8).argsort(stable=True)[:pairs]
-        number_ST = torch.full((sources * tokens,), pairs, dtype=torch.int64, device=device)
-        number_ST[pair_Q] = torch.arange(pairs, device=device)
-        number_ST = number_ST.view(sources, tokens)
-        each = min(k, sources)
-        row_TJ = number_ST.t().sort(dim=1).values[:, :each]
-        copies = Copies(pair_Q % max(1, tokens), row_TJ, complete=pairs == tokens * each)
+        copies, number_ST = number_pairs(goes_ST, sum(pairs_sent.send), min(k, sources))
         slot_R = choices.slot_S[: sum(rows_sent.send)]
         rank_R, token_R = rank_TK.reshape(-1)[slot_R], slot_R // k
         sent_S = goes_ST.sum(1)

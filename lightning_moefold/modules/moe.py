@@ -113,8 +113,8 @@ class MoELayer(ParallelRoot):
     def bind(self, mesh: FoldedMesh) -> None:
         """Makes the dispatcher of this fold."""
         super().bind(mesh)
-        axes = ExpertAxes(mesh.ep, mesh.etp, mesh.axis("etp_ep"))
-        self.dispatcher = make_dispatcher(self.dispatch or DispatchConfig(), self.num_experts, self.top_k, axes)
+        config = self.dispatch or DispatchConfig()
+        self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
         """Routes each token through its experts.

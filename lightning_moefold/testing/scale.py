@@ -116,7 +116,7 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
     parallelize(model, mesh, Sharding("optimizer", torch.bfloat16), torch.device("meta"), step.plan)
     model.num_microbatches = step.num_microbatches
     for layer in model.moe_layers().values():
-        axes = ExpertAxes(mesh.ep, mesh.etp, mesh.axis("etp_ep"))
+        axes = ExpertAxes.of(mesh, DispatchConfig())
         layer.dispatcher = _Balanced(DispatchConfig(), layer.num_experts, layer.top_k, axes)
     recorder = Recorder(fold)
     ids = torch.zeros(step.num_microbatches, step.sequence_length, dtype=torch.int64)

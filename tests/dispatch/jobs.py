@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_moefold import Fold
 from lightning_moefold.dispatch import DispatchConfig, ExpertAxes, TokenDispatcher
-from lightning_moefold.dispatch.registry import DISPATCHERS
+from lightning_moefold.dispatch.registry import DISPATCHERS, make_dispatcher
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
 
@@ -26,6 +26,7 @@ CONFIGS = {
     "padded chunks": DispatchConfig("alltoall", capacity_factor=1.0, pad_to_capacity=True, chunks=2),
     "allgather": DispatchConfig("allgather"),
     "deduplicated": DispatchConfig("deduplicated"),
+    "hierarchical": DispatchConfig("hierarchical", node_size=2),
 }
 #: More rows than any expert gets in the cases below.
 PADDED = 40
@@ -78,9 +79,11 @@ def walk(dispatcher: TokenDispatcher, mesh: FoldedMesh, x: Tensor, weight: Tenso
 
 
 def make(name: str, mesh: FoldedMesh) -> TokenDispatcher:
-    """The dispatcher of a name in ``CONFIGS``, on one rank too."""
+    """The dispatcher of a name in ``CONFIGS``, on one rank too; by node only where ep spans nodes."""
     config = CONFIGS[name]
-    axes = ExpertAxes(mesh.ep, mesh.etp, mesh.axis("etp_ep"))
+    axes = ExpertAxes.of(mesh, config)
+    if name == "hierarchical":
+        return make_dispatcher(config, EXPERTS, TOP, axes)
     return DISPATCHERS[config.dispatcher](config, EXPERTS, TOP, axes)
 
 
@@ -140,6 +143,47 @@ def bits_of_chunks(fold: str) -> list[bool]:
         for name in ("two chunks", "uneven chunks")
         for a, b in zip(found["alltoall"], found[name], strict=True)
     ]
+
+
+def by_node(fold: str, node_size: int, kinds: list[str]) -> tuple[str, list[tuple[int, ...]]]:
+    """As :func:`check`, under one fold and its dispatcher by node: which that is, and the ranks of its axes."""
+    torch.set_default_dtype(torch.float64)
+    mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
+    config = DispatchConfig("hierarchical", node_size=node_size)
+    axes = ExpertAxes.of(mesh, config)
+    for kind in kinds:
+        _check_one(make_dispatcher(config, EXPERTS, TOP, axes), mesh, kind, f"by node, {fold}, {kind}")
+    inside = axes.within or axes
+    ranks = [] if axes.nodes is None else [axes.nodes.ranks, inside.ep.ranks, inside.etp_ep.ranks]
+    return type(make_dispatcher(config, EXPERTS, TOP, axes)).__name__, ranks
+
+
+def rows_between_nodes(fold: str, node_size: int, size: int) -> dict[str, int]:
+    """Rows that this rank sends to other nodes in a forward pass, and the distinct pairs of a token of this
+    rank with another node that holds one of its experts."""
+    torch.set_default_dtype(torch.float32)
+    mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
+    config = DispatchConfig("hierarchical", node_size=node_size)
+    axes = ExpertAxes.of(mesh, config)
+    assert axes.nodes is not None
+    node = axes.nodes.index
+    _, _, _, expert, _ = _inputs("plain", mesh.rank)
+    sent = 0
+    real = dist.all_to_all_single
+
+    def counted(out: Tensor, x: Tensor, receive: list[int], send: list[int], **kwargs: Any) -> Any:
+        nonlocal sent
+        if x.shape[1:] == (size,):
+            ranks = dist.get_process_group_ranks(kwargs["group"])
+            sent += sum(n for rank, n in zip(ranks, send, strict=True) if rank // node_size != mesh.rank // node_size)
+        return real(out, x, receive, send, **kwargs)
+
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        dispatcher = make_dispatcher(config, EXPERTS, TOP, axes)
+        (parcel,) = dispatcher.dispatch_preprocess(torch.randn(len(expert), size), torch.rand(len(expert), TOP), expert)
+        dispatcher.dispatch_postprocess(dispatcher.token_dispatch(parcel))
+    nodes_TK = expert // (EXPERTS // axes.nodes.size)
+    return {"rows": sent, "pairs": sum(len(set(row.tolist()) - {node}) for row in nodes_TK)}
 
 
 def bytes_sent(name: str, fold: str, tokens: int, size: int) -> dict[str, int]:

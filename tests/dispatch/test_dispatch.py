@@ -45,6 +45,28 @@ def test_bytes_on_the_wire(pool: RankPool) -> None:
         assert sent["tokens"] > 1.1 * once["tokens"]
 
 
+@pytest.mark.parametrize(
+    ("fold", "ranks", "node_size", "axes_of_rank_1"),
+    [
+        ("ep4", 4, 2, [(1, 3), (0, 1), (0, 1)]),
+        ("ep4 etp2", 8, 4, [(1, 5), (1, 3), (0, 1, 2, 3)]),
+        ("ep8", 8, 2, [(1, 3, 5, 7), (0, 1), (0, 1)]),
+    ],
+)
+def test_by_node(pool: RankPool, fold: str, ranks: int, node_size: int, axes_of_rank_1: list[tuple[int, ...]]) -> None:
+    """Between nodes and then within: the sum of a loop; between nodes a token travels once to each node."""
+    found = pool.run(jobs.by_node, fold, node_size, KINDS, ranks=ranks)
+    assert found[1] == ("HierarchicalDispatcher", axes_of_rank_1)
+    assert {name for name, _ in found} == {"HierarchicalDispatcher"}
+    for sent in pool.run(jobs.rows_between_nodes, fold, node_size, 16, ranks=ranks):
+        assert sent["rows"] == sent["pairs"] > 0
+
+
+@pytest.mark.parametrize(("fold", "node_size"), [("ep4", 4), ("ep4", 1), ("ep2 etp2", 2), ("ep4", 3)])
+def test_where_nodes_do_not_cut_the_group_in_two(pool: RankPool, fold: str, node_size: int) -> None:
+    assert pool.run(jobs.by_node, fold, node_size, KINDS[:2], ranks=4) == [("DeduplicatedDispatcher", [])] * 4
+
+
 @st.composite
 def routings(draw: st.DrawFn) -> tuple[Tensor, int, Tensor | None]:
     experts = draw(st.integers(1, 6))

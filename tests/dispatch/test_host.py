@@ -81,9 +81,12 @@ def count_questions(fold: str, fields: dict[str, Any]) -> list[str]:
         ("ep2", PADDED, []),
         ("ep2", {"dispatcher": "allgather"}, ["tolist"]),
         ("ep2", {"dispatcher": "deduplicated"}, ["tolist"]),
+        ("ep4", {"dispatcher": "hierarchical", "node_size": 2}, ["tolist", "tolist"]),
     ],
 )
-def test_the_host_waits_once_at_most(pool: RankPool, fold: str, fields: dict[str, Any], expected: list[str]) -> None:
+def test_the_host_waits_once_for_each_exchange(
+    pool: RankPool, fold: str, fields: dict[str, Any], expected: list[str]
+) -> None:
     fields = {("chunks" if k == "dispatch_chunks" else k): v for k, v in fields.items()}
-    ranks = 2 if fold else 1
+    ranks = int(fold[-1:] or 1)
     assert pool.run(count_questions, fold, fields, ranks=ranks) == [expected] * ranks

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
 from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
+from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
 from lightning_moefold.dispatch.registry import DISPATCHERS
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
@@ -154,10 +155,12 @@ def _identity(mesh: FoldedMesh) -> float:
     weight = weight / weight.sum(1, keepdim=True)
     parts = torch.arange(1.0, mesh.etp.size + 1, dtype=torch.float64)
     share = parts[mesh.etp.index] / parts.sum()
-    axes = ExpertAxes(mesh.ep, mesh.etp, mesh.axis("etp_ep"))
     worst = 0.0
     for name, kind in DISPATCHERS.items():
-        dispatcher = kind(DispatchConfig(name), EXPERTS, TOP, axes)
+        config = DispatchConfig(name, node_size=2)
+        axes = ExpertAxes.of(mesh, config)
+        kind = DeduplicatedDispatcher if name == "hierarchical" and axes.nodes is None else kind
+        dispatcher = kind(config, EXPERTS, TOP, axes)
         [parcel] = dispatcher.dispatch_preprocess(x, weight, expert)
         parcel = dispatcher.token_dispatch(parcel)
         arrived, rows = dispatcher.dispatch_postprocess(parcel)

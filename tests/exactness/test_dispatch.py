@@ -16,6 +16,7 @@ from tests.exactness import compare, runs
 DISPATCH: dict[str, dict[str, Any]] = {
     "allgather": {"dispatcher": "allgather"},
     "deduplicated": {"dispatcher": "deduplicated"},
+    "hierarchical": {"dispatcher": "hierarchical", "node_size": 2},
     "chunks": {"dispatch_chunks": 2},
     "probs": {"capacity_factor": 0.9, "drop_policy": "probs"},
     "position": {"capacity_factor": 0.8, "drop_policy": "position", "dispatcher": "deduplicated"},
@@ -36,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def _run(pool: RankPool, checkpoint: str, fold: str, dispatch: str, padding: str, ranks: int, **more: Any) -> None:
     parsed, fields = Fold.parse(fold, ranks), DISPATCH[dispatch]
-    batches = make_batches(2, parsed.dp, 4 // parsed.dp, 9, 96, seed=7, padding=padding)
+    batches = make_batches(2, parsed.dp, max(2, 4 // parsed.dp), 9, 96, seed=7, padding=padding)
     spec = {
         "overrides": {"output_router_logits": True}, "clip": 0.5, "lr": 1e-2, "dispatch": fields, "num_microbatches": 2, **more,
     }  # fmt: skip
@@ -74,10 +75,9 @@ def test_four_ranks(pool: RankPool, checkpoint: str, dispatch: str, fold: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fold", SMALL + LARGE)
+@pytest.mark.parametrize(("fold", "ranks"), [(f, 2 if f else 1) for f in SMALL] + [(f, 4) for f in LARGE])
 @pytest.mark.parametrize("dispatch", DISPATCH)
-def test_every_way_under_every_fold(pool: RankPool, checkpoint: str, dispatch: str, fold: str) -> None:
-    ranks = 4 if fold in LARGE else 2 if fold else 1
+def test_every_way_under_every_fold(pool: RankPool, checkpoint: str, dispatch: str, fold: str, ranks: int) -> None:
     _run(pool, checkpoint, fold, dispatch, "left" if "cp" in fold else "right", ranks)
 
 

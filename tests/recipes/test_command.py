@@ -189,6 +189,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "capacity_factor": (1.25, 1.25),
     "pad_to_capacity": (True, True),
     "dispatch_chunks": (2, 2),
+    "node_size": (2, 2),
     "expert_kernel": ("loop", "loop"),
     "recompute": ("full", "full"),
     "context_parallel_exchange": ("ring", "ring"),

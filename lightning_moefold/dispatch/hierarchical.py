@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-level dispatch, for expert parallel groups that span nodes: a token crosses to each node once, and is spread there.
+
+    token_dispatch    all-to-all-v between nodes, to the rank of the same place in each node: pairs (token, node), with the
+                      weights and numbers of that node's experts
+    dispatch_post..   deduplicated dispatch within the node, of what has arrived
+    combine_pre..     its way back, to one row for each pair
+    token_combine     all-to-all-v between nodes: pairs
+
+The slow links carry a token once per node in each direction, however many of its experts live there (the idea of the
+forwarding in DeepEP and of hierarchical all-to-all in HetuMoE, arXiv 2203.14685). The first level is the one that hides
+behind the shared expert. The host waits for the device twice a layer, once for each level's sizes.
+
+Legend: see :mod:`.base`; N nodes, Q pairs sent, A pairs that arrive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_moefold import comm
+from lightning_moefold.dispatch.base import ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
+from lightning_moefold.dispatch.config import DispatchConfig
+from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
+from lightning_moefold.dispatch.packing import exchange_choices
+from lightning_moefold.dispatch.pairs import number_pairs, places_of
+from lightning_moefold.dispatch.permutation import Copies, collect, spread
+
+
+@dataclass
+class NodePlan:
+    """The exchange between nodes, and later the one within.
+
+    Args:
+        copies: Pairs, as copies of this rank's tokens.
+        send: Pairs to each node.
+        receive: Pairs from each node.
+        expert_AK: Experts of the pairs that arrived, numbered within the node; -1 where a choice is another node's.
+        within: What goes on in the node; once the pairs are there.
+    """
+
+    copies: Copies
+    send: list[int]
+    receive: list[int]
+    expert_AK: Tensor
+    within: Parcel | None = None
+
+
+class HierarchicalDispatcher(TokenDispatcher):
+    """Between nodes, then within; see the module.
+
+    Args:
+        config: What the user chose.
+        num_experts: E.
+        top_k: K.
+        axes: Over which the experts are spread; ``axes.nodes`` must be there.
+    """
+
+    def __init__(self, config: DispatchConfig, num_experts: int, top_k: int, axes: ExpertAxes = ExpertAxes()) -> None:
+        super().__init__(config, num_experts, top_k, axes)
+        assert axes.nodes is not None
+        assert axes.within is not None
+        self.nodes = axes.nodes
+        self._experts_of_node = num_experts // self.nodes.size
+        self._within = DeduplicatedDispatcher(
+            replace(config, dispatcher="deduplicated"), self._experts_of_node, top_k, axes.within
+        )
+
+    def dispatch_preprocess(
+        self,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        served: int | None = None,
+        capacity: int | None = None,
+    ) -> list[Parcel]:
+        """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        nodes = self.nodes.size
+        node_TK, goes_NT = places_of(expert_TK // self._experts_of_node, nodes, kept_TK)
+        sent_N = goes_NT.sum(1)
+        received_N = comm.all_gather_raw(sent_N, self.nodes).view(nodes, nodes)[:, self.nodes.index]
+        # One of the two places where the host must know sizes.
+        sizes = torch.cat([sent_N, received_N]).tolist()
+        send, receive = sizes[:nodes], sizes[nodes:]
+        copies, _ = number_pairs(goes_NT, sum(send), min(expert_TK.shape[1], nodes))
+        token_Q = copies.token_R
+        node_Q = torch.arange(nodes, device=token_Q.device).repeat_interleave(sent_N, output_size=sum(send))
+        elsewhere_QK = node_TK[token_Q] != node_Q.unsqueeze(1)
+        expert_QK = (expert_TK % self._experts_of_node)[token_Q].masked_fill(elsewhere_QK, -1)
+        weight_QK = spread(weight_TK, copies).masked_fill(elsewhere_QK, 0)
+        return [Parcel(spread(x_TD, copies), weight_QK, NodePlan(copies, send, receive, expert_QK))]
+
+    def token_dispatch(self, parcel: Parcel) -> Parcel:
+        """Pairs to the nodes of their experts."""
+        plan: NodePlan = parcel.plan
+        x_AD, flight = comm.send_off(parcel.x, plan.send, plan.receive, self.nodes)
+        weight_AK, expert_AK = exchange_choices(
+            parcel.weight,
+            plan.expert_AK,
+            lambda packed: comm.all_to_all_raw(packed, plan.send, plan.receive, self.nodes),
+            lambda grad: comm.all_to_all_raw(grad, plan.receive, plan.send, self.nodes),
+        )
+        return Parcel(x_AD, weight_AK, replace(plan, expert_AK=expert_AK), (flight,))
+
+    def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
+        """From the rank that received them to the ranks of the node."""
+        plan: NodePlan = parcel.plan
+        x_AD = comm.land(parcel.x, parcel.flights[0])
+        here_AK = plan.expert_AK >= 0
+        (within,) = self._within.dispatch_preprocess(x_AD, parcel.weight, plan.expert_AK.clamp(min=0), here_AK)
+        plan.within = self._within.token_dispatch(within)
+        return self._within.dispatch_postprocess(plan.within)
+
+    def combine_preprocess(self, y_AD: Tensor, plan: NodePlan) -> Tensor:
+        """Sums the parts of each expert over etp."""
+        return self._within.combine_preprocess(y_AD, _plan_within(plan))
+
+    def token_combine(self, y_AD: Tensor, plan: NodePlan) -> Return:
+        """One row per pair, summed over the node, goes home."""
+        inside = _plan_within(plan)
+        y_AD = self._within.combine_postprocess([self._within.token_combine(y_AD, inside)], [inside])
+        return Return(*comm.send_off(y_AD, plan.receive, plan.send, self.nodes))
+
+    def combine_postprocess(self, returns: list[Return], plans: list[NodePlan]) -> Tensor:
+        """Sums each token's pairs."""
+        return collect(comm.land(*returns[0]), plans[0].copies)
+
+
+def _plan_within(plan: NodePlan) -> Any:
+    assert plan.within is not None, "combine comes after dispatch"
+    return plan.within.plan
