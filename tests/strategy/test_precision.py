@@ -37,6 +37,16 @@ def tokens(path: Path) -> torch.Tensor:
     raise AssertionError("no rows without near-ties")
 
 
+@pytest.fixture(scope="module")
+def clear_rows(path: Path) -> torch.Tensor:
+    """Of many rows, those in which the router hesitates least."""
+    model = hf_reference(path)
+    drawn = [finetune.rows(finetune.ROWS, seed) for seed in range(200)]
+    drawn.sort(key=lambda rows: routing_margin(model, {"input_ids": rows}), reverse=True)
+    assert routing_margin(model, {"input_ids": drawn[2]}) > 0.1
+    return torch.cat(drawn[:3])
+
+
 def test_single_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> None:
     batch = {"input_ids": tokens, "labels": tokens}
     expected = reference_run(
@@ -51,13 +61,15 @@ def test_single_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> N
         assert runs[0]["seen"]["storage"] == "['torch.float32']"
 
 
-def test_mixed_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> None:
+def test_mixed_precision(pool: RankPool, path: Path, clear_rows: torch.Tensor) -> None:
     """Weights and gradients in float32, computation in bfloat16, the router in float32, autocast for others only.
 
-    A fold may be as far from one process as roundings of two kinds are from each other, and tp rounds parts of sums besides:
-    each tensor's gradient differs by no more than four times what bfloat16 itself costs there (both as 2-norms).
+    A fold may be as far from one process as roundings of two kinds are from each other, and tp and etp round parts of sums
+    besides: each tensor's gradient differs by no more than three times what bfloat16 itself costs there, and is within a
+    fifth of float32's (2-norms). The rows are those in which no token is near to another expert: one that changes its
+    expert would change a gradient by more than any rounding.
     """
-    rows = torch.cat([tokens, finetune.rows(2 * finetune.ROWS)])
+    rows = clear_rows
     [[exact]] = pool.run(precisions.train_folds, str(path), FOLDS[:1], "32-true", rows, ranks=1)
     [alone] = pool.run(
         precisions.train_folds, str(path), [("", "optimizer"), ("", "full"), ("", "none")], "bf16-mixed", rows, ranks=1
@@ -80,13 +92,10 @@ def test_mixed_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> No
         grads = assemble(r["grads"] for r in runs)
         assert grads.keys() == in_full.keys()
         for name, grad in grads.items():
-            cost, distance = (narrow[name] - in_full[name]).norm(), (grad - narrow[name]).norm()
-            assert distance <= 4 * cost, f"{name}, {fold}: {distance / cost:.1f} times what bfloat16 costs"
-            if (
-                wanted := in_full[name]
-            ).norm() > 1e-3:  # a gradient summed over the wrong ranks would be off by a factor
-                assert torch.cosine_similarity(grad.flatten(), wanted.flatten(), 0) > 0.9, f"{name}, {fold}"
-                assert float(grad.norm() / wanted.norm()) == pytest.approx(1, abs=0.25), f"{name}, {fold}"
+            wanted = in_full[name]
+            cost, distance = (narrow[name] - wanted).norm(), (grad - narrow[name]).norm()
+            assert distance <= 3 * cost, f"{name}, {fold}: {distance / cost:.1f} times what bfloat16 costs"
+            assert (grad - wanted).norm() <= 0.2 * wanted.norm(), f"{name}, {fold}"
         assemble(r["weights"] for r in runs)
 
 
