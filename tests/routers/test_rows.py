@@ -109,7 +109,9 @@ def test_routers_of_rows(make: Any) -> None:
     options = router.options.as_dict()
     places = [naive.Place(0, i // length, i % length, bool(c)) for i, c in enumerate(batch.counted_T)]
     bias = router.e_score_correction_bias.tolist()
-    scored = [naive.score(x, router.weight, options, bias, p, 0, 0) for x, p in zip(x_BSD.flatten(0, 1), places, strict=True)]
+    scored = [
+        naive.score(x, router.weight, options, bias, p, 0, 0) for x, p in zip(x_BSD.flatten(0, 1), places, strict=True)
+    ]
     expected = naive.route(scored, places, k, options, norm=True)
     for expert_K, weight_K, token in zip(routed.expert_TK.tolist(), routed.weight_TK, expected, strict=True):
         wanted = dict(zip(token.experts, token.weights, strict=True))

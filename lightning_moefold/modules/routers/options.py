@@ -155,7 +155,9 @@ class TopologyAwareOptions(RouterOptions):
         super().__post_init__()
         _refuse_groups(self)
         if self.nodes < 1:
-            raise ValueError(f"nodes={self.nodes} must be at least 1; give the nodes over which the experts are spread.")
+            raise ValueError(
+                f"nodes={self.nodes} must be at least 1; give the nodes over which the experts are spread."
+            )
         if not 0 <= self.far_fraction <= 1:
             raise ValueError(f"far_fraction={self.far_fraction} must lie between 0 and 1.")
         if self.data_ranks is not None and (self.data_ranks < 1 or self.data_ranks % self.nodes):

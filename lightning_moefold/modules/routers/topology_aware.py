@@ -72,5 +72,7 @@ def within_budget(score_BSK: Tensor, real_BS: Tensor, fraction: float) -> Tensor
     budget_B = (fraction * k * real_BS.sum(1).double()).floor().long()
     score_BC = score_BSK.masked_fill(~real_BS.unsqueeze(-1), float("-inf")).flatten(1)
     order_BC = score_BC.argsort(dim=1, descending=True, stable=True)
-    place_BC = torch.empty_like(order_BC).scatter_(1, order_BC, torch.arange(length * k, device=order_BC.device).expand_as(order_BC))
+    place_BC = torch.empty_like(order_BC).scatter_(
+        1, order_BC, torch.arange(length * k, device=order_BC.device).expand_as(order_BC)
+    )
     return ((place_BC < budget_B.unsqueeze(1)) & (score_BC > float("-inf"))).view_as(score_BSK)
