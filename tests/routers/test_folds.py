@@ -258,5 +258,7 @@ def test_all_rows(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, A
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fold", "row"), _cases(list(Fold.enumerate(4)), 2, seed=3))
-def test_all_folds_of_four(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> None:
-    check(pool, checkpoint, fold, row)
+def test_all_folds_of_four(
+    pool: RankPool, checkpoint: Path, deep_checkpoint: Path, fold: Fold, row: dict[str, Any]
+) -> None:
+    check(pool, deep_checkpoint if fold.pp == 4 else checkpoint, fold, row)
