@@ -14,7 +14,8 @@ class RouterOptions:
     The defaults are what Mixtral, Qwen2-MoE and Qwen3-MoE do. Names are those of ``transformers`` where it has one.
 
     Args:
-        name: Of the router, as it is registered (:func:`~.registry.register_router`).
+        name: Of the router, as it is registered (:func:`~.registry.register_router`): ``"top_k"``, ``"swipe"``,
+            ``"topology_aware"``, ``"force_balanced"``, or one of your own. The second and third have options of their own.
         score_function: ``"softmax"`` over all experts, or ``"sigmoid"`` of each expert's logit (DeepSeek-V3).
         softmax_after_topk: Weights are a softmax over the logits of the chosen experts only; equal to a softmax over all,
             normalised. Experts are chosen alike either way.

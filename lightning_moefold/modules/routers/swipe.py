@@ -19,7 +19,7 @@ from lightning_moefold.modules.sequence import SequenceBatch
 
 @register_router("swipe")
 class SwipeRouter(Router):
-    """In training, deals the tokens of each row evenly to the experts, as near to the router's wishes as rounds of asking get.
+    """In training, deals the tokens of each row evenly to the experts.
 
     The K experts of the tokens are found one after the other, and once each token of a row of L (padding left out) has k
     of them, no expert has more than ``ceil(k * L / E)`` tokens of it:
