@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.modules import MoELayer, SwipeOptions, TopologyAwareOptions
 from lightning_moefold.modules.routers import SwipeRouter, TopologyAwareRouter
+from lightning_moefold.modules.routers.rows import best_experts
 from lightning_moefold.modules.routers.swipe import balanced
 from lightning_moefold.modules.sequence import SequenceBatch
 from tests.routers import naive
@@ -132,6 +133,13 @@ def test_routers_of_rows(make: Any) -> None:
     choice = routed.logits_TE.sigmoid() if isinstance(router, SwipeRouter) else routed.logits_TE.softmax(-1)
     choice = choice + router.e_score_correction_bias
     assert torch.equal(routed.expert_TK.sort().values, choice.topk(k).indices.sort().values)
+
+
+@pytest.mark.parametrize("k", [2, 4])  # k = E as well
+def test_on_one_node_no_expert_is_far(k: int) -> None:
+    router = TopologyAwareRouter(D, 4, k, TopologyAwareOptions(nodes=1, far_fraction=0.0))
+    score_TE = draw("coarse", 2, 5, 4).flatten(0, 1)
+    assert torch.equal(router.choose(score_TE, SequenceBatch(2, 5)), best_experts(score_TE, k))
 
 
 def test_swipe_needs_no_more_capacity_than_even_shares() -> None:
