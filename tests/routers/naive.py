@@ -93,6 +93,12 @@ def choose(choice: list[float], k: int, options: dict[str, Any], place: Place) -
     return sorted(allowed, key=lambda e: -choice[e])[:k]
 
 
+def coarse(x: float) -> float:
+    """By what tokens are compared: 26 binary digits, so that those that are alike but for rounding are equal."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * 2**26), exponent - 26)
+
+
 def swipe(choices: list[list[float]], k: int) -> list[list[int]]:
     """Experts of the tokens of one row, in the order of positions, evenly dealt."""
     if not choices:
@@ -112,14 +118,14 @@ def swipe(choices: list[list[float]], k: int) -> list[list[int]]:
             if not asked:
                 break
             for e, askers in asked.items():
-                askers.sort(key=lambda t, e=e: (-choices[t][e], t))
+                askers.sort(key=lambda t, e=e: (-coarse(choices[t][e]), t))
                 for t in askers[: limit - taken[e]]:
                     has[t].append(e)
                     waiting.remove(t)
                 taken[e] = min(limit, taken[e] + len(askers))
         for t in sorted(waiting):
             free = next(e for e in range(experts) if taken[e] < limit)
-            giver = max((u for u in range(tokens) if free not in has[u]), key=lambda u: (choices[u][free], -u))
+            giver = max((u for u in range(tokens) if free not in has[u]), key=lambda u: (coarse(choices[u][free]), -u))
             given = max((e for e in has[giver] if e not in has[t]), key=lambda e: (choices[t][e], -e))
             has[giver][has[giver].index(given)] = free
             has[t].append(given)
@@ -138,7 +144,7 @@ def topology_aware(choices: list[list[float]], k: int, row: int, options: dict[s
     near = [e for e in range(experts) if e // (experts // nodes) == home]
     best = [sorted(range(experts), key=lambda e, c=c: (-c[e], e))[:k] for c in choices]
     far = [(t, j) for t, chosen in enumerate(best) for j, e in enumerate(chosen) if e not in near]
-    far.sort(key=lambda place: (-choices[place[0]][best[place[0]][place[1]]], place))
+    far.sort(key=lambda place: (-coarse(choices[place[0]][best[place[0]][place[1]]]), place))
     budget = math.floor(options.get("far_fraction", 0.14) * k * len(choices))
     for t, j in far[budget:]:
         best[t][j] = -1

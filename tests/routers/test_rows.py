@@ -142,6 +142,20 @@ def test_on_one_node_no_expert_is_far(k: int) -> None:
     assert torch.equal(router.choose(score_TE, SequenceBatch(2, 5)), best_experts(score_TE, k))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_that_rounding_tells_apart_are_alike(dtype: torch.dtype) -> None:
+    """The first token that is repeated is the same token twice, until cp computes its attention in another order."""
+    score_BSE = draw("tokens alike", 1, 9, 6).to(dtype)
+    ulps_BSE = torch.randint(-2, 3, score_BSE.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    noisy_BSE = score_BSE * (1 + torch.finfo(dtype).eps * ulps_BSE)
+    assert not torch.equal(noisy_BSE, score_BSE)
+    real_BS = torch.ones(1, 9, dtype=torch.bool)
+    assert torch.equal(balanced(noisy_BSE, real_BS, 3), balanced(score_BSE, real_BS, 3))
+    router = TopologyAwareRouter(D, 6, 3, TopologyAwareOptions(nodes=2, far_fraction=0.2))
+    found, expected = (router.choose(x.flatten(0, 1), SequenceBatch(1, 9)) for x in (noisy_BSE, score_BSE))
+    assert torch.equal(found, expected)
+
+
 def test_swipe_needs_no_more_capacity_than_even_shares() -> None:
     """So that a capacity factor of 1 drops nothing, not even from rows whose length the experts do not divide."""
     torch.manual_seed(1)

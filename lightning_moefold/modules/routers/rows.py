@@ -53,6 +53,17 @@ def best_experts(score_TE: Tensor, k: int) -> Tensor:
     return score_TE.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
+def comparable(score: Tensor) -> Tensor:
+    """Scores rounded to half of their bits (Dekker, 1971), by which *tokens* are compared.
+
+    Tokens of one row may be alike but for rounding, such as the first ones of its documents, or a first one that is
+    repeated. Under another fold it would be rounding that says which of them is better; so they are equal, and position
+    decides.
+    """
+    high = score * (2.0 ** (27 if score.dtype == torch.float64 else 12) + 1)
+    return high - (high - score)
+
+
 def _cells(batch: SequenceBatch, device: torch.device) -> Tensor:
     row_G, position_G, _ = batch.places(device)
     return row_G * batch.layout.length + position_G

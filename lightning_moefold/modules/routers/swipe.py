@@ -13,7 +13,7 @@ from lightning_moefold.dispatch.capacity import rank_within
 from lightning_moefold.modules.routers.options import SwipeOptions
 from lightning_moefold.modules.routers.registry import register_router
 from lightning_moefold.modules.routers.router import Router
-from lightning_moefold.modules.routers.rows import best_experts, gather_rows, own_tokens
+from lightning_moefold.modules.routers.rows import best_experts, comparable, gather_rows, own_tokens
 from lightning_moefold.modules.sequence import SequenceBatch
 
 
@@ -32,7 +32,8 @@ class SwipeRouter(Router):
        waiting token scores highest among those it does not have. There always is one: the giver has as many experts as
        the waiting token will have, and one that has room is not among them.
 
-    The weights are the router's for the experts that a token came to. In evaluation all tokens go to their best experts; so
+    Where tokens are compared, scores that differ by rounding alone are equal (:func:`~.rows.comparable`). The weights are
+    the router's for the experts that a token came to. In evaluation all tokens go to their best experts; so
     does padding in training, which takes nobody's room.
 
     FastMoE balances ranks, not experts, in the order in which tokens arrive, and moves what is too much to the next rank
@@ -85,9 +86,10 @@ def _ask(score_BSE: Tensor, has_BSE: Tensor, room_BE: Tensor, waiting_BS: Tensor
         asks_BS = open_BSE.any(-1)
         if not bool(asks_BS.any()):
             return
-        score_BS, expert_BS = score_BSE.masked_fill(~open_BSE, float("-inf")).max(-1)
+        expert_BS = score_BSE.masked_fill(~open_BSE, float("-inf")).argmax(-1)
+        likes_BS = comparable(score_BSE.gather(-1, expert_BS.unsqueeze(-1)).squeeze(-1))
         key_BS = (row_BS * experts + expert_BS).masked_fill(~asks_BS, rows * experts)
-        place_N = rank_within(key_BS.flatten(), score_BS.flatten(), position_N, rows * experts + 1)
+        place_N = rank_within(key_BS.flatten(), likes_BS.flatten(), position_N, rows * experts + 1)
         gets_BS = asks_BS & (place_N.view_as(key_BS) < room_BE.gather(1, expert_BS))
         has_BSE |= torch.zeros_like(has_BSE).scatter_(-1, expert_BS.unsqueeze(-1), gets_BS.unsqueeze(-1))
         room_BE.scatter_add_(1, expert_BS, -gets_BS.long())
@@ -97,7 +99,7 @@ def _ask(score_BSE: Tensor, has_BSE: Tensor, room_BE: Tensor, waiting_BS: Tensor
 def _make_room(score_SE: Tensor, has_SE: Tensor, room_E: Tensor, real_S: Tensor, position: int) -> None:
     """Finds an expert for a token that has all those with room; changes what tokens have, and the room."""
     free = (room_E > 0).long().argmax()
-    giver = score_SE[:, free].masked_fill(~real_S | has_SE[:, free], float("-inf")).argmax()
+    giver = comparable(score_SE[:, free]).masked_fill(~real_S | has_SE[:, free], float("-inf")).argmax()
     given_E = has_SE[giver] & ~has_SE[position]
     given = score_SE[position].masked_fill(~given_E, float("-inf")).argmax()
     has_SE[giver, free], has_SE[giver, given], has_SE[position, given] = True, False, True

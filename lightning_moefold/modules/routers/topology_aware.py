@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_moefold.modules.routers.options import TopologyAwareOptions
 from lightning_moefold.modules.routers.registry import register_router
 from lightning_moefold.modules.routers.router import Router
-from lightning_moefold.modules.routers.rows import best_experts, gather_rows, own_tokens
+from lightning_moefold.modules.routers.rows import best_experts, comparable, gather_rows, own_tokens
 from lightning_moefold.modules.sequence import SequenceBatch
 
 
@@ -27,8 +27,9 @@ class TopologyAwareRouter(Router):
 
     Of the ``K * L`` best choices of a row (L tokens, padding left out) at most ``floor(far_fraction * K * L)`` may lie on
     another node than the row's: those of the highest scores (with bias), ties by position, then by rank among the token's
-    choices. For each of the others a token takes the best expert on its own node that it does not have. In evaluation all
-    tokens go to their best experts; so does padding in training, which uses up nothing.
+    choices; scores that differ by rounding alone are equal (:func:`~.rows.comparable`). For each of the others a token
+    takes the best expert on its own node that it does not have. In evaluation all tokens go to their best experts; so
+    does padding in training, which uses up nothing.
 
     FasterMoE has K = 2 and limits the first choice only; once over the limit, there all tokens choose anew.
     """
@@ -44,7 +45,7 @@ class TopologyAwareRouter(Router):
             return best_TK
         far_TE = self._far(batch, score_TE.device)
         far_TK = far_TE.gather(1, best_TK)
-        asking_TK = score_TE.gather(1, best_TK).masked_fill(~far_TK, float("-inf"))
+        asking_TK = comparable(score_TE.gather(1, best_TK)).masked_fill(~far_TK, float("-inf"))
         goes_TK = own_tokens(within_budget(*gather_rows(asking_TK, batch), self.options.far_fraction), batch)
         if batch.counted_T is not None:
             goes_TK = goes_TK | ~batch.counted_T.unsqueeze(1)
