@@ -22,6 +22,17 @@ from lightning_moefold.dispatch.config import DispatchConfig
 from lightning_moefold.mesh import SINGLE, Axis
 
 
+def comparable(score: Tensor) -> Tensor:
+    """Scores rounded to half of their bits (Dekker, 1971), by which *tokens* are compared.
+
+    Tokens of one row may be alike but for rounding, such as the first ones of its documents, or a first one that is
+    repeated. Under another fold it would be rounding that says which of them is better; so they are equal, and position
+    decides.
+    """
+    high = score * (2.0 ** (27 if score.dtype == torch.float64 else 12) + 1)
+    return high - (high - score)
+
+
 def rank_within(key_N: Tensor, score_N: Tensor | None, position_N: Tensor, bins: int) -> Tensor:
     """Place of each item among those of its key: by score descending, then by position ascending; ``[N]``, from 0.
 
@@ -75,7 +86,7 @@ def within_capacity(
     capacity_B = (config.capacity_factor * k * length_B.double() / num_experts).ceil().long().minimum(length_B)
     place_N = rank_within(
         key_TK.flatten(),
-        score_TK.flatten() if config.drop_policy == "probs" else None,
+        comparable(score_TK.flatten()) if config.drop_policy == "probs" else None,
         position_T.repeat_interleave(k),
         rows * num_experts + 1,
     )

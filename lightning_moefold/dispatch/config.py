@@ -24,7 +24,7 @@ class DispatchConfig:
             each rank; ``"auto"`` chooses (:func:`choose_dispatcher`), never the last.
         capacity_factor: An expert serves ``ceil(capacity_factor * k * L / E)`` tokens of a row of L tokens and drops the
             others; None to drop none.
-        drop_policy: Which it serves: those of the highest router probability (ties by position), ``"probs"``, or the
+        drop_policy: Which it serves: those of the highest router probability, ``"probs"`` (half its bits; ties by position), or the
             first of the row, ``"position"``.
         drop_scope: ``"full_sequence"`` counts over the whole row, wherever its parts lie: the same under every fold.
             ``"sub_sequence"`` counts over the tokens of one rank, without communication: *its result depends on the

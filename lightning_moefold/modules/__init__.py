@@ -8,7 +8,14 @@ from lightning_moefold.modules.experts import Experts
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.norm import RMSNorm
-from lightning_moefold.modules.routers import Router, RouterOptions, register_router, update_expert_bias
+from lightning_moefold.modules.routers import (
+    Router,
+    RouterOptions,
+    SwipeOptions,
+    TopologyAwareOptions,
+    register_router,
+    update_expert_bias,
+)
 
 __all__ = [
     "Attention",
@@ -19,6 +26,8 @@ __all__ = [
     "RMSNorm",
     "Router",
     "RouterOptions",
+    "SwipeOptions",
+    "TopologyAwareOptions",
     "load_balancing_loss",
     "register_router",
     "router_z_loss",

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 Recompute = Literal["selective", "full"]
@@ -33,8 +35,33 @@ def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[No
     return nullcontext(), _again()
 
 
+class _RunAgainFirst(torch.autograd.Function):
+    """The identity, of all outputs at once, with something saved.
+
+    A function runs again when backward first asks for something that it saved. Which that is may differ between ranks: the
+    mask of a padded micro-batch in the routing statistics of one, an expert's input, behind a collective, of another. Then
+    collectives of the second forward and of backward would meet. This one is asked first, on every rank.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(torch.empty(0))
+        return tuple(output.view_as(output) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        return grads
+
+
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``, of which only the arguments are kept for backward."""
+    """``function(*args)``, a tensor or a tuple of tensors, of which only the arguments are kept for backward."""
+
+    def outputs(*args: Any) -> Any:
+        found = function(*args)
+        return _RunAgainFirst.apply(*found) if isinstance(found, tuple) else _RunAgainFirst.apply(found)[0]
+
     # Without the early stop: it would leave out the last collectives, on some ranks perhaps and on others not.
     with set_checkpoint_early_stop(False):
-        return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
+        return checkpoint(outputs, *args, use_reentrant=False, context_fn=_contexts)

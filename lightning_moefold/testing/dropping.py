@@ -16,7 +16,8 @@ from torch import Tensor, nn
 class DroppingReference:
     """Makes a model of :func:`.hf_reference` drop tokens: a choice that its expert has no room for gets weight zero.
 
-    Each expert serves ``min(L, ceil(capacity_factor * k * L / E))`` tokens of a row of L (padding left out).
+    Each expert serves ``min(L, ceil(capacity_factor * k * L / E))`` tokens of a row of L (padding left out), by probability
+    those whose first 26 bits are highest, then by position.
 
     Args:
         model: The model; hooks are added to it.
@@ -52,8 +53,14 @@ class DroppingReference:
             for expert in range(experts):
                 waiting = [(n, j) for n in tokens for j in range(k) if int(expert_NK[n, j]) == expert]
                 if self.policy == "probs":
-                    waiting.sort(key=lambda choice: (-float(probability_NE[choice[0], expert]), choice[0]))
+                    waiting.sort(key=lambda choice: (-_half(float(probability_NE[choice[0], expert])), choice[0]))
                 for n, j in waiting[:room]:
                     keep_NK[n, j] = 1
                 self.dropped += len(waiting[room:])
         return logits, weight_NK * keep_NK, expert_NK
+
+
+def _half(number: float) -> float:
+    """A double rounded to half of its bits."""
+    fraction, exponent = math.frexp(number)
+    return math.ldexp(round(fraction * 2**26), exponent - 26)

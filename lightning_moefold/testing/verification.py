@@ -177,7 +177,7 @@ def verify(
             )  # fmt: skip
     config = MoEConfig.from_pretrained(path, **overrides)
     parsed.validate(config)
-    if config.router.changes_prediction or config.aux_loss != "huggingface" or config.wants_z_loss:
+    if config.router.changes_training or config.aux_loss != "huggingface" or config.wants_z_loss:
         raise ConfigError(
             f"{path} has routers or losses of routers that transformers does not know, so there is nothing to compare with; "
             "take router, aux_loss and router_z_loss_coef out of a copy of its config.json."

@@ -74,6 +74,17 @@ def test_four_ranks(pool: RankPool, checkpoint: str, dispatch: str, fold: str) -
     )
 
 
+@pytest.mark.parametrize("fold", ["cp2 | ep2", "tp2 | etp2"])
+def test_alike_but_for_rounding(pool: RankPool, checkpoint: str, fold: str) -> None:
+    """A row's first token, repeated, has one hidden state; who is served is a matter of position, not of rounding."""
+    batches = make_batches(1, 1, 3, 12, 96, seed=3)
+    for batch in batches[0]:
+        batch["input_ids"][:, :8] = batch["input_ids"][:, :1]
+    expected = reference_run(checkpoint, batches, clip=0.5, capacity=(0.6, "probs"))
+    spec = {"clip": 0.5, "lr": 1e-2, "dispatch": {"capacity_factor": 0.6}}
+    compare.compare(pool.run(runs.train, checkpoint, fold, batches, spec, ranks=2), expected, 1e-9, fold)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("fold", "ranks"), [(f, 2 if f else 1) for f in SMALL] + [(f, 4) for f in LARGE])
 @pytest.mark.parametrize("dispatch", DISPATCH)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_moefold import Fold
 from lightning_moefold.testing import RankError, RankPool
 from tests.exactness import compare, matrix, runs
 from tests.exactness.shapes import checkpoint
@@ -30,6 +31,18 @@ def test_a_fold_that_does_not_suit_the_model_never_starts(pool: RankPool, folder
         pool.run(runs.train, str(path), "tp2 | ep4", [[{}, {}]], {}, ranks=4)
     assert caught.value.exception_types == dict.fromkeys(range(4), "FoldError")
     assert all("use ep in 1,2,3,6" in message for message in caught.value.messages.values())
+
+
+@pytest.mark.parametrize(("fold", "dispatch"), [("pp2 | ep2", "alltoall"), ("pp2 | etp2", "allgather")])
+def test_padding_in_micro_batches_of_some_ranks_only(pool: RankPool, folder: Path, fold: str, dispatch: str) -> None:
+    """Backward then asks for other tensors first; layers that run again do so at the same point on every rank."""
+    row = {
+        "family": "qwen3_moe", "shape": "6 experts, tied", "accumulate": 1, "auxiliary": True, "microbatches": 8,
+        "uneven rows": True, "padding": "left", "documents": False, "ignore": "none", "frozen": "router",
+        "sharding": "none", "optimizer": "adamw", "recompute": "full", "dispatch": dispatch, "exchange": None,
+        "schedule": "1f1b",
+    }  # fmt: skip
+    compare.check(pool, folder, Fold.parse(fold, 4), row)
 
 
 # ---- `make test-all`: errors and seconds of these are in the table at the end ----------------------------------------

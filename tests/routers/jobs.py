@@ -84,5 +84,7 @@ def train(path: str, fold: str, batches: list[list[Batch]], spec: dict[str, Any]
     runs._fit(module, fold, batches, spec)
     run.weights = runs.owned_pieces(module.model)
     run.bias = _biases(module)
-    run.loads = {i: layer.load_E.clone() for i, layer in module.model.moe_layers().items()}
+    layers = module.model.moe_layers()
+    run.loads = {i: layer.load_E.clone() for i, layer in layers.items()}
+    run.dropped = sum(int(layer.dropped) for layer in layers.values())
     return run

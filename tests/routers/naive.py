@@ -55,18 +55,33 @@ class Place:
     counts: bool
 
 
-def route(x_D: Tensor, weight_ED: Tensor, k: int, options: dict[str, Any], bias: list[float], place: Place, call: int,
-          layer: int, norm: bool) -> Token:  # fmt: skip
-    """One token's choice."""
+@dataclass
+class Scored:
+    """What the router thinks of one token before it decides."""
+
+    logits: Tensor
+    scores: list[Tensor]
+    choice: list[float]
+
+
+def score(x_D: Tensor, weight_ED: Tensor, options: dict[str, Any], bias: list[float], place: Place, call: int,
+          layer: int) -> Scored:  # fmt: skip
+    """Scores of one token, and by what its experts are compared."""
     if jitter := options.get("input_jitter", 0.0):
         numbers = noise(len(x_D), options.get("seed", 0), call, layer, place.row, place.position)
         x_D = x_D * torch.tensor([1 + jitter * (2 * u - 1) for u in numbers], dtype=x_D.dtype)
     logits = weight_ED @ x_D
-    experts = len(weight_ED)
     kind, name = options.get("score_function", "softmax"), options.get("name", "top_k")
     exponents = [torch.exp(v - logits.max().detach()) for v in logits / (2.0 if name == "tempered" else 1.0)]
     scores = [e / sum(exponents) for e in exponents] if kind == "softmax" else [1 / (1 + torch.exp(-v)) for v in logits]
-    choice = [float(s.detach()) + b for s, b in zip(scores, bias, strict=True)]
+    return Scored(logits, scores, [float(s.detach()) + b for s, b in zip(scores, bias, strict=True)])
+
+
+def choose(choice: list[float], k: int, options: dict[str, Any], place: Place) -> list[int]:
+    """One token's experts, where it does not depend on other tokens."""
+    experts = len(choice)
+    if options.get("name") == "force_balanced":
+        return [(place.position * k + place.row + i) % experts for i in range(k)]
     groups = options.get("n_group", 1)
     size = experts // groups
     allowed = list(range(experts))
@@ -75,9 +90,73 @@ def route(x_D: Tensor, weight_ED: Tensor, k: int, options: dict[str, Any], bias:
         worth = [sum(sorted(choice[g * size : (g + 1) * size])[-best:]) for g in range(groups)]
         open_groups = sorted(range(groups), key=lambda g: -worth[g])[: options.get("topk_group", 1)]
         allowed = [e for e in allowed if e // size in open_groups]
-    chosen = sorted(allowed, key=lambda e: -choice[e])[:k]
-    if name == "force_balanced":
-        chosen = [(place.position * k + place.row + i) % experts for i in range(k)]
+    return sorted(allowed, key=lambda e: -choice[e])[:k]
+
+
+def coarse(x: float) -> float:
+    """By what tokens are compared: 26 binary digits, so that those that are alike but for rounding are equal."""
+    mantissa, exponent = math.frexp(x)
+    return math.ldexp(round(mantissa * 2**26), exponent - 26)
+
+
+def swipe(choices: list[list[float]], k: int) -> list[list[int]]:
+    """Experts of the tokens of one row, in the order of positions, evenly dealt."""
+    if not choices:
+        return []
+    tokens, experts = len(choices), len(choices[0])
+    has: list[list[int]] = [[] for _ in choices]
+    taken = [0] * experts
+    for number in range(1, k + 1):
+        limit = math.ceil(number * tokens / experts)
+        waiting = set(range(tokens))
+        while True:
+            asked: dict[int, list[int]] = {}
+            for t in waiting:
+                free = [e for e in range(experts) if taken[e] < limit and e not in has[t]]
+                if free:
+                    asked.setdefault(max(free, key=lambda e, t=t: (choices[t][e], -e)), []).append(t)
+            if not asked:
+                break
+            for e, askers in asked.items():
+                askers.sort(key=lambda t, e=e: (-coarse(choices[t][e]), t))
+                for t in askers[: limit - taken[e]]:
+                    has[t].append(e)
+                    waiting.remove(t)
+                taken[e] = min(limit, taken[e] + len(askers))
+        for t in sorted(waiting):
+            free = next(e for e in range(experts) if taken[e] < limit)
+            giver = max((u for u in range(tokens) if free not in has[u]), key=lambda u: (coarse(choices[u][free]), -u))
+            given = max((e for e in has[giver] if e not in has[t]), key=lambda e: (choices[t][e], -e))
+            has[giver][has[giver].index(given)] = free
+            has[t].append(given)
+            taken[free] += 1
+    return has
+
+
+def topology_aware(choices: list[list[float]], k: int, row: int, options: dict[str, Any]) -> list[list[int]]:
+    """Experts of the tokens of one row, in the order of positions, few of them on another node than the row."""
+    if not choices:
+        return []
+    nodes = options["nodes"]
+    ranks = options.get("data_ranks") or nodes
+    home = (row % ranks) // (ranks // nodes)
+    experts = len(choices[0])
+    near = [e for e in range(experts) if e // (experts // nodes) == home]
+    best = [sorted(range(experts), key=lambda e, c=c: (-c[e], e))[:k] for c in choices]
+    far = [(t, j) for t, chosen in enumerate(best) for j, e in enumerate(chosen) if e not in near]
+    far.sort(key=lambda place: (-coarse(choices[place[0]][best[place[0]][place[1]]]), place))
+    budget = math.floor(options.get("far_fraction", 0.14) * k * len(choices))
+    for t, j in far[budget:]:
+        best[t][j] = -1
+    for t, chosen in enumerate(best):
+        others = sorted((e for e in near if e not in chosen), key=lambda e, t=t: (-choices[t][e], e))
+        best[t] = [e if e >= 0 else others.pop(0) for e in chosen]
+    return best
+
+
+def weigh(scored: Scored, chosen: list[int], options: dict[str, Any], norm: bool) -> Token:
+    """What becomes of one token's choice."""
+    logits, scores = scored.logits, scored.scores
     if options.get("softmax_after_topk"):
         kept = [torch.exp(logits[e] - logits.max().detach()) for e in chosen]
         weights = [v / sum(kept) for v in kept]
@@ -92,11 +171,41 @@ def route(x_D: Tensor, weight_ED: Tensor, k: int, options: dict[str, Any], bias:
     )
 
 
+def route(scored: list[Scored], places: list[Place], k: int, options: dict[str, Any], norm: bool) -> list[Token]:
+    """Whole rows of tokens."""
+    chosen = [choose(s.choice, k, options, place) for s, place in zip(scored, places, strict=True)]
+    if (name := options.get("name")) in ("swipe", "topology_aware"):
+        for row in {place.row for place in places}:
+            members = [i for i, place in enumerate(places) if place.row == row and place.counts]
+            choices = [scored[i].choice for i in members]
+            dealt = swipe(choices, k) if name == "swipe" else topology_aware(choices, k, row, options)
+            for i, experts in zip(members, dealt, strict=True):
+                chosen[i] = experts
+    return [weigh(s, c, options, norm) for s, c in zip(scored, chosen, strict=True)]
+
+
+def drop(tokens: list[Token], places: list[Place], factor: float) -> list[list[float]]:
+    """1 for each choice that its expert serves, 0 for others: the most probable ones of each row, padding left out."""
+    k, experts = len(tokens[0].experts), len(tokens[0].probability)
+    served = [[0.0] * k for _ in tokens]
+    for row in {place.row for place in places}:
+        members = [i for i, place in enumerate(places) if place.row == row and place.counts]
+        room = min(len(members), math.ceil(factor * k * len(members) / experts))
+        for expert in range(experts):
+            asking = [i for i in members if expert in tokens[i].experts]
+            asking.sort(key=lambda i, e=expert: (-float(tokens[i].probability[e].detach()), places[i].position))
+            for i in asking[:room]:
+                served[i][tokens[i].experts.index(expert)] = 1.0
+    return served
+
+
 class NaiveRouters:
     """Stand in for the routers of a Hugging Face model, and remember every token."""
 
-    def __init__(self, model: Any, options: dict[str, Any], bias: Tensor | None) -> None:
-        config = model.config
+    def __init__(
+        self, model: Any, options: dict[str, Any], bias: Tensor | None, capacity_factor: float | None = None
+    ) -> None:
+        config, self.factor, self.dropped = model.config, capacity_factor, 0
         self.options, self.norm, self.k = options, bool(config.norm_topk_prob), config.num_experts_per_tok
         self.experts, self.call, self.places = config.num_experts, 0, list[Place]()
         self.gates = {i: m.mlp.gate for i, m in enumerate(model.model.layers) if hasattr(m.mlp, "gate")}
@@ -109,13 +218,19 @@ class NaiveRouters:
 
     def _forward(self, index: int, gate: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        tokens = [
-            route(x, gate.weight, self.k, self.options, self.bias[index], place, self.call, index, self.norm)
+        bias = self.bias[index]
+        scored = [
+            score(x, gate.weight, self.options, bias, place, self.call, index)
             for x, place in zip(rows, self.places, strict=True)
         ]
+        tokens = route(scored, self.places, self.k, self.options, self.norm)
         self.seen[index] += list(zip(self.places, tokens, strict=True))
-        chosen = torch.tensor([t.experts for t in tokens])
-        return torch.empty(0), torch.stack([t.weights for t in tokens]), chosen
+        weights, chosen = torch.stack([t.weights for t in tokens]), torch.tensor([t.experts for t in tokens])
+        if self.factor is not None:
+            served = torch.tensor(drop(tokens, self.places, self.factor), dtype=weights.dtype)
+            self.dropped += sum(place.counts for place in self.places) * self.k - int(served.sum())
+            weights = weights * served
+        return torch.empty(0), weights, chosen
 
     def losses(self, kind: str) -> tuple[Tensor, Tensor]:
         """Load-balancing loss and z-loss of what was seen since the last time."""
@@ -174,6 +289,7 @@ class NaiveRun:
     weights: dict[str, Tensor] = field(default_factory=dict)
     bias: dict[int, list[float]] = field(default_factory=dict)
     counts: list[dict[int, list[int]]] = field(default_factory=list)
+    dropped: int = 0
 
 
 def train_alone(path: str, batches: Sequence[Sequence[Batch]], spec: dict[str, Any]) -> NaiveRun:
@@ -181,7 +297,8 @@ def train_alone(path: str, batches: Sequence[Sequence[Batch]], spec: dict[str, A
     overrides = spec["overrides"]
     model = hf_reference(path).train()
     parameters = _view_parameters(model, ())
-    naive = NaiveRouters(model, overrides.get("router", {}), spec.get("bias"))
+    factor = spec.get("dispatch", {}).get("capacity_factor")
+    naive = NaiveRouters(model, overrides.get("router", {}), spec.get("bias"), factor)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     kind, m, every = overrides.get("aux_loss", "huggingface"), spec["num_microbatches"], spec["accumulate"]
     wanted = kind != "huggingface" or overrides.get("output_router_logits", False)
@@ -204,7 +321,7 @@ def train_alone(path: str, batches: Sequence[Sequence[Batch]], spec: dict[str, A
         naive.step()
         model.zero_grad()
     run.weights = {n: p.detach().clone() for n, p in parameters.items()}
-    run.bias = naive.bias
+    run.bias, run.dropped = naive.bias, naive.dropped
     return run
 
 

@@ -39,6 +39,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "noise": {"input_jitter": 0.2, "seed": 5, "bias_update_rate": 0.03},
     "forced": {"name": "force_balanced"},
     "own": {"name": "tempered", "norm_topk_prob": True},
+    "swipe": {"name": "swipe", "score_function": "sigmoid", "bias_update_rate": 0.03, "input_jitter": 0.1},
+    "topology": {"name": "topology_aware", "nodes": 2, "far_fraction": 0.2, "norm_topk_prob": True},
+    "topology and bias": {
+        "name": "topology_aware", "nodes": 2, "data_ranks": 4, "far_fraction": 0.3, "softmax_after_topk": True,
+        "bias_update_rate": 0.03,
+    },
 }  # fmt: skip
 FACTORS: dict[str, list[Any]] = {
     "router": list(ROUTERS),
@@ -54,20 +60,31 @@ FACTORS: dict[str, list[Any]] = {
 TABLE = cover.pairwise(FACTORS, seed=2)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make_checkpoint(
-        tmp_path_factory.mktemp("routers") / "model", "qwen3_moe", num_experts=EXPERTS, hidden_size=16, moe_intermediate_size=8,
-        num_experts_per_tok=3, norm_topk_prob=False, mlp_only_layers=[1], num_hidden_layers=3,
+def _make(path: Path, layers: int) -> Path:
+    """A checkpoint, and beside it one that is the same but for the experts' biases."""
+    make_checkpoint(
+        path, "qwen3_moe", num_experts=EXPERTS, hidden_size=16, moe_intermediate_size=8, num_experts_per_tok=3,
+        norm_topk_prob=False, mlp_only_layers=[1], num_hidden_layers=layers,
     )  # fmt: skip
     biased = path.parent / "biased"
     biased.mkdir()
     tensors = load_file(path / "model.safetensors")
-    for layer in (0, 2):
+    for layer in set(range(layers)) - {1}:
         tensors[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"] = BIAS.clone()
     save_file(tensors, biased / "model.safetensors", {"format": "pt"})
     (biased / "config.json").write_text((path / "config.json").read_text())
     return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _make(tmp_path_factory.mktemp("routers") / "model", layers=3)
+
+
+@pytest.fixture(scope="module")
+def deep_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With layers for the four stages that some schedules have on two ranks."""
+    return _make(tmp_path_factory.mktemp("routers") / "model", layers=4)
 
 
 def spec_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +94,7 @@ def spec_of(row: dict[str, Any]) -> dict[str, Any]:
     if row["aux_loss"] not in ("off", "huggingface"):
         overrides["aux_loss"] = row["aux_loss"]
     overrides["output_router_logits"] = row["aux_loss"] == "huggingface"
-    names = ("accumulate", "recompute", "sharding", "look", "pipeline")
+    names = ("accumulate", "recompute", "sharding", "look", "pipeline", "dispatch")
     spec = {name: row[name] for name in names if name in row} | {"num_microbatches": row["microbatches"]}
     return spec | {"overrides": overrides, "bias": BIAS if "bias_update_rate" in ROUTERS[row["router"]] else None}
 
@@ -90,6 +107,9 @@ def check(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> 
     if row["padding"] == "right" and rows > 1:  # a row that is all padding has no balance to lose
         batches[0][0]["attention_mask"][1] = 0
         batches[0][0]["labels"][1] = -100
+    if row.get("empty"):  # a data rank with nothing but padding
+        batches[0][-1]["attention_mask"][:] = 0
+        batches[0][-1]["labels"][:] = -100
     expected = naive.train_alone(str(checkpoint), batches, spec)
     actual = pool.run(jobs.train, path, str(fold), batches, spec, ranks=fold.world_size, timeout=180)
     what = f"{fold}, {row}"
@@ -103,6 +123,9 @@ def check(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> 
             assert bias_E.dtype == torch.float64
             assert bias_E.tolist() == pytest.approx(expected.bias[layer], abs=1e-12), f"bias of layer {layer}, {what}"
             assert torch.equal(bias_E, next(other.bias[layer] for other in actual if layer in other.bias)), what
+    dropped = sum(run.dropped for run in actual)
+    assert dropped == expected.dropped, f"dropped choices, {what}"
+    assert bool(dropped) == (bool(row.get("dispatch")) and row["router"] != "swipe"), f"dropped choices, {what}"
     for step, counts in enumerate(expected.counts):
         for layer in counts if ROUTERS[row["router"]].get("bias_update_rate") else ():
             chosen = sum(run.counts[step][layer] for run in actual if layer in run.counts[step])
@@ -126,11 +149,51 @@ def _cases(folds: list[Fold], each: int, seed: int) -> list[Any]:
 
 
 FOUR = [Fold.parse(text, 4) for text in ("tp2 cp2 | etp2 ep2", "cp2 | ep4", "tp2 pp2 | ep2", "pp2 cp2")]
+PLAIN = {
+    "router": "plain", "aux_loss": "sequence", "z": 0.02, "padding": "right", "microbatches": 1, "accumulate": 1,
+    "recompute": None, "sharding": "optimizer", "look": False,
+}  # fmt: skip
+
+
+def _other(fold: str, ranks: int, router: str, schedule: str | None = None, slow: bool = True, **other: Any) -> Any:
+    """A case with token dropping (but for ``dispatch={}``) and a schedule, chosen by hand."""
+    microbatches = {None: 1, "dualpipev": 4}.get(schedule, 2)
+    row = {**PLAIN, "router": router, "dispatch": {"capacity_factor": 1.0}, "microbatches": microbatches, **other}
+    row |= {"pipeline": {"pipeline_schedule": schedule}} if schedule else {}
+    marks = pytest.mark.slow if slow else ()
+    name = f"{fold}-{router}-{schedule}-{row['dispatch'].get('dispatcher', 'alltoall' if row['dispatch'] else 'all')}"
+    return pytest.param(Fold.parse(fold, ranks), row, id=name, marks=marks)
+
+
+OTHER = [
+    _other("tp2 cp2 | ep4", 4, "swipe", slow=False),
+    _other("tp2 | ep2", 2, "topology", slow=False),
+    _other("| ep2", 2, "swipe", slow=False, dispatch={}, empty=True),
+    _other("cp2 | ep2", 4, "topology and bias", dispatch={}, empty=True),
+    _other("pp2", 2, "deepseek", "zbv", aux_loss="global_batch"),
+    _other("pp2", 2, "swipe", "dualpipev", padding="left"),
+    _other("pp2", 2, "noise", "dualpipev", accumulate=2),
+    _other("tp2 pp2 | ep2", 4, "swipe", "zbv", padding="left"),
+    _other("pp2 cp2 | ep2", 4, "topology and bias", "dualpipev", aux_loss="huggingface"),
+    _other("tp2 pp2 | etp2", 4, "groups", "zbv", dispatch={"capacity_factor": 0.7, "dispatcher": "deduplicated"}),
+    _other("pp2 | ep2", 4, "bias", "zbv", dispatch={"capacity_factor": 0.8, "dispatcher": "allgather"}, sharding="none"),
+    _other("pp2 | ep2", 4, "sigmoid", "zbv", dispatch={"capacity_factor": 1.0, "pad_to_capacity": True}),
+    _other("cp2 | ep2", 4, "topology", accumulate=2, recompute="full", aux_loss="microbatch"),
+    _other("tp4 | ep4", 4, "swipe", recompute="full", sharding="full", aux_loss="off"),
+    _other("cp4 | ep2", 4, "deepseek", dispatch={"capacity_factor": 0.6, "drop_policy": "probs"}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("fold", "row"), _cases(list(Fold.enumerate(2)), 1, seed=1) + _cases(FOUR, 1, seed=2))
 def test_some_folds(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> None:
     check(pool, checkpoint, fold, row)
+
+
+@pytest.mark.parametrize(("fold", "row"), OTHER)
+def test_dropping_and_schedules(
+    pool: RankPool, checkpoint: Path, deep_checkpoint: Path, fold: Fold, row: dict[str, Any]
+) -> None:
+    check(pool, deep_checkpoint if fold.pp > 1 else checkpoint, fold, row)
 
 
 def test_biases_and_noise_go_on_under_another_fold(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
@@ -200,5 +263,7 @@ def test_all_rows(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, A
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fold", "row"), _cases(list(Fold.enumerate(4)), 2, seed=3))
-def test_all_folds_of_four(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> None:
-    check(pool, checkpoint, fold, row)
+def test_all_folds_of_four(
+    pool: RankPool, checkpoint: Path, deep_checkpoint: Path, fold: Fold, row: dict[str, Any]
+) -> None:
+    check(pool, deep_checkpoint if fold.pp == 4 else checkpoint, fold, row)

@@ -4,22 +4,34 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from lightning_moefold import MoEConfig
+from lightning_moefold import MoECausalLM, MoEConfig
 from lightning_moefold.models.config import ConfigError
-from lightning_moefold.modules import MoELayer, Router, RouterOptions, router_z_loss, update_expert_bias
+from lightning_moefold.modules import (
+    MoELayer,
+    Router,
+    RouterOptions,
+    SwipeOptions,
+    TopologyAwareOptions,
+    router_z_loss,
+    update_expert_bias,
+)
 from lightning_moefold.modules.routers import make_router, noise
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.testing import lifted
 from tests.routers import naive, own
 
 D, E, K, T = 12, 8, 3, 40
+TOPOLOGY = {"name": "topology_aware", "nodes": 2}
 
 
 def _deepseek_v3(**fields: Any) -> tuple[Any, RouterOptions]:
@@ -241,13 +253,36 @@ def test_z_loss_of_a_network() -> None:
     torch.testing.assert_close(grad, torch.autograd.grad(expected, layer.gate.weight)[0])
 
 
+@pytest.mark.parametrize("router", [SwipeOptions(input_jitter=0.1), TopologyAwareOptions(nodes=2, far_fraction=0.5)])
+def test_what_acts_in_training_alone_changes_no_prediction(router: RouterOptions, tmp_path: Path) -> None:
+    raw = {
+        "model_type": "qwen3_moe", "vocab_size": 32, "hidden_size": D, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "num_hidden_layers": 1, "moe_intermediate_size": 8, "num_experts": E, "num_experts_per_tok": K, "router_aux_loss_coef": 0.0,
+    }  # fmt: skip
+    model = MoECausalLM.from_config(MoEConfig.from_hf(raw, router=router)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    again = MoECausalLM.from_pretrained(tmp_path)
+    assert again.config.router == router
+    assert type(again.moe_layers()[0].gate) is type(make_router(router, D, E, K))
+    assert [router.changes_training, router.changes_prediction] == [True, False]
+    ids = torch.randint(32, (2, 7))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-6)
+    assert replace(router, routed_scaling_factor=2.0).changes_prediction
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("router", "message"),
     [
-        ("nobody", "router 'nobody' is not registered; use one of 'force_balanced', 'tempered', 'top_k'"),
+        (
+            "nobody",
+            "router 'nobody' is not registered; use one of 'force_balanced', 'swipe', 'tempered', 'top_k', 'topo",
+        ),
         ({"topk": 2}, "router has no option 'topk'; RouterOptions has bias_update_rate, group_score_topk"),
         ({"score_function": "tanh"}, "use 'softmax' or 'sigmoid'"),
         ({"score_function": "sigmoid", "softmax_after_topk": True}, "goes with score_function='softmax' only"),
@@ -259,6 +294,22 @@ def test_z_loss_of_a_network() -> None:
         ({"group_score_topk": 0}, "group_score_topk=0 must be at least 1"),
         ({"bias_update_rate": -0.1}, "must not be negative"),
         ({"input_jitter": 1.0}, "must lie between 0 and 1"),
+        ({"name": "swipe", "n_group": 4, "topk_group": 2}, "n_group=4 does not go with the router 'swipe', which may"),
+        ({"name": "swipe", "nodes": 2}, "router has no option 'nodes'; SwipeOptions has bias_update_rate"),
+        ("topology_aware", "nodes=0 must be at least 1; give the nodes over which the experts are spread"),
+        ({**TOPOLOGY, "nodes": 3}, "nodes=3 must divide num_experts=8"),
+        (
+            {**TOPOLOGY, "nodes": 4},
+            "top_k=3 is more than the 2 experts of one of nodes=4, to which a token must be able",
+        ),
+        ({**TOPOLOGY, "far_fraction": 1.5}, "far_fraction=1.5 must lie between 0 and 1"),
+        ({**TOPOLOGY, "far_fraction": -0.1}, "far_fraction=-0.1 must lie between 0 and 1"),
+        (
+            {**TOPOLOGY, "data_ranks": 3},
+            "data_ranks=3 must be a multiple of nodes=2, so that each node has equally many",
+        ),
+        ({**TOPOLOGY, "data_ranks": 0}, "data_ranks=0 must be a multiple of nodes=2"),
+        ({**TOPOLOGY, "n_group": 2}, "n_group=2 does not go with the router 'topology_aware'"),
     ],
 )
 def test_refusals(router: Any, message: str) -> None:

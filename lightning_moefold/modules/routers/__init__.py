@@ -3,9 +3,11 @@
 
 from lightning_moefold.modules.routers.expert_bias import update_expert_bias
 from lightning_moefold.modules.routers.force_balanced import ForceBalancedRouter
-from lightning_moefold.modules.routers.options import RouterOptions
+from lightning_moefold.modules.routers.options import RouterOptions, SwipeOptions, TopologyAwareOptions
 from lightning_moefold.modules.routers.registry import RouterSpec, make_router, register_router, router_options
 from lightning_moefold.modules.routers.router import Router, RouterOutput
+from lightning_moefold.modules.routers.swipe import SwipeRouter
+from lightning_moefold.modules.routers.topology_aware import TopologyAwareRouter
 
 __all__ = [
     "ForceBalancedRouter",
@@ -13,6 +15,10 @@ __all__ = [
     "RouterOptions",
     "RouterOutput",
     "RouterSpec",
+    "SwipeOptions",
+    "SwipeRouter",
+    "TopologyAwareOptions",
+    "TopologyAwareRouter",
     "make_router",
     "register_router",
     "router_options",

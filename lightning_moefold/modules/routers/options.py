@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RouterOptions: how a router scores, chooses and weighs experts. Pure Python."""
+"""Options: how a router scores, chooses and weighs experts. Pure Python."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,8 @@ class RouterOptions:
     The defaults are what Mixtral, Qwen2-MoE and Qwen3-MoE do. Names are those of ``transformers`` where it has one.
 
     Args:
-        name: Of the router, as it is registered (:func:`~.registry.register_router`).
+        name: Of the router, as it is registered (:func:`~.registry.register_router`): ``"top_k"``, ``"swipe"``,
+            ``"topology_aware"``, ``"force_balanced"``, or one of your own. The second and third have options of their own.
         score_function: ``"softmax"`` over all experts, or ``"sigmoid"`` of each expert's logit (DeepSeek-V3).
         softmax_after_topk: Weights are a softmax over the logits of the chosen experts only; equal to a softmax over all,
             normalised. Experts are chosen alike either way.
@@ -36,6 +37,9 @@ class RouterOptions:
     Raises:
         ValueError: For values that contradict each other.
     """
+
+    #: Fields of no effect on the prediction of a trained model, or on none that ``transformers`` does not know of.
+    NOT_IN_PREDICTION: ClassVar[frozenset[str]] = frozenset({"norm_topk_prob", "input_jitter", "seed"})
 
     name: str = "top_k"
     score_function: Literal["softmax", "sigmoid"] = "softmax"
@@ -92,9 +96,91 @@ class RouterOptions:
     @property
     def changes_prediction(self) -> bool:
         """Whether a trained model computes something else than with the default options (normalisation aside)."""
-        return bool(set(self.as_dict()) - {"norm_topk_prob", "input_jitter", "seed"})
+        return bool(set(self.as_dict()) - self.NOT_IN_PREDICTION)
+
+    @property
+    def changes_training(self) -> bool:
+        """Whether training computes something else than with the default options (normalisation aside)."""
+        return bool(set(self.as_dict()) - {"norm_topk_prob", "seed"})
 
     def as_dict(self) -> dict[str, Any]:
         """The name, unless it is the default router's, and the fields that differ from their defaults; plain data."""
         named = {} if self.name == RouterOptions.name else {"name": self.name}
         return named | {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwipeOptions(RouterOptions):
+    """Options of :class:`~.swipe.SwipeRouter`: those of all routers, but for groups.
+
+    Raises:
+        ValueError: For values that contradict each other.
+    """
+
+    NOT_IN_PREDICTION: ClassVar[frozenset[str]] = RouterOptions.NOT_IN_PREDICTION | {"name"}
+
+    name: str = "swipe"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_groups(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopologyAwareOptions(RouterOptions):
+    """Options of :class:`~.topology_aware.TopologyAwareRouter`: those of all routers, but for groups, and three more.
+
+    Nodes are logical, so that training is the same under every fold; docs/routers.md says under which folds they are the
+    machines.
+
+    Args:
+        nodes: Over which the experts are spread, in blocks of neighbours. Must be given.
+        far_fraction: Share of a row's choices that may be experts of other nodes, from 0 to 1.
+        data_ranks: Rows are dealt to that many ranks in turn, of which equally many, neighbours, lie on each node; by
+            default ``nodes``.
+
+    Raises:
+        ValueError: For values that contradict each other.
+    """
+
+    NOT_IN_PREDICTION: ClassVar[frozenset[str]] = RouterOptions.NOT_IN_PREDICTION | {
+        "name", "nodes", "far_fraction", "data_ranks",
+    }  # fmt: skip
+
+    name: str = "topology_aware"
+    nodes: int = 0
+    far_fraction: float = 0.14
+    data_ranks: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _refuse_groups(self)
+        if self.nodes < 1:
+            raise ValueError(
+                f"nodes={self.nodes} must be at least 1; give the nodes over which the experts are spread."
+            )
+        if not 0 <= self.far_fraction <= 1:
+            raise ValueError(f"far_fraction={self.far_fraction} must lie between 0 and 1.")
+        if self.data_ranks is not None and (self.data_ranks < 1 or self.data_ranks % self.nodes):
+            raise ValueError(
+                f"data_ranks={self.data_ranks} must be a multiple of nodes={self.nodes}, so that each node has equally many."
+            )
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """See :meth:`RouterOptions.check`."""
+        super().check(num_experts, top_k)
+        if num_experts % self.nodes:
+            raise ValueError(f"nodes={self.nodes} must divide num_experts={num_experts}.")
+        if top_k > num_experts // self.nodes:
+            raise ValueError(
+                f"top_k={top_k} is more than the {num_experts // self.nodes} experts of one of nodes={self.nodes}, to which "
+                "a token must be able to keep; use fewer nodes."
+            )
+
+
+def _refuse_groups(options: RouterOptions) -> None:
+    if options.n_group > 1:
+        raise ValueError(
+            f"n_group={options.n_group} does not go with the router {options.name!r}, which may have to send a token to any "
+            "expert; leave it out."
+        )

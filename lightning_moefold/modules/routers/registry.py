@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_moefold.modules.routers.options import RouterOptions
@@ -48,11 +49,10 @@ def router_options(spec: RouterSpec) -> RouterOptions:
         return spec
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
     kind = _find(given.get("name", RouterOptions.name)).Options
-    unknown = sorted(set(given) - set(kind.__dataclass_fields__))
+    known = sorted(field.name for field in fields(kind))
+    unknown = sorted(set(given) - set(known))
     if unknown:
-        raise ValueError(
-            f"router has no option {unknown[0]!r}; {kind.__name__} has {', '.join(sorted(kind.__dataclass_fields__))}."
-        )
+        raise ValueError(f"router has no option {unknown[0]!r}; {kind.__name__} has {', '.join(known)}.")
     return kind(**given)
 
 

@@ -122,11 +122,13 @@ class Router(ParallelModule):
             score_TE: Without gradient.
             batch: Where the tokens lie, for routers that want to know.
         """
+        return self.preferences(score_TE).topk(self.top_k, dim=-1).indices
+
+    def preferences(self, score_TE: Tensor) -> Tensor:
+        """By what experts are compared, ``[T, E]``: scores with the experts' biases, -inf outside of a token's groups."""
         if self.e_score_correction_bias is not None:
             score_TE = score_TE + self.e_score_correction_bias
-        if self.options.n_group > 1:
-            score_TE = self._within_groups(score_TE)
-        return score_TE.topk(self.top_k, dim=-1).indices
+        return self._within_groups(score_TE) if self.options.n_group > 1 else score_TE
 
     def weights(self, logits_TE: Tensor, score_TE: Tensor, expert_TK: Tensor) -> Tensor:
         """Weights of the chosen experts, ``[T, K]``."""

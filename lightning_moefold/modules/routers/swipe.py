@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict balance: every expert serves as many tokens as any other (SWIPE, of BaGuaLu, PPoPP 2022, and FastMoE).
+
+Legend: T tokens of this rank, B rows, S positions, N = B * S, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_moefold.dispatch.capacity import comparable, rank_within
+from lightning_moefold.modules.routers.options import SwipeOptions
+from lightning_moefold.modules.routers.registry import register_router
+from lightning_moefold.modules.routers.router import Router
+from lightning_moefold.modules.routers.rows import best_experts, gather_rows, own_tokens
+from lightning_moefold.modules.sequence import SequenceBatch
+
+
+@register_router("swipe")
+class SwipeRouter(Router):
+    """In training, deals the tokens of each row evenly to the experts.
+
+    The K experts of the tokens are found one after the other, and once each token of a row of L (padding left out) has k
+    of them, no expert has more than ``ceil(k * L / E)`` tokens of it:
+
+    1. Each token that waits for its k-th expert asks the one of the highest score (with bias) that has room and that it
+       does not have, ties by number. An expert with more askers than room takes those of the highest score, ties by
+       position. The others ask again, until nobody can.
+    2. Who has all experts with room already (in the order of positions) makes room for itself. Of the tokens that do not
+       have the first expert with room, the one that scores it highest takes it, and gives up the one of its own that the
+       waiting token scores highest among those it does not have. There always is one: the giver has as many experts as
+       the waiting token will have, and one that has room is not among them.
+
+    Where tokens are compared, scores that differ by rounding alone are equal (:func:`~.capacity.comparable`). The weights are
+    the router's for the experts that a token came to. In evaluation all tokens go to their best experts; so
+    does padding in training, which takes nobody's room.
+
+    FastMoE balances ranks, not experts, in the order in which tokens arrive, and moves what is too much to the next rank
+    with room. That depends on the layout, and may send a token to one expert twice.
+    """
+
+    Options = SwipeOptions
+
+    def choose(self, score_TE: Tensor, batch: SequenceBatch) -> Tensor:
+        """Collective over tp and cp in training; see :meth:`Router.choose`."""
+        score_TE = self.preferences(score_TE)
+        best_TK = best_experts(score_TE, self.top_k)
+        if not self.training or self.top_k == self.num_experts:
+            return best_TK
+        has_TE = own_tokens(balanced(*gather_rows(score_TE, batch), self.top_k), batch)
+        chosen_TK = best_experts(score_TE.masked_fill(~has_TE, float("-inf")), self.top_k)
+        return chosen_TK if batch.counted_T is None else torch.where(batch.counted_T.unsqueeze(1), chosen_TK, best_TK)
+
+
+def balanced(score_BSE: Tensor, real_BS: Tensor, k: int) -> Tensor:
+    """Which experts each token has, ``[B, S, E]``: k of them each token that counts, none the others.
+
+    The host waits for the device once in each round of asking, of which there are at most E for each of the k.
+
+    Args:
+        score_BSE: Finite.
+        real_BS: Which tokens count.
+        k: K.
+    """
+    rows, _, experts = score_BSE.shape
+    length_B1 = real_BS.sum(1, keepdim=True)
+    has_BSE = torch.zeros_like(score_BSE, dtype=torch.bool)
+    for number in range(1, k + 1):
+        limit_B1 = (number * length_B1 + experts - 1) // experts
+        room_BE = limit_B1 - has_BSE.sum(1)
+        waiting_BS = real_BS.clone()
+        _ask(score_BSE, has_BSE, room_BE, waiting_BS)
+        for row, position in waiting_BS.nonzero().tolist():
+            _make_room(score_BSE[row], has_BSE[row], room_BE[row], real_BS[row], position)
+    return has_BSE
+
+
+def _ask(score_BSE: Tensor, has_BSE: Tensor, room_BE: Tensor, waiting_BS: Tensor) -> None:
+    """Rounds of asking; changes all but the scores."""
+    rows, length, experts = score_BSE.shape
+    row_BS = torch.arange(rows, device=score_BSE.device).unsqueeze(1).expand(rows, length)
+    position_N = torch.arange(rows * length, device=score_BSE.device)
+    for _ in range(experts):  # in each, a row is done, or one more of its experts is full
+        open_BSE = ~has_BSE & (room_BE > 0).unsqueeze(1) & waiting_BS.unsqueeze(-1)
+        asks_BS = open_BSE.any(-1)
+        if not bool(asks_BS.any()):
+            return
+        expert_BS = score_BSE.masked_fill(~open_BSE, float("-inf")).argmax(-1)
+        likes_BS = comparable(score_BSE.gather(-1, expert_BS.unsqueeze(-1)).squeeze(-1))
+        key_BS = (row_BS * experts + expert_BS).masked_fill(~asks_BS, rows * experts)
+        place_N = rank_within(key_BS.flatten(), likes_BS.flatten(), position_N, rows * experts + 1)
+        gets_BS = asks_BS & (place_N.view_as(key_BS) < room_BE.gather(1, expert_BS))
+        has_BSE |= torch.zeros_like(has_BSE).scatter_(-1, expert_BS.unsqueeze(-1), gets_BS.unsqueeze(-1))
+        room_BE.scatter_add_(1, expert_BS, -gets_BS.long())
+        waiting_BS &= ~gets_BS
+
+
+def _make_room(score_SE: Tensor, has_SE: Tensor, room_E: Tensor, real_S: Tensor, position: int) -> None:
+    """Finds an expert for a token that has all those with room; changes what tokens have, and the room."""
+    free = (room_E > 0).long().argmax()
+    giver = comparable(score_SE[:, free]).masked_fill(~real_S | has_SE[:, free], float("-inf")).argmax()
+    given_E = has_SE[giver] & ~has_SE[position]
+    given = score_SE[position].masked_fill(~given_E, float("-inf")).argmax()
+    has_SE[giver, free], has_SE[giver, given], has_SE[position, given] = True, False, True
+    room_E[free] -= 1
