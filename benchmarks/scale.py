@@ -26,8 +26,9 @@ from lightning_moefold.planner.layer import LayerCosts
 from lightning_moefold.planner.memory import MemoryModel
 from lightning_moefold.planner.models_zoo import MODELS
 from lightning_moefold.planner.schedules import RankLayers
-from lightning_moefold.testing.expected import Expected, as_counter, expected_messages
-from lightning_moefold.testing.scale import Message, Rehearsal, Step, rehearse
+from lightning_moefold.testing.expected import expected_messages
+from lightning_moefold.testing.messages import Expected, Message, as_counter
+from lightning_moefold.testing.scale import Rehearsal, Step, rehearse
 
 FOLDS = {
     "mixtral-8x22b": ("tp2 pp8 | ep8", "tp2 pp8 | ep4 etp2"),

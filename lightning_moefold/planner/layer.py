@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
 
-from lightning_moefold.modules.context import SMALL_BYTES, ContextLayout
+from lightning_moefold.modules.context import ContextLayout, exchange_for
 from lightning_moefold.planner.job import Job
 from lightning_moefold.planner.kernels import Compute
 from lightning_moefold.planner.links import GroupShape, Links, group_shape
@@ -138,14 +138,12 @@ class LayerCosts:
         return self._with_launches("attention", forward, backward, gemm)
 
     def context_exchange(self, tp: int, cp: int, micro_batch: int) -> str:
-        """What the strategy's ``context_parallel_exchange="auto"`` takes (:func:`~..modules.context.choose_exchange`)."""
+        """What the strategy's ``context_parallel_exchange="auto"`` takes (:func:`~..modules.context.exchange_for`)."""
         if cp == 1:
             return "none"
         heads, kv = ceil(self.model.num_attention_heads / tp), self.local_kv_heads(tp)
-        if heads % cp == kv % cp == 0 and heads + kv < cp * kv:
-            return "all_to_all"
         row = 2 * self.tokens(micro_batch, cp) * cp * kv * self.model.head_dim * self.job.activation_bytes
-        return "all_gather" if row <= SMALL_BYTES else "ring"
+        return exchange_for(cp, heads, kv, row)
 
     def _meet(
         self, exchange: str, group: GroupShape, queries: float, pair: float, core: float, core_backward: float

@@ -32,24 +32,12 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig, causal_lm
 from lightning_moefold.models.weights import deferred_weights
+from lightning_moefold.modules.context import Exchange
+from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, local_part, parallelize
 from lightning_moefold.parallel.pipeline import Pipeline
 from lightning_moefold.parallel.registry import ParameterRegistry
-
-
-@dataclass(frozen=True)
-class Message:
-    """A collective as one rank sees it.
-
-    Args:
-        kind: ``all-reduce``, ``all-gather``, ``reduce-scatter``, ``all-to-all``, ``send`` or ``recv``.
-        ranks: Of the group; of a message between two ranks, the sender and the receiver.
-        bytes: Of the larger of its two buffers on this rank.
-    """
-
-    kind: str
-    ranks: tuple[int, ...]
-    bytes: int
+from lightning_moefold.testing.messages import Message
 
 
 @dataclass(frozen=True)
@@ -61,12 +49,16 @@ class Step:
         num_microbatches: Rows of a data rank; each is one micro-batch.
         sequence_length: Tokens of a row.
         plan: Pipeline schedule and cut.
+        exchange: How queries and keys meet over cp.
+        recompute: What layers compute again in backward.
     """
 
     config: MoEConfig
     num_microbatches: int
     sequence_length: int
     plan: PipelinePlan = field(default_factory=PipelinePlan)
+    exchange: Exchange = "auto"
+    recompute: Recompute | None = None
 
 
 @dataclass
@@ -114,7 +106,9 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
     with deferred_weights(), torch.device("meta"):
         model = MoECausalLM(step.config)
     parallelize(model, mesh, Sharding("optimizer", torch.bfloat16), torch.device("meta"), step.plan)
-    model.num_microbatches = step.num_microbatches
+    model.num_microbatches, model.context_parallel_exchange = step.num_microbatches, step.exchange
+    for decoder in model.model.layers.values():
+        decoder.recompute = step.recompute
     for layer in model.moe_layers().values():
         axes = ExpertAxes(mesh.ep, mesh.etp, mesh.axis("etp_ep"))
         layer.dispatcher = _Balanced(DispatchConfig(), layer.num_experts, layer.top_k, axes)
