@@ -4,6 +4,8 @@
 Legend: as in ``layer.py``; s bytes of a stored weight, g of a gathered one, r of a reduced gradient, o of both moments.
 
 Weights are stored, and optimizer states kept, in the shard of the family's data axis (dense: dp x cp, experts: edp).
+Shards are gathered in equal pieces, padded where the data ranks do not divide a weight's first dimension: the 8 rows of a
+router over 256 ranks as 256, in float32 as it computes.
 ``"optimizer"`` keeps the gathered weights and, while micro-batches accumulate, whole gradients; ``"full"`` has gathered
 only two layers at a time and scatters the gradients of each micro-batch; ``"none"`` shards nothing. Activations are the
 tensors that autograd saves between forward and backward, times the chunks in flight of the pipeline schedule.
@@ -18,7 +20,7 @@ from math import ceil
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner.job import PRECISIONS, Plan
 from lightning_moefold.planner.layer import LayerCosts, ranks_of_a_token
-from lightning_moefold.planner.parameters import count, dense_shapes, end_shapes, expert_shapes, shard
+from lightning_moefold.planner.parameters import count, dense_shapes, expert_shapes, router_shapes, shard
 from lightning_moefold.planner.schedules import RankLayers, chunks_in_flight, pipeline_layout
 
 
@@ -59,16 +61,10 @@ class LocalParameters:
     Args:
         dense: Attention, norms, routers, shared experts, dense layers, embedding, head.
         expert: Routed experts.
-        layer_dense: Dense family of its largest layer.
-        layer_expert: Experts of one layer.
-        ends: Embedding, head and final norm.
     """
 
     dense: int
     expert: int
-    layer_dense: int
-    layer_expert: int
-    ends: int
 
 
 class MemoryModel:
@@ -82,19 +78,14 @@ class MemoryModel:
         self.costs, self.job, self.model = costs, costs.job, costs.model
         self.parameters = lru_cache(maxsize=None)(self._parameters)
         self.shards = lru_cache(maxsize=None)(self._shards)
+        self.gathered = lru_cache(maxsize=None)(self._gathered_bytes)
         self._saved = lru_cache(maxsize=None)(self._saved_per_layer)
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
     def _parameters(self, tp: int, ep: int, etp: int, layers: RankLayers) -> LocalParameters:
-        moe = RankLayers(1, 0) if layers.moe else RankLayers(0, 1)
-        dense = RankLayers(0, 1) if layers.dense else moe
         return LocalParameters(
-            count(dense_shapes(self.model, tp, layers)),
-            count(expert_shapes(self.model, ep, etp, layers.moe)),
-            max(count(dense_shapes(self.model, tp, one)) for one in (moe, dense)),
-            count(expert_shapes(self.model, ep, etp, 1)),
-            count(end_shapes(self.model, tp, layers)),
+            count(dense_shapes(self.model, tp, layers)), count(expert_shapes(self.model, ep, etp, layers.moe))
         )
 
     def _shards(self, tp: int, ep: int, etp: int, layers: RankLayers, ranks: int, edp: int) -> tuple[int, int]:
@@ -104,32 +95,48 @@ class MemoryModel:
             shard(expert_shapes(self.model, ep, etp, layers.moe), edp, experts=True),
         )
 
+    def _gathered_bytes(self, tp: int, ep: int, etp: int, layers: RankLayers, ranks: int, edp: int) -> tuple[int, int]:
+        """Of both families: ``fully_shard`` gathers equal pieces, and the router's weight as it is stored."""
+        _, _, stored, gathered, _, _ = PRECISIONS[self.job.precision]
+        dense, expert = self.shards(tp, ep, etp, layers, ranks, edp)
+        routers = shard(router_shapes(self.model, layers.moe), ranks)
+        return ranks * (gathered * dense + (stored - gathered) * routers), edp * gathered * expert
+
     def states(self, fold: Fold, layers: RankLayers, accumulates: bool) -> tuple[float, float, float]:
-        """Bytes of weights, gradients and moments on a rank."""
+        """Bytes of weights, gradients and moments on a rank; of its data ranks, the first, which stores most.
+
+        Args:
+            fold: The sizes.
+            layers: What the rank holds.
+            accumulates: Whether gradients of several micro-batches meet before they are reduced; in a pipeline, which
+                reduces once, they do in any case.
+        """
         _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
-        held = self.parameters(fold.tp, fold.ep, fold.etp, layers)
-        ranks = fold.dp * fold.cp
-        shards = self.shards(fold.tp, fold.ep, fold.etp, layers, ranks, fold.edp)
+        cut, sharding = (fold.tp, fold.ep, fold.etp), self.job.sharding
+        spreads = (1, 1) if sharding == "none" else (fold.dp * fold.cp, fold.edp)
+        held = self.parameters(*cut, layers)
+        kinds = [kind for kind, n in ((RankLayers(1, 0), layers.moe), (RankLayers(0, 1), layers.dense)) if n]
+        ends = RankLayers(0, 0, layers.first, layers.last)
         weights = gradients = optimizer = 0.0
-        families = (
-            (held.dense, shards[0], held.layer_dense, held.ends, ranks),
-            (held.expert, shards[1], held.layer_expert, 0, fold.edp),
-        )
-        for number, mine, layer, ends, spread in families:
-            if self.job.sharding == "none":
-                mine, live, reducing = number, number if gathered != stored else 0, 0
-            elif self.job.sharding == "optimizer":
-                live = number if spread > 1 or gathered != stored else 0
-                mine_reduced = number if accumulates else mine
-                reducing = mine_reduced - mine + (layer if spread > 1 and not accumulates else 0)
-            else:  # two layers are gathered at a time, and the ends from forward to backward
-                live = 2 * layer + ends if spread > 1 or gathered != stored else 0
-                # A pipeline reduces once, after its last micro-batch.
-                reducing = number - mine if accumulates and fold.pp > 1 else layer if spread > 1 else 0
-            weights += mine * stored + live * gathered
+        for i, (number, spread) in enumerate(zip((held.dense, held.expert), spreads, strict=True)):
+            mine, largest = self.shards(*cut, layers, *spreads)[i], self._largest(cut, kinds, spreads, i)
+            layer = spread * self.shards(*cut, largest, *spreads)[i] if spread > 1 else 0
+            if sharding == "full":  # two layers are gathered at a time, and the ends from forward to backward
+                live = 2 * self.gathered(*cut, largest, *spreads)[i] + self.gathered(*cut, ends, *spreads)[i]
+                reducing = number - mine if fold.pp > 1 else layer
+            else:
+                live = self.gathered(*cut, layers, *spreads)[i]
+                reducing = number - mine if accumulates or fold.pp > 1 else layer
+            weights += mine * stored + (live if spread > 1 or gathered != stored else 0)
             gradients += (mine + reducing) * reduced
             optimizer += mine * moments
         return weights, gradients, optimizer
+
+    def _largest(
+        self, cut: tuple[int, int, int], kinds: list[RankLayers], spreads: tuple[int, int], family: int
+    ) -> RankLayers:
+        """The kind of layer of which most is gathered."""
+        return max(kinds, key=lambda kind: self.gathered(*cut, kind, *spreads)[family], default=RankLayers(0, 0))
 
     # ---- activations -------------------------------------------------------------------------------------------
 
