@@ -18,6 +18,7 @@ from functools import lru_cache
 from math import ceil
 
 from lightning_moefold.fold import Fold
+from lightning_moefold.modules.vocabulary import chunk_rows
 from lightning_moefold.planner.job import PRECISIONS, Plan
 from lightning_moefold.planner.layer import LayerCosts, ranks_of_a_token
 from lightning_moefold.planner.parameters import count, dense_shapes, expert_shapes, router_shapes, shard
@@ -33,8 +34,8 @@ class Memory:
         gradients: At their fullest.
         optimizer: Both moments (the fp32 copy is the stored weight).
         activations: Saved for backward.
-        buffers: Dispatch buffers and what is live inside one layer.
-        logits: And their gradient.
+        buffers: What is live inside one layer: rows under way, or the experts' backward pass.
+        logits: A chunk of them, with the gradients of head and hidden states that are made beside it.
     """
 
     weights: float
@@ -154,7 +155,7 @@ class MemoryModel:
         attention = t * d * b + norm + n * heads * b + n * ceil(model.num_attention_heads / tp) * 4
         f, shared = ceil(model.moe_intermediate_size / etp), ceil(model.shared_expert_intermediate_size / tp)
         sent = t * model.num_experts_per_tok
-        rows = sent * self.costs.load(ep) * etp
+        rows = sent * self.costs.load(ep, tp * cp) * etp
         gated = rows * f * b
         # The router keeps its input in fp32; without a cast or a gather that is the shared expert's input.
         router = (0 if b >= 4 and shared and tp == 1 else t * d * max(b, 4)) + 2 * t * model.num_experts * 4
@@ -165,11 +166,12 @@ class MemoryModel:
         dense = t * d * b + n * d * b + 4 * n * ceil(model.intermediate_size / tp) * b
         everything = attention + experts, attention + dense
         deduplicated = ranks_of_a_token(model.num_experts_per_tok, ep)
-        copies = {"alltoall": model.num_experts_per_tok, "deduplicated": deduplicated, "allgather": ep * etp}[
+        padded = self.costs.load(ep, tp * cp) if self.job.pad_to_capacity else 1.0
+        copies = {"alltoall": model.num_experts_per_tok * padded, "deduplicated": deduplicated, "allgather": ep * etp}[
             dispatcher
         ]
         exchange = 2 * t * copies * d * b
-        live = exchange + rows * d * b * (1 + (etp > 1))
+        live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f))
         if recompute == "full":
             return t * d * b, t * d * b, live + max(everything[0] if self.costs.num_moe else 0.0, everything[1])
         if recompute == "selective":  # the attention half keeps its input
@@ -177,28 +179,50 @@ class MemoryModel:
             return kept + experts, kept + dense, live + attention
         return everything[0], everything[1], live
 
+    def _experts_backward(self, ep: int, rows: float, f: int) -> float:
+        """Live bytes in the backward pass of a layer's experts, at the fuller of two moments.
+
+        At the router weights' gradient: that of the outputs, the activation, its product and their gradient, and two of
+        these in at least fp32. At the end: gradients of both products and three times of their inputs (of each product and
+        their sum), and the experts' gradients, which are added to fp32 sums where products run in less.
+        """
+        _, b, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
+        d = self.model.hidden_size
+        weights = self.model.num_experts // ep * 3 * f * d * (gathered if gathered < reduced else 0)
+        wide = 4 if b < 4 else 0
+        return max(rows * d * b + rows * f * (3 * b + 2 * wide), rows * f * 2 * b + 3 * rows * d * b + weights)
+
     def estimate(self, plan: Plan) -> Memory:
         """The fullest rank of a plan."""
-        job, fold = self.job, plan.fold
-        microbatches = plan.num_microbatches(job)
-        saved = self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
+        fold = plan.fold
         layout = pipeline_layout(self.model, fold.pp, plan.num_stages_per_rank, plan.schedule)
         # The first rank has most in flight, the first of those with most layers most of each, the last one logits.
         most = max(range(fold.pp), key=lambda r: layout[r].layers)
         ranks = {0, most, fold.pp - 1} | {r for r, layers in enumerate(layout) if layers.last}
-        candidates = [self._on_rank(plan, rank, layout[rank], microbatches, saved) for rank in sorted(ranks)]
+        candidates = [self.on_rank(plan, rank, layout[rank]) for rank in sorted(ranks)]
         return max(candidates, key=lambda memory: memory.total)
 
-    def _on_rank(
-        self, plan: Plan, rank: int, layers: RankLayers, microbatches: int, saved: tuple[float, float, float]
-    ) -> Memory:
-        fold, job = plan.fold, self.job
+    def on_rank(self, plan: Plan, rank: int, layers: RankLayers) -> Memory:
+        """A pipeline rank of a plan that holds ``layers``; of its data ranks, the first, which stores most."""
+        fold, microbatches, chunks = plan.fold, plan.num_microbatches(self.job), plan.num_stages_per_rank
+        saved = self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
         weights, gradients, optimizer = self.states(fold, layers, microbatches > 1)
-        chunks = plan.num_stages_per_rank
         flight = chunks_in_flight(plan.schedule, fold.pp, chunks, microbatches, rank) / chunks
         activations = flight * (layers.moe * saved[0] + layers.dense * saved[1])
-        logits = 0.0
-        if layers.last:
-            n = self.costs.tokens(plan.micro_batch_size, fold.cp)
-            logits = n * ceil(self.model.vocab_size / fold.tp) * (job.activation_bytes + 2 * 4)
+        logits = self._loss(fold, self.costs.tokens(plan.micro_batch_size, fold.cp), flight) if layers.last else 0.0
         return Memory(weights, gradients, optimizer, activations, saved[2], logits)
+
+    def _loss(self, fold: Fold, n: int, flight: float) -> float:
+        """Bytes at the head, whose gradients are made together with the loss, a chunk of logits at a time.
+
+        Those gradients, of the weight and of the hidden states, are kept for backward; the sum of the former over chunks is
+        in at least fp32, as logits and their slopes are.
+        """
+        b, d, v = self.job.activation_bytes, self.model.hidden_size, ceil(self.model.vocab_size / fold.tp)
+        wide = max(4, b)
+        both = wide + b if b < wide else wide  # wide, and as products take or give it
+        device = "cpu" if self.job.hardware.name == "cpu" else "cuda"
+        rows = min(n, chunk_rows(self.model.vocab_size, fold.tp, device))
+        kept = (v + n) * d * b
+        # Hidden states gathered, and those of them that have a label.
+        return rows * v * both + v * d * both + 3 * n * d * b + (flight - 1) * kept

@@ -33,11 +33,11 @@ def expected_messages(step: Step, fold: Fold, rank: int, layouts: Mapping[str, P
     Raises:
         ValueError: For rows that would be padded.
     """
-    parts = fold.tp * (2 * fold.cp if fold.cp > 1 else 1)
-    if step.sequence_length % parts:
+    pieces = fold.tp * (2 * fold.cp if fold.cp > 1 else 1)
+    if step.sequence_length % pieces:
         raise ValueError(
-            f"sequence_length={step.sequence_length} does not divide into {parts} parts under fold {fold} and would be padded, "
-            f"which is not foreseen here; use a multiple of {parts}."
+            f"sequence_length={step.sequence_length} does not divide into {pieces} pieces under fold {fold} and would be padded, "
+            f"which is not foreseen here; use a multiple of {pieces}."
         )
     parts = _Parts(step, fold, rank)
     found = [*parts.layers(), *parts.ends(), *parts.stages(), *parts.agreements(), *parts.data_parallel(layouts)]

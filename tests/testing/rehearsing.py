@@ -18,13 +18,14 @@ SMALL = replace(
 )  # fmt: skip
 
 
-def check(step: Step, fold: str, world: int, rank: int) -> None:
-    """Fails unless a rank holds and sends exactly what it must."""
+def check(step: Step, fold: str, world: int, rank: int) -> Rehearsal:
+    """Fails unless a rank holds and sends exactly what it must; returns what it did."""
     done, missing, unforeseen = differences(step, fold, world, rank)
     assert done.memory == done.promised
     assert not missing
     assert not unforeseen
     assert done.seconds["mesh"] < 5
+    return done
 
 
 def differences(
