@@ -35,7 +35,8 @@ class Memory:
         optimizer: Both moments (the fp32 copy is the stored weight).
         activations: Saved for backward.
         buffers: What is live inside one layer: rows under way, or the experts' backward pass.
-        logits: A chunk of them, with the gradients of head and hidden states that are made beside it.
+        logits: A chunk of them, with the gradients of head and hidden states that are made beside it, as far as the
+            memory of the buffers, free at that moment, does not do.
     """
 
     weights: float
@@ -208,12 +209,19 @@ class MemoryModel:
         saved = self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
         weights, gradients, optimizer = self.states(fold, layers, microbatches > 1)
         flight = chunks_in_flight(plan.schedule, fold.pp, chunks, microbatches, rank) / chunks
-        activations = flight * (layers.moe * saved[0] + layers.dense * saved[1])
-        logits = self._loss(fold, self.costs.tokens(plan.micro_batch_size, fold.cp), flight) if layers.last else 0.0
+        one = layers.moe * saved[0] + layers.dense * saved[1]
+        activations = flight * one
+        if fold.pp > 1 and plan.schedule in ("gpipe", "1f1b") and flight >= microbatches:
+            # No forward pass follows a backward pass, so whole gradients never meet the activations they came from.
+            activations -= min(gradients, one)
+        logits = 0.0
+        if layers.last:
+            transient, kept = self._loss(fold, self.costs.tokens(plan.micro_batch_size, fold.cp))
+            logits = max(transient - saved[2], 0.0) + (flight - 1) * kept
         return Memory(weights, gradients, optimizer, activations, saved[2], logits)
 
-    def _loss(self, fold: Fold, n: int, flight: float) -> float:
-        """Bytes at the head, whose gradients are made together with the loss, a chunk of logits at a time.
+    def _loss(self, fold: Fold, n: int) -> tuple[float, float]:
+        """Bytes at the head, whose gradients are made together with the loss, a chunk of logits at a time; and kept bytes.
 
         Those gradients, of the weight and of the hidden states, are kept for backward; the sum of the former over chunks is
         in at least fp32, as logits and their slopes are.
@@ -223,6 +231,5 @@ class MemoryModel:
         both = wide + b if b < wide else wide  # wide, and as products take or give it
         device = "cpu" if self.job.hardware.name == "cpu" else "cuda"
         rows = min(n, chunk_rows(self.model.vocab_size, fold.tp, device))
-        kept = (v + n) * d * b
-        # Hidden states gathered, and those of them that have a label.
-        return rows * v * both + v * d * both + 3 * n * d * b + (flight - 1) * kept
+        # Hidden states gathered, those of them that have a label, and their gradient.
+        return rows * v * both + v * d * both + 3 * n * d * b, (v + n) * d * b

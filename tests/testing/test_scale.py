@@ -47,6 +47,16 @@ def test_folds_of_the_paper(name: str, fold: str, rank: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("rank", "m"), [(1, 5), (1, 4), (49, 5)])
+def test_peak_is_what_the_planner_says(rank: int, m: int) -> None:
+    """On the first stage with more micro-batches than stages, and with as many, and on the last one with the head."""
+    step = step_of("qwen2-57b-a14b", PipelinePlan("1f1b"), m)
+    done = check(step, "tp2 pp4 | ep4", 64, rank)
+    plan = planned(step, done.fold, rank)
+    assert done.peak == pytest.approx(plan.total - plan.optimizer, rel=0.03)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan", [PipelinePlan("interleaved_1f1b", 2), PipelinePlan("interleaved_zero_bubble", 2), PipelinePlan("zbv"),
              PipelinePlan("dualpipev")], ids=lambda plan: plan.schedule,
