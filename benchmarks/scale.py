@@ -4,9 +4,10 @@
     python benchmarks/scale.py [--gpus 1024 4096] [--model mixtral-8x22b ...] [--fold "tp2 pp8 | ep8"] [--rank 5 ...]
 
 By default the folds of the paper's table of mappings (MoE Parallel Folding, arXiv 2504.14960, table 3) that have a
-pipeline, and a rank each of the first, a middle and the last stage. Each rank runs a step of the real code with fake tensors
-(``lightning_moefold.testing.scale``): bf16-mixed, AdamW, rows of 4,096 tokens. Bytes are compared with ``layout.py``, every
-collective with what the fold requires; the exit status is 0 only if all are as they should be.
+pipeline, and a rank each of the first, a middle and the last stage, among those that store most. Each rank runs a step of the
+real code with fake tensors (``lightning_moefold.testing.scale``): bf16-mixed, AdamW, rows of 4,096 tokens. Bytes are compared
+with ``layout.py`` and with the planner, every collective with what the fold requires; the exit status is 0 only if all but the
+planner's are as they should be. ``--brief`` prints no collectives.
 """
 
 from __future__ import annotations
@@ -19,42 +20,30 @@ from dataclasses import replace
 
 from lightning_moefold import Fold
 from lightning_moefold.models import MoEConfig
+from lightning_moefold.modules.context import EXCHANGES
 from lightning_moefold.parallel import PipelinePlan
-from lightning_moefold.planner.hardware import find_hardware
-from lightning_moefold.planner.job import Job
-from lightning_moefold.planner.layer import LayerCosts
-from lightning_moefold.planner.memory import MemoryModel
+from lightning_moefold.planner.memory import Memory
 from lightning_moefold.planner.models_zoo import MODELS
-from lightning_moefold.planner.schedules import RankLayers
-from lightning_moefold.testing.expected import Expected, as_counter, expected_messages
-from lightning_moefold.testing.scale import Message, Rehearsal, Step, rehearse
+from lightning_moefold.testing.expected import expected_messages
+from lightning_moefold.testing.messages import Expected, Message, as_counter
+from lightning_moefold.testing.planned import held, planned
+from lightning_moefold.testing.scale import Rehearsal, Step, rehearse
 
 FOLDS = {
     "mixtral-8x22b": ("tp2 pp8 | ep8", "tp2 pp8 | ep4 etp2"),
     "qwen2-57b-a14b": ("tp2 pp4 | ep4", "tp2 pp4 | ep4 etp2"),
 }
-LENGTH = 4096
 
 
-def planned(step: Step, fold: Fold, rank: int) -> tuple[float, float, float]:
-    """The planner's bytes of weights (gathered ones included), gradients and moments, for the layers of this rank."""
-    config, plan, place = step.config, step.plan, fold.coordinates(rank)["pp"]
-    count = fold.pp * plan.chunks
-    cut, mine = plan.layers(config, fold.pp), plan.local_stages(fold.pp, place)
-    layers = [layer for stage in mine for layer in cut[stage]]
-    moe = sum(config.is_moe_layer(layer) for layer in layers)
-    held = RankLayers(moe, len(layers) - moe, 0 in mine, count - 1 in mine)
-    batch = fold.dp * step.num_microbatches
-    job = Job(config, fold.world_size, find_hardware("dgx-h100"), batch, step.sequence_length)
-    return MemoryModel(LayerCosts(job)).states(fold, held, step.num_microbatches > 1)
-
-
-def measured(done: Rehearsal, expected: Sequence[Expected]) -> tuple[float, float, float]:
-    """The same as the rank has built and sent them (which includes padding)."""
-    gathered, whole = (
-        sum(e.message.bytes for e in expected if e.purpose.startswith(what)) for what in ("weights of", "gradients of")
+def compare(done: Rehearsal, expected: Sequence[Expected], plan: Memory) -> None:
+    """Prints what a rank holds, in GB, and how far off the planner is."""
+    rest = plan.activations + plan.buffers + plan.logits
+    parts = zip(("weights and gathered", "whole gradients", "moments", "the rest at the peak"), held(done, expected),
+                (plan.weights, plan.gradients, plan.optimizer, rest), strict=True)  # fmt: skip
+    print(
+        "held, and the planner: "
+        + ", ".join(f"{what} {real / 1e9:.3f} ({told / real - 1:+.2%})" for what, real, told in parts)
     )
-    return done.memory["weights"] + gathered, whole or done.memory["gradients"], done.memory["state"]
 
 
 def show(done: Rehearsal, expected: Sequence[Expected]) -> bool:
@@ -79,7 +68,8 @@ def show(done: Rehearsal, expected: Sequence[Expected]) -> bool:
 
 def work(name: str, config: MoEConfig, fold: Fold, rank: int, arguments: argparse.Namespace) -> bool:
     plan = PipelinePlan(arguments.schedule, arguments.stages)
-    step = Step(config, arguments.microbatches or fold.pp, LENGTH, plan)
+    m = arguments.microbatches or 2 * fold.pp
+    step = Step(config, m, arguments.length, plan, arguments.exchange, arguments.recompute)
     done = rehearse(step, fold, rank)
     expected = expected_messages(step, fold, rank, done.model.layouts)
     place = ", ".join(f"{axis} {index}" for axis, index in fold.coordinates(rank).items())
@@ -88,11 +78,16 @@ def work(name: str, config: MoEConfig, fold: Fold, rank: int, arguments: argpars
     same = done.memory == done.promised
     promise = "as layout.py promises" if same else f"layout.py promises {done.promised}"
     print(", ".join(f"{part} {size / 1e9:.3f} GB" for part, size in done.memory.items()) + f": {promise}")
-    pairs = zip(("weights and gathered", "whole gradients", "moments"), measured(done, expected),
-                planned(step, fold, rank), strict=True)  # fmt: skip
-    print("planner: " + ", ".join(f"{what} {plan / 1e9:.3f} GB ({plan / real - 1:+.2%})" for what, real, plan in pairs))
-    print()
-    return show(done, expected) and same
+    compare(done, expected, planned(step, fold, rank))
+    fits = done.messages == as_counter(expected)
+    if arguments.brief:
+        print(f"every collective as required: {'yes' if fits else 'no'}", flush=True)
+    return (arguments.brief or show(done, expected)) and fits and same
+
+
+def typical(fold: Fold) -> list[int]:
+    """Of the first, a middle and the last stage, a rank that comes first among its data ranks, and so stores most."""
+    return [stage * (fold.world_size // fold.pp) + fold.tp - 1 for stage in sorted({0, fold.pp // 2, fold.pp - 1})]
 
 
 def main() -> int:
@@ -103,15 +98,20 @@ def main() -> int:
     parser.add_argument("--rank", type=int, nargs="+", help="by default one of the first, a middle and the last stage")
     parser.add_argument("--schedule", default="1f1b")
     parser.add_argument("--stages", type=int, default=1, help="on each rank")
-    parser.add_argument("--microbatches", type=int, help="by default as many as pipeline stages")
+    parser.add_argument("--microbatches", type=int, help="by default twice as many as pipeline stages")
+    parser.add_argument("--length", type=int, default=4096, help="of rows")
+    parser.add_argument("--exchange", choices=EXCHANGES, default="auto")
+    parser.add_argument("--recompute", choices=("selective", "full"))
+    parser.add_argument("--brief", action="store_true")
     arguments = parser.parse_args()
     right = True
     for world in arguments.gpus:
         for name in arguments.model:
             config = replace(MODELS[name], output_router_logits=True, router_aux_loss_coef=0.01)
             for text in arguments.fold or FOLDS.get(name, ()):
-                for rank in arguments.rank or (5, world // 2 + 5, world - 4):
-                    right &= work(name, config, Fold.parse(text, world), rank, arguments)
+                fold = Fold.parse(text, world)
+                for rank in arguments.rank or typical(fold):
+                    right &= work(name, config, fold, rank, arguments)
     return 0 if right else 1
 
 

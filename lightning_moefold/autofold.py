@@ -61,11 +61,13 @@ class Fixed:
     @property
     def space(self) -> Space:
         """What is left to choose from: what the strategy runs in one call of the model."""
+        only_alltoall = self.dispatch.pad_to_capacity or self.dispatch.chunks > 1
+        known = ("alltoall",) if only_alltoall else DISPATCHERS
         looped = self.schedule is not None and self.schedule.startswith("interleaved")
         return Space(
             schedules=tuple(s for s in SCHEDULES if s != "gpipe") if self.schedule is None else (self.schedule,),
             recomputes=RECOMPUTES if self.recompute is None else (self.recompute,),
-            dispatchers=DISPATCHERS if self.dispatch.dispatcher == "auto" else (self.dispatch.dispatcher,),
+            dispatchers=known if self.dispatch.dispatcher == "auto" else (self.dispatch.dispatcher,),
             num_microbatches=self.num_microbatches,
             num_stages_per_rank=self.num_stages_per_rank if looped else None,
             accumulates=False,
@@ -124,6 +126,7 @@ def choose_for(
     job = Job(
         model, fixed.world_size, machine(auto, fixed.ranks_per_node, device), total or rows or 1, length,
         fixed.precision, fixed.sharding, fixed.dispatch.capacity_factor, find_routing(auto.routing),
+        fixed.dispatch.drop_scope, fixed.dispatch.pad_to_capacity, fixed.dispatch.chunks,
     )  # fmt: skip
     return choose(job, fixed.space, rows_per_rank=None if total else rows)
 

@@ -73,16 +73,27 @@ class ContextLayout:
 
 
 def choose_exchange(layout: ContextLayout, q: Tensor, k: Tensor) -> Exchange:
-    """Which exchange ``"auto"`` takes for queries ``[B, H, L, d]`` and keys ``[B, V, L, d]``.
+    """Which exchange ``"auto"`` takes for queries ``[B, H, L, d]`` and keys ``[B, V, L, d]``."""
+    size = layout.cp.size
+    return exchange_for(size, q.shape[1], k.shape[1], 2 * k.numel() * k.element_size() * size)
+
+
+def exchange_for(cp: int, heads: int, kv_heads: int, row_bytes: int) -> Exchange:
+    """Which exchange ``"auto"`` takes.
 
     All-to-all moves ``2 H + 2 V`` heads' worth of a rank's positions once, less what stays; the others ``2 V`` heads'
     worth ``cp - 1`` times. So all-to-all where the heads divide by cp and ``(H + V) / cp < V``; else one all-gather where
     keys and values of the whole row are small (32 MB), else a ring, which keeps two ranks' share of them at a time.
+
+    Args:
+        cp: Ranks over which rows are cut.
+        heads: H of a tp rank.
+        kv_heads: V of a tp rank.
+        row_bytes: Of the keys and values of whole rows.
     """
-    size, heads, kv_heads = layout.cp.size, q.shape[1], k.shape[1]
-    if heads % size == 0 and kv_heads % size == 0 and heads + kv_heads < size * kv_heads:
+    if heads % cp == 0 and kv_heads % cp == 0 and heads + kv_heads < cp * kv_heads:
         return "all_to_all"
-    return "all_gather" if 2 * k.numel() * k.element_size() * size <= SMALL_BYTES else "ring"
+    return "all_gather" if row_bytes <= SMALL_BYTES else "ring"
 
 
 def context_attention(

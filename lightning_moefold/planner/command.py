@@ -16,7 +16,16 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.planner.advice import hints, why_not
 from lightning_moefold.planner.explain import header, legend, pool_text, result_json, table_rich, table_text
 from lightning_moefold.planner.hardware import PRESETS, find_hardware
-from lightning_moefold.planner.job import DISPATCHERS, PRECISIONS, RECOMPUTES, SCHEDULES, SHARDINGS, Job, PlanError
+from lightning_moefold.planner.job import (
+    DISPATCHERS,
+    DROP_SCOPES,
+    PRECISIONS,
+    RECOMPUTES,
+    SCHEDULES,
+    SHARDINGS,
+    Job,
+    PlanError,
+)
 from lightning_moefold.planner.models_zoo import MODELS, find_model
 from lightning_moefold.planner.plot import write_plots
 from lightning_moefold.planner.routing import PROFILES, find_routing
@@ -36,6 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--precision", default="bf16-mixed", choices=PRECISIONS, help="default: bf16-mixed")
     add("--sharding", default="optimizer", choices=SHARDINGS, help="data-parallel sharding (default: optimizer)")
     add("--capacity-factor", type=float, metavar="C", help="tokens an expert takes, over the mean (default: dropless)")
+    add("--drop-scope", default="full_sequence", choices=DROP_SCOPES, help="of whose tokens (default: full_sequence)")
+    add("--pad-to-capacity", action="store_true", help="send each expert as many rows as it may serve")
+    add("--dispatch-chunks", type=int, default=1, metavar="N", help="parts in which tokens travel (default: 1)")
     add("--routing", default="balanced", help=f"{', '.join(PROFILES)}; or a recorded trace (.npz, .npy, .json)")
     add("--fold", help="evaluate this fold, such as 'tp2 pp8 | ep8', instead of searching")
     add("--explain", nargs="?", const="", metavar="FOLD", help="walk one plan line by line (the best, or that of FOLD)")
@@ -57,7 +69,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs ``moefold plan``; 0 if the best plan fits, 1 if nothing does."""
-    job, space = read_job(arguments), read_space(arguments)
+    job = read_job(arguments)
+    space = read_space(arguments, job)
     started = time.perf_counter()
     fold = arguments.fold or arguments.explain
     result = _one_fold(job, space, fold) if fold else search(job, space, arguments.top, not arguments.no_pool)
@@ -90,12 +103,15 @@ def read_job(arguments: argparse.Namespace) -> Job:
         arguments.sharding,
         arguments.capacity_factor,
         find_routing(arguments.routing),
+        arguments.drop_scope,
+        arguments.pad_to_capacity,
+        arguments.dispatch_chunks,
     )
 
 
-def read_space(arguments: argparse.Namespace) -> Space:
+def read_space(arguments: argparse.Namespace, job: Job) -> Space:
     """What the arguments leave free."""
-    space = Space(dispatchers=DISPATCHERS if arguments.dispatcher == "any" else (arguments.dispatcher,))
+    space = Space(dispatchers=job.dispatchers if arguments.dispatcher == "any" else (arguments.dispatcher,))
     if arguments.schedule:
         space = replace(space, schedules=tuple(arguments.schedule))
     if arguments.recompute:

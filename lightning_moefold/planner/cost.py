@@ -142,7 +142,7 @@ class CostModel:
         times["optimizer"] = self.optimizer(fold, held)
         step = sum(times.values())
         mfu = job.model_flops / (step * job.peak_flops * job.world_size)
-        memory, load = self.memory.estimate(plan), self.layers.load(fold.ep)
+        memory, load = self.memory.estimate(plan), self.layers.load(fold.ep, fold.tp * fold.cp)
         return Estimate(plan, step, mfu, dict(times), memory, job.hardware.usable_bytes, microbatches, load)
 
     def lower_bound(self, fold: Fold, micro_batch: int, dispatcher: str) -> float:

@@ -84,6 +84,9 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
     optional = (
         ("dispatcher", plan.dispatcher, "alltoall"),
         ("capacity_factor", job.capacity_factor, None),
+        ("drop_scope", job.drop_scope, "full_sequence"),
+        ("pad_to_capacity", job.pad_to_capacity, False),
+        ("dispatch_chunks", job.dispatch_chunks, 1),
         ("data_parallel_sharding", job.sharding, "optimizer"),
         ("recompute", plan.recompute, "none"),
     )
@@ -122,6 +125,9 @@ def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, A
             "precision": job.precision,
             "sharding": job.sharding,
             "capacity_factor": job.capacity_factor,
+            "drop_scope": job.drop_scope,
+            "pad_to_capacity": job.pad_to_capacity,
+            "dispatch_chunks": job.dispatch_chunks,
             "routing": job.routing.name,
             "parameters": job.model.num_parameters(),
             "active_parameters": job.model.num_parameters(active=True),
@@ -160,6 +166,8 @@ def header(job: Job) -> str:
     """What was planned, in a line."""
     total, active = job.model.num_parameters() / 1e9, job.model.num_parameters(active=True) / 1e9
     dropping = "dropless" if job.capacity_factor is None else f"capacity factor {job.capacity_factor:g}"
+    dropping += ", padded" * job.pad_to_capacity
+    dropping += f", tokens in {job.dispatch_chunks} parts" if job.dispatch_chunks > 1 else ""
     nodes = -(-job.world_size // job.hardware.gpus_per_node)
     machines = f"{nodes} node{'s' * (nodes > 1)} of {job.hardware.name}"
     ranks = f"{job.world_size} {'CPU rank' if job.hardware.name == 'cpu' else 'GPU'}{'s' * (job.world_size > 1)}"

@@ -24,8 +24,9 @@ PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
 SHARDINGS = ("none", "optimizer", "full")
 RECOMPUTES = ("none", "selective", "full")
 DISPATCHERS = ("alltoall", "deduplicated", "allgather")
+DROP_SCOPES = ("full_sequence", "sub_sequence")
 __all__ = [
-    "DISPATCHERS", "PRECISIONS", "RECOMPUTES", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD", "V_SHAPED", "Job", "Plan",
+    "DISPATCHERS", "DROP_SCOPES", "PRECISIONS", "RECOMPUTES", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD", "V_SHAPED", "Job", "Plan",
     "PlanError",
 ]  # fmt: skip
 
@@ -48,6 +49,9 @@ class Job:
         sharding: ``"none"``, ``"optimizer"`` or ``"full"`` (``data_parallel_sharding`` of the strategy).
         capacity_factor: Tokens an expert takes, relative to the mean; None drops nothing.
         routing: How unevenly tokens choose experts.
+        drop_scope: Of whose tokens the capacity is a share: ``"full_sequence"``, a row's, or ``"sub_sequence"``, a rank's.
+        pad_to_capacity: Every rank sends every expert as many rows as it may serve.
+        dispatch_chunks: Parts in which tokens travel, behind the experts of one another.
     """
 
     model: MoEConfig
@@ -59,20 +63,32 @@ class Job:
     sharding: str = "optimizer"
     capacity_factor: float | None = None
     routing: RoutingProfile = BALANCED
+    drop_scope: str = "full_sequence"
+    pad_to_capacity: bool = False
+    dispatch_chunks: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "global_batch_size", "sequence_length"):
+        for name in ("world_size", "global_batch_size", "sequence_length", "dispatch_chunks"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name, known in (("precision", tuple(PRECISIONS)), ("sharding", SHARDINGS)):
+        for name, known in (
+            ("precision", tuple(PRECISIONS)), ("sharding", SHARDINGS), ("drop_scope", DROP_SCOPES)
+        ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise PlanError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(known)}.")
         if self.capacity_factor is not None and self.capacity_factor <= 0:
             raise PlanError(f"capacity_factor={self.capacity_factor} must be positive, or left out to drop nothing.")
+        if self.pad_to_capacity and self.capacity_factor is None:
+            raise PlanError("pad_to_capacity needs a capacity_factor, which says how far to pad; give one.")
 
     def with_routing(self, routing: RoutingProfile) -> Job:
         """The same job under another routing."""
         return replace(self, routing=routing)
+
+    @property
+    def dispatchers(self) -> tuple[str, ...]:
+        """Those that can do what is asked for: only the all-to-all pads, and sends in parts."""
+        return ("alltoall",) if self.pad_to_capacity or self.dispatch_chunks > 1 else DISPATCHERS
 
     @property
     def dtype(self) -> str:

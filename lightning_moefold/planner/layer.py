@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
 
-from lightning_moefold.modules.context import SMALL_BYTES, ContextLayout
+from lightning_moefold.modules.context import ContextLayout, exchange_for
 from lightning_moefold.planner.job import Job
 from lightning_moefold.planner.kernels import Compute
 from lightning_moefold.planner.links import GroupShape, Links, group_shape
@@ -26,7 +26,8 @@ COMMUNICATION = ("tp", "cp", "a2a", "etp")
 #: Backward over forward bytes of element-wise work: a norm reads one tensor more, a gated activation two.
 _ELEMENTWISE_BACKWARD = 1.5
 #: Kernels in the forward pass of a layer's two halves; backward launches about twice as many.
-_LAUNCHES = {"attention": 15, "experts": 30, "mlp": 6}
+#: A further chunk of tokens is sorted, computed and summed on its own.
+_LAUNCHES = {"attention": 15, "experts": 30, "chunk": 15, "mlp": 6}
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,17 @@ class LayerCosts:
         self.mean_keys = sum(w * (1 - (w - 1) / (2 * length)) for w in windows) / len(windows)
         self.mean_window = sum(windows) / len(windows)
 
-    def load(self, ep: int) -> float:
-        """Rows on the busiest rank over the balanced number."""
+    def load(self, ep: int, spread: int = 1) -> float:
+        """Rows on the busiest rank over the balanced number without drops.
+
+        Padded, every rank sends each expert as many rows as it may serve, and no rank is busier than another. What an
+        expert may serve of a row may all lie on one of the ``spread`` ranks, tp times cp, over which the row is cut: so
+        each of them sends so many, unless it has fewer tokens.
+        """
         model, job = self.model, self.job
+        if job.pad_to_capacity and job.capacity_factor is not None:
+            parts = spread if job.drop_scope == "full_sequence" else 1
+            return min(parts * job.capacity_factor, model.num_experts / model.num_experts_per_tok)
         return job.routing.load_factor(model.num_experts, model.num_experts_per_tok, ep, job.capacity_factor)
 
     def tokens(self, micro_batch: int, cp: int) -> int:
@@ -138,14 +147,12 @@ class LayerCosts:
         return self._with_launches("attention", forward, backward, gemm)
 
     def context_exchange(self, tp: int, cp: int, micro_batch: int) -> str:
-        """What the strategy's ``context_parallel_exchange="auto"`` takes (:func:`~..modules.context.choose_exchange`)."""
+        """What the strategy's ``context_parallel_exchange="auto"`` takes (:func:`~..modules.context.exchange_for`)."""
         if cp == 1:
             return "none"
         heads, kv = ceil(self.model.num_attention_heads / tp), self.local_kv_heads(tp)
-        if heads % cp == kv % cp == 0 and heads + kv < cp * kv:
-            return "all_to_all"
         row = 2 * self.tokens(micro_batch, cp) * cp * kv * self.model.head_dim * self.job.activation_bytes
-        return "all_gather" if row <= SMALL_BYTES else "ring"
+        return exchange_for(cp, heads, kv, row)
 
     def _meet(
         self, exchange: str, group: GroupShape, queries: float, pair: float, core: float, core_backward: float
@@ -182,16 +189,16 @@ class LayerCosts:
         kv, heads = self.model.num_key_value_heads, self.model.num_attention_heads
         return kv // tp if kv % tp == 0 else min(kv, ceil(ceil(heads / tp) * kv / heads) + (heads % tp > 0))
 
-    def _experts(self, ep: int, etp: int, tokens: int, dispatcher: str) -> Block:
-        """Norm, router, dispatch, experts, combine, residual, for ``tokens`` = T."""
+    def _experts(self, ep: int, etp: int, tokens: int, dispatcher: str, spread: int = 1) -> Block:
+        """Norm, router, dispatch, experts, combine, residual, for ``tokens`` = T of rows cut over ``spread`` ranks."""
         model, b, k = self.model, self.job.activation_bytes, self.model.num_experts_per_tok
         d, f, local = model.hidden_size, ceil(model.moe_intermediate_size / etp), model.num_experts // ep
-        load = self.load(ep)
+        load = self.load(ep, spread)
         rows = tokens * k * load * etp
         product = self.compute.gemm(rows / local, f, d, local)
         experts = 2 * product + self.compute.gemm(rows / local, d, f, local)
         router = self._router(tokens)
-        comm, moved = self._dispatch(ep, etp, tokens, load, dispatcher)
+        comm, comm_backward, moved = self._dispatch(ep, etp, tokens, load, dispatcher, experts)
         elementwise = self.compute.stream(b * (8 * tokens * d + moved)) + self.compute.stream(b * 3 * rows * f)
         sync = self.job.hardware.kernels.host_sync if self.job.capacity_factor is None and ep * etp > 1 else 0.0
         forward = {"experts": experts, "gemm": router, "elementwise": elementwise, **comm}
@@ -199,12 +206,17 @@ class LayerCosts:
             "experts": 2 * experts,
             "gemm": 2 * router,
             "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
-            **comm,
+            **comm_backward,
         }
         self._add_casts(forward, backward, rows, d + f, 2 * f + d)
         if sync:
             forward["launch"] = sync
-        return self._with_launches("experts", forward, backward, experts + router)
+        more = _LAUNCHES["chunk"] * (self.chunks(ep) - 1)
+        return self._with_launches("experts", forward, backward, experts + router, more)
+
+    def chunks(self, ep: int) -> int:
+        """Parts in which tokens travel; at most as many as a rank has experts."""
+        return min(self.job.dispatch_chunks, self.model.num_experts // ep) if ep > 1 else 1
 
     def _router(self, tokens: int) -> float:
         """Scores in fp32: arithmetic on the wide units, and never faster than the tokens are read."""
@@ -212,25 +224,45 @@ class LayerCosts:
         busy = 2 * tokens * model.hidden_size * model.num_experts / (self.job.hardware.peak("fp32") * 0.7)
         return max(busy, self.compute.stream(4 * tokens * (model.hidden_size + model.num_experts)))
 
-    def _dispatch(self, ep: int, etp: int, tokens: int, load: float, dispatcher: str) -> tuple[dict[str, float], float]:
-        """Seconds of the communication of one pass, and numbers moved in memory to sort tokens."""
+    def _dispatch(
+        self, ep: int, etp: int, tokens: int, load: float, dispatcher: str, experts: float
+    ) -> tuple[dict[str, float], dict[str, float], float]:
+        """Seconds of the communication forward and backward, and numbers moved in memory to sort tokens.
+
+        In C parts, the first part's way there and the last one's way back are seen, and of the others what does not fit
+        behind (C - 1) / C of the experts' products, which take twice as long backward. Every part pays a message's
+        latency. Parts are cut between experts: each product is as large as in one part.
+
+        Args:
+            ep: Ranks among which tokens are exchanged.
+            etp: Ranks that share an expert.
+            tokens: T.
+            load: Of the busiest rank.
+            dispatcher: How tokens travel.
+            experts: Seconds of the experts' products, forward.
+        """
         model, b = self.model, self.job.activation_bytes
-        d, sent = model.hidden_size, tokens * model.num_experts_per_tok
-        rows = sent * load * etp
+        d, chosen = model.hidden_size, tokens * model.num_experts_per_tok
+        rows = chosen * load * etp
+        sent = chosen * (load if self.job.pad_to_capacity else 1.0)
         if dispatcher == "allgather":
             everyone = tokens * ep * etp
             both = self.links.reduce(self.shape(ep * etp, 1), everyone * d * b)
-            return {"a2a": both}, d * (2 * rows + rows + everyone)
+            return {"a2a": both}, {"a2a": both}, d * (2 * rows + rows + everyone)
         # Deduplicated, a token travels once to each rank that holds some of its experts, else once for each expert.
         copies = (
             ranks_of_a_token(model.num_experts_per_tok, ep)
             if dispatcher == "deduplicated"
             else model.num_experts_per_tok
         )
-        exchange = self.links.exchange(self.shape(ep, etp), tokens * copies * load * d * b)
-        widen = self.links.gather(self.shape(etp, 1), tokens * copies * load * etp * d * b)
+        parts = self.chunks(ep)
+        message = self.links.exchange(self.shape(ep, etp), tokens * copies * load * d * b / parts)
+        seen, behind = 2 * message, 2 * (parts - 1) * message
+        ways = [seen + self.links.hidden(behind, (parts - 1) / parts * window) for window in (experts, 2 * experts)]
+        widen = self.links.gather(self.shape(etp, 1), tokens * copies * load * etp * d * b / parts)
         sort = 4 * rows * d if model.num_experts // ep > 1 or etp > 1 else 0.0
-        return {"a2a": 2 * exchange, "etp": 2 * widen}, 2 * (tokens + sent) * d + sort
+        there, back = ({"a2a": way, "etp": 2 * parts * widen} for way in ways)
+        return there, back, 2 * (tokens + sent) * d + sort
 
     def _mlp(self, tp: int, cp: int, micro_batch: int, width: int, own_norm: bool) -> Block:
         """Gated feed-forward cut over tp: a dense layer's, or the shared expert's."""
@@ -264,9 +296,11 @@ class LayerCosts:
             forward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * inputs)
             backward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * outputs)
 
-    def _with_launches(self, kind: str, forward: dict[str, float], backward: dict[str, float], weight: float) -> Block:
-        """Adds what is missing to the time that the host needs to launch the kernels."""
-        floor = _LAUNCHES[kind] * self.job.hardware.kernels.launch
+    def _with_launches(
+        self, kind: str, forward: dict[str, float], backward: dict[str, float], weight: float, more: int = 0
+    ) -> Block:
+        """Adds what is missing to the time that the host needs to launch the kernels, ``more`` than usual."""
+        floor = (_LAUNCHES[kind] + more) * self.job.hardware.kernels.launch
         for seconds, least in ((forward, floor), (backward, 2 * floor)):
             missing = least - sum(seconds.values())
             if missing > 0:
@@ -280,7 +314,7 @@ class LayerCosts:
         model = self.model
         attention = self.attention(tp, cp, micro_batch)
         tokens = ceil(self.tokens(micro_batch, cp) / tp)
-        parts = [(1.0, attention), (1.0, self.experts(ep, etp, tokens, dispatcher))]
+        parts = [(1.0, attention), (1.0, self.experts(ep, etp, tokens, dispatcher, tp * cp))]
         if model.shared_expert_intermediate_size:
             parts.append((1.0, self.mlp(tp, cp, micro_batch, model.shared_expert_intermediate_size, False)))
         moe = combine(parts)

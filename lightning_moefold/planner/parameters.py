@@ -44,13 +44,18 @@ def dense_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
     shapes: Shapes = {}
     d = model.hidden_size
     _merge(shapes, attention_shapes(model, tp), layers.layers)
-    _add(shapes, (model.num_experts, d), layers.moe)
+    _merge(shapes, router_shapes(model, layers.moe), 1)
     if model.shared_expert_intermediate_size:
         _merge(shapes, gated_shapes(model, model.shared_expert_intermediate_size, tp), layers.moe)
         _add(shapes, (1, d), layers.moe)
     _merge(shapes, gated_shapes(model, model.intermediate_size, tp), layers.dense)
     _merge(shapes, end_shapes(model, tp, layers), 1)
     return shapes
+
+
+def router_shapes(model: MoEConfig, layers: int) -> Shapes:
+    """The routers of ``layers`` layers with experts."""
+    return {(model.num_experts, model.hidden_size): layers} if layers else {}
 
 
 def end_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:

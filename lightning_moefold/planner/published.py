@@ -9,14 +9,18 @@ does, except that the FSDP runs gather weights for every sequence (see :func:`~.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner.cost import Estimate
 from lightning_moefold.planner.hardware import PRESETS, Hardware
 from lightning_moefold.planner.job import Job
 from lightning_moefold.planner.models_zoo import MODELS
-from lightning_moefold.planner.search import Planner
+from lightning_moefold.planner.search import Planner, Space, micro_batches
+
+#: Of one in bf16, as the product gives it, and in fp32, with its gradient.
+_LOGIT_BYTES = 2 + 4 + 4
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,18 @@ class PublishedRun:
         return Job(MODELS[self.model], self.gpus, machine, 256, 4096, sharding=self.sharding, capacity_factor=1.0)
 
     def predict(self, hardware: Hardware | None = None) -> Estimate:
-        """What the planner says of it."""
-        return Planner(self.job(hardware)).evaluate(Fold.parse(self.fold, self.gpus))[0]
+        """What the planner says of it, less the memory of whole logits.
+
+        Megatron-Core makes those of a micro-batch at once, where this system takes some rows after the others. In a
+        pipeline they lie on the last stage, and the first one is fuller.
+        """
+        job, fold, found = self.job(hardware), Fold.parse(self.fold, self.gpus), []
+        for size in micro_batches(job, Space(), fold):
+            numbers = size * job.sequence_length // fold.cp * ceil(job.model.vocab_size / fold.tp)
+            logits = _LOGIT_BYTES * numbers if fold.pp == 1 else 0
+            machine = replace(job.hardware, reserved_bytes=job.hardware.reserved_bytes + logits)
+            found += Planner(replace(job, hardware=machine), Space(micro_batch_sizes=(size,))).evaluate(fold)
+        return min(found, key=lambda estimate: (not estimate.fits, estimate.step_time))
 
 
 RUNS = (

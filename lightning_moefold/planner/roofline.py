@@ -37,9 +37,11 @@ def roofline(job: Job, estimate: Estimate) -> list[RooflinePoint]:
     for layer, shares in enumerate(job.routing.expert_shares(model.num_experts, model.num_experts_per_tok)):
         alone = replace(job.routing, shares=(tuple(float(share) for share in shares),))
         costs = LayerCosts(job.with_routing(alone))
-        block = costs.experts(fold.ep, fold.etp, tokens, plan.dispatcher)
+        block = costs.experts(fold.ep, fold.etp, tokens, plan.dispatcher, fold.tp * fold.cp)
         busy = sum(part["experts"] for part in (block.forward, block.backward))
         talk = sum(part.get(kind, 0.0) for part in (block.forward, block.backward) for kind in ("a2a", "etp"))
         achieved = flops / (busy + talk) / job.hardware.peak(job.dtype)
-        points.append(RooflinePoint(layer, costs.load(fold.ep), busy / talk if talk else None, achieved))
+        points.append(
+            RooflinePoint(layer, costs.load(fold.ep, fold.tp * fold.cp), busy / talk if talk else None, achieved)
+        )
     return points

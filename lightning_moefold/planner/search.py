@@ -147,6 +147,11 @@ class Planner:
 
     def __init__(self, job: Job, space: Space | None = None) -> None:
         self.job, self.space = job, space or Space()
+        if wrong := [name for name in self.space.dispatchers if name not in job.dispatchers]:
+            raise PlanError(
+                f"dispatcher={wrong[0]!r} neither pads to a capacity nor sends tokens in parts; use 'alltoall', or leave out "
+                "pad_to_capacity and dispatch_chunks."
+            )
         self.costs = CostModel(job)
 
     # ---- one fold ----------------------------------------------------------------------------------------------

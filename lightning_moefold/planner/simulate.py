@@ -227,7 +227,7 @@ def simulate(job: Job, plan: Plan, seed: int = 0) -> Timeline:
     tokens = costs.layers.tokens(plan.micro_batch_size, fold.cp) / fold.tp
     latency = costs.layers.links.neighbour(shape, tokens * job.model.hidden_size * job.activation_bytes)
     split = plan.schedule in SPLIT_BACKWARD and fold.pp > 1
-    loads = _loads(job, plan, costs.layers.load(fold.ep), len(stages), microbatches, seed)
+    loads = _loads(job, plan, costs.layers.load(fold.ep, fold.tp * fold.cp), len(stages), microbatches, seed)
 
     def duration(op: Op) -> float:
         kind, stage, microbatch = op
@@ -265,6 +265,8 @@ def _by_rows(times: RankTimes, way: str) -> float:
 def _loads(job: Job, plan: Plan, mean: float, stages: int, microbatches: int, seed: int) -> np.ndarray:
     """Load of the busiest rank of every stage and micro-batch, relative to the mean that the cost model has."""
     model, ep = job.model, plan.fold.ep
+    if job.pad_to_capacity:
+        return np.ones((stages, microbatches))
     relative = job.routing.expert_shares(model.num_experts, model.num_experts_per_tok) * model.num_experts
     if job.capacity_factor is not None:
         relative = np.minimum(relative, job.capacity_factor)

@@ -89,7 +89,7 @@ def _sizes(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
     yield f"  {n} tokens on a tp group, {t} on a rank; {k} of {model.num_experts} experts each"
     yield (
         f"  busiest rank: load {estimate.load:.2f} of the mean, {rows:.0f} rows over {local} local experts "
-        f"({rows / local:.0f} each)"
+        f"({rows / local:.0f} each{', empty ones among them' if job.pad_to_capacity else ''})"
     )
     yield (
         f"  expert product [{rows / local:.0f} x {model.hidden_size}] x [{model.hidden_size} x {width}]: "
@@ -98,6 +98,14 @@ def _sizes(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
     if fold.ep > 1:
         sent = t * k * estimate.load * model.hidden_size * b
         yield f"  each exchange moves {sent / 2**20:.1f} MiB per rank; four of them a layer, forward and backward"
+        if (parts := costs.layers.chunks(fold.ep)) > 1:
+            shape = costs.layers.shape(fold.ep, fold.etp)
+            one = costs.layers.links.exchange(shape, sent / parts)
+            whole = costs.layers.links.exchange(shape, sent)
+            yield (
+                f"  in {parts} parts of {local / parts:g} experts, {one * 1e3:.2f} ms each instead of {whole * 1e3:.2f} ms "
+                f"in one: the first way there and the last way back are seen, the others travel behind the products"
+            )
     yield f"  forward {moe.forward_total * 1e3:.2f} ms = " + _sum(dict(moe.forward))
     yield f"  backward {moe.backward_total * 1e3:.2f} ms = " + _sum(dict(moe.backward))
 

@@ -2,40 +2,23 @@
 """Every collective of a training step as the fold requires it, from sizes alone: what :mod:`.scale` is held against.
 
 For ``bf16-mixed`` with ``data_parallel_sharding="optimizer"``, one row of a data rank per micro-batch, dropless all-to-all
-dispatch and balanced routing, without context parallelism. Bytes are those of the larger buffer on this rank.
+dispatch and balanced routing. Bytes are those of the larger buffer on this rank.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, TensorGradient
 from lightning_moefold.modules.vocabulary import chunk_rows
-from lightning_moefold.testing.scale import Message, Step
+from lightning_moefold.testing.expected_context import attention_messages
+from lightning_moefold.testing.messages import Expected, Message
+from lightning_moefold.testing.scale import Step
 
 _HALF, _SINGLE, _DOUBLE = 2, 4, 8
 #: Elements after which a bucket of gradients is summed.
 _BUCKET = 16 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A collective, and what it is for.
-
-    Args:
-        purpose: In words.
-        axis: Of the fold.
-        message: What a rank sees of it.
-        count: How often in a step.
-    """
-
-    purpose: str
-    axis: str
-    message: Message
-    count: int
 
 
 def expected_messages(step: Step, fold: Fold, rank: int, layouts: Mapping[str, ParameterLayout]) -> list[Expected]:
@@ -48,21 +31,17 @@ def expected_messages(step: Step, fold: Fold, rank: int, layouts: Mapping[str, P
         layouts: Of all parameters of the model.
 
     Raises:
-        ValueError: For context parallelism.
+        ValueError: For rows that would be padded.
     """
-    if fold.cp > 1:
-        raise ValueError(f"fold {fold} has context parallelism, whose exchanges are not among those expected here.")
+    pieces = fold.tp * (2 * fold.cp if fold.cp > 1 else 1)
+    if step.sequence_length % pieces:
+        raise ValueError(
+            f"sequence_length={step.sequence_length} does not divide into {pieces} pieces under fold {fold} and would be padded, "
+            f"which is not foreseen here; use a multiple of {pieces}."
+        )
     parts = _Parts(step, fold, rank)
     found = [*parts.layers(), *parts.ends(), *parts.stages(), *parts.agreements(), *parts.data_parallel(layouts)]
     return [e for e in found if len(e.message.ranks) > 1 and e.count]
-
-
-def as_counter(expected: list[Expected]) -> Counter[Message]:
-    """How often each collective is called."""
-    total: Counter[Message] = Counter()
-    for entry in expected:
-        total[entry.message] += entry.count
-    return total
 
 
 class _Parts:
@@ -79,9 +58,13 @@ class _Parts:
         self.first, self.last, self.count = 0 in mine, count - 1 in mine, count
         # A pipeline calls its layers once per micro-batch; without one, all rows go through them at once.
         self.m, rows = (step.num_microbatches, 1) if fold.pp > 1 else (1, step.num_microbatches)
-        self.labels = rows * (step.sequence_length - 1)
-        self.s = rows * step.sequence_length
+        self.rows, self.s = rows, rows * step.sequence_length // fold.cp
+        # The last position of a row, on the first cp rank, predicts nothing.
+        self.labels = self.s - rows * (self.place["cp"] == 0)
         self.t = self.s // fold.tp
+        # Passes forward, of the two halves of a layer.
+        self.attends = 2 if step.recompute else 1
+        self.feeds = 2 if step.recompute == "full" else 1
         self.wants_routing = self.config.output_router_logits and self.config.num_moe_layers > 0
 
     def group(self, axis: str) -> tuple[int, ...]:
@@ -96,30 +79,34 @@ class _Parts:
     def _over(self, axis: str, purpose: str, kind: str, size: int, count: int) -> Expected:
         return Expected(purpose, axis, Message(kind, self.group(axis), size), count)
 
-    def _there_and_back(self, purpose: str, size: int, gathers: int, scatters: int) -> Iterator[Expected]:
-        """All-gathers and reduce-scatters over tp in forward; each is the other in backward."""
-        total = gathers + scatters
-        yield self._over("tp", purpose, "all-gather", size, total)
-        yield self._over("tp", purpose, "reduce-scatter", size, total)
+    def _there_and_back(
+        self, purpose: str, size: int, gathers: int, scatters: int, forward: int = 1
+    ) -> Iterator[Expected]:
+        """All-gathers and reduce-scatters over tp in each pass forward; each is the other in backward."""
+        yield self._over("tp", purpose, "all-gather", size, gathers * forward + scatters)
+        yield self._over("tp", purpose, "reduce-scatter", size, scatters * forward + gathers)
 
     def layers(self) -> Iterator[Expected]:
         """Inside decoder layers."""
         config, fold = self.config, self.fold
         layers = [i for part in self.stage_layers.values() for i in part]
-        moe = sum(config.is_moe_layer(i) for i in layers)
+        moe, calls = sum(config.is_moe_layer(i) for i in layers), self.m * len(layers)
         tokens = self.s * config.hidden_size * _HALF
-        yield from self._there_and_back("attention", tokens, self.m * len(layers), self.m * len(layers))
-        wide = moe * bool(config.shared_expert_intermediate_size) + len(layers) - moe
-        yield from self._there_and_back("shared expert, dense layer", tokens, self.m * wide, self.m * wide)
+        yield from self._there_and_back("attention", tokens, calls, calls, self.attends)
+        yield from attention_messages(self.step, fold, self.rank, self.group("cp"), self.rows, calls)
+        wide = self.m * (moe * bool(config.shared_expert_intermediate_size) + len(layers) - moe)
+        yield from self._there_and_back("shared expert, dense layer", tokens, wide, wide, self.feeds)
         rows = self.t * config.num_experts_per_tok
-        sizes = (("rows", rows * config.hidden_size * _HALF, 2), ("router weights", rows * _SINGLE, 1))
-        joint = fold.etp * fold.ep
-        yield self._over("etp_ep", "token counts", "all-gather", joint * config.num_experts * _DOUBLE, moe * self.m)
+        sizes = (("rows", rows * config.hidden_size * _HALF, 1), ("router weights", rows * _SINGLE, 0))
+        joint, calls = fold.etp * fold.ep, self.m * moe
+        yield self._over(
+            "etp_ep", "token counts", "all-gather", joint * config.num_experts * _DOUBLE, self.feeds * calls
+        )
         # Rows travel there and back, router weights only there; in backward their gradients the other way.
-        for what, size, ways in sizes:
-            yield self._over("ep", what, "all-to-all", size, 2 * ways * moe * self.m)
-            for kind in ("all-gather", "reduce-scatter"):
-                yield self._over("etp", what, kind, fold.etp * size, ways * moe * self.m)
+        for what, size, back in sizes:
+            yield self._over("ep", what, "all-to-all", size, (1 + back) * (self.feeds + 1) * calls)
+            yield self._over("etp", what, "all-gather", fold.etp * size, (self.feeds + back) * calls)
+            yield self._over("etp", what, "reduce-scatter", fold.etp * size, (1 + back * self.feeds) * calls)
 
     def ends(self) -> Iterator[Expected]:
         """Embedding, and the head with its loss."""
@@ -160,7 +147,7 @@ class _Parts:
                 yield self._over("stage", "load balance", "all-reduce", experts * _DOUBLE, self.m)
         else:
             table = (2 * self.step.num_microbatches + 1) * experts * self.wants_routing
-            numbers = 8 + table + 2 * fold.dp * (fold.tp > 1)
+            numbers = 8 + table + 2 * fold.dp * (fold.tp * fold.cp > 1)
             yield self._over("stage", "loss and faults", "all-reduce", numbers * _DOUBLE, 1)
         yield self._over("world", "gradient norm", "all-reduce", 2 * _DOUBLE, 1)
 

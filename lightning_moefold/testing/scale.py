@@ -32,24 +32,14 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig, causal_lm
 from lightning_moefold.models.weights import deferred_weights
+from lightning_moefold.modules import DecoderLayer, Experts
+from lightning_moefold.modules.context import Exchange
+from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, local_part, parallelize
 from lightning_moefold.parallel.pipeline import Pipeline
 from lightning_moefold.parallel.registry import ParameterRegistry
-
-
-@dataclass(frozen=True)
-class Message:
-    """A collective as one rank sees it.
-
-    Args:
-        kind: ``all-reduce``, ``all-gather``, ``reduce-scatter``, ``all-to-all``, ``send`` or ``recv``.
-        ranks: Of the group; of a message between two ranks, the sender and the receiver.
-        bytes: Of the larger of its two buffers on this rank.
-    """
-
-    kind: str
-    ranks: tuple[int, ...]
-    bytes: int
+from lightning_moefold.testing.live import LiveMemory
+from lightning_moefold.testing.messages import Message
 
 
 @dataclass(frozen=True)
@@ -61,12 +51,16 @@ class Step:
         num_microbatches: Rows of a data rank; each is one micro-batch.
         sequence_length: Tokens of a row.
         plan: Pipeline schedule and cut.
+        exchange: How queries and keys meet over cp.
+        recompute: What layers compute again in backward.
     """
 
     config: MoEConfig
     num_microbatches: int
     sequence_length: int
     plan: PipelinePlan = field(default_factory=PipelinePlan)
+    exchange: Exchange = "auto"
+    recompute: Recompute | None = None
 
 
 @dataclass
@@ -79,6 +73,7 @@ class Rehearsal:
         model: Its part, without storage.
         memory: Bytes of ``weights``, ``gradients``, and ``state`` (of AdamW).
         promised: The same from the layouts alone.
+        peak: Most bytes that lived at once in the step, before the optimizer's; the state of AdamW is not among them.
         messages: How often each collective was called in a step.
         seconds: Of each phase.
     """
@@ -88,6 +83,7 @@ class Rehearsal:
     model: MoECausalLM
     memory: dict[str, int]
     promised: dict[str, int]
+    peak: int
     messages: Counter[Message]
     seconds: dict[str, float]
 
@@ -114,10 +110,15 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
     with deferred_weights(), torch.device("meta"):
         model = MoECausalLM(step.config)
     parallelize(model, mesh, Sharding("optimizer", torch.bfloat16), torch.device("meta"), step.plan)
-    model.num_microbatches = step.num_microbatches
+    model.num_microbatches, model.context_parallel_exchange = step.num_microbatches, step.exchange
+    for decoder in model.model.layers.values():
+        assert isinstance(decoder, DecoderLayer)
+        decoder.recompute = step.recompute
     for layer in model.moe_layers().values():
         axes = ExpertAxes.of(mesh, DispatchConfig())
         layer.dispatcher = _Balanced(DispatchConfig(), layer.num_experts, layer.top_k, axes)
+        if isinstance(layer.experts, Experts):
+            layer.experts.kernel = "grouped_mm"  # as on a GPU
     recorder = Recorder(fold)
     ids = torch.zeros(step.num_microbatches, step.sequence_length, dtype=torch.int64)
     with FakeTensorMode(allow_non_fake_inputs=True), _real_batches(model):
@@ -127,6 +128,7 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
         norm = GradientNorm(mesh.world, registry.counts_here, registry.is_expert, torch.device("cpu"))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         clock.lap("build")
+        recorder.live.see([local_part(parameter) for parameter in model.parameters()])
         with recorder, gradient_sum.around_backward():
             model(input_ids=ids, labels=ids).loss.backward()
         with recorder:
@@ -135,7 +137,8 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
         clock.lap("step")
         model.release_gathered_weights()
         memory = _count(model, optimizer)
-    return Rehearsal(fold, mesh.rank, model, memory, promise(model, fold, mesh.rank), recorder.messages, clock.seconds)
+    promised, peak = promise(model, fold, mesh.rank), recorder.live.peak
+    return Rehearsal(fold, mesh.rank, model, memory, promised, peak, recorder.messages, clock.seconds)
 
 
 def promise(model: MoECausalLM, fold: Fold, rank: int) -> dict[str, int]:
@@ -187,18 +190,21 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         messages: How often each was called. Groups of one rank are left out.
+        live: What lives meanwhile.
     """
 
     def __init__(self, fold: Fold) -> None:
         super().__init__()
         self.fold = fold
         self.messages: Counter[Message] = Counter()
+        self.live = LiveMemory()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Handles one operation."""
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 0  # faults counted over all ranks, and the like
         result = func(*args, **(kwargs or {}))
+        self.live.see(result)
         if func in _OPERATIONS:
             self._record(func, args)
         elif func.namespace == "c10d" and func is not _C10D.barrier.default:

@@ -15,7 +15,7 @@ from lightning_moefold.modules import Experts
 from lightning_moefold.modules.base import ParallelModule
 from lightning_moefold.parallel.apply import _data_dim
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job
-from lightning_moefold.planner.schedules import pipeline_layout
+from lightning_moefold.planner.schedules import RankLayers, pipeline_layout
 
 TINY = {
     "vocab_size": 512, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
@@ -57,19 +57,22 @@ def layouts(name, text, world):
 def test_bytes_of_a_rank_are_those_of_the_layouts(name, text):
     """Weights, gradients and moments, to the byte: heads that tp does not divide and pieces that differ included."""
     fold, found = layouts(name, text, 64)
-    whole = dict.fromkeys(Family, 0)
+    whole, padded = dict.fromkeys(Family, 0), dict.fromkeys(Family, 0)
     stored = dict.fromkeys(Family, 0)
     for layout in found:
         whole[layout.plan.family] += layout.tensor_box(fold.coordinates(0)).numel
         stored[layout.plan.family] += layout.box(fold, 0).numel
+        padded[layout.plan.family] += layout.box(fold, 0).numel * fold.size(layout.data_axis)
     held = pipeline_layout(MODELS[name], 1, 1, "1f1b")[0]
     memory = CostModel(Job(MODELS[name], 64, PRESETS["dgx-h100"], 128, 256, "32-true")).memory
     predicted = memory.parameters(fold.tp, fold.ep, fold.etp, held)
     assert (predicted.dense, predicted.expert) == (whole[Family.DENSE], whole[Family.EXPERT])
-    gathered = whole[Family.DENSE] + (whole[Family.EXPERT] if fold.edp > 1 else 0)
+    gathered = padded[Family.DENSE] + (padded[Family.EXPERT] if fold.edp > 1 else 0)
     weights, gradients, moments = memory.states(fold, held, accumulates=False)
     mine = sum(stored.values())
-    live = predicted.layer_dense + (predicted.layer_expert if fold.edp > 1 else 0)
+    spreads = fold.dp * fold.cp, fold.edp
+    one = memory.shards(fold.tp, fold.ep, fold.etp, RankLayers(1, 0), *spreads)
+    live = sum(ranks * number for ranks, number in zip(spreads, one, strict=True) if ranks > 1)
     assert (weights, gradients, moments) == (4 * (mine + gathered), 4 * (mine + live), 8 * mine)
 
 
@@ -109,8 +112,9 @@ def test_states_are_those_counted_on_ranks(ranks, text, sharding):
     memory = CostModel(Job(config, ranks, PRESETS["cpu"], fold.dp, 128, "32-true", sharding)).memory
     held = pipeline_layout(config, 1, 1, "1f1b")[0]
     weights, gradients, moments = memory.states(fold, held, accumulates=False)
-    live = memory.parameters(fold.tp, fold.ep, fold.etp, held)
-    layer = 4 * (live.layer_dense * (fold.dp * fold.cp > 1) + live.layer_expert * (fold.edp > 1))
+    spreads = fold.dp * fold.cp, fold.edp
+    one = memory.shards(fold.tp, fold.ep, fold.etp, RankLayers(1, 0), *spreads)
+    layer = 4 * sum(ranks * number for ranks, number in zip(spreads, one, strict=True) if ranks > 1)
     gradients -= 0 if sharding == "none" else layer  # one layer's, whole on their way to being scattered
     weights -= 2 * layer if sharding == "full" else 0  # two layers', gathered while they compute
     stored, reduced, state, gathered = MEASURED[ranks, text, sharding]

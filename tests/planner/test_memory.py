@@ -81,10 +81,30 @@ def test_sharding_and_recomputation_save_memory():
 
 
 def test_states_by_hand():
-    """bf16-mixed with optimizer sharding: 2 bytes of weight, 4 of gradient, 12 / ranks of weight and moments."""
+    """bf16-mixed with optimizer sharding: 2 bytes of weight, 4 of gradient, 12 / ranks of weight and moments.
+
+    Routers compute in float32: 2 bytes more.
+    """
     model = costs("mixtral-8x22b", world_size=128)
     fold = Fold.parse("tp2 pp8 | ep8", 128)
     held = pipeline_layout(MODELS["mixtral-8x22b"], 8, 1, "1f1b")[1]
     local = model.memory.parameters(2, 8, 1, held)
     total = sum(model.memory.states(fold, held, accumulates=True))
-    assert total == pytest.approx(6 * (local.dense + local.expert) + 12 * (local.dense / 8 + local.expert / 2))
+    states = 6 * (local.dense + local.expert) + 12 * (local.dense / 8 + local.expert / 2)
+    assert total == pytest.approx(states + 2 * 7 * 8 * 6144)
+
+
+def test_gathered_weights_are_padded_to_equal_pieces():
+    """Over 256 data ranks, the 8 rows of a router are gathered as 256, and whole gradients are not padded."""
+    memory, config = costs("mixtral-8x22b", world_size=4096).memory, MODELS["mixtral-8x22b"]
+    fold, held = Fold.parse("tp2 pp8 | ep8", 4096), pipeline_layout(config, 8, 1, "1f1b")[1]
+    local = memory.parameters(2, 8, 1, held)
+    weights, gradients, _ = memory.states(fold, held, accumulates=True)
+    dense, expert = memory.shards(2, 8, 1, held, 256, 64)
+    routers = 7 * 256 * 6144
+    # All else divides by 256 or 64.
+    assert 256 * dense == local.dense + routers - 7 * 8 * 6144
+    assert 64 * expert == local.expert
+    gathered = 2 * (local.dense - 7 * 8 * 6144 + local.expert) + 4 * routers
+    assert weights == pytest.approx(4 * (dense + expert) + gathered)
+    assert gradients == 4 * (local.dense + local.expert)

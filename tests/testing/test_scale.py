@@ -8,27 +8,31 @@ from typing import Any
 
 import pytest
 
-from lightning_moefold import Fold
 from lightning_moefold.parallel import PipelinePlan
 from lightning_moefold.parallel.gradients import GradientSum
 from lightning_moefold.planner.models_zoo import MODELS
-from lightning_moefold.testing.expected import as_counter, expected_messages
-from lightning_moefold.testing.scale import Step, rehearse
+from lightning_moefold.testing.expected import expected_messages
+from lightning_moefold.testing.planned import held, planned
+from lightning_moefold.testing.scale import Step
+from tests.testing.rehearsing import check, differences
 
 
-def check(name: str, fold: str, world: int, rank: int, plan: PipelinePlan, m: int, **fields: Any) -> None:
-    step = Step(replace(MODELS[name], **{"output_router_logits": True} | fields), m, 4096, plan)
-    done = rehearse(step, Fold.parse(fold, world), rank)
-    assert done.memory == done.promised
-    assert done.messages == as_counter(expected_messages(step, done.fold, rank, done.model.layouts))
-    assert done.seconds["mesh"] < 5
+def step_of(name: str, plan: PipelinePlan, m: int, **fields: Any) -> Step:
+    return Step(replace(MODELS[name], **{"output_router_logits": True} | fields), m, 4096, plan)
 
 
 @pytest.mark.parametrize(
-    ("name", "fold", "rank"), [("mixtral-8x22b", "tp2 pp8 | ep8", 1021), ("qwen2-57b-a14b", "tp2 pp4 | ep4", 5)]
+    ("name", "fold", "rank"), [("mixtral-8x22b", "tp2 pp8 | ep8", 897), ("qwen2-57b-a14b", "tp2 pp4 | ep4", 1)]
 )
 def test_one_of_a_thousand(name: str, fold: str, rank: int) -> None:
-    check(name, fold, 1024, rank, PipelinePlan("gpipe"), 1)
+    """Ranks that are the first among their data ranks, of which the planner tells."""
+    step = step_of(name, PipelinePlan("gpipe"), 1)
+    done = check(step, fold, 1024, rank)
+    plan = planned(step, done.fold, rank)
+    weights, gradients, moments, _ = held(done, expected_messages(step, done.fold, rank, done.model.layouts))
+    # What is reduced is padded, what is held is not.
+    assert (plan.weights, plan.optimizer) == (weights, moments)
+    assert gradients == pytest.approx(plan.gradients, rel=0.01)
 
 
 @pytest.mark.slow
@@ -39,7 +43,17 @@ def test_one_of_a_thousand(name: str, fold: str, rank: int) -> None:
      ("qwen2-57b-a14b", "tp2 pp4 | ep4 etp2")],
 )  # fmt: skip
 def test_folds_of_the_paper(name: str, fold: str, rank: int) -> None:
-    check(name, fold, 4096, rank, PipelinePlan("1f1b"), 8)
+    check(step_of(name, PipelinePlan("1f1b"), 8), fold, 4096, rank)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "m"), [(1, 5), (1, 4), (49, 5)])
+def test_peak_is_what_the_planner_says(rank: int, m: int) -> None:
+    """On the first stage with more micro-batches than stages, and with as many, and on the last one with the head."""
+    step = step_of("qwen2-57b-a14b", PipelinePlan("1f1b"), m)
+    done = check(step, "tp2 pp4 | ep4", 64, rank)
+    plan = planned(step, done.fold, rank)
+    assert done.peak == pytest.approx(plan.total - plan.optimizer, rel=0.03)
 
 
 @pytest.mark.slow
@@ -48,12 +62,13 @@ def test_folds_of_the_paper(name: str, fold: str, rank: int) -> None:
              PipelinePlan("dualpipev")], ids=lambda plan: plan.schedule,
 )  # fmt: skip
 def test_schedules(plan: PipelinePlan) -> None:
-    check("qwen2-57b-a14b", "tp2 pp4 | ep4", 1024, 1021, plan, 8, output_router_logits=False, num_hidden_layers=8)
+    step = step_of("qwen2-57b-a14b", plan, 8, output_router_logits=False, num_hidden_layers=8)
+    check(step, "tp2 pp4 | ep4", 1024, 1021)
 
 
 @pytest.mark.slow
 def test_without_a_pipeline() -> None:
-    check("qwen2-57b-a14b", "tp4 | ep4 etp4", 1024, 517, PipelinePlan(), 1)
+    check(step_of("qwen2-57b-a14b", PipelinePlan(), 1), "tp4 | ep4 etp4", 1024, 517)
 
 
 def test_a_sum_that_is_left_out_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +77,8 @@ def test_a_sum_that_is_left_out_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(
         MODELS["qwen1.5-moe-a2.7b"], output_router_logits=True, num_hidden_layers=2, num_experts=16, vocab_size=1024
     )
-    step, fold = Step(config, 1, 64), Fold.parse("tp2 | ep4", 64)
-    done = rehearse(step, fold, 9)
-    missing = as_counter(expected_messages(step, fold, 9, done.model.layouts)) - done.messages
+    step = Step(config, 1, 64)
+    _, missing, unforeseen = differences(step, "tp2 | ep4", 64, 9)
     [(message, count)] = missing.items()
     assert (message.kind, message.ranks, count) == ("all-reduce", (8, 9), 1)
-    assert not done.messages - as_counter(expected_messages(step, fold, 9, done.model.layouts))
+    assert not unforeseen
