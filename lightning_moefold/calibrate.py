@@ -107,8 +107,10 @@ def fit_link(samples: list[tuple[int, float]], part: float) -> tuple[float, floa
     return start, part * size / max(seconds - start, 1e-9)
 
 
-def describe(measured: Measurements, ranks: int, dtype: str, memory: float, name: str) -> Hardware:
-    """The hardware that the measurements describe."""
+def describe(
+    measured: Measurements, ranks: int, dtype: str, memory: float, name: str, cores: int | None = None
+) -> Hardware:
+    """The hardware that the measurements describe; ``cores`` is the number that CPU ranks share."""
     rate, half, _ = fit_products(measured.products)
     _, short_forward, _ = min(measured.attention)
     length, forward, backward = max(measured.attention)
@@ -134,6 +136,7 @@ def describe(measured: Measurements, ranks: int, dtype: str, memory: float, name
         reduce_efficiency=min(reduce_rate / gather_rate, 1.0),
         overlap=0.0 if dtype == "fp32" else Kernels().overlap,
         host_sync=measured.launch,
+        waiting=1.0 if cores is None or ranks <= cores else 0.0,
     )
     reserved = 0.1 * memory
     return Hardware(name, ranks, {dtype: rate}, memory, measured.copy, link, link, reserved, kernels)
@@ -281,7 +284,8 @@ def calibrate(ranks: int, name: str, use_gpu: bool | None = None) -> tuple[Hardw
         *([(int(n), s) for n, s in samples] for samples in (found.gather, found.exchange, found.reduce)),
     )  # fmt: skip
     memory = torch.cuda.get_device_properties(0).total_memory if use_gpu else _host_memory() / ranks
-    return describe(found, ranks, "bf16" if use_gpu else "fp32", memory, name), found
+    cores = None if use_gpu else os.cpu_count()
+    return describe(found, ranks, "bf16" if use_gpu else "fp32", memory, name, cores), found
 
 
 def _host_memory() -> float:

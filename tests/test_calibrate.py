@@ -33,7 +33,9 @@ def test_the_description_predicts_what_was_measured():
     lengths = [(64, 5e9, 4e9), (256, 10e9, 8e9)]
     messages = [(4096, 1e-4), (2**23, 1e-2)]
     measured = Measurements(made_up(50e9, 24.0), lengths, 5e9, 1e-5, messages, messages, messages)
-    hardware = describe(measured, 2, "fp32", 4e9, "box")
+    hardware = describe(measured, 2, "fp32", 4e9, "box", cores=2)
+    assert hardware.kernels.waiting == 1
+    assert describe(measured, 4, "fp32", 4e9, "box", cores=2).kernels.waiting == 0
     compute = Compute(hardware, "fp32", 4)
     for m, n, k, seconds in measured.products[1:]:
         assert compute.gemm(m, n, k) == pytest.approx(seconds, rel=0.1)

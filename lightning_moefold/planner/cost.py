@@ -131,7 +131,7 @@ class CostModel:
                 microbatches * job.hardware.kernels.split_backward * ranks[slowest].block.backward_total
             )
         if fold.pp > 1:
-            times["bubble"] = bubble(
+            times["bubble"] = job.hardware.kernels.waiting * bubble(
                 plan.schedule, plan.num_stages_per_rank, [r.forward for r in ranks], [r.backward for r in ranks],
                 [r.block.weight for r in ranks],
             )  # fmt: skip

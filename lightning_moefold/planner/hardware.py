@@ -79,6 +79,8 @@ class Kernels:
         overlap: Part of the shorter of two overlapped activities (communication under compute) that disappears.
         host_sync: Seconds lost when the host waits for token counts (dropless routing only).
         split_backward: Relative extra time of a backward cut into input and weight gradients.
+        waiting: Part of a pipeline's bubble that is lost: 0 where ranks share cores, and one that waits leaves its core to
+            others.
     """
 
     gemm_efficiency: float = 0.70
@@ -94,6 +96,7 @@ class Kernels:
     overlap: float = 0.65
     host_sync: float = 50e-6
     split_backward: float = 0.04
+    waiting: float = 1.0
 
 
 @dataclass(frozen=True)

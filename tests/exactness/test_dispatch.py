@@ -52,6 +52,7 @@ def _run(pool: RankPool, checkpoint: str, fold: str, dispatch: str, padding: str
     assert (dropped > 0) == (factor is not None and factor < 50), f"{dropped} dropped"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dispatch", "fold"), [(d, SMALL[i % 3 + 1]) for i, d in enumerate(DISPATCH)] + [("probs", "cp2 | etp2"), ("padded", "")]
 )  # fmt: skip
