@@ -46,7 +46,7 @@ class _RunAgainFirst(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(torch.empty(0))
+        ctx.save_for_backward(torch.empty(0, dtype=torch.uint8))  # the default dtype may be another later
         return tuple(output.view_as(output) for output in outputs)
 
     @staticmethod
