@@ -21,7 +21,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     ("fold", "sharding"),
-    [("tp2 | ep4", "optimizer"), ("| ep2", "full"), pytest.param("| ep4", "none", marks=pytest.mark.slow)],
+    [
+        pytest.param("tp2 | ep4", "optimizer", marks=pytest.mark.slow),
+        ("| ep2", "full"),
+        pytest.param("| ep4", "none", marks=pytest.mark.slow),
+    ],
 )
 def test_training_goes_on_exactly(pool: RankPool, path: str, fold: str, sharding: str) -> None:
     """Generating between forward, backward and step changes no bit of weights, losses, counters and random state."""

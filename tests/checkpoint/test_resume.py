@@ -37,7 +37,7 @@ def _compare(resumed: list[Report], full: list[Report], done: int, tolerance: fl
     "spec",
     [
         {},
-        {"optimizer": "sgd", "frozen": ["*.experts.*"]},
+        pytest.param({"optimizer": "sgd", "frozen": ["*.experts.*"]}, marks=pytest.mark.slow),
         {"frozen": ["*.mlp.gate.*", "model.layers.0.*"], "schedule": "step"},
     ],
     ids=["adamw", "sgd with frozen experts", "adamw with frozen layer"],
@@ -61,7 +61,9 @@ def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any])
 
 
 @pytest.mark.parametrize(
-    "spec", [{}, {"frozen": ["model.embed_tokens.*", "model.layers.0.*"]}], ids=["", "frozen stage"]
+    "spec",
+    [pytest.param({}, marks=pytest.mark.slow), {"frozen": ["model.embed_tokens.*", "model.layers.0.*"]}],
+    ids=["", "frozen stage"],
 )
 def test_resume_a_pipeline(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any]) -> None:
     full = pool.run(jobs.save_and_go_on, path, "pp2 | ep2", spec, str(tmp_path), ranks=4)

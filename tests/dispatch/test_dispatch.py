@@ -50,7 +50,7 @@ def test_bytes_on_the_wire(pool: RankPool) -> None:
     [
         ("ep4", 4, 2, [(1, 3), (0, 1), (0, 1)]),
         ("ep4 etp2", 8, 4, [(1, 5), (1, 3), (0, 1, 2, 3)]),
-        ("ep8", 8, 2, [(1, 3, 5, 7), (0, 1), (0, 1)]),
+        pytest.param("ep8", 8, 2, [(1, 3, 5, 7), (0, 1), (0, 1)], marks=pytest.mark.slow),
     ],
 )
 def test_by_node(pool: RankPool, fold: str, ranks: int, node_size: int, axes_of_rank_1: list[tuple[int, ...]]) -> None:

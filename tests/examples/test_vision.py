@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-FOLDS = [["tp2 | ep2"], pytest.param(["pp2", "--microbatches", "4"], marks=pytest.mark.slow)]
+FOLDS = [
+    pytest.param(["tp2 | ep2"], marks=pytest.mark.slow),
+    pytest.param(["pp2", "--microbatches", "4"], marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("fold", FOLDS, ids=["tensors", "pipeline"])

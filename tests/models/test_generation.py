@@ -119,6 +119,7 @@ def test_draws_have_their_probabilities() -> None:
     assert draw(probability_1V, torch.tensor([0.0], dtype=torch.float64)).tolist() == [1]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_text_under_every_fold(pool: RankPool, paths: dict[str, str]) -> None:
     """Prompts are dealt to the data ranks in turn, and the longest ones do not all end up on one of them."""
     ids, mask = prompts(8, 5, 9)

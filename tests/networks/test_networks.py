@@ -110,7 +110,9 @@ def test_a_rank_whose_prediction_fails(pool: RankPool) -> None:
     assert {outcomes[rank] for rank in (0, 2, 3)} == {"PeerError: another rank has failed; its own error says why."}
 
 
-@pytest.mark.parametrize(("world", "fold"), [(1, ""), (2, "tp2 | ep2"), (4, "tp2 | ep2"), (2, "")])
+@pytest.mark.parametrize(
+    ("world", "fold"), [(1, ""), pytest.param(2, "tp2 | ep2", marks=pytest.mark.slow), (4, "tp2 | ep2"), (2, "")]
+)
 @pytest.mark.parametrize("sharding", ["full", "none"])
 def test_mixed_precision_is_near_float32(pool: RankPool, world: int, fold: str, sharding: str) -> None:
     data = network.make_data(2, Fold.parse(fold, world).dp)

@@ -20,6 +20,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(folder, "qwen2_moe", num_experts=4, vocab_size=96, moe_intermediate_size=8))
 
 
+@pytest.mark.slow
 def test_resume_under_another_fold(pool: RankPool, path: str, tmp_path: Path) -> None:
     full = pool.run(jobs.interrupted, path, "| ep2", NAMES, str(tmp_path), 4, False, ranks=2)
     pool.run(jobs.interrupted, path, "| ep2", NAMES, str(tmp_path), 2, False, ranks=2)
@@ -32,6 +33,7 @@ def test_resume_under_another_fold(pool: RankPool, path: str, tmp_path: Path) ->
             assert_close_by_name(found, expected, 1e-9, f"{part} of {name}")
 
 
+@pytest.mark.slow
 def test_two_optimizers_by_hand(pool: RankPool, path: str, tmp_path: Path) -> None:
     [(losses, weights)] = pool.run(jobs.by_hand, path, "", str(tmp_path), "none", False, ranks=1)
     for fold, sharding, resume in (("tp2 | ep2", "optimizer", True), ("", "full", False)):

@@ -114,7 +114,9 @@ def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: R
     assert set(rest[1]) < set(seen)
 
 
-@pytest.mark.parametrize("early", [False, True], ids=["", "loaders made before the checkpoint is read"])
+@pytest.mark.parametrize(
+    "early", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "loaders made before the checkpoint is read"]
+)
 def test_other_batch_sizes_after_a_resume(pool: RankPool, folder: Path, tmp_path: Path, early: bool):
     """What is left of the epoch is read once, and later epochs are whole ones of another length."""
     arguments = {"max_epochs": 3, "limit_val_batches": 1}

@@ -24,7 +24,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("fold", "early"), [(FOLD, False), (FOLD, True), (PIPELINE, False)], ids=["configure_model", "__init__", "pipeline"]
+    ("fold", "early"),
+    [(FOLD, False), pytest.param(FOLD, True, marks=pytest.mark.slow), (PIPELINE, False)],
+    ids=["configure_model", "__init__", "pipeline"],
 )
 def test_entry_points(pool: RankPool, path: str, fold: str, early: bool) -> None:
     [expected] = pool.run(life.entry_points, path, "", False, ranks=1)
@@ -49,7 +51,9 @@ def test_model_outside_a_trainer(pool: RankPool, path: str) -> None:
     assert actual[0][0].losses == pytest.approx(losses, rel=1e-9)
 
 
-@pytest.mark.parametrize(("fold", "weights_only"), [(FOLD, False), (FOLD, True), (PIPELINE, False)])
+@pytest.mark.parametrize(
+    ("fold", "weights_only"), [pytest.param(FOLD, False, marks=pytest.mark.slow), (FOLD, True), (PIPELINE, False)]
+)
 def test_best_and_last(pool: RankPool, path: str, tmp_path: Path, fold: str, weights_only: bool) -> None:
     for seen in pool.run(life.keep_best, path, fold, str(tmp_path), weights_only, ranks=4):
         order = sorted(range(5), key=lambda step: -seen["losses"][step])
@@ -70,7 +74,7 @@ RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("fold", [FOLD, PIPELINE])
+@pytest.mark.parametrize("fold", [pytest.param(FOLD, marks=pytest.mark.slow), PIPELINE])
 def test_limits_schedules_and_intervals(pool: RankPool, path: str, fold: str) -> None:
     [expected] = pool.run(life.cases, path, "", RUNS, ranks=1)
     actual = pool.run(life.cases, path, fold, RUNS, ranks=4)
@@ -121,6 +125,7 @@ def test_hyperparameters_that_cannot_be_read_back(pool: RankPool, path: str, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_every_implementation_of_adamw(pool: RankPool, path: str, tmp_path: Path) -> None:
     actual = pool.run(life.kernels, path, "| ep2", str(tmp_path), ranks=4)
     whole = [assemble(runs[i].weights for runs in actual) for i in range(3)]
