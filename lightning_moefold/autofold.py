@@ -22,7 +22,7 @@ from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.planner.auto import AutoFold, Choice, choose, machine_for
 from lightning_moefold.planner.hardware import Hardware, find_hardware
-from lightning_moefold.planner.job import DISPATCHERS, RECOMPUTES, SCHEDULES, Job, PlanError
+from lightning_moefold.planner.job import RECOMPUTES, SCHEDULES, Job, PlanError
 from lightning_moefold.planner.models_zoo import find_model
 from lightning_moefold.planner.routing import find_routing
 from lightning_moefold.planner.search import Space
@@ -58,16 +58,19 @@ class Fixed:
     num_stages_per_rank: int
     recompute: str | None
 
-    @property
-    def space(self) -> Space:
-        """What is left to choose from: what the strategy runs in one call of the model."""
-        only_alltoall = self.dispatch.pad_to_capacity or self.dispatch.chunks > 1
-        known = ("alltoall",) if only_alltoall else DISPATCHERS
+    def space(self, dispatchers: tuple[str, ...]) -> Space:
+        """What is left to choose from: what the strategy runs in one call of the model.
+
+        Args:
+            dispatchers: Those that can do what is asked for.
+        """
+        # The planner knows no second level; within a node both send alike.
+        given = {"auto": dispatchers, "hierarchical": ("deduplicated",)}
         looped = self.schedule is not None and self.schedule.startswith("interleaved")
         return Space(
             schedules=tuple(s for s in SCHEDULES if s != "gpipe") if self.schedule is None else (self.schedule,),
             recomputes=RECOMPUTES if self.recompute is None else (self.recompute,),
-            dispatchers=known if self.dispatch.dispatcher == "auto" else (self.dispatch.dispatcher,),
+            dispatchers=given.get(self.dispatch.dispatcher, (self.dispatch.dispatcher,)),
             num_microbatches=self.num_microbatches,
             num_stages_per_rank=self.num_stages_per_rank if looped else None,
             accumulates=False,
@@ -128,7 +131,7 @@ def choose_for(
         fixed.precision, fixed.sharding, fixed.dispatch.capacity_factor, find_routing(auto.routing),
         fixed.dispatch.drop_scope, fixed.dispatch.pad_to_capacity, fixed.dispatch.chunks,
     )  # fmt: skip
-    return choose(job, fixed.space, rows_per_rank=None if total else rows)
+    return choose(job, fixed.space(job.dispatchers), rows_per_rank=None if total else rows)
 
 
 def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None:

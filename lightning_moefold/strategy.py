@@ -392,7 +392,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         chosen = choice.estimate.plan
         self._fold_text = str(chosen.fold)
         self.recompute = None if chosen.recompute == "none" else cast(Recompute, chosen.recompute)
-        self.dispatch = replace(self.dispatch, dispatcher=cast(DispatcherName, chosen.dispatcher))
+        if self.dispatch.dispatcher == "auto":
+            self.dispatch = replace(self.dispatch, dispatcher=cast(DispatcherName, chosen.dispatcher))
         if chosen.fold.pp > 1:
             self._pipeline_plan = PipelinePlan(chosen.schedule, chosen.num_stages_per_rank)
             self.num_microbatches, self._microbatches_given = choice.estimate.microbatches, True

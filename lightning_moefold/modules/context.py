@@ -83,7 +83,7 @@ def exchange_for(cp: int, heads: int, kv_heads: int, row_bytes: int) -> Exchange
 
     All-to-all moves ``2 H + 2 V`` heads' worth of a rank's positions once, less what stays; the others ``2 V`` heads'
     worth ``cp - 1`` times. So all-to-all where the heads divide by cp and ``(H + V) / cp < V``; else one all-gather where
-    keys and values of the whole row are small (32 MB), else a ring, which keeps two ranks' share of them at a time.
+    keys and values of the whole row are small (32 MB), else a ring, which never holds those of a whole row.
 
     Args:
         cp: Ranks over which rows are cut.

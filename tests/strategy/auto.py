@@ -38,7 +38,7 @@ def fit(
     seen: dict[str, Any] = {
         "fold": str(strategy.fold), "microbatches": strategy.num_microbatches, "losses": module.report.losses,
         "weights": owned_pieces(module.model), "said": said, "recompute": strategy.recompute,
-        "schedule": strategy._pipeline_plan.schedule,
+        "schedule": strategy._pipeline_plan.schedule, "dispatcher": strategy.dispatch.dispatcher,
     }  # fmt: skip
     if folder is not None:
         run.save_checkpoint(Path(folder, "auto.ckpt"))
