@@ -81,6 +81,7 @@ class MemoryModel:
         self.parameters = lru_cache(maxsize=None)(self._parameters)
         self.shards = lru_cache(maxsize=None)(self._shards)
         self.gathered = lru_cache(maxsize=None)(self._gathered_bytes)
+        self.states = lru_cache(maxsize=None)(self._states)
         self._saved = lru_cache(maxsize=None)(self._saved_per_layer)
 
     # ---- parameters --------------------------------------------------------------------------------------------
@@ -104,7 +105,7 @@ class MemoryModel:
         routers = shard(router_shapes(self.model, layers.moe), ranks)
         return ranks * (gathered * dense + (stored - gathered) * routers), edp * gathered * expert
 
-    def states(self, fold: Fold, layers: RankLayers, accumulates: bool) -> tuple[float, float, float]:
+    def _states(self, fold: Fold, layers: RankLayers, accumulates: bool) -> tuple[float, float, float]:
         """Bytes of weights, gradients and moments on a rank; of its data ranks, the first, which stores most.
 
         Args:
