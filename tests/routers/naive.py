@@ -185,7 +185,7 @@ def route(scored: list[Scored], places: list[Place], k: int, options: dict[str, 
 
 
 def drop(tokens: list[Token], places: list[Place], factor: float) -> list[list[float]]:
-    """1 for each choice that its expert serves, 0 for others: the most probable ones of each row, padding left out."""
+    """1 for each choice that its expert serves, 0 for others: the most probable ones of each row, coarsely, padding left out."""
     k, experts = len(tokens[0].experts), len(tokens[0].probability)
     served = [[0.0] * k for _ in tokens]
     for row in {place.row for place in places}:
@@ -193,7 +193,7 @@ def drop(tokens: list[Token], places: list[Place], factor: float) -> list[list[f
         room = min(len(members), math.ceil(factor * k * len(members) / experts))
         for expert in range(experts):
             asking = [i for i in members if expert in tokens[i].experts]
-            asking.sort(key=lambda i, e=expert: (-float(tokens[i].probability[e].detach()), places[i].position))
+            asking.sort(key=lambda i, e=expert: (-coarse(float(tokens[i].probability[e].detach())), places[i].position))
             for i in asking[:room]:
                 served[i][tokens[i].experts.index(expert)] = 1.0
     return served
