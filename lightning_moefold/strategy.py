@@ -49,6 +49,7 @@ from lightning_moefold.liveness import RollCall
 from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
+from lightning_moefold.modules import kept_memory
 from lightning_moefold.modules.base import ParallelRoot
 from lightning_moefold.modules.context import EXCHANGES, Exchange
 from lightning_moefold.modules.decoder import DecoderLayer
@@ -706,6 +707,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
+        kept_memory.release()
 
 
 def _end_processes() -> None:

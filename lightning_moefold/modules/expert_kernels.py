@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_moefold.dispatch import ExpertRows
+from lightning_moefold.modules.kept_memory import FOR_BACKWARD, GRADIENTS
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -184,7 +185,7 @@ class _Job:
 
     def stack_like(self, weight: Tensor) -> Tensor:
         """Room for the gradient of a stack; zero for experts without rows, which nobody visits."""
-        grad = torch.empty_like(weight)
+        grad = GRADIENTS.empty(*weight.shape, dtype=weight.dtype, device=weight.device)
         for expert, count in enumerate(self.counts):
             if not count:
                 grad[expert].zero_()
@@ -207,8 +208,9 @@ class _ExpertByExpert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_AD: Tensor, weight_M: Tensor, job: _Job, *weights: Tensor) -> Tensor:
         gate_LFD, up_LFD, down_LDF = weights
-        gate_MF = x_AD.new_empty(weight_M.shape[0], gate_LFD.shape[1])
-        up_MF, total_AD = torch.empty_like(gate_MF), job.total(x_AD)
+        sizes = weight_M.shape[0], gate_LFD.shape[1]
+        gate_MF, up_MF = (FOR_BACKWARD.empty(*sizes, dtype=x_AD.dtype, device=x_AD.device) for _ in range(2))
+        total_AD = job.total(x_AD)
         for expert, rows, tokens in job.blocks():
             x_cD, gate, up = job.read(x_AD, tokens), gate_MF[rows], up_MF[rows]
             torch.mm(x_cD, gate_LFD[expert].t(), out=gate)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_moefold import Fold, MoECausalLM, MoEFoldStrategy
-from lightning_moefold.modules import vocabulary
+from lightning_moefold.modules import kept_memory, vocabulary
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import Piece, owned_pieces
 
@@ -105,7 +105,10 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
     """Trains on ``batches[step][data rank]``; one optimizer step per ``accumulate`` batches."""
     run = RankRun()
     module = (ZeroingCase if spec.get("zero_everything") else Case)(path, run, spec)
-    with mock.patch.dict(vocabulary._CHUNK_ELEMENTS, {"cpu": spec.get("chunk_elements", 1 << 22)}):
+    with (
+        mock.patch.dict(vocabulary._CHUNK_ELEMENTS, {"cpu": spec.get("chunk_elements", 1 << 22)}),
+        mock.patch.object(kept_memory, "SMALLEST", 1),  # small models, too
+    ):
         _fit(module, fold, batches, spec)
     run.weights = owned_pieces(module.model)
     run.fold = str(module.model.fold)
