@@ -107,7 +107,7 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
     module = (ZeroingCase if spec.get("zero_everything") else Case)(path, run, spec)
     with (
         mock.patch.dict(vocabulary._CHUNK_ELEMENTS, {"cpu": spec.get("chunk_elements", 1 << 22)}),
-        mock.patch.object(kept_memory, "SMALLEST", 1),  # small models, too
+        mock.patch.object(kept_memory, "SMALLEST", 256),  # small models, too
     ):
         _fit(module, fold, batches, spec)
     run.weights = owned_pieces(module.model)
