@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_moefold import Fold, comm
-from lightning_moefold.dispatch import DispatchConfig, ExpertAxes, TokenDispatcher, make_dispatcher
+from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, TokenDispatcher, make_dispatcher
 from lightning_moefold.mesh import Axis, FoldedMesh
 from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
 from lightning_moefold.testing import RankPool
@@ -95,7 +95,7 @@ def counted_reads() -> Iterator[list[str]]:
 
 def walk(dispatcher: TokenDispatcher, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
     """The six steps in the order of a layer, around experts that do nothing."""
-    parcels = dispatcher.dispatch_preprocess(x_TD, weight_TK, expert_TK)
+    parcels = dispatcher.dispatch_preprocess(x_TD, Choices(weight_TK, expert_TK))
     flying, returns = [dispatcher.token_dispatch(parcels[0])], []
     for number in range(len(parcels)):
         if number + 1 < len(parcels):

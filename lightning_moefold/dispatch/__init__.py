@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token dispatchers: how tokens travel to their experts and back."""
 
-from lightning_moefold.dispatch.base import ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
+from lightning_moefold.dispatch.base import Choices, ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
 from lightning_moefold.dispatch.config import DispatchConfig, choose_dispatcher
 from lightning_moefold.dispatch.registry import make_dispatcher
 
 __all__ = [
+    "Choices",
     "DispatchConfig",
     "ExpertAxes",
     "ExpertRows",

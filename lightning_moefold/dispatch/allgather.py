@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
-from lightning_moefold.dispatch.base import ExpertRows, Parcel, Return, TokenDispatcher
+from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, TokenDispatcher
 from lightning_moefold.dispatch.packing import exchange_choices
 from lightning_moefold.dispatch.permutation import sort_by_expert, take_distinct
 
@@ -44,20 +44,13 @@ class GatherPlan:
 class AllGatherDispatcher(TokenDispatcher):
     """All tokens to all ranks; see the module."""
 
-    def dispatch_preprocess(
-        self,
-        x_TD: Tensor,
-        weight_TK: Tensor,
-        expert_TK: Tensor,
-        kept_TK: Tensor | None = None,
-        served: int | None = None,
-        capacity: int | None = None,
-    ) -> list[Parcel]:
+    def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
         """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        weight_TK, expert_TK, kept_TK = choices.weight_TK, choices.expert_TK, choices.kept_TK
         tokens, k = expert_TK.shape
         marked_TK = expert_TK if kept_TK is None else expert_TK.masked_fill(~kept_TK, self.num_experts)
         if self.etp_ep.size == 1:
-            served = tokens * k if kept_TK is None else served
+            served = tokens * k if kept_TK is None else choices.served
             return [Parcel(x_TD, weight_TK, GatherPlan(marked_TK, [tokens], served))]
         counts_E = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=x_TD.device)
         counts_E.scatter_add_(0, marked_TK.reshape(-1), torch.ones_like(marked_TK).reshape(-1))
@@ -90,11 +83,11 @@ class AllGatherDispatcher(TokenDispatcher):
         if self.etp_ep.size > 1 or served != expert_AK.numel():
             expert_AK = expert_AK - self.ep.index * local
             kept_AK = (expert_AK >= 0) & (expert_AK < local)
-        choices = sort_by_expert(expert_AK, local, kept_AK, served)
-        rows = int(choices.counts_E.sum()) if choices.served is None else choices.served
-        slot_M = choices.slot_S[:rows]
+        ordered = sort_by_expert(expert_AK, local, kept_AK, served)
+        rows = int(ordered.counts_E.sum()) if ordered.served is None else ordered.served
+        slot_M = ordered.slot_S[:rows]
         weight_M = take_distinct(parcel.weight.reshape(-1), slot_M)
-        return parcel.x, ExpertRows(slot_M // k, weight_M, choices.counts_E, distinct=False)
+        return parcel.x, ExpertRows(slot_M // k, weight_M, ordered.counts_E, distinct=False)
 
     def combine_preprocess(self, y_AD: Tensor, plan: GatherPlan) -> Tensor:
         """Nothing: the sum over etp is part of the way home."""

@@ -27,11 +27,19 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
-from lightning_moefold.dispatch.base import ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
+from lightning_moefold.dispatch.base import (
+    Choices,
+    ExpertAxes,
+    ExpertRows,
+    Parcel,
+    Return,
+    TokenDispatcher,
+    expert_of_rows,
+)
 from lightning_moefold.dispatch.config import DispatchConfig
 from lightning_moefold.dispatch.permutation import (
-    Choices,
     Copies,
+    SortedChoices,
     collect,
     sort_by_expert,
     spread,
@@ -91,24 +99,17 @@ class AllToAllDispatcher(TokenDispatcher):
 
     # ---- there -------------------------------------------------------------------------------------------------
 
-    def dispatch_preprocess(
-        self,
-        x_TD: Tensor,
-        weight_TK: Tensor,
-        expert_TK: Tensor,
-        kept_TK: Tensor | None = None,
-        served: int | None = None,
-        capacity: int | None = None,
-    ) -> list[Parcel]:
+    def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
         """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
-        choices = sort_by_expert(expert_TK, self.num_experts, kept_TK, served, self._places(x_TD.device))
-        if capacity is not None:
-            return self._padded(choices, x_TD, weight_TK, capacity)
-        sizes, counts = self._sizes_of_exchange(choices)
-        plans, copies = self._plans(choices, sizes, counts, x_TD.shape[0])
+        weight_TK, places_E = choices.weight_TK, self._places(x_TD.device)
+        ordered = sort_by_expert(choices.expert_TK, self.num_experts, choices.kept_TK, choices.served, places_E)
+        if choices.capacity is not None:
+            return self._padded(ordered, x_TD, weight_TK, choices.capacity)
+        sizes, counts = self._sizes_of_exchange(ordered)
+        plans, copies = self._plans(ordered, sizes, counts, x_TD.shape[0])
         rows = [sum(plan.send) for plan in plans]
         x_RD = spread(x_TD, copies)
-        weight_R = take_distinct(weight_TK.reshape(-1), choices.slot_S[: sum(rows)])
+        weight_R = take_distinct(weight_TK.reshape(-1), ordered.slot_S[: sum(rows)])
         if len(plans) == 1:  # the gradient of a split is a copy, even of a split into one
             return [Parcel(x_RD, weight_R, plans[0])]
         return [
@@ -116,17 +117,17 @@ class AllToAllDispatcher(TokenDispatcher):
             for x, weight, plan in zip(x_RD.split(rows), weight_R.split(rows), plans, strict=True)
         ]
 
-    def _sizes_of_exchange(self, choices: Choices) -> tuple[list[list[int]], list[Tensor]]:
+    def _sizes_of_exchange(self, ordered: SortedChoices) -> tuple[list[list[int]], list[Tensor]]:
         """For each chunk, rows to and from each rank and of each peer in one list, and ``counts_PSL``."""
         sources, peers, local = self.ep.size, self.etp.size, self.local_experts
         if self.etp_ep.size == 1:
-            rows = int(choices.counts_E.sum()) if choices.served is None else choices.served
-            return [[rows, rows, rows]], [choices.counts_E.view(1, 1, -1)]
-        counts_SPE = comm.all_gather_raw(choices.counts_E, self.etp_ep).view(sources, peers, self.num_experts)
+            rows = int(ordered.counts_E.sum()) if ordered.served is None else ordered.served
+            return [[rows, rows, rows]], [ordered.counts_E.view(1, 1, -1)]
+        counts_SPE = comm.all_gather_raw(ordered.counts_E, self.etp_ep).view(sources, peers, self.num_experts)
         counts, sizes, start = [], [], 0
         for size in self._sizes:
             block = slice(start, start + sources * size)  # the experts of this chunk on all ranks
-            sent_S = choices.counts_E[block].view(sources, size).sum(1)
+            sent_S = ordered.counts_E[block].view(sources, size).sum(1)
             mine_PSL = counts_SPE[:, :, block].unflatten(2, (sources, size))[:, :, self.ep.index].transpose(0, 1)
             counts.append(mine_PSL)
             sizes.append(torch.cat([sent_S, mine_PSL[self.etp.index].sum(1), mine_PSL.sum((1, 2))]))
@@ -136,25 +137,25 @@ class AllToAllDispatcher(TokenDispatcher):
         return torch.stack(sizes).tolist(), counts
 
     def _plans(
-        self, choices: Choices, sizes: list[list[int]], counts: list[Tensor], tokens: int
+        self, ordered: SortedChoices, sizes: list[list[int]], counts: list[Tensor], tokens: int
     ) -> tuple[list[ChunkPlan], Copies]:
         sources = self.ep.size
-        copies = Copies.of_choices(choices, sum(sum(s[:sources]) for s in sizes), tokens)
+        copies = Copies.of_choices(ordered, sum(sum(s[:sources]) for s in sizes), tokens)
         plans = [
             ChunkPlan(copies, s[:sources], s[sources : 2 * sources], s[2 * sources :], counts_PSL)
             for s, counts_PSL in zip(sizes, counts, strict=True)
         ]
         return plans, copies
 
-    def _padded(self, choices: Choices, x_TD: Tensor, weight_TK: Tensor, capacity: int) -> list[Parcel]:
+    def _padded(self, ordered: SortedChoices, x_TD: Tensor, weight_TK: Tensor, capacity: int) -> list[Parcel]:
         """Every rank sends every expert as many rows as an expert may serve of a rank's tokens."""
         tokens, k = weight_TK.shape
         sources, peers, device = self.ep.size, self.etp.size, x_TD.device
-        start_E1 = (choices.counts_E.cumsum(0) - choices.counts_E).unsqueeze(1)
+        start_E1 = (ordered.counts_E.cumsum(0) - ordered.counts_E).unsqueeze(1)
         place_1C = torch.arange(capacity, device=device).unsqueeze(0)
-        filled_R = (place_1C < choices.counts_E.unsqueeze(1)).flatten()
+        filled_R = (place_1C < ordered.counts_E.unsqueeze(1)).flatten()
         index_R = (start_E1 + place_1C).flatten().clamp(max=max(0, tokens * k - 1))
-        slot_R = choices.slot_S[index_R] if tokens else index_R
+        slot_R = ordered.slot_S[index_R] if tokens else index_R
         slot_R = torch.where(filled_R, slot_R, tokens * k)  # one past the last: an empty row
         rows = len(slot_R)
         row_S = torch.full((tokens * k + 1,), rows, dtype=torch.int64, device=device)

@@ -64,6 +64,26 @@ class ExpertAxes:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """The experts of this rank's tokens.
+
+    Args:
+        weight_TK: Router weights, in at least float32; differentiable.
+        expert_TK: Experts of each token, int64.
+        kept_TK: False for choices that nobody serves: of padding, or dropped; ``[T, K]`` or ``[T, 1]``. None if all are served.
+        served: How many are served, where the host knows.
+        capacity: To pad to it, the rows that an expert may serve of a rank's tokens at most: the same on all ranks that
+            share experts. None to send what there is.
+    """
+
+    weight_TK: Tensor
+    expert_TK: Tensor
+    kept_TK: Tensor | None = None
+    served: int | None = None
+    capacity: int | None = None
+
+
+@dataclass(frozen=True)
 class ExpertRows:
     """What the experts of a rank compute: rows in expert order, each reading one of the tokens that arrived.
 
@@ -133,25 +153,12 @@ class TokenDispatcher(ABC):
         return [self.local_experts]
 
     @abstractmethod
-    def dispatch_preprocess(
-        self,
-        x_TD: Tensor,
-        weight_TK: Tensor,
-        expert_TK: Tensor,
-        kept_TK: Tensor | None = None,
-        served: int | None = None,
-        capacity: int | None = None,
-    ) -> list[Parcel]:
+    def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
         """Sorts the choices and agrees on who sends how much.
 
         Args:
             x_TD: Tokens.
-            weight_TK: Router weights, in at least float32.
-            expert_TK: Experts of each token, int64.
-            kept_TK: False for choices that nobody serves: of padding, or dropped; ``[T, K]`` or ``[T, 1]``.
-            served: How many are served, where the caller knows.
-            capacity: To pad to it, the rows that an expert may serve of a rank's tokens at most: the same on all ranks
-                that share experts. None to send what there is.
+            choices: Their experts.
 
         Returns:
             The parcels, one for each chunk of experts.

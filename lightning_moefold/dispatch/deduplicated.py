@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
-from lightning_moefold.dispatch.base import ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
+from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
 from lightning_moefold.dispatch.packing import exchange_choices
 from lightning_moefold.dispatch.pairs import number_pairs, places_of
 from lightning_moefold.dispatch.permutation import Copies, collect, sort_by_expert, spread, take_distinct
@@ -67,27 +67,20 @@ class PairPlan:
 class DeduplicatedDispatcher(TokenDispatcher):
     """A row for each pair of token and rank; see the module."""
 
-    def dispatch_preprocess(
-        self,
-        x_TD: Tensor,
-        weight_TK: Tensor,
-        expert_TK: Tensor,
-        kept_TK: Tensor | None = None,
-        served: int | None = None,
-        capacity: int | None = None,
-    ) -> list[Parcel]:
+    def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
         """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        expert_TK, kept_TK = choices.expert_TK, choices.kept_TK
         k, sources, local = expert_TK.shape[1], self.ep.size, self.local_experts
-        choices = sort_by_expert(expert_TK, self.num_experts, kept_TK, served)
+        ordered = sort_by_expert(expert_TK, self.num_experts, kept_TK, choices.served)
         rank_TK, goes_ST = places_of(expert_TK // local, sources, kept_TK)
-        pairs_sent, rows_sent, pairs_PS, counts_PSL = self._sizes_of_exchange(choices.counts_E, goes_ST)
+        pairs_sent, rows_sent, pairs_PS, counts_PSL = self._sizes_of_exchange(ordered.counts_E, goes_ST)
         copies, number_ST = number_pairs(goes_ST, sum(pairs_sent.send), min(k, sources))
-        slot_R = choices.slot_S[: sum(rows_sent.send)]
+        slot_R = ordered.slot_S[: sum(rows_sent.send)]
         rank_R, token_R = rank_TK.reshape(-1)[slot_R], slot_R // k
         sent_S = goes_ST.sum(1)
         index_R = number_ST[rank_R, token_R] - (sent_S.cumsum(0) - sent_S)[rank_R]
         plan = PairPlan(copies, index_R, pairs_sent, rows_sent, counts_PSL, pairs_PS)
-        return [Parcel(spread(x_TD, copies), take_distinct(weight_TK.reshape(-1), slot_R), plan)]
+        return [Parcel(spread(x_TD, copies), take_distinct(choices.weight_TK.reshape(-1), slot_R), plan)]
 
     def _sizes_of_exchange(self, counts_E: Tensor, goes_ST: Tensor) -> tuple[Sizes, Sizes, Tensor, Tensor]:
         sources, peers, local = self.ep.size, self.etp.size, self.local_experts

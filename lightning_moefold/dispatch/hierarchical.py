@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
-from lightning_moefold.dispatch.base import ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
+from lightning_moefold.dispatch.base import Choices, ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
 from lightning_moefold.dispatch.config import DispatchConfig
 from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
 from lightning_moefold.dispatch.packing import exchange_choices
@@ -70,18 +70,10 @@ class HierarchicalDispatcher(TokenDispatcher):
             replace(config, dispatcher="deduplicated"), self._experts_of_node, top_k, axes.within
         )
 
-    def dispatch_preprocess(
-        self,
-        x_TD: Tensor,
-        weight_TK: Tensor,
-        expert_TK: Tensor,
-        kept_TK: Tensor | None = None,
-        served: int | None = None,
-        capacity: int | None = None,
-    ) -> list[Parcel]:
+    def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
         """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
-        nodes = self.nodes.size
-        node_TK, goes_NT = places_of(expert_TK // self._experts_of_node, nodes, kept_TK)
+        nodes, expert_TK = self.nodes.size, choices.expert_TK
+        node_TK, goes_NT = places_of(expert_TK // self._experts_of_node, nodes, choices.kept_TK)
         sent_N = goes_NT.sum(1)
         received_N = comm.all_gather_raw(sent_N, self.nodes).view(nodes, nodes)[:, self.nodes.index]
         # One of the two places where the host must know sizes.
@@ -92,7 +84,7 @@ class HierarchicalDispatcher(TokenDispatcher):
         node_Q = torch.arange(nodes, device=token_Q.device).repeat_interleave(sent_N, output_size=sum(send))
         elsewhere_QK = node_TK[token_Q] != node_Q.unsqueeze(1)
         expert_QK = (expert_TK % self._experts_of_node)[token_Q].masked_fill(elsewhere_QK, -1)
-        weight_QK = spread(weight_TK, copies).masked_fill(elsewhere_QK, 0)
+        weight_QK = spread(choices.weight_TK, copies).masked_fill(elsewhere_QK, 0)
         return [Parcel(spread(x_TD, copies), weight_QK, NodePlan(copies, send, receive, expert_QK))]
 
     def token_dispatch(self, parcel: Parcel) -> Parcel:
@@ -112,7 +104,8 @@ class HierarchicalDispatcher(TokenDispatcher):
         plan: NodePlan = parcel.plan
         x_AD = comm.land(parcel.x, parcel.flights[0])
         here_AK = plan.expert_AK >= 0
-        (within,) = self._within.dispatch_preprocess(x_AD, parcel.weight, plan.expert_AK.clamp(min=0), here_AK)
+        choices = Choices(parcel.weight, plan.expert_AK.clamp(min=0), here_AK)
+        (within,) = self._within.dispatch_preprocess(x_AD, choices)
         plan.within = self._within.token_dispatch(within)
         return self._within.dispatch_postprocess(plan.within)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Choices:
+class SortedChoices:
     """All choices of this rank's tokens, sorted by expert; those that are served come first.
 
     Args:
@@ -40,7 +40,7 @@ def sort_by_expert(
     kept_TK: Tensor | None = None,
     served: int | None = None,
     place_E: Tensor | None = None,
-) -> Choices:
+) -> SortedChoices:
     """Sorts the choices of all tokens by expert, ties in token order. The host does not wait for the device.
 
     Args:
@@ -61,7 +61,7 @@ def sort_by_expert(
     # Not bincount, which waits for the device.
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=flat.device)
     counts.scatter_add_(0, flat, torch.ones_like(flat))
-    return Choices(flat.argsort(stable=True), counts[:num_experts], k, served)
+    return SortedChoices(flat.argsort(stable=True), counts[:num_experts], k, served)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Copies:
     padded: bool = False
 
     @classmethod
-    def of_choices(cls, choices: Choices, rows: int, tokens: int) -> Copies:
+    def of_choices(cls, choices: SortedChoices, rows: int, tokens: int) -> Copies:
         """A row for each served choice, in their order.
 
         Args:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_moefold.dispatch import DispatchConfig, ExpertAxes, make_dispatcher
+from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, make_dispatcher
 from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.alone import run_alone
@@ -136,7 +136,8 @@ class MoELayer(ParallelRoot):
         kept_TK, served = self._served(expert_TK, routed.probability_TE, batch)
         if self.training and not is_recomputing():
             self._count(counts_GE.sum(0), kept_TK)
-        y_TD = self._routed(hidden, routed.weight_TK, expert_TK, kept_TK, served, batch)
+        capacity = self._padded_capacity(hidden.shape[0], batch)
+        y_TD = self._routed(hidden, Choices(routed.weight_TK, expert_TK, kept_TK, served, capacity), batch)
         if batch.wants_routing:
             batch.routing = routing_table(routed, counts_GE, batch)
         elif self.keep_routing:
@@ -173,20 +174,10 @@ class MoELayer(ParallelRoot):
         )
         return kept_TK, None
 
-    def _routed(
-        self,
-        x_TD: Tensor,
-        weight_TK: Tensor,
-        expert_TK: Tensor,
-        kept_TK: Tensor | None,
-        served: int | None,
-        batch: SequenceBatch,
-    ) -> Tensor:
+    def _routed(self, x_TD: Tensor, choices: Choices, batch: SequenceBatch) -> Tensor:
         """Routed experts plus the shared one, which computes while the first tokens travel."""
         dispatcher = self.dispatcher
-        capacity = self._padded_capacity(x_TD.shape[0], batch)
-        parcels = dispatcher.dispatch_preprocess(x_TD, weight_TK, expert_TK, kept_TK, served, capacity)
-        first, *others = parcels
+        first, *others = dispatcher.dispatch_preprocess(x_TD, choices)
         under_way = dispatcher.token_dispatch(first)
         shared_TD = None if self.shared_expert is None else self._shared(x_TD, batch)
         returns = self.experts([under_way, *others], dispatcher)

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_moefold import comm
 from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
 from lightning_moefold.dispatch.alltoall import AllToAllDispatcher, ChunkPlan
-from lightning_moefold.dispatch.permutation import Choices, Copies
+from lightning_moefold.dispatch.permutation import Copies, SortedChoices
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig, causal_lm
@@ -230,7 +230,7 @@ class Recorder(TorchDispatchMode):
 class _Balanced(AllToAllDispatcher):
     """Sends as much to every expert, since nobody can know what a router without numbers would choose."""
 
-    def _sizes_of_exchange(self, choices: Choices) -> tuple[list[list[int]], list[Tensor]]:
+    def _sizes_of_exchange(self, choices: SortedChoices) -> tuple[list[list[int]], list[Tensor]]:
         sources, peers, local = self.ep.size, self.etp.size, self.local_experts
         if self.etp_ep.size > 1:
             comm.all_gather_raw(choices.counts_E, self.etp_ep)
@@ -242,7 +242,7 @@ class _Balanced(AllToAllDispatcher):
         return [[*even, *even, *[rows] * peers]], [torch.full((peers, sources, local), each)]
 
     def _plans(
-        self, choices: Choices, sizes: list[list[int]], counts: list[Tensor], tokens: int
+        self, choices: SortedChoices, sizes: list[list[int]], counts: list[Tensor], tokens: int
     ) -> tuple[list[ChunkPlan], Copies]:
         plans, copies = super()._plans(choices, sizes, counts, tokens)
         computed = sum(plans[0].arrived) // self.local_experts

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold import Fold
-from lightning_moefold.dispatch import DispatchConfig, ExpertAxes, TokenDispatcher
+from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, TokenDispatcher
 from lightning_moefold.dispatch.registry import DISPATCHERS, make_dispatcher
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
@@ -60,7 +60,7 @@ def _expert(index: int, x: Tensor, part: int, parts: int) -> Tensor:
 
 def walk(dispatcher: TokenDispatcher, mesh: FoldedMesh, x: Tensor, weight: Tensor, expert: Tensor, kept: Any) -> Tensor:
     """The six steps around the experts above, as :class:`MoELayer` and :class:`RoutedExperts` take them."""
-    parcels = dispatcher.dispatch_preprocess(x, weight, expert, kept, None, PADDED)
+    parcels = dispatcher.dispatch_preprocess(x, Choices(weight, expert, kept, capacity=PADDED))
     flying = [dispatcher.token_dispatch(parcel) for parcel in parcels]
     returns, first = [], mesh.ep.index * dispatcher.local_experts
     for parcel, size in zip(flying, dispatcher.experts_per_chunk, strict=True):
@@ -180,7 +180,9 @@ def rows_between_nodes(fold: str, node_size: int, size: int) -> dict[str, int]:
 
     with mock.patch.object(dist, "all_to_all_single", counted):
         dispatcher = make_dispatcher(config, EXPERTS, TOP, axes)
-        (parcel,) = dispatcher.dispatch_preprocess(torch.randn(len(expert), size), torch.rand(len(expert), TOP), expert)
+        (parcel,) = dispatcher.dispatch_preprocess(
+            torch.randn(len(expert), size), Choices(torch.rand(len(expert), TOP), expert)
+        )
         dispatcher.dispatch_postprocess(dispatcher.token_dispatch(parcel))
     nodes_TK = expert // (EXPERTS // axes.nodes.size)
     return {"rows": sent, "pairs": sum(len(set(row.tolist()) - {node}) for row in nodes_TK)}
@@ -203,7 +205,7 @@ def bytes_sent(name: str, fold: str, tokens: int, size: int) -> dict[str, int]:
 
     with mock.patch.object(dist, "all_to_all_single", counted):
         dispatcher = make(name, mesh)
-        parcels = dispatcher.dispatch_preprocess(torch.randn(tokens, size), torch.rand(tokens, TOP), expert)
+        parcels = dispatcher.dispatch_preprocess(torch.randn(tokens, size), Choices(torch.rand(tokens, TOP), expert))
         for parcel in parcels:
             dispatcher.dispatch_postprocess(dispatcher.token_dispatch(parcel))
     rank_TK = expert // dispatcher.local_experts

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
-from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
+from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes
 from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
 from lightning_moefold.dispatch.registry import DISPATCHERS
 from lightning_moefold.mesh import FoldedMesh
@@ -161,7 +161,7 @@ def _identity(mesh: FoldedMesh) -> float:
         axes = ExpertAxes.of(mesh, config)
         kind = DeduplicatedDispatcher if name == "hierarchical" and axes.nodes is None else kind
         dispatcher = kind(config, EXPERTS, TOP, axes)
-        [parcel] = dispatcher.dispatch_preprocess(x, weight, expert)
+        [parcel] = dispatcher.dispatch_preprocess(x, Choices(weight, expert))
         parcel = dispatcher.token_dispatch(parcel)
         arrived, rows = dispatcher.dispatch_postprocess(parcel)
         y = sum_rows(read_tokens(arrived, rows) * share * rows.weight_M.unsqueeze(1), rows, arrived.shape[0])
