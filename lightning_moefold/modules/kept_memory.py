@@ -54,8 +54,8 @@ class KeptMemory:
         return torch.empty(size, dtype=torch.uint8)
 
     def release(self) -> None:
-        """Gives what nobody uses back to the operating system."""
-        self._free.clear()
+        """Gives what nobody uses back to the operating system, and what is lent now when it is dropped."""
+        self._free = []
 
 
 #: Two, because each is bounded by what was lent at once, and gradients come when what was kept for them goes.
@@ -63,6 +63,6 @@ GRADIENTS, FOR_BACKWARD = KeptMemory(), KeptMemory()
 
 
 def release() -> None:
-    """Gives what nobody uses back to the operating system, as ``torch.cuda.empty_cache`` does."""
+    """Gives the memory back to the operating system, as ``torch.cuda.empty_cache`` does."""
     GRADIENTS.release()
     FOR_BACKWARD.release()

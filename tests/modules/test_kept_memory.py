@@ -73,6 +73,16 @@ def test_no_more_is_kept_than_was_in_use() -> None:
     assert _kept(memory) == 0
 
 
+def test_what_is_lent_at_release_does_not_come_back() -> None:
+    memory = KeptMemory()
+    x = _lend(memory, 100)
+    memory.release()
+    del x
+    assert _kept(memory) == 0
+    _lend(memory, 100)
+    assert _kept(memory) > 0
+
+
 def test_small_blocks_and_other_devices_are_left_to_their_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = KeptMemory()
     assert memory.empty(8, dtype=torch.float32, device=torch.device("meta")).is_meta
