@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of the exchange of tokens hides behind the experts' computation: a trace, and shares, forward and backward.
 
-    python benchmarks/overlap.py [--chunks 4] [--trace overlap.json] [--tokens 2048] [--hidden 512] [--ffn 1024] ...
+    python benchmarks/overlap.py [--chunks 4] [--trace overlap.json] [--picture overlap.png]
+        [--tokens 2048] [--hidden 512] [--ffn 1024] ...
 
 A MoE layer on two gloo ranks runs forward and backward with its exchange in one part and in chunks. Noted are, on each
 rank, when every all-to-all of :class:`~lightning_moefold.comm.Flight` is under way (from its start until gloo reports it
@@ -195,12 +196,39 @@ def chrome_trace(ranks: list[list[dict[str, Any]]]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
+def draw(ranks: list[list[dict[str, Any]]], path: Path) -> None:
+    """The same as a picture: a lane for each kind on each rank, time from left to right."""
+    import matplotlib.pyplot as plt
+
+    rounds = [round_[-1] for round_ in ranks]
+    first = min(round_["forward"]["whole"][0][0] for round_ in rounds)
+    lanes = [(rank, kind) for rank in range(len(rounds)) for kind in (EXPERTS, EXCHANGE, WAIT)]
+    colours = {EXPERTS: "tab:blue", EXCHANGE: "tab:orange", WAIT: "tab:red"}
+    figure, axes = plt.subplots(figsize=(10, 0.45 * len(lanes) + 1.2), layout="constrained")
+    for lane, (rank, kind) in enumerate(lanes):
+        for phase in ("forward", "backward"):
+            bars = [((start - first) * 1e3, (end - start) * 1e3) for start, end in rounds[rank][phase][kind]]
+            axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colours[kind], edgecolor="white", linewidth=0.5)
+    for phase in ("forward", "backward"):
+        start, end = ((t - first) * 1e3 for t in rounds[0][phase]["whole"][0])
+        axes.axvspan(start, end, color="grey", alpha=0.12, linewidth=0)
+        axes.text((start + end) / 2, -0.75, phase, ha="center")
+    axes.set_yticks(range(len(lanes)), [f"rank {rank}: {kind}" for rank, kind in lanes])
+    axes.invert_yaxis()
+    axes.set_ylim(len(lanes) - 0.4, -1.2)
+    axes.set_xlim(0, max(round_["backward"]["whole"][0][1] - first for round_ in rounds) * 1e3)
+    axes.set_xlabel("ms")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("chunks", 4), ("experts", 16), ("top-k", 2), ("tokens", 2048), ("hidden", 512), ("ffn", 1024),
                           ("rounds", 7)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--trace", type=Path, default=Path("overlap.json"))
+    parser.add_argument("--picture", type=Path, metavar="FILE.png")
     args = parser.parse_args()
     sizes = (args.experts, args.top_k, args.tokens, args.hidden, args.ffn, args.rounds)
     print(f"{args.tokens} tokens per rank, hidden {args.hidden}, ffn {args.ffn}, {args.experts} experts top-{args.top_k}, "
@@ -217,6 +245,8 @@ def main() -> None:
                 print(f"| {chunks} | {phase} | {s['whole'] * 1e3:.0f} | {s['exchange'] * 1e3:.0f} | {s['waited'] * 1e3:.0f} | "
                       f"{s['hidden']:.0%} | {s['behind']:.0%} |", flush=True)  # fmt: skip
     args.trace.write_text(json.dumps(chrome_trace(ranks)))
+    if args.picture:
+        draw(ranks, args.picture)
     print(f"\ntrace of the last round with {args.chunks} chunks: {args.trace}")
 
 

@@ -52,8 +52,9 @@ def test_dispatch_alone() -> None:
 
 
 def test_trace_of_overlap(tmp_path: Path) -> None:
-    trace = tmp_path / "trace.json"
-    rows = _rows("overlap.py", "--ffn", "32", "--experts", "8", "--trace", str(trace))
+    trace, picture = tmp_path / "trace.json", tmp_path / "trace.png"
+    rows = _rows("overlap.py", "--ffn", "32", "--experts", "8", "--trace", str(trace), "--picture", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert [row[:2] for row in rows] == [["1", "forward"], ["1", "backward"], ["4", "forward"], ["4", "backward"]]
     events = json.loads(trace.read_text())["traceEvents"]
     for rank in (0, 1):
