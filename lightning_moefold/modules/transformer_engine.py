@@ -11,7 +11,7 @@ memory than the result. Its weighted variants are not used: one would keep every
 leaves out the tokens of rows of weight zero and with them the gradients of these weights. Nor is the variant that pads, which
 waits for the device twice. Where each row is a token's only one there is nothing to sum, and rows are copied.
 
-Weights multiply rows as in :mod:`.expert_kernels`: before the product back to D, in float32, rounded to the dtype of the rows.
+Weights multiply rows as in :mod:`.expert_kernels`: before the product back to D, with the result in the dtype of the rows.
 
 For Transformer Engine 2.9 and newer. Tested against a stub of the interfaces of 2.9 and 2.20 (``tests/modules/te_stub.py``),
 **not run on a GPU yet**. Costs one more wait of the host per layer, for the rows of each expert.
@@ -97,7 +97,9 @@ class TransformerEngineExperts:
         down_LDF: Tensor,
     ) -> Tensor:
         padded, fp8 = counts, self._te.quantization.FP8GlobalStateManager.is_fp8_enabled()
-        if fp8:  # rows of zeros, with weight zero: so they are until the end, and have no gradient
+        if fp8:
+            _check_widths(*up_LFD.shape[1:])
+            # Rows of zeros with weight zero: so they are until the end, and have no gradient.
             pad = self._te.Fp8Padding(self._experts)
             x_MD, padded = pad(x_MD, counts)
             weight_M = pad(weight_M.unsqueeze(1), counts)[0].squeeze(1)
@@ -106,6 +108,14 @@ class TransformerEngineExperts:
         )
         y_PD = _product(self._down, weighted_inner(gate_PF, up_PF, weight_M, activation), down_LDF, padded)
         return self._te.Fp8Unpadding(self._experts)(y_PD, counts) if fp8 else y_PD
+
+
+def _check_widths(width: int, hidden_size: int) -> None:
+    if width % 16 or hidden_size % 16:
+        raise ValueError(
+            f"hidden_size={hidden_size} and ffn_hidden_size={width} on each rank must divide by 16 in FP8, as its kernels "
+            "take them; use other sizes, a smaller etp, or no autocast of Transformer Engine."
+        )
 
 
 def _mask(rows: ExpertRows, tokens: int) -> tuple[Tensor, Tensor]:

@@ -216,6 +216,15 @@ def test_float64_goes_by_the_loop() -> None:
     assert te_stub.calls == []
 
 
+@pytest.mark.parametrize("sizes", [(24, 16), (32, 8)])
+def test_widths_that_fp8_does_not_take(sizes: tuple[int, int]) -> None:
+    layer = MoELayer(sizes[0], 4, 2, sizes[1])
+    layer.experts.kernel = "transformer_engine"
+    assert layer(torch.randn(3, sizes[0])).isfinite().all()
+    with te_stub.autocast(), pytest.raises(ValueError, match=r"must divide by 16 in FP8"):
+        layer(torch.randn(3, sizes[0]))
+
+
 def test_a_strategy_takes_it_with_chunks() -> None:
     assert MoEFoldStrategy(expert_kernel="transformer_engine", dispatch_chunks=2).expert_kernel == "transformer_engine"
 
