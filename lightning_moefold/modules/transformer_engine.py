@@ -6,15 +6,15 @@ with slices of the stacks as their parameters. Inside ``transformer_engine.pytor
 recipe that names, between rows that are padded once per expert to what its kernels take.
 
 Where a token has several rows, Transformer Engine's fused permutation reads and sums them: by mask, because our rows name
-their tokens and a token may have any number of them. It sums in float32, in the order of the experts, and in no more
-memory than the result. Its weighted variants are not used: one would keep every expert's output for backward, the other
+their tokens and a token may have any number of them. It sums in float32, in a fixed order, and in no more memory than the
+result. Its weighted variants are not used: one would keep every expert's output for backward, the other
 leaves out the tokens of rows of weight zero and with them the gradients of these weights. Nor is the variant that pads, which
 waits for the device twice. Where each row is a token's only one there is nothing to sum, and rows are copied.
 
 Weights multiply rows as in :mod:`.expert_kernels`: before the product back to D, with the result in the dtype of the rows.
 
-For Transformer Engine 2.9 and newer. Tested against a stub of the interfaces of 2.9 and 2.20 (``tests/modules/te_stub.py``),
-**not run on a GPU yet**. Costs one more wait of the host per layer, for the rows of each expert.
+For Transformer Engine 2.9 and newer. Tested against a stub of the interfaces of 2.9 and 2.20.0.dev0
+(``tests/modules/te_stub.py``), **not run on a GPU yet**. Costs one more wait of the host per layer, for the rows of each expert.
 
 Legend: A tokens, M rows in expert order, P padded rows, L local experts, D hidden size, F expert width, I and O widths in
 and out.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of ``transformer_engine.pytorch`` that experts use, on the CPU: its names, arguments, demands, and mathematics.
 
-Written down from the sources of versions 2.9 and 2.20; where they differ it demands what both demand (arguments that both
+Written down from the sources of versions 2.9 and 2.20.0.dev0; where they differ it demands what both demand (arguments that both
 take, counts as a list, a number of rows above zero to permute). Nothing is rounded to eight bits, so that padding and the rest
 of the FP8 path can be held against an exact computation; float64 is taken, which the real one does not, for the same reason.
 
