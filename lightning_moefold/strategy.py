@@ -194,10 +194,6 @@ class MoEFoldStrategy(SharedCheckpoints):
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
-        if expert_kernel == "transformer_engine" and dispatch_chunks > 1:
-            raise ValueError(
-                "expert_kernel='transformer_engine' keeps scales for all experts of a layer at once; use dispatch_chunks=1."
-            )
         self.expert_kernel: ExpertKernel = expert_kernel
         self._sizes, self._fold_text = sizes, fold
         self._auto = auto or AutoFold()

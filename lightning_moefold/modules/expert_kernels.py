@@ -101,18 +101,50 @@ class _GroupedDown(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate_MF, up_MF, weight_M, down_LDF, ends_L = ctx.saved_tensors
-        grad_MD, weight_M1 = grads[0].contiguous(), weight_M.unsqueeze(1)
-        grad_inner = F.grouped_mm(grad_MD, down_LDF, offs=ends_L)
-        active = ctx.activation(gate_MF)
-        inner, grad_weight, grad_down = active * up_MF, None, None
-        if ctx.needs_input_grad[2]:
-            grad_weight = torch.linalg.vecdot(inner.to(weight_M.dtype), grad_inner.to(weight_M.dtype))
+        grad_MD = grads[0].contiguous()
+        grad_inner_MF = F.grouped_mm(grad_MD, down_LDF, offs=ends_L)
+        *through, inner_MF = _through_inner(
+            ctx.activation, gate_MF, up_MF, weight_M, grad_inner_MF, ctx.needs_input_grad[2]
+        )
+        grad_down = None
         if ctx.needs_input_grad[3]:
-            grad_down = F.grouped_mm(grad_MD.t(), inner.mul_(weight_M1), offs=ends_L)
-        grad_inner.mul_(weight_M1)
-        grad_up = active.mul_(grad_inner)
-        grad_gate = _through_activation(ctx.activation, gate_MF, grad_inner.mul_(up_MF))
-        return grad_gate, grad_up, grad_weight, grad_down, None, None
+            grad_down = F.grouped_mm(grad_MD.t(), inner_MF.mul_(weight_M.unsqueeze(1)), offs=ends_L)
+        return *through, grad_down, None, None
+
+
+class _Weighted(torch.autograd.Function):
+    """``weight * act(gate) * up``; keeps the two products and makes the rest again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_MF: Tensor, up_MF: Tensor, weight_M: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate_MF, up_MF, weight_M)
+        ctx.activation = activation
+        return activation(gate_MF).mul_(up_MF).mul_(weight_M.unsqueeze(1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate_MF, up_MF, weight_M = ctx.saved_tensors
+        grad_MF = grads[0].clone()  # it is not ours to write into
+        *through, _ = _through_inner(ctx.activation, gate_MF, up_MF, weight_M, grad_MF, ctx.needs_input_grad[2])
+        return *through, None
+
+
+def weighted_inner(gate_MF: Tensor, up_MF: Tensor, weight_M: Tensor, activation: Activation) -> Tensor:
+    """What the product back to D takes, ``weight * act(gate) * up`` in the dtype of ``gate``."""
+    return _Weighted.apply(gate_MF, up_MF, weight_M, activation)
+
+
+def _through_inner(
+    activation: Activation, gate_MF: Tensor, up_MF: Tensor, weight_M: Tensor, grad_MF: Tensor, wants_weight: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of the two products and of the weights, and ``act(gate) * up``; writes into ``grad_MF``."""
+    active_MF = activation(gate_MF)
+    inner_MF, grad_weight = active_MF * up_MF, None
+    if wants_weight:
+        grad_weight = torch.linalg.vecdot(inner_MF.to(weight_M.dtype), grad_MF.to(weight_M.dtype))
+    grad_MF.mul_(weight_M.unsqueeze(1))
+    grad_up = active_MF.mul_(grad_MF)
+    return _through_activation(activation, gate_MF, grad_MF.mul_(up_MF)), grad_up, grad_weight, inner_MF
 
 
 class _Read(torch.autograd.Function):

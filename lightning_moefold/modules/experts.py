@@ -43,13 +43,14 @@ class RoutedExperts(ParallelModule):
         """This rank's parts of the parameters, each with an axis of L local experts first."""
 
     @abstractmethod
-    def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor]) -> Tensor:
+    def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
         """Runs some experts on their rows and sums them per token, ``[A, D] -> [A, D]``; partial over etp.
 
         Args:
             x_AD: Tokens.
             rows: Which token each row reads, its weight, and the rows of each expert.
             stacks: Parameters of these experts.
+            chunk: Which of the parcels this is; always the same experts.
         """
 
     def forward(self, parcels: list[Parcel], dispatcher: TokenDispatcher) -> list[Return]:
@@ -72,7 +73,7 @@ class RoutedExperts(ParallelModule):
             if number + 1 < len(parcels):
                 arriving = dispatcher.token_dispatch(parcels[number + 1])
             x_AD, rows = dispatcher.dispatch_postprocess(parcel)
-            y_AD = dispatcher.combine_preprocess(self.compute(x_AD, rows, chunk), parcel.plan)
+            y_AD = dispatcher.combine_preprocess(self.compute(x_AD, rows, chunk, number), parcel.plan)
             returns.append(dispatcher.token_combine(y_AD, parcel.plan))
         return returns
 
@@ -99,7 +100,7 @@ class Experts(RoutedExperts):
         self.gate_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_hidden_size))
-        self._engine: TransformerEngineExperts | None = None
+        self._engines: dict[int, TransformerEngineExperts] = {}
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             nn.init.normal_(weight, std=0.02)
 
@@ -118,7 +119,7 @@ class Experts(RoutedExperts):
         """Gate and up ``[L, F, D]``, down ``[L, D, F]``."""
         return local(self.gate_proj), local(self.up_proj), local(self.down_proj)
 
-    def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor]) -> Tensor:
+    def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
         """See :meth:`RoutedExperts.compute`."""
         gate_LFD, up_LFD, down_LDF = stacks
         if torch.is_autocast_enabled(x_AD.device.type):  # outside a language model; autocast knows no custom function
@@ -126,10 +127,13 @@ class Experts(RoutedExperts):
             x_AD, gate_LFD, up_LFD, down_LDF = (t.to(dtype) for t in (x_AD, gate_LFD, up_LFD, down_LDF))
         if self.kernel != "transformer_engine":
             return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, self.kernel)
-        experts, width, hidden = gate_LFD.shape
-        self._engine = self._engine or TransformerEngineExperts(experts, hidden, width, gate_LFD.dtype)
-        return self._engine(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF)
+        if x_AD.dtype == torch.float64:  # which Transformer Engine does not have
+            return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, "loop")
+        if chunk not in self._engines:
+            experts, width, hidden = gate_LFD.shape
+            self._engines[chunk] = TransformerEngineExperts(experts, hidden, width, gate_LFD.dtype)
+        return self._engines[chunk](x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickle, makes an engine of its own."""
-        return self.__dict__ | {"_engine": None}
+        """A copy, or a pickle, makes engines of its own."""
+        return self.__dict__ | {"_engines": {}}

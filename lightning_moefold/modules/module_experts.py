@@ -74,7 +74,7 @@ class ModuleExperts(RoutedExperts):
         """In the order of ``stack.named_parameters()``."""
         return tuple(local(p) for _, p in self.stack.named_parameters())
 
-    def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor]) -> Tensor:
+    def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
         """See :meth:`RoutedExperts.compute`. Experts without rows run on none, so that all have a gradient."""
         # Dropout follows the mode of the stack: Lightning puts modes back module by module, without train().
         for module, stacked in zip(self._architecture[0].modules(), self.stack.modules(), strict=True):

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from lightning_moefold.modules.transformer_engine import recipe_contexts
 
 Recompute = Literal["selective", "full"]
 
@@ -23,16 +25,18 @@ def is_recomputing() -> bool:
 
 
 @contextmanager
-def _again() -> Iterator[None]:
+def _again(recipe: AbstractContextManager[None]) -> Iterator[None]:
     token = _AGAIN.set(True)
     try:
-        yield
+        with recipe:
+            yield
     finally:
         _AGAIN.reset(token)
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _again()
+    first, recipe = recipe_contexts()
+    return first, _again(recipe)
 
 
 class _RunAgainFirst(torch.autograd.Function):
