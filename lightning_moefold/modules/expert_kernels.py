@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_moefold.dispatch import ExpertRows
-from lightning_moefold.modules.kept_memory import FOR_BACKWARD, GRADIENTS
+from lightning_moefold.modules.kept_memory import FOR_BACKWARD
+from lightning_moefold.modules.parts import gradient_like
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -217,7 +218,7 @@ class _Job:
 
     def stack_like(self, weight: Tensor) -> Tensor:
         """Room for the gradient of a stack; zero for experts without rows, which nobody visits."""
-        grad = GRADIENTS.empty(*weight.shape, dtype=weight.dtype, device=weight.device)
+        grad = gradient_like(weight)
         for expert, count in enumerate(self.counts):
             if not count:
                 grad[expert].zero_()

@@ -20,6 +20,7 @@ from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient,
 from lightning_moefold.modules.base import ParallelModule, local
 from lightning_moefold.modules.expert_kernels import ExpertKernel, gated_experts
 from lightning_moefold.modules.mlp import ACTIVATIONS
+from lightning_moefold.modules.parts import split_stack
 from lightning_moefold.modules.transformer_engine import TransformerEngineExperts
 
 
@@ -66,7 +67,7 @@ class RoutedExperts(ParallelModule):
             What :meth:`.TokenDispatcher.combine_postprocess` takes.
         """
         sizes, stacks = dispatcher.experts_per_chunk, self.stacks()
-        chunks = [stacks] if len(sizes) == 1 else list(zip(*(stack.split(sizes) for stack in stacks), strict=True))
+        chunks = list(zip(*(split_stack(stack, sizes) for stack in stacks), strict=True))
         returns, arriving = [], parcels[0]
         for number, chunk in enumerate(chunks):
             parcel = arriving

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold import Fold
-from lightning_moefold.dispatch import DispatchConfig, ExpertAxes, TokenDispatcher
+from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, TokenDispatcher
 from lightning_moefold.dispatch.registry import make_dispatcher
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import Experts
@@ -21,7 +21,7 @@ EXPERTS, TOP, HIDDEN, WIDTH = 6, 3, 32, 16
 
 
 def _walk(experts: Experts, dispatcher: TokenDispatcher, inputs: list[Tensor], expert_TK: Tensor) -> list[Tensor]:
-    first, *others = dispatcher.dispatch_preprocess(*inputs, expert_TK)
+    first, *others = dispatcher.dispatch_preprocess(inputs[0], Choices(inputs[1], expert_TK))
     parcels = [dispatcher.token_dispatch(first), *others]
     returns = experts(parcels, dispatcher)
     y = dispatcher.combine_postprocess(returns, [parcel.plan for parcel in parcels])
