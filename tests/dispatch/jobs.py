@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lightning_moefold import Fold
 from lightning_moefold.dispatch import DispatchConfig, ExpertAxes, TokenDispatcher
+from lightning_moefold.dispatch.hierarchical import HierarchicalDispatcher
 from lightning_moefold.dispatch.registry import DISPATCHERS, make_dispatcher
 from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules import MoELayer
 from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
 
 EXPERTS, TOP, SIZE = 8, 3, 3
@@ -156,6 +158,15 @@ def by_node(fold: str, node_size: int, kinds: list[str]) -> tuple[str, list[tupl
     inside = axes.within or axes
     ranks = [] if axes.nodes is None else [axes.nodes.ranks, inside.ep.ranks, inside.etp_ep.ranks]
     return type(make_dispatcher(config, EXPERTS, TOP, axes)).__name__, ranks
+
+
+def chosen(fold: str, node_size: int, top_k: int) -> tuple[str, tuple[int, ...]]:
+    """The dispatcher of a layer that was left to choose one, and the ranks of its axis between nodes."""
+    layer = MoELayer(16, EXPERTS, top_k, 8, dispatch=DispatchConfig("auto", node_size=node_size))
+    layer.bind(FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu"))
+    dispatcher = layer.dispatcher
+    nodes = dispatcher.nodes.ranks if isinstance(dispatcher, HierarchicalDispatcher) else ()
+    return type(dispatcher).__name__, nodes
 
 
 def rows_between_nodes(fold: str, node_size: int, size: int) -> dict[str, int]:
