@@ -64,13 +64,11 @@ class Fixed:
         Args:
             dispatchers: Those that can do what is asked for.
         """
-        # The planner knows no second level; within a node both send alike.
-        given = {"auto": dispatchers, "hierarchical": ("deduplicated",)}
         looped = self.schedule is not None and self.schedule.startswith("interleaved")
         return Space(
             schedules=tuple(s for s in SCHEDULES if s != "gpipe") if self.schedule is None else (self.schedule,),
             recomputes=RECOMPUTES if self.recompute is None else (self.recompute,),
-            dispatchers=given.get(self.dispatch.dispatcher, (self.dispatch.dispatcher,)),
+            dispatchers=dispatchers if self.dispatch.dispatcher == "auto" else (self.dispatch.dispatcher,),
             num_microbatches=self.num_microbatches,
             num_stages_per_rank=self.num_stages_per_rank if looped else None,
             accumulates=False,
@@ -126,8 +124,9 @@ def choose_for(
             )
         return None
     rows, total, length = _batch(auto, module.trainer)
+    hardware = machine(auto, fixed.ranks_per_node, device, fixed.dispatch.node_size)
     job = Job(
-        model, fixed.world_size, machine(auto, fixed.ranks_per_node, device), total or rows or 1, length,
+        model, fixed.world_size, hardware, total or rows or 1, length,
         fixed.precision, fixed.sharding, fixed.dispatch.capacity_factor, find_routing(auto.routing),
         fixed.dispatch.drop_scope, fixed.dispatch.pad_to_capacity, fixed.dispatch.chunks,
     )  # fmt: skip
@@ -156,14 +155,22 @@ def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None
     return text + "."
 
 
-def machine(auto: AutoFold, ranks_per_node: int, device: torch.device) -> Hardware:
-    """The machine at hand, or the one that was named, with as many ranks on a node as there are."""
+def machine(auto: AutoFold, ranks_per_node: int, device: torch.device, node_size: int | None = None) -> Hardware:
+    """The machine at hand, or the one that was named, with as many ranks on a node as share fast links.
+
+    Args:
+        auto: What was said.
+        ranks_per_node: Ranks of a machine, which share its memory.
+        device: Of this rank.
+        node_size: Ranks that share fast links, where those are not the ranks of a machine.
+    """
+    near = node_size or ranks_per_node
     if auto.hardware is not None:
-        return replace(find_hardware(auto.hardware), gpus_per_node=ranks_per_node)
+        return replace(find_hardware(auto.hardware), gpus_per_node=near)
     if device.type == "cuda":
         seen = torch.cuda.get_device_properties(device)
-        return machine_for(seen.name, ranks_per_node, float(seen.total_memory))
-    return machine_for(None, ranks_per_node, _host_memory() / ranks_per_node)
+        return machine_for(seen.name, near, float(seen.total_memory))
+    return machine_for(None, near, _host_memory() / ranks_per_node)
 
 
 def _host_memory() -> float:

@@ -110,7 +110,7 @@ def fit_link(samples: list[tuple[int, float]], part: float) -> tuple[float, floa
 def describe(
     measured: Measurements, ranks: int, dtype: str, memory: float, name: str, cores: int | None = None
 ) -> Hardware:
-    """The hardware that the measurements describe; ``cores`` is the number that CPU ranks share."""
+    """The hardware that the measurements describe; ``cores`` is the number that CPU ranks share, None for GPUs."""
     rate, half, _ = fit_products(measured.products)
     _, short_forward, _ = min(measured.attention)
     length, forward, backward = max(measured.attention)
@@ -139,7 +139,8 @@ def describe(
         waiting=1.0 if cores is None or ranks <= cores else 0.0,
     )
     reserved = 0.1 * memory
-    return Hardware(name, ranks, {dtype: rate}, memory, measured.copy, link, link, reserved, kernels)
+    device = "cuda" if cores is None else "cpu"
+    return Hardware(name, ranks, {dtype: rate}, memory, measured.copy, link, link, reserved, kernels, device)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

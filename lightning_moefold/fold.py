@@ -65,6 +65,25 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
+def expert_nodes(ep: int, etp: int, node_size: int) -> int:
+    """Nodes over which the experts of a layer lie where tokens can travel between nodes first and then within each.
+
+    A group of ``etp * ep`` ranks is a run of consecutive ones, and so is a node. Every such group has two levels where nodes
+    cut it into equal parts, each with two ep ranks or more and all the etp ranks of their experts: where ``node_size``
+    divides ``etp * ep`` and is a multiple of ``etp``.
+
+    Args:
+        ep: Ranks over which the experts are spread.
+        etp: Ranks over which each is cut.
+        node_size: Ranks of a node.
+
+    Returns:
+        The number of nodes, with ``ep / nodes`` ep ranks on each; 1 where there are no two levels.
+    """
+    nodes, rest = divmod(ep * etp, node_size)
+    return nodes if rest == 0 and node_size % etp == 0 and node_size > etp and nodes > 1 else 1
+
+
 @dataclass(frozen=True)
 class Fold:
     """One legal assignment of ranks to the parallel dimensions.

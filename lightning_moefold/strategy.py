@@ -118,7 +118,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             Every rank then needs batches of the same shape.
         dispatch_chunks: Parts in which a layer's tokens travel, by expert, so that one part's exchange hides behind
             another's computation; the same bits. For ``"alltoall"``.
-        node_size: Ranks that share fast links, for ``"hierarchical"``; those of one machine if not given.
+        node_size: Ranks that share fast links, for ``"hierarchical"``, ``"auto"`` and ``fold="auto"``; those of one machine if
+            not given.
         expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, or
             ``"transformer_engine"``, all at once and, inside its ``autocast``, in FP8; ``"auto"`` is a loop on CPU and
             ``grouped_mm`` on CUDA.

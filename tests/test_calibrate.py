@@ -35,6 +35,8 @@ def test_the_description_predicts_what_was_measured():
     measured = Measurements(made_up(50e9, 24.0), lengths, 5e9, 1e-5, messages, messages, messages)
     hardware = describe(measured, 2, "fp32", 4e9, "box", cores=2)
     assert hardware.kernels.waiting == 1
+    assert hardware.device == "cpu"
+    assert describe(measured, 2, "bf16", 4e9, "gpus").device == "cuda"
     assert describe(measured, 4, "fp32", 4e9, "box", cores=2).kernels.waiting == 0
     compute = Compute(hardware, "fp32", 4)
     for m, n, k, seconds in measured.products[1:]:

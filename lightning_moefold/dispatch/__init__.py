@@ -2,7 +2,7 @@
 """Token dispatchers: how tokens travel to their experts and back."""
 
 from lightning_moefold.dispatch.base import Choices, ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
-from lightning_moefold.dispatch.config import DispatchConfig, choose_dispatcher
+from lightning_moefold.dispatch.config import DispatchConfig, choose_dispatcher, settle
 from lightning_moefold.dispatch.registry import make_dispatcher
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "TokenDispatcher",
     "choose_dispatcher",
     "make_dispatcher",
+    "settle",
 ]

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+from lightning_moefold.fold import Fold, expert_nodes
 
 DispatcherName = Literal["alltoall", "allgather", "deduplicated", "hierarchical", "auto"]
 DropPolicy = Literal["probs", "position"]
 DropScope = Literal["full_sequence", "sub_sequence"]
 
 DISPATCHER_NAMES = ("alltoall", "allgather", "deduplicated", "hierarchical", "auto")
+#: Of the rows that would travel between nodes otherwise, the part below which it is worth to travel in two steps.
+_WORTH_TWO_STEPS = 0.75
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class DispatchConfig:
     Args:
         dispatcher: ``"alltoall"`` sends a token once for each of its experts, ``"deduplicated"`` once for each *rank* that
             holds some of them, ``"allgather"`` to every rank, ``"hierarchical"`` once to each *node* and from there once to
-            each rank; ``"auto"`` chooses (:func:`choose_dispatcher`), never the last.
+            each rank; ``"auto"`` chooses (:func:`choose_dispatcher`).
         capacity_factor: An expert serves ``ceil(capacity_factor * k * L / E)`` tokens of a row of L tokens and drops the
             others; None to drop none.
         drop_policy: Which it serves: those of the highest router probability, ``"probs"`` (half its bits; ties by position), or the
@@ -33,8 +37,8 @@ class DispatchConfig:
             the data, and no host waits for a device; needs a ``capacity_factor``.
         chunks: Parts, by expert, in which a layer's tokens travel, so that one part's exchange hides behind another's
             computation; bit for bit the same result. Only for ``"alltoall"``.
-        node_size: Ranks that share fast links, consecutive ones, for ``"hierarchical"``; None for one node. Where ep has
-            one rank in a node, or lies within one, a token travels as under ``"deduplicated"``.
+        node_size: Ranks that share fast links, consecutive ones, for ``"hierarchical"`` and ``"auto"``; None for one node.
+            Where ep has one rank in a node, or lies within one, a token travels as under ``"deduplicated"``.
 
     Raises:
         ValueError: For a value that is not known, or two that contradict each other.
@@ -83,25 +87,55 @@ class DispatchConfig:
         return min(tokens, math.ceil(self.capacity_factor * top_k * tokens / num_experts))
 
 
-def choose_dispatcher(config: DispatchConfig, num_experts: int, top_k: int, ep: int) -> DispatcherName:
+def choose_dispatcher(config: DispatchConfig, num_experts: int, top_k: int, ep: int, nodes: int = 1) -> DispatcherName:
     """What ``"auto"`` stands for, by the rows of a token that travel on average under balanced routing.
 
-    A token has ``k`` rows in an all-to-all. Its experts live on ``r = ep * (1 - (1 - 1/ep)^k)`` ranks, which is what
-    deduplication sends, with an index for each row beside it; an all-gather sends it to all ``ep``. So all-gather where
-    r is nearly ep (within a tenth: no permutation, no index), deduplication where r is clearly less than k, and plain
-    all-to-all otherwise, and wherever padding or chunks ask for it.
+    A token has ``k`` rows in an all-to-all. Its experts live on ``r(ep)`` ranks, with ``r(n) = n * (1 - (1 - 1/n)^k)``, which
+    is what deduplication sends, with an index for each row beside it; an all-gather sends it to all ``ep``. So all-gather
+    where r(ep) is nearly ep (within a tenth: no permutation, no index; a ring, too, brings a token to each node once),
+    deduplication where r(ep) is clearly less than k, and plain all-to-all otherwise, and wherever padding or chunks ask for
+    it.
+
+    By node where ep has several ranks in each of several nodes, and r(nodes) is at most three quarters of r(ep): what
+    travels between nodes is the part ``1 - 1/nodes`` of either, so an exchange by node saves
+    ``(r(ep) - r(nodes)) * (1 - 1/nodes)`` rows of a token there. What it adds is less than ``r(ep)`` rows within the node,
+    over links at least eight times as fast (NVLink beside a network port for each GPU: 9 times on a DGX H100, 12 on a DGX
+    A100, 18 on a DGX B200), which take the time of ``r(ep) / 8`` rows between nodes. For two nodes, where it saves the
+    smallest part, it saves more than it adds below three quarters; for more nodes all the more. Few tokens, for which the
+    second step's collectives weigh most, are not thought of here; the planner does so.
 
     Args:
         config: As chosen.
         num_experts: E.
         top_k: k.
         ep: Expert parallel ranks.
+        nodes: Over which they lie, several on each; 1 where they do not (:func:`~..fold.expert_nodes`).
     """
     if config.dispatcher != "auto":
         return config.dispatcher
     if ep == 1 or config.pad_to_capacity or config.chunks > 1:
         return "alltoall"
-    ranks = ep * (1 - (1 - 1 / ep) ** top_k)
+    ranks = _places(ep, top_k)
     if config.capacity_factor is None and ranks > 0.9 * ep:
         return "allgather"
+    if nodes > 1 and _places(nodes, top_k) <= _WORTH_TWO_STEPS * ranks:
+        return "hierarchical"
     return "deduplicated" if ranks < 0.9 * top_k else "alltoall"
+
+
+def _places(places: int, top_k: int) -> float:
+    """Mean number of equal places that hold some of a token's experts, k draws among many experts."""
+    return places * (1 - (1 - 1 / places) ** top_k)
+
+
+def settle(config: DispatchConfig, num_experts: int, top_k: int, fold: Fold) -> DispatchConfig:
+    """The configuration with what ``"auto"`` stands for under a fold: the same on every rank, since only sizes decide.
+
+    Args:
+        config: As chosen.
+        num_experts: E.
+        top_k: k.
+        fold: The sizes.
+    """
+    nodes = expert_nodes(fold.ep, fold.etp, config.node_size) if config.node_size else 1
+    return replace(config, dispatcher=choose_dispatcher(config, num_experts, top_k, fold.ep, nodes))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, make_dispatcher
+from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, make_dispatcher, settle
 from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.alone import run_alone
@@ -113,7 +113,7 @@ class MoELayer(ParallelRoot):
     def bind(self, mesh: FoldedMesh) -> None:
         """Makes the dispatcher of this fold."""
         super().bind(mesh)
-        config = self.dispatch or DispatchConfig()
+        config = settle(self.dispatch or DispatchConfig(), self.num_experts, self.top_k, mesh.fold)
         self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from lightning_moefold.fold import expert_nodes
 from lightning_moefold.planner.cost import BOUNDS, Estimate
 from lightning_moefold.planner.job import Job
 from lightning_moefold.planner.roofline import roofline
@@ -81,8 +82,10 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
         arguments["pipeline_schedule"] = plan.schedule
         if plan.num_stages_per_rank > 1:
             arguments["num_stages_per_rank"] = plan.num_stages_per_rank
+    by_node = expert_nodes(fold.ep, fold.etp, job.hardware.gpus_per_node) > 1 and plan.dispatcher == "hierarchical"
     optional = (
         ("dispatcher", plan.dispatcher, "alltoall"),
+        ("node_size", job.hardware.gpus_per_node if by_node else None, None),
         ("capacity_factor", job.capacity_factor, None),
         ("drop_scope", job.drop_scope, "full_sequence"),
         ("pad_to_capacity", job.pad_to_capacity, False),
@@ -170,7 +173,7 @@ def header(job: Job) -> str:
     dropping += f", tokens in {job.dispatch_chunks} parts" if job.dispatch_chunks > 1 else ""
     nodes = -(-job.world_size // job.hardware.gpus_per_node)
     machines = f"{nodes} node{'s' * (nodes > 1)} of {job.hardware.name}"
-    ranks = f"{job.world_size} {'CPU rank' if job.hardware.name == 'cpu' else 'GPU'}{'s' * (job.world_size > 1)}"
+    ranks = f"{job.world_size} {'CPU rank' if job.hardware.device == 'cpu' else 'GPU'}{'s' * (job.world_size > 1)}"
     return (
         f"{job.model.model_type} {total:.1f}B ({active:.1f}B active) on {ranks} ({machines}), "
         f"batch {job.global_batch_size} x {job.sequence_length} tokens, {job.precision}, sharding {job.sharding}, "

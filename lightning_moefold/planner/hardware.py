@@ -35,6 +35,8 @@ else:  # pragma: no cover - the package's own Python is newer
     import tomli as tomllib
 
 GIB = 2**30
+#: Kinds of devices, as PyTorch calls them.
+DEVICES = ("cuda", "cpu")
 
 
 class HardwareError(ValueError):
@@ -113,6 +115,7 @@ class Hardware:
         inter: Link between nodes, the share of one rank.
         reserved_bytes: Memory that the model cannot have: driver context, communication buffers, 5% fragmentation.
         kernels: What kernels reach.
+        device: Kind of device that a rank is: ``"cuda"`` or ``"cpu"``.
     """
 
     name: str
@@ -124,8 +127,11 @@ class Hardware:
     inter: Link
     reserved_bytes: float = 8e9
     kernels: Kernels = Kernels()
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise HardwareError(f"device={self.device!r} is not known; use {' or '.join(map(repr, DEVICES))}.")
         if self.gpus_per_node < 1:
             raise HardwareError(f"gpus_per_node={self.gpus_per_node} must be at least 1.")
         for name in ("memory_bytes", "memory_bandwidth"):
@@ -172,6 +178,7 @@ class Hardware:
         """The text that :meth:`from_toml` reads."""
         lines = [
             f'name = "{self.name}"',
+            f'device = "{self.device}"',
             f"gpus_per_node = {self.gpus_per_node}",
             f"memory_gib = {self.memory_bytes / GIB:.6g}",
             f"reserved_gib = {self.reserved_bytes / GIB:.6g}",
@@ -194,7 +201,7 @@ class Hardware:
 
 
 def _from_mapping(raw: dict[str, Any], stem: str) -> Hardware:
-    known = {"base", "name", "gpus_per_node", "memory_gib", "reserved_gib", "memory_bandwidth_gb_s",
+    known = {"base", "name", "device", "gpus_per_node", "memory_gib", "reserved_gib", "memory_bandwidth_gb_s",
              "peak_tflops", "intra", "inter", "kernels"}  # fmt: skip
     unknown = sorted(set(raw) - known)
     if unknown:
@@ -218,7 +225,13 @@ def _from_mapping(raw: dict[str, Any], stem: str) -> Hardware:
     links: dict[str, Any] = {
         name: _link(name, raw[name], getattr(base, name)) for name in ("intra", "inter") if name in raw
     }
-    changes: dict[str, Any] = {"name": raw.get("name", stem), **_scalars(raw), **_peaks(raw), **links}
+    changes: dict[str, Any] = {
+        "name": raw.get("name", stem),
+        "device": raw.get("device", base.device),
+        **_scalars(raw),
+        **_peaks(raw),
+        **links,
+    }
     if "kernels" in raw:
         changes["kernels"] = replace(
             base.kernels, **_checked("kernels", raw["kernels"], {f.name for f in fields(Kernels)})
@@ -301,6 +314,7 @@ PRESETS: dict[str, Hardware] = {
         "cpu", 8, {"fp32": 50e9, "fp64": 25e9}, 4 * GIB, 5e9, Link(1e9, 200e-6, 0.80), Link(1e9, 500e-6, 0.80),
         reserved_bytes=0.5 * GIB,
         kernels=Kernels(gemm_half_size=16.0, launch=15e-6, collective=1e-3, overlap=0.0, host_sync=20e-6),
+        device="cpu",
     ),
 }  # fmt: skip
 

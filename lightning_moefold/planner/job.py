@@ -23,7 +23,7 @@ PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
 }
 SHARDINGS = ("none", "optimizer", "full")
 RECOMPUTES = ("none", "selective", "full")
-DISPATCHERS = ("alltoall", "deduplicated", "allgather")
+DISPATCHERS = ("alltoall", "deduplicated", "hierarchical", "allgather")
 DROP_SCOPES = ("full_sequence", "sub_sequence")
 __all__ = [
     "DISPATCHERS", "DROP_SCOPES", "PRECISIONS", "RECOMPUTES", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD", "V_SHAPED", "Job", "Plan",

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
 
+from lightning_moefold.fold import expert_nodes
 from lightning_moefold.modules.context import ContextLayout, exchange_for
 from lightning_moefold.planner.job import Job
 from lightning_moefold.planner.kernels import Compute
 from lightning_moefold.planner.links import GroupShape, Links, group_shape
+from lightning_moefold.planner.pairs import Pairs, pairs_of
 
 #: What time goes to, in the order in which it is shown.
 COMPUTE = ("gemm", "experts", "attention", "elementwise", "head", "launch")
@@ -70,11 +72,6 @@ def combine(parts: list[tuple[float, Block]]) -> Block:
     return Block(forward, backward, weight, attention_half)
 
 
-def ranks_of_a_token(top_k: int, ep: int) -> float:
-    """Mean number of ranks that hold some of a token's experts, under balanced routing."""
-    return ep * (1 - (1 - 1 / ep) ** top_k)
-
-
 class LayerCosts:
     """Blocks of a job's model, memoised.
 
@@ -109,6 +106,15 @@ class LayerCosts:
             parts = spread if job.drop_scope == "full_sequence" else 1
             return min(parts * job.capacity_factor, model.num_experts / model.num_experts_per_tok)
         return job.routing.load_factor(model.num_experts, model.num_experts_per_tok, ep, job.capacity_factor)
+
+    def pairs(self, places: int) -> Pairs:
+        """Of a token and a place (ranks of ep, or nodes) that holds some of its experts."""
+        model, job = self.model, self.job
+        return pairs_of(job.routing, model.num_experts, model.num_experts_per_tok, places, job.capacity_factor)
+
+    def nodes(self, ep: int, etp: int, dispatcher: str) -> int:
+        """Nodes between which tokens travel first, and then within each; 1 where they travel in one step."""
+        return expert_nodes(ep, etp, self.job.hardware.gpus_per_node) if dispatcher == "hierarchical" else 1
 
     def tokens(self, micro_batch: int, cp: int) -> int:
         """N, with the padding of lengths that 2 cp does not divide."""
@@ -200,7 +206,8 @@ class LayerCosts:
         router = self._router(tokens)
         comm, comm_backward, moved = self._dispatch(ep, etp, tokens, load, dispatcher, experts)
         elementwise = self.compute.stream(b * (8 * tokens * d + moved)) + self.compute.stream(b * 3 * rows * f)
-        sync = self.job.hardware.kernels.host_sync if self.job.capacity_factor is None and ep * etp > 1 else 0.0
+        waits = (self.job.capacity_factor is None and ep * etp > 1) + (self.nodes(ep, etp, dispatcher) > 1)
+        sync = waits * self.job.hardware.kernels.host_sync
         forward = {"experts": experts, "gemm": router, "elementwise": elementwise, **comm}
         backward = {
             "experts": 2 * experts,
@@ -249,20 +256,49 @@ class LayerCosts:
             everyone = tokens * ep * etp
             both = self.links.reduce(self.shape(ep * etp, 1), everyone * d * b)
             return {"a2a": both}, {"a2a": both}, d * (2 * rows + rows + everyone)
-        # Deduplicated, a token travels once to each rank that holds some of its experts, else once for each expert.
-        copies = (
-            ranks_of_a_token(model.num_experts_per_tok, ep)
-            if dispatcher == "deduplicated"
-            else model.num_experts_per_tok
-        )
+        sort = 4 * rows * d if model.num_experts // ep > 1 or etp > 1 else 0.0
+        if dispatcher != "alltoall":
+            there, back, moved = self._once_to_each(ep, etp, tokens, self.nodes(ep, etp, dispatcher))
+            return there, back, d * moved + sort
         parts = self.chunks(ep)
-        message = self.links.exchange(self.shape(ep, etp), tokens * copies * load * d * b / parts)
+        message = self.links.exchange(self.shape(ep, etp), chosen * load * d * b / parts)
         seen, behind = 2 * message, 2 * (parts - 1) * message
         ways = [seen + self.links.hidden(behind, (parts - 1) / parts * window) for window in (experts, 2 * experts)]
-        widen = self.links.gather(self.shape(etp, 1), tokens * copies * load * etp * d * b / parts)
-        sort = 4 * rows * d if model.num_experts // ep > 1 or etp > 1 else 0.0
+        widen = self.links.gather(self.shape(etp, 1), chosen * load * etp * d * b / parts)
         there, back = ({"a2a": way, "etp": 2 * parts * widen} for way in ways)
         return there, back, 2 * (tokens + sent) * d + sort
+
+    def _once_to_each(
+        self, ep: int, etp: int, tokens: int, nodes: int
+    ) -> tuple[dict[str, float], dict[str, float], float]:
+        """Deduplicated exchange: seconds of the communication forward and backward, and rows moved in memory.
+
+        A token travels once to each rank that holds some of its experts; with several nodes, once to each node and from there
+        to its ranks. Then the second step adds what `docs/dispatch.md` counts: its tokens there and back, the sizes, and the
+        choices, whose gradients return backward. (What the sizes and choices of one step cost is left out under every
+        dispatcher.)
+
+        Args:
+            ep: Ranks among which tokens are exchanged.
+            etp: Ranks that share an expert.
+            tokens: T.
+            nodes: Over which ep lies, to be taken in two steps; 1 for one.
+        """
+        ranks, row = self.pairs(ep), self.model.hidden_size * self.job.activation_bytes
+        inside = self.shape(ep // nodes, etp)
+        way = self.links.exchange(inside, tokens * ranks.busiest * row)
+        widen = 2 * self.links.gather(self.shape(etp, 1), tokens * ranks.busiest * etp * row)
+        forward, backward = 2 * way, 2 * way
+        moved = 2 * tokens * (1 + ranks.mean)
+        if nodes > 1:
+            pairs, small = self.pairs(nodes), self.links.empty(inside)
+            between = self.links.exchange(
+                self.shape(nodes, self.job.hardware.gpus_per_node), tokens * pairs.busiest * row
+            )
+            forward, backward = forward + 2 * between + 2 * small, backward + 2 * between + small
+            # What reaches the busiest node is spread over its ranks, and comes back.
+            moved = 2 * tokens * (1 + pairs.mean) + 2 * tokens * pairs.busiest * (1 + ranks.mean / pairs.mean)
+        return {"a2a": forward, "etp": widen}, {"a2a": backward, "etp": widen}, moved
 
     def _mlp(self, tp: int, cp: int, micro_batch: int, width: int, own_norm: bool) -> Block:
         """Gated feed-forward cut over tp: a dense layer's, or the shared expert's."""

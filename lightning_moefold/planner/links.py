@@ -124,6 +124,10 @@ class Links:
         link: Link = self.hardware.inter if shape.crosses else self.hardware.intra
         return sent_bytes / link.rate + link.latency + self.hardware.kernels.collective
 
+    def empty(self, shape: GroupShape) -> float:
+        """A collective over the group whose bytes do not count."""
+        return 0.0 if shape.size == 1 else self._hops(shape)
+
     def _hops(self, shape: GroupShape) -> float:
         hops = (shape.nodes - 1) * self.hardware.inter.latency + (shape.local - 1) * self.hardware.intra.latency
         return self.hardware.kernels.collective + hops

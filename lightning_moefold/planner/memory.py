@@ -20,7 +20,7 @@ from math import ceil
 from lightning_moefold.fold import Fold
 from lightning_moefold.modules.vocabulary import chunk_rows
 from lightning_moefold.planner.job import PRECISIONS, Plan
-from lightning_moefold.planner.layer import LayerCosts, ranks_of_a_token
+from lightning_moefold.planner.layer import LayerCosts
 from lightning_moefold.planner.parameters import count, dense_shapes, expert_shapes, router_shapes, shard
 from lightning_moefold.planner.schedules import RankLayers, chunks_in_flight, pipeline_layout
 
@@ -167,12 +167,7 @@ class MemoryModel:
             experts += n * d * b + 4 * n * shared * b + t * d * b
         dense = t * d * b + n * d * b + 4 * n * ceil(model.intermediate_size / tp) * b
         everything = attention + experts, attention + dense
-        deduplicated = ranks_of_a_token(model.num_experts_per_tok, ep)
-        padded = self.costs.load(ep, tp * cp) if self.job.pad_to_capacity else 1.0
-        copies = {"alltoall": model.num_experts_per_tok * padded, "deduplicated": deduplicated, "allgather": ep * etp}[
-            dispatcher
-        ]
-        exchange = 2 * t * copies * d * b
+        exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
         live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f))
         if recompute == "full":
             return t * d * b, t * d * b, live + max(everything[0] if self.costs.num_moe else 0.0, everything[1])
@@ -180,6 +175,22 @@ class MemoryModel:
             kept = t * d * b
             return kept + experts, kept + dense, live + attention
         return everything[0], everything[1], live
+
+    def _under_way(self, spread: int, ep: int, etp: int, dispatcher: str) -> float:
+        """Rows for each of a rank's tokens that live while it exchanges them: sent, and arrived at the busiest rank.
+
+        In two steps, what has reached the node stays while it is spread there.
+        """
+        if dispatcher == "allgather":
+            return 2 * ep * etp
+        if dispatcher == "alltoall":
+            padded = self.costs.load(ep, spread) if self.job.pad_to_capacity else 1.0
+            return 2 * self.model.num_experts_per_tok * padded
+        ranks, nodes = self.costs.pairs(ep), self.costs.nodes(ep, etp, dispatcher)
+        if nodes == 1:
+            return ranks.mean + ranks.busiest
+        pairs = self.costs.pairs(nodes)
+        return pairs.busiest * (1 + ranks.mean / pairs.mean) + ranks.busiest
 
     def _experts_backward(self, ep: int, rows: float, f: int) -> float:
         """Live bytes in the backward pass of a layer's experts, at the fuller of two moments.
@@ -230,7 +241,6 @@ class MemoryModel:
         b, d, v = self.job.activation_bytes, self.model.hidden_size, ceil(self.model.vocab_size / fold.tp)
         wide = max(4, b)
         both = wide + b if b < wide else wide  # wide, and as products take or give it
-        device = "cpu" if self.job.hardware.name == "cpu" else "cuda"
-        rows = min(n, chunk_rows(self.model.vocab_size, fold.tp, device))
+        rows = min(n, chunk_rows(self.model.vocab_size, fold.tp, self.job.hardware.device))
         # Hidden states gathered, those of them that have a label, and their gradient.
         return rows * v * both + v * d * both + 3 * n * d * b, (v + n) * d * b

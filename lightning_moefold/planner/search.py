@@ -205,7 +205,7 @@ class Planner:
     def _best(self, fold: Fold, micro_batch: int, slowest: float = float("inf")) -> list[Estimate]:
         """The best plan of a fold and micro-batch size; none where every dispatcher is bound to exceed ``slowest``."""
         best: Estimate | None = None
-        for dispatcher in self.space.dispatchers:
+        for dispatcher in self._dispatchers(fold):
             if slowest < float("inf") and self.costs.lower_bound(fold, micro_batch, dispatcher) >= slowest:
                 continue
             for ladder in self.plans(fold, micro_batch, dispatcher):
@@ -258,9 +258,16 @@ class Planner:
         for fold in legal_folds(self.job, self.space):
             if self._states(fold) > self.job.hardware.usable_bytes:
                 continue
+            dispatchers = self._dispatchers(fold)
             for size in micro_batches(self.job, self.space, fold):
-                for dispatcher in self.space.dispatchers:
-                    yield self.costs.lower_bound(fold, size, dispatcher), fold, size
+                yield min(self.costs.lower_bound(fold, size, dispatcher) for dispatcher in dispatchers), fold, size
+
+    def _dispatchers(self, fold: Fold) -> tuple[str, ...]:
+        """Those of the space that differ under a fold: by node, where there is one step, is deduplicated."""
+        names = self.space.dispatchers
+        if "deduplicated" not in names or self.costs.layers.nodes(fold.ep, fold.etp, "hierarchical") > 1:
+            return names
+        return tuple(name for name in names if name != "hierarchical")
 
     def _states(self, fold: Fold) -> float:
         """Bytes of weights, gradients and moments of the last pipeline rank: a lower bound of the memory."""

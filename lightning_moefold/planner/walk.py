@@ -96,8 +96,8 @@ def _sizes(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
         f"{rate / 1e12:.0f} TFLOP/s, {rate / job.hardware.peak(job.dtype):.0%} of the peak"
     )
     if fold.ep > 1:
+        yield from _exchange(job, estimate, costs, t)
         sent = t * k * estimate.load * model.hidden_size * b
-        yield f"  each exchange moves {sent / 2**20:.1f} MiB per rank; four of them a layer, forward and backward"
         if (parts := costs.layers.chunks(fold.ep)) > 1:
             shape = costs.layers.shape(fold.ep, fold.etp)
             one = costs.layers.links.exchange(shape, sent / parts)
@@ -108,6 +108,36 @@ def _sizes(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
             )
     yield f"  forward {moe.forward_total * 1e3:.2f} ms = " + _sum(dict(moe.forward))
     yield f"  backward {moe.backward_total * 1e3:.2f} ms = " + _sum(dict(moe.backward))
+
+
+def _exchange(job: Job, estimate: Estimate, costs: CostModel, tokens: int) -> Iterator[str]:
+    """How the tokens of a rank reach their experts."""
+    layers, plan, fold = costs.layers, estimate.plan, estimate.plan.fold
+    one = tokens * job.model.hidden_size * job.activation_bytes / 2**20
+    if plan.dispatcher == "allgather":
+        yield f"  each gather moves {one * fold.ep * fold.etp:.1f} MiB to every rank, and so does each reduction"
+        return
+    if plan.dispatcher == "alltoall":
+        sent = one * job.model.num_experts_per_tok * estimate.load
+        yield f"  each exchange moves {sent:.1f} MiB per rank; four of them a layer, forward and backward"
+        return
+    nodes, ranks = layers.nodes(fold.ep, fold.etp, plan.dispatcher), layers.pairs(fold.ep)
+    if nodes == 1:
+        yield (
+            f"  a token goes once to each of {ranks.mean:.2f} of {fold.ep} ranks on average: {one * ranks.busiest:.1f} MiB at "
+            "the busiest rank; four such exchanges a layer, forward and backward"
+        )
+        return
+    pairs, inside = layers.pairs(nodes), fold.ep // nodes
+    yield (
+        f"  a token goes once to each of {pairs.mean:.2f} of {nodes} nodes on average, {one * pairs.busiest:.1f} MiB at a rank "
+        f"of the busiest node, of which {(nodes - 1) / nodes:.0%} between nodes; deduplicated it would be "
+        f"{one * ranks.busiest:.1f} MiB"
+    )
+    yield (
+        f"  and from there to {ranks.mean:.2f} of {fold.ep} ranks, among the {inside} of each node: {one * ranks.busiest:.1f} "
+        "MiB at the busiest rank; each step four times a layer, forward and backward"
+    )
 
 
 def _sum(seconds: dict[str, float]) -> str:

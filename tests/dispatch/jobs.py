@@ -10,13 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_moefold import Fold
+from lightning_moefold import Fold, comm
 from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, TokenDispatcher
+from lightning_moefold.dispatch.hierarchical import HierarchicalDispatcher
 from lightning_moefold.dispatch.registry import DISPATCHERS, make_dispatcher
 from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules import MoELayer
 from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
 
 EXPERTS, TOP, SIZE = 8, 3, 3
+#: Of rows that are counted, so that nothing else is as wide.
+SIZE_WIDE = 16
 #: What is tried under every fold.
 CONFIGS = {
     "alltoall": DispatchConfig("alltoall"),
@@ -156,6 +160,62 @@ def by_node(fold: str, node_size: int, kinds: list[str]) -> tuple[str, list[tupl
     inside = axes.within or axes
     ranks = [] if axes.nodes is None else [axes.nodes.ranks, inside.ep.ranks, inside.etp_ep.ranks]
     return type(make_dispatcher(config, EXPERTS, TOP, axes)).__name__, ranks
+
+
+def chosen(fold: str, node_size: int, top_k: int) -> tuple[str, tuple[int, ...]]:
+    """The dispatcher of a layer that was left to choose one, and the ranks of its axis between nodes."""
+    layer = MoELayer(16, EXPERTS, top_k, 8, dispatch=DispatchConfig("auto", node_size=node_size))
+    layer.bind(FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu"))
+    dispatcher = layer.dispatcher
+    nodes = dispatcher.nodes.ranks if isinstance(dispatcher, HierarchicalDispatcher) else ()
+    return type(dispatcher).__name__, nodes
+
+
+def rows_of_each_step(fold: str, node_size: int, tokens: int) -> dict[str, int]:
+    """Rows that this rank sends to other ranks of its node, and to other nodes, of balanced routing; and collectives by
+    the place of their group, forward and backward."""
+    torch.set_default_dtype(torch.float32)
+    mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
+    config = DispatchConfig("hierarchical", node_size=node_size)
+    dispatcher = make_dispatcher(config, EXPERTS, TOP, ExpertAxes.of(mesh, config))
+    generator = torch.Generator().manual_seed(mesh.rank)
+    expert = torch.rand(tokens, EXPERTS, generator=generator).topk(TOP).indices
+    found = {
+        "within": 0,
+        "between": 0,
+        "forward within": 0,
+        "forward between": 0,
+        "backward within": 0,
+        "backward between": 0,
+    }
+    way = "forward"
+    names = ("all_to_all_single", comm.ALL_GATHER)
+    real = {name: getattr(dist, name) for name in names}
+
+    def counted(name: str) -> Any:
+        def call(out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            ranks = dist.get_process_group_ranks(kwargs["group"])
+            step = "within" if len({rank // node_size for rank in ranks}) == 1 else "between"
+            found[f"{way} {step}"] += 1
+            if name == "all_to_all_single" and x.shape[1:] == (SIZE_WIDE,):
+                send = args[1]
+                found[step] += sum(n for rank, n in zip(ranks, send, strict=True) if rank != mesh.rank)
+            return real[name](out, x, *args, **kwargs)
+
+        return call
+
+    with mock.patch.multiple(dist, **{name: counted(name) for name in names}):
+        x, weight = torch.randn(tokens, SIZE_WIDE).requires_grad_(), torch.rand(tokens, TOP).requires_grad_()
+        [parcel] = dispatcher.dispatch_preprocess(x, Choices(weight, expert))
+        parcel = dispatcher.token_dispatch(parcel)
+        arrived, rows = dispatcher.dispatch_postprocess(parcel)
+        there = dict(found)
+        y = sum_rows(read_tokens(arrived, rows) * rows.weight_M.unsqueeze(1), rows, arrived.shape[0])
+        back = dispatcher.token_combine(dispatcher.combine_preprocess(y, parcel.plan), parcel.plan)
+        output = dispatcher.combine_postprocess([back], [parcel.plan])
+        way = "backward"
+        output.sum().backward()
+    return {**found, "within": there["within"], "between": there["between"]}
 
 
 def rows_between_nodes(fold: str, node_size: int, size: int) -> dict[str, int]:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_moefold.dispatch.permutation import Copies, collect, sort_by_expert, spread
+from lightning_moefold.planner.pairs import pairs_of
+from lightning_moefold.planner.routing import BALANCED
 from lightning_moefold.testing import RankPool
 from tests.dispatch import jobs
 
@@ -60,6 +62,23 @@ def test_by_node(pool: RankPool, fold: str, ranks: int, node_size: int, axes_of_
     assert {name for name, _ in found} == {"HierarchicalDispatcher"}
     for sent in pool.run(jobs.rows_between_nodes, fold, node_size, 16, ranks=ranks):
         assert sent["rows"] == sent["pairs"] > 0
+
+
+@pytest.mark.parametrize(
+    ("fold", "ranks", "node_size"), [("ep4", 4, 2), pytest.param("ep8", 8, 4, marks=pytest.mark.slow)]
+)
+def test_the_planner_expects_what_travels(pool: RankPool, fold: str, ranks: int, node_size: int) -> None:
+    """Rows of either step, and the collectives of each."""
+    tokens, nodes = 3000, ranks // node_size
+    places = (pairs_of(BALANCED, jobs.EXPERTS, jobs.TOP, n).mean for n in (nodes, ranks))
+    to_nodes, to_ranks = (tokens * mean for mean in places)
+    seen = pool.run(jobs.rows_of_each_step, fold, node_size, tokens, ranks=ranks)
+    mean = {step: sum(found[step] for found in seen) / ranks for step in ("between", "within")}
+    assert mean["between"] == pytest.approx(to_nodes * (1 - 1 / nodes), rel=0.015)
+    assert mean["within"] == pytest.approx(to_ranks * (1 - 1 / node_size), rel=0.015)
+    for found in seen:
+        assert (found["forward between"], found["forward within"]) == (4, 4)
+        assert (found["backward between"], found["backward within"]) == (3, 3)
 
 
 @pytest.mark.parametrize(("fold", "node_size"), [("ep4", 4), ("ep4", 1), ("ep2 etp2", 2), ("ep4", 3)])

@@ -33,6 +33,7 @@ class RankRun:
     fold: str = ""
     loads: dict[int, torch.Tensor] = field(default_factory=dict)
     dropped: int = 0
+    dispatchers: set[str] = field(default_factory=set)
 
 
 class BatchList(Dataset):
@@ -113,6 +114,7 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
     run.weights = owned_pieces(module.model)
     run.fold = str(module.model.fold)
     run.loads = {number: layer.load_E.clone() for number, layer in module.model.moe_layers().items()}
+    run.dispatchers = {type(layer.dispatcher).__name__ for layer in module.model.moe_layers().values()}
     run.dropped = sum(int(layer.dropped) for layer in module.model.moe_layers().values())
     return run
 

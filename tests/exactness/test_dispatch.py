@@ -75,6 +75,28 @@ def test_four_ranks(pool: RankPool, checkpoint: str, dispatch: str, fold: str) -
     )
 
 
+@pytest.mark.parametrize(
+    ("fold", "node_size", "expected"),
+    [
+        ("tp2 cp2 | ep4", 2, "HierarchicalDispatcher"),
+        pytest.param("cp2 | ep4", 2, "HierarchicalDispatcher", marks=pytest.mark.slow),
+        pytest.param("tp2 | ep4", 4, "DeduplicatedDispatcher", marks=pytest.mark.slow),
+    ],
+)
+def test_chosen_by_node(
+    pool: RankPool, tmp_path_factory: pytest.TempPathFactory, fold: str, node_size: int, expected: str
+) -> None:
+    """What ``"auto"`` takes where ep spans nodes is the same on every rank, and exact."""
+    folder = tmp_path_factory.mktemp("auto") / "model"
+    checkpoint = str(make_checkpoint(folder, "qwen2_moe", num_experts=8, num_experts_per_tok=4, num_hidden_layers=2))
+    dp = Fold.parse(fold, 4).dp
+    batches = make_batches(2, dp, 4 // dp, 9, 96, seed=7, padding="right")
+    spec = {"clip": 0.5, "lr": 1e-2, "dispatch": {"dispatcher": "auto", "node_size": node_size}}
+    actual = pool.run(runs.train, checkpoint, fold, batches, spec, ranks=4)
+    assert [run.dispatchers for run in actual] == [{expected}] * 4
+    compare.compare(actual, reference_run(checkpoint, batches, clip=0.5), 1e-9, fold)
+
+
 @pytest.mark.parametrize("fold", ["cp2 | ep2", "tp2 | etp2"])
 def test_alike_but_for_rounding(pool: RankPool, checkpoint: str, fold: str) -> None:
     """A row's first token, repeated, has one hidden state; who is served is a matter of position, not of rounding."""

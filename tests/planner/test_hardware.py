@@ -23,6 +23,7 @@ def test_toml_round_trip(tmp_path, name):
     file.write_text(PRESETS[name].to_toml())
     again = find_hardware(str(file))
     assert again.to_toml() == PRESETS[name].to_toml()
+    assert again.device == ("cpu" if name == "cpu" else "cuda")
 
 
 def test_a_small_file_is_enough(tmp_path):
@@ -40,6 +41,7 @@ def test_a_small_file_is_enough(tmp_path):
     ("gpus = 8", "unknown field 'gpus'"), ("gpus_per_node = 8", "'memory_gib' is missing"), ("[", "not valid TOML"),
     ('base = "dgx-h100"\n[kernels]\nspeed = 1', "unknown field 'speed'"), ('base = "tpu"', "not known"),
     ('base = "dgx-h100"\n[peak_tflops]\nbf16 = "fast"', "must be a number"),
+    ('base = "dgx-h100"\ndevice = "tpu"', "device='tpu' is not known; use 'cuda' or 'cpu'"),
 ])  # fmt: skip
 def test_bad_files_are_refused(tmp_path, text, message):
     (tmp_path / "bad.toml").write_text(text)

@@ -8,6 +8,7 @@ import pytest
 from lightning_moefold.fold import Fold
 from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan
+from lightning_moefold.planner.explain import header
 from lightning_moefold.planner.schedules import pipeline_layout
 
 
@@ -78,6 +79,15 @@ def test_sharding_and_recomputation_save_memory():
     model = costs("mixtral-8x7b")
     saved = [model.memory.estimate(replace(plan, recompute=r)).total for r in ("none", "selective", "full")]
     assert saved == sorted(saved, reverse=True)
+
+
+def test_a_cpu_under_another_name_has_the_logits_of_a_cpu():
+    """A machine that was measured is called what its owner calls it; chunks are of the kind of device."""
+    fold, cpu = Fold.parse("tp2 pp2 | ep8", 64), PRESETS["cpu"]
+    by = [costs("mixtral-8x7b", hardware=h).memory._loss(fold, 8192)[0] for h in (cpu, replace(cpu, name="box"))]
+    assert by[0] == by[1]
+    assert by[0] < costs("mixtral-8x7b", hardware=replace(cpu, device="cuda")).memory._loss(fold, 8192)[0]
+    assert "64 CPU ranks (8 nodes of box)" in header(costs("mixtral-8x7b", hardware=replace(cpu, name="box")).job)
 
 
 def test_states_by_hand():

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_moefold import AutoFold, MoEFoldStrategy
-from lightning_moefold.autofold import agreed
+from lightning_moefold.autofold import Fixed, agreed
+from lightning_moefold.autofold import machine as machine_at_hand
+from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.planner import PRESETS
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
@@ -62,10 +65,26 @@ def test_exact_and_the_same_on_every_rank(pool: RankPool, path: str, tmp_path: P
 
 
 def test_a_model_made_in_init(pool: RankPool, path: str) -> None:
-    """Is known before the data is set up; what the planner takes for something else is left as it was given."""
+    """Is known before the data is set up; a dispatcher that was given stays."""
     seen = pool.run(auto.fit, path, auto.BATCH, {"dispatcher": "hierarchical"}, True, ranks=2)
     check(pool, path, seen, 3)
     assert {s["dispatcher"] for s in seen} == {"hierarchical"}
+
+
+@pytest.mark.parametrize("name", ["alltoall", "deduplicated", "hierarchical", "allgather"])
+def test_a_given_dispatcher_is_planned_as_itself(name: str) -> None:
+    """And \"auto\" leaves it to the planner."""
+    for given, expected in ((name, (name,)), ("auto", ("alltoall", name))):
+        fixed = Fixed(8, 8, "bf16-mixed", "optimizer", DispatchConfig(given), None, None, 1, None)  # type: ignore[arg-type]
+        assert fixed.space(("alltoall", name)).dispatchers == expected
+
+
+def test_a_node_is_what_shares_fast_links() -> None:
+    """``node_size``, where it was given; the memory is that of the machine's ranks."""
+    of_four, of_two = (machine_at_hand(AutoFold(), 4, torch.device("cpu"), size) for size in (None, 2))
+    assert (of_four.gpus_per_node, of_two.gpus_per_node) == (4, 2)
+    assert of_four.memory_bytes == of_two.memory_bytes
+    assert machine_at_hand(AutoFold(hardware="dgx-h100"), 4, torch.device("cpu"), 2).gpus_per_node == 2
 
 
 def test_a_dataloader_says_rows_and_length(pool: RankPool, path: str) -> None:
