@@ -36,6 +36,7 @@ from torch import Tensor
 from lightning_moefold import Fold
 from lightning_moefold.comm import Flight
 from lightning_moefold.dispatch import DispatchConfig
+from lightning_moefold.figures import COLORS, make_figure, save_figure
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import Experts, MoELayer, expert_kernels
 from lightning_moefold.parallel import Sharding, parallelize
@@ -198,28 +199,25 @@ def chrome_trace(ranks: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 def draw(ranks: list[list[dict[str, Any]]], path: Path) -> None:
     """The same as a picture: a lane for each kind on each rank, time from left to right."""
-    import matplotlib.pyplot as plt
-
     rounds = [round_[-1] for round_ in ranks]
     first = min(round_["forward"]["whole"][0][0] for round_ in rounds)
     lanes = [(rank, kind) for rank in range(len(rounds)) for kind in (EXPERTS, EXCHANGE, WAIT)]
-    colours = {EXPERTS: "tab:blue", EXCHANGE: "tab:orange", WAIT: "tab:red"}
-    figure, axes = plt.subplots(figsize=(10, 0.45 * len(lanes) + 1.2), layout="constrained")
+    colors = dict(zip((EXPERTS, EXCHANGE, WAIT), (COLORS[0], COLORS[4], COLORS[1]), strict=True))
+    figure, [axes] = make_figure("Tokens travel while experts compute", [0.45 * len(lanes) + 0.9])
+    axes.grid(visible=False)
     for lane, (rank, kind) in enumerate(lanes):
         for phase in ("forward", "backward"):
             bars = [((start - first) * 1e3, (end - start) * 1e3) for start, end in rounds[rank][phase][kind]]
-            axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colours[kind], edgecolor="white", linewidth=0.5)
+            axes.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colors[kind], edgecolor="white", linewidth=0.5)
     for phase in ("forward", "backward"):
         start, end = ((t - first) * 1e3 for t in rounds[0][phase]["whole"][0])
-        axes.axvspan(start, end, color="grey", alpha=0.12, linewidth=0)
+        axes.axvspan(start, end, color="0.95", zorder=0)
         axes.text((start + end) / 2, -0.75, phase, ha="center")
     axes.set_yticks(range(len(lanes)), [f"rank {rank}: {kind}" for rank, kind in lanes])
-    axes.invert_yaxis()
     axes.set_ylim(len(lanes) - 0.4, -1.2)
     axes.set_xlim(0, max(round_["backward"]["whole"][0][1] - first for round_ in rounds) * 1e3)
     axes.set_xlabel("ms")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -90,8 +90,8 @@ class DispatchConfig:
 def choose_dispatcher(config: DispatchConfig, num_experts: int, top_k: int, ep: int, nodes: int = 1) -> DispatcherName:
     """What ``"auto"`` stands for, by the rows of a token that travel on average under balanced routing.
 
-    A token has ``k`` rows in an all-to-all. Its experts live on ``r(ep)`` ranks, with ``r(n) = n * (1 - (1 - 1/n)^k)``, which
-    is what deduplication sends, with an index for each row beside it; an all-gather sends it to all ``ep``. So all-gather
+    A token has ``k`` rows in an all-to-all. Its experts live on ``r(ep)`` ranks, with ``r(n) = n (1 - C(E - E/n, k) / C(E, k))``,
+    which is what deduplication sends, with an index for each row beside it; an all-gather sends it to all ``ep``. So all-gather
     where r(ep) is nearly ep (within a tenth: no permutation, no index; a ring, too, brings a token to each node once),
     deduplication where r(ep) is clearly less than k, and plain all-to-all otherwise, and wherever padding or chunks ask for
     it.
@@ -102,7 +102,8 @@ def choose_dispatcher(config: DispatchConfig, num_experts: int, top_k: int, ep: 
     over links at least eight times as fast (NVLink beside a network port for each GPU: 9 times on a DGX H100, 12 on a DGX
     A100, 18 on a DGX B200), which take the time of ``r(ep) / 8`` rows between nodes. For two nodes, where it saves the
     smallest part, it saves more than it adds below three quarters; for more nodes all the more. Few tokens, for which the
-    second step's collectives weigh most, are not thought of here; the planner does so.
+    second step's collectives weigh most, are not thought of here, nor is an all-gather beside it, which a planner that knows
+    the links may find a little faster where k is large; the planner does both.
 
     Args:
         config: As chosen.
@@ -115,17 +116,17 @@ def choose_dispatcher(config: DispatchConfig, num_experts: int, top_k: int, ep: 
         return config.dispatcher
     if ep == 1 or config.pad_to_capacity or config.chunks > 1:
         return "alltoall"
-    ranks = _places(ep, top_k)
+    ranks = _places(ep, num_experts, top_k)
     if config.capacity_factor is None and ranks > 0.9 * ep:
         return "allgather"
-    if nodes > 1 and _places(nodes, top_k) <= _WORTH_TWO_STEPS * ranks:
+    if nodes > 1 and _places(nodes, num_experts, top_k) <= _WORTH_TWO_STEPS * ranks:
         return "hierarchical"
     return "deduplicated" if ranks < 0.9 * top_k else "alltoall"
 
 
-def _places(places: int, top_k: int) -> float:
-    """Mean number of equal places that hold some of a token's experts, k draws among many experts."""
-    return places * (1 - (1 - 1 / places) ** top_k)
+def _places(places: int, num_experts: int, top_k: int) -> float:
+    """Mean number of equal places that hold some of a token's k experts, all sets of which are alike."""
+    return places * (1 - math.comb(num_experts - num_experts // places, top_k) / math.comb(num_experts, top_k))
 
 
 def settle(config: DispatchConfig, num_experts: int, top_k: int, fold: Fold) -> DispatchConfig:

@@ -29,8 +29,7 @@ def make_dispatcher(
         top_k: k.
         axes: Over which the experts are spread.
     """
-    nodes = 1 if axes.nodes is None else axes.nodes.size
-    name: str = choose_dispatcher(config, num_experts, top_k, axes.ep.size, nodes)
+    name: str = choose_dispatcher(config, num_experts, top_k, axes.ep.size)  # by node only if :func:`.settle` said so
     if axes.etp_ep.size == 1 and not config.pad_to_capacity:
         name = "allgather"  # on one rank nothing travels, and experts read the tokens where they are
     elif name == "hierarchical" and axes.nodes is None:

@@ -241,8 +241,7 @@ class _ExpertByExpert(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_AD: Tensor, weight_M: Tensor, job: _Job, *weights: Tensor) -> Tensor:
         gate_LFD, up_LFD, down_LDF = weights
-        sizes = weight_M.shape[0], gate_LFD.shape[1]
-        gate_MF, up_MF = (FOR_BACKWARD.empty(*sizes, dtype=x_AD.dtype, device=x_AD.device) for _ in range(2))
+        gate_MF, up_MF = (FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2))
         total_AD = job.total(x_AD)
         for expert, rows, tokens in job.blocks():
             x_cD, gate, up = job.read(x_AD, tokens), gate_MF[rows], up_MF[rows]

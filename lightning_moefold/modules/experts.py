@@ -51,7 +51,7 @@ class RoutedExperts(ParallelModule):
             x_AD: Tokens.
             rows: Which token each row reads, its weight, and the rows of each expert.
             stacks: Parameters of these experts.
-            chunk: Which of the parcels this is; always the same experts.
+            chunk: Which of the parcels this is; the same experts in every step.
         """
 
     def forward(self, parcels: list[Parcel], dispatcher: TokenDispatcher) -> list[Return]:
@@ -101,7 +101,7 @@ class Experts(RoutedExperts):
         self.gate_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_hidden_size))
-        self._engines: dict[int, TransformerEngineExperts] = {}
+        self._engines: dict[tuple[int, int, int, torch.dtype], TransformerEngineExperts] = {}
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             nn.init.normal_(weight, std=0.02)
 
@@ -130,10 +130,11 @@ class Experts(RoutedExperts):
             return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, self.kernel)
         if x_AD.dtype == torch.float64:  # which Transformer Engine does not have
             return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, "loop")
-        if chunk not in self._engines:
-            experts, width, hidden = gate_LFD.shape
-            self._engines[chunk] = TransformerEngineExperts(experts, hidden, width, gate_LFD.dtype)
-        return self._engines[chunk](x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF)
+        experts, width, hidden = gate_LFD.shape
+        key = chunk, experts, width, gate_LFD.dtype  # another when the layer is bound to another fold
+        if key not in self._engines:
+            self._engines[key] = TransformerEngineExperts(experts, hidden, width, gate_LFD.dtype)
+        return self._engines[key](x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, makes engines of its own."""

@@ -28,18 +28,27 @@ class KeptMemory:
     def __init__(self) -> None:
         self._free: list[Tensor] = []  # the longest unused first
         self._lock = Lock()
+        self._releases = 0
 
-    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor; from the device's own allocator where it is small or not on CPU."""
-        size = math.prod(shape) * dtype.itemsize
-        if device.type != "cpu" or size < SMALLEST:
-            return torch.empty(shape, dtype=dtype, device=device)
+    def empty(self, like: Tensor, *shape: int) -> Tensor:
+        """An uninitialised tensor, with PyTorch's own memory where it is small, not on CPU, or not real.
+
+        Its storage cannot be resized.
+
+        Args:
+            like: Whose dtype and device it has.
+            shape: Of the tensor.
+        """
+        count = math.prod(shape)
+        size = count * like.element_size()
+        real = type(like) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        if size < SMALLEST or like.device.type != "cpu" or not real:
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
         block = self._block(size)
         lease = block.numpy()  # a new array on the block, which dies with the tensor's storage
-        weakref.finalize(lease, self._free.append, block).atexit = False
-        return torch.frombuffer(lease, dtype=dtype, count=math.prod(shape)).resize_(
-            shape
-        )  # a view would not be taken as gradient
+        weakref.finalize(lease, self._take_back, block, self._releases).atexit = False
+        # Resized and not viewed: autograd copies a view before it keeps it as a gradient.
+        return torch.frombuffer(lease, dtype=like.dtype, count=count).resize_(shape)
 
     def _block(self, size: int) -> Tensor:
         step = 1 << (size.bit_length() - 5)
@@ -51,11 +60,16 @@ class KeptMemory:
             replaced = 0
             while self._free and replaced < size:
                 replaced += self._free.pop(0).numel()
-        return torch.empty(size, dtype=torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+    def _take_back(self, block: Tensor, releases: int) -> None:
+        if releases == self._releases:
+            self._free.append(block)
 
     def release(self) -> None:
         """Gives what nobody uses back to the operating system, and what is lent now when it is dropped."""
-        self._free = []
+        self._releases += 1
+        self._free.clear()
 
 
 #: Two, because each is bounded by what was lent at once, and gradients come when what was kept for them goes.

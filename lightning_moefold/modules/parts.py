@@ -17,12 +17,12 @@ class _Parts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, stack: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-        ctx.sizes, ctx.shape, ctx.room = sizes, stack.shape, None
+        ctx.sizes, ctx.shape, ctx.room, ctx.lent = sizes, stack.shape, None, set()
         return stack.split(sizes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        room, ctx.room = ctx.room, None  # what backward writes once more must not be what it has given away
+        room, ctx.room, ctx.lent = ctx.room, None, set()  # a second backward must not write into what this gives away
         if room is not None and all(
             part.data_ptr() == grad.data_ptr() for part, grad in zip(room.split(ctx.sizes), grads, strict=True)
         ):
@@ -36,10 +36,11 @@ def split_stack(stack: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def gradient_like(weight: Tensor) -> Tensor:
-    """Room for the gradient of a stack, or of a part of one: there its place in the whole."""
+    """Room for the gradient of a stack, or of a part of one: for its first user there, its place in the whole."""
     node: Any = weight.grad_fn
-    if not hasattr(node, "room"):
-        return GRADIENTS.empty(*weight.shape, dtype=weight.dtype, device=weight.device)
+    if not hasattr(node, "room") or weight.output_nr in node.lent:
+        return GRADIENTS.empty(weight, *weight.shape)
     if node.room is None:
-        node.room = GRADIENTS.empty(*node.shape, dtype=weight.dtype, device=weight.device)
+        node.room = GRADIENTS.empty(weight, *node.shape)
+    node.lent.add(weight.output_nr)
     return node.room.split(node.sizes)[weight.output_nr]

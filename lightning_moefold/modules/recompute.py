@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -24,19 +24,28 @@ def is_recomputing() -> bool:
     return _AGAIN.get()
 
 
-@contextmanager
-def _again(recipe: AbstractContextManager[None]) -> Iterator[None]:
-    token = _AGAIN.set(True)
-    try:
-        with recipe:
-            yield
-    finally:
-        _AGAIN.reset(token)
+class _Again(AbstractContextManager[None]):
+    """Around what runs again; entered once more by every backward of a graph that is kept.
+
+    Args:
+        recipe: Makes the context of the first time.
+    """
+
+    def __init__(self, recipe: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._recipe = recipe
+
+    def __enter__(self) -> None:
+        self._stack = ExitStack()
+        self._stack.callback(_AGAIN.reset, _AGAIN.set(True))
+        self._stack.enter_context(self._recipe())
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._stack.__exit__(*exc_info)
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     first, recipe = recipe_contexts()
-    return first, _again(recipe)
+    return first, _Again(recipe)
 
 
 class _RunAgainFirst(torch.autograd.Function):

@@ -23,7 +23,7 @@ and out.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -113,8 +113,8 @@ class TransformerEngineExperts:
 def _check_widths(width: int, hidden_size: int) -> None:
     if width % 16 or hidden_size % 16:
         raise ValueError(
-            f"hidden_size={hidden_size} and ffn_hidden_size={width} on each rank must divide by 16 in FP8, as its kernels "
-            "take them; use other sizes, a smaller etp, or no autocast of Transformer Engine."
+            f"hidden_size={hidden_size} and ffn_hidden_size={width} on each rank must divide by 16 in FP8 (MXFP8: by 32), as its "
+            "kernels take them; use other sizes, a smaller etp, or no autocast of Transformer Engine."
         )
 
 
@@ -153,15 +153,15 @@ class _Slices(torch.autograd.Function):
 # ---- what runs again in backward -------------------------------------------------------------------------------------
 
 
-def recipe_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Around a part's forward, and around the same part when backward runs it again, then often outside ``autocast``.
+def recipe_contexts() -> tuple[AbstractContextManager[Any], Callable[[], AbstractContextManager[Any]]]:
+    """Around a part's forward, and around the same part each time backward runs it again, then often outside ``autocast``.
 
     As Transformer Engine's own ``checkpoint`` does it: the second time in the same recipe and, with delayed scaling, with
     the scales of the first.
     """
     quantization = sys.modules.get("transformer_engine.pytorch.quantization")
     if quantization is None or not quantization.FP8GlobalStateManager.is_fp8_enabled():
-        return nullcontext(), nullcontext()
+        return nullcontext(), nullcontext
     state, phase = quantization.FP8GlobalStateManager, load().distributed.activation_recompute_forward
     recipe, group = state.get_fp8_recipe(), state.get_fp8_group()
 
@@ -173,4 +173,4 @@ def recipe_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManag
         ):
             yield
 
-    return phase(activation_recompute=True, recompute_phase=False), again()
+    return phase(activation_recompute=True, recompute_phase=False), again

@@ -206,7 +206,7 @@ class LayerCosts:
         router = self._router(tokens)
         comm, comm_backward, moved = self._dispatch(ep, etp, tokens, load, dispatcher, experts)
         elementwise = self.compute.stream(b * (8 * tokens * d + moved)) + self.compute.stream(b * 3 * rows * f)
-        waits = (self.job.capacity_factor is None and ep * etp > 1) + (self.nodes(ep, etp, dispatcher) > 1)
+        waits = (not self.job.pad_to_capacity and ep * etp > 1) + (self.nodes(ep, etp, dispatcher) > 1)
         sync = waits * self.job.hardware.kernels.host_sync
         forward = {"experts": experts, "gemm": router, "elementwise": elementwise, **comm}
         backward = {

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.modules import Experts, kept_memory
 from lightning_moefold.modules.kept_memory import KeptMemory
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +29,8 @@ def _kept(memory: KeptMemory) -> int:
     return sum(block.numel() for block in memory._free)
 
 
-def _lend(memory: KeptMemory, rows: int) -> torch.Tensor:
-    return memory.empty(rows, 64, dtype=torch.float32, device=CPU)
+def _lend(memory: KeptMemory, rows: int) -> Tensor:
+    return memory.empty(torch.empty(0), rows, 64)
 
 
 def test_a_block_comes_back_with_the_last_tensor_on_it() -> None:
@@ -73,10 +74,21 @@ def test_no_more_is_kept_than_was_in_use() -> None:
     assert _kept(memory) == 0
 
 
-def test_what_is_lent_at_release_does_not_come_back() -> None:
-    memory = KeptMemory()
-    x = _lend(memory, 100)
+def test_what_is_lent_at_release_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, blocks = KeptMemory(), []
+    make = memory._block
+
+    def noted(size: int) -> Tensor:
+        block = make(size)
+        blocks.append(weakref.ref(block))
+        return block
+
+    monkeypatch.setattr(memory, "_block", noted)
+    x, y = _lend(memory, 100), _lend(memory, 200)
     memory.release()
+    del y
+    assert _kept(memory) == 0
+    assert [block() is None for block in blocks] == [False, True], "x does not keep what y had"
     del x
     assert _kept(memory) == 0
     _lend(memory, 100)
@@ -85,13 +97,19 @@ def test_what_is_lent_at_release_does_not_come_back() -> None:
 
 def test_small_blocks_and_other_devices_are_left_to_their_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = KeptMemory()
-    assert memory.empty(8, dtype=torch.float32, device=torch.device("meta")).is_meta
+    assert memory.empty(torch.empty(0, device="meta"), 800).is_meta
+    with FakeTensorMode() as fake:
+        assert isinstance(memory.empty(fake.from_tensor(torch.empty(0)), 800), FakeTensor)
+    with torch.device("meta"):
+        assert memory.empty(torch.empty(0, device="cpu"), 80).device == torch.device("cpu")
+    assert _kept(memory) == 320
+    memory.release()
     monkeypatch.setattr(kept_memory, "SMALLEST", 4096)
-    memory.empty(8, dtype=torch.float32, device=CPU)
+    memory.empty(torch.empty(0), 800)
     assert _kept(memory) == 0
 
 
-def _step(experts: Experts, counts: list[int]) -> list[torch.Tensor]:
+def _step(experts: Experts, counts: list[int]) -> list[Tensor]:
     """Gradients of a forward and backward with these numbers of rows."""
     x = torch.randn(sum(counts), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(counts)))
     weight = torch.linspace(0.5, 1, sum(counts), dtype=torch.float64)
@@ -141,3 +159,20 @@ def test_two_steps_alive_at_once() -> None:
     experts.compute(z, rows, experts.stacks()).square().sum().backward()
     for a, b in zip(torch.autograd.grad(held, list(experts.parameters())), alone, strict=True):
         assert torch.equal(a, b)
+
+
+def test_compiled() -> None:
+    """Tracing a layer meets no memory of ours."""
+    experts = Experts(16, 3, 8)
+    x = torch.randn(6, 16)
+    rows = ExpertRows(
+        token_M=None, weight_M=torch.ones(6), counts_L=torch.tensor([2, 2, 2]), counts=[2, 2, 2], distinct=True
+    )
+
+    def loss(x: Tensor) -> Tensor:
+        return experts.compute(x, rows, experts.stacks()).square().sum()
+
+    expected = torch.autograd.grad(loss(x), list(experts.parameters()))
+    found = torch.autograd.grad(torch.compile(loss, backend="eager")(x), list(experts.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -66,6 +66,24 @@ def test_backward_twice(experts: Experts) -> None:
     assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_part_used_twice(experts: Experts) -> None:
+    """Its second user writes elsewhere, and autograd sums the two."""
+
+    def loss(sizes: list[int]) -> Tensor:
+        total, first = torch.zeros((), dtype=torch.float64), 0
+        for size, *stacks in zip(sizes, *(split_stack(stack, sizes) for stack in experts.stacks()), strict=True):
+            counts, row = COUNTS[first : first + size], sum(COUNTS[:first])
+            rows = ExpertRows(None, torch.ones(sum(counts), dtype=torch.float64), torch.tensor(counts), True, counts)
+            for x_AD in (_input(), _input() + 1):
+                total = total + experts.compute(x_AD[row : row + sum(counts)], rows, stacks).pow(3).sum()
+            first += size
+        return total
+
+    found, expected = (torch.autograd.grad(loss(s), list(experts.parameters())) for s in ([2, 4], [len(COUNTS)]))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_frozen_stacks_and_gradients_that_somebody_changes(experts: Experts) -> None:
     expected = _gradients(experts, [len(COUNTS)])
     experts.up_proj.requires_grad_(False)
