@@ -177,11 +177,11 @@ class MoELayer(ParallelRoot):
     def _routed(self, x_TD: Tensor, choices: Choices, batch: SequenceBatch) -> Tensor:
         """Routed experts plus the shared one, which computes while the first tokens travel."""
         dispatcher = self.dispatcher
-        first, *others = dispatcher.dispatch_preprocess(x_TD, choices)
-        under_way = dispatcher.token_dispatch(first)
+        parcels = dispatcher.dispatch_preprocess(x_TD, choices)
+        parcels[0] = dispatcher.token_dispatch(parcels[0])  # nobody holds what was sent, once it has left
         shared_TD = None if self.shared_expert is None else self._shared(x_TD, batch)
-        returns = self.experts([under_way, *others], dispatcher)
-        y_TD = dispatcher.combine_postprocess(returns, [parcel.plan for parcel in (under_way, *others)])
+        returns = self.experts(parcels, dispatcher)
+        y_TD = dispatcher.combine_postprocess(returns, [parcel.plan for parcel in parcels])
         return y_TD if shared_TD is None else y_TD + shared_TD
 
     def _shared(self, x_TD: Tensor, batch: SequenceBatch) -> Tensor:

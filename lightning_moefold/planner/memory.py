@@ -179,7 +179,7 @@ class MemoryModel:
     def _under_way(self, spread: int, ep: int, etp: int, dispatcher: str) -> float:
         """Rows for each of a rank's tokens that live while it exchanges them: sent, and arrived at the busiest rank.
 
-        In two steps, what was sent to the nodes and what has reached this one stay while it is spread there.
+        In two steps, what has reached the node stays while it is spread there; what was sent to it has left.
         """
         if dispatcher == "allgather":
             return 2 * ep * etp
@@ -190,7 +190,7 @@ class MemoryModel:
         if nodes == 1:
             return ranks.mean + ranks.busiest
         pairs = self.costs.pairs(nodes)
-        return pairs.mean + pairs.busiest * (1 + ranks.mean / pairs.mean) + ranks.busiest
+        return pairs.busiest * (1 + ranks.mean / pairs.mean) + ranks.busiest
 
     def _experts_backward(self, ep: int, rows: float, f: int) -> float:
         """Live bytes in the backward pass of a layer's experts, at the fuller of two moments.

@@ -148,11 +148,11 @@ def _record_rows(seen: Seen, model: torch.nn.Module) -> None:
     for i, layer in enumerate(layers):
 
         def add(
-            x: Any, rows: ExpertRows, stacks: Any, i: int = i, layer: Experts = layer, real: Any = layer.compute
+            x: Any, rows: ExpertRows, *args: Any, i: int = i, layer: Experts = layer, real: Any = layer.compute
         ) -> Any:
             if layer.training:
                 seen.expert_rows[i] += rows.weight_M.shape[0]
-            return real(x, rows, stacks)
+            return real(x, rows, *args)
 
         layer.compute = add  # type: ignore[method-assign]
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from lightning_moefold.dispatch.registry import DISPATCHERS, make_dispatcher
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
+from lightning_moefold.parallel import Sharding, parallelize
 
 EXPERTS, TOP, SIZE = 8, 3, 3
 #: Of rows that are counted, so that nothing else is as wide.
@@ -271,3 +273,29 @@ def bytes_sent(name: str, fold: str, tokens: int, size: int) -> dict[str, int]:
     rank_TK = expert // dispatcher.local_experts
     pairs = sum(len(set(row.tolist()) - {mesh.ep.index}) for row in rank_TK)
     return {**sent, "pairs": pairs}
+
+
+def held_while_experts_compute(name: str, node_size: int) -> list[bool]:
+    """Whether the rows that this rank has sent are still in memory at each call of the experts."""
+    mesh = FoldedMesh(Fold.parse("ep4", dist.get_world_size()), "cpu")
+    layer = MoELayer(SIZE, EXPERTS, TOP, 8, dispatch=DispatchConfig(name, node_size=node_size))  # type: ignore[arg-type]
+    parallelize(layer, mesh, Sharding("none"), torch.device("cpu"))
+    sent, held = [], []
+    preprocess, compute = layer.dispatcher.dispatch_preprocess, layer.experts.compute
+
+    def preprocessed(*args: Any) -> Any:
+        parcels = preprocess(*args)
+        sent.extend(weakref.ref(parcel.x) for parcel in parcels)
+        return parcels
+
+    def computed(*args: Any) -> Any:
+        held.extend(x() is not None for x in sent)
+        return compute(*args)
+
+    with (
+        mock.patch.object(layer.dispatcher, "dispatch_preprocess", preprocessed),
+        mock.patch.object(layer.experts, "compute", computed),
+    ):
+        layer(torch.randn(1, 12, SIZE, requires_grad=True)).sum().backward()
+    assert sent
+    return held

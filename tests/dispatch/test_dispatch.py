@@ -47,6 +47,11 @@ def test_bytes_on_the_wire(pool: RankPool) -> None:
         assert sent["tokens"] > 1.1 * once["tokens"]
 
 
+@pytest.mark.parametrize("name", ["alltoall", "deduplicated", "hierarchical"])
+def test_rows_that_have_left_are_not_kept(pool: RankPool, name: str) -> None:
+    assert pool.run(jobs.held_while_experts_compute, name, 2, ranks=4) == [[False]] * 4
+
+
 @pytest.mark.parametrize(
     ("fold", "ranks", "node_size", "axes_of_rank_1"),
     [

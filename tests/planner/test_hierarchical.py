@@ -114,14 +114,14 @@ def test_bounds_lose_nothing():
 
 
 def test_memory_of_what_is_under_way():
-    """In two steps what went to nodes and what came to this one is there, too; what does not travel is the same."""
+    """In two steps what has reached the node is there, too; what does not travel is the same."""
     fold = Fold.parse("tp2 | ep16", 64)
     small = replace(JOB.model, moe_intermediate_size=64, num_experts_per_tok=2)  # the exchange is what is fullest
     memory = CostModel(replace(JOB, model=small)).memory
     once, by_node = (memory.estimate(Plan(fold, 1, dispatcher=name)) for name in ("deduplicated", "hierarchical"))
     row, tokens = small.hidden_size * 2, 2048
     ranks, nodes = (pairs_of(JOB.routing, 64, 2, places).mean for places in (16, 2))
-    assert by_node.buffers == pytest.approx(tokens * row * (2 * nodes + 2 * ranks + 2))
+    assert by_node.buffers == pytest.approx(tokens * row * (nodes + 2 * ranks + 2))
     assert once.buffers < by_node.buffers
     for part in ("weights", "gradients", "optimizer", "activations"):
         assert getattr(by_node, part) == getattr(once, part)
