@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightning_moefold import comm
 from lightning_moefold.fold import Fold
+from lightning_moefold.kernels import rotate
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.alone import run_alone
@@ -23,8 +24,9 @@ from lightning_moefold.modules.base import Linear, ParallelRoot, local
 from lightning_moefold.modules.blockwise import Seen, Span
 from lightning_moefold.modules.context import context_attention
 from lightning_moefold.modules.norm import RMSNorm
-from lightning_moefold.modules.rotary import rotary_tables, rotate
+from lightning_moefold.modules.rotary import rotary_tables
 from lightning_moefold.modules.sequence import SequenceBatch
+from lightning_moefold.modules.varlen import attend_within_runs, takes_runs
 
 #: The longest row for which a mask is built whole; longer ones go block by block.
 _WHOLE_MASK = 4096
@@ -202,10 +204,9 @@ class Attention(ParallelRoot):
         earlier = None  # which of the keys kept so far each row sees, when text is generated
         if batch.cache is not None:
             k_BLVd, v_BLVd, earlier = batch.cache.extend(self, self.sliding_window, k_BLVd, v_BLVd)
-        q, k, v = (x.transpose(1, 2) for x in (q_BLQd, k_BLVd, v_BLVd))
-        if self.kv_of_head is not None:
-            index = torch.tensor(self.kv_of_head, device=k.device)
-            k, v = k.index_select(1, index), v.index_select(1, index)
+        elif (y_BLQd := self._attend_within_runs(q_BLQd, k_BLVd, v_BLVd, batch)) is not None:
+            return y_BLQd.reshape(batch.tokens, self.local_heads * self.head_dim)
+        q, k, v = (x.transpose(1, 2) for x in (q_BLQd, *self._for_each_group(k_BLVd, v_BLVd)))
         visibility, layout = batch.visibility(self.sliding_window), batch.layout
         if earlier is not None:
             y_BQLd = _attend_to_row(q, k, v, earlier, self.causal)
@@ -219,12 +220,34 @@ class Attention(ParallelRoot):
             y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)
         return y_BQLd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
 
+    def _for_each_group(self, k_BLVd: Tensor, v_BLVd: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values such that each serves the same number of consecutive query heads."""
+        if self.kv_of_head is None:
+            return k_BLVd, v_BLVd
+        index = torch.tensor(self.kv_of_head, device=k_BLVd.device)
+        return k_BLVd.index_select(2, index), v_BLVd.index_select(2, index)
+
+    def _attend_within_runs(
+        self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch
+    ) -> Tensor | None:
+        """Attention of whole rows with documents, padding or a window, where one fused kernel takes them; else None."""
+        visibility = batch.visibility(self.sliding_window)
+        if not self.causal or batch.layout.cp.size > 1 or visibility.is_causal:
+            return None
+        if torch.is_autocast_enabled(q_BLQd.device.type):  # outside a language model; autocast knows no custom function
+            dtype = torch.get_autocast_dtype(q_BLQd.device.type)
+            q_BLQd, k_BLVd, v_BLVd = (x.to(dtype) for x in (q_BLQd, k_BLVd, v_BLVd))
+        if not takes_runs(q_BLQd) or (runs := visibility.runs(batch.rows, batch.length, q_BLQd.device)) is None:
+            return None
+        return attend_within_runs(q_BLQd, *self._for_each_group(k_BLVd, v_BLVd), runs, visibility.window)
+
 
 def _attend_to_row(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor, causal: bool) -> Tensor:
     """Attention of whole rows in one kernel, ``[B, Q, S, d]``."""
     mask = seen if isinstance(seen, Tensor) and causal else None
-    if mask is not None and q.is_cuda and q.shape[1] != k.shape[1]:
-        # No CUDA kernel but the slow one takes a mask and groups of heads together.
+    flash = mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    if q.is_cuda and not flash and q.shape[1] != k.shape[1]:
+        # Of CUDA's kernels only flash takes groups of heads (and the one that makes all scores); the next best does not.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]

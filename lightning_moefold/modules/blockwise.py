@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold.modules.base import wide
+from lightning_moefold.modules.varlen import Runs, find_runs
 
 _ATEN = torch.ops.aten
 _ON_CPU = "cpu"
@@ -72,11 +73,24 @@ class Visibility:
         self._documents = None if document_BS is None else document_BS.cpu()
         self._hidden = None if real_BS is None else (~real_BS).cpu()
         self._masks: dict[tuple[Span, Span], Tensor] = {}
+        self._runs: dict[tuple[int, int], Runs | None] = {}
 
     @property
     def is_causal(self) -> bool:
         """Whether causality is all there is."""
         return self.window is None and self._document_BS is None and self._real_BS is None
+
+    def runs(self, rows: int, length: int, device: torch.device) -> Runs | None:
+        """Tokens of whole rows that see each other and lie together (:func:`.varlen.find_runs`); None where they do not.
+
+        Args:
+            rows: B.
+            length: S.
+            device: Of the result.
+        """
+        if (rows, length) not in self._runs:
+            self._runs[rows, length] = find_runs(rows, length, self._documents, self._hidden, device)
+        return self._runs[rows, length]
 
     def of(self, q: Span, k: Span) -> Seen | Tensor:
         """What queries ``q`` see of keys ``k``: all, nothing, or a mask ``[B or 1, 1, L, K]`` (bool)."""

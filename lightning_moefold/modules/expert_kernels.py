@@ -3,9 +3,9 @@
 
 Two ways, by device, and a third one behind the same call in :mod:`.transformer_engine`:
 
-- CPU (and whatever the grouped kernel does not take): one expert after the other, forward and backward, so that gather,
-  activation, its derivative and the weighted sum per token stay in cache between the products;
-- CUDA: ``torch.nn.functional.grouped_mm``, three kernels for all experts, counts on the device.
+- CPU: one expert after the other, forward and backward, so that gather, activation, its derivative
+  and the weighted sum per token stay in cache between the products;
+- CUDA: all rows at once, with the products of :mod:`.products` and the fused steps of :mod:`..kernels` between them.
 
 The weight's gradient comes from the activation and the gradient of it: so backward needs no expert's output. Kept for backward are
 the two products before the activation and the tokens, ``A * D + 2 * M * F`` numbers on the first way, which needs no copy of
@@ -21,18 +21,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_moefold.dispatch import ExpertRows
+from lightning_moefold.kernels.gated import gated_backward, gated_forward, through_activation
+from lightning_moefold.kernels.row_sums import sum_of_tokens
 from lightning_moefold.modules.kept_memory import FOR_BACKWARD
 from lightning_moefold.modules.parts import gradient_like
+from lightning_moefold.modules.products import Products, choose_products, host_counts
 
 Activation = Callable[[Tensor], Tensor]
 
 ExpertKernel = Literal["auto", "loop", "grouped_mm", "transformer_engine"]
 EXPERT_KERNELS = ("auto", "loop", "grouped_mm", "transformer_engine")
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gated_experts(
@@ -53,99 +53,57 @@ def gated_experts(
         gate_LFD: Weights of the gate.
         up_LFD: Weights of the other factor.
         down_LDF: Weights back to D.
-        kernel: Which way; ``"auto"`` by device. What ``"grouped_mm"`` cannot take (float64, odd widths) goes by loop.
+        kernel: Which way; ``"auto"`` by device and shape. What ``"grouped_mm"`` cannot take (float64, odd widths) goes by loop.
     """
-    wanted = x_AD.is_cuda if kernel == "auto" else kernel == "grouped_mm"
-    if wanted and _kernel_takes(x_AD, rows, gate_LFD):
-        return _grouped(x_AD, rows, activation, gate_LFD, up_LFD, down_LDF)
-    counts = rows.counts_L.tolist() if rows.counts is None else rows.counts
-    job = _Job(rows.token_M, rows.distinct, counts, activation)
+    products = choose_products(x_AD, rows, gate_LFD, kernel)
+    if products is not None:
+        return _at_once(x_AD, rows, activation, gate_LFD, up_LFD, down_LDF, products=products)
+    job = _Job(rows.token_M, rows.distinct, host_counts(rows), activation)
     return _ExpertByExpert.apply(x_AD, rows.weight_M, job, gate_LFD, up_LFD, down_LDF)
 
 
 # ---- all experts at once ---------------------------------------------------------------------------------------------
 
 
-def _kernel_takes(x_AD: Tensor, rows: ExpertRows, weight_LFD: Tensor) -> bool:
-    """It has no float64, and rows of all operands must be multiples of 16 bytes."""
-    aligned = all(n * x_AD.element_size() % 16 == 0 for n in weight_LFD.shape[1:])
-    return x_AD.dtype in _KERNEL_DTYPES and aligned and rows.weight_M.shape[0] > 0
-
-
-def _grouped(x_AD: Tensor, rows: ExpertRows, activation: Activation, *weights: Tensor) -> Tensor:
-    ends_L = rows.counts_L.cumsum(0).to(torch.int32)
-    gate_LFD, up_LFD, down_LDF = weights
-    x_MD = read_tokens(x_AD, rows)
-    gate_MF, up_MF = (F.grouped_mm(x_MD, w_LFD.transpose(1, 2), offs=ends_L) for w_LFD in (gate_LFD, up_LFD))
-    y_MD = _GroupedDown.apply(gate_MF, up_MF, rows.weight_M, down_LDF, ends_L, activation)
+def _at_once(x_AD: Tensor, rows: ExpertRows, activation: Activation, *weights: Tensor, products: Products) -> Tensor:
+    y_MD = _AtOnce.apply(read_tokens(x_AD, rows), rows.weight_M, products, activation, *weights)
     return sum_rows(y_MD, rows, x_AD.shape[0])
 
 
-class _GroupedDown(torch.autograd.Function):
+class _AtOnce(torch.autograd.Function):
     """``down(weight * act(gate) * up)`` of all experts; keeps the two products and makes the rest again in backward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        gate_MF: Tensor,
-        up_MF: Tensor,
-        weight_M: Tensor,
-        down_LDF: Tensor,
-        ends_L: Tensor,
-        activation: Activation,
+        ctx: Any, x_MD: Tensor, weight_M: Tensor, products: Products, activation: Activation, *weights: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(gate_MF, up_MF, weight_M, down_LDF, ends_L)
-        ctx.activation = activation
-        inner_MF = activation(gate_MF).mul_(up_MF).mul_(weight_M.unsqueeze(1))
-        return F.grouped_mm(inner_MF, down_LDF.transpose(1, 2), offs=ends_L)
+        gate_LFD, up_LFD, down_LDF = weights
+        gate_MF, up_MF = (products.forward(x_MD, w_LFD) for w_LFD in (gate_LFD, up_LFD))
+        ctx.save_for_backward(x_MD, weight_M, gate_MF, up_MF, *weights)
+        ctx.products, ctx.activation = products, activation
+        return products.forward(gated_forward(activation, gate_MF, up_MF, weight_M), down_LDF)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate_MF, up_MF, weight_M, down_LDF, ends_L = ctx.saved_tensors
+        x_MD, weight_M, gate_MF, up_MF, gate_LFD, up_LFD, down_LDF = ctx.saved_tensors
+        products: Products = ctx.products
+        need_x, need_weight, _, _, need_gate, need_up, need_down = ctx.needs_input_grad
         grad_MD = grads[0].contiguous()
-        grad_inner_MF = F.grouped_mm(grad_MD, down_LDF, offs=ends_L)
-        *through, inner_MF = _through_inner(
-            ctx.activation, gate_MF, up_MF, weight_M, grad_inner_MF, ctx.needs_input_grad[2]
-        )
-        grad_down = None
-        if ctx.needs_input_grad[3]:
-            grad_down = F.grouped_mm(grad_MD.t(), inner_MF.mul_(weight_M.unsqueeze(1)), offs=ends_L)
-        return *through, grad_down, None, None
-
-
-class _Weighted(torch.autograd.Function):
-    """``weight * act(gate) * up``; keeps the two products and makes the rest again in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_MF: Tensor, up_MF: Tensor, weight_M: Tensor, activation: Activation) -> Tensor:
-        ctx.save_for_backward(gate_MF, up_MF, weight_M)
-        ctx.activation = activation
-        return activation(gate_MF).mul_(up_MF).mul_(weight_M.unsqueeze(1))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate_MF, up_MF, weight_M = ctx.saved_tensors
-        grad_MF = grads[0].clone()  # it is not ours to write into
-        *through, _ = _through_inner(ctx.activation, gate_MF, up_MF, weight_M, grad_MF, ctx.needs_input_grad[2])
-        return *through, None
-
-
-def weighted_inner(gate_MF: Tensor, up_MF: Tensor, weight_M: Tensor, activation: Activation) -> Tensor:
-    """What the product back to D takes, ``weight * act(gate) * up`` in the dtype of ``gate``."""
-    return _Weighted.apply(gate_MF, up_MF, weight_M, activation)
-
-
-def _through_inner(
-    activation: Activation, gate_MF: Tensor, up_MF: Tensor, weight_M: Tensor, grad_MF: Tensor, wants_weight: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of the two products and of the weights, and ``act(gate) * up``; writes into ``grad_MF``."""
-    active_MF = activation(gate_MF)
-    inner_MF, grad_weight = active_MF * up_MF, None
-    if wants_weight:
-        grad_weight = torch.linalg.vecdot(inner_MF.to(weight_M.dtype), grad_MF.to(weight_M.dtype))
-    grad_MF.mul_(weight_M.unsqueeze(1))
-    grad_up = active_MF.mul_(grad_MF)
-    return _through_activation(activation, gate_MF, grad_MF.mul_(up_MF)), grad_up, grad_weight, inner_MF
+        through = gated_backward(
+            ctx.activation, gate_MF, up_MF, weight_M, products.input_gradient(grad_MD, down_LDF),
+            owns_grad=True, wants_weight=need_weight, wants_inner=need_down,
+        )  # fmt: skip
+        grad_down = grad_gate = grad_up = grad_x = None
+        if through.inner_MF is not None:
+            grad_down = products.weight_gradient(grad_MD, through.inner_MF, down_LDF)
+        if need_gate:
+            grad_gate = products.weight_gradient(through.gate_MF, x_MD, gate_LFD)
+        if need_up:
+            grad_up = products.weight_gradient(through.up_MF, x_MD, up_LFD)
+        if need_x:
+            grad_x = products.input_gradient(through.gate_MF, gate_LFD)
+            grad_x = products.input_gradient(through.up_MF, up_LFD, grad_x)
+        return grad_x, through.weight_M, None, None, grad_gate, grad_up, grad_down
 
 
 class _Read(torch.autograd.Function):
@@ -175,8 +133,7 @@ def _add_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
     assert rows.token_M is not None
     if rows.distinct:
         return y_MD.new_empty(tokens, y_MD.shape[1]).index_copy_(0, rows.token_M, y_MD)
-    total = y_MD.new_zeros(tokens, y_MD.shape[1], dtype=torch.promote_types(y_MD.dtype, torch.float32))
-    return total.index_add_(0, rows.token_M, y_MD.to(total.dtype)).to(y_MD.dtype)
+    return sum_of_tokens(y_MD, rows.token_M, tokens)
 
 
 def read_tokens(x_AD: Tensor, rows: ExpertRows) -> Tensor:
@@ -276,7 +233,7 @@ class _ExpertByExpert(torch.autograd.Function):
                 torch.mm(weighted_cD.t(), inner, out=grad_down[expert])
             grad_inner.mul_(weight_c1)
             grad_up_cF = active.mul_(grad_inner)
-            grad_gate_cF = _through_activation(job.activation, gate_MF[rows], grad_inner.mul_(up_MF[rows]))
+            grad_gate_cF = through_activation(job.activation, gate_MF[rows], grad_inner.mul_(up_MF[rows]))
             if grad_gate is not None or grad_up is not None:
                 x_cD = job.read(x_AD, tokens)
             if grad_gate is not None:
@@ -287,13 +244,3 @@ class _ExpertByExpert(torch.autograd.Function):
                 job.add(total_AD, tokens, torch.mm(grad_gate_cF, gate_LFD[expert]).addmm_(grad_up_cF, up_LFD[expert]))
         grad_x = None if total_AD is None else total_AD.to(x_AD.dtype)
         return grad_x, grad_weight, None, grad_gate, grad_up, grad_down
-
-
-def _through_activation(activation: Activation, gate_cF: Tensor, grad_cF: Tensor) -> Tensor:
-    """The gradient with respect to what the activation took; of SiLU in one pass."""
-    if activation is F.silu:
-        return torch.ops.aten.silu_backward(grad_cF, gate_cF)
-    with torch.enable_grad():
-        leaf = gate_cF.detach().requires_grad_()
-        active = activation(leaf)
-    return torch.autograd.grad(active, leaf, grad_cF)[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_moefold.fold import Fold
+from lightning_moefold.kernels import gated
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
 from lightning_moefold.modules.alone import run_alone
 from lightning_moefold.modules.base import Linear, ParallelRoot
@@ -54,4 +55,4 @@ class GatedMLP(ParallelRoot):
         if batch is None:
             return run_alone(self, x)
         x_ND = batch.gather(x)
-        return batch.reduce_scatter(self.down_proj(self.activation(self.gate_proj(x_ND)) * self.up_proj(x_ND)))
+        return batch.reduce_scatter(self.down_proj(gated(self.activation, self.gate_proj(x_ND), self.up_proj(x_ND))))

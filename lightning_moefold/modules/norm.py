@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_moefold.modules.base import ParallelModule, local, wide
 
@@ -52,4 +53,7 @@ class RMSNorm(ParallelModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., size] -> [..., size]``."""
-        return _RMSNorm.apply(x, local(self.weight), self.eps)
+        weight = local(self.weight)
+        if x.is_cuda and x.dtype == weight.dtype:  # PyTorch's own kernel: one pass, statistics in float32
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return _RMSNorm.apply(x, weight, self.eps)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split form of Llama and its kin.
+"""Tables of rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split form of Llama and its kin.
 
-Legend: B rows, S positions, H heads, d head size, h = d / 2.
+Legend: B rows, S positions, d head size, h = d / 2.
 """
 
 from __future__ import annotations
@@ -29,10 +29,3 @@ def rotary_tables(
     frequency_h = 1.0 / (theta**exponent_h) / scaling_factor
     angle_BSh = position_BS.unsqueeze(-1).to(exact) * frequency_h
     return angle_BSh.cos().to(dtype), angle_BSh.sin().to(dtype)
-
-
-def rotate(x_BSHd: Tensor, cos_BSh: Tensor, sin_BSh: Tensor) -> Tensor:
-    """Turns each head's pairs ``(x[i], x[i + h])`` by their position's angle; same shape out."""
-    first, second = x_BSHd.chunk(2, dim=-1)
-    cos, sin = cos_BSh.unsqueeze(2), sin_BSh.unsqueeze(2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

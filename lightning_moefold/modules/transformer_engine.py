@@ -34,7 +34,8 @@ from torch import Tensor
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.dispatch.base import expert_of_rows
 from lightning_moefold.dispatch.permutation import take_distinct
-from lightning_moefold.modules.expert_kernels import Activation, read_tokens, sum_rows, weighted_inner
+from lightning_moefold.kernels import gated
+from lightning_moefold.modules.expert_kernels import Activation, read_tokens, sum_rows
 
 
 @cache
@@ -106,7 +107,7 @@ class TransformerEngineExperts:
         gate_PF, up_PF = (
             _product(lender, x_MD, stack, padded) for lender, stack in ((self._gate, gate_LFD), (self._up, up_LFD))
         )
-        y_PD = _product(self._down, weighted_inner(gate_PF, up_PF, weight_M, activation), down_LDF, padded)
+        y_PD = _product(self._down, gated(activation, gate_PF, up_PF, weight_M), down_LDF, padded)
         return self._te.Fp8Unpadding(self._experts)(y_PD, counts) if fp8 else y_PD
 
 

@@ -9,6 +9,8 @@ local part of it, G tp ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 from lightning_moefold import comm
 from lightning_moefold.fold import Fold
+from lightning_moefold.kernels import row_statistics, softmax_slope
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, chunk_split
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.base import ParallelModule, local, wide
@@ -24,7 +27,7 @@ from lightning_moefold.modules.sequence import SequenceBatch
 
 #: Logits made at a time: large enough for an efficient product, small enough to stay far below the whole. Each chunk
 #: reads and writes the whole weight gradient, which a GPU feels more.
-_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
+_CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 29}
 #: Chunks are multiples of this many rows where that many fit: products of odd heights are slower (131 rows took 1.12 times
 #: what 256 take, vocabulary 32,000 on CPU).
 _WHOLE_ROWS = 64
@@ -164,22 +167,16 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, x_ND.shape[0], rows):
             part = slice(start, start + rows)
             x_CD, scale_C = x_ND[part], scale_N[part]
-            logits_Cv = torch.mm(x_CD, weight_vD.t(), out=buffer_Cv[: x_CD.shape[0]]).to(scale_N.dtype)
-            target_C = label_N[part] - first
-            loss_C, slope_Cv = _loss_and_slope(logits_Cv, target_C, scale_C, tp)
+            logits_Cv = torch.mm(x_CD, weight_vD.t(), out=buffer_Cv[: x_CD.shape[0]])
+            loss_C, make_slope = _loss_and_slope(logits_Cv, label_N[part] - first, scale_C, tp)
             total += (loss_C * scale_C).sum()
             if not (want_x or want_weight):
                 continue
-            slope_Cv = slope_Cv.to(x_ND.dtype)
+            slope_Cv = make_slope().to(x_ND.dtype)
             if grad_x is not None:
                 torch.mm(slope_Cv, weight_vD, out=grad_x[part])
             if grad_weight is not None:
-                if grad_weight.dtype == slope_Cv.dtype:
-                    grad_weight.addmm_(slope_Cv.t(), x_CD, beta=min(start, 1))
-                elif start:
-                    grad_weight += slope_Cv.t() @ x_CD
-                else:
-                    grad_weight.copy_(slope_Cv.t() @ x_CD)
+                _add_product(grad_weight, slope_Cv.t(), x_CD, first=start == 0)
         ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight_vD.dtype))
         return total
 
@@ -189,27 +186,27 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None, None, None, None
 
 
-def _loss_and_slope(logits_Cv: Tensor, target_C: Tensor, scale_C: Tensor, tp: Axis) -> tuple[Tensor, Tensor]:
-    """Each row's loss over the whole vocabulary, and the gradient of ``scale * loss`` in the place of the logits.
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``total = a @ b`` if this is the first one, else ``total += a @ b``; in the dtype of ``total``."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif total.is_cuda:  # cuBLAS multiplies in 16 bits and adds in 32
+        torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
 
-    Each rank contributes (maximum, sum of exponentials, target's logit), exchanged in one all-gather. The exponentials
-    are made once: the softmax is ``exp(logit - top) * exp(top - log_sum)``.
+
+def _loss_and_slope(
+    logits_Cv: Tensor, target_C: Tensor, scale_C: Tensor, tp: Axis
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Each row's loss over the whole vocabulary, and what makes the gradient of ``scale * loss`` in the place of the logits.
+
+    Each rank contributes (maximum, sum of exponentials, target's logit), exchanged in one all-gather.
     """
-    size = logits_Cv.shape[1]
-    local_C = (target_C >= 0) & (target_C < size)
-    index_C1 = target_C.clamp(0, max(size - 1, 0)).unsqueeze(1)
-    if size:
-        top_C = logits_Cv.amax(-1)
-        picked_C = logits_Cv.gather(1, index_C1).squeeze(1).masked_fill(~local_C, 0)
-        sum_C = logits_Cv.sub_(top_C.unsqueeze(-1)).exp_().sum(-1)
-    else:  # a tp rank beyond the end of a small vocabulary
-        top_C = logits_Cv.new_full(target_C.shape, float("-inf"))
-        sum_C, picked_C = torch.zeros_like(top_C), torch.zeros_like(top_C)
-    mine_3C = torch.stack((top_C, sum_C, picked_C))
+    mine_3C, kept_Cv = row_statistics(logits_Cv, target_C, scale_C.dtype)
     top_GC, sum_GC, picked_GC = comm.all_gather_raw(mine_3C, tp).view(tp.size, 3, -1).unbind(1)
     most_C = top_GC.amax(0)
     log_sum_C = ((top_GC - most_C).exp() * sum_GC).sum(0).log() + most_C
-    slope_Cv = logits_Cv.mul_(((top_C - log_sum_C).exp() * scale_C).unsqueeze(-1))
-    if size:
-        slope_Cv.scatter_add_(1, index_C1, (scale_C * local_C).neg().unsqueeze(1))
-    return log_sum_C - picked_GC.sum(0), slope_Cv
+    return log_sum_C - picked_GC.sum(0), partial(softmax_slope, kept_Cv, target_C, mine_3C[0], log_sum_C, scale_C)

@@ -46,12 +46,14 @@ def test_grouped_kernel_is_the_loop(dtype: torch.dtype, counts: list[int], kind:
     job = kernels._Job(rows.token_M, rows.distinct, counts, layer.activation)
     results = []
     for y in (
-        kernels._grouped(x, rows, layer.activation, *inputs[2:]),
+        kernels.gated_experts(x, rows, layer.activation, *inputs[2:], kernel="grouped_mm"),
+        kernels.gated_experts(x, rows, layer.activation, *inputs[2:], kernel="loop"),
         kernels._ExpertByExpert.apply(x, rows.weight_M, job, *inputs[2:]),
     ):
         results.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), inputs)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+    for *found, exact in zip(*results, strict=True):
+        for each in found:
+            torch.testing.assert_close(each, exact, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
 
 
 def _far_apart(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
@@ -133,9 +135,14 @@ def test_how_often_a_layer_waits_for_transformer_engine(dispatch: DispatchConfig
 
 @pytest.mark.parametrize("dispatch", [DispatchConfig(), DispatchConfig(capacity_factor=1.0, pad_to_capacity=True)])
 def test_a_layer_never_waits_for_the_device(dispatch: DispatchConfig) -> None:
-    """On one device neither forward nor backward synchronises the host, dropless or padded to capacity."""
-    layer = MoELayer(64, 8, 2, 32, dispatch=dispatch).cuda()
-    x = torch.randn(2, 16, 64, device="cuda", requires_grad=True)
+    """On one device neither forward nor backward synchronises the host, dropless or padded to capacity.
+
+    In bfloat16, on Hopper and newer: elsewhere PyTorch's grouped product is a loop that asks the device for the counts.
+    """
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("the grouped product waits for this device")
+    layer = MoELayer(64, 8, 2, 32, dispatch=dispatch).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 16, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()  # warms up allocator and libraries
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import torch
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.modules import expert_kernels as kernels
+from lightning_moefold.modules.expert_kernels import _at_once
 from lightning_moefold.modules.mlp import ACTIVATIONS
+from lightning_moefold.modules.products import ExpertProducts, GroupedProducts
 from tests.modules.expert_cases import COUNTS, by_loop, make_rows
 
 KINDS = ["in order", "permuted", "often or never"]
@@ -55,12 +58,14 @@ def test_all_at_once(dtype: torch.dtype, kind: str) -> None:
     inputs = [x, rows.weight_M, *_weights(6, dtype)]
     silu = ACTIVATIONS["silu"]
     outcomes = []
-    for run in (kernels.gated_experts, kernels._grouped):
+    ways = GroupedProducts(rows.counts_L), ExpertProducts(COUNTS[0])
+    for run in (kernels.gated_experts, *(partial(_at_once, products=products) for products in ways)):
         y = run(x, rows, silu, *inputs[2:])
         outcomes.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
-    for a, b in zip(*outcomes, strict=True):
-        size = float(b.detach().float().abs().max())
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=(2e-2 if dtype == torch.bfloat16 else 1e-4) * size)
+    for exact, *found in zip(*outcomes, strict=True):
+        size = float(exact.detach().float().abs().max())
+        for each in found:
+            torch.testing.assert_close(each, exact, rtol=2e-2, atol=(2e-2 if dtype == torch.bfloat16 else 1e-4) * size)
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2, 3, 4), (0, 1, 2, 4)])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moefold.kernels.float32 import exact_linear
 from lightning_moefold.modules.base import ParallelModule, local, wide
 from lightning_moefold.modules.routers.noise import hashed, uniform
 from lightning_moefold.modules.routers.options import RouterOptions
@@ -103,7 +104,7 @@ class Router(ParallelModule):
         if self.training and self.options.input_jitter:
             x_TD = x_TD * self._noise(batch, x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):  # it would compute the product in 16 bits
-            logits_TE = F.linear(x_TD, local(self.weight).to(dtype))
+            logits_TE = exact_linear(x_TD, local(self.weight).to(dtype))
         score_TE = self.scores(logits_TE)
         expert_TK = self.choose(score_TE.detach(), batch)
         weight_TK = self.weights(logits_TE, score_TE, expert_TK)

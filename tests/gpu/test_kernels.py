@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused kernels on a CUDA device: each against PyTorch's operations in float64, and the paths that choose them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_moefold import kernels
+from lightning_moefold.kernels.float32 import exact_linear
+from lightning_moefold.modules import Attention, RMSNorm
+from lightning_moefold.modules.sequence import SequenceBatch
+from tests.kernels.triton_checks import (  # noqa: F401
+    test_gated,
+    test_gated_makes_the_inner_again_and_writes_where_it_may,
+    test_no_triton_where_it_cannot_run,
+    test_rotate,
+    test_softmax,
+    test_sum_of_copies,
+    test_sum_of_tokens,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _on_device() -> Iterator[None]:
+    with torch.device("cuda"):
+        yield
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
+
+
+def test_triton_is_there() -> None:
+    """So that none of the tests above compares PyTorch's operations with themselves."""
+    assert kernels.runs_triton(torch.zeros(1))
+
+
+def test_two_runs_agree_in_every_bit() -> None:
+    """Sums of rows per token, for which CUDA's own ``index_add_`` takes the order in which threads arrive."""
+    torch.manual_seed(0)
+    x, token = torch.randn(20000, 256, dtype=torch.bfloat16), torch.randint(0, 50, (20000,))
+    sums = [kernels.sum_of_tokens(x, token, 50) for _ in range(4)]
+    assert all(torch.equal(sums[0], other) for other in sums[1:])
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium", "newer setting"])
+def test_a_router_is_exact_whatever_is_allowed_elsewhere(precision: str) -> None:
+    """In TF32 the error would be a thousand times as large; afterwards the setting is as it was."""
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, 4096, requires_grad=True) for n in (512, 64))
+    legacy, newer = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision
+    exact = x.double() @ w.double().t()
+    slope = torch.randn(512, 64)
+    grads = torch.autograd.grad(exact, (x, w), slope.double())
+    try:
+        if precision == "newer setting":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision(precision)
+        before = torch.backends.cuda.matmul.fp32_precision
+        found = exact_linear(x, w)
+        errors = [_error(found, exact)]
+        errors += [_error(a, b) for a, b in zip(torch.autograd.grad(found, (x, w), slope), grads, strict=True)]
+        assert torch.backends.cuda.matmul.fp32_precision == before
+        rounded = _error(x.detach() @ w.detach().t(), exact)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = newer
+        torch.set_float32_matmul_precision(legacy)
+    assert max(errors) < 3e-6
+    assert (rounded > 1e-5) == (precision != "highest")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_norm(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm = RMSNorm(192, 1e-5).to("cuda", dtype)
+    norm.weight.data.normal_()
+    x, slope = torch.randn(7, 5, 192, dtype=dtype, requires_grad=True), torch.randn(7, 5, 192, dtype=dtype)
+    wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+    found = norm(x)
+    pairs = [(found, exact)]
+    pairs += zip(
+        torch.autograd.grad(found, (x, norm.weight), slope),
+        torch.autograd.grad(exact, (wide, weight), slope.double()),
+        strict=True,
+    )
+    bound = {torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    for a, b in pairs:
+        assert a.dtype == dtype
+        assert _error(a, b) < bound
+
+
+def _naive(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """``[B, S, heads, d]``, in float64, scores and all."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    score = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
+    return (score.softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("kind", "window"), list(itertools.product(["causal", "documents", "left", "hole"], [None, 70]))
+)
+def test_attention_branches(kind: str, window: int | None, dtype: torch.dtype) -> None:
+    """Whichever kernel a shape, a mask and a dtype lead to, with grouped heads; outputs and gradients of real tokens."""
+    torch.manual_seed(0)
+    rows, length, heads, groups, size = 2, 200, 6, 2, 64
+    attention = Attention(heads * size, heads, groups, sliding_window=window).to("cuda", dtype)
+    batch = SequenceBatch(rows, length)
+    real = torch.ones(rows, length, dtype=torch.bool)
+    position = torch.arange(length)
+    seen = (position[:, None] >= position) & (position[:, None] - position < (window or length))
+    seen = seen.expand(rows, 1, length, length)
+    if kind == "documents":
+        batch.document_BS = (torch.rand(rows, length) < 0.03).cumsum(1)
+        seen = seen & (batch.document_BS[:, None, :, None] == batch.document_BS[:, None, None, :])
+    elif kind in ("left", "hole"):
+        real[0, : 50 if kind == "left" else 0] = False
+        real[1, 60:80] = kind == "left"
+        batch.real_BS = real
+        seen = (seen & real[:, None, None]) | torch.eye(length, dtype=torch.bool)
+    q, k, v = (torch.randn(rows, length, h, size, dtype=dtype, requires_grad=True) for h in (heads, groups, groups))
+    slope = torch.randn(rows, length, heads, size, dtype=dtype) * real[..., None, None]
+    found = attention._attend(q, k, v, batch).view(rows, length, heads, size)
+    exact = _naive(q, k, v, seen)
+    grads = torch.autograd.grad(found, (q, k, v), slope), torch.autograd.grad(exact, (q, k, v), slope.double())
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    assert _error(found[real], exact[real]) < bound
+    assert all(_error(a, b) < bound for a, b in zip(*grads, strict=True))
+
+
+def test_swiglu_of_a_wide_layer() -> None:
+    """A width beyond one block of the kernel, at the size of a model."""
+    torch.manual_seed(0)
+    gate, up = (torch.randn(512, 20480, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    slope = torch.randn(512, 20480, dtype=torch.bfloat16)
+    found = kernels.gated(F.silu, gate, up)
+    wide = [x.detach().double().requires_grad_() for x in (gate, up)]
+    exact = F.silu(wide[0]) * wide[1]
+    for a, b in zip(
+        [found, *torch.autograd.grad(found, (gate, up), slope)],
+        [exact, *torch.autograd.grad(exact, wide, slope.double())],
+        strict=True,
+    ):
+        assert _error(a, b) < 1e-2

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's kernels against PyTorch's operations in float64; for Triton's interpreter, and for a CUDA device.
+
+``test_triton.py`` runs this file by itself with ``TRITON_INTERPRET=1``, which must be set before Triton is first imported;
+``tests/gpu`` runs it on the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_moefold import kernels
+
+DTYPES = [torch.float32, torch.bfloat16]
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _on_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        assert kernels.runs_triton(torch.zeros(1))
+        yield
+
+
+def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def _close(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert float((found.double() - exact).abs().max()) <= bound * float(exact.abs().max().clamp(min=1e-6))
+
+
+def _gradients(function: Callable[..., Tensor], inputs: list[Tensor], slope: Tensor) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, slope.to(y.dtype))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5), (7, 2500), (0, 8), (2, 16)])
+def test_gated(shape: tuple[int, int], weighted: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs = [_draw(*shape, dtype=dtype), _draw(*shape, dtype=dtype)]
+    if weighted:
+        inputs.append(torch.rand(shape[0]))
+    slope = _draw(*shape)
+
+    def exact(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
+        return F.silu(gate) * up * (1 if weight is None else weight.unsqueeze(1))
+
+    found = _gradients(lambda *x: kernels.gated(F.silu, *x), inputs, slope)
+    wanted = _gradients(exact, [x.double() for x in inputs], slope.to(dtype))
+    for a, b, like in zip(found, wanted, [inputs[0], *inputs], strict=True):
+        assert a.shape == b.shape
+        if b.numel():
+            _close(a, b, like.dtype)
+
+
+def test_gated_makes_the_inner_again_and_writes_where_it_may() -> None:
+    torch.manual_seed(0)
+    gate, up, weight, grad = _draw(4, 9), _draw(4, 9), torch.rand(4), _draw(4, 9)
+    kept = grad.clone()
+    first = kernels.gated_backward(F.silu, gate, up, weight, grad, owns_grad=False, wants_inner=True)
+    assert torch.equal(grad, kept)
+    assert first.weight_M is None
+    assert first.inner_MF is not None
+    _close(first.inner_MF, (F.silu(gate) * up * weight.unsqueeze(1)).double(), torch.float32)
+    second = kernels.gated_backward(F.silu, gate, up, weight, grad, owns_grad=True)
+    assert second.gate_MF.data_ptr() == grad.data_ptr()
+    assert second.inner_MF is None
+    assert torch.equal(first.gate_MF, second.gate_MF)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 24, 1500])
+def test_sum_of_copies(width: int, dtype: torch.dtype) -> None:
+    """Tokens with all their rows, with some, and with none."""
+    torch.manual_seed(0)
+    x_RD, rows = _draw(9, width, dtype=dtype), 9
+    row_TJ = torch.tensor([[0, 5, 2], [9, 9, 9], [8, 9, 1], [3, 4, 9]])
+    padded = torch.cat((x_RD.double(), torch.zeros(1, width, dtype=torch.float64)))
+    _close(kernels.sum_of_copies(x_RD, row_TJ, False), padded[row_TJ].sum(1), dtype)
+    whole_TJ = torch.randperm(rows).view(3, 3)
+    _close(kernels.sum_of_copies(x_RD, whole_TJ, True), padded[whole_TJ].sum(1), dtype)
+    nothing = kernels.sum_of_copies(x_RD[:0], torch.zeros(2, 3, dtype=torch.int64), False)
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_of_tokens(dtype: torch.dtype) -> None:
+    """Any number of rows a token, none among them, in any order; the same bits twice."""
+    torch.manual_seed(0)
+    token_R = torch.tensor([3, 0, 3, 3, 5, 0, 3])
+    x_RD = _draw(7, 40, dtype=dtype)
+    exact = torch.zeros(7, 40, dtype=torch.float64).index_add_(0, token_R, x_RD.double())
+    found = kernels.sum_of_tokens(x_RD, token_R, 7)
+    _close(found, exact, dtype)
+    assert torch.equal(found, kernels.sum_of_tokens(x_RD, token_R, 7))
+    assert not kernels.sum_of_tokens(x_RD[:0], token_R[:0], 3).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "tables"), [(2, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "size"), [(3, 6), (4, 16), (1, 2)])
+def test_rotate(heads: int, size: int, rows: int, tables: int, dtype: torch.dtype) -> None:
+    """Heads inside a wider product (not contiguous), tables for each row or for all."""
+    torch.manual_seed(0)
+    wide = _draw(rows, 5, heads * size + 7, dtype=dtype)
+    x = wide[..., : heads * size].view(rows, 5, heads, size)
+    angle = torch.rand(tables, 5, size // 2) * 6
+    cos, sin, slope = angle.cos().to(dtype), angle.sin().to(dtype), _draw(rows, 5, heads, size, dtype=dtype)
+
+    def exact(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        c, s = cos.double().unsqueeze(2), sin.double().unsqueeze(2)
+        return torch.cat((first * c - second * s, second * c + first * s), -1)
+
+    leaf = x.detach().requires_grad_()
+    found = kernels.rotate(leaf, cos, sin)
+    _close(found.detach(), exact(x.double()), dtype)
+    (grad,) = torch.autograd.grad(found, leaf, slope)
+    _close(grad, _gradients(exact, [x.double()], slope)[1], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 33, 5000])
+def test_softmax(size: int, dtype: torch.dtype) -> None:
+    """Statistics and slope of rows whose target is here, or on another rank."""
+    torch.manual_seed(0)
+    logits, scale = _draw(4, size, dtype=dtype) * 5, torch.rand(4)
+    target = torch.tensor([0, size - 1, -3, size + 2])
+    exact = logits.double()
+    held = torch.tensor([True, True, False, False])
+    found, kept = kernels.row_statistics(logits.clone(), target, torch.float32)
+    assert torch.equal(found[0].double(), exact.amax(-1))
+    _close(found[1], (exact - exact.amax(-1, keepdim=True)).exp().sum(-1), torch.float32)
+    picked = exact.gather(1, target.clamp(0, size - 1).unsqueeze(1)).squeeze(1) * held
+    assert torch.equal(found[2].double(), picked)
+    log_sum = exact.logsumexp(-1) + 0.5  # other ranks hold more of the vocabulary
+    one = F.one_hot(target.clamp(0, size - 1), size) * held.unsqueeze(1)
+    wanted = scale.double().unsqueeze(1) * ((exact - log_sum.unsqueeze(1)).exp() - one)
+    slope = kernels.softmax_slope(kept, target, found[0], log_sum.float(), scale)
+    _close(slope, wanted, dtype)
+    assert slope.data_ptr() == kept.data_ptr()
+
+
+def test_no_triton_where_it_cannot_run() -> None:
+    """float64, and tensors that are not real."""
+    assert not kernels.runs_triton(torch.zeros(1, dtype=torch.float64))
+    assert not kernels.runs_triton(torch.zeros(1, device="meta"))
