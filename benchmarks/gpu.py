@@ -38,7 +38,9 @@ from gpu_parts import driver, worker  # noqa: E402
 
 def main() -> int:
     """The command; returns its exit status: 0 unless nothing could be measured."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=HERE.parent / "runs" / "gpu", help="where results go (%(default)s)")
     parser.add_argument("--only", type=driver.parts_of, help="these parts, separated by commas")
     parser.add_argument("--skip", type=driver.parts_of, default=[], help="all but these parts")

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from gpu_parts.record import Context, free_memory, synchronize
+from gpu_parts.record import Context, one_line, synchronize
 
 #: Calls ``mark()`` between forward and backward, or never.
 Call = Callable[[Callable[[], None]], Any]
@@ -65,11 +67,20 @@ class Watch:
 
 
 def take_turns(
-    ctx: Context, table: str, contenders: list[Contender], *, rounds: int = 10, warmup: int = 3, **labels: Any
-) -> None:
+    ctx: Context, table: str, contenders: list[Contender], *, versus: str = "", rounds: int = 10, warmup: int = 3, **labels: Any
+) -> None:  # fmt: skip
     """Times contenders call by call in turn and adds a row for each; one that fails leaves the others alone.
 
     Peak memory is that of a call above what there was before it, gradients included.
+
+    Args:
+        ctx: Where.
+        table: Title.
+        contenders: Who.
+        versus: One of them, for a column of how much faster the others are.
+        rounds: Calls of each.
+        warmup: Calls of each before these.
+        **labels: Cells in front.
     """
     record = ctx.record
     rounds, warmup = ctx.pick((rounds, warmup), (2, 1))
@@ -90,11 +101,12 @@ def take_turns(
             alive.append(one)
         except Exception as error:
             _drop(ctx, table, one, keys[one.name], error, labels)
+    base = {one.name: one for one in alive}.get(versus)
     for _ in range(rounds):
         for one in list(alive):
             if record.time_left < 2 and len(one.whole) >= 3:
-                continue
-            record.data["doing"] = {"key": keys[one.name], "since": time.time(), "limit": 30}
+                continue  # three will do for a median
+            record.begin_try(keys[one.name], 30, even_late=True)
             try:
                 watch = Watch(ctx.device)
                 watch.stamp()
@@ -109,27 +121,27 @@ def take_turns(
                 _drop(ctx, table, one, keys[one.name], error, labels)
     for one in alive:
         median = statistics.median(one.whole)
-        record.row(
-            table, **labels, what=one.name, ms=median, forward_ms=statistics.median(one.forward) if one.forward else None,
-            spread=(max(one.whole) - min(one.whole)) / median if median else None, peak_gb=one.peak_gb, **one.cells(median),
-        )  # fmt: skip
+        pairs = zip(base.whole, one.whole, strict=False) if base in alive and base is not None else ()
+        ratio = statistics.median(b / a for b, a in pairs) if pairs else None
+        cells = {
+            "ms": median,
+            f"speed / {versus}": ratio,
+            "forward_ms": statistics.median(one.forward) if one.forward else None,
+            "spread": (max(one.whole) - min(one.whole)) / median if median else None,
+            "peak_gb": one.peak_gb,
+        }
+        record.row(table, **labels, what=one.name, **cells, **one.cells(median))
         record.end_try(keys[one.name])
 
 
 def _drop(ctx: Context, table: str, one: Contender, key: str, error: Exception, labels: dict[str, Any]) -> None:
-    def clear() -> None:
-        try:
-            one.after()
-        except Exception as later:
-            print(f"after {key}: {later!r}")
-
-    clear()
+    """A contender is out of it; its gradients go."""
     try:
-        line = ctx.record.fail_try(key, error)
-    finally:
-        ctx.record.row(table, **labels, what=one.name, note=ctx.record.data["errors"].get(key, {}).get("line", str(error)))
-    del line
-    ctx.record.save()
+        one.after()
+    except Exception as later:
+        print(f"after {key}: {later!r}")
+    ctx.record.row(table, **labels, what=one.name, note=one_line(error))
+    ctx.record.fail_try(key, error)
 
 
 def _reset_peak(ctx: Context) -> int:
@@ -172,8 +184,6 @@ def peak_flops(device: torch.device) -> float:
 
 def kernels_of(ctx: Context, call: Callable[[], Any]) -> list[dict[str, Any]]:
     """Kernels of a call, by time, longest first: name, milliseconds, count. On CPU, operators."""
-    from torch.profiler import ProfilerActivity, profile
-
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if ctx.on_gpu else [])
     call()
     synchronize()
@@ -183,19 +193,16 @@ def kernels_of(ctx: Context, call: Callable[[], Any]) -> list[dict[str, Any]]:
     rows = []
     for event in found.key_averages():
         on_device = str(getattr(event, "device_type", "")).endswith("CUDA")
-        if ctx.on_gpu and not on_device:
+        if ctx.on_gpu and (not on_device or getattr(event, "is_user_annotation", False)):
             continue
         spent = getattr(event, "self_device_time_total", 0.0) if ctx.on_gpu else event.self_cpu_time_total
         if spent:
             rows.append({"kernel": event.key, "ms": spent / 1e3, "count": event.count})
-    free_memory()
     return sorted(rows, key=lambda row: -row["ms"])
 
 
 def host_waits(ctx: Context, call: Callable[[], Any]) -> list[str]:
     """Where the host waits for the device during a call, one line each."""
-    import warnings
-
     ctx.needs_gpu()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
@@ -205,4 +212,6 @@ def host_waits(ctx: Context, call: Callable[[], Any]) -> list[str]:
             call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return [f"{w.filename.rsplit('site-packages/', 1)[-1]}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+    return [
+        f"{w.filename.rsplit('site-packages/', 1)[-1]}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)
+    ]

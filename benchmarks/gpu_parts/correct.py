@@ -108,7 +108,11 @@ def _again(ctx: Context, dtype: torch.dtype, recompute: Any, bits: bool) -> dict
         results.append([y.detach(), rows.grad, *(p.grad.clone() for p in layer.parameters())])
     same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     most = max(relative(b, a) for a, b in zip(*results, strict=True))
-    return {"equal bits": same, "largest error": most, "ok": same if bits else most < (1e-5 if dtype == torch.float32 else 1e-2)}
+    return {
+        "equal bits": same,
+        "largest error": most,
+        "ok": same if bits else most < (1e-5 if dtype == torch.float32 else 1e-2),
+    }
 
 
 def _generate(ctx: Context) -> dict[str, Any]:

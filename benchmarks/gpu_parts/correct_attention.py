@@ -67,7 +67,14 @@ def _compare(ctx: Context, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     hidden, d = ctx.pick((512, 64), (64, 8))
     with torch.device(ctx.device):
         attention = Attention(
-            hidden, 8, case.kv_heads, d, qkv_bias=True, sliding_window=case.window, causal=case.causal, rope_theta=10000.0
+            hidden,
+            8,
+            case.kv_heads,
+            d,
+            qkv_bias=True,
+            sliding_window=case.window,
+            causal=case.causal,
+            rope_theta=10000.0,
         )
     attention.to(ctx.device, dtype)
     x_BSD = torch.randn(case.rows, case.length, hidden, device=ctx.device).to(dtype).requires_grad_()
@@ -116,9 +123,7 @@ def _exact(attention: Attention, x_BSD: Tensor, grad_BSD: Tensor, seen: Tensor) 
     names = ("q_proj", "k_proj", "v_proj")
     weights = [getattr(attention, name).weight.detach().double().requires_grad_() for name in names]
     biases = [getattr(attention, name).bias.detach().double() for name in names]
-    q, k, v = (
-        (x @ w.t() + b).view(rows, length, -1, d).transpose(1, 2) for w, b in zip(weights, biases, strict=True)
-    )
+    q, k, v = ((x @ w.t() + b).view(rows, length, -1, d).transpose(1, 2) for w, b in zip(weights, biases, strict=True))
     frequency = 10000.0 ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)
     angle = torch.arange(length, device=x.device, dtype=torch.float64).unsqueeze(1) * frequency
     q, k = (_rotate(t, angle.cos(), angle.sin()) for t in (q, k))

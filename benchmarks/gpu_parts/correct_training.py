@@ -91,8 +91,11 @@ def _fit(
     trainer = pl.Trainer(
         accelerator="gpu" if ctx.on_gpu else "cpu", devices=1, strategy=strategy, precision=precision, max_steps=steps,
         max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(torch.zeros(64, 1), batch_size=1), ckpt_path=ckpt, weights_only=False if ckpt else None)
+    trainer.fit(
+        module, DataLoader(torch.zeros(64, 1), batch_size=1), ckpt_path=ckpt, weights_only=False if ckpt else None
+    )
     if save is not None:
         trainer.save_checkpoint(save)
     parameters = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())

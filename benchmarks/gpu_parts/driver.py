@@ -71,7 +71,7 @@ def drive(out: Path, only: list[str], skip: list[str], resume: bool, budget: flo
     groups = [[name] for name in chosen]
     if rehearse:  # a process takes seconds to start
         groups = [[n for n in chosen if n != "tests"], [n for n in chosen if n == "tests"]]
-    with tempfile.TemporaryDirectory(prefix="moefold-gpu-") as work:
+    with tempfile.TemporaryDirectory(prefix="moefold-gpu-", ignore_cleanup_errors=True) as work:
         for group in filter(None, groups):
             left = deadline - time.monotonic()
             limits = _REHEARSAL if rehearse else PARTS[group[0]]
@@ -118,7 +118,10 @@ class Results:
         self.parts = {name: self.parts[name] for name in order}
         heading = "# GPU run" + (", a REHEARSAL on CPU in small: its figures mean nothing" if self._rehearse else "")
         state = {"rehearsal": self._rehearse, "python": platform.python_version(), "parts": self.parts}
-        for path, text in ((self.json, json.dumps(state, indent=1)), (self.markdown, report.whole_report(self.parts, heading))):
+        for path, text in (
+            (self.json, json.dumps(state, indent=1)),
+            (self.markdown, report.whole_report(self.parts, heading)),
+        ):
             new = path.with_suffix(path.suffix + ".new")
             new.write_text(text)
             os.replace(new, path)
@@ -235,7 +238,7 @@ def _environment(rehearse: bool, work: Path) -> dict[str, str]:
     cache = work / "inductor"
     changes = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
                "TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton"),
-               "TRANSFORMERS_VERBOSITY": "error"}  # fmt: skip
+               "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
     if rehearse:
         changes |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return {**os.environ, **changes}

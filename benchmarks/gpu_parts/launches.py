@@ -22,6 +22,7 @@ def run(ctx: Context) -> None:
     """The part."""
     for name in MODELS:
         ctx.record.attempt("kernels launched", f"layer of {name}", partial(_layer, ctx, name))
+        free_memory()
     ctx.record.attempt("kernels launched", "step of a model of 2 layers", partial(_model, ctx))
 
 
@@ -71,7 +72,10 @@ def _layer(ctx: Context, name: str) -> dict[str, Any]:
 
 def _model(ctx: Context) -> dict[str, Any]:
     config = replace(
-        layer_config(ctx, "qwen2-57b-a14b"), num_hidden_layers=2, sliding_windows=(None, None), vocab_size=ctx.pick(32000, 96)
+        layer_config(ctx, "qwen2-57b-a14b"),
+        num_hidden_layers=2,
+        sliding_windows=(None, None),
+        vocab_size=ctx.pick(32000, 96),
     )
     config = replace(config, hidden_size=ctx.pick(2048, 64), moe_intermediate_size=ctx.pick(1024, 32),
                      shared_expert_intermediate_size=ctx.pick(4096, 64), num_attention_heads=ctx.pick(16, 4))  # fmt: skip
@@ -87,8 +91,4 @@ def _model(ctx: Context) -> dict[str, Any]:
         model(token, labels=token).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    try:
-        return _count(ctx, forward, step)
-    finally:
-        del model
-        free_memory()
+    return _count(ctx, forward, step)

@@ -45,9 +45,7 @@ def _guarded(ctx: Context, name: str, function: Callable[[], None]) -> None:
     free_memory()
 
 
-def step_of(
-    layer: nn.Module, x: Tensor, grad: Tensor, batch: SequenceBatch
-) -> tuple[Call, Callable[[], None]]:
+def step_of(layer: nn.Module, x: Tensor, grad: Tensor, batch: SequenceBatch) -> tuple[Call, Callable[[], None]]:
     """A forward and backward of our layer as in a model, which describes a batch once, and what clears its gradients."""
 
     def call(mark: Callable[[], None]) -> None:
@@ -101,7 +99,7 @@ def _compare(ctx: Context, name: str) -> None:
                                lambda: _agreement(ours, theirs, x, grad))  # fmt: skip
     contenders.append(_ours(ctx, dense, x, grad, flops, "dense layer of equal FLOPs"))
     contenders.append(_products_alone(ctx, config))
-    take_turns(ctx, _TABLE, contenders, model=name)
+    take_turns(ctx, _TABLE, contenders, versus="HF grouped_mm", model=name)
     ctx.record.attempt(f"kernels of {name}, by time", "profile", lambda: _kernels(ctx, name, ours, x, grad))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,8 +17,8 @@ from gpu_parts.clock import median_ms
 from gpu_parts.record import Context, NotHere, free_memory
 from gpu_parts.shapes import MODELS, layer_config, tokens_of
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.modules import MoELayer, RMSNorm, RouterOptions
-from lightning_moefold.modules import expert_kernels, vocabulary
+from lightning_moefold.modules import MoELayer, RMSNorm, RouterOptions, vocabulary
+from lightning_moefold.modules.rotary import rotary_tables
 from lightning_moefold.modules.vocabulary import VocabularyHead
 
 Step = Callable[[], Any]
@@ -25,7 +26,18 @@ Step = Callable[[], Any]
 
 def run(ctx: Context) -> None:
     """The part."""
-    for kind in (_grouped_products, _sums, _attention, _norms, _activations, _sorting, _moe_layers, _cross_entropy, _compiled):
+    for kind in (
+        _grouped_products,
+        _sums,
+        _attention,
+        _norms,
+        _activations,
+        _sorting,
+        _moe_layers,
+        _cross_entropy,
+        _rotary,
+        _compiled,
+    ):
         try:
             kind(ctx)
         except Exception as error:
@@ -33,11 +45,21 @@ def run(ctx: Context) -> None:
         free_memory()
 
 
+def _ours(module: str, name: str) -> Any:
+    """A function of the project, or None where it has none of that name."""
+    try:
+        return getattr(importlib.import_module(f"lightning_moefold.{module}"), name, None)
+    except ImportError:
+        return None
+
+
 def _random(ctx: Context, *shape: int, grad: bool = False) -> Tensor:
     return torch.randn(shape, device=ctx.device, dtype=torch.bfloat16).mul_(0.1).requires_grad_(grad)
 
 
-def _time(ctx: Context, table: str, name: str, step: Step, *, flops: float = 0, moved: float = 0, **labels: Any) -> None:
+def _time(
+    ctx: Context, table: str, name: str, step: Step, *, flops: float = 0, moved: float = 0, **labels: Any
+) -> None:
     """A row with the median, and the rate of FLOPs or bytes."""
 
     def measure() -> dict[str, Any]:
@@ -113,12 +135,32 @@ def _sums(ctx: Context) -> None:
         add = partial(_time, ctx, table, moved=2.0 * (tokens * k + tokens) * config.hidden_size, model=name)
 
         def atomics(dtype: torch.dtype, y_MD: Tensor = y_MD, tokens: int = tokens, token_M: Tensor = token_M) -> Tensor:
-            return y_MD.new_zeros(tokens, y_MD.shape[1], dtype=dtype).index_add_(0, token_M, y_MD.to(dtype)).to(y_MD.dtype)
+            return (
+                y_MD.new_zeros(tokens, y_MD.shape[1], dtype=dtype).index_add_(0, token_M, y_MD.to(dtype)).to(y_MD.dtype)
+            )
 
         add("index_add_ in float32", partial(atomics, torch.float32))
         add("index_add_ in bfloat16", partial(atomics, torch.bfloat16))
-        add("inverse permutation and sum", lambda y=y_MD, r=row_M, t=tokens, k=k: y.index_select(0, r).view(t, k, -1).sum(1))
+        add(
+            "inverse permutation and sum",
+            lambda y=y_MD, r=row_M, t=tokens, k=k: y.index_select(0, r).view(t, k, -1).sum(1),
+        )
+        if total := _ours("kernels", "sum_of_copies"):
+            add("moefold", lambda y=y_MD, r=row_M.view(tokens, k), f=total: f(y, r, True))
         add("gather of rows alone", lambda y=y_MD, r=row_M: y.index_select(0, r))
+
+
+def _rotary(ctx: Context) -> None:
+    table = "rotary positions of the query heads, forward and backward (bytes: 4 passes)"
+    for name in MODELS:
+        config = layer_config(ctx, name)
+        x = _random(ctx, 1, tokens_of(ctx), config.num_attention_heads, config.head_dim, grad=True)
+        place_BS = torch.arange(tokens_of(ctx), device=ctx.device)[None]
+        cos, sin = rotary_tables(place_BS, config.head_dim, config.rope_theta, torch.bfloat16)
+        for label, place in (("moefold", "kernels"), ("moefold, by operators", "modules.rotary")):
+            if rotate := _ours(place, "rotate"):
+                step = _both_ways(lambda x, f=rotate, c=cos, s=sin: f(x, c, s), [x])
+                _time(ctx, table, label, step, moved=4.0 * x.nbytes, model=name)
 
 
 def _norms(ctx: Context) -> None:
@@ -151,8 +193,14 @@ def _activations(ctx: Context) -> None:
         weight = torch.rand(shape[0], device=ctx.device).requires_grad_()
         add = partial(_time, ctx, table, moved=8.0 * gate.nbytes, model=name)
         add("silu and product, no weights", _both_ways(_swiglu, [gate, up]))
-        if inner := getattr(expert_kernels, "weighted_inner", None):
-            add("moefold, with weights", _both_ways(lambda g, u, w, f=inner: f(g, u, w, F.silu), [gate, up, weight]))
+        if gated := _ours("kernels", "gated"):
+            add("moefold, with weights", _both_ways(lambda g, u, w, f=gated: f(F.silu, g, u, w), [gate, up, weight]))
+            add("moefold, no weights", _both_ways(lambda g, u, f=gated: f(F.silu, g, u), [gate, up]))
+        if inner := _ours("modules.expert_kernels", "weighted_inner"):
+            add(
+                "moefold, with weights, by operators",
+                _both_ways(lambda g, u, w, f=inner: f(g, u, w, F.silu), [gate, up, weight]),
+            )
         del gate, up, add
         free_memory()
 
@@ -220,7 +268,13 @@ def _attention(ctx: Context) -> None:
         mask = torch.ones(s, s, dtype=torch.bool, device=ctx.device).tril_()[None, None]
 
         def fused(
-            backend: SDPBackend, grouped: bool, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor, on: bool = ctx.on_gpu
+            backend: SDPBackend,
+            grouped: bool,
+            mask: Tensor | None,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            on: bool = ctx.on_gpu,
         ) -> Tensor:
             if not grouped:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))

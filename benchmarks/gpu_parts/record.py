@@ -6,14 +6,16 @@ from __future__ import annotations
 import gc
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 #: A try is not begun with fewer seconds left than this.
 _LEAST_SECONDS = 4.0
@@ -73,9 +75,9 @@ class Record:
         """Whether a try has not been made yet, in this process or one before it."""
         return key not in self.data["tries"]
 
-    def begin_try(self, key: str, limit: float) -> bool:
-        """Says what is being tried, for whoever watches; False where no time is left for it."""
-        if self.time_left < _LEAST_SECONDS:
+    def begin_try(self, key: str, limit: float, *, even_late: bool = False) -> bool:
+        """Says what is being tried, for whoever watches; False where no time is left for it (unless ``even_late``)."""
+        if not even_late and self.time_left < _LEAST_SECONDS:
             self.data["left_out"].append(key)
             return False
         self.data["doing"] = {"key": key, "since": time.time(), "limit": limit}
@@ -87,8 +89,8 @@ class Record:
         self.data["tries"][key], self.data["doing"] = outcome, None
         self.save()
 
-    def fail_try(self, key: str, error: BaseException) -> str:
-        """The try is over with an error; returns its sentence.
+    def fail_try(self, key: str, error: BaseException) -> None:
+        """The try is over with an error.
 
         Raises:
             DeviceLost: If the device answers no more.
@@ -101,7 +103,6 @@ class Record:
         error.__traceback__ = None  # it holds tensors
         self.end_try(key, outcome)
         free_memory()
-        return line
 
     def attempt(
         self, table: str, name: str, function: Callable[[], Mapping[str, Any] | None], *, limit: float = 60, **labels: Any
@@ -122,9 +123,8 @@ class Record:
             cells = dict(function() or {})
             synchronize()
         except Exception as error:
-            cells = {"note": self.fail_try(key, error)}
-            self.row(table, **labels, what=name, **cells)
-            self.save()
+            self.row(table, **labels, what=name, note=one_line(error))
+            self.fail_try(key, error)
             return
         self.row(table, **labels, what=name, **cells)
         self.end_try(key, "ok" if cells.get("ok", True) else "WRONG")
@@ -161,10 +161,16 @@ class Context:
             raise NotHere("needs a GPU")
 
 
+def _cuda() -> Any:
+    """``torch.cuda`` if this process uses a GPU, else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
 def synchronize() -> None:
     """Waits for the device; errors of earlier kernels come up here."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    if cuda := _cuda():
+        cuda.synchronize()
 
 
 def free_memory() -> None:
@@ -173,13 +179,13 @@ def free_memory() -> None:
     Raises:
         DeviceLost: If the device answers no more.
     """
-    gc.collect()
-    try:
-        synchronize()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-    except Exception as error:
-        raise DeviceLost(one_line(error)) from None
+    if cuda := _cuda():
+        gc.collect()
+        try:
+            cuda.synchronize()
+            cuda.empty_cache()
+        except Exception as error:
+            raise DeviceLost(one_line(error)) from None
 
 
 def one_line(error: BaseException) -> str:

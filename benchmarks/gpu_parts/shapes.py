@@ -49,7 +49,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def our_layer(ctx: Context, config: MoEConfig, *, dense: bool = False, dtype: torch.dtype = torch.bfloat16) -> DecoderLayer:
+def our_layer(
+    ctx: Context, config: MoEConfig, *, dense: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> DecoderLayer:
     """Ours; with ``dense``, one gated feed-forward layer of equal FLOPs in the place of the experts."""
     with torch.device(ctx.device), default_dtype(dtype):
         attention = Attention(

@@ -45,7 +45,9 @@ def _pytest(ctx: Context) -> dict[str, int | str]:
     counts = Counter(outcomes.values())
     for name, outcome in outcomes.items():
         if outcome in ("FAILED", "ERROR"):
-            ctx.record.row("not passed", test=name.removeprefix("tests/gpu/"), outcome=outcome, note=reasons.get(name, ""))
+            ctx.record.row(
+                "not passed", test=name.removeprefix("tests/gpu/"), outcome=outcome, note=reasons.get(name, "")
+            )
     for name, reason in reasons.items():  # of a file that could not be read
         if name not in outcomes:
             ctx.record.row("not passed", test=name, outcome="ERROR", note=reason)

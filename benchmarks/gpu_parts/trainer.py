@@ -41,7 +41,9 @@ def run(ctx: Context) -> None:
     for precision in ("bf16-mixed", "bf16-true"):
         ours, theirs = (found.get((name, precision), []) for name in ("moefold", "Hugging Face, Lightning"))
         for step, (a, b) in list(enumerate(zip(ours, theirs, strict=False)))[:6]:
-            ctx.record.row("losses", precision=precision, step=step, moefold=a, huggingface=b, difference=abs(a - b) / abs(b))
+            ctx.record.row(
+                "losses", precision=precision, step=step, moefold=a, huggingface=b, difference=abs(a - b) / abs(b)
+            )
 
 
 def _config(ctx: Context) -> dict[str, Any]:
@@ -60,7 +62,9 @@ def _write_model(ctx: Context, path: Path) -> dict[str, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device(ctx.device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **_config(ctx)), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("qwen2_moe", **_config(ctx)), dtype=torch.bfloat16
+        )
     begin = time.perf_counter()
     model.save_pretrained(path)
     billions = sum(p.numel() for p in model.parameters()) / 1e9
@@ -103,7 +107,10 @@ class _Model(pl.LightningModule):
             from transformers import AutoModelForCausalLM
 
             self.model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=torch.get_default_dtype(), attn_implementation="sdpa", experts_implementation="grouped_mm"
+                self.path,
+                dtype=torch.get_default_dtype(),
+                attn_implementation="sdpa",
+                experts_implementation="grouped_mm",
             ).train()
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
@@ -168,6 +175,7 @@ def _train(
         accelerator="gpu" if ctx.on_gpu else "cpu", devices=1, strategy=MoEFoldStrategy() if ours else "auto",
         precision=precision, max_steps=steps, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor, clock],
+        use_distributed_sampler=False,  # Lightning's shuffles, and only under a strategy of several processes
     )  # fmt: skip
     trainer.fit(module, DataLoader(_Tokens(shape, config.vocab_size, steps), batch_size=None))
     found[name, precision] = [float(loss) for loss in module.losses]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import os
 import shutil
@@ -32,7 +33,10 @@ def work(names: list[str], folder: Path, seconds: float, rehearse: bool) -> int:
         scratch.mkdir(exist_ok=True)
         torch.manual_seed(0)
         try:
-            importlib.import_module(f"gpu_parts.{name}").run(Context(device, rehearse, record, scratch))
+            part = importlib.import_module(f"gpu_parts.{name}")
+            gc.collect()
+            gc.freeze()  # what imports made need not be looked through again
+            part.run(Context(device, rehearse, record, scratch))
             record.data["status"] = "done"
         except DeviceLost as error:
             record.data["status"] = "lost"
