@@ -41,14 +41,12 @@ class Record:
     def __init__(self, part: str, folder: Path, seconds: float) -> None:
         self.path = folder / f"{part}.json"
         self.deadline = time.monotonic() + seconds
-        self.begin = time.monotonic()
         fresh: dict[str, Any] = {
-            "part": part, "status": "running", "seconds": 0.0, "doing": None, "tables": {}, "tries": {}, "errors": {},
+            "part": part, "status": "running", "seconds": 0.0, "began": time.time(), "doing": None, "tables": {}, "tries": {}, "errors": {},
             "details": {}, "left_out": [],
         }  # fmt: skip
         self.data = json.loads(self.path.read_text()) if self.path.exists() else fresh
         self.data |= {"status": "running", "left_out": []}
-        self._before = self.data["seconds"]
         self.save()
 
     @property
@@ -58,7 +56,7 @@ class Record:
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
-        self.data["seconds"] = round(self._before + time.monotonic() - self.begin, 1)
+        self.data["seconds"] = round(time.time() - self.data["began"], 1)
         new = self.path.with_suffix(".new")
         new.write_text(json.dumps(self.data, default=str))
         os.replace(new, self.path)
