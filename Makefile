@@ -1,6 +1,7 @@
 # Every target sets up what it needs: the virtual environment .venv, by scripts/setup_env.py.
 # MOEFOLD_PYTHON chooses the interpreter, ARGS goes to pytest or to the script: make test ARGS="-k fold"
 # BENCH chooses the benchmark: make bench BENCH=loading ARGS="--gb 8"
+# gpu alone sets up nothing: it takes MOEFOLD_PYTHON as it is, with the torch that fits the machine's GPU.
 
 MOEFOLD_PYTHON ?= python3
 PYTHON := .venv/bin/python
@@ -8,7 +9,7 @@ ARGS ?=
 BENCH ?= run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types bench clean setup-demo setup-test
+.PHONY: help demo test test-all lint types bench gpu clean setup-demo setup-test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +31,9 @@ types: setup-test ## check the types of the package (mypy)
 
 bench: setup-test ## run a benchmark: BENCH=run (training steps), moe_layer, expert_parallel, dispatch, overlap, loading, memory, context, bubble, scale
 	$(PYTHON) benchmarks/$(BENCH).py $(ARGS)
+
+gpu: ## on one GPU, without set-up and network: tests, correctness, speed, in 9 minutes; ARGS="--rehearse" in small on CPU
+	$(MOEFOLD_PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean: ## remove caches, build products and .venv
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
