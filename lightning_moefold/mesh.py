@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """FoldedMesh: a Fold made into process groups and device meshes, as seen from this rank.
 
-Two axes over the same ranks share one process group, and a group of one rank is not created. The device meshes on which
-parameters are stored are built from those very groups with DeviceMesh's public ``from_group``:
+Two axes over the same ranks share one process group, and an axis of one rank everywhere needs none. Groups are made in steps,
+each of them a partition of the world into groups, and every rank takes part in every step: where the default group has its
+device bound, NCCL makes a group by splitting the communicator of the world, which waits for all ranks of it, members or not.
+The device meshes on which parameters are stored are built from those very groups with DeviceMesh's public ``from_group``:
 
     dense    ("dp_cp", "tp")       attention, norms, router, shared expert, embedding, head
     experts  ("edp", "ep", "etp")  routed experts
@@ -55,30 +57,60 @@ class Axis:
 SINGLE = Axis("single")
 
 
+#: The ranks of the world in groups.
+Partition = tuple[tuple[int, ...], ...]
+
+#: Axes over which objects and tensors on the CPU travel: random states (tp, cp, pp), names and settings (pp), metrics and
+#: what a user reduces (dp). Groups of other axes have no gloo beside NCCL, whose ranks are all connected with each other.
+_OBJECT_AXES = frozenset({"tp", "cp", "pp", "dp"})
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A group of an earlier step, and whether it carries objects."""
+
+    group: dist.ProcessGroup
+    carries_objects: bool
+
+
 #: Groups made here, for the meshes of later Trainers: a group costs connections and, on GPUs, memory, and torch names
 #: it by its ranks, so that one made anew after its predecessor was destroyed would find the addresses of the dead one.
-_made: dict[tuple[tuple[int, ...], timedelta | None], dist.ProcessGroup] = {}
+#: By partition, so that whether a step is made again is the same on all ranks.
+_made: dict[tuple[Partition, timedelta | None], _Made] = {}
 
 
 def _exists(group: dist.ProcessGroup) -> bool:
     return group in dist.distributed_c10d._world.pg_map
 
 
-def _shared_group(name: str, ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
-    """The group of ``ranks``, made on first use. Its members call this in the same order.
+def _shared_group(
+    name: str, partition: Partition, timeout: timedelta | None, device_type: str
+) -> dist.ProcessGroup:
+    """This rank's group of ``partition``, made on first use by all ranks of the world, in the same order of partitions.
 
     NCCL's watchdog ends a process without asking Python; what it prints then has ``name``, the operation and the rank.
     """
-    if len(ranks) == dist.get_world_size() and dist.group.WORLD is not None:
+    if len(partition) == 1 and dist.group.WORLD is not None:
         return dist.group.WORLD
-    for key in [key for key, group in _made.items() if not _exists(group)]:  # went with the default group
+    for key in [key for key, made in _made.items() if not _exists(made.group)]:  # went with the default group
         del _made[key]
-    if (ranks, timeout) not in _made:
-        # Only its members take part in making a group: a thousand ranks need not wait for each other's.
-        _made[ranks, timeout] = dist.new_group(
-            list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=f"moefold {name}"
-        )
-    return _made[ranks, timeout]
+    objects = name in _OBJECT_AXES
+    made = _made.get((partition, timeout))
+    if made is None or (objects and not made.carries_objects):
+        mine = next(ranks for ranks in partition if dist.get_rank() in ranks)
+        # Each rank waits for the members of its own group only, and names it alike whatever it has made before.
+        group = dist.new_group(
+            list(mine), timeout=timeout, backend=None if objects else _backend_of(device_type),
+            use_local_synchronization=True, group_desc=f"moefold {name}",
+        )  # fmt: skip
+        made = _made[partition, timeout] = _Made(group, objects)
+    return made.group
+
+
+def _backend_of(device_type: str) -> str | None:
+    """The backend of the default group for tensors on the device; None where it has no other."""
+    backends = dict(part.split(":") for part in dist.get_backend_config().split(",") if ":" in part)
+    return backends.get(device_type) if len(set(backends.values())) > 1 else None
 
 
 def forget_groups() -> None:
@@ -120,12 +152,13 @@ class FoldedMesh:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.place = fold.coordinates(self.rank)
         self._timeout = timeout
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._axes = {name: self._make_axis(name) for name in _GROUP_AXES}
+        self._groups: list[dist.ProcessGroup] = []
+        self._axes = {name: self._make_axis(name, fold.groups(name)) for name in _GROUP_AXES}
         stage = fold.world_size // fold.pp
-        first = self.rank // stage * stage
-        self._axes["stage"] = self._axis_of("stage", list(range(first, first + stage)))
-        self._axes["world"] = self._axis_of("world", list(range(world)))
+        stages = [list(range(first, first + stage)) for first in range(0, world, stage)]
+        self._axes["stage"] = self._make_axis("stage", stages)
+        self._axes["world"] = self._make_axis("world", [list(range(world))])
+        self._cuts: dict[tuple[str, int], tuple[Axis, Axis] | None] = {}
         self._meshes = {family: self._make_mesh(family, wrap_single, replicated) for family in Family}
 
     # ---- axes --------------------------------------------------------------------------------------------------
@@ -170,16 +203,17 @@ class FoldedMesh:
 
     @property
     def ends(self) -> Axis:
-        """The first and the last rank of this pipeline, where this is one of them; made on first use, by both."""
+        """The first and the last rank of this pipeline; any other rank alone. Made on first use, by all ranks."""
         if "ends" not in self._axes:
-            ranks = self._axes["pp"].ranks
-            self._axes["ends"] = self._axis_of("ends", [ranks[0], ranks[-1]])
+            pipelines = self.fold.groups("pp")
+            ends = [[ranks[0], ranks[-1]] if len(ranks) > 1 else ranks for ranks in pipelines]
+            self._axes["ends"] = self._make_axis("ends", ends + [[r] for ranks in pipelines for r in ranks[1:-1]])
         return self._axes["ends"]
 
     def cut_by_node(self, name: str, node_size: int) -> tuple[Axis, Axis] | None:
         """An axis as two: its ranks in this rank's node, and those of the same place in each node.
 
-        Made on first use, by all ranks of the axis.
+        Made on first use, by all ranks, also by those whose part of the axis is not cut.
 
         Args:
             name: Of the axis.
@@ -188,29 +222,34 @@ class FoldedMesh:
         Returns:
             None where the axis does not span nodes, has one rank in each, or not the same number in each.
         """
-        ranks = self._axes[name].ranks
-        nodes = [list(group) for _, group in itertools.groupby(ranks, lambda rank: rank // node_size)]
-        if len({len(node) for node in nodes}) != 1 or 1 in (len(nodes), len(nodes[0])):
-            return None
-        mine = next(node for node in nodes if self.rank in node)
-        place = mine.index(self.rank)
-        within, across = f"{name}_within_node", f"{name}_across_nodes"
-        if within not in self._axes:
-            self._axes[within] = self._axis_of(within, mine)
-            self._axes[across] = self._axis_of(across, [node[place] for node in nodes])
-        return self._axes[within], self._axes[across]
+        if (name, node_size) not in self._cuts:
+            within: list[list[int]] = []
+            across: list[list[int]] = []
+            cut = False
+            for ranks in self.fold.groups(name):
+                nodes = [list(group) for _, group in itertools.groupby(ranks, lambda rank: rank // node_size)]
+                if len({len(node) for node in nodes}) != 1 or 1 in (len(nodes), len(nodes[0])):
+                    nodes = [[rank] for rank in ranks]
+                    across += nodes
+                else:
+                    across += [list(place) for place in zip(*nodes, strict=True)]
+                    cut = cut or self.rank in ranks
+                within += nodes
+            axes = self._make_axis(f"{name}_within_node", within), self._make_axis(f"{name}_across_nodes", across)
+            self._cuts[name, node_size] = axes if cut else None
+        return self._cuts[name, node_size]
 
-    def _make_axis(self, name: str) -> Axis:
-        return self._axis_of(name, next(group for group in self.fold.groups(name) if self.rank in group))
+    def _make_axis(self, name: str, groups: list[list[int]]) -> Axis:
+        """An axis whose groups are ``groups``, which partition the world. Collective over the world."""
+        ranks = next(ranks for ranks in groups if self.rank in ranks)
+        group = self._group(name, groups) if any(len(ranks) > 1 for ranks in groups) else None
+        return Axis(name, tuple(ranks), ranks.index(self.rank), group if len(ranks) > 1 else None)
 
-    def _axis_of(self, name: str, ranks: list[int]) -> Axis:
-        group = self._group(name, tuple(ranks)) if len(ranks) > 1 else None
-        return Axis(name, tuple(ranks), ranks.index(self.rank), group)
-
-    def _group(self, name: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        if ranks not in self._groups:
-            self._groups[ranks] = _shared_group(name, ranks, self._timeout)
-        return self._groups[ranks]
+    def _group(self, name: str, groups: list[list[int]]) -> dist.ProcessGroup:
+        partition = tuple(sorted(tuple(ranks) for ranks in groups))
+        group = _shared_group(name, partition, self._timeout, self.device_type)
+        self._groups.append(group)
+        return group
 
     # ---- storage meshes ----------------------------------------------------------------------------------------
 
@@ -222,7 +261,8 @@ class FoldedMesh:
         axes = [data] * wraps + [axis for axis in tensor if axis.size > 1]
         if not axes:
             return None
-        groups = [axis.group or self._group(axis.name, (self.rank,)) for axis in axes]
+        alone = [[rank] for rank in range(self.fold.world_size)]
+        groups = [axis.group or self._group(axis.name, alone) for axis in axes]
         if len(axes) == 1:
             return DeviceMesh.from_group(groups[0], self.device_type, mesh_dim_names=(axes[0].name,))
         # The axes left out have one rank each, so the others span the ranks of the stage, or of a replica of the family.
@@ -251,4 +291,4 @@ class FoldedMesh:
     @property
     def is_alive(self) -> bool:
         """Whether its process groups still exist (whoever destroys the default group destroys them all)."""
-        return all(_exists(group) for group in self._groups.values())
+        return all(_exists(group) for group in self._groups)

@@ -60,6 +60,7 @@ from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
+from lightning_moefold.optim.pieces import run_on_pieces
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
 from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
@@ -519,6 +520,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._reset_optimizers_and_schedulers()
         with spare_parameters(self._modules()):
             super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            run_on_pieces(optimizer)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:

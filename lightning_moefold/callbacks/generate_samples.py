@@ -96,8 +96,9 @@ class GenerateSamples(Callback):
         texts = [] if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
         found: list[list[str]] = [texts]
         if axis.size > 1:
-            found = [[] for _ in axis.ranks]
-            dist.all_gather_object(found, texts, group=axis.group)
+            everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, texts)  # over the world, whose group carries objects
+            found = [everyone[rank] for rank in axis.ranks]
         return [found[i % axis.size][i // axis.size] for i in range(len(self.prompts))]
 
     def _load(self, model: MoECausalLM) -> Any:

@@ -52,7 +52,7 @@ class ExpertAxes:
 
     @classmethod
     def of(cls, mesh: FoldedMesh, config: DispatchConfig) -> ExpertAxes:
-        """The axes of a fold. Where tokens go by node, collective over the ranks that share experts."""
+        """The axes of a fold. Where tokens go by node, collective over the world the first time."""
         ep, etp, joint = mesh.ep, mesh.etp, mesh.axis("etp_ep")
         size = config.node_size
         if config.dispatcher != "hierarchical" or size is None:

@@ -51,6 +51,9 @@ class ParallelModule(nn.Module):
         """
         return {}
 
+    def make_groups(self, mesh: FoldedMesh) -> None:
+        """Makes the process groups that only this block needs. All ranks call it, also those of other pipeline stages."""
+
     def bind(self, mesh: FoldedMesh) -> None:
         """Hands the block its axes; called once, when the strategy parallelises what it belongs to."""
         self.mesh = mesh

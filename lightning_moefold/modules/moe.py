@@ -110,10 +110,17 @@ class MoELayer(ParallelRoot):
         """A copy, or a pickle, begins without routing, which is part of a graph."""
         return self.__dict__ | {"routing": None}
 
+    def make_groups(self, mesh: FoldedMesh) -> None:
+        """Those of an exchange by node."""
+        ExpertAxes.of(mesh, self._settled(mesh))
+
+    def _settled(self, mesh: FoldedMesh) -> DispatchConfig:
+        return settle(self.dispatch or DispatchConfig(), self.num_experts, self.top_k, mesh.fold)
+
     def bind(self, mesh: FoldedMesh) -> None:
         """Makes the dispatcher of this fold."""
         super().bind(mesh)
-        config = settle(self.dispatch or DispatchConfig(), self.num_experts, self.top_k, mesh.fold)
+        config = self._settled(mesh)
         self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,16 +12,18 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_moefold.optim.stepping import step_inside
 from lightning_moefold.refusals import UnsupportedFeature
 
 #: Operations that combine elements of a tensor (without the ``_`` of in-place ones); all of ``linalg`` besides.
 _COMBINING = frozenset(
     {
-        "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "addr", "dot", "vdot", "_foreach_norm", "_foreach_max", "norm",
+        "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "addr", "dot", "vdot", "norm",
         "sum", "nansum", "mean", "prod", "std", "std_mean", "var", "var_mean", "median", "nanmedian", "mode", "quantile",
         "aminmax", "amax", "amin", "argmax", "argmin", "logsumexp", "_softmax", "_log_softmax", "cumsum", "cumprod", "sort",
         "argsort", "topk", "kthvalue", "cholesky", "cholesky_solve", "triangular_solve", "inverse", "geqrf", "ormqr",
-        "lu_unpack", "convolution", "bincount", "histc", "unique", "_unique2",
+        "lu_unpack", "convolution", "bincount", "histc", "unique", "_unique2", "_foreach_norm", "_foreach_powsum", "_foreach_max",
+        "_foreach_mm",
     }
 )  # fmt: skip
 _BY_OVERLOAD = frozenset({"max.default", "max.dim", "min.default", "min.dim"})  # max.other is elementwise
@@ -36,7 +38,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _combines(func) and any(isinstance(x, Tensor) and x.numel() > 1 for x in tree_leaves((args, kwargs))):
+        if combines(func) and any(isinstance(x, Tensor) and x.numel() > 1 for x in tree_leaves((args, kwargs))):
             raise UnsupportedFeature(
                 f"{self.kind} combines the elements of a tensor (by {func}), and a rank holds only pieces of parameters; "
                 "use an optimizer that treats elements one by one, such as AdamW, SGD or Lion."
@@ -44,7 +46,8 @@ class _Watch(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _combines(func: Any) -> bool:
+def combines(func: Any) -> bool:
+    """Whether an operation combines the elements of a tensor."""
     name, overload = func._schema.name.rpartition("::")[2], func._overloadname
     base = name if name.startswith("__") else name.rstrip("_")
     return base in _COMBINING or base.lstrip("_").startswith("linalg_") or f"{base}.{overload}" in _BY_OVERLOAD
@@ -63,20 +66,7 @@ def elementwise_only(optimizer: Optimizer) -> Iterator[None]:
     watch = _Watch(type(optimizer).__name__)
     own = "step" in vars(optimizer)  # schedulers put a wrapper there
     step = optimizer.step
-
-    def watched(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        def outside() -> Any:
-            assert closure is not None
-            watch.__exit__(None, None, None)
-            try:
-                return closure()
-            finally:
-                watch.__enter__()
-
-        with watch:
-            return step(closure=outside if closure is not None else None, **kwargs)
-
-    optimizer.step = watched  # type: ignore[method-assign]
+    optimizer.step = step_inside(step, watch)  # type: ignore[method-assign]
     try:
         yield
     finally:

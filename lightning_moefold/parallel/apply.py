@@ -65,7 +65,7 @@ def parallelize(
     device: torch.device,
     plan: PipelinePlan | None = None,
 ) -> None:
-    """Parallelises ``model`` in place and gives it its weights. No rank waits for another.
+    """Parallelises ``model`` in place and gives it its weights. No rank waits for another, except where groups are made.
 
     Args:
         model: A language model, with real weights or without storage and with a source of weights; or a block in a
@@ -90,6 +90,7 @@ def parallelize(
         )
     if isinstance(model, MoECausalLM):
         mesh.fold.validate(model.config)
+    make_groups(model, mesh)
     plans = _collect_plans(model, mesh)
     model.layouts = {
         name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding)
@@ -108,6 +109,13 @@ def parallelize(
         model.load_weights()
     else:
         model.to(device)
+
+
+def make_groups(module: nn.Module, mesh: FoldedMesh) -> None:
+    """Makes the groups that blocks need, before stages leave blocks to each other: all ranks make the same. Collective."""
+    for part in module.modules():
+        if isinstance(part, ParallelModule):
+            part.make_groups(mesh)
 
 
 def _collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPlan]:

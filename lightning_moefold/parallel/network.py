@@ -27,7 +27,7 @@ from lightning_moefold.modules.context import Exchange
 from lightning_moefold.modules.layered import Elsewhere, LayeredNetwork
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.rows import RowCut
-from lightning_moefold.parallel.apply import Sharding, parallelize
+from lightning_moefold.parallel.apply import Sharding, make_groups, parallelize
 from lightning_moefold.parallel.network_pipeline import NetworkPipeline
 from lightning_moefold.parallel.network_stage import NetworkStage, is_ratio
 from lightning_moefold.parallel.position_check import check_positions
@@ -64,6 +64,7 @@ class NetworkRunner:
         layouts: Of its own parameters (not those of blocks), by name, where stages hold different ones.
         names: Of all that it holds on some rank.
         pipeline: Runs it where there is more than one stage.
+        shares_ends: Whether two ranks of a pipeline hold the parameters of its ends; the same on all ranks.
     """
 
     def __init__(self, network: LayeredNetwork, mesh: FoldedMesh, sharding: Sharding, options: NetworkOptions) -> None:
@@ -71,6 +72,7 @@ class NetworkRunner:
         self.layouts: dict[str, ParameterLayout] = {}
         self.names = set(network.module.state_dict())
         self.pipeline: NetworkPipeline | None = None
+        self.shares_ends = False
         self._tried = False
 
     @property
@@ -160,6 +162,7 @@ def parallelize_network(
             f"the {type(network.module).__name__} is parallelised under fold {runner.fold} already; make a new one for another."
         )
     runner = NetworkRunner(network, mesh, sharding, options)
+    make_groups(network.module, mesh)
     stages = _cut(runner) if mesh.fold.pp > 1 else []
     for _, block in parallel_roots(network.module):
         parallelize(block, mesh, sharding, device)
@@ -192,6 +195,7 @@ def _cut(runner: NetworkRunner) -> list[Callable[[], NetworkStage]]:
     parts = [list(layers)[part.start : part.stop] for part in plan.cut(costs, pp, f"len({network.layers_name})")]
     count = len(parts)
     ends = tuple(dict.fromkeys(plan.owner(stage, pp) for stage in (0, count - 1)))
+    runner.shares_ends = len(ends) == 2 and any(list(m.parameters(recurse=False)) for m in network.ends())
     holders = {id(p): ends for module in network.ends() for p in module.parameters(recurse=False)}
     for stage, part in enumerate(parts):
         holders |= {id(p): (plan.owner(stage, pp),) for name in part for p in layers[name].parameters()}

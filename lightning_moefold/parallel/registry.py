@@ -14,7 +14,7 @@ from lightning_moefold.parallel.network import network_runners
 
 
 class ParameterRegistry:
-    """Made once parameters are final.
+    """Made once parameters are final. Collective: every rank of the world makes it.
 
     Parameters of language models and blocks have a layout, and all those of a network that is spread over pipeline stages.
     All others are the user's own: dense, replicated on every rank, with identical gradients over tp and gradients summed over
@@ -34,11 +34,15 @@ class ParameterRegistry:
             part.release_gathered_weights()
             layouts |= {id(p): part.layouts[name] for name, p in part.named_parameters()}
             everywhere |= {f"{prefix}.{name}".lstrip(".") for name in part.layouts}
+        shared = any(len(layout.stages or ()) == 2 for part in self.roots.values() for layout in part.layouts.values())
         for prefix, runner in network_runners(root):
             if runner.pipeline is not None:
+                shared = shared or runner.shares_ends
                 own = runner.network.module.named_parameters()
                 layouts |= {id(p): runner.layouts[name] for name, p in own if name in runner.layouts}
                 everywhere |= {f"{prefix}.{name}".lstrip(".") for name in runner.names}
+        #: The two stages that share parameters, if any do; known to, and made by, all ranks.
+        self._ends = mesh.ends if shared else None
         # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
         everything = root.named_parameters(remove_duplicate=False)
         self.layouts = {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
@@ -91,4 +95,5 @@ class ParameterRegistry:
             if layout.data_dim is None:  # replicated, or there is but one copy
                 yield parameter, self.mesh.axis(layout.data_axis)
             if layout.stages is not None and len(layout.stages) == 2:  # used by both, each of which has a part
-                yield parameter, self.mesh.ends
+                assert self._ends is not None
+                yield parameter, self._ends

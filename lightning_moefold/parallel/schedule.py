@@ -190,36 +190,45 @@ class ScheduleRunner:
     def evaluate(self, job: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
         """All micro-batches through the first stage of every rank, then through the second.
 
+        On NCCL, what a rank sends and receives in a group runs in the order in which it was asked for, and a send is done
+        when the other side receives. From the last rank back to the first, micro-batches therefore travel all together,
+        between one turn of the pipeline and the next; asked for one by one, each of the two would wait for the other.
+
         Returns:
             No gradients.
         """
         pp, here = self.mesh.axis("pp"), {stage.index for stage in self.stages}
         passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         sends: list[tuple[Any, Tensor]] = []
+
+        def receive(stage: StageModule) -> tuple[Tensor, ...]:
+            received = tuple(wire.empty(device) for wire in wires)
+            for tensor in received:
+                dist.recv(tensor, self._rank_of(stage.index - 1), group=pp.group)
+            return received
+
+        def send(stage: StageModule, output: tuple[Tensor, ...]) -> None:
+            after = self._rank_of(stage.index + 1)
+            sends.extend((dist.isend(x, after, group=pp.group), x) for x in output)
+
         with self.working_on(job):
             for stage in self.stages:
-                before, after = (
-                    self._rank_of(i) if 0 <= i < self.count else -1 for i in (stage.index - 1, stage.index + 1)
-                )
-                # From the last rank back to the first: only after all that the last one has to receive, or each of a pair
-                # of ranks might wait for the other to receive first.
-                around: list[Tensor] = []
+                if stage.index % pp.size == 0 and not stage.is_first and stage.index - 1 not in here:
+                    passed |= {(stage.index - 1, i): receive(stage) for i in range(microbatches)}
+                around: list[tuple[Tensor, ...]] = []
                 for i in range(microbatches):
-                    received: tuple[Tensor, ...] = ()
-                    if stage.index - 1 in here:
-                        received = passed.pop((stage.index - 1, i))
-                    elif not stage.is_first:
-                        received = tuple(wire.empty(device) for wire in wires)
-                        for tensor in received:
-                            dist.recv(tensor, before, group=pp.group)
+                    received = passed.pop((stage.index - 1, i), ())
+                    if not stage.is_first and not received:
+                        received = receive(stage)
                     output = stage(*received, microbatch=torch.tensor([i]))
                     if stage.index + 1 in here:
                         passed[stage.index, i] = output
                     elif not stage.is_last and (stage.index + 1) % pp.size == 0:
-                        around += output
+                        around.append(output)
                     elif not stage.is_last:
-                        sends += [(dist.isend(x, after, group=pp.group), x) for x in output]
-                sends += [(dist.isend(x, after, group=pp.group), x) for x in around]
+                        send(stage, output)
+                for output in around:
+                    send(stage, output)
         for work, _ in sends:
             work.wait()
         return []

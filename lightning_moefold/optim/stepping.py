@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch modes that see what an optimizer does in its step, and not what its closure does (forward, backward, clipping)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Step = Callable[..., Any]
+
+
+def step_inside(step: Step, mode: TorchDispatchMode) -> Step:
+    """An optimizer's ``step`` that runs inside ``mode``, except for its closure.
+
+    Args:
+        step: The bound method.
+        mode: Entered anew in each step.
+
+    Returns:
+        A function of the optional closure.
+    """
+
+    def stepped(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        def outside() -> Any:
+            assert closure is not None
+            mode.__exit__(None, None, None)
+            try:
+                return closure()
+            finally:
+                mode.__enter__()
+
+        with mode:
+            return step(closure=outside, **kwargs) if closure is not None else step(**kwargs)
+
+    return stepped
