@@ -18,6 +18,7 @@ from gpu_parts.record import Context, NotHere, free_memory
 from gpu_parts.shapes import MODELS, layer_config, tokens_of
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules import MoELayer, RMSNorm, RouterOptions, vocabulary
+from lightning_moefold.modules.products import ExpertProducts
 from lightning_moefold.modules.rotary import rotary_tables
 from lightning_moefold.modules.vocabulary import VocabularyHead
 
@@ -111,9 +112,13 @@ def _grouped_products(ctx: Context) -> None:
             add("grouped_mm forward", partial(_forward, x, w, ends_E))
             add("grouped_mm gradient of rows", lambda y=y, w=w: F.grouped_mm(y, w, offs=ends_E))
             add("grouped_mm gradient of weights", lambda x=x, y=y: F.grouped_mm(y.t(), x, offs=ends_E))
+            alone = ExpertProducts(count_E.tolist())
+            add("expert by expert, forward", partial(alone.forward, x, w))
+            add("expert by expert, gradient of rows", partial(alone.input_gradient, y, w))
+            add("expert by expert, gradient of weights", partial(alone.weight_gradient, y, x, w))
             add("mm forward", lambda x=x, w=w: x @ w[0].t())
             add("mm gradient of weights", lambda x=x, y=y: y.t() @ x)
-            del x, w, y, add
+            del x, w, y, add, alone
             free_memory()
 
 
