@@ -130,7 +130,9 @@ class Results:
         """Says how a part went that has left nothing."""
         empty: dict[str, Any] = {"tables": {}, "tries": {}, "errors": {}, "details": {}, "left_out": [], "seconds": 0.0}
         print(f"{name}: {status}", flush=True)
-        self.put(name, self.parts.get(name, empty | {"part": name}) | {"status": status})
+        known = self.parts.get(name, empty | {"part": name})
+        spent = time.time() - known["began"] if "began" in known else 0.0
+        self.put(name, known | {"status": status, "seconds": round(spent, 1)})
 
 
 class _Group:
@@ -157,8 +159,8 @@ class _Group:
                 break
             tried = self._blame(open_parts, why)
             if not tried or self.deadline - time.monotonic() < 15 or start + 1 == _MOST_STARTS:
+                self._collect()
                 for name in open_parts:
-                    self._collect()
                     self.results.note(name, why)
                 break
             print(f"{tried}: {why}; another process goes on with the next try", flush=True)

@@ -42,8 +42,8 @@ class Record:
         self.path = folder / f"{part}.json"
         self.deadline = time.monotonic() + seconds
         fresh: dict[str, Any] = {
-            "part": part, "status": "running", "seconds": 0.0, "began": time.time(), "doing": None, "tables": {}, "tries": {}, "errors": {},
-            "details": {}, "left_out": [],
+            "part": part, "status": "running", "seconds": 0.0, "began": time.time(), "doing": None, "tables": {}, "tries": {},
+            "errors": {}, "details": {}, "left_out": [],
         }  # fmt: skip
         self.data = json.loads(self.path.read_text()) if self.path.exists() else fresh
         self.data |= {"status": "running", "left_out": []}

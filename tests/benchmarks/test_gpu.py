@@ -101,11 +101,12 @@ def test_a_budget_leaves_parts_out_and_resume_keeps_what_is_there(
 
 
 def test_a_budget_ends_a_part(driver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(driver.PARTS, "machine", driver.Budget(2, 1))
+    monkeypatch.setitem(driver.PARTS, "machine", driver.Budget(12, 1))
     driver.DOOR.write_text(driver.DOOR.read_text().replace("limit=1", "limit=50").replace("os._exit(9)", "{}"))
     assert driver.drive(tmp_path / "out", ["machine"], [], False, 60, False) == 0
     found = _read(tmp_path / "out")["machine"]
-    assert found["status"].startswith("ended after 2 s")
+    assert "its budget" in found["status"]
+    assert 8 < found["seconds"] < 30
     assert found["tries"]["table / well"] == "ok"
 
 
