@@ -44,10 +44,32 @@ _PRODUCTS = [
     (128, 512, 256),
     (256, 128, 512),
 ]
+#: As much larger are products on a GPU, and the sides of copies.
 _SCALE_ON_GPU = 8
 #: Relative error of the fit above which the machine was not left alone.
 _DISTURBED = 0.3
-_MESSAGES = [2**12, 2**16, 2**20, 2**23]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured of attention and links: as large as models make them, since small ones fill no device.
+
+    Args:
+        lengths: Tokens of the short and the long row.
+        heads: Of attention.
+        head_size: Of each.
+        messages: Bytes.
+    """
+
+    lengths: tuple[int, int]
+    heads: int
+    head_size: int
+    messages: tuple[int, ...]
+
+
+ON_CPU = Sizes((64, 256), 8, 64, (2**12, 2**16, 2**20, 2**23))
+#: NVLink is at its rate from some 100 MB on, and a fused kernel fills a GPU with blocks of rows of several dozen heads.
+ON_GPU = Sizes((1024, 8192), 32, 128, (2**12, 2**16, 2**20, 2**23, 2**26, 2**28, 2**30))
 
 #: m, n, k, seconds.
 Product = tuple[int, int, int, float]
@@ -195,24 +217,29 @@ def measure(device: torch.device, dtype: torch.dtype) -> Measurements:
         m, n, k = (side * scale for side in sides)
         a, b = torch.randn(m, k, **make), torch.randn(k, n, **make)
         products.append((m, n, k, seconds_of(partial(torch.matmul, a, b), synchronize)))
-    attention = [_attention(length * scale, make, synchronize) for length in (64, 256)]
+    sizes = ON_GPU if on_gpu else ON_CPU
+    attention = [_attention(length, sizes, make, synchronize) for length in sizes.lengths]
     large = torch.empty(2**22 * scale**2, **make)
     target = torch.empty_like(large)
     copy = 2 * large.nbytes / seconds_of(lambda: target.copy_(large), synchronize)
     tiny = torch.zeros(1, **make)
     launch = seconds_of(lambda: tiny.add_(1), _nothing)
-    return Measurements(products, attention, copy, launch, *_messages(device, synchronize))
+    return Measurements(products, attention, copy, launch, *_messages(sizes.messages, device, synchronize))
 
 
-def _attention(length: int, make: dict[str, Any], synchronize: Callable[[], None]) -> tuple[int, float, float]:
-    heads, dim = 8, 64
+def _attention(
+    length: int, sizes: Sizes, make: dict[str, Any], synchronize: Callable[[], None]
+) -> tuple[int, float, float]:
+    heads, dim = sizes.heads, sizes.head_size
     q, k, v = (torch.randn(1, heads, length, dim, **make, requires_grad=True) for _ in range(3))
 
     def forward() -> torch.Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
+    grad = torch.ones_like(q)
+
     def both() -> None:
-        forward().sum().backward()
+        torch.autograd.grad(forward(), (q, k, v), grad)
 
     product = 2 * heads * length * (length / 2) * dim
     once = seconds_of(forward, synchronize)
@@ -220,12 +247,14 @@ def _attention(length: int, make: dict[str, Any], synchronize: Callable[[], None
     return length, 2 * product / once, 5 * product / back
 
 
-def _messages(device: torch.device, synchronize: Callable[[], None]) -> list[list[tuple[int, float]]]:
+def _messages(
+    sizes: tuple[int, ...], device: torch.device, synchronize: Callable[[], None]
+) -> list[list[tuple[int, float]]]:
     """All-gather, all-to-all and reduce-scatter, as the strategy calls them."""
     ranks = dist.get_world_size()
     world = Axis("world", tuple(range(ranks)), dist.get_rank(), dist.group.WORLD)
     found: list[list[tuple[int, float]]] = [[], [], []]
-    for size in _MESSAGES:
+    for size in sizes:
         mine = torch.zeros(size // 4 // ranks, device=device)
         whole = torch.zeros(mine.numel() * ranks, device=device)
         even = [mine.numel()] * ranks

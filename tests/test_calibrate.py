@@ -3,9 +3,9 @@
 
 import pytest
 
-from lightning_moefold.calibrate import Measurements, describe, fit_link, fit_products
+from lightning_moefold.calibrate import ON_CPU, ON_GPU, Measurements, describe, fit_link, fit_products
 from lightning_moefold.cli import main
-from lightning_moefold.planner import find_hardware
+from lightning_moefold.planner import PRESETS, find_hardware
 from lightning_moefold.planner.kernels import Compute
 
 SIDES = [(64, 64, 64), (256, 256, 256), (512, 128, 64), (32, 512, 512), (1024, 1024, 1024)]
@@ -27,6 +27,22 @@ def test_links_are_recovered():
     start, rate = fit_link([(size, 1e-4 + 0.75 * size / 1e9) for size in (1000, 10**6, 10**8)], 0.75)
     assert start == pytest.approx(1e-4, rel=0.02)
     assert rate == pytest.approx(1e9, rel=0.02)
+
+
+@pytest.mark.parametrize(("sizes", "machine"), [(ON_GPU, "dgx-h100"), (ON_GPU, "b200"), (ON_CPU, "cpu")])
+def test_sizes_show_what_a_machine_can_do(sizes, machine):
+    """The largest message is bandwidth and not start-up, the smallest the opposite; the long row is all attention."""
+    hardware = PRESETS[machine]
+    kernels, link = hardware.kernels, hardware.intra.rate
+    assert max(sizes.messages) / 2 / link > 5 * kernels.collective
+    assert min(sizes.messages) / 2 / link < kernels.collective / 10
+    assert 4 * max(sizes.messages) < hardware.usable_bytes
+    length, width = max(sizes.lengths), sizes.heads * sizes.head_size
+    assert 2 * width * length**2 / hardware.peak("bf16") > 7 * kernels.launch
+    if machine != "cpu":
+        assert max(sizes.lengths) > 10 * kernels.attention_half_length > min(sizes.lengths)
+        assert sizes.head_size == 128
+        assert sizes.heads * max(sizes.lengths) / 128 > 10 * 132, "ten blocks of rows for each multiprocessor"
 
 
 def test_the_description_predicts_what_was_measured():

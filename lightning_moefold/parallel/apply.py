@@ -5,7 +5,8 @@
     dense     DTensor on (tp)        fully_shard over dp x cp   per layer, then the rest of the model; or per block
 
 Reductions are plain sums in both families: divide factor 1 with a forced sum is the one setting that is right on every
-mesh size and backend (torch divides twice on a mesh of one rank otherwise, and gloo cannot pre-multiply).
+backend (gloo cannot pre-multiply). A mesh of one rank, which is wrapped because FSDP2 casts, is left without a factor: torch
+would divide every gradient by it, into a copy.
 """
 
 from __future__ import annotations
@@ -236,12 +237,19 @@ def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, groups: lis
             fully_shard(last, mesh=expert, mp_policy=policy, reshard_after_forward=False, ignored_params=rest)
     if dense is not None or expert is not None:
         model.compute_dtype = sharding.mixed_dtype
-    for module in (m for root in (model, *(group[-1] for group in groups)) for m in root.modules()):
+    for module in {m: None for root in (model, *(group[-1] for group in groups)) for m in root.modules()}:
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+            wrapped = expert if isinstance(module, RoutedExperts) or dense is None else dense
+            _sum_plainly(module, wrapped)
     for *layers, last in groups:
         _prefetch(layers or [last])
+
+
+def _sum_plainly(module: FSDPModule, mesh: DeviceMesh | None) -> None:
+    """Has FSDP2 sum gradients over ``mesh``, which it averages otherwise."""
+    if mesh is not None and mesh.size() > 1:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def _prefetch(layers: list[nn.Module]) -> None:

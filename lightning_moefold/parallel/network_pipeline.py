@@ -27,6 +27,7 @@ from lightning_moefold.modules.layered import LayeredNetwork
 from lightning_moefold.modules.rows import RowCut
 from lightning_moefold.parallel.agreement import PRIME, check_same_batch, fingerprint, same_batch_slots
 from lightning_moefold.parallel.network_stage import LOSS, OUTPUT, RATIO, NetworkJob, NetworkStage, check_shape
+from lightning_moefold.parallel.randomness import Randomness
 from lightning_moefold.parallel.schedule import Kept, ScheduleRunner, Wire, differentiable
 from lightning_moefold.parallel.stages import PipelinePlan
 
@@ -58,7 +59,7 @@ class NetworkPipeline:
         self.exchange: Exchange = "auto"
         self._runner = ScheduleRunner(self, mesh, plan, stages)
         self._shapes: dict[Any, Wire] = {}
-        self._latest: tuple[NetworkJob, Tensor] | None = None
+        self._latest: tuple[NetworkJob, Randomness] | None = None
 
     # ---- what the engine asks ----------------------------------------------------------------------------------
 
@@ -86,8 +87,7 @@ class NetworkPipeline:
         """
         training = torch.is_grad_enabled()
         job = self._prepare(batch, training)
-        randomness = torch.get_rng_state() if self.device.type == "cpu" else torch.cuda.get_rng_state(self.device)
-        self._latest = (job, randomness)
+        self._latest = (job, Randomness(self.device))
         kept = self._run(job, training)
         kind, total, weight = self._results(job, training)
         output = self._output(job) if kind == OUTPUT else None
@@ -266,12 +266,7 @@ class NetworkPipeline:
         )
         for block in self.network.blocks():
             block.rows = job.cut
-        devices = [] if self.device.type == "cpu" else [self.device]
-        with self._runner.counters_kept(), torch.random.fork_rng(devices):
-            if devices:
-                torch.cuda.set_rng_state(randomness, self.device)
-            else:
-                torch.set_rng_state(randomness)
+        with self._runner.counters_kept(), randomness.again():
             kept = self._run(again, training=True)
         if again.error is not None:
             raise again.error

@@ -9,13 +9,11 @@ from typing import Any
 from lightning_moefold.fold import divisors
 from lightning_moefold.planner.advice import why_not
 from lightning_moefold.planner.cost import Estimate
+from lightning_moefold.planner.devices import find_device
 from lightning_moefold.planner.explain import plan_json
-from lightning_moefold.planner.hardware import PRESETS, Hardware
+from lightning_moefold.planner.hardware import PRESETS, Hardware, HardwareError
 from lightning_moefold.planner.job import Job, PlanError
 from lightning_moefold.planner.search import Planner, Result, Space
-
-#: Part of a device's name, and the preset that describes it.
-_DEVICES = (("H100", "dgx-h100"), ("H200", "dgx-h200"), ("H800", "dgx-h100"), ("A100", "a100"), ("B200", "b200"))
 
 
 @dataclass(frozen=True)
@@ -136,14 +134,9 @@ def machine_for(device_name: str | None, ranks_per_node: int, memory_bytes: floa
     Raises:
         PlanError: For a device of which no preset speaks.
     """
-    name = "cpu"
-    if device_name is not None:
-        known = [preset for part, preset in _DEVICES if part in device_name.upper()]
-        if not known:
-            raise PlanError(
-                f"the planner knows no {device_name!r}; measure it with moefold calibrate, and give the file as "
-                "AutoFold(hardware=...)."
-            )
-        name = known[0]
-    machine = replace(PRESETS[name], gpus_per_node=ranks_per_node)
+    try:
+        preset = PRESETS["cpu"] if device_name is None else find_device(device_name)
+    except HardwareError as error:
+        raise PlanError(str(error)) from None
+    machine = replace(preset, gpus_per_node=ranks_per_node)
     return machine if memory_bytes is None else replace(machine, memory_bytes=memory_bytes)

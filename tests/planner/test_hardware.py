@@ -3,7 +3,9 @@
 
 import pytest
 
-from lightning_moefold.planner import PRESETS, Hardware, HardwareError, find_hardware
+from lightning_moefold.callbacks.peaks import device_peak
+from lightning_moefold.planner import PRESETS, Hardware, HardwareError, PlanError, find_hardware, machine_for
+from lightning_moefold.planner.devices import find_device
 from lightning_moefold.planner.kernels import Compute
 
 MINIMAL = """
@@ -66,3 +68,36 @@ def test_small_products_are_slower_per_flop():
     assert compute.gemm(512, 1024, 2048, groups=8) == pytest.approx(8 * compute.gemm(512, 1024, 2048))
     # One row: as slow as reading the weight.
     assert compute.gemm(1, 8192, 8192) == pytest.approx(compute.stream(2 * (8192 * 8192 + 2 * 8192)))
+
+
+@pytest.mark.parametrize(("device", "name", "bandwidth", "nvlink"), [
+    ("NVIDIA H100 80GB HBM3", "dgx-h100", 3.35e12, 450e9), ("NVIDIA H100 SXM5 80GB", "dgx-h100", 3.35e12, 450e9),
+    ("NVIDIA H200", "dgx-h200", 4.8e12, 450e9), ("NVIDIA H800", "h800", 3.35e12, 200e9),
+    ("NVIDIA A100-SXM4-80GB", "a100", 2.04e12, 300e9), ("NVIDIA A100-SXM4-40GB", "a100-40gb", 1.555e12, 300e9),
+    ("NVIDIA A800-SXM4-80GB", "a800", 2.04e12, 200e9), ("NVIDIA B200", "b200", 8e12, 900e9),
+])  # fmt: skip
+def test_machines_by_the_name_of_their_gpus(device, name, bandwidth, nvlink):
+    found = find_device(device)
+    assert (found.name, found.memory_bandwidth, found.intra.bandwidth) == (name, bandwidth, nvlink)
+    peak = device_peak(device)
+    assert peak is not None
+    assert found.peak("bf16") == pytest.approx(peak.half * 1e12, rel=1e-3)
+    assert machine_for(device, 4, 70e9).memory_bytes == 70e9
+
+
+@pytest.mark.parametrize(("device", "reason"), [
+    ("NVIDIA H100 PCIe", ", a card,"), ("NVIDIA H100 NVL", ", a card,"), ("NVIDIA H200 NVL", ", a card,"),
+    ("NVIDIA H100 80GB HBM2e", ", a card,"), ("NVIDIA A100-PCIE-40GB", ", a card,"), ("NVIDIA A100 80GB PCIe", ", a card,"),
+    ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", ", a slice of a GPU,"), ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", ", a slice of a GPU,"),
+    ("NVIDIA GH200 480GB", ", a superchip,"), ("NVIDIA GB200", ", a superchip,"), ("NVIDIA H20", ";"), ("NVIDIA A100X", ";"),
+    ("NVIDIA L40S", ";"), ("Tesla V100-SXM2-32GB", ";"), ("AMD Instinct MI300X", ";"), ("NVIDIA H2000", ";"),
+])  # fmt: skip
+def test_other_gpus_are_to_be_measured(device, reason):
+    with pytest.raises(HardwareError) as caught:
+        find_device(device)
+    message = str(caught.value)
+    assert message.startswith(f"the planner knows no machine with '{device}'{reason}")
+    assert "moefold calibrate" in message
+    assert "\n" not in message
+    with pytest.raises(PlanError, match="no machine with"):
+        machine_for(device, 8)
