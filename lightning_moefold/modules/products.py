@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.modules.parts import gradient_like
 
-#: Rows of an expert, on average, from which cuBLAS expert by expert is faster than the grouped kernel.
+#: Rows of an expert, on average, from which cuBLAS is expected to be faster expert by expert than the grouped kernel.
 MANY_ROWS = 1024
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -120,9 +120,9 @@ def choose_products(
             Hopper and newer) and experts have few rows, else cuBLAS.
     """
     on_cuda, count = x_AI.is_cuda, rows.weight_M.shape[0]
-    if kernel == "grouped_mm" or (kernel == "auto" and on_cuda and _grouped_is_best(x_AI, count / w_LOI.shape[0])):
-        if count and _grouped_takes(x_AI, w_LOI):
-            return GroupedProducts(rows.counts_L)
+    grouped = kernel == "grouped_mm" or (kernel == "auto" and on_cuda and _grouped_is_best(x_AI, count / len(w_LOI)))
+    if grouped and count and _grouped_takes(x_AI, w_LOI):
+        return GroupedProducts(rows.counts_L)
     return ExpertProducts(host_counts(rows)) if on_cuda and count else None
 
 

@@ -10,7 +10,7 @@ local part of it, G tp ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -190,12 +190,28 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """``total = a @ b`` if this is the first one, else ``total += a @ b``; in the dtype of ``total``."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
-    elif total.is_cuda:  # cuBLAS multiplies in 16 bits and adds in 32
-        torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
+    elif total.is_cuda and total.dtype == torch.float32:  # cuBLAS multiplies in 16 bits and adds in 32
+        if first:
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
+        elif _adds_in_float32(total.device):
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        else:
+            total += torch.mm(a, b, out_dtype=torch.float32)
     elif first:
         total.copy_(a @ b)
     else:
         total += a @ b
+
+
+@cache
+def _adds_in_float32(device: torch.device) -> bool:
+    """Whether ``addmm`` adds a product of 16 bits to a float32 tensor; older PyTorch wants all three of one dtype."""
+    total, factor = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _loss_and_slope(
