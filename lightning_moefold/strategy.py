@@ -121,9 +121,10 @@ class MoEFoldStrategy(SharedCheckpoints):
             another's computation; the same bits. For ``"alltoall"``.
         node_size: Ranks that share fast links, for ``"hierarchical"``, ``"auto"`` and ``fold="auto"``; those of one machine if
             not given.
-        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, or
-            ``"transformer_engine"``, all at once and, inside its ``autocast``, in FP8; ``"auto"`` is a loop on CPU and
-            ``grouped_mm`` on CUDA.
+        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, all at
+            once with products in FP8 but for the weights' gradient, or ``"transformer_engine"``, all at once and, inside its
+            ``autocast``, in FP8. ``"auto"`` is a loop on CPU; on CUDA it is ``grouped_mm`` for bfloat16 where experts have few
+            rows, and cuBLAS expert by expert otherwise.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
         recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
@@ -486,6 +487,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         for experts in (m for m in self._modules() if isinstance(m, Experts)):
             experts.kernel = self.expert_kernel
         try:
+            for experts in (m for m in self._modules() if isinstance(m, Experts)):
+                experts.check_kernel(self.fold, sharding.mixed_dtype or experts.gate_proj.dtype, self.root_device)
             for network in layered_networks(self.lightning_module):
                 parallelize_network(network, self.mesh, sharding, self.root_device, options)
             check_second_names(self.lightning_module)  # before the blocks among them are parallelised

@@ -25,14 +25,15 @@ from torch import Tensor
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.kernels.gated import gated_backward, gated_forward, through_activation
 from lightning_moefold.kernels.row_sums import sum_of_tokens
+from lightning_moefold.modules.float8_products import Float8Products
 from lightning_moefold.modules.kept_memory import FOR_BACKWARD
 from lightning_moefold.modules.parts import gradient_like
 from lightning_moefold.modules.products import Products, choose_products, host_counts
 
 Activation = Callable[[Tensor], Tensor]
 
-ExpertKernel = Literal["auto", "loop", "grouped_mm", "transformer_engine"]
-EXPERT_KERNELS = ("auto", "loop", "grouped_mm", "transformer_engine")
+ExpertKernel = Literal["auto", "loop", "grouped_mm", "fp8", "transformer_engine"]
+EXPERT_KERNELS = ("auto", "loop", "grouped_mm", "fp8", "transformer_engine")
 
 
 def gated_experts(
@@ -42,7 +43,7 @@ def gated_experts(
     gate_LFD: Tensor,
     up_LFD: Tensor,
     down_LDF: Tensor,
-    kernel: Literal["auto", "loop", "grouped_mm"] = "auto",
+    kernel: Literal["auto", "loop", "grouped_mm", "fp8"] = "auto",
 ) -> Tensor:
     """Runs gated experts on their rows and sums them per token, ``[A, D] -> [A, D]``.
 
@@ -55,7 +56,10 @@ def gated_experts(
         down_LDF: Weights back to D.
         kernel: Which way; ``"auto"`` by device and shape. What ``"grouped_mm"`` cannot take (float64, odd widths) goes by loop.
     """
-    products = choose_products(x_AD, rows, gate_LFD, kernel)
+    if kernel == "fp8":
+        products: Products | None = Float8Products(rows.counts_L) if rows.weight_M.shape[0] else None
+    else:
+        products = choose_products(x_AD, rows, gate_LFD, kernel)
     if products is not None:
         return _at_once(x_AD, rows, activation, gate_LFD, up_LFD, down_LDF, products=products)
     job = _Job(rows.token_M, rows.distinct, host_counts(rows), activation)

@@ -19,6 +19,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient, even_split
 from lightning_moefold.modules.base import ParallelModule, local
 from lightning_moefold.modules.expert_kernels import ExpertKernel, gated_experts
+from lightning_moefold.modules.float8_products import check_float8
 from lightning_moefold.modules.mlp import ACTIVATIONS
 from lightning_moefold.modules.parts import split_stack
 from lightning_moefold.modules.transformer_engine import TransformerEngineExperts
@@ -89,7 +90,7 @@ class Experts(RoutedExperts):
         activation: A name in :data:`~.mlp.ACTIVATIONS`.
 
     Attributes:
-        kernel: How the products are computed: ``"auto"``, ``"loop"``, ``"grouped_mm"`` or ``"transformer_engine"``.
+        kernel: How the products are computed: ``"auto"``, ``"loop"``, ``"grouped_mm"``, ``"fp8"`` or ``"transformer_engine"``.
     """
 
     kernel: ExpertKernel = "auto"
@@ -115,6 +116,12 @@ class Experts(RoutedExperts):
             ParameterPlan(Family.EXPERT, (experts, Cut("etp", dim, widths)), TensorGradient.SHARDED) for dim in (1, 2)
         )
         return {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+
+    def check_kernel(self, fold: Fold, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises ValueError where ``kernel`` is ``"fp8"`` and shapes, dtype or device do not allow it."""
+        if self.kernel == "fp8":
+            sizes = {"hidden_size": self.gate_proj.shape[-1], "ffn_hidden_size": self.ffn_hidden_size // fold.etp}
+            check_float8(sizes, dtype, device)
 
     def stacks(self) -> tuple[Tensor, ...]:
         """Gate and up ``[L, F, D]``, down ``[L, D, F]``."""
