@@ -85,6 +85,6 @@ def check_float8(widths: dict[str, int], dtype: torch.dtype, device: torch.devic
         raise ValueError("expert_kernel='fp8' rounds to 8 bits, which float64 is not asked for; use 'auto'.")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         raise ValueError(
-            f"expert_kernel='fp8' needs a GPU of compute capability 9.0 (Hopper) or newer, and {torch.cuda.get_device_name(device)} "
-            f"has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use 'auto'."
+            "expert_kernel='fp8' needs a GPU of compute capability 9.0 (Hopper) or newer, and "
+            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}; use 'auto'."
         )

@@ -75,7 +75,7 @@ def test_products(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kind", ["in order", "permuted", "often or never"])
 def test_experts(kind: str) -> None:
-    """A whole layer of experts, forward and every gradient, within what three bits can do; and not exactly, or nothing was rounded."""
+    """A whole layer of experts, forward and every gradient, within what three bits can do, and not exactly."""
     torch.manual_seed(0)
     tokens, rows = make_rows(COUNTS, kind)
     weight = rows.weight_M.float().requires_grad_()
