@@ -83,9 +83,7 @@ def _exists(group: dist.ProcessGroup) -> bool:
     return group in dist.distributed_c10d._world.pg_map
 
 
-def _shared_group(
-    name: str, partition: Partition, timeout: timedelta | None, device_type: str
-) -> dist.ProcessGroup:
+def _shared_group(name: str, partition: Partition, timeout: timedelta | None, device_type: str) -> dist.ProcessGroup:
     """This rank's group of ``partition``, made on first use by all ranks of the world, in the same order of partitions.
 
     NCCL's watchdog ends a process without asking Python; what it prints then has ``name``, the operation and the rank.

@@ -144,7 +144,7 @@ def test_backends(device: str) -> None:
 
     def build(fold: Fold) -> None:
         config = "cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo,cuda:gloo"
-        with mock.patch.object(dist, "get_backend_config", lambda *_: config):
+        with mock.patch.object(dist, "get_backend_config", return_value=config):
             folded = FoldedMesh(fold, device, wrap_single=True)
             _ = folded.ends
             for name in ("tp", "cp", "pp", "dp"):
@@ -165,7 +165,7 @@ def test_a_group_for_objects_is_made_beside_one_that_cannot_carry_them() -> None
     """A partition that an earlier fold needed for the device alone."""
 
     def build(_: Fold) -> None:
-        with mock.patch.object(dist, "get_backend_config", lambda *_: "cpu:gloo,cuda:nccl"):
+        with mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl"):
             FoldedMesh(Fold.parse("| ep2", 4), "cuda")  # {0, 1}, {2, 3} for experts
             FoldedMesh(Fold.parse("tp2", 4), "cuda")  # and for tp
             FoldedMesh(Fold.parse("| ep2", 4), "cuda")

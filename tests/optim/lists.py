@@ -56,7 +56,7 @@ OPTIMIZERS: dict[str, tuple[Factory, Factory]] = {
 def as_on_cuda() -> Iterator[None]:
     """Optimizers of torch take lists by default, as they do of parameters on CUDA."""
     devices = [*torch_optimizer._get_foreach_kernels_supported_devices(), "cpu"]
-    with mock.patch.object(torch_optimizer, "_get_foreach_kernels_supported_devices", lambda: devices):
+    with mock.patch.object(torch_optimizer, "_get_foreach_kernels_supported_devices", return_value=devices):
         yield
 
 
