@@ -78,6 +78,8 @@ class Module(pl.LightningModule):
         # Here what the step before has logged is written, and all callbacks have been called.
         if self.global_step == 0 or self.global_step % self.block:
             return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         now, on = time.perf_counter(), self.monitors[0] in self.trainer.callbacks
         self.blocks.append((on, now - self.start, self.extra))
         self.trainer.callbacks = self.others if on else [*self.others, *self.monitors]
@@ -104,7 +106,7 @@ def main() -> None:
     steps = args.interval * (args.blocks + 2) + 1  # the first block warms up, the last is not complete
     with tempfile.TemporaryDirectory() as folder:
         trainer = pl.Trainer(
-            accelerator="cpu", devices=world, strategy=MoEFoldStrategy(fold=args.fold), max_steps=steps, max_epochs=-1,
+            accelerator="auto", devices=world, strategy=MoEFoldStrategy(fold=args.fold), max_steps=steps, max_epochs=-1,
             log_every_n_steps=args.interval, logger=CSVLogger(folder), callbacks=monitors, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         )  # fmt: skip

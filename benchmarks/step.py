@@ -39,7 +39,7 @@ class Tokens(Dataset):
 
 
 class Clock(pl.Callback):
-    """Wall-clock and CPU time of each optimizer step."""
+    """Wall-clock and CPU time of each optimizer step; a GPU is waited for at its end."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -48,7 +48,9 @@ class Clock(pl.Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self._start = time.perf_counter(), time.process_time()
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
         self.wall.append(time.perf_counter() - self._start[0])
         self.cpu.append(time.process_time() - self._start[1])
 
@@ -94,6 +96,10 @@ def strategy(name: str, world: int) -> Any:
     return "ddp" if world > 1 else "auto"
 
 
+def _resident_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("contender", help="hf, hf-fsdp2, moefold, or moefold:FOLD")
@@ -114,14 +120,17 @@ def main() -> None:
     rows = args.rows * world // fold_dp  # the same global batch for everyone
     clock = Clock()
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy(args.contender, world), max_steps=args.steps, logger=False,
+        accelerator="auto", devices=world, strategy=strategy(args.contender, world), max_steps=args.steps, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, precision=args.precision,
         callbacks=[clock], default_root_dir=tempfile.gettempdir(),
     )  # fmt: skip
     loader = DataLoader(Tokens(rows * fold_dp * args.steps, args.length, vocab), batch_size=rows)
     trainer.fit(Contender(args.contender, args.checkpoint), loader)
-    peak = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    cpu = torch.tensor(statistics.median(clock.cpu[2:]))
+    device = trainer.strategy.root_device
+    on_gpu = device.type == "cuda"
+    held = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else _resident_gib()
+    peak = torch.tensor(held, device=device)
+    cpu = torch.tensor(statistics.median(clock.cpu[2:]), device=device)
     if world > 1:
         torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
         torch.distributed.all_reduce(cpu)

@@ -125,8 +125,8 @@ def read_batch(
     bad_label = (target_BS != IGNORED) & ((target_BS < 0) | (target_BS >= vocab))
     bad_token = (input_ids < 0) | (input_ids >= vocab)
     # Without labels no loss is formed; the last batch of a prediction may be short.
-    missing = torch.tensor([0 if labels is None else max(0, num_microbatches - rows), 0], device=device)
-    faults = torch.cat([torch.stack([bad_token.sum(), bad_label.sum()]), missing])
+    missing = _filled(0 if labels is None else max(0, num_microbatches - rows), device)
+    faults = torch.stack([bad_token.sum(), bad_label.sum(), missing, torch.zeros_like(missing)])
     target_BS = target_BS.masked_fill(bad_label, 0)
     token_BS = input_ids.masked_fill(bad_token, 0)
     weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else _shift(loss_weights, 0)
@@ -134,12 +134,11 @@ def read_batch(
     sequence.num_microbatches, sequence.exchange = num_microbatches, axes.exchange
     number, ranks = axes.data_rank
     sequence.row_numbers = range(number + ranks * rows_before, ranks * (rows_before + rows), ranks)
-    mask = attention_mask if attention_mask is not None and not bool(attention_mask.all()) else None
-    needed_BS = None if keep_all or labels is None or mask is None else mask.bool() | (target_BS != IGNORED)
+    mask, needed_BS, trailing = _padding(attention_mask, None if keep_all or labels is None else target_BS)
     here = _Cut(sequence.layout, length, device)
     if run_BS is not None:
         sequence.document_BS = here.pad(run_BS, run_BS[:, -1:])
-    if mask is not None and not _is_trailing(mask, needed_BS):
+    if mask is not None and not trailing:
         sequence.real_BS = here.pad(mask.bool(), True)
     _mark_tokens(sequence, here, mask, needed_BS)
     _mark_groups(sequence, config, device)
@@ -191,12 +190,31 @@ class _Cut:
         return x_BS if self.index is None else self.pad(x_BS, value).index_select(1, self.index)
 
 
-def _is_trailing(mask_BS: Tensor | None, needed_BS: Tensor | None) -> bool:
-    """Whether causality alone keeps padding away from every position that is asked for: it follows all of them."""
-    if mask_BS is None or needed_BS is None:
-        return False
-    real_BS = mask_BS.bool()
-    return bool((real_BS[:, 1:] <= real_BS[:, :-1]).all() & ~(needed_BS & ~real_BS).any())
+def _padding(attention_mask: Tensor | None, target_BS: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
+    """What of a batch is padding; the host waits for the device once.
+
+    Args:
+        attention_mask: 0 for padding, or None.
+        target_BS: Targets, or None where every position's output is needed.
+
+    Returns:
+        The mask, or None without padding; positions that are asked for, or None for all; and whether causality alone
+        keeps padding away from every position that is asked for, since it follows all of them.
+    """
+    if attention_mask is None:
+        return None, None, False
+    real_BS = attention_mask.bool()
+    if target_BS is None:
+        return (None if bool(real_BS.all()) else attention_mask), None, False
+    needed_BS = real_BS | (target_BS != IGNORED)
+    trailing = (real_BS[:, 1:] <= real_BS[:, :-1]).all() & ~(needed_BS & ~real_BS).any()
+    whole, follows = torch.stack([real_BS.all(), trailing]).tolist()
+    return (None, None, False) if whole else (attention_mask, needed_BS, follows)
+
+
+def _filled(value: int, device: torch.device) -> Tensor:
+    """A number on the device; copied from the host, it would wait for the device to get there."""
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def stand_in(
@@ -311,13 +329,16 @@ def _mark_groups(sequence: SequenceBatch, config: MoEConfig, device: torch.devic
         return
     groups = sequence.rows if config.aux_loss == "sequence" else sequence.num_microbatches
     if groups > 1:
-        sizes = torch.tensor(even_split(sequence.rows, groups), device=device)
-        group_B = torch.arange(groups, device=device).repeat_interleave(sizes)
+        most, larger = max(even_split(sequence.rows, groups)), sequence.rows % groups or groups
+        # The first groups have one row more than the others, if not all are alike.
+        row_B = torch.arange(sequence.rows, device=device)
+        rest_B = larger + (row_B - larger * most) // max(most - 1, 1)
+        group_B = torch.where(row_B < larger * most, row_B // most, rest_B)
         sequence.group_T, sequence.num_groups = sequence.shard(group_B.repeat_interleave(sequence.length)), groups
 
 
 def _sizes(sequence: SequenceBatch, mask: Tensor | None, device: torch.device) -> Tensor:
     counted_T = sequence.counted_T
-    tokens = torch.tensor(sequence.tokens // sequence.tp.size, device=device) if counted_T is None else counted_T.sum()
-    rows = torch.tensor(sequence.rows, device=device) if mask is None else mask.bool().any(1).sum()
+    tokens = _filled(sequence.tokens // sequence.tp.size, device) if counted_T is None else counted_T.sum()
+    rows = _filled(sequence.rows, device) if mask is None else mask.bool().any(1).sum()
     return torch.stack([tokens, rows]).double()

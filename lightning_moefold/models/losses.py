@@ -100,7 +100,7 @@ class GlobalLoss:
             all_LSE = known.view_as(tables_LSE)
             slope_LGE = routers.slope_of(split_table(all_LSE)[0])
             balance, z = routers.balance(all_LSE, slope_LGE), routers.z(all_LSE)
-            groups = sizes.new_tensor(slope_LGE.shape[1])
+            groups = torch.full_like(sizes[0], slope_LGE.shape[1])
         else:
             balance, z = known.unbind()
             groups = sizes[1].clamp(min=1)

@@ -97,14 +97,16 @@ class GradientSum:
             return
         pieces = [local_part(p) for p in members]
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in pieces) else torch.float32
-        flags = torch.tensor([p.grad is not None for p in members], dtype=dtype, device=pieces[0].device)
+        complete = all(p.grad is not None for p in members)
+        flags = torch.ones(len(members), dtype=dtype, device=pieces[0].device)
+        if not complete:
+            flags = torch.tensor([p.grad is not None for p in members]).to(flags, non_blocking=True)
         grads = [
             torch.zeros_like(x) if p.grad is None else local_part(p.grad) for p, x in zip(members, pieces, strict=True)
         ]
         flat = torch.cat([flags, *(g.reshape(-1).to(dtype) for g in grads)])
         comm.all_reduce_raw(flat, axis)
         # The flags are read (which waits for the device) only where this rank lacks a gradient.
-        complete = all(p.grad is not None for p in members)
         present = [1.0] * len(members) if complete else flat[: len(members)].tolist()
         parts = flat[len(members) :].split([g.numel() for g in grads])
         for parameter, grad, part, anybody in zip(members, grads, parts, present, strict=True):

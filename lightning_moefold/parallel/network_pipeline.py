@@ -154,8 +154,7 @@ class NetworkPipeline:
         """Of the hidden states of one row, which all stages must know: as ``embed`` makes them of the first row."""
         key = (autocast, *((tuple(t.shape[int(t.dim() and t.shape[0] == rows) :]), t.dtype) for t in _tensors(batch)))
         if key not in self._shapes:
-            devices = [] if self.device.type == "cpu" else [self.device]
-            with torch.no_grad(), torch.random.fork_rng(devices):
+            with torch.no_grad(), Randomness(self.device).again():
                 x_1 = self.network.embed(_cut(batch, rows, [1])[0])
             check_shape(x_1, (1, *x_1.shape[1:]))
             if x_1.dim() >= _DIMENSIONS or x_1.dtype not in _DTYPES:

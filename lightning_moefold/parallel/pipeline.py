@@ -170,7 +170,7 @@ class Pipeline:
             sizes[1] = 0
         if mesh.place["pp"]:
             sizes[0] = 0
-        short = faults.new_tensor([batches[0].sequence.rows < batches[0].sequence.num_microbatches])
+        short = faults.new_full((1,), float(batches[0].sequence.rows < batches[0].sequence.num_microbatches))
         mine = torch.cat([weight[None], short, faults, sizes, slots.flatten()])
         totals = comm.all_reduce_raw(mine, mesh.world).cpu()
         check_faults(totals[2:6], batches[0].error, self._model.config.vocab_size, self._model.num_microbatches)

@@ -105,7 +105,10 @@ def rehearse(step: Step, fold: Fold, rank: int) -> Rehearsal:
 
 def _rehearse(step: Step, fold: Fold) -> Rehearsal:
     clock = _Clock()
-    mesh = FoldedMesh(fold, "cpu", wrap_single=True)
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )  # so that the branches for it are those that run
+    mesh = FoldedMesh(fold, device.type, wrap_single=True)
     clock.lap("mesh")
     with deferred_weights(), torch.device("meta"):
         model = MoECausalLM(step.config)
@@ -120,12 +123,12 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
         if isinstance(layer.experts, Experts):
             layer.experts.kernel = "grouped_mm"  # as on a GPU
     recorder = Recorder(fold)
-    ids = torch.zeros(step.num_microbatches, step.sequence_length, dtype=torch.int64)
+    ids = torch.zeros(step.num_microbatches, step.sequence_length, dtype=torch.int64, device=device)
     with FakeTensorMode(allow_non_fake_inputs=True), _real_batches(model):
-        model.to_empty(device="cpu")
+        model.to_empty(device=device)
         registry = ParameterRegistry(model, mesh)
         gradient_sum = GradientSum(registry.unfinished_gradients())
-        norm = GradientNorm(mesh.world, registry.counts_here, registry.is_expert, torch.device("cpu"))
+        norm = GradientNorm(mesh.world, registry.counts_here, registry.is_expert, device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         clock.lap("build")
         recorder.live.see([local_part(parameter) for parameter in model.parameters()])
@@ -239,7 +242,7 @@ class _Balanced(AllToAllDispatcher):
             raise ValueError(f"{rows} rows of a rank do not spread evenly over {self.num_experts} experts.")
         each = rows // self.num_experts
         even = [local * each] * sources
-        return [[*even, *even, *[rows] * peers]], [torch.full((peers, sources, local), each)]
+        return [[*even, *even, *[rows] * peers]], [choices.counts_E.new_full((peers, sources, local), each)]
 
     def _plans(
         self, choices: SortedChoices, sizes: list[list[int]], counts: list[Tensor], tokens: int
