@@ -224,8 +224,9 @@ class Attention(ParallelRoot):
         """Keys and values such that each serves the same number of consecutive query heads."""
         if self.kv_of_head is None:
             return k_BLVd, v_BLVd
-        index = torch.tensor(self.kv_of_head, device=k_BLVd.device)
-        return k_BLVd.index_select(2, index), v_BLVd.index_select(2, index)
+        # By slices: an index would have to be copied to the device, for which the host waits.
+        k, v = (torch.stack([x[:, :, head] for head in self.kv_of_head], dim=2) for x in (k_BLVd, v_BLVd))
+        return k, v
 
     def _attend_within_runs(
         self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch

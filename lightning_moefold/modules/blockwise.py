@@ -11,6 +11,7 @@ Legend: B rows, H query heads, V key/value heads, L queries, K keys, S positions
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -25,6 +26,8 @@ _ATEN = torch.ops.aten
 _ON_CPU = "cpu"
 #: Queries and keys per block where masks are built.
 BLOCK = 1024
+#: Positions of a document, on average, from which a row is cut where documents begin and not into blocks with masks.
+SHORTEST = 128
 #: Score of a masked pair: no infinity, so that a block in which a query sees nothing has a finite (and, once merged,
 #: negligible) result.
 _MASKED = {torch.float16: -3e4}
@@ -92,6 +95,23 @@ class Visibility:
             self._runs[rows, length] = find_runs(rows, length, self._documents, self._hidden, device)
         return self._runs[rows, length]
 
+    def pieces(self, span: Span) -> list[Span]:
+        """A span as the blocks in which it is best computed; neighbouring spans of a row give blocks that fit together.
+
+        All at once where causality is all there is. A single row is cut where its documents and its padding begin, since no
+        pair of such blocks needs a mask, which no fused kernel of CUDA takes; else blocks are of one size.
+        """
+        if self.is_causal:
+            return [span]
+        document, hidden = self._documents, self._hidden
+        if self.window is None and all(x is None or len(x) == 1 for x in (document, hidden)):
+            changes = [(x[0, 1:] != x[0, :-1]).nonzero().flatten() + 1 for x in (document, hidden) if x is not None]
+            places = [at for at in torch.cat(changes).unique().tolist() if span.start < at < span.end]
+            if len(places) <= span.length // SHORTEST:
+                edges = [span.start, *places, span.end]
+                return [Span(a, b - a) for a, b in itertools.pairwise(edges)]
+        return span.cut(BLOCK)
+
     def of(self, q: Span, k: Span) -> Seen | Tensor:
         """What queries ``q`` see of keys ``k``: all, nothing, or a mask ``[B or 1, 1, L, K]`` (bool)."""
         if k.start >= q.end or (self.window is not None and q.start - (k.end - 1) >= self.window):
@@ -99,6 +119,8 @@ class Visibility:
         crosses = k.end - 1 > q.start
         if not crosses and self._all_hidden(q, k):
             return Seen.NOTHING
+        if q == k and self._is_padding(k):
+            return Seen.CAUSAL  # nobody asks what it sees
         if not self._needs_mask(q, k):
             if not crosses:
                 return Seen.ALL
@@ -111,7 +133,10 @@ class Visibility:
     def _all_hidden(self, q: Span, k: Span) -> bool:
         if self._documents is not None and bool((self._documents[:, k.end - 1] < self._documents[:, q.start]).all()):
             return True
-        return self._hidden is not None and bool(self._hidden[:, k.start : k.end].all())
+        return self._is_padding(k)
+
+    def _is_padding(self, span: Span) -> bool:
+        return self._hidden is not None and bool(self._hidden[:, span.start : span.end].all())
 
     def _needs_mask(self, q: Span, k: Span) -> bool:
         if self.window is not None and q.end - 1 - k.start >= self.window:

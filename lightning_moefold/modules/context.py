@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_moefold import comm
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules.base import wide
-from lightning_moefold.modules.blockwise import BLOCK, PartialAttention, PartialGradient, Span, Visibility
+from lightning_moefold.modules.blockwise import PartialAttention, PartialGradient, Span, Visibility
 
 Exchange = Literal["auto", "ring", "all_gather", "all_to_all"]
 EXCHANGES = ("auto", "ring", "all_gather", "all_to_all")
@@ -51,15 +51,13 @@ class ContextLayout:
         """S for a row of ``length`` true positions."""
         return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
 
-    def spans(self, rank: int, longest: int | None = None) -> list[Span]:
-        """The positions of a rank in the order in which it holds them, perhaps in several spans."""
+    def spans(self, rank: int) -> list[Span]:
+        """The positions of a rank in the order in which it holds them."""
         size = self.cp.size
         if size == 1:
-            spans = [Span(0, self.length)]
-        else:
-            chunk = self.length // (2 * size)
-            spans = [Span(rank * chunk, chunk), Span((2 * size - 1 - rank) * chunk, chunk)]
-        return spans if longest is None else [part for span in spans for part in span.cut(longest)]
+            return [Span(0, self.length)]
+        chunk = self.length // (2 * size)
+        return [Span(rank * chunk, chunk), Span((2 * size - 1 - rank) * chunk, chunk)]
 
     def positions(self, device: torch.device | None = None, rank: int | None = None) -> Tensor:
         """Positions of a rank of the axis, by default this one, ``[L]``."""
@@ -183,17 +181,16 @@ def _head_groups(q_BHLd: Tensor, k_BVLd: Tensor, layout: ContextLayout) -> list[
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, ctx: Any) -> tuple[Tensor, Tensor]:
     layout, visibility = ctx.layout, ctx.visibility
-    longest = None if visibility.is_causal else BLOCK
-    partial = PartialAttention(q, layout.spans(layout.cp.index, longest), visibility)
+    partial = PartialAttention(q, _pieces(layout, visibility, layout.cp.index), visibility)
     if ctx.exchange == "all_gather" and layout.cp.size > 1:
         k_S, v_S = _gather_keys(k, v, layout)
-        partial.add(k_S, v_S, _row(layout).cut(longest or layout.length // (2 * layout.cp.size)))
+        partial.add(k_S, v_S, _pieces_of_row(layout, visibility))
     else:
         size, rank = layout.cp.size, layout.cp.index
         pair = _stacked(k, v, layout)
         for step in range(size):
             coming = _Rotation(pair, layout.cp) if isinstance(pair, Tensor) and step < size - 1 else None
-            partial.add(pair[0], pair[1], layout.spans((rank - step) % size, longest))
+            partial.add(pair[0], pair[1], _pieces(layout, visibility, (rank - step) % size))
             pair = pair if coming is None else coming.wait()
     return partial.out, partial.lse
 
@@ -202,15 +199,14 @@ def _backward(
     grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, ctx: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout, visibility = ctx.layout, ctx.visibility
-    longest = None if visibility.is_causal else BLOCK
-    spans = layout.spans(layout.cp.index, longest)
+    spans = _pieces(layout, visibility, layout.cp.index)
     partial = PartialGradient(grad.contiguous(), q, out, lse, spans, visibility)
     if ctx.exchange == "all_gather" and layout.cp.size > 1:
         k_S, v_S = _gather_keys(k, v, layout)
-        row = _row(layout).cut(longest or layout.length // (2 * layout.cp.size))
-        grad_pair = _scatter_key_gradients(partial.add(k_S, v_S, row), layout)
+        grads = partial.add(k_S, v_S, _pieces_of_row(layout, visibility))
+        grad_pair = _scatter_key_gradients(grads, layout)
     else:
-        grad_pair = _ring_backward(partial, _stacked(k, v, layout), layout, longest)
+        grad_pair = _ring_backward(partial, _stacked(k, v, layout), layout, visibility)
     return partial.grad_q, grad_pair[0], grad_pair[1]
 
 
@@ -220,16 +216,16 @@ def _stacked(k: Tensor, v: Tensor, layout: ContextLayout) -> Tensor | tuple[Tens
 
 
 def _ring_backward(
-    partial: PartialGradient, pair: Tensor | tuple[Tensor, Tensor], layout: ContextLayout, longest: int | None
+    partial: PartialGradient, pair: Tensor | tuple[Tensor, Tensor], layout: ContextLayout, visibility: Visibility
 ) -> Tensor:
     """Keys travel as in forward; their gradients follow one step behind, and come home after the last."""
     size, rank = layout.cp.size, layout.cp.index
     if not isinstance(pair, Tensor):
-        return partial.add(*pair, layout.spans(rank, longest))
+        return partial.add(*pair, _pieces(layout, visibility, rank))
     home: _Rotation | None = None
     for step in range(size):
         coming = _Rotation(pair, layout.cp) if step < size - 1 else None
-        total = partial.add(pair[0], pair[1], layout.spans((rank - step) % size, longest))
+        total = partial.add(pair[0], pair[1], _pieces(layout, visibility, (rank - step) % size))
         if home is not None:
             total += home.wait()
         home = _Rotation(total, layout.cp)
@@ -238,8 +234,15 @@ def _ring_backward(
     return home.wait()
 
 
-def _row(layout: ContextLayout) -> Span:
-    return Span(0, layout.length)
+def _pieces(layout: ContextLayout, visibility: Visibility, rank: int) -> list[Span]:
+    """The positions of a rank, in the order in which it holds them, as blocks that are computed at once."""
+    return [piece for span in layout.spans(rank) for piece in visibility.pieces(span)]
+
+
+def _pieces_of_row(layout: ContextLayout, visibility: Visibility) -> list[Span]:
+    """All positions of a row in their order, in the blocks of :func:`_pieces`."""
+    chunks = Span(0, layout.length).cut(layout.length // (2 * layout.cp.size))
+    return [piece for chunk in chunks for piece in visibility.pieces(chunk)]
 
 
 def _gather_keys(k_BVLd: Tensor, v_BVLd: Tensor, layout: ContextLayout) -> tuple[Tensor, Tensor]:

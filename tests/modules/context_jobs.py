@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold.mesh import SINGLE, Axis
-from lightning_moefold.modules import context
+from lightning_moefold.modules import blockwise, context
 from lightning_moefold.modules.blockwise import Visibility
 from lightning_moefold.modules.context import ContextLayout, context_attention
 
@@ -21,7 +21,7 @@ SIZE = 4
 def draw(case: dict[str, Any]) -> dict[str, Tensor]:
     """Whole queries, keys, values, the gradient of the output, and what hides keys."""
     chance = torch.Generator().manual_seed(3)
-    rows, length = 2, case["length"]
+    rows, length = case.get("rows", 2), case["length"]
     tensors = {
         name: torch.randn(rows, heads, length, SIZE, generator=chance, dtype=torch.float64)
         for name, heads in (
@@ -32,8 +32,10 @@ def draw(case: dict[str, Any]) -> dict[str, Tensor]:
         borders = torch.rand(rows, length, generator=chance) < 0.2
         tensors["documents"] = borders.cumsum(1)
     if case.get("padding"):
-        hidden = torch.tensor([[length // 3], [0]])
+        hidden = torch.tensor([[length // 3], [0]])[:rows]
         tensors["real"] = torch.arange(length) >= hidden
+        if rows == 1:  # nobody learns from padding, and what it sees then is nobody's business
+            tensors["grad"] = tensors["grad"] * tensors["real"][:, None, :, None]
     return tensors
 
 
@@ -54,7 +56,13 @@ def naive(case: dict[str, Any]) -> dict[str, Tensor]:
     k_H, v_H = (x.repeat_interleave(groups, 1) for x in (k, v))
     out = ((q @ k_H.mT) / SIZE**0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v_H
     out.backward(t["grad"])
-    return {"out": out.detach(), "q": q.grad, "k": k.grad, "v": v.grad}
+    return {"out": _asked_for(out, t), "q": q.grad, "k": k.grad, "v": v.grad}
+
+
+def _asked_for(out: Tensor, t: dict[str, Tensor], place: slice | Tensor = slice(None)) -> Tensor:
+    if "real" not in t or len(out) > 1:
+        return out.detach()
+    return out.detach() * t["real"][:, None, place, None]
 
 
 def attend(case: dict[str, Any]) -> dict[str, Tensor]:
@@ -67,7 +75,9 @@ def attend(case: dict[str, Any]) -> dict[str, Tensor]:
     q, k, v = (t[n][:, :, place].clone().requires_grad_() for n in "qkv")
     visibility = Visibility(case.get("window"), t.get("documents"), t.get("real"))
     message = case.get("message", context.MESSAGE_BYTES)
-    with mock.patch.multiple(context, BLOCK=case.get("block", 1024), MESSAGE_BYTES=message):
+    sizes = {"BLOCK": case.get("block", blockwise.BLOCK), "SHORTEST": case.get("shortest", blockwise.SHORTEST)}
+    with mock.patch.object(context, "MESSAGE_BYTES", message), mock.patch.multiple(blockwise, **sizes):
         out = context_attention(q, k, v, layout, visibility, case["exchange"])
         out.backward(t["grad"][:, :, place])
-    return {"place": place, "out": out.detach(), "q": q.grad, "k": k.grad, "v": v.grad}
+    assert not (case.get("unmasked") and visibility._masks)
+    return {"place": place, "out": _asked_for(out, t, place), "q": q.grad, "k": k.grad, "v": v.grad}

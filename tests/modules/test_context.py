@@ -62,6 +62,25 @@ def test_by_blocks_on_one_rank(pool: RankPool, block: int, mask: dict[str, Any])
     check(pool, 1, {"length": 11, "heads": 4, "kv_heads": 2, "block": block, "exchange": "auto", **mask})
 
 
+@pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all"])
+@pytest.mark.parametrize("mask", [{"documents": True}, {"padding": True}, {"documents": True, "padding": True}], ids=str)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_one_row_needs_no_mask(pool: RankPool, ranks: int, mask: dict[str, Any], exchange: str) -> None:
+    """It is cut where documents and padding begin, and each pair of pieces is seen whole, up to its own place or not at all."""
+    case = {"rows": 1, "length": 24, "heads": 8, "kv_heads": 4, "shortest": 1, "exchange": exchange, "unmasked": True}
+    check(pool, ranks, {**case, **mask})
+
+
+def test_many_short_documents_go_by_blocks() -> None:
+    seen = Visibility(None, torch.arange(600)[None] // 2)
+    assert seen.pieces(Span(0, 600)) == [Span(0, 600)]
+    longer = Visibility(None, torch.arange(600)[None] // 200)
+    assert longer.pieces(Span(100, 500)) == [Span(100, 100), Span(200, 200), Span(400, 200)]
+    assert Visibility(5, torch.arange(600)[None] // 200).pieces(Span(100, 500)) == [Span(100, 500)]
+    assert Visibility().pieces(Span(0, 5000)) == [Span(0, 5000)]
+    assert len(Visibility(5).pieces(Span(0, 5000))) == 5
+
+
 def test_heads_that_do_not_divide(pool: RankPool) -> None:
     check(pool, 4, {"length": 16, "heads": 6, "kv_heads": 1, "exchange": "auto"})
     with pytest.raises(RankError) as caught:
