@@ -143,6 +143,9 @@ class Counter(TorchDispatchMode):
                 self.reads.append(read)
         if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):
             return False if args[0].dtype == torch.bool else self._number
+        if name == "nonzero" and isinstance(args[0], FakeTensor):  # as if all were
+            x = args[0]
+            return torch.empty(x.numel(), x.dim(), dtype=torch.int64, device=x.device)
         result = func(*args, **(kwargs or {}))
         outs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if {t.device.type for t in (*ins, *outs)} >= {"cpu", "cuda"} and name in ("_to_copy", "copy_"):
