@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+
 """What a decoder layer moves through the memory of a GPU, counted without one, and the MFU that this allows at most.
 
     python benchmarks/cuda_bytes.py [--tokens 8192] [--top 12] [--json FILE]
@@ -95,9 +96,7 @@ class Operation(NamedTuple):
 
 
 _NOTHING_MOVES = set(
-    """view _unsafe_view t transpose permute expand slice select unsqueeze squeeze detach alias as_strided split
-    split_with_sizes unbind narrow reshape unflatten flatten chunk view_as is_same_size lift_fresh empty empty_like
-    new_empty empty_strided new_empty_strided resize_ _local_scalar_dense is_pinned""".split()
+    ["view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "split", "split_with_sizes", "unbind", "narrow", "reshape", "unflatten", "flatten", "chunk", "view_as", "is_same_size", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "_local_scalar_dense", "is_pinned"]
 )
 _GATHERS = ("index_select", "index", "gather")
 _SCATTERS = ("index_add_", "scatter_add_", "index_copy_", "index_put_", "index_add", "scatter_")
@@ -202,7 +201,9 @@ def count(layer: Slice, tokens: int = 8192, length: int = 4096) -> Counter:
                 module = layer.make()
         finally:
             torch.set_default_dtype(torch.float32)
-        x_BSD = torch.empty(tokens // length, length, layer.hidden, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        x_BSD = torch.empty(
+            tokens // length, length, layer.hidden, dtype=torch.bfloat16, device="cuda", requires_grad=True
+        )
         with counter:
             y_BSD = module(x_BSD)
             grad_BSD = torch.empty_like(y_BSD)

@@ -522,7 +522,11 @@ class MoEFoldStrategy(SharedCheckpoints):
             return
         missing = missing_tool(self.root_device)
         if not self.reduce_boolean_decision(missing is None):
-            where = f"{missing}, which this machine does not have" if missing else "a tool that another machine does not have"
+            where = (
+                f"{missing}, which this machine does not have"
+                if missing
+                else "a tool that another machine does not have"
+            )
             rank_zero_warn(f"compile=True needs {where}; install it. Layers run as they are, not compiled.")
             return
         assert self.lightning_module is not None

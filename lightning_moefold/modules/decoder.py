@@ -18,7 +18,6 @@ from lightning_moefold.modules.norm import RMSNorm
 from lightning_moefold.modules.recompute import Recompute, recomputed
 from lightning_moefold.modules.sequence import SequenceBatch
 
-
 Output = Tensor | tuple[Tensor, Tensor]
 
 

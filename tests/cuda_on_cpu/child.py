@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: E402 (the device must be there before torch is imported)
 """Runs on fake CUDA tensors what :mod:`.test_cuda_on_cpu` asks about, in a process of its own; prints JSON."""
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from tests.cuda_on_cpu import models, products
 
 def budget() -> dict[str, Any]:
     return {
-        name: {**cuda_bytes.figures(counter := cuda_bytes.count(layer))._asdict(), "reads": counter.reads, "moved": counter.copies}
+        name: {
+            **cuda_bytes.figures(counter := cuda_bytes.count(layer))._asdict(),
+            "reads": counter.reads,
+            "moved": counter.copies,
+        }
         for name, layer in cuda_bytes.SLICES.items()
     }
 

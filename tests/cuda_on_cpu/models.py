@@ -87,6 +87,10 @@ class _Device:
         return getattr(torch.cpu, name)
 
 
+def _no_fork(*_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def a_device_without_kernels() -> Iterator[None]:
     """Meshes keep real numbers; FSDP2 and generators ask no CUDA library."""
@@ -97,7 +101,7 @@ def a_device_without_kernels() -> Iterator[None]:
                 stack.enter_context(mock.patch.multiple(module, **handle))
         cuda = {"get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *_, **__: None}
         stack.enter_context(mock.patch.multiple(torch.cuda, **cuda, current_device=lambda: 0))
-        stack.enter_context(mock.patch.object(torch.random, "fork_rng", lambda *_, **__: contextlib.nullcontext()))
+        stack.enter_context(mock.patch.object(torch.random, "fork_rng", _no_fork))
         for name in ("__init__", "_concatenate", "_get_root_mesh", "__getitem__", "_flatten"):
             found = DeviceMesh.__dict__.get(name)
             if found is not None:

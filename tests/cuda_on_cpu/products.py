@@ -24,7 +24,9 @@ def faults(a: Tensor, b: Tensor, offs: Tensor | None) -> list[str]:
         if 1 not in strides:
             found.append(f"the {name} factor has strides {x.stride()}, none of the last two 1")
         elif max(strides) * x.element_size() % 16:
-            found.append(f"rows of the {name} factor are {max(strides) * x.element_size()} bytes apart, no multiple of 16")
+            found.append(
+                f"rows of the {name} factor are {max(strides) * x.element_size()} bytes apart, no multiple of 16"
+            )
         if x.storage_offset() * x.element_size() % 16:
             found.append(f"the {name} factor begins {x.storage_offset() * x.element_size()} bytes into its storage")
         if not x.is_cuda:
@@ -32,7 +34,9 @@ def faults(a: Tensor, b: Tensor, offs: Tensor | None) -> list[str]:
     if offs is None or offs.dtype != torch.int32 or not offs.is_cuda or not offs.is_contiguous():
         found.append(f"offsets are {offs if offs is None else (offs.dtype, offs.device)}, not int32 on the device")
     if a.dim() == b.dim() == 2 and not (a.stride(0) == 1 and b.stride(1) == 1):
-        found.append(f"a weight's gradient needs column-major by row-major for empty groups, not {a.stride()} by {b.stride()}")
+        found.append(
+            f"a weight's gradient needs column-major by row-major for empty groups, not {a.stride()} by {b.stride()}"
+        )
     return found
 
 
@@ -58,7 +62,9 @@ def check() -> dict[str, Any]:
             "nothing": faults(good, stack, offs),
             "float32": faults(good.float(), stack, offs),
             "odd rows": faults(torch.empty(32, 66, dtype=torch.bfloat16, device="cuda")[:, :64], stack, offs),
-            "odd address": faults(torch.empty(32 * 64 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(32, 64), stack, offs),
+            "odd address": faults(
+                torch.empty(32 * 64 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(32, 64), stack, offs
+            ),
             "int64": faults(good, stack, offs.long()),
             "row by row": faults(good, good, offs),
         }

@@ -54,7 +54,9 @@ def test_every_gradient_is_on_the_device(found: dict[str, Any], name: str) -> No
 def test_waits_of_a_step(found: dict[str, Any], name: str) -> None:
     """The host asks the device a fixed number of things a step, and none in a layer (whose exchange is stood in for here)."""
     done = _part(found, f"model: {name}")
-    in_layers = [read for read in done["reads"] if read.split()[-1].split(".")[0] in ("decoder", "moe", "experts", "router")]
+    in_layers = [
+        read for read in done["reads"] if read.split()[-1].split(".")[0] in ("decoder", "moe", "experts", "router")
+    ]
     assert in_layers == []
     assert len(done["reads"]) <= 8 * (4 if "pp" in name or name in ("1f1b", "interleaved", "zbv") else 1)
 

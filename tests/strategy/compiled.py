@@ -28,7 +28,10 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
         return said[-1]
 
     try:
-        with mock.patch.object(strategy, "COMPILER", "aot_eager"), mock.patch.object(strategy, "compile_layers", listen):
+        with (
+            mock.patch.object(strategy, "COMPILER", "aot_eager"),
+            mock.patch.object(strategy, "compile_layers", listen),
+        ):
             run = runs.train(path, fold, batches, spec)
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         recompiled = len(torch._dynamo.utils.compile_times(repr="csv", aggregate=False)[0])

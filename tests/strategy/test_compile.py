@@ -13,7 +13,11 @@ from lightning_moefold.parallel.compiling import missing_tool
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint
 from tests.strategy import compiled
 
-SPEC = {"precision": "bf16-mixed", "dispatch": {"expert_kernel": "grouped_mm"}, "overrides": {"output_router_logits": True}}
+SPEC = {
+    "precision": "bf16-mixed",
+    "dispatch": {"expert_kernel": "grouped_mm"},
+    "overrides": {"output_router_logits": True},
+}
 
 
 @pytest.fixture(scope="module")
