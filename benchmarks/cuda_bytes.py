@@ -95,9 +95,40 @@ class Operation(NamedTuple):
         return max(by_bytes, SHORTEST)
 
 
-_NOTHING_MOVES = set(
-    ["view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "alias", "as_strided", "split", "split_with_sizes", "unbind", "narrow", "reshape", "unflatten", "flatten", "chunk", "view_as", "is_same_size", "lift_fresh", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "_local_scalar_dense", "is_pinned"]
-)
+_NOTHING_MOVES = {
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+    "alias",
+    "as_strided",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "narrow",
+    "reshape",
+    "unflatten",
+    "flatten",
+    "chunk",
+    "view_as",
+    "is_same_size",
+    "lift_fresh",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "resize_",
+    "_local_scalar_dense",
+    "is_pinned",
+}
 _GATHERS = ("index_select", "index", "gather")
 _SCATTERS = ("index_add_", "scatter_add_", "index_copy_", "index_put_", "index_add", "scatter_")
 _HOST_READS = ("_local_scalar_dense", "nonzero", "item")
