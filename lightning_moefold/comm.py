@@ -11,8 +11,9 @@ Legend: N, M tokens before and after an exchange; G ranks of the axis; D any tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,36 @@ Counts = Sequence[int]
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# ---- compiled callers ------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable(reason="lightning_moefold runs this as it is")
+def uncompiled(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """``function(*args, **kwargs)``, which a compiled caller breaks its graph for instead of looking inside."""
+    return function(*args, **kwargs)
+
+
+def _breaks_graphs(collective: Callable[..., T]) -> Callable[..., T]:
+    """A collective of compiled callers stays where it is written; its last argument is the axis.
+
+    In a graph it could change places with others or be left out where its result is not needed, on one rank and not on
+    another.
+    """
+
+    @wraps(collective)
+    def call(*args: Any) -> T:
+        return collective(*args) if args[-1].size == 1 else uncompiled(collective, *args)
+
+    return call
+
+
 # ---- plain collectives (no gradient) ---------------------------------------------------------------------------------
 
 
+@_breaks_graphs
 def all_gather_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     """Concatenates equally long tensors of all ranks: ``[N, D] -> [G*N, D]``."""
     if axis.size == 1:
@@ -38,6 +66,7 @@ def all_gather_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+@_breaks_graphs
 def reduce_scatter_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     """Sums over ranks and keeps this rank's part: ``[G*N, D] -> [N, D]``."""
     if axis.size == 1:
@@ -47,6 +76,7 @@ def reduce_scatter_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     return out
 
 
+@_breaks_graphs
 def all_reduce_raw(x: Tensor, axis: Axis) -> Tensor:
     """Sums ``x`` over the ranks of ``axis``, in place."""
     if axis.size > 1:
@@ -66,6 +96,7 @@ def broadcast_flat(tensors: Sequence[Tensor], axis: Axis) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+@_breaks_graphs
 def all_to_all_raw(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:
     """Sends ``send[i]`` rows to rank i and receives ``receive[i]`` rows from it: ``[sum(send), D] -> [sum(receive), D]``."""
     if axis.size == 1:
@@ -75,6 +106,7 @@ def all_to_all_raw(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> T
     return out
 
 
+@_breaks_graphs
 def all_gather_uneven_raw(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """Concatenates tensors of ``counts[i]`` rows on rank i: ``[counts[me], D] -> [sum(counts), D]``."""
     if len(set(counts)) == 1:
@@ -83,6 +115,7 @@ def all_gather_uneven_raw(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     return all_to_all_raw(repeated, [x_ND.shape[0]] * axis.size, counts, axis)
 
 
+@_breaks_graphs
 def reduce_scatter_uneven_raw(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """Sums over ranks and keeps this rank's part: ``[sum(counts), D] -> [counts[me], D]``."""
     if len(set(counts)) == 1:
@@ -173,36 +206,43 @@ class _ReduceScatterUneven(torch.autograd.Function):
         return all_gather_uneven_raw(grads[0], ctx.counts, ctx.axis), None, None
 
 
+@_breaks_graphs
 def all_gather(x_ND: Tensor, axis: Axis) -> Tensor:
     """``[N, D] -> [G*N, D]``; backward sums the ranks' gradients and keeps this rank's part (reduce-scatter)."""
     return x_ND if axis.size == 1 else _AllGather.apply(x_ND, axis)
 
 
+@_breaks_graphs
 def reduce_scatter(x_ND: Tensor, axis: Axis) -> Tensor:
     """``[G*N, D] -> [N, D]``, summed over ranks; backward is an all-gather."""
     return x_ND if axis.size == 1 else _ReduceScatter.apply(x_ND, axis)
 
 
+@_breaks_graphs
 def gather_identical(x_ND: Tensor, axis: Axis) -> Tensor:
     """``[N, D] -> [G*N, D]`` where every rank goes on to compute the same: backward keeps this rank's part, unsummed."""
     return x_ND if axis.size == 1 else _GatherIdentical.apply(x_ND, axis)
 
 
+@_breaks_graphs
 def split_identical(x_ND: Tensor, axis: Axis) -> Tensor:
     """``[G*N, D] -> [N, D]``, this rank's part of what every rank has; backward is an all-gather."""
     return x_ND if axis.size == 1 else _SplitIdentical.apply(x_ND, axis)
 
 
+@_breaks_graphs
 def all_to_all(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:
     """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``; backward sends the gradients back."""
     return x_ND if axis.size == 1 else _AllToAll.apply(x_ND, send, receive, axis)
 
 
+@_breaks_graphs
 def all_gather_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``; backward is :func:`reduce_scatter_uneven`."""
     return x_ND if axis.size == 1 else _GatherUneven.apply(x_ND, counts, axis)
 
 
+@_breaks_graphs
 def reduce_scatter_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``; backward is :func:`all_gather_uneven`."""
     return x_ND if axis.size == 1 else _ReduceScatterUneven.apply(x_ND, counts, axis)
@@ -265,6 +305,7 @@ class _Land(torch.autograd.Function):
         return grads[0], None
 
 
+@_breaks_graphs
 def send_off(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> tuple[Tensor, Flight | None]:
     """Starts an all-to-all-v, ``[sum(send), D] -> [sum(receive), D]``, that :func:`land` ends.
 

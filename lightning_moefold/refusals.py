@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.layered import LayeredNetwork, layered_networks
 
 _CALLBACKS = {
@@ -82,6 +83,19 @@ def check_blocks(module: nn.Module, fold: Fold) -> None:
     for network in networks:
         _check_layers(network, fold)
     _check_sharing(module)
+
+
+def check_compilation(module: nn.Module) -> None:
+    """Decoder layers are what ``compile=True`` compiles.
+
+    Raises:
+        UnsupportedFeature: For a module without any.
+    """
+    if not any(isinstance(part, DecoderLayer) for part in module.modules()):
+        raise UnsupportedFeature(
+            f"compile=True compiles decoder layers, of which {type(module).__name__} holds none; leave it out, and compile modules "
+            "of your own with their method compile() in configure_model."
+        )
 
 
 def _check_layers(network: LayeredNetwork, fold: Fold) -> None:

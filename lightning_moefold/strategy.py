@@ -31,7 +31,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -62,6 +62,7 @@ from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
+from lightning_moefold.parallel.compiling import compilable_layers, compile_layers, missing_tool
 from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
 from lightning_moefold.parallel.pipeline import Pipeline
@@ -72,6 +73,7 @@ from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.predicting import Predicting
 from lightning_moefold.refusals import (
     check_blocks,
+    check_compilation,
     check_optimizers,
     check_second_names,
     check_trainer,
@@ -81,6 +83,9 @@ from lightning_moefold.shared_checkpoints import SharedCheckpoints
 from lightning_moefold.stopping import stop_quietly
 
 log = logging.getLogger(__name__)
+
+#: The back end of ``torch.compile`` that ``compile=True`` uses.
+COMPILER = "inductor"
 
 
 class MoEFoldStrategy(SharedCheckpoints):
@@ -132,6 +137,11 @@ class MoEFoldStrategy(SharedCheckpoints):
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.context.choose_exchange`).
         sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
+        compile: Compile decoder layers with :func:`torch.compile`, in place: names, checkpoints and exports stay the same. On
+            one rank a layer whose experts go by ``grouped_mm`` in bfloat16 is one graph; elsewhere graphs break at
+            collectives, FSDP2's hooks, experts in a loop, and attention with a mask, which set-up says. Embedding, head
+            and modules of your own run as they are. Without a C++ compiler (on CUDA: Triton and a C compiler) on all
+            machines, one warning, and nothing is compiled. Not for schedules that split backward.
         timeout: Of the collectives.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if not given.
 
@@ -173,6 +183,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         recompute: Recompute | None = None,
         context_parallel_exchange: Exchange = "auto",
         sequence_parallel: bool | None = None,
+        compile: bool = False,
         timeout: timedelta | None = default_pg_timeout,
         process_group_backend: str | None = None,
     ) -> None:
@@ -193,6 +204,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             ("expert_kernel", expert_kernel, EXPERT_KERNELS),
             ("recompute", recompute, (None, "selective", "full")),
             ("sequence_parallel", sequence_parallel, (None, True)),
+            ("compile", compile, (False, True)),
             ("context_parallel_exchange", context_parallel_exchange, EXCHANGES),
         ):
             if value not in known:
@@ -209,6 +221,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         )
         self.context_parallel_exchange = context_parallel_exchange
         self.recompute = recompute
+        self.compile = compile
         self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
         self.num_nodes = 1
         self._timeout = timeout
@@ -349,7 +362,9 @@ class MoEFoldStrategy(SharedCheckpoints):
         fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
         if fold.pp > 1 and not self._microbatches_given:
             raise ValueError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; use {2 * fold.pp} or more.")
-        self._pipeline_plan.check(fold.pp, self.num_microbatches, self.data_parallel_sharding, self.recompute)
+        self._pipeline_plan.check(
+            fold.pp, self.num_microbatches, self.data_parallel_sharding, self.recompute, self.compile
+        )
         return fold
 
     def _choose_fold(self, last_call: bool) -> None:
@@ -444,6 +459,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             self._make_mesh()
         check_trainer(trainer, self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
+        if self.compile:
+            check_compilation(self.lightning_module)
         self.accelerator.setup(trainer)
         for loop in (
             trainer.validate_loop,
@@ -457,6 +474,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             self._converted = weakref.ref(self.model)
         self._parallelize()
         self.model_to_device()
+        self._compile()
         self._registry = ParameterRegistry(self.lightning_module, self.mesh)
         self._own = OwnModules(self.lightning_module, self._registry, self.mesh)
         self._own.prepare()
@@ -501,6 +519,23 @@ class MoEFoldStrategy(SharedCheckpoints):
         except Exception as failure:
             error = failure
         comm.agree_on_error(error, self.mesh.world)
+
+    def _compile(self) -> None:
+        """Compiles the decoder layers, if the user wants it and every machine can. Collective."""
+        if not self.compile:
+            return
+        missing = missing_tool(self.root_device)
+        if not self.reduce_boolean_decision(missing is None):
+            where = (
+                f"{missing}, which this machine does not have"
+                if missing
+                else "a tool that another machine does not have"
+            )
+            rank_zero_warn(f"compile=True needs {where}; install it. Layers run as they are, not compiled.")
+            return
+        assert self.lightning_module is not None
+        if layers := compilable_layers(self.lightning_module):
+            rank_zero_info(compile_layers(layers, COMPILER))
 
     @override
     def model_to_device(self) -> None:

@@ -150,12 +150,17 @@ class Attention(ParallelRoot):
         q_BSQd = self._heads(_project(self.q_proj, x_ND, self._q_rows), rows, length, self.q_norm, batch)
         k_BSVd = self._heads(_project(self.k_proj, x_ND, self._kv_rows), rows, length, self.k_norm, batch)
         v_BSVd = _project(self.v_proj, x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
-        y_NO = self._attend(q_BSQd, k_BSVd, v_BSVd, batch)
+        qkv = q_BSQd, k_BSVd, v_BSVd
+        y_NO = self._attend(*qkv, batch) if self.is_one_kernel(batch) else comm.uncompiled(self._attend, *qkv, batch)
         o_weight = local(self.o_proj.weight)
         o_weight = o_weight if self._q_rows is None else o_weight[:, self._q_rows]
         y_TD = batch.reduce_scatter(F.linear(y_NO, o_weight))
         # The bias is added once, to each rank's own tokens, after the sum over tp.
         return y_TD if self.o_proj.bias is None else y_TD + local(self.o_proj.bias)
+
+    def is_one_kernel(self, batch: SequenceBatch) -> bool:
+        """Whether a kernel without masks, chosen by shapes alone, does it all, so that compiled code need not stop here."""
+        return batch.cache is None and batch.layout.cp.size == 1 and batch.visibility(self.sliding_window).is_causal
 
     def batch_of(self, x_BSD: Tensor, compute_dtype: torch.dtype | None = None) -> SequenceBatch:
         """Describes whole rows of a user's own network, at positions 0, 1, ...

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_moefold import comm
 from lightning_moefold.dispatch import ExpertRows, Parcel, Return, TokenDispatcher
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient, even_split
@@ -55,6 +56,10 @@ class RoutedExperts(ParallelModule):
             chunk: Which of the parcels this is; the same experts in every step.
         """
 
+    def compiles(self, x_AD: Tensor) -> bool:
+        """Whether :meth:`compute` is one graph for all counts of rows; if not, compiled layers leave it as it is."""
+        return False
+
     def forward(self, parcels: list[Parcel], dispatcher: TokenDispatcher) -> list[Return]:
         """Waits for each parcel, computes it and sends the result home, while the next parcel is under way.
 
@@ -75,7 +80,11 @@ class RoutedExperts(ParallelModule):
             if number + 1 < len(parcels):
                 arriving = dispatcher.token_dispatch(parcels[number + 1])
             x_AD, rows = dispatcher.dispatch_postprocess(parcel)
-            y_AD = dispatcher.combine_preprocess(self.compute(x_AD, rows, chunk, number), parcel.plan)
+            if self.compiles(x_AD):
+                y_AD = self.compute(x_AD, rows, chunk, number)
+            else:
+                y_AD = comm.uncompiled(self.compute, x_AD, rows, chunk, number)
+            y_AD = dispatcher.combine_preprocess(y_AD, parcel.plan)
             returns.append(dispatcher.token_combine(y_AD, parcel.plan))
         return returns
 
@@ -126,6 +135,13 @@ class Experts(RoutedExperts):
     def stacks(self) -> tuple[Tensor, ...]:
         """Gate and up ``[L, F, D]``, down ``[L, D, F]``."""
         return local(self.gate_proj), local(self.up_proj), local(self.down_proj)
+
+    def compiles(self, x_AD: Tensor) -> bool:
+        """Where experts go by ``grouped_mm``, of which torch can trace bfloat16 only; a loop asks for the counts of rows."""
+        grouped = self.kernel == "grouped_mm" or (self.kernel == "auto" and x_AD.is_cuda)
+        cast = torch.is_autocast_enabled(x_AD.device.type)
+        dtype = torch.get_autocast_dtype(x_AD.device.type) if cast else x_AD.dtype
+        return grouped and dtype == torch.bfloat16 and all(n % 8 == 0 for n in self.gate_proj.shape[1:])
 
     def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
         """See :meth:`RoutedExperts.compute`."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_moefold import comm
 from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, make_dispatcher, settle
 from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.mesh import FoldedMesh
@@ -22,7 +23,7 @@ from lightning_moefold.modules.base import Linear, ParallelRoot
 from lightning_moefold.modules.experts import Experts, RoutedExperts
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.module_experts import ModuleExperts
-from lightning_moefold.modules.recompute import is_recomputing
+from lightning_moefold.modules.recompute import counted_once, is_recomputing
 from lightning_moefold.modules.routers import Router, RouterOptions, RouterOutput, RouterSpec, make_router
 from lightning_moefold.modules.routers.statistics import count_choices, routing_table
 from lightning_moefold.modules.sequence import SequenceBatch
@@ -144,7 +145,11 @@ class MoELayer(ParallelRoot):
         if self.training and not is_recomputing():
             self._count(counts_GE.sum(0), kept_TK)
         capacity = self._padded_capacity(hidden.shape[0], batch)
-        y_TD = self._routed(hidden, Choices(routed.weight_TK, expert_TK, kept_TK, served, capacity), batch)
+        choices = Choices(routed.weight_TK, expert_TK, kept_TK, served, capacity)
+        if self.dispatcher.etp_ep.size == 1:
+            y_TD = self._routed(hidden, choices, batch)
+        else:  # sizes of what arrives differ from step to step
+            y_TD = comm.uncompiled(self._routed, hidden, choices, batch)
         if batch.wants_routing:
             batch.routing = routing_table(routed, counts_GE, batch)
         elif self.keep_routing:
@@ -155,12 +160,20 @@ class MoELayer(ParallelRoot):
             self.routing = None if table_SE is None else Routing(table_SE, self.top_k, self.mesh, dtype)
         return y_TD
 
+    def prepare(self, batch: SequenceBatch, device: torch.device) -> None:
+        """Makes what the layers of a batch share, before compiled code asks for it."""
+        if self.dispatcher.config.capacity_factor is not None:
+            batch.places(device)
+        if self.training and self.gate.call is not None:
+            batch.token_places(device)
+
     def _count(self, counts_E: Tensor, kept_TK: Tensor | None) -> None:
         learning = torch.is_grad_enabled()
         with torch.no_grad():
-            self.load_E += counts_E
             if self.dispatcher.config.capacity_factor is not None and kept_TK is not None:
-                self.dropped += counts_E.sum() - kept_TK.sum()
+                self.dropped += counted_once(counts_E.sum() - kept_TK.sum())
+            counts_E = counted_once(counts_E)
+            self.load_E += counts_E
             if learning:
                 self.gate.count(counts_E)
 

@@ -20,8 +20,30 @@ _AGAIN: ContextVar[bool] = ContextVar("moefold_recomputing", default=False)
 
 
 def is_recomputing() -> bool:
-    """Whether this is the second time that the same tokens come by: whoever counts them has counted them."""
-    return _AGAIN.get()
+    """Whether this is the second time that the same tokens come by: whoever counts them has counted them.
+
+    Compiled code is the same both times, so there this is False, and what is counted goes through :func:`counted_once`.
+    """
+    return not torch.compiler.is_compiling() and _AGAIN.get()
+
+
+@torch.library.custom_op("moefold::counted_once", mutates_args=())
+def _counted_once(count: Tensor) -> Tensor:
+    return torch.zeros_like(count) if _AGAIN.get() else count.clone()
+
+
+@_counted_once.register_fake
+def _(count: Tensor) -> Tensor:
+    return torch.empty_like(count)
+
+
+def counted_once(count: Tensor) -> Tensor:
+    """``count``, or zeros where the same tokens come by again.
+
+    For compiled code, which asks when it runs: one graph for both times keeps the same tensors for backward, and makes no
+    second compilation. Elsewhere ask :func:`is_recomputing`, which costs no kernel.
+    """
+    return _counted_once(count) if torch.compiler.is_compiling() else count
 
 
 class _Again(AbstractContextManager[None]):

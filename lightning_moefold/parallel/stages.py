@@ -65,7 +65,9 @@ class PipelinePlan:
         """Stages on each rank, v."""
         return 2 if self.schedule in V_SHAPED else self.stages_per_rank
 
-    def check(self, pp: int, num_microbatches: int, sharding: str, recompute: str | None = None) -> None:
+    def check(
+        self, pp: int, num_microbatches: int, sharding: str, recompute: str | None = None, compiled: bool = False
+    ) -> None:
         """Whether ``pp`` ranks can run the schedule.
 
         Raises:
@@ -95,6 +97,11 @@ class PipelinePlan:
                 "with data_parallel_sharding='full'; use data_parallel_sharding='optimizer', or 'interleaved_1f1b'."
             )
 
+        if name in SPLIT_BACKWARD and compiled:
+            raise ValueError(
+                f"pipeline_schedule={name!r} splits backward, and a compiled layer computes its gradients in one piece; use "
+                "compile=False, or 'interleaved_1f1b'."
+            )
         if name in SPLIT_BACKWARD and recompute is not None:
             raise ValueError(
                 f"pipeline_schedule={name!r} splits backward, and each part would compute again what recompute={recompute!r} has "

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which decoder layers are compiled, how much of each is one graph, and whether the machine can compile at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.modules.routers import Router
+
+
+def missing_tool(device: torch.device) -> str | None:
+    """What the compiler's back end needs on this machine and does not find; None where nothing is missing.
+
+    Args:
+        device: Where the layers compute. On CPU, C++ is generated and compiled; on CUDA, Triton builds a launcher in C.
+    """
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            return "Triton"
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+        return None if any(map(shutil.which, names)) else "a C compiler (gcc or clang, or the variable CC)"
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return None if shutil.which(name) else f"a C++ compiler ({name}, or the variable CXX)"
+
+
+def break_reasons(layer: DecoderLayer) -> list[str]:
+    """Where compiled code of this layer stops and goes on, besides batches whose attention needs a mask."""
+    reasons = []
+    fold, mlp = layer.fold, layer.mlp
+    if fold.tp * fold.cp > 1 or (isinstance(mlp, MoELayer) and mlp.dispatcher.etp_ep.size > 1):
+        reasons.append("collectives")
+    if any(isinstance(m, FSDPModule) for m in layer.modules() if m is not layer):
+        reasons.append("the hooks of FSDP2 around experts and routers")
+    if isinstance(mlp, MoELayer):
+        weight = next(mlp.experts.parameters())
+        compute = torch.empty(0, dtype=layer.compute_dtype or weight.dtype, device=weight.device)
+        if not mlp.experts.compiles(compute):
+            reasons.append("experts that are not computed by grouped_mm in bfloat16")
+        if type(mlp.gate) is not Router:
+            reasons.append(f"the router {type(mlp.gate).__name__}")
+    return reasons
+
+
+def compile_layers(layers: Sequence[DecoderLayer], backend: str = "inductor") -> str:
+    """Compiles decoder layers in place, each as one graph where nothing stands against it.
+
+    Args:
+        layers: At least one; those of this rank, parallelised.
+        backend: Of :func:`torch.compile`.
+
+    Returns:
+        A sentence on what was compiled, and where graphs break.
+    """
+    whole, reasons = 0, dict[str, None]()
+    for layer in layers:
+        found = break_reasons(layer)
+        layer.compile(backend=backend, fullgraph=not found)
+        whole += not found
+        reasons |= dict.fromkeys(found)
+    text = f"compile=True: {whole} of {len(layers)} decoder layers of this rank are one graph each"
+    return f"{text}; the others break theirs at {', '.join(reasons)}." if reasons else f"{text}."
+
+
+def compilable_layers(root: nn.Module) -> list[DecoderLayer]:
+    """The decoder layers of a module, those of networks of the user's own among them."""
+    return [module for module in root.modules() if isinstance(module, DecoderLayer)]
