@@ -128,8 +128,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             not given.
         expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, all at
             once with products in FP8 but for the weights' gradient, or ``"transformer_engine"``, all at once and, inside its
-            ``autocast``, in FP8. ``"auto"`` is a loop on CPU; on CUDA it is ``grouped_mm`` for bfloat16 where experts have few
-            rows, and cuBLAS expert by expert otherwise.
+            ``autocast``, in FP8. ``"auto"`` is a loop on CPU; on CUDA it is ``grouped_mm`` for bfloat16 on Hopper and newer,
+            where it never waits for the device, else a loop.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
         recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's

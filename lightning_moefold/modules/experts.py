@@ -23,6 +23,7 @@ from lightning_moefold.modules.expert_kernels import ExpertKernel, gated_experts
 from lightning_moefold.modules.float8_products import check_float8
 from lightning_moefold.modules.mlp import ACTIVATIONS
 from lightning_moefold.modules.parts import split_stack
+from lightning_moefold.modules.products import grouped_never_waits
 from lightning_moefold.modules.transformer_engine import TransformerEngineExperts
 
 
@@ -138,10 +139,11 @@ class Experts(RoutedExperts):
 
     def compiles(self, x_AD: Tensor) -> bool:
         """Where experts go by ``grouped_mm``, of which torch can trace bfloat16 only; a loop asks for the counts of rows."""
-        grouped = self.kernel == "grouped_mm" or (self.kernel == "auto" and x_AD.is_cuda)
         cast = torch.is_autocast_enabled(x_AD.device.type)
         dtype = torch.get_autocast_dtype(x_AD.device.type) if cast else x_AD.dtype
-        return grouped and dtype == torch.bfloat16 and all(n % 8 == 0 for n in self.gate_proj.shape[1:])
+        by_itself = self.kernel == "auto" and x_AD.is_cuda and grouped_never_waits(dtype, x_AD.device)
+        fits = dtype == torch.bfloat16 and all(n % 8 == 0 for n in self.gate_proj.shape[1:])
+        return fits and (by_itself or self.kernel == "grouped_mm")
 
     def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
         """See :meth:`RoutedExperts.compute`."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of all rows with their experts' matrices, on CUDA: one grouped kernel, or cuBLAS once for each expert.
 
-The grouped kernel needs nothing from the host. cuBLAS needs to know how many rows each expert has, reaches a higher rate
-where these are many, and adds a second product to a first without a pass of its own.
+The grouped kernel needs nothing from the host. cuBLAS needs to know how many rows each expert has, and adds a second product
+to a first without a pass of its own; whether it is faster where experts have many rows, ``make gpu`` measures.
 
 Legend: M rows in expert order, L local experts, I and O widths in and out.
 """
@@ -19,8 +19,6 @@ from torch.nn import functional as F
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.modules.parts import gradient_like
 
-#: Rows of an expert, on average, from which cuBLAS is expected to be faster expert by expert than the grouped kernel.
-MANY_ROWS = 1024
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -117,10 +115,10 @@ def choose_products(
         rows: Which token each row reads.
         w_LOI: A stack of the experts.
         kernel: As the user chose. ``"auto"`` on CUDA is the grouped kernel where it does not wait for the device (bfloat16,
-            Hopper and newer) and experts have few rows, else cuBLAS.
+            Hopper and newer), else cuBLAS.
     """
     on_cuda, count = x_AI.is_cuda, rows.weight_M.shape[0]
-    grouped = kernel == "grouped_mm" or (kernel == "auto" and on_cuda and _grouped_is_best(x_AI, count / len(w_LOI)))
+    grouped = kernel == "grouped_mm" or (kernel == "auto" and on_cuda and grouped_never_waits(x_AI.dtype, x_AI.device))
     if grouped and count and _grouped_takes(x_AI, w_LOI):
         return GroupedProducts(rows.counts_L)
     return ExpertProducts(host_counts(rows)) if on_cuda and count else None
@@ -137,8 +135,6 @@ def _grouped_takes(x_AI: Tensor, w_LOI: Tensor) -> bool:
     return x_AI.dtype in _GROUPED_DTYPES and aligned
 
 
-def _grouped_is_best(x_AI: Tensor, rows_per_expert: float) -> bool:
-    """Elsewhere it is a loop inside PyTorch, which reads the counts from the device as well."""
-    if x_AI.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x_AI.device)[0] < 9:
-        return False
-    return rows_per_expert < MANY_ROWS
+def grouped_never_waits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Elsewhere the grouped product is a loop inside PyTorch, which reads the counts from the device at every call."""
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 9

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_moefold.kernels.availability import has_c_compiler
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.routers import Router
@@ -27,8 +28,7 @@ def missing_tool(device: torch.device) -> str | None:
     if device.type == "cuda":
         if find_spec("triton") is None:
             return "Triton"
-        names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
-        return None if any(map(shutil.which, names)) else "a C compiler (gcc or clang, or the variable CC)"
+        return None if has_c_compiler() else "a C compiler (gcc or clang, or the variable CC)"
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     return None if shutil.which(name) else f"a C++ compiler ({name}, or the variable CXX)"
 

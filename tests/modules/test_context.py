@@ -63,7 +63,9 @@ def test_by_blocks_on_one_rank(pool: RankPool, block: int, mask: dict[str, Any])
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all"])
-@pytest.mark.parametrize("mask", [{"documents": True}, {"padding": True}, {"documents": True, "padding": True}], ids=str)
+@pytest.mark.parametrize(
+    "mask", [{"documents": True}, {"padding": True}, {"documents": True, "padding": True}], ids=str
+)
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_one_row_needs_no_mask(pool: RankPool, ranks: int, mask: dict[str, Any], exchange: str) -> None:
     """It is cut where documents and padding begin, and each pair of pieces is seen whole, up to its own place or not at all."""
