@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moefold.callbacks.common import logged_step
+from lightning_moefold.checkpoint.tokenizers import load_tokenizer
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import CheckpointWeights
@@ -101,18 +102,14 @@ class GenerateSamples(Callback):
         return [found[i % axis.size][i // axis.size] for i in range(len(self.prompts))]
 
     def _load(self, model: MoECausalLM) -> Any:
-        """The tokenizer; imported here, as transformers takes seconds, by ranks that need it."""
+        """The tokenizer, on ranks that need it."""
         path = self._tokenizer
         if path is None:
             if not isinstance(model.source, CheckpointWeights):
                 raise ValueError("the model comes from no checkpoint, so GenerateSamples needs tokenizer=... .")
             path = model.source.checkpoint.path
         if isinstance(path, (str, Path)):
-            try:
-                from transformers import AutoTokenizer
-            except ImportError as error:
-                raise ImportError("GenerateSamples reads tokenizers with transformers; pip install it.") from error
-            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self._tokenizer = load_tokenizer(Path(path))
         return self._tokenizer
 
 
