@@ -30,7 +30,8 @@ class GenerateSamples(Callback):
 
     Args:
         prompts: At least one.
-        tokenizer: A tokenizer of ``transformers``, or the directory of one; by default that of the model's checkpoint.
+        tokenizer: A tokenizer of ``transformers``, or the directory of one; by default that of the data, where
+            :class:`~.recipes.TextData` has said which it is, else that of the model's checkpoint.
         every_n_validations: Generate after every n-th validation run (the sanity check is none).
         max_new_tokens: Most tokens to add.
         seed: Of the draws with ``do_sample=True``; the same texts under every fold.
@@ -103,7 +104,7 @@ class GenerateSamples(Callback):
 
     def _load(self, model: MoECausalLM) -> Any:
         """The tokenizer, on ranks that need it."""
-        path = self._tokenizer
+        path = self._tokenizer if self._tokenizer is not None else model.tokenizer_path
         if path is None:
             if not isinstance(model.source, CheckpointWeights):
                 raise ValueError("the model comes from no checkpoint, so GenerateSamples needs tokenizer=... .")

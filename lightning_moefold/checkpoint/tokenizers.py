@@ -95,6 +95,11 @@ def _reason(directory: Path, error: Exception, trusted: bool) -> CheckpointError
     )
 
 
+def has_own_code(directory: Path) -> bool:
+    """Whether a tokenizer names a Python class that comes with it."""
+    return _own_code(directory) is not None
+
+
 def _own_code(directory: Path) -> str | None:
     """The class that a tokenizer names as its own, if it does."""
     try:

@@ -145,6 +145,9 @@ class MoECausalLM(ParallelRoot):
 
     Args:
         config: The model's configuration.
+
+    Attributes:
+        tokenizer_path: Directory whose tokenizer exports carry instead of that of the model's checkpoint. TextData sets it.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -161,6 +164,7 @@ class MoECausalLM(ParallelRoot):
             for name, entry in (parameter_entries(config) | bias_entries(config)).items()
         }
         self.source: WeightSource | None = None
+        self.tokenizer_path: Path | None = None
         self.weights_pending = False
         biased = config.router.bias_update_rate is not None  # instead of the loss
         if config.router_aux_loss_coef > 0 and not config.wants_aux_loss and config.num_moe_layers and not biased:
@@ -483,14 +487,17 @@ class MoECausalLM(ParallelRoot):
             }
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         world = SINGLE if self.mesh is None else self.mesh.world
-        write_hf_checkpoint(path, config, tensors, piece, world, max_shard_size=max_shard_size, side_files_from=origin)
+        write_hf_checkpoint(
+            path, config, tensors, piece, world, max_shard_size=max_shard_size, side_files_from=origin,
+            tokenizer_from=self.tokenizer_path,
+        )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         """What :meth:`save_pretrained` would write besides the weights, as plain data.
 
         Returns:
-            ``config`` in Hugging Face's form, ``dtypes`` of the parameters on disk, by name, and ``path`` of the
-            checkpoint that the model was made from, or None.
+            ``config`` in Hugging Face's form, ``dtypes`` of the parameters on disk, by name, ``path`` of the
+            checkpoint that the model was made from, or None, and ``tokenizer``, the path of :attr:`tokenizer_path`, or None.
         """
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         return {
@@ -500,6 +507,7 @@ class MoECausalLM(ParallelRoot):
                 for name in parameter_entries(self.config) | bias_entries(self.config)
             },
             "path": None if origin is None else str(origin.resolve()),
+            "tokenizer": None if self.tokenizer_path is None else str(self.tokenizer_path.resolve()),
         }
 
     def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:

@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moefold.checkpoint.tokenizers import tokenizer_files
+from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import IGNORED
 from lightning_moefold.recipes.documents import READABLE
 from lightning_moefold.recipes.errors import InputError
@@ -254,6 +255,7 @@ class TextData(pl.LightningDataModule):
         return self._make_loader("predict")
 
     def _make_loader(self, name: str, *, shuffle: bool = False) -> RowLoader:
+        self._name_tokenizer()
         part = self.part(name)
         if not len(part):
             raise InputError(
@@ -266,6 +268,13 @@ class TextData(pl.LightningDataModule):
             len(part), self.batch_size, place["rank"], place["num_replicas"], shuffle=shuffle, seed=self.seed
         )
         return RowLoader(order, lambda index_B: self._collate(*part.take(index_B), sources=name == "predict"))
+
+    def _name_tokenizer(self) -> None:
+        """Has exports and checkpoints of the models name this tokenizer; loaders are made when the models are there."""
+        if self.trainer is not None:
+            for model in self.trainer.lightning_module.modules():
+                if isinstance(model, MoECausalLM):
+                    model.tokenizer_path = self.tokenizer
 
     def _collate(self, token_BL: Tensor, document_BL: Tensor, sources: bool) -> dict[str, Tensor]:
         real_BL = document_BL != PADDING
