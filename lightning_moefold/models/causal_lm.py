@@ -278,7 +278,8 @@ class MoECausalLM(ParallelRoot):
         Args:
             input_ids: ``[B, S]``, int64.
             labels: ``[B, S]``, at the positions of ``input_ids`` (shifted inside), -100 is ignored.
-            attention_mask: ``[B, S]``, 0 for padding.
+            attention_mask: ``[B, S]`` integers or bool, 0 for padding; numbers above 1 are those of documents, in place of
+                ``document_ids``.
             position_ids: ``[B, S]`` or ``[1, S]``; 0, 1, ... by default. Where they jump and there is neither mask nor
                 document ids, a new document begins, as in ``transformers``.
             document_ids: ``[B, S]``; attention and positions restart where they change, and no label crosses a border.
@@ -295,8 +296,8 @@ class MoECausalLM(ParallelRoot):
             The losses, with labels; the logits without labels where tp is 1, or with ``gather_logits``.
 
         Raises:
-            ValueError: If shapes disagree, a token id or label lies outside the vocabulary on any rank (raised on all),
-                or a rank has labels and fewer rows than there are micro-batches.
+            ValueError: If shapes disagree, a mask holds floats or negative numbers, or a token id or label lies outside the
+                vocabulary on any rank (raised on all), or a rank has labels and fewer rows than there are micro-batches.
             TypeError: For an argument that nobody takes.
         """
         if extras and loss_fn is None:

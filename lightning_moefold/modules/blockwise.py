@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_moefold.modules.base import wide
@@ -55,13 +56,34 @@ class Seen(Enum):
     CAUSAL = 2
 
 
+def sees_nothing(real_BS: Tensor, document_BS: Tensor | None, window: int | None) -> Tensor:
+    """Positions that have no token to see, themselves included, ``[B, S]`` bool; they are padding.
+
+    Args:
+        real_BS: False for padding.
+        document_BS: Of each position; a new document begins where it changes. None where each row is one.
+        window: How many positions are seen, itself included; None for all.
+    """
+    place_S = torch.arange(real_BS.shape[1], device=real_BS.device)
+    first_BS = torch.zeros_like(real_BS, dtype=torch.int64)  # that is seen
+    if document_BS is not None:
+        begins = torch.ones_like(real_BS)
+        begins[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+        first_BS = torch.where(begins, place_S, 0).cummax(1).values
+    if window is not None:
+        first_BS = torch.maximum(first_BS, place_S - window + 1)
+    count_BS = F.pad(real_BS.long().cumsum(1), (1, 0))
+    return count_BS[:, 1:] == count_BS.gather(1, first_BS)
+
+
 class Visibility:
-    """Which keys a query sees: none after it, and of those before it perhaps not all. It always sees itself.
+    """Which keys a query sees: none after it, and of those before it perhaps not all.
 
     Args:
         window: A query sees at most this many keys, itself included.
         document_BS: Number of each position's document, ascending along a row; a query sees its own document only.
-        real_BS: False for padding, which no other position sees.
+        real_BS: False for padding, which no position sees, as in ``transformers``; but padding that has no token before
+            it sees itself, since a query must see something.
     """
 
     def __init__(
@@ -71,6 +93,7 @@ class Visibility:
         # What decides how blocks are treated is asked of the host's copies, once per batch and not once per block.
         self._documents = None if document_BS is None else document_BS.cpu()
         self._hidden = None if real_BS is None else (~real_BS).cpu()
+        self._alone_BS = None if real_BS is None else sees_nothing(real_BS, document_BS, window)
         self._masks: dict[tuple[Span, Span], Tensor] = {}
 
     @property
@@ -119,7 +142,9 @@ class Visibility:
             seen = seen & (self._document_BS[:, q.start : q.end, None] == self._document_BS[:, None, k.start : k.end])
         if self._real_BS is not None:
             seen = seen & self._real_BS[:, None, k.start : k.end]
-        return (seen | (distance_LK == 0)).unsqueeze(1)
+        if self._alone_BS is not None:
+            seen = seen | (self._alone_BS[:, q.start : q.end, None] & (distance_LK == 0))
+        return seen.unsqueeze(1)
 
 
 def _pairs(

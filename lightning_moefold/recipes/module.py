@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.masks import shortest_window
 from lightning_moefold.recipes.errors import InputError
 from lightning_moefold.recipes.measures import DocumentLosses, MeanLoss, write_document_losses
 from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, warmup_and_decay
@@ -143,7 +144,7 @@ class FineTuneModule(pl.LightningModule):
     def _measure(self, batch: dict[str, Tensor]) -> None:
         assert self.model is not None
         self._check_length(batch)
-        self._mean.add(self.model(**batch).lm_loss, batch)
+        self._mean.add(self.model(**batch).lm_loss, batch, shortest_window(self.model.config))
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -163,7 +164,8 @@ class FineTuneModule(pl.LightningModule):
         assert self.model is not None
         self._check_length(batch)
         inputs = {name: x for name, x in batch.items() if name not in ("labels", "source_ids")}
-        self._documents.add(self.model(**inputs, gather_logits=True).logits, batch)
+        logits = self.model(**inputs, gather_logits=True).logits
+        self._documents.add(logits, batch, shortest_window(self.model.config))
 
     @override
     def on_predict_epoch_end(self) -> None:
