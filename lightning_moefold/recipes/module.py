@@ -145,8 +145,8 @@ class FineTuneModule(pl.LightningModule):
             raise error
         if most != -least:
             raise InputError(
-                f"ranks have from {max(-least, 0)} to {most} steps to make, so that their learning rates would differ; give each as "
-                "many batches, or set total_steps of the module."
+                f"ranks have from {max(-least, 0)} to {most} steps to make, so that their learning rates would differ; give "
+                "each as many batches, or set total_steps of the module."
             )
 
     def _check_length(self, batch: dict[str, Tensor]) -> None:
