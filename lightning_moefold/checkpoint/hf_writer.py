@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moefold import comm
-from lightning_moefold.checkpoint.side_files import files_to_carry, foreign_file
+from lightning_moefold.checkpoint.side_files import are_apart, files_to_carry, foreign_file, warn_of_end
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import Axis
 
@@ -89,6 +89,8 @@ def write_hf_checkpoint(
 
     def prepare() -> None:
         carried.update(files_to_carry(side_files_from, tokenizer_from))
+        if tokenizer_from is not None and are_apart(side_files_from, tokenizer_from):
+            warn_of_end(tokenizer_from, config, carried)
         _prepare(target, work, carried)
 
     _on_first_rank(world, prepare)

@@ -9,12 +9,14 @@ since files of two tokenizers side by side would be read as a third one.
 from __future__ import annotations
 
 import filecmp
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from lightning_moefold.checkpoint.tokenizers import has_own_code, is_tokenizer_file
+from lightning_moefold.checkpoint.tokenizers import end_token, has_own_code, is_tokenizer_file
 
 _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.gguf", "*.ggml", "*.msgpack", "*.h5", "*.onnx",
@@ -62,7 +64,7 @@ def files_to_carry(model: Path | None, tokenizer: Path | None) -> dict[str, Path
         tokenizer: Directory of the tokenizer that it was trained with, where that is known; the model's otherwise.
     """
     carried = _existing(model, "tokenizer and other files beside the weights")
-    if tokenizer is None or (model is not None and tokenizer.resolve() == model.resolve()):
+    if tokenizer is None or not are_apart(model, tokenizer):
         return carried
     others = _existing(tokenizer, "tokenizer that the model was trained with")
     if not others:
@@ -72,6 +74,25 @@ def files_to_carry(model: Path | None, tokenizer: Path | None) -> dict[str, Path
     if has_own_code(tokenizer):  # which may import other files
         carried = {name: path for name, path in others.items() if name.endswith(".py")} | carried
     return carried
+
+
+def are_apart(model: Path | None, tokenizer: Path) -> bool:
+    """Whether a tokenizer is not the one that lies beside the model."""
+    return model is None or tokenizer.resolve() != model.resolve()
+
+
+def warn_of_end(tokenizer: Path, config: Mapping[str, Any], carried: dict[str, Path]) -> None:
+    """Warns if the model was trained to end texts with another token than those at which generation stops."""
+    fields = dict(config)
+    if "generation_config.json" in carried:
+        fields |= json.loads(carried["generation_config.json"].read_text(encoding="utf-8"))
+    stops, end = fields.get("eos_token_id"), end_token(tokenizer)
+    if end is not None and end not in (stops if isinstance(stops, list) else [stops]):
+        warnings.warn(
+            f"the tokenizer of {tokenizer} ends texts with token {end}, but generation from this export stops at "
+            f"eos_token_id={stops}; change it in its config.json and generation_config.json.",
+            stacklevel=4,
+        )
 
 
 def foreign_file(directory: Path, carried: dict[str, Path]) -> str | None:

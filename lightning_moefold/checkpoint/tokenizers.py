@@ -100,6 +100,17 @@ def has_own_code(directory: Path) -> bool:
     return _own_code(directory) is not None
 
 
+def end_token(directory: Path) -> int | None:
+    """The token with which a tokenizer ends texts, where its files tell without being loaded."""
+    try:
+        end = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+        added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        text = end["content"] if isinstance(end, dict) else end
+        return next((int(token["id"]) for token in added if token["content"] == text), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _own_code(directory: Path) -> str | None:
     """The class that a tokenizer names as its own, if it does."""
     try:

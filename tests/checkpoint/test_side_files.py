@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_moefold import MoECausalLM
-from lightning_moefold.checkpoint.side_files import files_to_carry, side_files
+from lightning_moefold.checkpoint.side_files import files_to_carry, side_files, warn_of_end
 from lightning_moefold.testing import make_checkpoint
 
 CARRIED = (
@@ -76,6 +77,22 @@ def test_a_directory_that_is_gone_is_said(tmp_path):
         assert files_to_carry(tmp_path / "gone", None) == {}
 
 
+@pytest.mark.parametrize(("stops", "warned"), [(1, False), ([4, 1], False), (2, True), ([2, 4], True), (None, True)])
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
+def test_a_tokenizer_that_ends_texts_otherwise_is_said(tmp_path, stops, warned, place):
+    words(tmp_path, "abc")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    fields, carried = {"eos_token_id": 1}, {"generation_config.json": tmp_path / "generation_config.json"}
+    if place == "config.json":
+        fields, carried = {"eos_token_id": stops}, {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        warn_of_end(tmp_path, fields, carried)
+    assert [
+        f"token 1, but generation from this export stops at eos_token_id={stops};" in str(w.message) for w in said
+    ] == ([True] if warned else [])
+
+
 def words(path: Path, tokens: str) -> PreTrainedTokenizerFast:
     vocabulary = {"<unk>": 0, "</s>": 1} | {token: 2 + i for i, token in enumerate(tokens)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -101,7 +118,8 @@ def test_an_export_has_the_tokenizer_and_its_templates(tmp_path):
 
     words(tmp_path / "other", "cba")
     model.tokenizer_path = tmp_path / "other"
-    model.save_pretrained(out)  # replaces its own files
+    with pytest.warns(UserWarning, match="ends texts with token 1, but generation .* eos_token_id=(None|2|7)"):
+        model.save_pretrained(out)  # replaces its own files
     loaded = AutoTokenizer.from_pretrained(out)
     assert loaded("cab")["input_ids"] == [2, 4, 3]
     assert loaded.apply_chat_template(CHAT, chat_template="tool_use", tokenize=False) == "cba tools"
