@@ -142,7 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="model and tokenizer in Hugging Face format")
-    add("--data", type=Path, required=True, nargs="+", metavar="FILE", help='.txt, or .jsonl with a field "text"')
+    add("--data", type=Path, required=True, nargs="+", metavar="FILE", help='.txt, or .jsonl or .json with fields "text"')
     add("--output", type=Path, default=Path("runs/finetune"), metavar="DIR", help="where everything is written")
     add("--resume", type=Path, metavar="CKPT", help="checkpoint of an earlier run, saved under any fold")
     add("--fold", default="", help='parallel sizes, such as "tp2 | ep4"; the rest is data parallel')

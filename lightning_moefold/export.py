@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="CKPT", help="directory that the Trainer has saved")
     add("--output", type=Path, required=True, metavar="DIR", help="directory to write; one with a model is replaced")
-    add("--model", type=Path, metavar="DIR", help="where the tokenizer is (default: where the training began)")
+    add("--model", type=Path, metavar="DIR", help="where the tokenizer is (default: that of the training)")
     add("--dtype", choices=DTYPES, help="of the weights on disk (default: that of the model training began with)")
 
 
@@ -48,7 +48,8 @@ def export(checkpoint: Path, output: Path, model: Path | None = None, dtype: str
     Args:
         checkpoint: Directory that a Trainer with this strategy has saved.
         output: Directory to make; one that holds a model is replaced, one with other files in it is refused.
-        model: Directory whose tokenizer is copied along; that of the training, if it is still there, by default.
+        model: Directory of which everything but the weights is copied along. By default that of the model with which
+            training began, and the tokenizer of the data, where :class:`~.recipes.TextData` has said which it is.
         dtype: On disk; that of the model from which training began by default.
 
     Raises:
@@ -77,7 +78,8 @@ def export(checkpoint: Path, output: Path, model: Path | None = None, dtype: str
     origin = model or (Path(described["path"]) if described["path"] else None)
     if model is not None and not model.is_dir():
         raise CheckpointError(f"{model} is no directory; give the one with the tokenizer.")
-    write_hf_checkpoint(output, written, tensors, piece, SINGLE, side_files_from=origin)
+    tokenizer = Path(described["tokenizer"]) if model is None and described.get("tokenizer") else None
+    write_hf_checkpoint(output, written, tensors, piece, SINGLE, side_files_from=origin, tokenizer_from=tokenizer)
 
 
 def _only_model(checkpoint: Path, models: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moefold.callbacks.common import logged_step
+from lightning_moefold.checkpoint.tokenizers import load_tokenizer
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import CheckpointWeights
@@ -29,7 +30,8 @@ class GenerateSamples(Callback):
 
     Args:
         prompts: At least one.
-        tokenizer: A tokenizer of ``transformers``, or the directory of one; by default that of the model's checkpoint.
+        tokenizer: A tokenizer of ``transformers``, or the directory of one; by default that of the data, where
+            :class:`~.recipes.TextData` has said which it is, else that of the model's checkpoint.
         every_n_validations: Generate after every n-th validation run (the sanity check is none).
         max_new_tokens: Most tokens to add.
         seed: Of the draws with ``do_sample=True``; the same texts under every fold.
@@ -102,18 +104,14 @@ class GenerateSamples(Callback):
         return [found[i % axis.size][i // axis.size] for i in range(len(self.prompts))]
 
     def _load(self, model: MoECausalLM) -> Any:
-        """The tokenizer; imported here, as transformers takes seconds, by ranks that need it."""
-        path = self._tokenizer
+        """The tokenizer, on ranks that need it."""
+        path = self._tokenizer if self._tokenizer is not None else model.tokenizer_path
         if path is None:
             if not isinstance(model.source, CheckpointWeights):
                 raise ValueError("the model comes from no checkpoint, so GenerateSamples needs tokenizer=... .")
             path = model.source.checkpoint.path
         if isinstance(path, (str, Path)):
-            try:
-                from transformers import AutoTokenizer
-            except ImportError as error:
-                raise ImportError("GenerateSamples reads tokenizers with transformers; pip install it.") from error
-            self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            self._tokenizer = load_tokenizer(Path(path))
         return self._tokenizer
 
 

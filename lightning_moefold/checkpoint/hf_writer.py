@@ -24,14 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moefold import comm
+from lightning_moefold.checkpoint.side_files import are_apart, files_to_carry, foreign_file, warn_of_end
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import Axis
-
-#: Files beside the weights that make a checkpoint usable; copied from the source.
-SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.json", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,6 +62,7 @@ def write_hf_checkpoint(
     *,
     max_shard_size: int = 5_000_000_000,
     side_files_from: Path | None = None,
+    tokenizer_from: Path | None = None,
 ) -> None:
     """Writes ``path`` with config, safetensors shards and index. Collective: every rank calls it.
 
@@ -77,7 +73,8 @@ def write_hf_checkpoint(
         piece: Gives this rank's piece of a parameter.
         world: All ranks.
         max_shard_size: Bytes after which a new file is begun; a single parameter may exceed it.
-        side_files_from: Directory whose tokenizer and generation files are copied along.
+        side_files_from: Directory of the model, whose other files are copied along (:mod:`.side_files`).
+        tokenizer_from: Directory whose tokenizer is copied instead of the model's.
 
     Raises:
         OSError: If the directory holds foreign files or cannot be written; raised on every rank.
@@ -88,7 +85,15 @@ def write_hf_checkpoint(
         dist.broadcast_object_list(names, src=world.ranks[0])
     work = names[0]
     files = _plan_files(tensors, max_shard_size)
-    _on_first_rank(world, lambda: _prepare(target, work))
+    carried: dict[str, Path] = {}  # on the first rank
+
+    def prepare() -> None:
+        carried.update(files_to_carry(side_files_from, tokenizer_from))
+        if tokenizer_from is not None and are_apart(side_files_from, tokenizer_from):
+            warn_of_end(tokenizer_from, config, carried)
+        _prepare(target, work, carried)
+
+    _on_first_rank(world, prepare)
     try:
         error: Exception | None = None
         for number, (file, members) in enumerate(files.items()):
@@ -104,7 +109,7 @@ def write_hf_checkpoint(
                 except Exception as failure:
                     error = failure  # kept until all ranks can hear of it; peers still send their pieces meanwhile
         comm.agree_on_error(error, world)
-        _on_first_rank(world, lambda: _finish(target, work, config, tensors, files, side_files_from))
+        _on_first_rank(world, lambda: _finish(target, work, config, tensors, files, carried))
     finally:
         if world.index == 0 and work.exists():
             shutil.rmtree(work, ignore_errors=True)
@@ -134,21 +139,16 @@ def _plan_files(tensors: Mapping[str, OutputTensor], limit: int) -> dict[str, li
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _prepare(target: Path, work: Path) -> None:
+def _prepare(target: Path, work: Path, carried: dict[str, Path]) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; give a directory that is new or holds a checkpoint.")
     if target.is_dir():
-        foreign = [p.name for p in sorted(target.iterdir()) if not _is_checkpoint_file(p)]
-        if foreign:
+        foreign = foreign_file(target, carried)
+        if foreign is not None:
             raise FileExistsError(
-                f"{target} holds {foreign[0]!r}, which is no part of a checkpoint; give another directory."
+                f"{target} holds {foreign!r}, which is no part of a checkpoint; give another directory."
             )
     work.mkdir(parents=True)
-
-
-def _is_checkpoint_file(path: Path) -> bool:
-    known = (*SIDE_FILES, "config.json", "model.safetensors.index.json")
-    return path.is_file() and (path.name in known or path.suffix == ".safetensors")
 
 
 def _gather(tensor: OutputTensor, mine: Tensor, writer: int, world: Axis) -> Tensor | None:
@@ -179,7 +179,7 @@ def _finish(
     config: Mapping[str, Any],
     tensors: Mapping[str, OutputTensor],
     files: Mapping[str, Iterable[str]],
-    side_files_from: Path | None,
+    carried: Mapping[str, Path],
 ) -> None:
     (work / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if len(files) > 1:
@@ -188,9 +188,9 @@ def _finish(
         numbers = {"total_size": total, "total_parameters": sum(torch.Size(t.shape).numel() for t in tensors.values())}
         index = {"metadata": numbers, "weight_map": weight_map}
         (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for name in SIDE_FILES:
-        if side_files_from is not None and (side_files_from / name).is_file():
-            shutil.copyfile(side_files_from / name, work / name)
+    for name, path in carried.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, work / name)
     replace_directory(work, target)
 
 

@@ -10,6 +10,7 @@ micro-batches.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,11 +20,10 @@ from torch import Tensor
 from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.masks import IGNORED, find_targets, read_mask, shift, shortest_window
 from lightning_moefold.modules.context import ContextLayout, Exchange
 from lightning_moefold.modules.rotary import rotary_tables
 from lightning_moefold.modules.sequence import SequenceBatch
-
-IGNORED = -100
 
 
 class BatchError(ValueError):
@@ -110,7 +110,7 @@ def read_batch(
         num_microbatches: M.
         input_ids: ``[B, S]``.
         labels: ``[B, S]`` or None; likewise the others.
-        attention_mask: 0 for padding.
+        attention_mask: ``[B, S]``, 0 for padding; see :func:`~.masks.read_mask`.
         position_ids: ``[B, S]`` or ``[1, S]``.
         document_ids: ``[B, S]``.
         loss_weights: ``[B, S]``.
@@ -118,10 +118,13 @@ def read_batch(
         rows_before: Rows of this data rank's batch that come before these.
     """
     check_shapes(input_ids, labels, attention_mask, position_ids, document_ids, loss_weights)
-    rows, length = input_ids.shape
+    input_ids, (rows, length) = input_ids.long(), input_ids.shape
     device, vocab = input_ids.device, config.vocab_size
+    mask, document_ids = read_mask(attention_mask, document_ids)
     run_BS = _document_runs(document_ids, position_ids, attention_mask)
-    target_BS = _targets(labels, document_ids, input_ids)
+    target_BS = torch.full_like(input_ids, IGNORED)
+    if labels is not None:
+        target_BS = find_targets(labels, mask, document_ids, shortest_window(config))
     bad_label = (target_BS != IGNORED) & ((target_BS < 0) | (target_BS >= vocab))
     bad_token = (input_ids < 0) | (input_ids >= vocab)
     # Without labels no loss is formed; the last batch of a prediction may be short.
@@ -129,17 +132,17 @@ def read_batch(
     faults = torch.stack([bad_token.sum(), bad_label.sum(), missing, torch.zeros_like(missing)])
     target_BS = target_BS.masked_fill(bad_label, 0)
     token_BS = input_ids.masked_fill(bad_token, 0)
-    weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else _shift(loss_weights, 0)
+    weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else shift(loss_weights, 0)
     sequence = SequenceBatch(rows, ContextLayout.padded(length, axes.cp.size), tp=axes.tp, cp=axes.cp)
     sequence.num_microbatches, sequence.exchange = num_microbatches, axes.exchange
     number, ranks = axes.data_rank
     sequence.row_numbers = range(number + ranks * rows_before, ranks * (rows_before + rows), ranks)
-    mask, needed_BS, trailing = _padding(attention_mask, None if keep_all or labels is None else target_BS)
+    mask, needed_BS, trailing = _padding(mask, None if keep_all or labels is None else target_BS)
     here = _Cut(sequence.layout, length, device)
     if run_BS is not None:
         sequence.document_BS = here.pad(run_BS, run_BS[:, -1:])
     if mask is not None and not trailing:
-        sequence.real_BS = here.pad(mask.bool(), True)
+        sequence.real_BS = here.pad(mask, True)
     _mark_tokens(sequence, here, mask, needed_BS)
     _mark_groups(sequence, config, device)
     sequence.wants_z_loss = config.wants_z_loss
@@ -190,26 +193,25 @@ class _Cut:
         return x_BS if self.index is None else self.pad(x_BS, value).index_select(1, self.index)
 
 
-def _padding(attention_mask: Tensor | None, target_BS: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
+def _padding(real_BS: Tensor | None, target_BS: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
     """What of a batch is padding; the host waits for the device once.
 
     Args:
-        attention_mask: 0 for padding, or None.
+        real_BS: False for padding, or None.
         target_BS: Targets, or None where every position's output is needed.
 
     Returns:
         The mask, or None without padding; positions that are asked for, or None for all; and whether causality alone
         keeps padding away from every position that is asked for, since it follows all of them.
     """
-    if attention_mask is None:
+    if real_BS is None:
         return None, None, False
-    real_BS = attention_mask.bool()
     if target_BS is None:
-        return (None if bool(real_BS.all()) else attention_mask), None, False
+        return (None if bool(real_BS.all()) else real_BS), None, False
     needed_BS = real_BS | (target_BS != IGNORED)
     trailing = (real_BS[:, 1:] <= real_BS[:, :-1]).all() & ~(needed_BS & ~real_BS).any()
     whole, follows = torch.stack([real_BS.all(), trailing]).tolist()
-    return (None, None, False) if whole else (attention_mask, needed_BS, follows)
+    return (None, None, False) if whole else (real_BS, needed_BS, follows)
 
 
 def _filled(value: int, device: torch.device) -> Tensor:
@@ -239,8 +241,8 @@ def check_shapes(
     document_ids: Tensor | None,
     loss_weights: Tensor | None,
 ) -> None:
-    """Raises a ValueError unless the arguments of a forward pass have shapes that go together."""
-    if input_ids.dim() != 2 or input_ids.is_floating_point():
+    """Raises a ValueError unless the arguments of a forward pass have kinds and shapes that go together."""
+    if input_ids.dim() != 2 or not _is_whole(input_ids):
         raise ValueError(
             f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}."
         )
@@ -263,20 +265,20 @@ def check_shapes(
         raise ValueError(
             f"{name} has shape {list(tensor.shape)}, but input_ids has {list(input_ids.shape)}; make them equal."
         )
+    check_kinds({name: tensor for name, tensor in others.items() if name != "loss_weights"})
 
 
-def _shift(x_BS: Tensor, last: float) -> Tensor:
-    """Position t takes the value of position t + 1."""
-    return torch.cat([x_BS[:, 1:], torch.full_like(x_BS[:, :1], last)], dim=1)
+def check_kinds(tensors: Mapping[str, Tensor | None]) -> None:
+    """Raises a ValueError unless labels, masks, positions and documents, by name, are integers; a mask may be bool."""
+    for name, tensor in tensors.items():
+        if tensor is None or _is_whole(tensor) or (name == "attention_mask" and tensor.dtype == torch.bool):
+            continue
+        hint = ": 1 for tokens and 0 for padding; masks that are added to scores are not read" if "mask" in name else ""
+        raise ValueError(f"{name} has the dtype {tensor.dtype}; give integers{hint}.")
 
 
-def _targets(labels: Tensor | None, document_ids: Tensor | None, like: Tensor) -> Tensor:
-    if labels is None:
-        return torch.full_like(like, IGNORED)
-    target_BS = _shift(labels, IGNORED)
-    if document_ids is not None:
-        target_BS = target_BS.masked_fill(_shift(document_ids, -1) != document_ids, IGNORED)
-    return target_BS
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _document_runs(
@@ -319,7 +321,7 @@ def _mark_tokens(sequence: SequenceBatch, here: _Cut, mask: Tensor | None, neede
         sequence.routed_T = sequence.shard(routed_BL.flatten(), value=False)
         sequence.num_routed = int(sequence.routed_T.sum())
     if sequence.padding or here.padding or mask is not None:
-        counted_BL = here.cut(true_BS if mask is None else mask.bool(), False)
+        counted_BL = here.cut(true_BS if mask is None else mask, False)
         sequence.counted_T = sequence.shard(counted_BL.flatten(), value=False)
 
 

@@ -145,6 +145,9 @@ class MoECausalLM(ParallelRoot):
 
     Args:
         config: The model's configuration.
+
+    Attributes:
+        tokenizer_path: Directory whose tokenizer exports carry instead of that of the model's checkpoint. TextData sets it.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -161,6 +164,7 @@ class MoECausalLM(ParallelRoot):
             for name, entry in (parameter_entries(config) | bias_entries(config)).items()
         }
         self.source: WeightSource | None = None
+        self.tokenizer_path: Path | None = None
         self.weights_pending = False
         biased = config.router.bias_update_rate is not None  # instead of the loss
         if config.router_aux_loss_coef > 0 and not config.wants_aux_loss and config.num_moe_layers and not biased:
@@ -274,7 +278,8 @@ class MoECausalLM(ParallelRoot):
         Args:
             input_ids: ``[B, S]``, int64.
             labels: ``[B, S]``, at the positions of ``input_ids`` (shifted inside), -100 is ignored.
-            attention_mask: ``[B, S]``, 0 for padding.
+            attention_mask: ``[B, S]`` integers or bool, 0 for padding; numbers above 1 are those of documents, in place of
+                ``document_ids``.
             position_ids: ``[B, S]`` or ``[1, S]``; 0, 1, ... by default. Where they jump and there is neither mask nor
                 document ids, a new document begins, as in ``transformers``.
             document_ids: ``[B, S]``; attention and positions restart where they change, and no label crosses a border.
@@ -291,8 +296,8 @@ class MoECausalLM(ParallelRoot):
             The losses, with labels; the logits without labels where tp is 1, or with ``gather_logits``.
 
         Raises:
-            ValueError: If shapes disagree, a token id or label lies outside the vocabulary on any rank (raised on all),
-                or a rank has labels and fewer rows than there are micro-batches.
+            ValueError: If shapes disagree, a mask holds floats or negative numbers, or a token id or label lies outside the
+                vocabulary on any rank (raised on all), or a rank has labels and fewer rows than there are micro-batches.
             TypeError: For an argument that nobody takes.
         """
         if extras and loss_fn is None:
@@ -483,14 +488,17 @@ class MoECausalLM(ParallelRoot):
             }
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         world = SINGLE if self.mesh is None else self.mesh.world
-        write_hf_checkpoint(path, config, tensors, piece, world, max_shard_size=max_shard_size, side_files_from=origin)
+        write_hf_checkpoint(
+            path, config, tensors, piece, world, max_shard_size=max_shard_size, side_files_from=origin,
+            tokenizer_from=self.tokenizer_path,
+        )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
         """What :meth:`save_pretrained` would write besides the weights, as plain data.
 
         Returns:
-            ``config`` in Hugging Face's form, ``dtypes`` of the parameters on disk, by name, and ``path`` of the
-            checkpoint that the model was made from, or None.
+            ``config`` in Hugging Face's form, ``dtypes`` of the parameters on disk, by name, ``path`` of the
+            checkpoint that the model was made from, or None, and ``tokenizer``, the path of :attr:`tokenizer_path`, or None.
         """
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         return {
@@ -500,6 +508,7 @@ class MoECausalLM(ParallelRoot):
                 for name in parameter_entries(self.config) | bias_entries(self.config)
             },
             "path": None if origin is None else str(origin.resolve()),
+            "tokenizer": None if self.tokenizer_path is None else str(self.tokenizer_path.resolve()),
         }
 
     def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moefold import comm
+from lightning_moefold.models.batch import check_kinds
+from lightning_moefold.models.masks import read_mask
 from lightning_moefold.models.weights import CheckpointWeights
 from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.cache import KeyValueCache
@@ -120,7 +122,13 @@ def _read_mask(input_ids: Tensor, attention_mask: Tensor | None, ends: list[int]
             "equal."
         )
     if attention_mask is not None:
-        real_BS = attention_mask.bool()
+        check_kinds({"attention_mask": attention_mask})
+        real_BS, documents = read_mask(attention_mask, None)
+        if documents is not None:
+            raise ValueError(
+                "attention_mask numbers documents, and a prompt is one; give 1 for tokens and 0 for padding."
+            )
+        real_BS = torch.ones_like(input_ids, dtype=torch.bool) if real_BS is None else real_BS
     elif pad is not None and pad not in ends:
         real_BS = input_ids != pad
     else:

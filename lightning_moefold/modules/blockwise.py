@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_moefold.modules.base import wide
@@ -59,13 +60,34 @@ class Seen(Enum):
     CAUSAL = 2
 
 
+def sees_nothing(real_BS: Tensor, document_BS: Tensor | None, window: int | None) -> Tensor:
+    """Positions that have no token to see, themselves included, ``[B, S]`` bool; they are padding.
+
+    Args:
+        real_BS: False for padding.
+        document_BS: Of each position; a new document begins where it changes. None where each row is one.
+        window: How many positions are seen, itself included; None for all.
+    """
+    place_S = torch.arange(real_BS.shape[1], device=real_BS.device)
+    first_BS = torch.zeros_like(real_BS, dtype=torch.int64)  # that is seen
+    if document_BS is not None:
+        begins = torch.ones_like(real_BS)
+        begins[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
+        first_BS = torch.where(begins, place_S, 0).cummax(1).values
+    if window is not None:
+        first_BS = torch.maximum(first_BS, place_S - window + 1)
+    count_BS = F.pad(real_BS.long().cumsum(1), (1, 0))
+    return count_BS[:, 1:] == count_BS.gather(1, first_BS)
+
+
 class Visibility:
-    """Which keys a query sees: none after it, and of those before it perhaps not all. It always sees itself.
+    """Which keys a query sees: none after it, and of those before it perhaps not all.
 
     Args:
         window: A query sees at most this many keys, itself included.
         document_BS: Number of each position's document, ascending along a row; a query sees its own document only.
-        real_BS: False for padding, which no other position sees.
+        real_BS: False for padding, which no position sees, as in ``transformers``; but padding that has no token before
+            it sees itself, since a query must see something.
     """
 
     def __init__(
@@ -75,6 +97,8 @@ class Visibility:
         # What decides how blocks are treated is asked of the host's copies, once per batch and not once per block.
         self._documents = None if document_BS is None else document_BS.cpu()
         self._hidden = None if real_BS is None else (~real_BS).cpu()
+        self._alone_BS = None if real_BS is None else sees_nothing(real_BS, document_BS, window)
+        self._alone = None if self._alone_BS is None else self._alone_BS.cpu()
         self._masks: dict[tuple[Span, Span], Tensor] = {}
         self._runs: dict[tuple[int, int], Runs | None] = {}
 
@@ -119,8 +143,8 @@ class Visibility:
         crosses = k.end - 1 > q.start
         if not crosses and self._all_hidden(q, k):
             return Seen.NOTHING
-        if q == k and self._is_padding(k):
-            return Seen.CAUSAL  # nobody asks what it sees
+        if q == k and self._alone is not None and bool(self._alone[:, k.start : k.end].all()):
+            return Seen.CAUSAL  # padding that no token precedes; nobody asks what it sees
         if not self._needs_mask(q, k):
             if not crosses:
                 return Seen.ALL
@@ -158,7 +182,9 @@ class Visibility:
             seen = seen & (self._document_BS[:, q.start : q.end, None] == self._document_BS[:, None, k.start : k.end])
         if self._real_BS is not None:
             seen = seen & self._real_BS[:, None, k.start : k.end]
-        return (seen | (distance_LK == 0)).unsqueeze(1)
+        if self._alone_BS is not None:
+            seen = seen | (self._alone_BS[:, q.start : q.end, None] & (distance_LK == 0))
+        return seen.unsqueeze(1)
 
 
 def _pairs(

@@ -19,10 +19,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_moefold.checkpoint.tokenizers import tokenizer_files
+from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import IGNORED
+from lightning_moefold.recipes.documents import READABLE
 from lightning_moefold.recipes.errors import InputError
 from lightning_moefold.recipes.order import EMPTY, Position, RowLoader, RowOrder
-from lightning_moefold.recipes.text import PADDING, Packing, Rows, tokenize, tokenizer_files
+from lightning_moefold.recipes.text import PADDING, Packing, Rows, tokenize
+
+#: Of the rows in the cache; another number for rows that the same text would not make today.
+_FORMAT = 2
 
 
 class Part:
@@ -59,7 +65,8 @@ class TextData(pl.LightningDataModule):
     any fold. Validation reads every row exactly once.
 
     Args:
-        files: Text to train on: .txt files (one document each), or .jsonl files with a string ``text`` in each line.
+        files: Text to train on: .txt files (one document each), or .jsonl and .json files of objects with a string
+            ``text``; each may be a .gz file.
         tokenizer: Directory with a tokenizer of ``transformers``, usually the checkpoint.
         sequence_length: L.
         batch_size: Rows of a batch over all data ranks together; a multiple of their number.
@@ -72,6 +79,10 @@ class TextData(pl.LightningDataModule):
         shuffle: Whether the order of training rows is drawn anew in each epoch.
         seed: Of that order.
         cache_dir: Where rows are kept for the other ranks and for the next time; all ranks must see it.
+        add_special_tokens: Whether a document has the tokens that the tokenizer adds to a text by itself, such as a
+            begin-of-text token. The end-of-text token closes every document either way. None is doubled that the text
+            has already.
+        trust_remote_code: Whether Python code that comes with the tokenizer may be run.
 
     Raises:
         InputError: For settings that cannot be.
@@ -91,8 +102,15 @@ class TextData(pl.LightningDataModule):
         shuffle: bool = True,
         seed: int = 0,
         cache_dir: str = ".moefold_tokens",
+        add_special_tokens: bool = True,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        given = {"train": files, "val": val_files, "test": test_files, "predict": predict_files}
+        for name, some in given.items():
+            if isinstance(some, (str, Path)) or (name == "train" and not some):
+                key = "files" if name == "train" else f"{name}_files"
+                raise InputError(f"{key}={some!r} must be a list of at least one file.")
         if packing not in ("blocks", "documents"):
             raise InputError(f"packing={packing!r} is not known; use 'blocks' or 'documents'.")
         if sequence_length < 2:
@@ -101,12 +119,9 @@ class TextData(pl.LightningDataModule):
             raise InputError(f"val_fraction={val_fraction} must be at least 0 and less than 1.")
         self.tokenizer, self.length, self.packing = Path(tokenizer), sequence_length, packing
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
+        self.add_special_tokens, self.trust_remote_code = add_special_tokens, trust_remote_code
         self.val_fraction, self.cache_dir = (0.0 if val_files else val_fraction), Path(cache_dir)
-        self._files = {
-            name: [Path(file) for file in given]
-            for name, given in (("train", files), ("val", val_files), ("test", test_files), ("predict", predict_files))
-            if given
-        }
+        self._files = {name: [Path(file) for file in some] for name, some in given.items() if some}
         self._parts: dict[str, Part] = {}
         self._error: Exception | None = None
         self._loader: RowLoader | None = None
@@ -142,7 +157,9 @@ class TextData(pl.LightningDataModule):
             path = self._path(files)
             if path.exists():
                 continue
-            rows = tokenize(files, self.tokenizer, self.length, self.packing)
+            rows = tokenize(
+                files, self.tokenizer, self.length, self.packing, self.add_special_tokens, self.trust_remote_code
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(f".{os.getpid()}")
             torch.save(asdict(rows), draft)
@@ -193,10 +210,16 @@ class TextData(pl.LightningDataModule):
         """Named for what the rows depend on."""
         for file in files:
             if not file.is_file():
-                raise InputError(f"{file} is no file; give .txt or .jsonl files.")
-        read = [*files, *tokenizer_files(self.tokenizer)]
-        seen = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in read]
-        key = hashlib.sha256(json.dumps([seen, self.length, self.packing]).encode()).hexdigest()
+                raise InputError(f"{file} is no file; give {READABLE}.")
+        config = self.tokenizer / "config.json"  # may name the tokenizer's class, and has the size of the vocabulary
+        beside = [
+            *tokenizer_files(self.tokenizer),
+            *self.tokenizer.glob("*.py"),
+            *([config] if config.is_file() else []),
+        ]
+        seen = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in [*files, *sorted(set(beside))]]
+        settings = [_FORMAT, self.length, self.packing, self.add_special_tokens, self.trust_remote_code]
+        key = hashlib.sha256(json.dumps([seen, settings]).encode()).hexdigest()
         return self.cache_dir / f"{key[:16]}.pt"
 
     def part(self, name: str) -> Part:
@@ -232,6 +255,7 @@ class TextData(pl.LightningDataModule):
         return self._make_loader("predict")
 
     def _make_loader(self, name: str, *, shuffle: bool = False) -> RowLoader:
+        self._name_tokenizer()
         part = self.part(name)
         if not len(part):
             raise InputError(
@@ -244,6 +268,13 @@ class TextData(pl.LightningDataModule):
             len(part), self.batch_size, place["rank"], place["num_replicas"], shuffle=shuffle, seed=self.seed
         )
         return RowLoader(order, lambda index_B: self._collate(*part.take(index_B), sources=name == "predict"))
+
+    def _name_tokenizer(self) -> None:
+        """Has exports and checkpoints of the models name this tokenizer; loaders are made when the models are there."""
+        if self.trainer is not None:
+            for model in self.trainer.lightning_module.modules():
+                if isinstance(model, MoECausalLM):
+                    model.tokenizer_path = self.tokenizer
 
     def _collate(self, token_BL: Tensor, document_BL: Tensor, sources: bool) -> dict[str, Tensor]:
         real_BL = document_BL != PADDING

@@ -18,14 +18,18 @@ import torch.nn.functional as F
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from lightning_moefold.models.batch import IGNORED
+from lightning_moefold.models.masks import IGNORED, find_targets
 
 
-def target_mask(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which positions are labels that some earlier token predicts: ``[B, S - 1]`` bool, of positions 1 to S - 1."""
-    mask_BS = batch["labels"][:, 1:] != IGNORED
-    documents = batch.get("document_ids")
-    return mask_BS if documents is None else mask_BS & (documents[:, 1:] == documents[:, :-1])
+def target_mask(batch: Mapping[str, Tensor], window: int | None = None) -> Tensor:
+    """Which positions are labels that the model counts: ``[B, S - 1]`` bool, of positions 1 to S - 1.
+
+    Args:
+        batch: As the model is given it.
+        window: The model's shortest sliding window, if it has any.
+    """
+    target_BS = find_targets(batch["labels"], batch.get("attention_mask"), batch.get("document_ids"), window)
+    return target_BS[:, :-1] != IGNORED
 
 
 class MeanLoss:
@@ -34,14 +38,15 @@ class MeanLoss:
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # of loss times weight, and of weights
 
-    def add(self, loss: Tensor, batch: Mapping[str, Tensor]) -> None:
+    def add(self, loss: Tensor, batch: Mapping[str, Tensor], window: int | None = None) -> None:
         """Adds a batch.
 
         Args:
             loss: Of the batch of all ranks.
             batch: Of this rank; its labels, or ``loss_weights``, weigh the loss.
+            window: See :func:`target_mask`.
         """
-        mask = target_mask(batch).double()
+        mask = target_mask(batch, window).double()
         if (weights := batch.get("loss_weights")) is not None:
             mask = mask * weights[:, 1:]
         weight = mask.sum()
@@ -62,9 +67,9 @@ class DocumentLosses:
     def __init__(self) -> None:
         self._sums = torch.zeros(0, 2, dtype=torch.float64)  # loss and tokens of each document
 
-    def add(self, logits_BSV: Tensor, batch: Mapping[str, Tensor]) -> None:
+    def add(self, logits_BSV: Tensor, batch: Mapping[str, Tensor], window: int | None = None) -> None:
         """Adds a batch, whose ``source_ids`` ``[B, S]`` say which document each token is of."""
-        mask_BS = target_mask(batch)
+        mask_BS = target_mask(batch, window)
         owner_N = batch["source_ids"][:, 1:][mask_BS].cpu()
         loss_N = torch.cat(  # row by row, as logits in float32 may be large
             [

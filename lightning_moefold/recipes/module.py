@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW
@@ -15,9 +16,10 @@ from typing_extensions import override
 
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.masks import shortest_window
 from lightning_moefold.recipes.errors import InputError
 from lightning_moefold.recipes.measures import DocumentLosses, MeanLoss, write_document_losses
-from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, warmup_and_decay
+from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, run_length, warmup_and_decay
 
 
 class FineTuneModule(pl.LightningModule):
@@ -33,6 +35,8 @@ class FineTuneModule(pl.LightningModule):
         learning_rate: After the rise.
         warmup_steps: Optimizer steps of linear rise.
         schedule: How the learning rate falls after that, until the end of the run.
+        total_steps: The step at which it has fallen, if that is not the end of the run, or if nothing tells the end: a
+            stream without a length, an endless number of epochs.
         final_learning_rate: Where it ends, as a share of ``learning_rate``.
         weight_decay: Of matrices; norms and biases have none.
         betas: Of AdamW.
@@ -59,8 +63,11 @@ class FineTuneModule(pl.LightningModule):
         config_overrides: dict[str, Any] | None = None,
         freeze: list[str] | None = None,
         predictions: str | None = None,
+        total_steps: int | None = None,
     ) -> None:
         super().__init__()
+        if total_steps is not None and total_steps < 1:
+            raise InputError(f"total_steps={total_steps} must be at least 1.")
         self.save_hyperparameters()
         self.model: MoECausalLM | None = None
         self.predicted: tuple[Path, int] | None = None
@@ -113,11 +120,34 @@ class FineTuneModule(pl.LightningModule):
         schedule = warmup_and_decay(
             optimizer,
             values["warmup_steps"],
-            lambda: int(self.trainer.estimated_stepping_batches),
+            self._total_steps,
             values["schedule"],
             values["final_learning_rate"],
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        given = self.hparams["total_steps"]
+        return run_length(self.trainer) if given is None else int(given)
+
+    @override
+    def on_train_start(self) -> None:
+        if self.hparams["schedule"] == "constant" or self.hparams["total_steps"] is not None:
+            return
+        try:
+            total, error = run_length(self.trainer), None
+        except InputError as unknown:
+            total, error = -1, unknown
+        strategy = self.trainer.strategy
+        ends = torch.tensor([total, -total], device=strategy.root_device)
+        most, least = strategy.reduce(ends, reduce_op="max").tolist()
+        if error is not None:
+            raise error
+        if most != -least:
+            raise InputError(
+                f"ranks have from {max(-least, 0)} to {most} steps to make, so that their learning rates would differ; give "
+                "each as many batches, or set total_steps of the module."
+            )
 
     def _check_length(self, batch: dict[str, Tensor]) -> None:
         """Warns once of rows that reach positions for which the model was not made."""
@@ -143,7 +173,7 @@ class FineTuneModule(pl.LightningModule):
     def _measure(self, batch: dict[str, Tensor]) -> None:
         assert self.model is not None
         self._check_length(batch)
-        self._mean.add(self.model(**batch).lm_loss, batch)
+        self._mean.add(self.model(**batch).lm_loss, batch, shortest_window(self.model.config))
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -163,7 +193,8 @@ class FineTuneModule(pl.LightningModule):
         assert self.model is not None
         self._check_length(batch)
         inputs = {name: x for name, x in batch.items() if name not in ("labels", "source_ids")}
-        self._documents.add(self.model(**inputs, gather_logits=True).logits, batch)
+        logits = self.model(**inputs, gather_logits=True).logits
+        self._documents.add(logits, batch, shortest_window(self.model.config))
 
     @override
     def on_predict_epoch_end(self) -> None:

@@ -7,9 +7,13 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_moefold.recipes.errors import InputError
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -21,6 +25,29 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         if parameter.requires_grad:
             groups.setdefault(parameter.ndim >= 2, []).append(parameter)
     return [{"params": group, "weight_decay": weight_decay * matrix} for matrix, group in sorted(groups.items())]
+
+
+def run_length(trainer: pl.Trainer) -> int:
+    """Optimizer steps of a run of ``trainer.fit``, once its loaders are made.
+
+    Raises:
+        InputError: If nothing says how many they are: an endless number of epochs, or a stream that has no length.
+    """
+    batches, epochs, total = trainer.num_training_batches, trainer.max_epochs, trainer.max_steps
+    if epochs is not None and epochs >= 0 and batches != math.inf:
+        accumulated = [trainer.accumulate_grad_batches] * max(epochs, 1)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                accumulated = [callback.get_accumulate_grad_batches(epoch) for epoch in range(len(accumulated))]
+        of_epochs = sum(math.ceil(batches / count) for count in accumulated)
+        total = of_epochs if total < 0 else min(total, of_epochs)
+    if total < 0:
+        why = "the training data has no length" if batches == math.inf else f"max_epochs={epochs} is endless"
+        raise InputError(
+            f"the learning rate falls until the end of the run, which is not known as {why}; set max_steps of the Trainer, "
+            "total_steps of the module, or schedule='constant'."
+        )
+    return total
 
 
 def warmup_and_decay(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
 import warnings
@@ -88,4 +89,5 @@ class ProgressLines(ProgressBar):
         self.shown = trainer.global_step
         if self.enabled and name in trainer.callback_metrics:
             total = trainer.estimated_stepping_batches
-            print(f"step {self.shown:>4}/{total:g}   {name:<10} {trainer.callback_metrics[name]:.3f}", flush=True)
+            of_all = f"/{total:g}" if 0 < total < math.inf else ""
+            print(f"step {self.shown:>4}{of_all}   {name:<10} {trainer.callback_metrics[name]:.3f}", flush=True)

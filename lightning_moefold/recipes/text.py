@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text files as rows of tokens.
 
-Documents are the .txt files, and the strings ``text`` of the lines of .jsonl files. They are tokenised, each closed by
-the tokenizer's end-of-text token, and laid into rows of L tokens in one of two ways:
+Documents (:mod:`.documents`) are tokenised, each begun as the tokenizer begins a text (with a begin-of-text token, say)
+and closed by its end-of-text token, and laid into rows of L tokens in one of two ways:
 
     blocks      joined end to end and cut every L tokens; what is left over at the end is dropped
     documents   whole documents side by side, none cut unless it is longer than a row; the rest of a row is padding
@@ -13,15 +13,17 @@ Legend: N rows, L tokens of a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_moefold.models import MoEConfig
+from lightning_moefold.checkpoint import CheckpointError
+from lightning_moefold.checkpoint.tokenizers import load_tokenizer
+from lightning_moefold.recipes.documents import read_documents
 from lightning_moefold.recipes.errors import InputError
 
 Packing = Literal["blocks", "documents"]
@@ -47,31 +49,14 @@ class Rows:
         return len(self.token_NL)
 
 
-def read_documents(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    """Name and text of every document.
-
-    Raises:
-        InputError: For a file that does not exist or is not UTF-8, or a line that is not JSON with a ``text``.
-    """
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}); give files with text.") from None
-        if path.suffix != ".jsonl":
-            yield path.name, text
-            continue
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    yield f"{path.name}:{number}", json.loads(line)["text"] + ""
-                except (ValueError, TypeError, KeyError):
-                    raise InputError(f'{path}, line {number} is not a JSON object with a string "text".') from None
-
-
-def tokenize(files: Sequence[Path], tokenizer: Path, length: int, packing: Packing) -> Rows:
+def tokenize(
+    files: Sequence[Path],
+    tokenizer: Path,
+    length: int,
+    packing: Packing,
+    add_special_tokens: bool = True,
+    trust_remote_code: bool = False,
+) -> Rows:
     """Reads, tokenises and packs.
 
     Args:
@@ -80,45 +65,57 @@ def tokenize(files: Sequence[Path], tokenizer: Path, length: int, packing: Packi
             against its vocabulary.
         length: L.
         packing: How documents are laid into rows.
+        add_special_tokens: Whether documents begin (and end) with the tokens that the tokenizer adds by itself.
+        trust_remote_code: Whether Python code that comes with the tokenizer may be run.
 
     Raises:
         InputError: If files, tokenizer or text are not usable.
     """
-    names, documents = _tokenize(files, tokenizer)
-    largest = max((max(tokens, default=0) for tokens in documents), default=0)
-    if (tokenizer / "config.json").is_file():
-        size = MoEConfig.from_pretrained(tokenizer).vocab_size
-        if largest >= size:
-            raise InputError(
-                f"the tokenizer of {tokenizer} gives token {largest}, but the model has only {size} tokens."
-            )
-    return (cut_blocks if packing == "blocks" else pack_documents)(documents, names, length)
-
-
-def _tokenize(files: Sequence[Path], tokenizer: Path) -> tuple[list[str], list[list[int]]]:
     try:
-        from transformers import AutoTokenizer  # here, as one rank needs it
-    except ImportError:
-        raise InputError(
-            "text is tokenised by transformers, which is not installed; pip install transformers."
-        ) from None
-    try:
-        if not tokenizer_files(tokenizer):
-            raise OSError  # for a directory with a model alone, transformers makes up a tokenizer without any token
-        encode = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except (OSError, ValueError):
-        raise InputError(f"{tokenizer} holds no tokenizer that transformers can load.") from None
-    end = [] if encode.eos_token_id is None else [encode.eos_token_id]
+        encode = load_tokenizer(tokenizer, trust_remote_code)
+    except CheckpointError as error:
+        raise InputError(str(error)) from error.__cause__
+    added = list(encode("", add_special_tokens=add_special_tokens)["input_ids"])
     names, documents = [], []
     for name, text in read_documents(files):
         names.append(name)
-        documents.append(encode(text, add_special_tokens=False, verbose=False)["input_ids"] + end)
-    return names, documents
+        documents.append(_encode(encode, text, name, add_special_tokens, added))
+    largest = max((max(tokens, default=0) for tokens in documents), default=0)
+    size = _vocabulary(tokenizer / "config.json")
+    if size is not None and largest >= size:
+        raise InputError(f"the tokenizer of {tokenizer} gives token {largest}, but the model has only {size} tokens.")
+    return (cut_blocks if packing == "blocks" else pack_documents)(documents, names, length)
 
 
-def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a tokenizer, of whatever kind."""
-    return sorted({path for pattern in ("*token*", "vocab*", "*.model") for path in directory.glob(pattern)})
+def _vocabulary(config: Path) -> int | None:
+    """``vocab_size`` of a model of any kind; None where it is not known."""
+    try:
+        size = json.loads(config.read_text(encoding="utf-8")).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _encode(tokenizer: Any, text: str, name: str, add_special_tokens: bool, added: list[int]) -> list[int]:
+    """The tokens of a document: begun as the tokenizer begins it, and closed by the end-of-text token, each once.
+
+    Args:
+        tokenizer: Of ``transformers``.
+        text: The document.
+        name: Where it was found.
+        add_special_tokens: Whether the tokenizer adds what it adds by itself.
+        added: What that is, for an empty text.
+    """
+    try:
+        tokens = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    except (TypeError, UnicodeError):  # half of a surrogate pair, which JSON can spell
+        raise InputError(f"{name} holds characters that are no Unicode text; remove them.") from None
+    begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    if added[:1] == begin and tokens[:2] == begin * 2:
+        del tokens[0]  # the text has its own
+    if added[-1:] == end and tokens[-2:] == end * 2:
+        del tokens[-1]
+    return tokens if end == [None] or tokens[-1:] == end else tokens + end
 
 
 def cut_blocks(documents: Sequence[Sequence[int]], names: list[str], length: int) -> Rows:

@@ -335,7 +335,7 @@ def test_wrong_input_ends_on_all_ranks(pool: RankPool, folder: Path, tmp_path: P
     small = make_checkpoint(tmp_path / "small", "qwen2_moe", vocab_size=96)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"model__checkpoint": tmp_path / "nowhere"}, "nowhere/config.json does not exist"),
-        ({"data__files": '["none.txt"]'}, "none.txt is no file; give .txt or .jsonl files."),
+        ({"data__files": '["none.txt"]'}, "none.txt is no file; give .txt, .jsonl or .json files."),
         ({"data__tokenizer": small}, "holds no tokenizer that transformers can load."),
         (
             {"model__checkpoint": small, "data__tokenizer": tmp_path / "tokenizer"},

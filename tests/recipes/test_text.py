@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_moefold.recipes import InputError, TextData
+from lightning_moefold.recipes.documents import read_documents
 from lightning_moefold.recipes.text import PADDING, cut_blocks, pack_documents, tokenize
 
 
@@ -56,14 +61,62 @@ def test_packed_documents_are_whole():
     [
         ("short.txt", b"a few words", "fewer than one row"),
         ("latin.txt", "na\xefve".encode("latin-1"), "not UTF-8"),
-        ("a.jsonl", b'{"text": "one"}\n{"words": "two"}', "line 2 is not"),
+        ("a.jsonl", b'{"text": "one"}\n{"words": "two"}', "line 2 is not a JSON object with .*; its keys are 'words'"),
         ("b.jsonl", b'{"text": 3}', "line 1 is not"),
+        ("c.jsonl", b'[{"text": "one"}]', "line 1 is not"),
+        ("d.JSONL", b"plain words", "line 1 is not"),
+        ("e.json", b'[{"text": "one"}, {"text": null}]', "entry 2 is not"),
+        ("f.json", b'{"text": ["one", "two"]}', "entry 1 is not"),
+        ("g.json", b'{"text": "one"', "line 1 is not"),
+        ("h.jsonl", b'{"text": "half \\ud800"}', "h.jsonl:1 holds characters that are no Unicode text"),
+        ("i.jsonl.gz", b'{"text": "not packed"}', "cannot be read"),
+        ("j.txt.gz", gzip.compress(b"cut short")[:-9], "cannot be read"),
+        ("k.csv", b"text\nabc\n", "k.csv is not read, as text is taken from .txt, .jsonl or .json files"),
+        ("l.parquet", b"PAR1", "l.parquet is not read"),
+        ("m.jsonl.zst", b"...", "m.jsonl.zst is not read"),
+        ("n.gz", b"...", "n.gz is not read"),
+        ("o", b"words", "o is not read"),
     ],
 )
 def test_wrong_text(folder, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         tokenize([tmp_path / name], folder / "checkpoint", 64, "blocks")
+
+
+LINES = '{"text": "one line"}\n{"text": "two"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES.encode()),
+        ("a.JSONL", LINES.encode()),
+        ("a.ndjson", LINES.replace("\n", "\r\n").encode()),
+        ("a.json", LINES.encode()),
+        ("a.json", b'[\n {"text": "one line"},\n {"text": "two", "source": 7}\n]'),
+        ("a.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+        ("a.jsonl", LINES.encode().replace(b"\n{", b"\n\xef\xbb\xbf{")),  # a joined file
+        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+    ],
+)
+def test_documents_of_every_ending(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert list(read_documents([tmp_path / name])) == [(f"{name}:1", "one line"), (f"{name}:2", "two")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one\n{}\n".encode("utf-8-sig")),
+        ("a.TXT", b"one\r\n{}\r\n"),
+        ("a.md", b"one\n{}\n"),
+        ("a.txt.gz", gzip.compress(b"one\n{}\n")),
+    ],
+)
+def test_whole_files_are_documents(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert list(read_documents([tmp_path / name])) == [(name, "one\n{}\n")]
 
 
 def test_wrong_tokenizer(folder, tmp_path):
@@ -77,6 +130,114 @@ def test_wrong_tokenizer(folder, tmp_path):
     (tmp_path / "config.json").write_text(config.replace('"vocab_size": 320', '"vocab_size": 300'))
     with pytest.raises(InputError, match="only 300 tokens"):
         tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
+
+
+def test_a_tokenizer_beside_a_model_of_another_kind(folder, tmp_path):
+    AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 320}')
+    rows = tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
+    assert torch.equal(rows.token_NL, tokenize([folder / "a.txt"], folder / "checkpoint", 64, "blocks").token_NL)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"tokenizer.model": "x", "tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+            "tokenizer.model is read by sentencepiece, which is not installed; pip install sentencepiece",
+        ),
+        (
+            {"a.tiktoken": "x", "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'},
+            "a.tiktoken is read by tiktoken, which is not installed; pip install tiktoken",
+        ),
+        ({"tekken.json": "{}"}, "tekken.json is read by mistral-common, which is not installed"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer"}'}, "has no vocabulary"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "has no vocabulary"),
+        ({"tokenizer.json": "{"}, "no tokenizer that transformers can load .JSONDecodeError"),
+    ],
+)
+def test_what_is_missing_of_a_tokenizer(folder, tmp_path, monkeypatch, files, message):
+    find = importlib.util.find_spec
+    absent = ("sentencepiece", "tiktoken", "mistral_common")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find(name))
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
+    assert "\n" not in str(caught.value)
+
+
+CODE = """
+import pathlib
+from transformers import PreTrainedTokenizer
+
+class Letters(PreTrainedTokenizer):
+    vocab_size = 300
+    def __init__(self, **options):
+        pathlib.Path(__file__).touch()
+        super().__init__(eos_token="<eos>", **options)
+    def get_vocab(self):
+        return {chr(i): i for i in range(300)}
+    def _tokenize(self, text):
+        return list(text)
+    def _convert_token_to_id(self, token):
+        return ord(token) if len(token) == 1 else 0
+    def _convert_id_to_token(self, number):
+        return chr(number)
+"""
+
+
+@pytest.mark.parametrize("spelling", [{"AutoTokenizer": ["tokenization_letters.Letters", None]}, None])
+def test_code_of_a_tokenizer_is_refused_or_allowed_and_never_asked_about(folder, tmp_path, monkeypatch, spelling):
+    def asked(_: str = "") -> str:
+        raise AssertionError("nobody sits at the terminal of a job")
+
+    monkeypatch.setattr("builtins.input", asked)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "tokenization_letters.py").write_text(CODE)
+    config = {"tokenizer_class": "Letters", "auto_map": spelling or ["tokenization_letters.Letters", None]}
+    (own / "tokenizer_config.json").write_text(json.dumps(config))
+    (own / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}')
+    (tmp_path / "a.txt").write_text("abcd" * 20)
+    with pytest.raises(InputError, match=r"code of its own .tokenization_letters.Letters.* trust_remote_code=True"):
+        tokenize([tmp_path / "a.txt"], own, 4, "blocks")
+    (own / "config.json").unlink()
+    rows = tokenize([tmp_path / "a.txt"], own, 4, "blocks", trust_remote_code=True)
+    assert rows.token_NL[0].tolist() == [ord(letter) for letter in "abcd"]
+
+
+def letters(path: Path, template: str) -> Path:
+    """A tokenizer of single letters that adds what ``template`` says."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("template", "add", "expected"),
+    [
+        ("$A", True, [[3, 4, 2], [5, 2], [1, 3, 2]]),
+        ("<s> $A", True, [[1, 3, 4, 2], [1, 5, 2], [1, 3, 2]]),
+        ("<s> $A </s>", True, [[1, 3, 4, 2], [1, 5, 2], [1, 3, 2]]),
+        ("<s> $A </s>", False, [[3, 4, 2], [5, 2], [1, 3, 2]]),
+    ],
+)
+def test_documents_begin_as_the_tokenizer_begins_them(tmp_path, template, add, expected):
+    """The last text spells its begin and its end itself; neither is doubled."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("ab", "c", "<s>a</s>")))
+    settings = {"packing": "documents", "add_special_tokens": add, "val_fraction": 0.0, "cache_dir": str(tmp_path)}
+    made = TextData([str(file)], str(letters(tmp_path / "tokenizer", template)), 8, 1, **settings)
+    made.prepare_data()
+    made.setup("fit")
+    token_BL, document_BL = made.part("train").take(torch.arange(len(made.part("train"))))
+    assert [token_BL[document_BL == number].tolist() for number in range(3)] == expected
 
 
 def test_documents_end_with_the_end_of_text(folder, tmp_path):
@@ -115,6 +276,18 @@ def test_text_is_tokenised_once_for_the_same_files_and_settings(folder, tmp_path
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     data(folder, tmp_path, ["a.txt"], packing="documents")
     assert len(list(tmp_path.iterdir())) == 3
+    data(folder, tmp_path, ["a.txt"], add_special_tokens=False)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "a.tiktoken", "tekken.json", "tokenization_own.py"])
+def test_text_is_tokenised_again_for_another_tokenizer(folder, tmp_path, name):
+    AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path / "own")
+    made = TextData([str(folder / "a.txt")], str(tmp_path / "own"), 64, 4, cache_dir=str(tmp_path))
+    before = made._path([folder / "a.txt"])
+    with (tmp_path / "own" / name).open("a") as file:
+        file.write(" ")
+    assert made._path([folder / "a.txt"]) != before
 
 
 def test_packed_batches(folder, tmp_path):
@@ -131,11 +304,14 @@ def test_packed_batches(folder, tmp_path):
         ({"packing": "dense"}, "packing='dense'"),
         ({"sequence_length": 1}, "at least 2"),
         ({"val_fraction": 1.0}, "less than 1"),
+        ({"files": "a.txt"}, "files='a.txt' must be a list"),
+        ({"files": []}, "at least one file"),
+        ({"val_files": "a.txt"}, "val_files='a.txt' must be a list"),
     ],
 )
 def test_wrong_settings(changes, message):
     with pytest.raises(InputError, match=message):
-        TextData(["a.txt"], "nowhere", **changes)
+        TextData(**{"files": ["a.txt"], "tokenizer": "nowhere"} | changes)
 
 
 def test_too_little_text_to_validate_on(folder, tmp_path):

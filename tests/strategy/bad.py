@@ -54,6 +54,8 @@ def _batches(rank: int) -> dict[str, dict[str, Any]]:
         "shape of labels": {"input_ids": good, "labels": good[:, :3]},
         "shape of mask": {"input_ids": good, "labels": good, "attention_mask": torch.ones(3, 6)},
         "floats": {"input_ids": good.float(), "labels": good},
+        "mask of floats": {"input_ids": good, "labels": good, "attention_mask": torch.ones(good.shape)},
+        "negative mask": {"input_ids": good, "labels": good, "attention_mask": torch.full_like(good, -1)},
         "one dimension": {"input_ids": good[0], "labels": good[0]},
     }
 

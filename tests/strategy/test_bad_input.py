@@ -38,6 +38,8 @@ def test_one_rank_has_a_bad_batch(pool: RankPool, path: str, fold: str) -> None:
         "shape of labels": "make them equal|another rank",
         "shape of mask": "make them equal|another rank",
         "floats": "must be integers|another rank",
+        "mask of floats": "has the dtype torch.float32|another rank",
+        "negative mask": "holds -1|another rank",
         "one dimension": "must be integers|another rank",
     }
     for messages in outcomes:
