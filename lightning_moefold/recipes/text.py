@@ -90,7 +90,8 @@ def tokenize(files: Sequence[Path], tokenizer: Path, length: int, packing: Packi
         size = MoEConfig.from_pretrained(tokenizer).vocab_size
         if largest >= size:
             raise InputError(
-                f"the tokenizer of {tokenizer} gives token {largest}, but the model has only {size} tokens."
+                f"the tokenizer of {tokenizer} gives token {largest}, but the model has only {size} tokens; enlarge it with "
+                f"transformers: load it, resize_token_embeddings({largest + 1}) or more, save_pretrained to another directory."
             )
     return (cut_blocks if packing == "blocks" else pack_documents)(documents, names, length)
 
