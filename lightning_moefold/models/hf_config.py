@@ -231,7 +231,8 @@ def written_config(config: MoEConfig) -> dict[str, Any]:
             read = read_hf_config(written, {})[0]
         except ConfigError:  # of a source that can only be read with overrides
             continue
-        same = replace(read, **{name: getattr(config, name) for name in _OF_CALLS})
+        unused = () if config.num_moe_layers < config.num_hidden_layers else ("intermediate_size",)
+        same = replace(read, **{name: getattr(config, name) for name in (*_OF_CALLS, *unused)})
         lost = [f.name for f in fields(config) if f.compare and getattr(same, f.name) != getattr(config, f.name)]
         if not lost:
             return written

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lightning_moefold.checkpoint.safe_metadata import SafeReader
@@ -133,4 +134,21 @@ def at_the_trainer(path: str, folder: str) -> dict[tuple[str, str], tuple[str, b
             except Exception as error:
                 said = f"{type(error).__name__}: {error}"
             seen[name, f"load_from_checkpoint {what.name}"] = said, marker.exists()
+    return seen
+
+
+def single_files(path: str, folder: str) -> dict[tuple[str, str], tuple[str, bool]]:
+    """What a model in pieces and a plain module say of a file that attacks."""
+    file, marker = Path(folder, "bad.ckpt"), Path(folder, "attacked")
+    torch.save({"state_dict": {}, "attack": Attack(marker)}, file)
+    seen = {}
+    for name, make in {"MoE": lambda: finetune.Finetune(path), "plain": BoringModel}.items():
+        for verb in ("fit", "validate", "test", "predict"):
+            run = finetune.make("", {"max_steps": 1, "precision": "32-true"})
+            try:
+                getattr(run, verb)(make(), ckpt_path=str(file))
+                said = "no error"
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+            seen[name, verb] = said, marker.exists()
     return seen

@@ -291,6 +291,8 @@ def test_written_after_with_overrides() -> None:
     written = written_config(config)
     assert written["num_experts_per_tok"] == 3
     assert MoEConfig.from_hf(written) == config
+    unused = MoEConfig.from_hf(BASE["mixtral"]).with_overrides(intermediate_size=64)  # no layer of the family is dense
+    assert written_config(unused) == BASE["mixtral"]
     mixed = MoEConfig.from_hf(BASE["mixtral"]).with_overrides(sliding_windows=(None, 4))
     with pytest.raises(ConfigError, match="sliding_windows=.* cannot be written in a config.json of mixtral"):
         written_config(mixed)
