@@ -79,6 +79,11 @@ class SafeReader(dcp.FileSystemReader):
         self._list.storage_meta.load_id = self.load_id
         return self._list
 
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Shape and dtype of each tensor by name; raises as :meth:`read_metadata`."""
+        listed = self.read_metadata().state_dict_metadata
+        return {name: item for name, item in listed.items() if isinstance(item, TensorStorageMetadata)}
+
 
 def _checked(metadata: Any) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):

@@ -168,7 +168,7 @@ def stored_tensors(path: str | Path) -> dict[str, TensorStorageMetadata]:
 
 def _listed(reader: SafeReader) -> dict[str, TensorStorageMetadata]:
     try:
-        return reader.read_metadata().state_dict_metadata
+        return reader.tensors()
     except Exception as error:
         raise CheckpointError(f"{reader.path} is damaged: its list of tensors cannot be read ({error}).") from None
 

@@ -72,8 +72,12 @@ class CheckpointWeights:
         if any(name in checkpoint.tensors for name in biases):  # of some layers alone: something is missing
             self._entries |= biases
             expected |= {name: entry.shape for name, entry in biases.items()}
-        head = {"lm_head.weight": (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
-        rotary = {name: (config.head_dim // 2,) for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq")}
+        head: dict[str, tuple[int, ...]] = (
+            {"lm_head.weight": (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
+        )
+        rotary: dict[str, tuple[int, ...]] = {
+            name: (config.head_dim // 2,) for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq")
+        }
         if "lm_head.weight" in expected and "lm_head.weight" not in checkpoint.tensors:
             raise CheckpointError(
                 f"{checkpoint.path} has no tensor 'lm_head.weight', which the configuration asks for; if the head is the "
