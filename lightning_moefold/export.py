@@ -19,7 +19,7 @@ from lightning_moefold.checkpoint.sharded import StoredTensors, load_meta
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoEConfig
-from lightning_moefold.models.hf_config import to_hf_config
+from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.models.names import bias_entries, parameter_entries
 from lightning_moefold.training_state import MODELS
 
@@ -72,7 +72,7 @@ def export(checkpoint: Path, output: Path, model: Path | None = None, dtype: str
     def piece(parameter: str) -> Tensor:
         return stored.read(whole[parameter])
 
-    written: dict[str, Any] = dict(config.raw) or to_hf_config(config)
+    written: dict[str, Any] = written_config(config)
     if dtype is not None:
         written = {k: v for k, v in written.items() if k != "torch_dtype"} | {"dtype": dtype}
     origin = model or (Path(described["path"]) if described["path"] else None)

@@ -2,7 +2,8 @@
 """Reads slices of a Hugging Face checkpoint (safetensors, one file or several with an index).
 
 Headers are checked as a whole before anything is read: file by file against the index, tensor by tensor against the
-shapes that the model expects. Only safetensors is ever read, and only files inside the directory.
+shapes that the model expects. Only safetensors is ever read, only files inside the directory, and nothing in them is
+left out without having been looked at: a directory in which other weights lie that ``transformers`` would read is refused.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from torch import Tensor
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-#: Buffers that old checkpoints carry and no model needs.
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+_ADAPTER = "adapter_config.json"
 
 DTYPES = {
     "F64": torch.float64,
@@ -57,6 +57,11 @@ class HFCheckpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory; give a directory in Hugging Face format.")
+        if (self.path / _ADAPTER).is_file():
+            raise CheckpointError(
+                f"{self.path} holds {_ADAPTER}, an adapter that transformers adds to the weights; merge it into them, or take "
+                "it out of the directory."
+            )
         weight_map = self._weight_map()
         self.tensors: dict[str, StoredTensor] = {}
         self._handles: dict[Path, Any] = {}
@@ -85,6 +90,11 @@ class HFCheckpoint:
                 raise CheckpointError(
                     f"{index} says that {name!r} lies in {file!r}, which is not a safetensors file inside {root}."
                 )
+            if plain.parts != (_SINGLE,) and (self.path / _SINGLE).is_file():
+                raise CheckpointError(
+                    f"{self.path} holds two sets of weights, {_SINGLE} and the files of {_INDEX}; delete the one that is not "
+                    f"meant (transformers reads {_SINGLE})."
+                )
             if not (self.path / plain).is_file():
                 raise CheckpointError(f"{self.path / plain} is missing, but {_INDEX} names it for {name!r}.")
         return weight_map
@@ -94,6 +104,10 @@ class HFCheckpoint:
             names = set(opened.keys())
             for name in sorted(expected - names):
                 raise CheckpointError(f"{file} does not hold {name!r}, which the index places there.")
+            for name in sorted(names - expected):
+                raise CheckpointError(
+                    f"{file} holds {name!r}, which the index does not place there; write the index anew."
+                )
             for name in expected:
                 part = opened.get_slice(name)
                 kind = part.get_dtype()
@@ -101,33 +115,34 @@ class HFCheckpoint:
                     raise CheckpointError(f"{name!r} in {file} has dtype {kind}; only {', '.join(DTYPES)} are read.")
                 self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), DTYPES[kind])
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], optional: frozenset[str] = frozenset()) -> None:
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
         """Checks names and shapes against those of a model.
 
         Args:
             expected: Shape of every tensor that must be there.
-            optional: Names that may be there as well (a tied head, say).
+            optional: Shapes of those that may be there as well; whoever names them compares what they hold.
 
         Raises:
             CheckpointError: Naming the first missing, extra or misshapen tensor and how many more there are.
         """
+        known = {**(optional or {}), **expected}
         missing = [name for name in expected if name not in self.tensors]
         if missing:
             raise CheckpointError(
                 f"{str(self.path)!r} has no tensor {missing[0]!r}{_more(missing)}, which the configuration asks for."
             )
-        extra = sorted(
-            n for n in self.tensors if n not in expected and n not in optional and not n.endswith(_IGNORED_SUFFIXES)
-        )
+        extra = sorted(name for name in self.tensors if name not in known)
         if extra:
             raise CheckpointError(
                 f"{self.path} holds {extra[0]!r}{_more(extra)}, which a model of its configuration does not have."
             )
-        for name, shape in expected.items():
-            if self.tensors[name].shape != tuple(shape):
+        for name, tensor in self.tensors.items():
+            if tensor.shape != tuple(known[name]):
                 raise CheckpointError(
-                    f"{name!r} in {self.tensors[name].file} has shape {list(self.tensors[name].shape)}, "
-                    f"but the configuration makes it {list(shape)}."
+                    f"{name!r} in {tensor.file} has shape {list(tensor.shape)}, but the configuration makes it "
+                    f"{list(known[name])}."
                 )
 
     def read(self, name: str, slices: tuple[slice, ...]) -> Tensor:

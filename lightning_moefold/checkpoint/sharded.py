@@ -3,7 +3,8 @@
 
 A checkpoint is a directory. Tensors are stored under global names with global shapes; each rank writes the boxes it
 owns and reads the boxes it needs, whatever fold wrote them. Everything that is not a tensor of the model or the
-optimizer is in ``meta.pt``, read with ``weights_only=True``. A save appears under its name only when it is complete.
+optimizer is in ``meta.pt``, read with ``weights_only=True``; reading runs no code of a checkpoint. A save appears under its
+name only when it is complete.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from lightning_moefold import comm
 from lightning_moefold.checkpoint.hf_reader import CheckpointError
 from lightning_moefold.checkpoint.hf_writer import replace_directory
+from lightning_moefold.checkpoint.safe_metadata import SafeReader
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import Axis
 
@@ -156,14 +158,19 @@ def load_meta(path: str | Path) -> dict[str, Any]:
 
 
 def stored_tensors(path: str | Path) -> dict[str, TensorStorageMetadata]:
-    """Shapes and dtypes of all tensors in a checkpoint."""
+    """Shapes and dtypes of all tensors in a checkpoint.
+
+    Raises:
+        CheckpointError: If the list cannot be read.
+    """
+    return _listed(SafeReader(path))
+
+
+def _listed(reader: SafeReader) -> dict[str, TensorStorageMetadata]:
     try:
-        metadata = dcp.FileSystemReader(path).read_metadata()
+        return reader.tensors()
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged: its list of tensors cannot be read ({error}).") from None
-    return {
-        name: item for name, item in metadata.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)
-    }
+        raise CheckpointError(f"{reader.path} is damaged: its list of tensors cannot be read ({error}).") from None
 
 
 class StoredTensors:
@@ -180,9 +187,8 @@ class StoredTensors:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.items = stored_tensors(path)
-        self._path = Path(path)
-        self._reader = _RereadingReader(path)
+        self._path, self._reader = Path(path), SafeReader(path)
+        self.items = _listed(self._reader)
 
     def read(self, name: str) -> Tensor:
         """A whole tensor.
@@ -198,24 +204,13 @@ class StoredTensors:
         return tensor
 
 
-class _RereadingReader(dcp.FileSystemReader):
-    """Reads the list of tensors, which may be long, once."""
-
-    _list: Any = None
-
-    def read_metadata(self, *arguments: Any, **options: Any) -> Any:
-        if self._list is None:
-            self._list = super().read_metadata(*arguments, **options)
-        return self._list
-
-
 def load_sharded(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills ``tensors`` in place. Collective.
 
     Raises:
         CheckpointError: If a tensor is missing or of another shape, or a file damaged; raised on all ranks.
     """
-    _collective("read", Path(path), lambda: dcp.load(dict(tensors), checkpoint_id=path))
+    _collective("read", Path(path), lambda: dcp.load(dict(tensors), storage_reader=SafeReader(path)))
 
 
 def _collective(verb: str, path: Path, action: Any) -> None:

@@ -25,7 +25,7 @@ from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.generation import Sampling, generate
-from lightning_moefold.models.hf_config import to_hf_config
+from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.models.losses import GlobalLoss, Losses
 from lightning_moefold.models.names import bias_entries, parameter_entries
 from lightning_moefold.models.unequal import UnequalCalls
@@ -481,7 +481,7 @@ class MoECausalLM(ParallelRoot):
             parameter = held[name].detach()
             return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
-        config = dict(self.config.raw) or to_hf_config(self.config)
+        config = written_config(self.config)
         if dtype is not None:
             config = {k: v for k, v in config.items() if k != "torch_dtype"} | {
                 "dtype": str(dtype).removeprefix("torch.")
@@ -502,7 +502,7 @@ class MoECausalLM(ParallelRoot):
         """
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         return {
-            "config": dict(self.config.raw) or to_hf_config(self.config),
+            "config": written_config(self.config),
             "dtypes": {
                 name: str(self._disk_dtype(name, None)).removeprefix("torch.")
                 for name in parameter_entries(self.config) | bias_entries(self.config)

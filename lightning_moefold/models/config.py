@@ -15,14 +15,27 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lightning_moefold.models.fields import (
+    ABOVE_ZERO,
+    BOOLEAN,
+    COUNT,
+    INTEGER,
+    INTEGERS,
+    NOT_NEGATIVE,
+    NUMBER,
+    POSITIVE,
+    STRING,
+    ConfigError,
+)
 from lightning_moefold.modules.routers.options import RouterOptions
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 AuxLoss = Literal["huggingface", "microbatch", "sequence", "global_batch"]
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
 
 #: Fields that do not change what training computes.
-_NEUTRAL = frozenset(
+NEUTRAL = frozenset(
     (
         "_name_or_path", "add_cross_attention", "architectures", "auto_map", "bad_words_ids",
         "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size",
@@ -36,13 +49,30 @@ _NEUTRAL = frozenset(
         "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
         "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16", "use_cache",
         "attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation",
-        "initializer_range",
+        "initializer_range", "tie_last_hidden_states", "num_labels",
     )
 )  # fmt: skip
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be read or honoured; the message names the field."""
+#: What each field of :class:`MoEConfig` may hold.
+_KINDS = {
+    **dict.fromkeys(
+        (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "moe_intermediate_size", "num_experts", "num_experts_per_tok", "decoder_sparse_step",
+        ),
+        POSITIVE,
+    ),
+    **dict.fromkeys(("intermediate_size", "shared_expert_intermediate_size"), COUNT),
+    **dict.fromkeys(
+        ("norm_topk_prob", "qkv_bias", "output_bias", "qk_norm", "tie_word_embeddings", "output_router_logits"), BOOLEAN
+    ),
+    **dict.fromkeys(("rms_norm_eps", "initializer_range"), NOT_NEGATIVE),
+    **dict.fromkeys(("rope_theta", "rope_scaling_factor"), ABOVE_ZERO),
+    **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef"), NUMBER),
+    **dict.fromkeys(("model_type", "hidden_act", "aux_loss"), STRING),
+    "mlp_only_layers": INTEGERS,
+    "pad_token_id": INTEGER.or_null,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +114,7 @@ class MoEConfig:
         router: How experts are chosen.
         initializer_range: Standard deviation of initial weights.
         dtype: Of the stored weights, as a name such as ``"bfloat16"``; None if the file does not say.
-        raw: The configuration as read, with overrides; what is written back.
+        raw: The configuration as read, without overrides; see :func:`~.hf_config.written_config` for what is written.
     """
 
     model_type: str
@@ -122,21 +152,14 @@ class MoEConfig:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        positive = (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "moe_intermediate_size",
-            "num_experts",
-            "num_experts_per_tok",
-            "decoder_sparse_step",
-        )
-        for name in positive:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be a positive integer.")
+        for name, kind in _KINDS.items():
+            kind.check(name, getattr(self, name))
+        if self.model_type not in FAMILIES:
+            raise ConfigError(
+                f"model_type={self.model_type!r} is not supported; the supported architectures are {', '.join(FAMILIES)}."
+            )
+        if self.dtype not in (None, *_DTYPES):
+            raise ConfigError(f"dtype={self.dtype!r} is not supported; weights are {', '.join(_DTYPES)}.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide num_attention_heads={self.num_attention_heads}."
@@ -168,6 +191,12 @@ class MoEConfig:
             raise ConfigError(f"hidden_act={self.hidden_act!r} is not supported; use one of {', '.join(_ACTIVATIONS)}.")
         if not self.sliding_windows:
             object.__setattr__(self, "sliding_windows", (None,) * self.num_hidden_layers)
+        if len(self.sliding_windows) != self.num_hidden_layers:
+            raise ConfigError(
+                f"sliding_windows names {len(self.sliding_windows)} layers, but num_hidden_layers={self.num_hidden_layers}."
+            )
+        for window in self.sliding_windows:
+            POSITIVE.or_null.check("sliding_windows", window)
 
     # ---- structure ---------------------------------------------------------------------------------------------
 
@@ -292,20 +321,17 @@ class MoEConfig:
         """
         from lightning_moefold.models.hf_config import read_hf_config
 
-        return read_hf_config({**raw, **overrides}, overrides)
+        config, unknown = read_hf_config(raw, overrides)
+        if unknown:
+            warnings.warn(
+                f"config.json has fields that are not known here and are ignored: {', '.join(sorted(unknown))}.",
+                stacklevel=2,
+            )
+        return config
 
     def with_overrides(self, **overrides: Any) -> MoEConfig:
-        """A copy with dataclass fields replaced (not re-read from :attr:`raw`)."""
+        """A copy with dataclass fields replaced (not re-read from :attr:`raw`, and written where the model is saved)."""
         unknown = set(overrides) - {f.name for f in fields(self)}
         if unknown:
             raise ConfigError(f"MoEConfig has no field {sorted(unknown)[0]!r}.")
         return replace(self, **overrides)
-
-
-def warn_unknown(names: set[str]) -> None:
-    """One warning that names configuration fields nobody here has heard of."""
-    unknown = sorted(names - _NEUTRAL)
-    if unknown:
-        warnings.warn(
-            f"config.json has fields that are not known here and are ignored: {', '.join(unknown)}.", stacklevel=3
-        )

@@ -3,174 +3,194 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
-from lightning_moefold.models.config import FAMILIES, ConfigError, MoEConfig, warn_unknown
+from lightning_moefold.models import rope
+from lightning_moefold.models.config import FAMILIES, NEUTRAL, MoEConfig
+from lightning_moefold.models.fields import (
+    BOOLEAN,
+    COUNT,
+    INTEGER,
+    INTEGERS,
+    NOT_NEGATIVE,
+    NUMBER,
+    POSITIVE,
+    STRING,
+    STRINGS,
+    TOKENS,
+    ConfigError,
+    FieldReader,
+    Kind,
+    names_beside,
+)
 from lightning_moefold.modules.routers.options import RouterOptions
 from lightning_moefold.modules.routers.registry import router_options
 
-_MISSING = object()
 _KV_HEADS = {"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
+_DTYPE = Kind("the name of a dtype", lambda value: isinstance(value, str) or str(value).startswith("torch."))
+#: Fields that only say what a call returns: what is written has the source's, whatever a run has set.
+_OF_CALLS = ("output_router_logits",)
 
 
-class _Reader:
-    """Takes fields out of a configuration and remembers which were looked at."""
+def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[MoEConfig, set[str]]:
+    """Builds a :class:`MoEConfig`; see :meth:`MoEConfig.from_hf`.
 
-    def __init__(self, raw: dict[str, Any]) -> None:
-        self.raw = raw
-        self.seen: set[str] = set()
-
-    def get(self, *names: str, default: Any = _MISSING) -> Any:
-        """The first of ``names`` that is present (aliases), else the default."""
-        self.seen.update(names)
-        for name in names:
-            if name in self.raw:
-                return self.raw[name]
-        if default is _MISSING:
-            raise ConfigError(f"config.json has no field {names[0]!r}.")
-        return default
-
-    def refuse_unless(self, name: str, neutral: tuple[Any, ...], reason: str) -> None:
-        """Refuses by name a field whose value would change the result."""
-        value = self.get(name, default=neutral[0])
-        if value not in neutral:
-            raise ConfigError(f"{name}={value!r} is not supported ({reason}); set it to {neutral[0]!r}.")
-
-
-def read_hf_config(raw: dict[str, Any], overrides: dict[str, Any]) -> MoEConfig:
-    """Builds a :class:`MoEConfig`; see :meth:`MoEConfig.from_hf`."""
-    reader = _Reader(raw)
-    family = reader.get("model_type", default=None)
+    Returns:
+        The configuration, and the names of fields that nobody here has heard of.
+    """
+    family = overrides.get("model_type", raw.get("model_type"))
     if family not in FAMILIES:
         raise ConfigError(
             f"model_type={family!r} is not supported; the supported architectures are {', '.join(FAMILIES)}."
         )
-    reader.refuse_unless("attention_dropout", (0.0, 0, None), "dropout would differ from rank to rank")
-    reader.refuse_unless(
-        "router_jitter_noise",
-        (0.0, 0, None),
-        "it disturbs what experts compute, too; see input_jitter of RouterOptions",
-    )
-    options = _router(reader)
-    reader.refuse_unless("quantization_config", (None,), "quantised weights cannot be trained")
-    reader.refuse_unless("partial_rotary_factor", (1.0, None), "each head is turned as a whole")
-    reader.refuse_unless("num_key_value_groups", (None,), "it is derived from the numbers of heads")
-    layers = reader.get("num_hidden_layers", default=24 if family != "mixtral" else 32)
-    heads = reader.get("num_attention_heads")
-    hidden = reader.get("hidden_size")
-    for name, size in (("num_attention_heads", heads), ("hidden_size", hidden)):
-        if not isinstance(size, int) or size < 1:
-            raise ConfigError(f"{name}={size!r} must be a positive integer.")
-    theta, factor = _rope(reader, family)
+    reader = FieldReader(_override(raw, overrides, family), family)
+    reader.seen.add("model_type")
+    _refuse(reader)
+    _check_neutral(reader)
+    layers = reader.get("num_hidden_layers", POSITIVE, default=24 if family != "mixtral" else 32)
+    heads = reader.get("num_attention_heads", POSITIVE)
+    hidden = reader.get("hidden_size", POSITIVE)
+    vocabulary = reader.get("vocab_size", POSITIVE)
+    kv_heads = reader.get("num_key_value_heads", POSITIVE.or_null, default=_KV_HEADS[family])
+    head_dim = reader.get("head_dim", POSITIVE.or_null, default=None)
+    top_k = {"mixtral": 2, "qwen2_moe": 4}.get(family, 8)
+    theta, factor = rope.read_rope(reader)
     common = {
         "model_type": family,
-        "vocab_size": reader.get("vocab_size"),
+        "vocab_size": vocabulary,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": reader.get("num_key_value_heads", default=_KV_HEADS[family]) or heads,
-        "head_dim": reader.get("head_dim", default=None) or hidden // heads,
-        "num_experts_per_tok": reader.get("num_experts_per_tok", default={"mixtral": 2, "qwen2_moe": 4}.get(family, 8)),
-        "rms_norm_eps": reader.get("rms_norm_eps", default=1e-5 if family == "mixtral" else 1e-6),
+        "num_key_value_heads": heads if kv_heads is None else kv_heads,
+        "head_dim": hidden // heads if head_dim is None else head_dim,
+        "num_experts_per_tok": reader.get("num_experts_per_tok", POSITIVE, default=top_k),
+        "rms_norm_eps": reader.get("rms_norm_eps", NOT_NEGATIVE, default=1e-5 if family == "mixtral" else 1e-6),
         "rope_theta": theta,
         "rope_scaling_factor": factor,
-        "tie_word_embeddings": bool(reader.get("tie_word_embeddings", default=False)),
-        "pad_token_id": _padding(reader),
-        "hidden_act": reader.get("hidden_act", default="silu"),
-        "router_aux_loss_coef": reader.get("router_aux_loss_coef", default=0.001),
-        "output_router_logits": bool(reader.get("output_router_logits", default=False)),
-        "aux_loss": reader.get("aux_loss", default="huggingface"),
-        "router_z_loss_coef": reader.get("router_z_loss_coef", default=0.0),
-        "router": options,
-        "initializer_range": reader.get("initializer_range", default=0.02),
+        "tie_word_embeddings": reader.get("tie_word_embeddings", BOOLEAN, default=False),
+        "pad_token_id": reader.get("pad_token_id", INTEGER.or_null, default=None),
+        "hidden_act": reader.get("hidden_act", STRING, default="silu"),
+        "router_aux_loss_coef": reader.get("router_aux_loss_coef", NUMBER, default=0.001),
+        "output_router_logits": reader.get("output_router_logits", BOOLEAN, default=False),
+        "aux_loss": reader.get("aux_loss", STRING, default="huggingface"),
+        "router_z_loss_coef": reader.get("router_z_loss_coef", NUMBER, default=0.0),
+        "router": _router(reader),
+        "initializer_range": reader.get("initializer_range", NOT_NEGATIVE, default=0.02),
         "dtype": _dtype(reader),
-        "raw": {**raw, "router": options.as_dict()} if "router" in raw else dict(raw),
+        "raw": dict(raw),
     }
     specific = _mixtral(reader, layers) if family == "mixtral" else _qwen(reader, family, layers)
-    warn_unknown(set(raw) - reader.seen)
     unknown = set(overrides) - reader.seen
     if unknown:
         raise ConfigError(
             f"override {sorted(unknown)[0]!r} is not a field of a {family} configuration that changes the result."
         )
-    return MoEConfig(**{**common, **specific})
+    return MoEConfig(**{**common, **specific}), (set(raw) - reader.seen - NEUTRAL) | rope.unknown_keys(reader.raw)
 
 
-def _router(reader: _Reader) -> RouterOptions:
+def _override(raw: Mapping[str, Any], overrides: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """The fields with the overrides in place of whatever says the same under another name."""
+    replaced = {name for field in overrides for name in names_beside(family, field)}
+    kept = {name: value for name, value in rope.replace_rope(raw, overrides).items() if name not in replaced}
+    return kept | dict(overrides)
+
+
+def _refuse(reader: FieldReader) -> None:
+    """Refuses what would change the result and cannot be honoured."""
+    reader.refuse_unless("attention_dropout", (0.0, None), "dropout would differ from rank to rank")
+    reader.refuse_unless(
+        "router_jitter_noise", (0.0, None), "it disturbs what experts compute, too; see input_jitter of RouterOptions"
+    )
+    reader.refuse_unless("quantization_config", (None, {}), "quantised weights cannot be trained")
+    reader.refuse_unless("num_key_value_groups", (None,), "it is derived from the numbers of heads")
+    reader.refuse_unless("per_layer_config", (None, {}), "all layers share their sizes")
+    reader.refuse_unless("transformers_weights", (None,), "weights are read from model.safetensors or its index")
+
+
+def _check_neutral(reader: FieldReader) -> None:
+    """Checks fields that do not change a step of training, but texts and warnings."""
+    for field, kind in (
+        ("max_position_embeddings", POSITIVE.or_null),
+        ("eos_token_id", TOKENS.or_null),
+        ("bos_token_id", TOKENS.or_null),
+    ):
+        if field in reader.raw:
+            kind.check(field, reader.raw[field])
+
+
+def _router(reader: FieldReader) -> RouterOptions:
+    reader.seen.add("router")
     try:
-        return router_options(reader.get("router", default=None) or {})
+        return router_options(reader.raw.get("router") or {})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"router: {error}") from None
 
 
-def _padding(reader: _Reader) -> int | None:
-    """A negative index counts from the end of the vocabulary, as in torch.nn.Embedding."""
-    index = reader.get("pad_token_id", default=None)
-    return index + reader.get("vocab_size") if index is not None and index < 0 else index
-
-
-def _dtype(reader: _Reader) -> str | None:
-    name = reader.get("dtype", "torch_dtype", default=None)
+def _dtype(reader: FieldReader) -> str | None:
+    name = reader.get("dtype", _DTYPE.or_null, default=None)
     return None if name is None else str(name).removeprefix("torch.")
 
 
-def _rope(reader: _Reader, family: str) -> tuple[float, float]:
-    default = 1e6 if family == "mixtral" else 1e4
-    theta = reader.get("rope_theta", default=None)
-    parameters = reader.get("rope_parameters", default=None) or {}
-    scaling = reader.get("rope_scaling", default=None) or {}
-    merged = {**scaling, **parameters}
-    kind = merged.get("rope_type", merged.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise ConfigError(f"rope_type={kind!r} is not supported; use 'default' or 'linear'.")
-    if merged.get("partial_rotary_factor", 1.0) not in (1.0, 1, None):
-        raise ConfigError("partial_rotary_factor is not supported; set it to 1.0.")
-    factor = float(merged.get("factor", 1.0)) if kind == "linear" else 1.0
-    return float(parameters.get("rope_theta", theta if theta is not None else default)), factor
-
-
-def _mixtral(reader: _Reader, layers: int) -> dict[str, Any]:
-    window = reader.get("sliding_window", default=None)
+def _mixtral(reader: FieldReader, layers: int) -> dict[str, Any]:
+    window = reader.get("sliding_window", POSITIVE.or_null, default=None)
+    _check_layer_types(reader, layers, window)
     return {
         "intermediate_size": 0,
-        "moe_intermediate_size": reader.get("intermediate_size"),
+        "moe_intermediate_size": reader.get("intermediate_size", POSITIVE),
         "shared_expert_intermediate_size": 0,
-        "num_experts": reader.get("num_local_experts", "num_experts", default=8),
+        "num_experts": reader.get("num_local_experts", POSITIVE, default=8),
         "norm_topk_prob": True,
-        "sliding_windows": (window or None,) * layers,
+        "sliding_windows": (window,) * layers,
     }
 
 
-def _qwen(reader: _Reader, family: str, layers: int) -> dict[str, Any]:
+def _qwen(reader: FieldReader, family: str, layers: int) -> dict[str, Any]:
     qwen2 = family == "qwen2_moe"
-    fields = {
-        "intermediate_size": reader.get("intermediate_size", default=5632 if qwen2 else 6144),
-        "moe_intermediate_size": reader.get("moe_intermediate_size"),
-        "shared_expert_intermediate_size": reader.get("shared_expert_intermediate_size", default=5632) if qwen2 else 0,
-        "num_experts": reader.get("num_experts", "num_local_experts", default=60 if qwen2 else 128),
-        "norm_topk_prob": bool(reader.get("norm_topk_prob", default=False)),
-        "decoder_sparse_step": reader.get("decoder_sparse_step", default=1),
-        "mlp_only_layers": tuple(reader.get("mlp_only_layers", default=None) or ()),
+    shared = reader.get("shared_expert_intermediate_size", COUNT, default=5632) if qwen2 else 0
+    mlp_only = reader.get("mlp_only_layers", INTEGERS.or_null, default=None)
+    found = {
+        "intermediate_size": reader.get("intermediate_size", COUNT, default=5632 if qwen2 else 6144),
+        "moe_intermediate_size": reader.get("moe_intermediate_size", POSITIVE),
+        "shared_expert_intermediate_size": shared,
+        "num_experts": reader.get("num_experts", POSITIVE, default=60 if qwen2 else 128),
+        "norm_topk_prob": reader.get("norm_topk_prob", BOOLEAN, default=False),
+        "decoder_sparse_step": reader.get("decoder_sparse_step", POSITIVE, default=1),
+        "mlp_only_layers": tuple(mlp_only or ()),
         "sliding_windows": _qwen_windows(reader, qwen2, layers),
     }
     if qwen2:
-        return fields | {"qkv_bias": bool(reader.get("qkv_bias", default=True))}
-    bias = bool(reader.get("attention_bias", default=False))
-    return fields | {"qkv_bias": bias, "output_bias": bias, "qk_norm": True}
+        return found | {"qkv_bias": reader.get("qkv_bias", BOOLEAN, default=True)}
+    bias = reader.get("attention_bias", BOOLEAN, default=False)
+    return found | {"qkv_bias": bias, "output_bias": bias, "qk_norm": True}
 
 
-def _qwen_windows(reader: _Reader, qwen2: bool, layers: int) -> tuple[int | None, ...]:
-    used = bool(reader.get("use_sliding_window", default=False))
-    width = reader.get("sliding_window", default=4096)
-    window = (width or None) if used else None
-    reader.get("max_window_layers", default=None)
-    types = reader.get("layer_types", default=None)
+def _qwen_windows(reader: FieldReader, qwen2: bool, layers: int) -> tuple[int | None, ...]:
+    used = reader.get("use_sliding_window", BOOLEAN, default=False)
+    width = reader.get("sliding_window", (POSITIVE if used else COUNT).or_null, default=4096)
+    window = width if used else None
+    most = reader.get("max_window_layers", COUNT.or_null, default=28)
     if not qwen2:
+        _check_layer_types(reader, layers, window)
         return (window,) * layers
+    types = _layer_types(reader, layers)
     if types is None:
-        most = reader.get("max_window_layers", default=28)
-        types = ["sliding_attention" if (i + 1) % 2 and i < most and used else "full_attention" for i in range(layers)]
+        if most is None and used:
+            raise ConfigError("max_window_layers=None must be an integer, 0 or more, where use_sliding_window is on.")
+        types = ["sliding_attention" if used and (i + 1) % 2 and i < most else "full_attention" for i in range(layers)]
+    if window is None and "sliding_attention" in types:
+        raise ConfigError(
+            "layer_types holds 'sliding_attention', but no window is used; set use_sliding_window and it."
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _layer_types(reader: FieldReader, layers: int) -> list[str] | None:
+    types = reader.get("layer_types", STRINGS.or_null, default=None)
+    if types is None:
+        return None
     if len(types) != layers:
         raise ConfigError(f"layer_types names {len(types)} layers, but num_hidden_layers={layers}.")
     for kind in types:
@@ -178,7 +198,56 @@ def _qwen_windows(reader: _Reader, qwen2: bool, layers: int) -> tuple[int | None
             raise ConfigError(
                 f"layer_types holds {kind!r}, which is not supported; use {' or '.join(map(repr, _LAYER_TYPES))}."
             )
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    return list(types)
+
+
+def _check_layer_types(reader: FieldReader, layers: int, window: int | None) -> None:
+    """Refuses layer types that say something else than a family whose layers are all alike."""
+    kind = "full_attention" if window is None else "sliding_attention"
+    for index, other in enumerate(_layer_types(reader, layers) or ()):
+        if other != kind:
+            raise ConfigError(
+                f"layer_types makes layer {index} {other!r}, but every layer of this {reader.family} is {kind!r}; take "
+                "layer_types out."
+            )
+
+
+def written_config(config: MoEConfig) -> dict[str, Any]:
+    """What ``config.json`` of a saved model holds: the source's fields, and those that change the function as they are now.
+
+    Fields that only say what a call returns, such as ``output_router_logits``, stay the source's, since generation in
+    ``transformers`` follows them.
+
+    Raises:
+        ConfigError: If a field of the configuration has no place in the family's ``config.json``.
+    """
+    now = to_hf_config(config)
+    kept = NEUTRAL.union(_OF_CALLS) - {"dtype", "torch_dtype"}
+    neutral = {name: value for name, value in config.raw.items() if name in kept}
+    lost: list[str] = []
+    for make in (lambda: _replace_changed(config, now), lambda: neutral | now):
+        try:
+            written = make()
+            read = read_hf_config(written, {})[0]
+        except ConfigError:  # of a source that can only be read with overrides
+            continue
+        unused = () if config.num_moe_layers < config.num_hidden_layers else ("intermediate_size",)
+        same = replace(read, **{name: getattr(config, name) for name in (*_OF_CALLS, *unused)})
+        lost = [f.name for f in fields(config) if f.compare and getattr(same, f.name) != getattr(config, f.name)]
+        if not lost:
+            return written
+    raise ConfigError(
+        f"{lost[0]}={getattr(config, lost[0])!r} cannot be written in a config.json of {config.model_type}."
+    )
+
+
+def _replace_changed(config: MoEConfig, now: dict[str, Any]) -> dict[str, Any]:
+    """The source with the fields in which the configuration is no longer the source's."""
+    source = to_hf_config(read_hf_config(config.raw, {})[0])
+    changed = {name: value for name, value in now.items() if name not in source or source[name] != value}
+    gone = set(source) - set(now) | {name for field in changed for name in names_beside(config.model_type, field)}
+    gone |= set(rope.NAMES) if "rope_parameters" in changed else set()
+    return {name: value for name, value in config.raw.items() if name not in gone} | changed
 
 
 def to_hf_config(config: MoEConfig) -> dict[str, Any]:
@@ -186,7 +255,7 @@ def to_hf_config(config: MoEConfig) -> dict[str, Any]:
     architecture = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}[config.model_type]
     same = (
         "model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok "
-        "rms_norm_eps tie_word_embeddings pad_token_id hidden_act router_aux_loss_coef output_router_logits initializer_range"
+        "rms_norm_eps tie_word_embeddings pad_token_id hidden_act router_aux_loss_coef initializer_range"
     )
     out = {name: getattr(config, name) for name in same.split()} | {"architectures": [f"{architecture}ForCausalLM"]}
     rope = {"rope_theta": config.rope_theta, "rope_type": "default"}

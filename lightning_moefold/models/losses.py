@@ -160,7 +160,8 @@ def check_faults(faults: Tensor, error: Exception | None, vocab_size: int, num_m
         raise BatchError("the batch of another rank cannot be read; that rank's own error says why.")
     if tokens or labels:
         what = f"{tokens} token ids" if tokens else f"{labels} labels"
-        hint = "check that tokenizer and model belong together" + ("" if tokens else "; -100 is ignored")
+        hint = "check that tokenizer and model belong together, or enlarge it (resize_token_embeddings of transformers)"
+        hint += "" if tokens else "; -100 is ignored"
         raise BatchError(f"{what} in the batch lie outside the vocabulary of {vocab_size}; {hint}.")
     if rows:
         raise BatchError(

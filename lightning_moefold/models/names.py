@@ -5,12 +5,17 @@ Ours follow transformers' module paths, except that the experts of a layer are t
 
     model.layers.3.mlp.experts.gate_proj  [E, F, D]   <- model.layers.3.mlp.experts.{0..E-1}.gate_proj.weight  [F, D]
 
-On disk Mixtral says ``block_sparse_moe`` for ``mlp``, and ``w1 w3 w2`` for gate, up and down.
+On disk Mixtral says ``block_sparse_moe`` for ``mlp``, and ``w1 w3 w2`` for gate, up and down. ``transformers`` 5 can also
+write experts as they are in its memory, the experts of a layer in one tensor::
+
+    model.layers.3.mlp.experts.gate_up_proj  [E, 2F, D]
+    model.layers.3.mlp.experts.down_proj     [E, D, F]
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from lightning_moefold.models.config import MoEConfig
 
@@ -25,16 +30,29 @@ class ParameterEntry:
         shape: Its global shape.
         sources: Names on disk: one, or one for each index of the first dimension.
         stacked: Whether the first dimension counts ``sources``.
+        halves: Of how many parts beside each other in the second dimension of the source it is one.
+        half: Which of them.
     """
 
     shape: tuple[int, ...]
     sources: tuple[str, ...]
     stacked: bool = False
+    halves: int = 1
+    half: int = 0
 
     @property
     def source_shape(self) -> tuple[int, ...]:
         """Shape of each tensor on disk."""
+        if self.halves > 1:
+            return (self.shape[0], self.halves * self.shape[1], *self.shape[2:])
         return self.shape[1:] if self.stacked else self.shape
+
+    def source_slices(self, slices: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where a part of the parameter lies in a source that is not stacked."""
+        if self.halves == 1:
+            return slices
+        start = self.half * self.shape[1]
+        return (slices[0], slice(start + slices[1].start, start + slices[1].stop), *slices[2:])
 
 
 def parameter_entries(config: MoEConfig) -> dict[str, ParameterEntry]:
@@ -112,4 +130,25 @@ def _moe_entries(config: MoEConfig, layer: str) -> dict[str, ParameterEntry]:
         part = _MIXTRAL_EXPERT[name] if mixtral else name
         sources = tuple(f"{block}.experts.{i}.{part}.weight" for i in range(e))
         entries[f"{layer}.mlp.experts.{name}"] = ParameterEntry(shape, sources, stacked=True)
+    return entries
+
+
+def entries_on_disk(config: MoEConfig, stored: Collection[str]) -> dict[str, ParameterEntry]:
+    """Every parameter as the checkpoint with the tensors ``stored`` holds it, which need not be as it is written.
+
+    Experts may be stored in one tensor for each layer, and Mixtral's blocks be called ``mlp``.
+    """
+    entries = parameter_entries(config)
+    for index in filter(config.is_moe_layer, range(config.num_hidden_layers)):
+        block = f"model.layers.{index}.mlp"
+        fused, down = f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj"
+        if fused in stored:
+            for half, name in enumerate(("gate_proj", "up_proj")):
+                shape = entries[f"{block}.experts.{name}"].shape
+                entries[f"{block}.experts.{name}"] = ParameterEntry(shape, (fused,), halves=2, half=half)
+            entries[down] = _single(down, *entries[down].shape)
+        for name in (f"{block}.gate.weight", *(f"{block}.experts.{part}" for part in _MIXTRAL_EXPERT)):
+            renamed = tuple(source.replace(".block_sparse_moe.", ".mlp.") for source in entries[name].sources)
+            if renamed[0] in stored:
+                entries[name] = replace(entries[name], sources=renamed)
     return entries

@@ -7,15 +7,17 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import reduce
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_moefold.checkpoint import HFCheckpoint
+from lightning_moefold.checkpoint import CheckpointError, HFCheckpoint
 from lightning_moefold.layout import Box
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.models.names import ParameterEntry, bias_entries, parameter_entries
+from lightning_moefold.models.names import ParameterEntry, bias_entries, entries_on_disk, parameter_entries
+from lightning_moefold.models.redundant import compare_redundant
 
 _DEFERRED: ContextVar[bool] = ContextVar("moefold_deferred_weights", default=False)
 
@@ -64,12 +66,25 @@ class CheckpointWeights:
 
     def __init__(self, checkpoint: HFCheckpoint, config: MoEConfig) -> None:
         self.checkpoint = checkpoint
-        self._entries = parameter_entries(config)
+        self._entries = entries_on_disk(config, checkpoint.tensors)
         expected = {source: entry.source_shape for entry in self._entries.values() for source in entry.sources}
         biases = bias_entries(config)
-        optional = frozenset(biases) | ({"lm_head.weight"} if config.tie_word_embeddings else set())
-        checkpoint.check(expected, optional)
-        self._entries |= {name: entry for name, entry in biases.items() if name in checkpoint.tensors}
+        if any(name in checkpoint.tensors for name in biases):  # of some layers alone: something is missing
+            self._entries |= biases
+            expected |= {name: entry.shape for name, entry in biases.items()}
+        head: dict[str, tuple[int, ...]] = (
+            {"lm_head.weight": (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
+        )
+        rotary: dict[str, tuple[int, ...]] = {
+            name: (config.head_dim // 2,) for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq")
+        }
+        if "lm_head.weight" in expected and "lm_head.weight" not in checkpoint.tensors:
+            raise CheckpointError(
+                f"{checkpoint.path} has no tensor 'lm_head.weight', which the configuration asks for; if the head is the "
+                "embedding, set tie_word_embeddings=True."
+            )
+        checkpoint.check(expected, head | rotary)
+        compare_redundant(checkpoint, config, rotary)
 
     def fill(self, name: str, box: Box, out: Tensor) -> None:
         """See :class:`WeightSource`."""
@@ -78,7 +93,7 @@ class CheckpointWeights:
             return
         # What the checkpoint gives are views of the mapped file, so each element is copied once.
         if not entry.stacked:
-            out.copy_(self.checkpoint.read(entry.sources[0], slices))
+            out.copy_(self.checkpoint.read(entry.sources[0], entry.source_slices(slices)))
             return
         for piece, source in zip(out, entry.sources[slices[0]], strict=True):
             piece.copy_(self.checkpoint.read(source, slices[1:]))
@@ -88,8 +103,8 @@ class CheckpointWeights:
         return name in self._entries
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """See :class:`WeightSource`."""
-        return self.checkpoint.tensors[self._entries[name].sources[0]].dtype
+        """The widest of its tensors' dtypes, since one parameter may hold many of them."""
+        return reduce(torch.promote_types, (self.checkpoint.tensors[s].dtype for s in self._entries[name].sources))
 
     def close(self) -> None:
         """See :class:`WeightSource`."""

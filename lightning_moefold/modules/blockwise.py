@@ -143,8 +143,12 @@ class Visibility:
         crosses = k.end - 1 > q.start
         if not crosses and self._all_hidden(q, k):
             return Seen.NOTHING
-        if q == k and self._alone is not None and bool(self._alone[:, k.start : k.end].all()):
-            return Seen.CAUSAL  # padding that no token precedes; nobody asks what it sees
+        if q == k and self._alone is not None and self._is_padding(k):
+            alone = self._alone[:, k.start : k.end]
+            if bool(alone.all()):
+                return Seen.CAUSAL  # no token precedes it, and nobody asks what it sees
+            if not bool(alone.any()):
+                return Seen.NOTHING
         if not self._needs_mask(q, k):
             if not crosses:
                 return Seen.ALL

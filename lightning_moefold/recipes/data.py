@@ -199,7 +199,12 @@ class TextData(pl.LightningDataModule):
         path = self._path(files)
         if not path.exists():
             raise InputError(f"cache_dir {self.cache_dir} is not seen by all ranks; choose a directory that is shared.")
-        return Rows(**torch.load(path, mmap=True))
+        try:
+            return Rows(**torch.load(path, mmap=True, weights_only=True))
+        except Exception as error:
+            raise InputError(
+                f"{path} holds no rows that can be read ({type(error).__name__}); delete it, and the text is tokenised again."
+            ) from None
 
     def _split(self, count: int) -> tuple[list[int], list[int]]:
         f = self.val_fraction

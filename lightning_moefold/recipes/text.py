@@ -83,7 +83,10 @@ def tokenize(
     largest = max((max(tokens, default=0) for tokens in documents), default=0)
     size = _vocabulary(tokenizer / "config.json")
     if size is not None and largest >= size:
-        raise InputError(f"the tokenizer of {tokenizer} gives token {largest}, but the model has only {size} tokens.")
+        raise InputError(
+            f"the tokenizer of {tokenizer} gives token {largest}, but the model has only {size} tokens; enlarge it with "
+            f"transformers: load it, resize_token_embeddings({largest + 1}) or more, save_pretrained to another directory."
+        )
     return (cut_blocks if packing == "blocks" else pack_documents)(documents, names, length)
 
 

@@ -131,7 +131,8 @@ def test_attention_branches(kind: str, window: int | None, dtype: torch.dtype) -
         real[0, : 50 if kind == "left" else 0] = False
         real[1, 60:80] = kind == "left"
         batch.real_BS = real
-        seen = (seen & real[:, None, None]) | torch.eye(length, dtype=torch.bool)
+        seen = seen & real[:, None, None]
+        seen = seen | (~seen.any(-1, keepdim=True) & torch.eye(length, dtype=torch.bool))
     q, k, v = (torch.randn(rows, length, h, size, dtype=dtype, requires_grad=True) for h in (heads, groups, groups))
     slope = torch.randn(rows, length, heads, size, dtype=dtype) * real[..., None, None]
     found = attention._attend(q, k, v, batch).view(rows, length, heads, size)

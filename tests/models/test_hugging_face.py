@@ -151,7 +151,7 @@ def test_old_and_new_spellings(tmp_path: Path, family: str) -> None:
     old |= {"rope_theta": 5e4, "rope_scaling": {"type": "linear", "factor": 4.0}, "torch_dtype": "float32"}
     assert MoEConfig.from_hf(old) == new
     for a, b in (("num_local_experts", "num_experts"), ("num_experts", "num_local_experts")):
-        if a in config:
+        if a in config and family != "qwen2_moe":  # where transformers reads num_experts alone
             assert MoEConfig.from_hf({k: v for k, v in config.items() if k != a} | {b: config[a]}) == new
     assert (new.rope_theta, new.rope_scaling_factor, new.dtype) == (5e4, 4.0, "float32")
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from lightning_moefold import Fold, MoECausalLM
 from lightning_moefold.export import export
 from lightning_moefold.models.config import ConfigError
+from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.modules import RouterOptions
 from lightning_moefold.recipes import FineTuneModule
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint, verify
@@ -251,7 +252,7 @@ def test_recipe_takes_router_options(checkpoint: Path) -> None:
     module.configure_model()
     assert module.model.config.router == RouterOptions(bias_update_rate=0.01)
     assert (module.model.config.aux_loss, module.model.config.output_router_logits) == ("sequence", False)
-    assert module.model.config.raw["router"] == {"bias_update_rate": 0.01}
+    assert written_config(module.model.config)["router"] == {"bias_update_rate": 0.01}
 
 
 @pytest.mark.slow

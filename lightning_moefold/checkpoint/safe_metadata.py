@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads torch.distributed.checkpoint's files without running code from them.
+
+Two doors stand open in torch: ``.metadata`` is a pickle, and what the metadata calls bytes is unpickled as well. Here the
+pickle may name the classes of metadata alone, and everything in it has to be a tensor in a file of the same directory.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+#: Constructors without effect: plain values, and what torch's metadata is made of.
+_HARMLESS = frozenset(
+    {
+        ("collections", "OrderedDict"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        *(
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    }
+)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local") and name.endswith("Path") and name.isidentifier():
+            return PurePath  # where it was saved; Python versions have the classes in different places
+        if (module, name) not in _HARMLESS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a list of tensors")
+        return super().find_class(module, name)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Torch's reader of a checkpoint directory, which reads tensors and nothing else.
+
+    The list of tensors, which may be long, is read once.
+
+    Args:
+        path: The checkpoint.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._list: Metadata | None = None
+
+    def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
+        """The list of tensors.
+
+        Raises:
+            pickle.UnpicklingError: If the file names anything that could run code.
+            ValueError: If it is no list of tensors in this directory.
+        """
+        if self._list is None:
+            path = self.fs.concat_path(self.path, ".metadata")
+            with self.fs.create_stream(path, "rb") as file:
+                self._list = _checked(_Unpickler(io.BytesIO(file.read())).load())
+        if self._list.storage_meta is None:
+            self._list.storage_meta = StorageMeta()
+        self._list.storage_meta.load_id = self.load_id
+        return self._list
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Shape and dtype of each tensor by name; raises as :meth:`read_metadata`."""
+        listed = self.read_metadata().state_dict_metadata
+        return {name: item for name, item in listed.items() if isinstance(item, TensorStorageMetadata)}
+
+
+def _checked(metadata: Any) -> Metadata:
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise ValueError("it is no list of tensors")
+    for name, item in metadata.state_dict_metadata.items():
+        if not isinstance(item, TensorStorageMetadata):
+            raise ValueError(f"{name!r} is no tensor, and nothing else is read")
+    for index, info in (metadata.storage_data or {}).items():
+        place = PurePath(info.relative_path)
+        if place.is_absolute() or ".." in place.parts:
+            raise ValueError(f"{index.fqn!r} lies in {info.relative_path!r}, outside the directory")
+    return metadata
