@@ -106,7 +106,7 @@ class SequenceBatch:
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """All tokens of the tp group, ``[T, D] -> [N, D]``; gradients of the ranks are summed."""
-        return comm.all_gather(x_TD, self.tp)[: self.tokens]
+        return self._cut(comm.all_gather(x_TD, self.tp))
 
     def enter(self, x_ND: Tensor) -> Tensor:
         """From tokens that every tp rank has to this rank's, ``[N, D] -> [T, D]``; gradients come back whole."""
@@ -114,7 +114,11 @@ class SequenceBatch:
 
     def leave(self, x_TD: Tensor) -> Tensor:
         """The inverse of :meth:`enter`, ``[T, D] -> [N, D]``: all tp ranks go on to compute the same."""
-        return comm.gather_identical(x_TD, self.tp)[: self.tokens]
+        return self._cut(comm.gather_identical(x_TD, self.tp))
+
+    def _cut(self, x_PD: Tensor) -> Tensor:
+        """``[P, D] -> [N, D]``; backward of a slice is a copy, even of a slice of everything."""
+        return x_PD if x_PD.shape[0] == self.tokens else x_PD[: self.tokens]
 
     def reduce_scatter(self, x_ND: Tensor) -> Tensor:
         """Sums partial results over tp and keeps this rank's tokens, ``[N, D] -> [T, D]``."""
