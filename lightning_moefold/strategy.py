@@ -61,6 +61,7 @@ from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
+from lightning_moefold.parallel.hooks import HookError, check_hooks
 from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
 from lightning_moefold.parallel.pipeline import Pipeline
@@ -442,6 +443,10 @@ class MoEFoldStrategy(SharedCheckpoints):
             self._make_mesh()
         check_trainer(trainer, self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_hooks()
+            if self._roots() and not trainer.fast_dev_run:
+                self._check_places(trainer, self.mesh.world)
         self.accelerator.setup(trainer)
         for loop in (
             trainer.validate_loop,
@@ -469,6 +474,19 @@ class MoEFoldStrategy(SharedCheckpoints):
             _optimizers_to_device(self.optimizers, self.root_device)
         if trainer.state.fn == TrainerFn.PREDICTING:
             self._predicting = Predicting(trainer, self.lightning_module)
+
+    def _check_hooks(self) -> None:
+        """Refuses hooks on gradients where more than one rank has a part of them, or FSDP2 keeps the weights. Collective."""
+        assert self.lightning_module is not None
+        mixed = self._precision.mixed_dtype is not None and bool(self._roots())
+        if self.world_size == 1 and not mixed:
+            return
+        error: Exception | None = None
+        try:
+            check_hooks(self.lightning_module, f"in {self._precision.precision}" if mixed else f"under {self.fold}")
+        except HookError as failure:
+            error = failure
+        comm.agree_on_error(error, self.mesh.world)
 
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
@@ -536,6 +554,7 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def on_train_start(self) -> None:
+        self._check_hooks()  # hooks may have been registered since the set-up
         self._stop_quietly()
 
     @override

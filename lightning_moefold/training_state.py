@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_moefold.checkpoint import CheckpointError
-from lightning_moefold.checkpoint.sharded import TensorPiece, load_sharded, save_sharded, stored_tensors
+from lightning_moefold.checkpoint.sharded import TensorPiece, load_sharded, save_sharded, stored_tensors, tensors_of
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel import local_part
@@ -160,7 +160,8 @@ def load_training_state(
     Raises:
         CheckpointError: If the checkpoint does not fit the module or the optimizers.
     """
-    stored = stored_tensors(path)
+    place = tensors_of(path, meta)
+    stored = stored_tensors(place)
     state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     tensors = {f"model.{name}": _describe(value, name, registry) for name, value in state.items()}
     missing = [name for name in tensors if name not in stored]
@@ -179,7 +180,7 @@ def load_training_state(
             f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured."
         )
     fills = [_prepare_optimizer(i, _unwrap(o), groups[i], stored, registry, tensors) for i, o in enumerate(optimizers)]
-    load_sharded(path, tensors)
+    load_sharded(place, tensors)
     for name, value in meta.pop("extra_state", {}).items():
         module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
     for optimizer, values in fills:

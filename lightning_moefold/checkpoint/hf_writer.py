@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moefold import comm
+from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import Axis
 
@@ -80,9 +81,10 @@ def write_hf_checkpoint(
         side_files_from: Directory whose tokenizer and generation files are copied along.
 
     Raises:
+        CheckpointError: If ``path`` is in a store.
         OSError: If the directory holds foreign files or cannot be written; raised on every rank.
     """
-    target = Path(path)
+    target = local_path(path, "the model's directory")
     names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
     if world.size > 1:
         dist.broadcast_object_list(names, src=world.ranks[0])

@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.models.batch import IGNORED
 from lightning_moefold.recipes.errors import InputError
 from lightning_moefold.recipes.order import EMPTY, Position, RowLoader, RowOrder
@@ -99,11 +100,11 @@ class TextData(pl.LightningDataModule):
             raise InputError(f"sequence_length={sequence_length} must be at least 2.")
         if not 0 <= val_fraction < 1:
             raise InputError(f"val_fraction={val_fraction} must be at least 0 and less than 1.")
-        self.tokenizer, self.length, self.packing = Path(tokenizer), sequence_length, packing
+        self.tokenizer, self.length, self.packing = local_path(tokenizer, "tokenizer"), sequence_length, packing
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self.val_fraction, self.cache_dir = (0.0 if val_files else val_fraction), Path(cache_dir)
+        self.val_fraction, self.cache_dir = (0.0 if val_files else val_fraction), local_path(cache_dir, "cache_dir")
         self._files = {
-            name: [Path(file) for file in given]
+            name: [local_path(file, "the text file") for file in given]
             for name, given in (("train", files), ("val", val_files), ("test", test_files), ("predict", predict_files))
             if given
         }
