@@ -192,7 +192,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
         )
     if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
         raise UnsupportedFeature(
-            "a compiled LightningModule is not supported; compile blocks inside configure_model instead."
+            "a compiled LightningModule is not supported; compile its layers in place, with their compile(), inside "
+            "configure_model instead."
         )
 
 

@@ -67,6 +67,7 @@ from lightning_moefold.parallel.own import OwnModules, align_blocks, align_rando
 from lightning_moefold.parallel.pipeline import Pipeline
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.parallel.spare import spare_parameters
+from lightning_moefold.parallel.tree import check_trees
 from lightning_moefold.planner.auto import AutoFold, Choice
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.predicting import Predicting
@@ -442,6 +443,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             self._choose_fold(last_call=True)
             self._make_mesh()
         check_trainer(trainer, self.lightning_module, self.fold)
+        check_trees(self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_hooks()

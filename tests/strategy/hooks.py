@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ def mask(name: str, gradient: Tensor) -> Tensor:
     else:
         return gradient
     return gradient * keep.view(-1, *[1] * (gradient.dim() - 1))
+
+
+def edit(name: str, parameter: Tensor) -> None:
+    parameter.grad.copy_(mask(name, parameter.grad))
 
 
 class Hooked(Finetune):
@@ -45,8 +50,7 @@ class Hooked(Finetune):
             if self.spec["kind"] == "hook":
                 self.handles.append(parameter.register_hook(lambda g, n=name: mask(n, g)))
             elif self.spec["kind"] == "post":
-                edit = lambda p, n=name: p.grad.copy_(mask(n, p.grad))  # noqa: E731
-                self.handles.append(parameter.register_post_accumulate_grad_hook(edit))
+                self.handles.append(parameter.register_post_accumulate_grad_hook(functools.partial(edit, name)))
         layer = self.model.model.layers["1"]
         if self.spec["kind"] == "module":
             self.handles.append(layer.register_full_backward_hook(self._count))
