@@ -21,7 +21,7 @@ from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.refusals import UnsupportedFeature
-from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
+from lightning_moefold.training_state import check_saveable, load_training_state, optimizer_state, save_training_state
 
 
 class SharedCheckpoints(ParallelStrategy):
@@ -62,6 +62,19 @@ class SharedCheckpoints(ParallelStrategy):
             directory = getattr(callback, "dirpath", None)
             if directory is not None and isinstance(place := stores.parse_path(directory), str):
                 stores.check_store(place, world)
+
+    def _check_saveable(self, trainer: pl.Trainer) -> None:
+        """What checkpoints will hold, checked before training. Collective."""
+        if not self._sharded:
+            return
+        assert self._registry is not None
+        assert self.lightning_module is not None
+        error: Exception | None = None
+        try:
+            check_saveable(trainer, self.lightning_module)
+        except Exception as failure:  # the user's state_dict() too
+            error = failure
+        comm.agree_on_error(error, self._registry.mesh.world)
 
     def _release_gathered_weights(self) -> None:
         for root in self._roots():

@@ -471,6 +471,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             check_optimizers(trainer, self._registry.sharded)
+            self._check_saveable(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)

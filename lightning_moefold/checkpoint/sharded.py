@@ -205,17 +205,45 @@ def pack_meta(meta: Mapping[str, Any]) -> bytes:
     Raises:
         CheckpointError: If it could not be read back; now, rather than when somebody needs the checkpoint.
     """
+    packed, foreign = _pack(dict(meta))
+    if foreign is not None:
+        raise CheckpointError(
+            f"the checkpoint would hold a {foreign}, and only plain data is ever read back; keep numbers, strings and "
+            "containers of them in hyperparameters and in the state of callbacks and schedulers."
+        )
+    return packed
+
+
+def _pack(value: Any) -> tuple[bytes, str | None]:
+    """A value as it is written, and the name of a class in it that would not be read back."""
     file = io.BytesIO()
-    torch.save(dict(meta), file)
+    torch.save(value, file)
     file.seek(0)
     known = {f"{kind.__module__}.{kind.__qualname__}" for kind in _HARMLESS}
     foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - known)
-    if foreign:
+    return file.getvalue(), foreign[0] if foreign else None
+
+
+def check_readable(value: Any, what: str) -> None:
+    """Checks that a value that checkpoints will hold can be written and read back.
+
+    Args:
+        value: The value.
+        what: What it is, as the subject of a sentence.
+
+    Raises:
+        CheckpointError: If not.
+    """
+    try:
+        foreign = _pack(value)[1]
+    except Exception as failure:  # of pickle, in many kinds
+        raise CheckpointError(f"{what} cannot be saved in a checkpoint ({failure}); leave it out.") from None
+    if foreign is not None:
         raise CheckpointError(
-            f"the checkpoint would hold a {foreign[0]}, and only plain data is ever read back; keep numbers, strings and "
-            "containers of them in hyperparameters and in the state of callbacks and schedulers."
+            f"{what} holds a {foreign}, and checkpoints give back plain data only; keep numbers, strings and containers of them "
+            "(.value of an enum, .item() of a NumPy number, asdict of a dataclass, OmegaConf.to_container), or do without "
+            "checkpoints."
         )
-    return file.getvalue()
 
 
 def load_meta(path: str | Path) -> dict[str, Any]:

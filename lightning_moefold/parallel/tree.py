@@ -96,8 +96,8 @@ def _replaced(full: str, module: nn.Module, kind: type) -> str:
     if isinstance(module, OptimizedModule):
         return f"{full} is wrapped by torch.compile, which changes the names of its parts; compile it in place, with its compile()."
     return (
-        f"{full} is a {type(module).__name__} where the model has its own {kind.__name__}, and the strategy would not know how to cut "
-        "it; leave the model's own part there, and hold what you add beside the model, in the LightningModule."
+        f"{full} is a {type(module).__name__} where the model has its own {kind.__name__}, and the strategy would not know how to "
+        "cut it; leave the model's own part there, and hold what you add beside the model, in the LightningModule."
     )
 
 
