@@ -184,6 +184,12 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
             f"detect_anomaly=True asks for NaNs in a way that torch has not built for tensors cut over tp, ep or etp, as {fold} "
             "does; look for them under a fold of data ranks only."
         )
+    for logger in trainer.loggers if spread and trainer.checkpoint_callbacks else ():
+        if getattr(logger, "_log_model", False):  # also of MLFlowLogger and LitLogger
+            raise UnsupportedFeature(
+                f"{type(logger).__name__}(log_model={logger._log_model!r}) uploads files, and checkpoints of this strategy are "
+                "directories; leave log_model out, and upload what save_pretrained writes."
+            )
     writer = trainer.strategy.checkpoint_io
     if type(writer) is not TorchCheckpointIO and spread:
         raise UnsupportedFeature(

@@ -31,7 +31,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -39,6 +39,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_moefold import autofold, comm
@@ -547,6 +548,12 @@ class MoEFoldStrategy(SharedCheckpoints):
         # data replica must draw the same augmentations. A loader that has been through a Trainer before holds
         # Lightning's function.
         if isinstance(dataloader, DataLoader):
+            sampler = dataloader.sampler
+            if isinstance(sampler, DistributedSampler) and sampler.shuffle and dataloader.generator is not None:
+                rank_zero_warn(
+                    "the generator of a DataLoader does not set the order of its rows, which Lightning's sampler draws from the "
+                    "seed of seed_everything; Trainer(use_distributed_sampler=False) keeps the loader's own."
+                )
             function = dataloader.worker_init_fn
             lightnings = isinstance(function, partial) and function.func is pl_worker_init_function
             if lightnings or (function is None and int(os.environ.get("PL_SEED_WORKERS", 0))):

@@ -40,6 +40,7 @@ def check_hooks(root: nn.Module, where: str) -> None:
     Raises:
         HookError: Naming the parameter or module.
     """
+    _check_watching(root, where)
     for name, parameter in root.named_parameters():
         for attribute, method in _OF_PARAMETERS.items():
             if getattr(parameter, attribute, None):
@@ -58,6 +59,20 @@ def check_hooks(root: nn.Module, where: str) -> None:
                     f"{method} on {name or type(module).__name__} would see one rank's part of the gradients {where}; read "
                     "gradients in on_before_optimizer_step, or take the hook off."
                 )
+
+
+def _check_watching(root: nn.Module, where: str) -> None:
+    """Weights & Biases watches by hooks, in the process of rank zero only."""
+    of_modules = (hook for module in root.modules() for hook in module._forward_hooks.values())
+    of_parameters = (
+        hook for p in root.parameters() for name in _OF_PARAMETERS for hook in (getattr(p, name, None) or {}).values()
+    )
+    for hook in (*of_modules, *of_parameters):
+        if (getattr(hook, "__module__", None) or "").partition(".")[0] == "wandb":
+            raise HookError(
+                f"WandbLogger.watch would show rank zero's pieces of weights and gradients {where}; take it out, and log "
+                "what you want to see in on_before_optimizer_step."
+            )
 
 
 @contextmanager

@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torch.utils.data import DataLoader
+from wandb.integration.torch.wandb_torch import TorchHistory
 
 from tests.strategy.bad import told
-from tests.strategy.finetune import Finetune, make
+from tests.strategy.finetune import Finetune, make, rows
 
 FIRST_ROW, EXPERT = 90, 1
 
@@ -51,6 +56,14 @@ class Hooked(Finetune):
                 self.handles.append(parameter.register_hook(lambda g, n=name: mask(n, g)))
             elif self.spec["kind"] == "post":
                 self.handles.append(parameter.register_post_accumulate_grad_hook(functools.partial(edit, name)))
+        if self.spec["kind"].startswith("wandb"):
+            history = TorchHistory()
+            watch = (
+                history.add_log_parameters_hook if "weights" in self.spec["kind"] else history.add_log_gradients_hook
+            )
+            if self.trainer.is_global_zero:  # as loggers do
+                watch(self, log_freq=1)
+            return
         layer = self.model.model.layers["1"]
         if self.spec["kind"] == "module":
             self.handles.append(layer.register_full_backward_hook(self._count))
@@ -81,9 +94,39 @@ def one_rank(path: str, kind: str, when: str, remove: bool = False) -> tuple[dic
 def refused(path: str, fold: str, arguments: dict[str, Any]) -> dict[str, tuple[str, int]]:
     """What each kind of hook is told, and the steps that were done before."""
     outcome = {}
-    for kind in ("hook", "post", "module", "pre"):
+    for kind in ("hook", "post", "module", "pre", "wandb weights", "wandb gradients"):
         for when in ("configure_model", "on_train_start"):
             module = Hooked(path, kind=kind, when=when)
             run = make(fold, {"max_steps": 1, **arguments})
             outcome[f"{kind} in {when}"] = told(lambda r=run, m=module: r.fit(m)), len(module.report.losses)
     return outcome
+
+
+class Uploading(CSVLogger):
+    """As the loggers that upload models have it."""
+
+    _log_model = True
+
+
+def loggers(path: str, folder: str) -> tuple[str, int, str]:
+    """What a logger that uploads models is told, the steps before, and that it is fine where nothing is saved."""
+    module = Finetune(path)
+    saving = {"callbacks": [ModelCheckpoint(folder)], "enable_checkpointing": True}
+    message = told(lambda: make("", {"max_steps": 1, "logger": Uploading(folder), **saving}).fit(module))
+    steps = len(module.report.losses)
+    return message, steps, told(lambda: make("", {"max_steps": 1, "logger": Uploading(folder)}).fit(Finetune(path)))
+
+
+class Shuffled(Finetune):
+    """A loader that shuffles, with or without a generator of its own."""
+
+    def train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(7) if self.spec["generator"] else None
+        return DataLoader([{"input_ids": row, "labels": row} for row in rows(16)], 8, shuffle=True, generator=generator)
+
+
+def warned(path: str, generator: bool) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make("", {"max_steps": 1}).fit(Shuffled(path, generator=generator))
+    return [str(w.message) for w in caught if "generator" in str(w.message)]

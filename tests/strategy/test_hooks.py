@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from lightning_moefold.testing import RankPool, make_checkpoint
@@ -42,7 +45,22 @@ def test_hooks_are_refused_where_gradients_are_in_parts(
 ) -> None:
     for told in pool.run(hooks.refused, path, fold, {"precision": precision}, ranks=ranks):
         for case, (message, steps) in told.items():
-            assert message.startswith("HookError: register_"), (case, message)
+            pattern = "HookError: WandbLogger.watch" if case.startswith("wandb") else "HookError: register_"
+            # The process of rank zero alone is watched; the others hear of it.
+            assert re.match(f"(PeerError: rank 0 failed: )?{pattern}", message), (case, message)
             assert "on_before_optimizer_step" in message
             assert "\n" not in message
             assert steps == 0, case
+
+
+def test_loggers_that_upload_models(pool: RankPool, path: str, tmp_path: Path) -> None:
+    [(message, steps, without)] = pool.run(hooks.loggers, path, str(tmp_path), ranks=1)
+    assert "Uploading(log_model=True) uploads files, and checkpoints of this strategy are directories" in message
+    assert steps == 0
+    assert without == "no error"
+
+
+def test_the_generator_of_a_shuffled_loader(pool: RankPool, path: str) -> None:
+    [[said]] = pool.run(hooks.warned, path, True, ranks=1)
+    assert "use_distributed_sampler=False" in said
+    assert pool.run(hooks.warned, path, False, ranks=1) == [[]]
