@@ -21,7 +21,13 @@ from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.refusals import UnsupportedFeature
-from lightning_moefold.training_state import check_saveable, load_training_state, optimizer_state, save_training_state
+from lightning_moefold.training_state import (
+    check_saveable,
+    check_state,
+    load_training_state,
+    optimizer_state,
+    save_training_state,
+)
 
 
 class SharedCheckpoints(ParallelStrategy):
@@ -73,6 +79,20 @@ class SharedCheckpoints(ParallelStrategy):
         try:
             check_saveable(trainer, self.lightning_module)
         except Exception as failure:  # the user's state_dict() too
+            error = failure
+        comm.agree_on_error(error, self._registry.mesh.world)
+
+    def _check_state(self, optimizer: Optimizer) -> None:
+        """What an optimizer's first step has shown of its state, where checkpoints will be saved. Collective."""
+        assert self._registry is not None
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if not trainer.checkpoint_callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        error: Exception | None = None
+        try:
+            check_state(optimizer, self._registry)
+        except CheckpointError as failure:
             error = failure
         comm.agree_on_error(error, self._registry.mesh.world)
 

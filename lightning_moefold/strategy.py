@@ -9,7 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -629,12 +629,16 @@ class MoEFoldStrategy(SharedCheckpoints):
             for owner, parent in ((module, pl.LightningModule), *((c, pl.Callback) for c in callbacks))
         )
 
-    def _watch(self, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """The first step of an optimizer shows whether it can be right on pieces of parameters."""
+    @contextmanager
+    def _watch(self, optimizer: Optimizer) -> Generator[None, None, None]:
+        """The first step of an optimizer shows whether it can be right on pieces of parameters, and stored."""
         if not self._sharded or self.mesh.world.size == 1 or optimizer in self._watched:
-            return nullcontext()
+            yield
+            return
         self._watched.add(optimizer)
-        return elementwise_only(optimizer)
+        with elementwise_only(optimizer):
+            yield
+        self._check_state(optimizer)
 
     def _synchronize_own_buffers(self) -> None:
         if self._own is not None:

@@ -188,6 +188,17 @@ def check_saveable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             check_readable(options, f"a parameter group of {type(_unwrap(optimizer)).__name__}")
 
 
+def check_state(optimizer: Optimizer | LightningOptimizer, registry: ParameterRegistry) -> None:
+    """Checks after an optimizer's first step that its state can be stored.
+
+    Raises:
+        CheckpointError: For state that does not go with pieces of parameters.
+    """
+    for name, values in optimizer_state(optimizer, registry)["state"].items():
+        for value in values.values():
+            _describe(value, name, registry)
+
+
 def _is_omegaconf(hparams: Any) -> bool:
     return type(hparams).__module__.partition(".")[0] == "omegaconf"
 

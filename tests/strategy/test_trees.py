@@ -23,7 +23,8 @@ def test_changed_models_are_refused(pool: RankPool, path: str, fold: str, ranks:
             assert "\n" not in messages[case]
 
 
-def test_layers_compiled_in_place(pool: RankPool, path: str) -> None:
+@pytest.mark.slow
+def test_a_part_compiled_in_place(pool: RankPool, path: str) -> None:
     [(compiled, plain)] = pool.run(trees.compiled_in_place, path, ranks=1)
     assert compiled == pytest.approx(plain, rel=1e-9)
 

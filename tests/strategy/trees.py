@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -90,8 +91,7 @@ class CompiledInPlace(Finetune):
     def configure_model(self) -> None:
         if self.model is None:
             super().configure_model()
-            for layer in self.model.model.layers.values():
-                layer.compile(backend="eager")
+            self.model.model.layers["0"].self_attn.compile(backend="eager")
 
 
 def refused(path: str, fold: str) -> dict[str, str]:
@@ -99,12 +99,14 @@ def refused(path: str, fold: str) -> dict[str, str]:
 
 
 def compiled_in_place(path: str) -> tuple[list[float], list[float]]:
-    """Losses with layers that are compiled, and without."""
+    """Losses with a part that is compiled, and without."""
     losses = []
+    counters.clear()
     for kind in (CompiledInPlace, Finetune):
         module = kind(path)
         make("", {"max_steps": 2}).fit(module)
         losses.append(module.report.losses)
+    assert counters["frames"]["ok"], "nothing was compiled"
     return losses[0], losses[1]
 
 
