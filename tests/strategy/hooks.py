@@ -64,7 +64,7 @@ class Hooked(Finetune):
             if self.trainer.is_global_zero:  # as loggers do
                 watch(self, log_freq=1)
             return
-        layer = self.model.model.layers["1"]
+        layer = next(iter(self.model.model.layers.values()))  # the first that this stage has
         if self.spec["kind"] == "module":
             self.handles.append(layer.register_full_backward_hook(self._count))
         elif self.spec["kind"] == "pre":
