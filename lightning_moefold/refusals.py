@@ -185,9 +185,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
             "does; look for them under a fold of data ranks only."
         )
     for logger in trainer.loggers if spread and trainer.checkpoint_callbacks else ():
-        if getattr(logger, "_log_model", False):  # also of MLFlowLogger and LitLogger
+        if uploads := getattr(logger, "_log_model", False):  # also of MLFlowLogger and LitLogger
             raise UnsupportedFeature(
-                f"{type(logger).__name__}(log_model={logger._log_model!r}) uploads files, and checkpoints of this strategy are "
+                f"{type(logger).__name__}(log_model={uploads!r}) uploads files, and checkpoints of this strategy are "
                 "directories; leave log_model out, and upload what save_pretrained writes."
             )
     writer = trainer.strategy.checkpoint_io

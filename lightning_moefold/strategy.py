@@ -448,7 +448,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         check_blocks(self.lightning_module, self.fold)
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_hooks()
-            if self._roots() and not trainer.fast_dev_run:
+            if self._roots() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._check_places(trainer, self.mesh.world)
         self.accelerator.setup(trainer)
         for loop in (

@@ -161,7 +161,7 @@ def check_saveable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         CheckpointError: Naming a hyperparameter or a state that could not be read back.
     """
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    if not savers or trainer.fast_dev_run:
+    if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     data = trainer.datamodule  # type: ignore[attr-defined]
     for owner in (module, data):

@@ -75,7 +75,7 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
 def connected(disk: _Disk, path: Path | str) -> _Disk:
     """Lets a reader or writer of torch.distributed.checkpoint work in the place of ``path``, wherever that is."""
     if isinstance(path, str):
-        store = FileSystem()
+        store: Any = FileSystem()
         disk.path, disk.fs = store.init_path(path), store
         store.fs.invalidate_cache()  # other processes write there
         if isinstance(disk, FileSystemWriter):

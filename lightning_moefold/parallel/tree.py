@@ -37,8 +37,8 @@ def check_trees(root: nn.Module, fold: Fold) -> None:
     roots = [(name, part) for name, part in parallel_roots(root) if part.mesh is None]
     ours = {id(m) for _, part in roots for m in part.modules()}
     for name, module in root.named_modules():
-        if isinstance(module, _WRAPPERS) and any(id(m) in ours for m in module.modules()):
-            kind = next(kind.__name__ for kind in _WRAPPERS if isinstance(module, kind))
+        kind = next((kind.__name__ for kind in _WRAPPERS if isinstance(module, kind)), None)
+        if kind is not None and any(id(m) in ours for m in module.modules()):
             kind = "fully_shard" if kind == "FSDPModule" else kind
             raise TreeError(f"{name} is wrapped by {kind}, which the strategy does itself; hand it the plain module.")
     for name, part in roots:
