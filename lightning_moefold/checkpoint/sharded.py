@@ -187,15 +187,15 @@ def _write_tensors(work: Path | str, target: Path | str, tensors: Mapping[str, T
 
 
 def _check_files(work: Path | str, target: Path | str, metadata: Any) -> None:
-    ends: dict[str, int] = {}
+    ends = {".metadata": 1}
     for part in metadata.storage_data.values():
         ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
     found = stores.sizes(work)
     for name, end in sorted(ends.items()):
         if found.get(name, -1) < end:
             raise CheckpointError(
-                f"{target} is not complete: rank 0 does not see the file {name} that another rank has written; save to a place "
-                "that all ranks share."
+                f"{target} is not complete: rank 0 does not see all of the file {name} that has been written; save to a "
+                "place that all ranks share."
             )
 
 

@@ -46,10 +46,14 @@ def parse_path(path: str | os.PathLike[str]) -> Path | str:
 
 def _unmangled(path: Path) -> Path:
     scheme = next((part for part in path.parts if part[-1:] == ":" and part[:-1] in known_implementations), None)
+    if scheme == "file:":
+        raise CheckpointError(
+            f"{str(path)!r} has a folder named 'file:', as Lightning makes one of an address file://...; give the plain path."
+        )
     if scheme is not None:
         raise CheckpointError(
-            f"{str(path)!r} is the address {scheme}// of a store after it has gone through a Path, which takes one of the "
-            f"slashes, and would be a local folder; give {'the plain path' if scheme == 'file:' else 'a string'}."
+            f"{str(path)!r} has a folder named {scheme!r}, as a Path makes one of an address {scheme}//...; give addresses of a "
+            "store as strings."
         )
     return path
 
