@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_moefold.checkpoint import CheckpointError, OutputTensor, write_hf_checkpoint
-from lightning_moefold.checkpoint.sharded import StoredTensors, load_meta
+from lightning_moefold.checkpoint.sharded import StoredTensors, load_meta, tensors_of
+from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoEConfig
@@ -29,8 +30,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``moefold export``."""
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="CKPT", help="directory that the Trainer has saved")
-    add("--output", type=Path, required=True, metavar="DIR", help="directory to write; one with a model is replaced")
+    add("--checkpoint", required=True, metavar="CKPT", help="directory that the Trainer has saved, here or in a store")
+    add("--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced")
     add("--model", type=Path, metavar="DIR", help="where the tokenizer is (default: that of the training)")
     add("--dtype", choices=DTYPES, help="of the weights on disk (default: that of the model training began with)")
 
@@ -42,11 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def export(checkpoint: Path, output: Path, model: Path | None = None, dtype: str | None = None) -> None:
+def export(checkpoint: str | Path, output: str | Path, model: Path | None = None, dtype: str | None = None) -> None:
     """Writes the model of a checkpoint as ``transformers`` loads it.
 
     Args:
-        checkpoint: Directory that a Trainer with this strategy has saved.
+        checkpoint: Directory that a Trainer with this strategy has saved, here or in a store.
         output: Directory to make; one that holds a model is replaced, one with other files in it is refused.
         model: Directory of which everything but the weights is copied along. By default that of the model with which
             training began, and the tokenizer of the data, where :class:`~.recipes.TextData` has said which it is.
@@ -56,9 +57,10 @@ def export(checkpoint: Path, output: Path, model: Path | None = None, dtype: str
         CheckpointError: If the checkpoint is damaged, or holds no model or several.
         OSError: If ``output`` cannot be written.
     """
-    name, described = _only_model(checkpoint, load_meta(checkpoint).get(MODELS, {}))
+    meta = load_meta(checkpoint)
+    name, described = _only_model(checkpoint, meta.get(MODELS, {}))
     config = MoEConfig.from_hf(described["config"])
-    stored = StoredTensors(checkpoint)
+    stored = StoredTensors(tensors_of(checkpoint, meta))
     tensors, whole = {}, {}
     for parameter, entry in (parameter_entries(config) | bias_entries(config)).items():
         full = f"model.{name}.{parameter}"
@@ -76,13 +78,14 @@ def export(checkpoint: Path, output: Path, model: Path | None = None, dtype: str
     if dtype is not None:
         written = {k: v for k, v in written.items() if k != "torch_dtype"} | {"dtype": dtype}
     origin = model or (Path(described["path"]) if described["path"] else None)
+    output = local_path(output, "output")
     if model is not None and not model.is_dir():
         raise CheckpointError(f"{model} is no directory; give the one with the tokenizer.")
     tokenizer = Path(described["tokenizer"]) if model is None and described.get("tokenizer") else None
     write_hf_checkpoint(output, written, tensors, piece, SINGLE, side_files_from=origin, tokenizer_from=tokenizer)
 
 
-def _only_model(checkpoint: Path, models: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _only_model(checkpoint: str | Path, models: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if len(models) != 1:
         what = f"holds the models {', '.join(models)}" if models else "holds no model with MoE layers"
         raise CheckpointError(f"{checkpoint} {what}; moefold export needs a checkpoint with exactly one.")

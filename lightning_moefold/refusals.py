@@ -198,6 +198,12 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
             f"detect_anomaly=True asks for NaNs in a way that torch has not built for tensors cut over tp, ep or etp, as {fold} "
             "does; look for them under a fold of data ranks only."
         )
+    for logger in trainer.loggers if spread and trainer.checkpoint_callbacks else ():
+        if uploads := getattr(logger, "_log_model", False):  # also of MLFlowLogger and LitLogger
+            raise UnsupportedFeature(
+                f"{type(logger).__name__}(log_model={uploads!r}) uploads files, and checkpoints of this strategy are "
+                "directories; leave log_model out, and upload what save_pretrained writes."
+            )
     writer = trainer.strategy.checkpoint_io
     if type(writer) is not TorchCheckpointIO and spread:
         raise UnsupportedFeature(
@@ -206,7 +212,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
         )
     if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
         raise UnsupportedFeature(
-            "a compiled LightningModule is not supported; compile blocks inside configure_model instead."
+            "a compiled LightningModule is not supported; compile its layers in place, with their compile(), inside "
+            "configure_model instead."
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -14,12 +15,19 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moefold import autofold, comm
-from lightning_moefold.checkpoint import CheckpointError
-from lightning_moefold.checkpoint.sharded import load_meta
+from lightning_moefold.checkpoint import CheckpointError, stores
+from lightning_moefold.checkpoint.sharded import META, load_meta
+from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.refusals import UnsupportedFeature
-from lightning_moefold.training_state import load_training_state, optimizer_state, save_training_state
+from lightning_moefold.training_state import (
+    check_saveable,
+    check_state,
+    load_training_state,
+    optimizer_state,
+    save_training_state,
+)
 
 
 class SharedCheckpoints(ParallelStrategy):
@@ -48,6 +56,45 @@ class SharedCheckpoints(ParallelStrategy):
 
     def _roots(self) -> list[ParallelRoot]:
         return [] if self.lightning_module is None else [root for _, root in parallel_roots(self.lightning_module)]
+
+    def _check_places(self, trainer: pl.Trainer, world: Axis) -> None:
+        """Where checkpoints will go, tried before training. Collective.
+
+        Raises:
+            CheckpointError: For a place that cannot be written or that not all ranks see.
+        """
+        stores.parse_path(trainer.default_root_dir)
+        for callback in trainer.checkpoint_callbacks:
+            directory = getattr(callback, "dirpath", None)
+            if directory is not None and isinstance(place := stores.parse_path(directory), str):
+                stores.check_store(place, world)
+
+    def _check_saveable(self, trainer: pl.Trainer) -> None:
+        """What checkpoints will hold, checked before training. Collective."""
+        if not self._sharded:
+            return
+        assert self._registry is not None
+        assert self.lightning_module is not None
+        error: Exception | None = None
+        try:
+            check_saveable(trainer, self.lightning_module)
+        except Exception as failure:  # the user's state_dict() too
+            error = failure
+        comm.agree_on_error(error, self._registry.mesh.world)
+
+    def _check_state(self, optimizer: Optimizer) -> None:
+        """What an optimizer's first step has shown of its state, where checkpoints will be saved. Collective."""
+        assert self._registry is not None
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if not trainer.checkpoint_callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        error: Exception | None = None
+        try:
+            check_state(optimizer, self._registry)
+        except CheckpointError as failure:
+            error = failure
+        comm.agree_on_error(error, self._registry.mesh.world)
 
     def _release_gathered_weights(self) -> None:
         for root in self._roots():
@@ -84,12 +131,13 @@ class SharedCheckpoints(ParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(checkpoint_path))
+        given = self.broadcast(checkpoint_path)
+        path = given if str(given).startswith("http") else stores.parse_path(given)  # Lightning reads http by itself
         if not self._sharded:
-            if path.is_dir():
+            if not str(path).startswith("http") and stores.is_file(stores.join(path, META)):
                 raise UnsupportedFeature(f"{path} was saved by a model with MoE layers; this module has none.")
             return super().load_checkpoint(path, weights_only)
-        if path.is_file():
+        if stores.is_file(path):
             raise UnsupportedFeature(
                 f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
                 "Face format and start from that."

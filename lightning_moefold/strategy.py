@@ -9,7 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -39,6 +39,7 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_moefold import autofold, comm
@@ -63,11 +64,13 @@ from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
 from lightning_moefold.parallel.compiling import compilable_layers, compile_layers, missing_tool
+from lightning_moefold.parallel.hooks import HookError, check_hooks
 from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
 from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
 from lightning_moefold.parallel.pipeline import Pipeline
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.parallel.spare import spare_parameters
+from lightning_moefold.parallel.tree import check_trees
 from lightning_moefold.planner.auto import AutoFold, Choice
 from lightning_moefold.precision import MoEFoldPrecision
 from lightning_moefold.predicting import Predicting
@@ -458,9 +461,14 @@ class MoEFoldStrategy(SharedCheckpoints):
             self._choose_fold(last_call=True)
             self._make_mesh()
         check_trainer(trainer, self.lightning_module, self.fold)
+        check_trees(self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
         if self.compile:
             check_compilation(self.lightning_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._check_hooks()
+            if self._roots() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._check_places(trainer, self.mesh.world)
         self.accelerator.setup(trainer)
         for loop in (
             trainer.validate_loop,
@@ -484,11 +492,25 @@ class MoEFoldStrategy(SharedCheckpoints):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             check_optimizers(trainer, self._registry.sharded)
+            self._check_saveable(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
         if trainer.state.fn == TrainerFn.PREDICTING:
             self._predicting = Predicting(trainer, self.lightning_module)
+
+    def _check_hooks(self) -> None:
+        """Refuses hooks on gradients where more than one rank has a part of them, or FSDP2 keeps the weights. Collective."""
+        assert self.lightning_module is not None
+        mixed = self._precision.mixed_dtype is not None and bool(self._roots())
+        if self.world_size == 1 and not mixed:
+            return
+        error: Exception | None = None
+        try:
+            check_hooks(self.lightning_module, f"in {self._precision.precision}" if mixed else f"under {self.fold}")
+        except HookError as failure:
+            error = failure
+        comm.agree_on_error(error, self.mesh.world)
 
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
@@ -567,6 +589,12 @@ class MoEFoldStrategy(SharedCheckpoints):
         # data replica must draw the same augmentations. A loader that has been through a Trainer before holds
         # Lightning's function.
         if isinstance(dataloader, DataLoader):
+            sampler = dataloader.sampler
+            if isinstance(sampler, DistributedSampler) and sampler.shuffle and dataloader.generator is not None:
+                rank_zero_warn(
+                    "the generator of a DataLoader does not set the order of its rows, which Lightning's sampler draws from the "
+                    "seed of seed_everything; Trainer(use_distributed_sampler=False) keeps the loader's own."
+                )
             function = dataloader.worker_init_fn
             lightnings = isinstance(function, partial) and function.func is pl_worker_init_function
             if lightnings or (function is None and int(os.environ.get("PL_SEED_WORKERS", 0))):
@@ -577,6 +605,7 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def on_train_start(self) -> None:
+        self._check_hooks()  # hooks may have been registered since the set-up
         self._stop_quietly()
 
     @override
@@ -641,12 +670,16 @@ class MoEFoldStrategy(SharedCheckpoints):
             for owner, parent in ((module, pl.LightningModule), *((c, pl.Callback) for c in callbacks))
         )
 
-    def _watch(self, optimizer: Optimizer) -> AbstractContextManager[None]:
-        """The first step of an optimizer shows whether it can be right on pieces of parameters."""
+    @contextmanager
+    def _watch(self, optimizer: Optimizer) -> Generator[None, None, None]:
+        """The first step of an optimizer shows whether it can be right on pieces of parameters, and stored."""
         if not self._sharded or self.mesh.world.size == 1 or optimizer in self._watched:
-            return nullcontext()
+            yield
+            return
         self._watched.add(optimizer)
-        return elementwise_only(optimizer)
+        with elementwise_only(optimizer):
+            yield
+        self._check_state(optimizer)
 
     def _synchronize_own_buffers(self) -> None:
         if self._own is not None:

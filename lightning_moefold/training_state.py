@@ -13,14 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_moefold.checkpoint import CheckpointError
-from lightning_moefold.checkpoint.sharded import TensorPiece, load_sharded, save_sharded, stored_tensors
+from lightning_moefold.checkpoint.sharded import (
+    TensorPiece,
+    check_readable,
+    load_sharded,
+    save_sharded,
+    stored_tensors,
+    tensors_of,
+)
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel import local_part
@@ -141,6 +150,59 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
     return TensorPiece.of(local, registry.box(name), layout.shape, writes=registry.owns(name))
 
 
+def check_saveable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Checks before training what is known by then of the checkpoints that ModelCheckpoint will save.
+
+    Args:
+        trainer: With its callbacks, and the optimizers and schedulers of this fit.
+        module: The LightningModule.
+
+    Raises:
+        CheckpointError: Naming a hyperparameter or a state that could not be read back.
+    """
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    for owner in (module, data):
+        for name, value in (owner.hparams if owner is not None else {}).items():
+            check_readable(value, f"the hyperparameter {name!r} of {type(owner).__name__}")
+        if owner is not None and owner.hparams:
+            check_readable(
+                owner.hparams if _is_omegaconf(owner.hparams) else None, f"hparams of {type(owner).__name__}"
+            )
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            check_readable(value, f"what get_extra_state gives for {name!r}")
+    if data is not None:
+        check_readable(data.state_dict(), f"the state of {type(data).__name__}")
+    if all(c.save_weights_only for c in savers):
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        check_readable(callback.state_dict(), f"the state of {type(callback).__name__}")
+    for config in trainer.lr_scheduler_configs:
+        check_readable(config.scheduler.state_dict(), f"the state of {type(config.scheduler).__name__}")
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            options = _plain({name: value for name, value in group.items() if name != "params"})
+            check_readable(options, f"a parameter group of {type(_unwrap(optimizer)).__name__}")
+
+
+def check_state(optimizer: Optimizer | LightningOptimizer, registry: ParameterRegistry) -> None:
+    """Checks after an optimizer's first step that its state can be stored.
+
+    Raises:
+        CheckpointError: For state that does not go with pieces of parameters.
+    """
+    for name, values in optimizer_state(optimizer, registry)["state"].items():
+        for value in values.values():
+            _describe(value, name, registry)
+
+
+def _is_omegaconf(hparams: Any) -> bool:
+    return type(hparams).__module__.partition(".")[0] == "omegaconf"
+
+
 def load_training_state(
     path: str | Path,
     meta: dict[str, Any],
@@ -160,7 +222,8 @@ def load_training_state(
     Raises:
         CheckpointError: If the checkpoint does not fit the module or the optimizers.
     """
-    stored = stored_tensors(path)
+    place = tensors_of(path, meta)
+    stored = stored_tensors(place)
     state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     tensors = {f"model.{name}": _describe(value, name, registry) for name, value in state.items()}
     missing = [name for name in tensors if name not in stored]
@@ -179,7 +242,7 @@ def load_training_state(
             f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured."
         )
     fills = [_prepare_optimizer(i, _unwrap(o), groups[i], stored, registry, tensors) for i, o in enumerate(optimizers)]
-    load_sharded(path, tensors)
+    load_sharded(place, tensors)
     for name, value in meta.pop("extra_state", {}).items():
         module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
     for optimizer, values in fills:

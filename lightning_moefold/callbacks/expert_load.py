@@ -7,7 +7,7 @@ stage that hold different experts or replicas (edp * ep), C = E + 1 + R columns.
 
 from __future__ import annotations
 
-import os
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.callbacks.common import world_axis
+from lightning_moefold.checkpoint import stores
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules import MoELayer
@@ -170,15 +171,13 @@ class LoadHistory:
         self.entries = [entry for entry in self.entries if entry[0] <= step and self.layers == layers]
         self.layers = layers
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Writes ``steps`` ``[N]``, ``layers`` ``[L]`` and ``counts`` ``[N, L, E]`` (int64), complete or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            np.savez_compressed(
-                file,
-                steps=np.array([step for step, _ in self.entries], dtype=np.int64),
-                layers=np.array(self.layers, dtype=np.int64),
-                counts=np.stack([counts_LE for _, counts_LE in self.entries]),
-            )
-        os.replace(partial, path)
+        file = io.BytesIO()
+        np.savez_compressed(
+            file,
+            steps=np.array([step for step, _ in self.entries], dtype=np.int64),
+            layers=np.array(self.layers, dtype=np.int64),
+            counts=np.stack([counts_LE for _, counts_LE in self.entries]),
+        )
+        stores.write(path, file.getvalue())

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +15,7 @@ from lightning_moefold.callbacks.balance_statistics import balance_statistics, l
 from lightning_moefold.callbacks.common import LogSchedule, log_values
 from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, LoadReader
 from lightning_moefold.callbacks.load_images import LoadImages
+from lightning_moefold.checkpoint import stores
 
 FILE_NAME = "expert_load.npz"
 
@@ -108,7 +108,7 @@ class LoadBalanceMonitor(pl.Callback):
             return
         folder = trainer.log_dir  # asks rank zero: every rank has to call it
         if trainer.is_global_zero and self.history and folder is not None:
-            self._history.save(Path(folder) / FILE_NAME)
+            self._history.save(stores.join(stores.parse_path(folder), FILE_NAME))
 
 
 def load_figures(load: ExpertLoad, per_layer: bool = True) -> dict[str, float]:

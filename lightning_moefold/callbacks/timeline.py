@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,11 +14,12 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_moefold.checkpoint import stores
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel.pipeline import Pipeline
 from lightning_moefold.parallel.schedule import ScheduleRunner
-from lightning_moefold.planner.simulate import Event, Op, Timeline, write_chrome_trace
+from lightning_moefold.planner.simulate import Event, Op, Timeline, chrome_trace
 
 FILE_NAME = "pipeline_timeline.json"
 
@@ -74,8 +74,7 @@ class PipelineTimeline(pl.Callback):
         self.timeline = self._recorder.finish()
         folder = trainer.log_dir if trainer.loggers else None  # asks rank zero
         if trainer.is_global_zero and folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            write_chrome_trace(self.timeline, Path(folder) / FILE_NAME)
+            stores.write(stores.join(stores.parse_path(folder), FILE_NAME), chrome_trace(self.timeline).encode())
 
 
 class TimelineRecorder:

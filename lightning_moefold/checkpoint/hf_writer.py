@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.checkpoint.side_files import are_apart, files_to_carry, foreign_file, warn_of_end
+from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import Axis
 
@@ -77,9 +78,10 @@ def write_hf_checkpoint(
         tokenizer_from: Directory whose tokenizer is copied instead of the model's.
 
     Raises:
+        CheckpointError: If ``path`` is in a store.
         OSError: If the directory holds foreign files or cannot be written; raised on every rank.
     """
-    target = Path(path)
+    target = local_path(path, "the model's directory")
     names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
     if world.size > 1:
         dist.broadcast_object_list(names, src=world.ranks[0])

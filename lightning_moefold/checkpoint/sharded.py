@@ -4,11 +4,13 @@
 A checkpoint is a directory. Tensors are stored under global names with global shapes; each rank writes the boxes it
 owns and reads the boxes it needs, whatever fold wrote them. Everything that is not a tensor of the model or the
 optimizer is in ``meta.pt``, read with ``weights_only=True``; reading runs no code of a checkpoint. A save appears under its
-name only when it is complete.
+name only when it is complete: a folder of this machine gets its name at the end. A store has no such step; there each save
+writes its tensors into a folder of its own below the checkpoint, and ``meta.pt``, written last and at once, says in which.
 """
 
 from __future__ import annotations
 
+import io
 import shutil
 import uuid
 import warnings
@@ -29,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from lightning_moefold import comm
+from lightning_moefold.checkpoint import stores
 from lightning_moefold.checkpoint.hf_reader import CheckpointError
 from lightning_moefold.checkpoint.hf_writer import replace_directory
 from lightning_moefold.checkpoint.safe_metadata import SafeReader
@@ -36,6 +39,8 @@ from lightning_moefold.layout import Box
 from lightning_moefold.mesh import Axis
 
 META = "meta.pt"
+#: What ``meta.pt`` calls the folder with the tensors, where they are not beside it; and how such folders are named.
+FOLDER, _FOLDERS = "moefold_tensors", "tensors-"
 #: What hyper-parameters may hold besides plain data.
 _HARMLESS = (PosixPath, PurePosixPath)
 
@@ -95,7 +100,8 @@ def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
     """Writes a checkpoint. Collective.
 
     Args:
-        path: Directory to make; what is there already (file or directory) is replaced once the new one is complete.
+        path: Directory to make, here or in a store; what is there already (file or directory) is replaced once the new one
+            is complete.
         tensors: :class:`TensorPiece` for what is spread over ranks, plain tensors for what every rank has.
         meta: Everything else; rank 0's is written.
         world: All ranks.
@@ -103,21 +109,24 @@ def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
     Raises:
         CheckpointError: If writing fails on any rank; raised on all, and what was there before is still there.
     """
-    target = Path(path)
-    names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
+    target = stores.parse_path(path)
+    names = [uuid.uuid4().hex[:8]]
     if world.size > 1:
         dist.broadcast_object_list(names, src=world.ranks[0])
-    work = names[0]
+    if isinstance(target, str):
+        _save_in_store(target, tensors, {**meta, FOLDER: _FOLDERS + names[0]}, world)
+        return
+    work = target.with_name(f".{target.name}.{names[0]}.tmp")
     error: Exception | None = None
     try:
         try:
             if world.index == 0:
                 work.mkdir(parents=True)
-                _save_meta(dict(meta), work / META)
+                stores.write(work / META, pack_meta(meta))
         except Exception as failure:
             error = failure
         comm.agree_on_error(error, world)
-        _collective("write", target, lambda: dcp.save(dict(tensors), checkpoint_id=work))
+        _write_tensors(work, target, tensors, world)
         if world.index == 0:
             try:
                 replace_directory(work, target)
@@ -129,15 +138,112 @@ def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _save_meta(meta: dict[str, Any], file: Path) -> None:
-    torch.save(meta, file)
-    # Now, rather than when somebody needs the checkpoint and it cannot be read.
+def _save_in_store(target: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], world: Axis) -> None:
+    work, packed, error = stores.join(target, meta[FOLDER]), b"", None
+    complete = False
+    try:
+        try:
+            if world.index == 0:
+                if stores.is_file(target):
+                    raise CheckpointError(f"{target} is a file; give another name.")
+                packed = pack_meta(meta)
+        except Exception as failure:
+            error = failure
+        comm.agree_on_error(error, world)
+        _write_tensors(work, target, tensors, world)
+        try:
+            if world.index == 0:
+                stores.write(stores.join(target, META), packed)  # from here on, it is this save that is loaded
+        except Exception as failure:
+            error = failure
+        comm.agree_on_error(error, world)
+        complete = True
+    finally:
+        if world.index == 0:
+            _clear(target, meta[FOLDER], complete)
+
+
+def _clear(target: str, folder: str, complete: bool) -> None:
+    """Removes the tensors of earlier saves, or of this one if it has failed."""
+    try:
+        old = [name for name in stores.folders(target) if name.startswith(_FOLDERS) and name != folder]
+        for name in old if complete else [folder]:
+            stores.remove(stores.join(target, name))
+    except Exception as failure:  # the checkpoint itself is as it should be
+        warnings.warn(f"unneeded folders of {target} could not be removed: {failure}", stacklevel=2)
+
+
+def _write_tensors(work: Path | str, target: Path | str, tensors: Mapping[str, Tensor], world: Axis) -> None:
+    """Writes the tensors, and checks that all files of all ranks lie in one place."""
+    written: list[Any] = []
+    writer = stores.connected(dcp.FileSystemWriter(work), work)
+    _collective("write", target, lambda: written.append(dcp.save(dict(tensors), storage_writer=writer)))
+    error: Exception | None = None
+    try:
+        if world.index == 0:
+            _check_files(work, target, written[0])
+    except Exception as failure:
+        error = failure
+    comm.agree_on_error(error, world)
+
+
+def _check_files(work: Path | str, target: Path | str, metadata: Any) -> None:
+    ends = {".metadata": 1}
+    for part in metadata.storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    found = stores.sizes(work)
+    for name, end in sorted(ends.items()):
+        if found.get(name, -1) < end:
+            raise CheckpointError(
+                f"{target} is not complete: rank 0 does not see all of the file {name} that has been written; save to a "
+                "place that all ranks share."
+            )
+
+
+def pack_meta(meta: Mapping[str, Any]) -> bytes:
+    """The file with everything but the tensors.
+
+    Raises:
+        CheckpointError: If it could not be read back; now, rather than when somebody needs the checkpoint.
+    """
+    packed, foreign = _pack(dict(meta))
+    if foreign is not None:
+        raise CheckpointError(
+            f"the checkpoint would hold a {foreign}, and only plain data is ever read back; keep numbers, strings and "
+            "containers of them in hyperparameters and in the state of callbacks and schedulers."
+        )
+    return packed
+
+
+def _pack(value: Any) -> tuple[bytes, str | None]:
+    """A value as it is written, and the name of a class in it that would not be read back."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
     known = {f"{kind.__module__}.{kind.__qualname__}" for kind in _HARMLESS}
     foreign = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - known)
-    if foreign:
+    return file.getvalue(), foreign[0] if foreign else None
+
+
+def check_readable(value: Any, what: str) -> None:
+    """Checks that a value that checkpoints will hold can be written and read back.
+
+    Args:
+        value: The value.
+        what: What it is, as the subject of a sentence.
+
+    Raises:
+        CheckpointError: If not.
+    """
+    try:
+        foreign = _pack(value)[1]
+    except Exception as failure:  # of pickle, in many kinds
+        raise CheckpointError(f"{what} cannot be saved in a checkpoint ({failure}); leave it out.") from None
+    if foreign is not None:
         raise CheckpointError(
-            f"the checkpoint would hold a {foreign[0]}, and only plain data is ever read back; keep numbers, strings and "
-            "containers of them in hyperparameters and in the state of callbacks and schedulers."
+            f"{what} holds a {foreign}, and checkpoints give back plain data only; keep numbers, strings and containers of them "
+            "(.value of an enum, .item() of a NumPy number, asdict of a dataclass, OmegaConf.to_container), or do without "
+            "checkpoints."
         )
 
 
@@ -147,23 +253,36 @@ def load_meta(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the directory is no complete checkpoint.
     """
-    file = Path(path) / META
-    if not file.is_file():
+    file = stores.join(stores.parse_path(path), META)
+    if not stores.is_file(file):
         raise CheckpointError(f"{path} is not a checkpoint of this strategy (it has no {META}).")
     try:
         with torch.serialization.safe_globals(list(_HARMLESS)):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            content = io.BytesIO(stores.read(file))
+            return torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
 
 
+def tensors_of(path: str | Path, meta: Mapping[str, Any]) -> Path | str:
+    """Where the tensors of a checkpoint are, whose ``meta`` :func:`load_meta` gave."""
+    parsed, folder = stores.parse_path(path), str(meta.get(FOLDER, ""))
+    if folder and (not folder.startswith(_FOLDERS) or "/" in folder):
+        raise CheckpointError(f"{path} is damaged: its tensors are said to be in {folder!r}.")
+    return stores.join(parsed, folder) if folder else parsed
+
+
 def stored_tensors(path: str | Path) -> dict[str, TensorStorageMetadata]:
-    """Shapes and dtypes of all tensors in a checkpoint.
+    """Shapes and dtypes of all tensors in a folder that :func:`tensors_of` gave.
 
     Raises:
         CheckpointError: If the list cannot be read.
     """
-    return _listed(SafeReader(path))
+    return _listed(_reader(stores.parse_path(path)))
+
+
+def _reader(place: Path | str) -> SafeReader:
+    return stores.connected(SafeReader(place), place)
 
 
 def _listed(reader: SafeReader) -> dict[str, TensorStorageMetadata]:
@@ -177,7 +296,7 @@ class StoredTensors:
     """The tensors of a checkpoint, read one at a time by a process on its own.
 
     Args:
-        path: The checkpoint.
+        path: Folder that :func:`tensors_of` gave.
 
     Attributes:
         items: Shape and dtype of each tensor by name.
@@ -187,7 +306,8 @@ class StoredTensors:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path, self._reader = Path(path), SafeReader(path)
+        self._path = stores.parse_path(path)
+        self._reader = _reader(self._path)
         self.items = _listed(self._reader)
 
     def read(self, name: str) -> Tensor:
@@ -205,15 +325,16 @@ class StoredTensors:
 
 
 def load_sharded(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills ``tensors`` in place. Collective.
+    """Fills ``tensors`` in place from a folder that :func:`tensors_of` gave. Collective.
 
     Raises:
         CheckpointError: If a tensor is missing or of another shape, or a file damaged; raised on all ranks.
     """
-    _collective("read", Path(path), lambda: dcp.load(dict(tensors), storage_reader=SafeReader(path)))
+    reader = _reader(stores.parse_path(path))
+    _collective("read", path, lambda: dcp.load(dict(tensors), storage_reader=reader))
 
 
-def _collective(verb: str, path: Path, action: Any) -> None:
+def _collective(verb: str, path: str | Path, action: Any) -> None:
     try:
         action()
     except dcp.CheckpointException as error:  # a BaseException in torch: no ordinary handler would see it

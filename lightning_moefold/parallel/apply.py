@@ -27,6 +27,7 @@ from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import ParallelModule, ParallelRoot
 from lightning_moefold.modules.experts import RoutedExperts
 from lightning_moefold.modules.routers import Router
+from lightning_moefold.parallel.hooks import keeping_hooks
 from lightning_moefold.parallel.pipeline import Pipeline
 from lightning_moefold.parallel.stage_module import Stage
 from lightning_moefold.parallel.stages import PipelinePlan
@@ -106,7 +107,8 @@ def parallelize(
             module.bind(mesh)
     _wrap(model, mesh, sharding, [stage.units() for stage in stages] or [model.units()])
     if isinstance(model, MoECausalLM) and model.weights_pending:
-        model.to_empty(device=device)
+        with keeping_hooks(model):
+            model.to_empty(device=device)
         model.load_weights()
     else:
         model.to(device)

@@ -277,7 +277,12 @@ def _loads(job: Job, plan: Plan, mean: float, stages: int, microbatches: int, se
 
 
 def write_chrome_trace(timeline: Timeline, path: Path) -> None:
-    """Writes events for ``chrome://tracing`` or Perfetto, one row per pipeline rank; times in microseconds."""
+    """Writes :func:`chrome_trace` to a file."""
+    path.write_text(chrome_trace(timeline))
+
+
+def chrome_trace(timeline: Timeline) -> str:
+    """Events for ``chrome://tracing`` or Perfetto as JSON, one row per pipeline rank; times in microseconds."""
     colours = {"F": "good", "B": "bad", "W": "yellow"}
     events = [
         {
@@ -291,4 +296,4 @@ def write_chrome_trace(timeline: Timeline, path: Path) -> None:
         {"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": {"name": f"pipeline rank {rank}"}}
         for rank in range(timeline.ranks)
     ]
-    path.write_text(json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}))
+    return json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_moefold.checkpoint.stores import parse_path
 from lightning_moefold.recipes.data import TextData
 from lightning_moefold.recipes.errors import InputError, is_users
 from lightning_moefold.recipes.messages import one_sentence
@@ -78,6 +80,12 @@ def launched() -> dict[str, int]:
         local = int(os.environ["SLURM_NTASKS_PER_NODE"])
         return {"devices": local, "num_nodes": int(os.environ["SLURM_NTASKS"]) // local}
     return {}
+
+
+def _short(path: str | Path) -> str:
+    """A path as it is shortest to type here."""
+    parsed = parse_path(path)
+    return parsed if isinstance(parsed, str) else os.path.relpath(parsed)
 
 
 class MoEFoldCLI(LightningCLI):
@@ -148,15 +156,15 @@ class MoEFoldCLI(LightningCLI):
         measured = [c.best_model_path for c in saved if c.monitor and c.best_model_path]
         best = measured[0] if measured else newest
         if measured:
-            print(f"best checkpoint     {os.path.relpath(best)}")
-        print(f"to resume from      {os.path.relpath(newest)}")
-        print(f"for transformers    moefold export --checkpoint {os.path.relpath(best)} --output DIR")
+            print(f"best checkpoint     {_short(best)}")
+        print(f"to resume from      {_short(newest)}")
+        print(f"for transformers    moefold export --checkpoint {_short(best)} --output DIR")
 
     def after_predict(self) -> None:
         """Says where the predictions are."""
         if written := getattr(self.model, "predicted", None):
             path, documents = written
-            print(f"predictions  {os.path.relpath(path)}  ({documents} document{'s' * (documents != 1)})")
+            print(f"predictions  {_short(path)}  ({documents} document{'s' * (documents != 1)})")
 
     def _run_subcommand(self, subcommand: str) -> None:
         with peers_end_too(self.trainer):

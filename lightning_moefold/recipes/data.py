@@ -19,6 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.checkpoint.tokenizers import tokenizer_files
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import IGNORED
@@ -117,11 +118,11 @@ class TextData(pl.LightningDataModule):
             raise InputError(f"sequence_length={sequence_length} must be at least 2.")
         if not 0 <= val_fraction < 1:
             raise InputError(f"val_fraction={val_fraction} must be at least 0 and less than 1.")
-        self.tokenizer, self.length, self.packing = Path(tokenizer), sequence_length, packing
+        self.tokenizer, self.length, self.packing = local_path(tokenizer, "tokenizer"), sequence_length, packing
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.add_special_tokens, self.trust_remote_code = add_special_tokens, trust_remote_code
-        self.val_fraction, self.cache_dir = (0.0 if val_files else val_fraction), Path(cache_dir)
-        self._files = {name: [Path(file) for file in some] for name, some in given.items() if some}
+        self.val_fraction, self.cache_dir = (0.0 if val_files else val_fraction), local_path(cache_dir, "cache_dir")
+        self._files = {name: [local_path(f, "the text file") for f in some] for name, some in given.items() if some}
         self._parts: dict[str, Part] = {}
         self._error: Exception | None = None
         self._loader: RowLoader | None = None

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from lightning_moefold.checkpoint import stores
 from lightning_moefold.models.masks import IGNORED, find_targets
 
 
@@ -92,22 +93,20 @@ class DocumentLosses:
         return strategy.reduce(sums.to(strategy.root_device), reduce_op="sum").cpu()
 
 
-def write_document_losses(path: Path, sums: Tensor, names: Sequence[str] | None) -> int:
+def write_document_losses(path: Path | str, sums: Tensor, names: Sequence[str] | None) -> int:
     """Writes one line of JSON for each document that has label tokens; returns how many.
 
     Args:
-        path: The file.
+        path: The file, here or in a store.
         sums: Loss and tokens of each document.
         names: Where each was found.
     """
-    written = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for number, (loss, tokens) in enumerate(sums.tolist()):
-            if tokens:
-                mean = torch.tensor(loss / tokens, dtype=torch.float64)
-                line: dict[str, object] = {"document": number} | ({"source": names[number]} if names else {})
-                line |= {"tokens": int(tokens), "loss": mean.item(), "perplexity": mean.exp().item()}
-                file.write(json.dumps(line) + "\n")
-                written += 1
-    return written
+    lines = []
+    for number, (loss, tokens) in enumerate(sums.tolist()):
+        if tokens:
+            mean = torch.tensor(loss / tokens, dtype=torch.float64)
+            line: dict[str, object] = {"document": number} | ({"source": names[number]} if names else {})
+            line |= {"tokens": int(tokens), "loss": mean.item(), "perplexity": mean.exp().item()}
+            lines.append(json.dumps(line) + "\n")
+    stores.write(path, "".join(lines).encode())
+    return len(lines)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from typing_extensions import override
 
+from lightning_moefold.checkpoint import stores
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.masks import shortest_window
@@ -70,7 +71,7 @@ class FineTuneModule(pl.LightningModule):
             raise InputError(f"total_steps={total_steps} must be at least 1.")
         self.save_hyperparameters()
         self.model: MoECausalLM | None = None
-        self.predicted: tuple[Path, int] | None = None
+        self.predicted: tuple[Path | str, int] | None = None
         self._mean, self._documents = MeanLoss(), DocumentLosses()
         self._warned_of_length = False
 
@@ -199,7 +200,9 @@ class FineTuneModule(pl.LightningModule):
     @override
     def on_predict_epoch_end(self) -> None:
         sums = self._documents.compute(self.trainer.strategy)
-        path = Path(self.hparams["predictions"] or Path(self.trainer.default_root_dir) / "predictions.jsonl")
+        given = self.hparams["predictions"]
+        root = stores.parse_path(self.trainer.default_root_dir)
+        path = stores.join(root, "predictions.jsonl") if given is None else stores.parse_path(given)
         if self.trainer.is_global_zero:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
             names = data.part("predict").names if hasattr(data, "part") else None

@@ -95,6 +95,9 @@ class _Optimizers(Finetune):
             return _RowState(self.parameters(), {"lr": 0.1, "plain": kind == "plain rows"})
         return getattr(torch.optim, kind)(self.parameters())
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        assert self.spec["kind"] not in ("rows", "plain rows"), "it has gone on after the first step"
+
 
 class _RowState(torch.optim.Optimizer):
     """Keeps a number for each row, as optimizers with factored state do; of the whole, or of what this rank holds."""
@@ -110,7 +113,8 @@ class _RowState(torch.optim.Optimizer):
 
 def features(path: str, folder: str) -> dict[str, str]:
     """Parts of Lightning that cannot work."""
-    saving = {"callbacks": [ModelCheckpoint(folder, filename="rows")], "enable_checkpointing": True}
+    # Told after the first step, long before the first save.
+    saving = {"callbacks": [ModelCheckpoint(folder, filename="rows")], "enable_checkpointing": True, "max_steps": 2}
     cases: dict[str, tuple[type[Finetune], dict[str, Any], dict[str, Any]]] = {
         "sync_batchnorm": (Finetune, {}, {"sync_batchnorm": True}),
         "LBFGS": (_Optimizers, {"kind": "LBFGS"}, {}),

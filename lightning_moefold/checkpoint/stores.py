@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where files lie: in a folder of this machine, or in a store that fsspec reaches by its scheme (``s3://``, ``memory://``)."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem
+
+from lightning_moefold import comm
+from lightning_moefold.checkpoint.hf_reader import CheckpointError
+from lightning_moefold.mesh import Axis
+
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]*(://|::)")
+_Disk = TypeVar("_Disk", FileSystemReader, FileSystemWriter)
+
+
+def parse_path(path: str | os.PathLike[str]) -> Path | str:
+    """Tells folders of this machine from addresses in a store.
+
+    Returns:
+        A Path for a local path, with or without ``file://``; the address as it is for any other scheme.
+
+    Raises:
+        CheckpointError: For a scheme that fsspec does not know, and for an address that has lost a slash on its way
+            through a Path.
+    """
+    text = os.fspath(path)
+    if _SCHEME.match(text) is None and not text.startswith("file:/"):
+        return _unmangled(Path(path))
+    try:
+        store, inner = url_to_fs(text)
+    except (ValueError, ImportError) as error:
+        raise CheckpointError(f"{text!r} cannot be reached: {error}.") from None
+    return _unmangled(Path(inner)) if isinstance(store, LocalFileSystem) else text
+
+
+def _unmangled(path: Path) -> Path:
+    scheme = next((part for part in path.parts if part[-1:] == ":" and part[:-1] in known_implementations), None)
+    if scheme == "file:":
+        raise CheckpointError(
+            f"{str(path)!r} has a folder named 'file:', as Lightning makes one of an address file://...; give the plain path."
+        )
+    if scheme is not None:
+        raise CheckpointError(
+            f"{str(path)!r} has a folder named {scheme!r}, as a Path makes one of an address {scheme}//...; give addresses of a "
+            "store as strings."
+        )
+    return path
+
+
+def local_path(path: str | os.PathLike[str], what: str) -> Path:
+    """The path of what is read or written on this machine only.
+
+    Args:
+        path: As the user gives it.
+        what: What it is, as the subject of a sentence.
+
+    Raises:
+        CheckpointError: For an address in a store.
+    """
+    parsed = parse_path(path)
+    if isinstance(parsed, str):
+        raise CheckpointError(
+            f"{what} {parsed!r} is in a store, and only training checkpoints are read and written there; give a local path."
+        )
+    return parsed
+
+
+def connected(disk: _Disk, path: Path | str) -> _Disk:
+    """Lets a reader or writer of torch.distributed.checkpoint work in the place of ``path``, wherever that is."""
+    if isinstance(path, str):
+        store: Any = FileSystem()
+        disk.path, disk.fs = store.init_path(path), store
+        store.fs.invalidate_cache()  # other processes write there
+        if isinstance(disk, FileSystemWriter):
+            disk.sync_files = False  # or it would flush every disk of the machine
+    return disk
+
+
+def join(path: Path | str, name: str) -> Path | str:
+    """A place below another."""
+    return path / name if isinstance(path, Path) else f"{path.rstrip('/')}/{name}"
+
+
+def _fs(path: str) -> tuple[Any, str]:
+    store, inner = url_to_fs(path)
+    store.invalidate_cache()
+    return store, inner
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether a file is there."""
+    if isinstance(path, Path):
+        return path.is_file()
+    store, inner = _fs(path)
+    return bool(store.isfile(inner))
+
+
+def read(path: Path | str) -> bytes:
+    """A file's content."""
+    if isinstance(path, Path):
+        return path.read_bytes()
+    store, inner = _fs(path)
+    return bytes(store.cat_file(inner))
+
+
+def write(path: Path | str, content: bytes) -> None:
+    """Writes a file, complete or not at all: in one request to a store, under another name first on this machine."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".partial")
+        draft.write_bytes(content)
+        os.replace(draft, path)
+        return
+    store, inner = _fs(path)
+    store.makedirs(inner.rpartition("/")[0], exist_ok=True)
+    store.pipe_file(inner, content)
+
+
+def remove(path: Path | str) -> None:
+    """Removes a file, or a folder with all that is in it, from a store."""
+    store, inner = _fs(str(path))
+    if store.exists(inner):
+        store.rm(inner, recursive=True)
+
+
+def folders(path: str) -> list[str]:
+    """Names of the folders in a folder of a store."""
+    store, inner = _fs(path)
+    if not store.isdir(inner):
+        return []
+    return [
+        str(entry["name"]).rstrip("/").rpartition("/")[2]
+        for entry in store.ls(inner, detail=True)
+        if entry["type"] == "directory"
+    ]
+
+
+def sizes(path: Path | str) -> dict[str, int]:
+    """Bytes of each file in a folder, by name."""
+    if isinstance(path, Path):
+        return {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+    store, inner = _fs(path)
+    return {
+        str(e["name"]).rpartition("/")[2]: int(e["size"]) for e in store.ls(inner, detail=True) if e["type"] == "file"
+    }
+
+
+def check_store(path: str, world: Axis) -> None:
+    """Checks that a store can be written, and that every rank sees what another has written. Collective.
+
+    Raises:
+        CheckpointError: Naming the store; raised on all ranks.
+    """
+    names = [f".{uuid.uuid4().hex[:8]}.trial"]
+    if world.size > 1:
+        dist.broadcast_object_list(names, src=world.ranks[0])
+    trial, error = join(path, names[0]), None
+    try:
+        if world.index == 0:
+            write(trial, b"trial")
+    except Exception as failure:
+        error = CheckpointError(f"checkpoints cannot be saved to {path}: {type(failure).__name__}: {failure}.")
+    comm.agree_on_error(error, world)
+    try:
+        if not is_file(trial):
+            error = CheckpointError(
+                f"rank {world.index} does not see what rank 0 has written to {path}; save to a store that all ranks share"
+                f"{', which memory:// is not' if path.startswith('memory:') else ''}."
+            )
+        comm.agree_on_error(error, world)
+    finally:
+        if world.index == 0:
+            remove(trial)
