@@ -308,7 +308,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         assert self.cluster_environment is not None
         if self._fold_text != "auto":
             self._make_fold()  # an illegal fold is refused before any process is started
-        if not self.cluster_environment.creates_processes_externally:
+        # One process is here already, also in a notebook, where Lightning starts no script.
+        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
             self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def set_world_ranks(self) -> None:
