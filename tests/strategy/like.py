@@ -20,7 +20,7 @@ import torch.distributed as dist
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_moefold import MoECausalLM
 from tests.strategy.plain import record_hooks, strategy, trainer
@@ -46,11 +46,15 @@ class Rows(Dataset):
 
 
 class Learner(pl.LightningModule):
-    """A backbone and a head; with ``path`` the backbone is a language model."""
+    """A backbone and a head; with ``path`` the backbone is a language model.
 
-    def __init__(self, path: str | None = None, lr: float = 0.05, batch_size: int = 2) -> None:
+    With ``dealt`` the ranks share the batches of one process; otherwise Lightning deals them.
+    """
+
+    def __init__(self, path: str | None = None, lr: float = 0.05, batch_size: int = 2, dealt: bool = False) -> None:
         super().__init__()
         torch.manual_seed(3)
+        self.dealt = dealt
         self.path, self.lr, self.batch_size = path, lr, batch_size
         self.losses: list[float] = []
         self.head = nn.Linear(8, 1)
@@ -73,7 +77,11 @@ class Learner(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr, momentum=0.9)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(Rows(self.path is not None), self.batch_size)
+        rows = Rows(self.path is not None)
+        if not self.dealt:
+            return DataLoader(rows, self.batch_size)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        return DataLoader(Subset(rows, range(rank, len(rows), world)), self.batch_size // world)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
@@ -123,9 +131,9 @@ def make(which: Which, folder: str, callbacks: Any = (), **arguments: Any) -> pl
 
 def with_callback(which: Which, name: str, path: str | None, folder: str) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and weights of a training with one of :data:`CALLBACKS`."""
-    module = Learner(path)
+    module = Learner(path, batch_size=4, dealt=True)
     precision = "32-true" if name == "pruning" else "64-true"  # its masks are float32
-    make(which, folder, [CALLBACKS[name]()], precision=precision).fit(module)
+    make(which, folder, [CALLBACKS[name]()], precision=precision, use_distributed_sampler=False).fit(module)
     return module.losses, module.weights()
 
 
