@@ -185,8 +185,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
             )
     if getattr(trainer.strategy, "_layer_sync", None) is not None and (spread or fold.dp < fold.world_size):
         raise UnsupportedFeature(
-            f"sync_batchnorm=True takes statistics over all ranks, which under {fold} do not hold whole rows of their own each; "
-            "leave it off, or use a norm without batch statistics."
+            "sync_batchnorm=True is for modules without MoE blocks under a fold of data ranks only; leave it off, or use a norm "
+            "without batch statistics."
         )
     if trainer._detect_anomaly and spread and not fold.tp == fold.ep == fold.etp == 1:
         raise UnsupportedFeature(
