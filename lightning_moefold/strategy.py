@@ -708,6 +708,7 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
         place = None if self._mesh is None else Place(self._mesh, self._pipeline_plan, self._roll_call)
         print_without_traceback(exception, self.global_rank, place)
 
