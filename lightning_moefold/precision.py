@@ -111,3 +111,7 @@ class MoEFoldPrecision(Precision):
     @override
     def teardown(self) -> None:
         self.inner.teardown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the strategy's set-up has put there, which refers to groups of processes."""
+        return {**vars(self), "gradient_sum": GradientSum(()), "gradient_norm": None, "grad_norm": None}

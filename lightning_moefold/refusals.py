@@ -27,13 +27,17 @@ from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.layered import LayeredNetwork, layered_networks
 
-_CALLBACKS = {
+#: What takes the module's parameters for whole tensors, which they are on one rank (but for ``bf16-mixed``, see below).
+_WHOLE = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
     WeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
-    OnExceptionCheckpoint: "a save needs every rank, and only the failing one would call it; use ModelCheckpoint",
     BaseFinetuning: "it adds parameters to the optimizer by hand; give the optimizer all of them and freeze and unfreeze with "
     "requires_grad_, in configure_model or in a hook",
     ModelPruning: "it replaces parameters, whose pieces the ranks know by name; prune an exported checkpoint instead",
+}
+#: What one rank can do alone, and several cannot.
+_ALONE = {
+    OnExceptionCheckpoint: "a save needs every rank, and only the failing one would call it; use ModelCheckpoint",
     LearningRateFinder: "it saves and restores the model behind the strategy's back; tune on a small model in one process",
     BatchSizeFinder: "it saves and restores the model behind the strategy's back; set the batch size by hand",
 }
@@ -175,11 +179,16 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
     Raises:
         UnsupportedFeature: Naming the feature and the way out.
     """
+    spread = bool(parallel_roots(module)) or fold.pp > 1
+    shared = spread and fold.world_size > 1
+    # FSDP2 does the casts of mixed precision, and wraps what is in the model, also on one rank.
+    wrapped = spread and trainer.precision == "bf16-mixed"
+    kinds = (_WHOLE if shared or wrapped else {}) | (_ALONE if shared else {})
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for kind, reason in _CALLBACKS.items():
+        for kind, reason in kinds.items():
             if isinstance(callback, kind):
                 raise UnsupportedFeature(f"{type(callback).__name__} does not work with MoEFoldStrategy: {reason}.")
-        if isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False):
+        if shared and isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False):
             raise UnsupportedFeature(
                 "ModelCheckpoint(save_on_exception=True) would save on the failing rank only; turn it off."
             )
@@ -188,11 +197,11 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
                 f"{type(callback).__name__} multiplies by the number of ranks, which under {fold} read the same samples in part; "
                 "use MFUMonitor."
             )
-    if getattr(trainer.strategy, "_layer_sync", None) is not None:
+    if getattr(trainer.strategy, "_layer_sync", None) is not None and (spread or fold.dp < fold.world_size):
         raise UnsupportedFeature(
-            "sync_batchnorm=True is not supported; leave it off, or use a norm without batch statistics."
+            "sync_batchnorm=True is for modules without MoE blocks under a fold of data ranks only; leave it off, or use a norm "
+            "without batch statistics."
         )
-    spread = bool(parallel_roots(module))
     if trainer._detect_anomaly and spread and not fold.tp == fold.ep == fold.etp == 1:
         raise UnsupportedFeature(
             f"detect_anomaly=True asks for NaNs in a way that torch has not built for tensors cut over tp, ep or etp, as {fold} "

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import sys
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing_extensions import override
 from lightning_moefold import autofold, comm
 from lightning_moefold.checkpoint import CheckpointError, stores
 from lightning_moefold.checkpoint.sharded import META, load_meta
-from lightning_moefold.mesh import Axis
+from lightning_moefold.mesh import Axis, FoldedMesh
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel.registry import ParameterRegistry
 from lightning_moefold.refusals import UnsupportedFeature
@@ -37,13 +39,19 @@ class SharedCheckpoints(ParallelStrategy):
     """
 
     _registry: ParameterRegistry | None = None
+    _mesh: FoldedMesh | None = None
     #: What ``fold="auto"`` has chosen, as it is stored.
     _choice: dict[str, Any] | None = None
+
+    @override
+    def connect(self, model: pl.LightningModule) -> None:
+        self._registry = None  # of an earlier entry point, maybe of another module
+        super().connect(model)
 
     @property
     @override
     def restore_checkpoint_after_setup(self) -> bool:
-        return True
+        return self._spreads
 
     @property
     @override
@@ -53,6 +61,15 @@ class SharedCheckpoints(ParallelStrategy):
     @property
     def _sharded(self) -> bool:
         return self._registry is not None and self._registry.sharded
+
+    @property
+    def _spreads(self) -> bool:
+        """Whether the module will be stored in pieces; known once it has configured its model."""
+        return bool(self._roots()) or (self._mesh is not None and self._mesh.fold.pp > 1)
+
+    @abstractmethod
+    def _convert(self) -> None:
+        """Brings the module into the dtype in which it will be stored."""
 
     def _roots(self) -> list[ParallelRoot]:
         return [] if self.lightning_module is None else [root for _, root in parallel_roots(self.lightning_module)]
@@ -116,8 +133,13 @@ class SharedCheckpoints(ParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        if self._registry is None:  # a callback that saves on exceptions, refused by setup() for just that
-            rank_zero_warn(f"{filepath} is not saved, because the set-up of the strategy has not finished.")
+        if self._registry is None and self._spreads:
+            reason = f"{filepath} is not saved, because the set-up of the strategy has not finished"
+            if sys.exc_info()[1] is None:
+                raise CheckpointError(
+                    f"{reason}; save after trainer.fit has started, or export the model with save_pretrained."
+                )
+            rank_zero_warn(f"{reason}.")  # by a callback that saves on exceptions, and must not hide this one
             return
         if not self._sharded:
             super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -161,6 +183,7 @@ class SharedCheckpoints(ParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if not self._sharded:
+            self._convert()  # a stored float64 would lose digits in a parameter that becomes one later
             super().load_model_state_dict(checkpoint, strict)
 
     @override

@@ -240,7 +240,13 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @property
     def fold(self) -> Fold:
-        """The fold. Known once the world size is."""
+        """The fold. Known once the world size is: before the processes start, from the Trainer's devices and nodes.
+
+        Raises:
+            RuntimeError: Outside a Trainer, and with ``fold="auto"`` before the planner has chosen.
+        """
+        if self._mesh is None and self._fold_text != "auto" and self.parallel_devices:
+            return self._make_fold()
         return self.mesh.fold
 
     @property
@@ -264,7 +270,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     @property
     def dp_rank(self) -> int:
         """Which part of the data this rank reads; the same on all ranks of a tp, cp or pp group."""
-        return self.mesh.place["dp"]
+        return self.fold.coordinates(self.global_rank)["dp"]
 
     @property
     def dp_size(self) -> int:
@@ -275,8 +281,11 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @property
     def is_distributed(self) -> bool:
-        """Lightning injects samplers and reduces logged values only where this is true."""
-        return True
+        """Lightning injects samplers and reduces logged values only where this is true.
+
+        On one rank it is true of a model that ranks could share, which is dealt the same rows under every fold.
+        """
+        return self.world_size > 1 or self._sharded
 
     @property
     @override
@@ -317,7 +326,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         assert self.cluster_environment is not None
         if self._fold_text != "auto":
             self._make_fold()  # an illegal fold is refused before any process is started
-        if not self.cluster_environment.creates_processes_externally:
+        # One process is here already, also in a notebook, where Lightning starts no script.
+        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
             self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def set_world_ranks(self) -> None:
@@ -470,16 +480,17 @@ class MoEFoldStrategy(SharedCheckpoints):
             if self._roots() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._check_places(trainer, self.mesh.world)
         self.accelerator.setup(trainer)
-        for loop in (
+        loops = (
             trainer.validate_loop,
             trainer.test_loop,
             trainer.predict_loop,
             trainer.fit_loop.epoch_loop.val_loop,
-        ):
+        )
+        for loop in loops if self._spreads else ():
             loop.inference_mode = False  # FSDP2 and DTensor do not go with inference tensors
-        if self._converted is None or self._converted() is not self.model:  # once a module, not once an entry point
-            self.model = self.precision_plugin.convert_module(self.model)
-            self._converted = weakref.ref(self.model)
+        if self._layer_sync is not None and trainer.state.fn == TrainerFn.FITTING:
+            self.model = self._layer_sync.apply(self.model)
+        self._convert()
         self._parallelize()
         self.model_to_device()
         self._compile()
@@ -511,6 +522,13 @@ class MoEFoldStrategy(SharedCheckpoints):
         except HookError as failure:
             error = failure
         comm.agree_on_error(error, self.mesh.world)
+
+    @override
+    def _convert(self) -> None:
+        assert self.model is not None
+        if self._converted is None or self._converted() is not self.model:  # once a module, not once an entry point
+            self.model = self.precision_plugin.convert_module(self.model)
+            self._converted = weakref.ref(self.model)
 
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
@@ -745,16 +763,17 @@ class MoEFoldStrategy(SharedCheckpoints):
         if not isinstance(tensor, Tensor):
             return tensor
         if group is None:
-            axis = self.mesh.axis("dp")
-            if axis.size == 1:
+            if self.fold.dp == 1 or not _distributed_is_initialized():
                 return tensor
-            group = axis.group
+            group = self.mesh.axis("dp").group
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         # Over the world, whatever reduce() does: every rank must take the same decision.
         # With fold="auto", data is set up before there is a mesh.
+        if not _distributed_is_initialized():
+            return decision
         world = Axis("world", tuple(range(self.world_size)), self.global_rank, dist.group.WORLD)
         value = comm.all_reduce_raw(torch.tensor(int(decision), device=self.root_device), world)
         return bool(value == world.size) if all else bool(value)
@@ -763,6 +782,7 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
         place = None if self._mesh is None else Place(self._mesh, self._pipeline_plan, self._roll_call)
         print_without_traceback(exception, self.global_rank, place)
 
@@ -772,6 +792,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             predicting, self._predicting = self._predicting, None
             predicting.finish()
         # Unlike the base class: sharded parameters stay where they are.
+        if self._layer_sync is not None and self.model is not None:
+            self.model = self._layer_sync.revert(self.model)
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -779,6 +801,18 @@ class MoEFoldStrategy(SharedCheckpoints):
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
         kept_memory.release()
+
+    # ---- copies ------------------------------------------------------------------------------------------------
+
+    @override
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to these processes and to this set-up; the copy's own set-up makes it anew."""
+        here = dict.fromkeys(("_mesh", "_registry", "_converted", "_own", "_roll_call", "_predicting"))
+        return {**super().__getstate__(), **here, "_watched": None}
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_watched": weakref.WeakSet()})
 
 
 def _end_processes() -> None:

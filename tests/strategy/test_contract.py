@@ -62,6 +62,8 @@ def test_name_is_registered() -> None:
     assert "moefold" in StrategyRegistry
     trainer = pl.Trainer(strategy="moefold", accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     assert isinstance(trainer.strategy, MoEFoldStrategy)
+    assert not trainer._accelerator_connector.is_distributed
+    trainer = pl.Trainer(strategy="moefold", accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
     assert trainer._accelerator_connector.is_distributed
 
 
