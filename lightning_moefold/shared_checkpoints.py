@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moefold import autofold, comm
+from lightning_moefold.accumulation import StepAhead
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
@@ -31,6 +32,8 @@ class SharedCheckpoints(ParallelStrategy):
     _registry: ParameterRegistry | None = None
     #: What ``fold="auto"`` has chosen, as it is stored.
     _choice: dict[str, Any] | None = None
+    #: Knows the batches of the optimizer step, where its loss is divided by their labels.
+    _step_ahead: StepAhead | None = None
 
     @property
     @override
@@ -72,6 +75,8 @@ class SharedCheckpoints(ParallelStrategy):
         if self._registry is None:  # a callback that saves on exceptions, refused by setup() for just that
             rank_zero_warn(f"{filepath} is not saved, because the set-up of the strategy has not finished.")
             return
+        if self._step_ahead is not None:
+            self._step_ahead.correct(checkpoint)
         if not self._sharded:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return

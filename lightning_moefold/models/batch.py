@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language-model batch, read once: labels shifted, documents found, padding marked, errors noted.
 
-Errors in the data (a token id outside the vocabulary, too few rows) are only *noted* here: all ranks agree on them
-before one raises (:mod:`.losses`), or its peers would wait for it forever.
+Errors in the data, such as a token id outside the vocabulary, are only *noted* here: all ranks agree on them before one
+raises (:mod:`.losses`), or its peers would wait for it forever.
 
 Legend: B rows, S positions, L positions of this cp rank, N = B * L tokens, T tokens of this tp rank, V vocabulary, M
 micro-batches.
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import SINGLE, Axis
@@ -46,8 +47,9 @@ class CausalLMBatch:
         sizes: On the device, what losses of routers are divided by: this rank's tokens that count, and the rows of this
             data rank that have any (float ``[2]``).
         routing: Tables of routing statistics of the MoE layers, as the decoder collects them.
-        faults: Float vector ``[bad ids, bad labels, missing rows, malformed]`` on the device, zero where all is well.
+        faults: Float vector ``[bad ids, bad labels, malformed]`` on the device, zero where all is well.
         error: Why the batch could not be read, where an empty one stands in its place.
+        is_empty: Whether it stands for a micro-batch that has no row on this rank.
     """
 
     token_N: Tensor
@@ -64,6 +66,7 @@ class CausalLMBatch:
     _position_BL: Tensor
     _config: MoEConfig
     error: ValueError | None = None
+    is_empty: bool = False
 
     def place(self, dtype: torch.dtype) -> None:
         """Makes the rotary tables, once the dtype of the hidden states is known."""
@@ -124,9 +127,7 @@ def read_batch(
     target_BS = _targets(labels, document_ids, input_ids)
     bad_label = (target_BS != IGNORED) & ((target_BS < 0) | (target_BS >= vocab))
     bad_token = (input_ids < 0) | (input_ids >= vocab)
-    # Without labels no loss is formed; the last batch of a prediction may be short.
-    missing = torch.tensor([0 if labels is None else max(0, num_microbatches - rows), 0], device=device)
-    faults = torch.cat([torch.stack([bad_token.sum(), bad_label.sum()]), missing])
+    faults = F.pad(torch.stack([bad_token.sum(), bad_label.sum()]), (0, 1))
     target_BS = target_BS.masked_fill(bad_label, 0)
     token_BS = input_ids.masked_fill(bad_token, 0)
     weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else _shift(loss_weights, 0)
@@ -209,7 +210,24 @@ def stand_in(
         document_ids=None, loss_weights=None, keep_all=False,
     )  # fmt: skip
     batch.error = error
-    batch.faults[3] = 1
+    batch.faults[2] = 1
+    return batch
+
+
+def empty_batch(config: MoEConfig, axes: BatchAxes, like: Tensor) -> CausalLMBatch:
+    """A micro-batch of one row in which nothing counts, for a rank whose rows are too few to fill all of them.
+
+    Args:
+        config: The model's configuration.
+        axes: See :func:`read_batch`.
+        like: Token ids of the rows, ``[B, S]``.
+    """
+    token_1S = torch.zeros_like(like[:1])
+    batch = read_batch(
+        config, axes, 1, input_ids=token_1S, labels=torch.full_like(token_1S, IGNORED), position_ids=None,
+        attention_mask=torch.zeros_like(token_1S), document_ids=None, loss_weights=None, keep_all=False,
+    )  # fmt: skip
+    batch.labels, batch.is_empty = None, True
     return batch
 
 
@@ -259,6 +277,19 @@ def _targets(labels: Tensor | None, document_ids: Tensor | None, like: Tensor) -
     if document_ids is not None:
         target_BS = target_BS.masked_fill(_shift(document_ids, -1) != document_ids, IGNORED)
     return target_BS
+
+
+def label_weight(labels: Tensor, document_ids: Tensor | None, loss_weights: Tensor | None) -> Tensor:
+    """Weight of the labels that a loss is made of, as the model counts them; scalar, float64.
+
+    Args:
+        labels: ``[B, S]``, as the model is given them; likewise the others.
+        document_ids: ``[B, S]`` or None.
+        loss_weights: ``[B, S]`` or None.
+    """
+    real_BS = _targets(labels, document_ids, labels) != IGNORED
+    weight_BS = real_BS if loss_weights is None else _shift(loss_weights, 0) * real_BS
+    return weight_BS.double().sum()
 
 
 def _document_runs(
