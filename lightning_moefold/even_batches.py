@@ -77,7 +77,7 @@ class EvenBatches(Callback):
         self._trains_on = True
         trainer, steps = self._trainer, self._trainer.max_steps - self._trainer.global_step
         number = trainer.num_training_batches
-        enough = 0 <= steps * trainer.accumulate_grad_batches <= number and trainer.max_steps != -1
+        enough = not trainer.enable_validation and 0 <= steps * trainer.accumulate_grad_batches <= number
         everyone = self._everyone((number, enough))
         if len({n for n, _ in everyone}) > 1 and not all(is_enough for _, is_enough in everyone):
             self._refuse_numbers([n for n, _ in everyone])
@@ -106,7 +106,8 @@ class EvenBatches(Callback):
         """Before a batch is trained on. Collective."""
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         steps = trainer.lightning_module.automatic_optimization and not loop._should_accumulate()
-        finishes = steps and 0 < trainer.max_steps <= trainer.global_step + 1  # then nobody asks for more
+        # Then nobody asks for more, and there is no validation, which Lightning makes where an epoch ends.
+        finishes = steps and 0 < trainer.max_steps <= trainer.global_step + 1 and not trainer.enable_validation
         self._trains_on = self._say(_Said(ends=loop._num_ready_batches_reached() and not finishes, steps=steps))
 
     def evaluate(self, loader: int) -> None:

@@ -56,7 +56,7 @@ def test_empty_micro_batches_count_nowhere(
     pool: RankPool, folder: Path, world: int, fold: str, change: dict[str, Any]
 ) -> None:
     parsed = Fold.parse(fold, world)
-    row = {**matrix.PLAIN, "family": "qwen3_moe", "shape": "6 experts, tied", "microbatches": MICROBATCHES, **change}
+    row = {**matrix.PLAIN, "family": "qwen3_moe", "shape": "12 experts", "microbatches": MICROBATCHES, **change}
     path = checkpoint(folder, row["family"], row["shape"], matrix.layers(parsed, row))
     compare.check_run(pool, path, parsed, row, (), short_batches(parsed.dp))
 

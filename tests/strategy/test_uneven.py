@@ -42,9 +42,12 @@ CASES: dict[str, dict[str, Any]] = {
     "all broken promises": {"kind": "promising", "says": "no error", "steps": 6},
     "even": {"trainer": {"accumulate_grad_batches": 2, "val_check_interval": 2}, "says": "no error", "steps": 4},
     "limited": {"train": [3, 4], "trainer": {"limit_train_batches": 3}, "says": "no error", "steps": 6},
-    "enough": {"train": [3, 4], "trainer": {"max_steps": 3, "max_epochs": -1}, "says": "no error", "steps": 3},
+    "enough": {
+        "train": [3, 4], "trainer": {"max_steps": 3, "max_epochs": -1, "limit_val_batches": 0}, "says": "no error", "steps": 3,
+    },
     "known to be enough": {
-        "train": [3, 4], "kind": "rows", "trainer": {"max_steps": 3, "max_epochs": -1}, "says": "no error", "steps": 3,
+        "train": [3, 4], "kind": "rows", "trainer": {"max_steps": 3, "max_epochs": -1, "limit_val_batches": 0},
+        "says": "no error", "steps": 3,
     },
 }  # fmt: skip
 
