@@ -6,6 +6,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_moefold.fold import Fold
+from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.decoder import DecoderLayer
@@ -126,6 +128,24 @@ def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
                 raise UnsupportedFeature(
                     f"{name} shares a parameter with {first}, which another pipeline stage may hold; give each its own."
                 )
+
+
+def check_microbatches(number: int, world: Axis) -> None:
+    """All ranks cut batches alike, or their statistics of routing would not be of the same tokens. Collective.
+
+    Args:
+        number: Micro-batches of a batch, as this rank was told.
+        world: All ranks.
+
+    Raises:
+        UnsupportedFeature: On all ranks.
+    """
+    everyone: list[int] = [number] * world.size
+    if world.size > 1:
+        dist.all_gather_object(everyone, number, group=world.group)
+    if len(set(everyone)) > 1:
+        what = ", ".join(f"{n} on rank {everyone.index(n)}" for n in sorted(set(everyone)))
+        raise UnsupportedFeature(f"num_microbatches differs, {what}; give every rank the same.")
 
 
 def check_second_names(module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moefold import autofold, comm
+from lightning_moefold.accumulation import StepAhead
 from lightning_moefold.checkpoint import CheckpointError, stores
 from lightning_moefold.checkpoint.sharded import META, load_meta
 from lightning_moefold.mesh import Axis, FoldedMesh
@@ -42,6 +43,8 @@ class SharedCheckpoints(ParallelStrategy):
     _mesh: FoldedMesh | None = None
     #: What ``fold="auto"`` has chosen, as it is stored.
     _choice: dict[str, Any] | None = None
+    #: Knows the batches of the optimizer step, where its loss is divided by their labels.
+    _step_ahead: StepAhead | None = None
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
@@ -141,6 +144,8 @@ class SharedCheckpoints(ParallelStrategy):
                 )
             rank_zero_warn(f"{reason}.")  # by a callback that saves on exceptions, and must not hide this one
             return
+        if self._step_ahead is not None:
+            self._step_ahead.correct(checkpoint)
         if not self._sharded:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return

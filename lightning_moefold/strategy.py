@@ -9,7 +9,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -43,8 +43,10 @@ from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_moefold import autofold, comm
+from lightning_moefold.accumulation import StepAhead
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.dispatch.config import DispatcherName, DropPolicy, DropScope
+from lightning_moefold.even_batches import EvenBatches
 from lightning_moefold.fold import Fold
 from lightning_moefold.liveness import RollCall
 from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups
@@ -77,6 +79,7 @@ from lightning_moefold.predicting import Predicting
 from lightning_moefold.refusals import (
     check_blocks,
     check_compilation,
+    check_microbatches,
     check_optimizers,
     check_second_names,
     check_trainer,
@@ -139,6 +142,10 @@ class MoEFoldStrategy(SharedCheckpoints):
             input, ``"selective"`` those of attention; None to keep all.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.context.choose_exchange`).
+        calculate_per_token_loss: Divide the language-model loss of accumulated batches by the labels of the whole optimizer
+            step, so that every label weighs the same, as in one large batch; auxiliary losses are averaged over the batches all
+            the same. False averages the losses of the batches, as Lightning does. By default what the module's attribute of
+            this name says (that of ``FineTuneModule`` is True), or False.
         sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
         compile: Compile decoder layers with :func:`torch.compile`, in place: names, checkpoints and exports stay the same. On
             one rank a layer whose experts go by ``grouped_mm`` in bfloat16 is one graph; elsewhere graphs break at
@@ -185,6 +192,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
         recompute: Recompute | None = None,
         context_parallel_exchange: Exchange = "auto",
+        calculate_per_token_loss: bool | None = None,
         sequence_parallel: bool | None = None,
         compile: bool = False,
         timeout: timedelta | None = default_pg_timeout,
@@ -225,6 +233,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self.context_parallel_exchange = context_parallel_exchange
         self.recompute = recompute
         self.compile = compile
+        self.calculate_per_token_loss = calculate_per_token_loss
         self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
         self.num_nodes = 1
         self._timeout = timeout
@@ -234,6 +243,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._own: OwnModules | None = None
         self._roll_call: RollCall | None = None
         self._predicting: Predicting | None = None
+        self._even: EvenBatches | None = None
         self._watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # ---- the fold ----------------------------------------------------------------------------------------------
@@ -473,6 +483,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         check_trainer(trainer, self.lightning_module, self.fold)
         check_trees(self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
+        check_microbatches(self.num_microbatches, self.mesh.world)
         if self.compile:
             check_compilation(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -507,8 +518,16 @@ class MoEFoldStrategy(SharedCheckpoints):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
+            self._step_ahead = StepAhead(trainer, self.lightning_module) if self._per_token_loss else None
         if trainer.state.fn == TrainerFn.PREDICTING:
             self._predicting = Predicting(trainer, self.lightning_module)
+        elif self.world_size > 1:
+            self._even = EvenBatches(trainer, self.mesh, evaluation=bool(self._roots()))
+
+    @property
+    def _per_token_loss(self) -> bool:
+        asked = getattr(self.lightning_module, "calculate_per_token_loss", False)
+        return asked if self.calculate_per_token_loss is None else self.calculate_per_token_loss
 
     def _check_hooks(self) -> None:
         """Refuses hooks on gradients where more than one rank has a part of them, or FSDP2 keeps the weights. Collective."""
@@ -617,6 +636,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             lightnings = isinstance(function, partial) and function.func is pl_worker_init_function
             if lightnings or (function is None and int(os.environ.get("PL_SEED_WORKERS", 0))):
                 dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.dp_rank)
+        if self._even is not None:
+            self._even.check_loader(dataloader)
         return dataloader
 
     # ---- running -----------------------------------------------------------------------------------------------
@@ -625,14 +646,36 @@ class MoEFoldStrategy(SharedCheckpoints):
     def on_train_start(self) -> None:
         self._check_hooks()  # hooks may have been registered since the set-up
         self._stop_quietly()
+        if self._even is not None:
+            self._even.begin_training()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._even is not None:
+            self._even.train()
+        if self._step_ahead is not None:
+            self._step_ahead.begin(batch)
 
     @override
     def on_validation_start(self) -> None:
         self._stop_quietly()
+        self._begin_evaluation()
 
     @override
     def on_test_start(self) -> None:
         self._stop_quietly()
+        self._begin_evaluation()
+
+    def _begin_evaluation(self) -> None:
+        assert self.lightning_module is not None
+        if self._even is not None:
+            self._even.begin_evaluation(self.lightning_module.trainer._evaluation_loop.max_batches)
+
+    def _evaluate(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        """Before a batch of an evaluation."""
+        if self._even is not None:
+            self._even.evaluate(dataloader_idx)
+        self._synchronize_own_buffers()
 
     @override
     def on_predict_start(self) -> None:
@@ -706,7 +749,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._synchronize_own_buffers()
-        output = super().training_step(*args, **kwargs)
+        with nullcontext() if self._step_ahead is None else self._step_ahead.told():
+            output = super().training_step(*args, **kwargs)
         if self._user_looks_before_backward:
             self._release_gathered_weights()
         if self._own is not None:
@@ -715,12 +759,12 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        self._synchronize_own_buffers()
+        self._evaluate(*args, **kwargs)
         return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        self._synchronize_own_buffers()
+        self._evaluate(*args, **kwargs)
         return super().test_step(*args, **kwargs)
 
     def _modules(self) -> list[torch.nn.Module]:
@@ -791,6 +835,10 @@ class MoEFoldStrategy(SharedCheckpoints):
         if self._predicting is not None:
             predicting, self._predicting = self._predicting, None
             predicting.finish()
+        self._step_ahead = None
+        if self._even is not None:
+            even, self._even = self._even, None
+            even.finish()
         # Unlike the base class: sharded parameters stay where they are.
         if self._layer_sync is not None and self.model is not None:
             self.model = self._layer_sync.revert(self.model)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language-model batch, read once: labels shifted, documents found, padding marked, errors noted.
 
-Errors in the data (a token id outside the vocabulary, too few rows) are only *noted* here: all ranks agree on them
-before one raises (:mod:`.losses`), or its peers would wait for it forever.
+Errors in the data, such as a token id outside the vocabulary, are only *noted* here: all ranks agree on them before one
+raises (:mod:`.losses`), or its peers would wait for it forever.
 
 Legend: B rows, S positions, L positions of this cp rank, N = B * L tokens, T tokens of this tp rank, V vocabulary, M
 micro-batches.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import SINGLE, Axis
@@ -46,8 +47,9 @@ class CausalLMBatch:
         sizes: On the device, what losses of routers are divided by: this rank's tokens that count, and the rows of this
             data rank that have any (float ``[2]``).
         routing: Tables of routing statistics of the MoE layers, as the decoder collects them.
-        faults: Float vector ``[bad ids, bad labels, missing rows, malformed]`` on the device, zero where all is well.
+        faults: Float vector ``[bad ids, bad labels, malformed]`` on the device, zero where all is well.
         error: Why the batch could not be read, where an empty one stands in its place.
+        is_empty: Whether it stands for a micro-batch that has no row on this rank.
     """
 
     token_N: Tensor
@@ -64,6 +66,7 @@ class CausalLMBatch:
     _position_BL: Tensor
     _config: MoEConfig
     error: ValueError | None = None
+    is_empty: bool = False
 
     def place(self, dtype: torch.dtype) -> None:
         """Makes the rotary tables, once the dtype of the hidden states is known."""
@@ -127,9 +130,7 @@ def read_batch(
         target_BS = find_targets(labels, mask, document_ids, shortest_window(config))
     bad_label = (target_BS != IGNORED) & ((target_BS < 0) | (target_BS >= vocab))
     bad_token = (input_ids < 0) | (input_ids >= vocab)
-    # Without labels no loss is formed; the last batch of a prediction may be short.
-    missing = _filled(0 if labels is None else max(0, num_microbatches - rows), device)
-    faults = torch.stack([bad_token.sum(), bad_label.sum(), missing, torch.zeros_like(missing)])
+    faults = F.pad(torch.stack([bad_token.sum(), bad_label.sum()]), (0, 1))
     target_BS = target_BS.masked_fill(bad_label, 0)
     token_BS = input_ids.masked_fill(bad_token, 0)
     weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else shift(loss_weights, 0)
@@ -229,7 +230,24 @@ def stand_in(
         document_ids=None, loss_weights=None, keep_all=False,
     )  # fmt: skip
     batch.error = error
-    batch.faults[3] = 1
+    batch.faults[2] = 1
+    return batch
+
+
+def empty_batch(config: MoEConfig, axes: BatchAxes, like: Tensor) -> CausalLMBatch:
+    """A micro-batch of one row in which nothing counts, for a rank whose rows are too few to fill all of them.
+
+    Args:
+        config: The model's configuration.
+        axes: See :func:`read_batch`.
+        like: Token ids of the rows, ``[B, S]``.
+    """
+    token_1S = torch.zeros_like(like[:1])
+    batch = read_batch(
+        config, axes, 1, input_ids=token_1S, labels=torch.full_like(token_1S, IGNORED), position_ids=None,
+        attention_mask=torch.zeros_like(token_1S), document_ids=None, loss_weights=None, keep_all=False,
+    )  # fmt: skip
+    batch.labels, batch.is_empty = None, True
     return batch
 
 
@@ -279,6 +297,23 @@ def check_kinds(tensors: Mapping[str, Tensor | None]) -> None:
 
 def _is_whole(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def label_weight(batch: Mapping[str, Tensor | None], window: int | None) -> Tensor:
+    """Weight of the labels that a loss is made of, as the model counts them; scalar, float64.
+
+    Args:
+        batch: ``labels`` and, where given, ``attention_mask``, ``document_ids`` and ``loss_weights``, ``[B, S]`` each.
+        window: See :func:`~.masks.shortest_window`.
+
+    Raises:
+        ValueError: See :func:`~.masks.find_targets`.
+    """
+    labels, weights = batch["labels"], batch.get("loss_weights")
+    assert labels is not None
+    real_BS = find_targets(labels, batch.get("attention_mask"), batch.get("document_ids"), window) != IGNORED
+    weight_BS = real_BS if weights is None else shift(weights, 0) * real_BS
+    return weight_BS.double().sum()
 
 
 def _document_runs(

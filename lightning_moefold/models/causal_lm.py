@@ -26,7 +26,7 @@ from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, read_batch,
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.generation import Sampling, generate
 from lightning_moefold.models.hf_config import written_config
-from lightning_moefold.models.losses import GlobalLoss, Losses
+from lightning_moefold.models.losses import GlobalLoss, Losses, StepLabels
 from lightning_moefold.models.names import bias_entries, parameter_entries
 from lightning_moefold.models.unequal import UnequalCalls
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
@@ -157,6 +157,7 @@ class MoECausalLM(ParallelRoot):
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, tied)
         self.num_microbatches = 1
+        self.step_labels: Callable[[], StepLabels] | None = None  # while one of several batches of a step is trained on
         self.pipeline: PipelineRunner | None = None
         self.context_parallel_exchange: Exchange = "auto"
         self.layouts = {
@@ -297,7 +298,7 @@ class MoECausalLM(ParallelRoot):
 
         Raises:
             ValueError: If shapes disagree, a mask holds floats or negative numbers, or a token id or label lies outside the
-                vocabulary on any rank (raised on all), or a rank has labels and fewer rows than there are micro-batches.
+                vocabulary on any rank (raised on all).
             TypeError: For an argument that nobody takes.
         """
         if extras and loss_fn is None:
@@ -327,7 +328,8 @@ class MoECausalLM(ParallelRoot):
             wants_logits = gather_logits or cache is not None or (labels is None and self.tp.size == 1)
             logits = self._whole_logits(x_ND, batch) if wants_logits or loss_fn else None
             local = self._local_loss(x_ND, logits, batch, loss_fn, extras)
-            losses = GlobalLoss(self.config, self.mesh, wide(x_ND.dtype)).reduce(local, batch)
+            step = self.take_step_labels(labels, loss_fn)
+            losses = GlobalLoss(self.config, self.mesh, wide(x_ND.dtype), step).reduce(local, batch)
         return self._output(losses, logits if wants_logits else None, labels is not None)
 
     def batch_axes(self) -> BatchAxes:
@@ -336,6 +338,21 @@ class MoECausalLM(ParallelRoot):
             return BatchAxes()
         data_rank = self.mesh.place["dp"], self.mesh.fold.dp
         return BatchAxes(self.tp, self.mesh.axis("cp"), self.context_parallel_exchange, data_rank)
+
+    def take_step_labels(self, labels: Tensor | None, loss_fn: LossFunction | None) -> StepLabels | None:
+        """The labels of the optimizer step, where a loss that is trained on is to be divided by them.
+
+        Raises:
+            ValueError: With a ``loss_fn``.
+        """
+        if self.step_labels is None or labels is None or not torch.is_grad_enabled():
+            return None
+        if loss_fn is not None:
+            raise ValueError(
+                "calculate_per_token_loss=True has to know the weight of each accumulated batch before the first of them is "
+                "computed, and a loss_fn tells it afterwards; set it to False, or use loss_weights instead of a loss_fn."
+            )
+        return self.step_labels()
 
     def next_call(self) -> Tensor | None:
         """The number of this call for routers with noise, the same for all micro-batches; None where there are none."""

@@ -13,6 +13,7 @@ Legend: G groups of tokens, L layers, S = 2 G + 1 rows of a routing table, E exp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from lightning_moefold.models.batch import BatchError, CausalLMBatch
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.router_losses import RouterLosses
 from lightning_moefold.modules.balance import global_value
-from lightning_moefold.modules.routers.statistics import split_table
+from lightning_moefold.modules.routers.statistics import filled_groups, split_table
 
 
 @dataclass
@@ -35,6 +36,63 @@ class Losses:
     z: Tensor | None
 
 
+class StepLabels(NamedTuple):
+    """Weights of the labels of an optimizer step that accumulates several batches, on this data rank.
+
+    Args:
+        batch: Of this batch; scalar.
+        step: Of all batches of the step; scalar.
+        batches: How many these are.
+        divisor: By what Lightning divides the loss of each: as many, but in a short last step.
+    """
+
+    batch: Tensor
+    step: Tensor
+    batches: int
+    divisor: int
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """What is summed over data ranks, ``[2]`` float64."""
+        return torch.stack([self.batch.to(device), self.step.to(device)])
+
+
+class Factors(NamedTuple):
+    """By what the gradients of a batch's losses are multiplied; the values stay those of the batch.
+
+    Args:
+        lm: Of the language-model loss.
+        routers: Of the losses of routers.
+    """
+
+    lm: float = 1.0
+    routers: float = 1.0
+
+    @classmethod
+    def of(cls, step: StepLabels, weight: float, batch: float, total: float) -> Factors:
+        """So that the step's language-model loss is the mean over its labels, and the others the mean over its batches.
+
+        Args:
+            step: The step.
+            weight: Of the labels in this call of the model, on all ranks.
+            batch: As counted ahead.
+            total: Of the step.
+
+        Raises:
+            BatchError: If they were counted wrongly, or could not be.
+        """
+        if not abs(weight - batch) <= 1e-5 * max(weight, 1.0):
+            raise BatchError(
+                "calculate_per_token_loss=True has counted the labels of each batch as the DataLoader gives it"
+                + (
+                    f" ({batch:g}), but the model is called with others ({weight:g})"
+                    if batch == batch
+                    else ", which has none"
+                )
+                + "; give batches as mappings with the labels that training_step passes on, or set it to False."
+            )
+        return cls(step.divisor * weight / total if total else 0.0, step.divisor / step.batches)
+
+
 class GlobalLoss:
     """Reduces losses over the ranks of a stage.
 
@@ -42,10 +100,14 @@ class GlobalLoss:
         config: The model's configuration.
         mesh: The folded mesh, or None on one rank.
         dtype: Of the losses of routers.
+        step: The optimizer step whose labels the loss is divided by; None for those of the batch.
     """
 
-    def __init__(self, config: MoEConfig, mesh: FoldedMesh | None, dtype: torch.dtype) -> None:
-        self.config, self.mesh, self.dtype = config, mesh, dtype
+    def __init__(
+        self, config: MoEConfig, mesh: FoldedMesh | None, dtype: torch.dtype, step: StepLabels | None = None
+    ) -> None:
+        self.config, self.mesh, self.dtype, self.step = config, mesh, dtype, step
+        self._factors = Factors()
         self._routers = RouterLosses(config, mesh)
 
     def reduce(self, local: tuple[Tensor, Tensor] | None, batch: CausalLMBatch) -> Losses:
@@ -66,16 +128,20 @@ class GlobalLoss:
         first_cp = self.mesh is None or self.mesh.axis("cp").index == 0
         faults, sizes = batch.faults.clone(), batch.sizes.clone()
         if not (first_tp and first_cp):
-            faults[:3] = 0  # but a batch that this rank cannot read may be this rank's alone
+            faults[:2] = 0  # but a batch that this rank cannot read may be this rank's alone
             sizes[1] = 0
         tables_LSE, slope_LGE, known = self._routing(batch)
         prints = self._fingerprints(batch)
-        totals = torch.cat([sums if first_tp else zero, faults, sizes, known, prints])
+        ahead = faults.new_zeros(0) if self.step is None else self.step.numbers(faults.device)
+        ahead = ahead if first_tp and first_cp else torch.zeros_like(ahead)
+        totals = torch.cat([sums if first_tp else zero, faults, sizes, known, prints, ahead])
         if self.mesh is not None:
             comm.all_reduce_raw(totals, self.mesh.stage)
-        sums, faults, sizes, known, prints = totals.split([2, 4, 2, len(known), len(prints)])
-        check_faults(faults, batch.error, self.config.vocab_size, batch.sequence.num_microbatches)
+        sums, faults, sizes, known, prints, ahead = totals.split([2, 3, 2, len(known), len(prints), len(ahead)])
+        check_faults(faults, batch.error, self.config.vocab_size)
         self._check_fingerprints(prints)
+        if self.step is not None:
+            self._factors = Factors.of(self.step, *torch.cat([sums[1:], ahead]).tolist())
         lm = None if local is None else self._language_loss(local[0], sums[0], sums[1])
         if tables_LSE is None:
             return Losses(lm, None, None)
@@ -98,9 +164,10 @@ class GlobalLoss:
         routers = self._routers
         if slope_LGE is None:
             all_LSE = known.view_as(tables_LSE)
-            slope_LGE = routers.slope_of(split_table(all_LSE)[0])
+            counts_LGE = split_table(all_LSE)[0]
+            slope_LGE = routers.slope_of(counts_LGE)
             balance, z = routers.balance(all_LSE, slope_LGE), routers.z(all_LSE)
-            groups = torch.full_like(sizes[0], slope_LGE.shape[1])
+            groups = filled_groups(counts_LGE).clamp(min=1)
         else:
             balance, z = known.unbind()
             groups = sizes[1].clamp(min=1)
@@ -110,7 +177,7 @@ class GlobalLoss:
         return aux, self._global(routers.z(tables_LSE) / tokens, z / tokens) if self.config.wants_z_loss else None
 
     def _global(self, share: Tensor, value: Tensor) -> Tensor:
-        return global_value(share.to(self.dtype), value, self.mesh)
+        return global_value(share.to(self.dtype), value, self.mesh, factor=self._factors.routers)
 
     def _fingerprints(self, batch: CausalLMBatch) -> Tensor:
         """A small number for this rank's data and its square, in the slots of its data rank.
@@ -138,22 +205,21 @@ class GlobalLoss:
     def _language_loss(self, local: Tensor, total: Tensor, weight: Tensor) -> Tensor:
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)
         share = (local / weight).to(local.dtype)
-        return global_value(share, total / weight, self.mesh)
+        return global_value(share, total / weight, self.mesh, factor=self._factors.lm)
 
 
-def check_faults(faults: Tensor, error: Exception | None, vocab_size: int, num_microbatches: int) -> None:
+def check_faults(faults: Tensor, error: Exception | None, vocab_size: int) -> None:
     """Raises what all ranks agreed on.
 
     Args:
         faults: ``CausalLMBatch.faults``, summed over ranks.
         error: Why this rank's own batch cannot be read, or None.
         vocab_size: Of the model.
-        num_microbatches: M.
 
     Raises:
         BatchError: If any rank's data is at fault.
     """
-    tokens, labels, rows, malformed = (int(n) for n in faults.tolist())
+    tokens, labels, malformed = (int(n) for n in faults.tolist())
     if error is not None:
         raise BatchError(str(error)) from error
     if malformed:
@@ -163,8 +229,3 @@ def check_faults(faults: Tensor, error: Exception | None, vocab_size: int, num_m
         hint = "check that tokenizer and model belong together, or enlarge it (resize_token_embeddings of transformers)"
         hint += "" if tokens else "; -100 is ignored"
         raise BatchError(f"{what} in the batch lie outside the vocabulary of {vocab_size}; {hint}.")
-    if rows:
-        raise BatchError(
-            f"a rank's batch has fewer rows than num_microbatches={num_microbatches}; "
-            "use a larger batch size (and drop_last=True for a short last batch), or fewer micro-batches."
-        )

@@ -4,8 +4,9 @@
     load balance   mean over layers and groups of  E * sum_e f_e * P_e      (:func:`~..modules.routers.statistics.balance_slope`)
     z-loss         mean over layers and tokens of  logsumexp(logits)^2      (ST-MoE, arXiv 2202.08906, equation 5)
 
-A group is a micro-batch, a row, or the whole batch (``MoEConfig.aux_loss``). ``"huggingface"`` is the loss of ``transformers``:
-a group is a micro-batch, and its tokens in all layers are pooled before the product is formed.
+A group is a micro-batch, a row, or the whole batch (``MoEConfig.aux_loss``); one without a token that counts is left out.
+``"huggingface"`` is the loss of ``transformers``: a group is a micro-batch, and its tokens in all layers are pooled before the
+product is formed.
 
 The tables of all layers together are ``[L, S, E]``, with L = 1 where they are pooled. They are small enough to travel: over
 the ranks, since a group's counts are those of all its tokens, and with the hidden states through a pipeline. The losses are

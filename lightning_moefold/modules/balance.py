@@ -110,7 +110,7 @@ def _mean(shares: list[Tensor], values: list[Tensor], routing: Routing) -> Tenso
 
 class _GlobalValue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, share: Tensor, value: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, share: Tensor, value: Tensor, scale: Tensor | float) -> Tensor:
         ctx.scale = scale
         return value.to(share.dtype, copy=True)
 
@@ -119,7 +119,9 @@ class _GlobalValue(torch.autograd.Function):
         return grads[0] * ctx.scale, None, None
 
 
-def global_value(share: Tensor, value: Tensor, mesh: FoldedMesh | None, copies: int = 1) -> Tensor:
+def global_value(
+    share: Tensor, value: Tensor, mesh: FoldedMesh | None, copies: int = 1, factor: Tensor | float = 1.0
+) -> Tensor:
     """A loss with the value for all ranks' data and the gradient of this rank's share of it.
 
     A loss that ``training_step`` returns means the average over data ranks, whose gradients are summed: the strategy
@@ -130,5 +132,6 @@ def global_value(share: Tensor, value: Tensor, mesh: FoldedMesh | None, copies: 
         value: The sum of all shares.
         mesh: The folded mesh; None on one rank.
         copies: How many of these ranks have computed the same share (of a group that shares its rows).
+        factor: By which its gradient is multiplied.
     """
-    return _GlobalValue.apply(share, value, 1.0 if mesh is None else mesh.dp_cp.size / copies)
+    return _GlobalValue.apply(share, value, factor * (1.0 if mesh is None else mesh.dp_cp.size / copies))

@@ -82,7 +82,7 @@ class NetworkPipeline:
         """What the network returns for this data rank's rows. Collective over all ranks.
 
         Raises:
-            BatchError: On every rank, if one has too few rows, or other data than the rest of its replica.
+            BatchError: On every rank, if one has other data than the rest of its replica.
             Exception: What the user's code raised; on other ranks, that it did.
         """
         training = torch.is_grad_enabled()
@@ -115,8 +115,7 @@ class NetworkPipeline:
                 wire = self._shape(batch, rows, autocast)
         except Exception as failure:  # raised below, together with all ranks
             error = failure
-        short = training and rows < self.num_microbatches
-        flags = torch.tensor([error is not None, short, rows < self.num_microbatches], device=device)
+        flags = torch.tensor([error is not None, rows < self.num_microbatches], device=device)
         slots = torch.zeros(mesh.fold.dp, _DIMENSIONS + 1, dtype=torch.float64, device=device)
         if any(stage.is_first for stage in self.stages) and not mesh.tp.index and not mesh.axis("cp").index:
             numbers = [
@@ -128,19 +127,15 @@ class NetworkPipeline:
             slots[mesh.place["dp"]] = torch.tensor(numbers, dtype=torch.float64)
         same = same_batch_slots(number, mesh)
         totals = comm.all_reduce_raw(torch.cat([flags.double(), same.flatten(), slots.flatten()]), mesh.world).cpu()
-        flags, same, slots = totals.split([3, same.numel(), slots.numel()])
+        flags, same, slots = totals.split([2, same.numel(), slots.numel()])
         if error is not None:
             raise error
         if flags[0]:
             raise BatchError("the batch of another rank cannot be read; that rank's own error says why.")
-        if flags[1]:
-            raise BatchError(
-                f"a rank's batch has fewer rows than num_microbatches={self.num_microbatches}; "
-                "use a larger batch size (and drop_last=True for a short last batch), or fewer micro-batches."
-            )
         check_same_batch(same, mesh)
         dimensions, *shape, dtype = (int(n) for n in slots.view(mesh.fold.dp, -1)[mesh.place["dp"]].tolist())
-        m = 1 if flags[2] else self.num_microbatches  # the last batch of an evaluation may be short
+        # In a short last batch some micro-batches have no rows. A schedule needs all of them; an evaluation does not.
+        m = 1 if flags[1] and not training else self.num_microbatches
         bounds = [part.numel() for part in torch.arange(rows).tensor_split(m)]
         cut = RowCut.of(shape[:dimensions], mesh.axis("cp"), self.exchange)
         inner = shape[1:dimensions] if cut is None else [cut.length, *shape[2:dimensions]]

@@ -3,7 +3,7 @@
 
 From stage to stage travel the hidden states, padded to as many rows as the largest micro-batch has. The user's code may
 fail in ``embed`` and in ``head``; what it raised is kept and the schedule goes on with zeros, or the other stages would
-wait forever.
+wait forever. Of a micro-batch without rows, which a short last batch leaves, only the layers hear, whose blocks communicate.
 
 Legend: R rows of a micro-batch, C rows of the largest, E experts.
 """
@@ -149,9 +149,11 @@ class NetworkStage(nn.Module):
     def _embed(self, job: NetworkJob, number: int) -> Tensor:
         length = () if job.cut is None else (job.cut.true_length,)
         expected = (job.rows[number], *length, *job.wire.shape[1 + len(length) :])
+        x_R = torch.zeros(expected, dtype=job.wire.dtype, device=job.device)
         try:
-            x_R = self._network[0].embed(job.batches[number])
-            check_shape(x_R, expected)
+            if job.rows[number]:
+                x_R = self._network[0].embed(job.batches[number])
+                check_shape(x_R, expected)
         except Exception as failure:  # raised after the schedule, together with all ranks
             job.error = job.error or failure
             x_R = torch.zeros(expected, dtype=job.wire.dtype, device=job.device)
@@ -203,7 +205,7 @@ class NetworkStage(nn.Module):
         objective = torch.zeros((), dtype=torch.float64, device=job.device)
         if share is not None:
             objective = objective + share
-        elif job.slopes is None:
+        elif job.slopes is None and job.rows[number]:
             try:
                 found = read_head(self._network[0].head(x_R, job.batches[number]), job.rows[number])
             except Exception as failure:  # raised after the schedule, together with all ranks

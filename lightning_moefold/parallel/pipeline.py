@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.models.batch import CausalLMBatch, check_shapes, read_batch, stand_in
+from lightning_moefold.models.batch import CausalLMBatch, check_shapes, empty_batch, read_batch, stand_in
 from lightning_moefold.models.causal_lm import CausalLMOutput, LossFunction
-from lightning_moefold.models.losses import Losses, check_faults
+from lightning_moefold.models.losses import Factors, Losses, StepLabels, check_faults
 from lightning_moefold.models.router_losses import RouterLosses
 from lightning_moefold.modules.base import wide
 from lightning_moefold.parallel.agreement import PRIME, check_same_batch, same_batch_slots
@@ -57,13 +58,13 @@ class _Agreed(NamedTuple):
 
     Args:
         labels: Weight of all labels on all ranks; 1 where there are none.
-        short: Whether a rank has fewer rows than micro-batches.
         sizes: See :class:`~.stage_module.Job`.
+        factors: By what gradients are multiplied.
     """
 
     labels: float
-    short: bool
-    sizes: tuple[float, float]
+    sizes: tuple[float, float, float]
+    factors: Factors
 
 
 class Pipeline:
@@ -104,12 +105,12 @@ class Pipeline:
         keep_all, m = gather_logits or loss_fn is not None, self._model.num_microbatches
         mode = 8 * training + 4 * labelled + 2 * gather_logits + (loss_fn is not None)
         batches, parts = self._read(tensors, extras, keep_all, m)
-        agreed = self._agree(batches, mode)
-        if agreed.short and m > 1:  # a rank has fewer rows than micro-batches, as in the last batch of a prediction
-            batches, parts = self._read(tensors, extras, keep_all, 1)
+        step = self._model.take_step_labels(tensors["labels"], loss_fn)
+        agreed = self._agree(batches, mode, step)
         tokens = max(b.sequence.tokens + b.sequence.padding for b in batches)
         capacity = tokens // self.mesh.tp.size
-        job = Job(batches, loss_fn, parts, wants_logits, capacity, 1 / agreed.labels, agreed.sizes)
+        language, routers = agreed.factors
+        job = Job(batches, loss_fn, parts, wants_logits, capacity, language / routers / agreed.labels, agreed.sizes)
         groups, call = max(b.sequence.num_groups for b in batches), self._model.next_call()
         for batch in batches:
             batch.sequence.num_groups, batch.sequence.call = groups, call
@@ -117,13 +118,15 @@ class Pipeline:
             # The weight that a loss_fn finds decides how its gradients compare with those of the losses of routers.
             with self.runner.counters_kept():
                 self._run(job, training=False)
-            job.scale = 1 / self._totals(job).weight
+            job.scale = language / routers / self._totals(job, agreed).weight
         kept = self._run(job, training)
-        totals = self._totals(job)
+        totals = self._totals(job, agreed)
         output = self._output(totals, labelled)
         if wants_logits:
             output = output._replace(logits=self._logits(job, gather_logits))
-        return self._differentiable(output, kept, 1 / (job.scale * totals.weight)) if training else output
+        # Of a loss_fn alone, the weight is known only now.
+        factor = routers if step is not None else 1 / (job.scale * totals.weight)
+        return self._differentiable(output, kept, factor) if training else output
 
     def _balances_batch(self, m: int) -> bool:
         config = self._model.config
@@ -138,26 +141,29 @@ class Pipeline:
         try:
             check_shapes(**tensors)
             rows = input_ids.shape[0]
-            if rows < m or m == 1:
-                return [read_batch(model.config, axes, m, keep_all=keep_all, **tensors)], [dict(extras)]
+            if m == 1:
+                return [read_batch(model.config, axes, 1, keep_all=keep_all, **tensors)], [dict(extras)]
             cut = _cut({k: v if v is None or v.dim() == 2 else [v] * m for k, v in tensors.items()}, rows, m)
             before = list(accumulate([part["input_ids"].shape[0] for part in cut], initial=0))
             batches = [
                 read_batch(model.config, axes, 1, keep_all=keep_all, rows_before=n, **part)
+                if len(part["input_ids"])
+                else empty_batch(model.config, axes, input_ids)
                 for n, part in zip(before, cut, strict=False)
             ]
             return batches, _cut(extras, rows, m)
         except ValueError as error:
             return [stand_in(model.config, axes, 1, input_ids.device, error)], [dict(extras)]
 
-    def _agree(self, batches: list[CausalLMBatch], mode: int) -> _Agreed:
+    def _agree(self, batches: list[CausalLMBatch], mode: int, step: StepLabels | None) -> _Agreed:
         """What all ranks must know before the schedule, once everybody's data is known to be sound.
 
         Ranks of one data replica must be given the same batch and arguments, see :mod:`..models.losses`; here their
         stages would wait for each other forever.
         """
         mesh, faults = self.mesh, torch.stack([b.faults for b in batches]).sum(0)
-        sizes = torch.stack([b.sizes for b in batches]).sum(0)
+        size_M2, m = torch.stack([b.sizes for b in batches]), self._model.num_microbatches
+        sizes, tokens_M = size_M2.sum(0), F.pad(size_M2[:, 0], (0, m - len(batches)))
         number = torch.full((), mode, device=faults.device)
         for batch in batches:
             number = (number * 31 + batch.fingerprint + 17 * batch.sequence.rows) % PRIME
@@ -166,18 +172,23 @@ class Pipeline:
         if mesh.tp.index or mesh.place["pp"]:  # what the first of those who share a batch says counts for all of them
             weight = torch.zeros_like(weight)
         if mesh.tp.index or mesh.place["pp"] or mesh.place["cp"]:
-            faults[:3] = 0
+            faults[:2] = 0
             sizes[1] = 0
         if mesh.place["pp"]:
             sizes[0] = 0
-        short = faults.new_full((1,), float(batches[0].sequence.rows < batches[0].sequence.num_microbatches))
-        mine = torch.cat([weight[None], short, faults, sizes, slots.flatten()])
+        ahead = weight.new_zeros(0) if step is None else step.numbers(weight.device)
+        if mesh.tp.index or mesh.place["pp"] or mesh.place["cp"]:
+            ahead = torch.zeros_like(ahead)
+        mine = torch.cat([weight[None], faults, sizes, tokens_M, slots.flatten(), ahead])
         totals = comm.all_reduce_raw(mine, mesh.world).cpu()
-        check_faults(totals[2:6], batches[0].error, self._model.config.vocab_size, self._model.num_microbatches)
-        check_same_batch(totals[8:], mesh)
-        return _Agreed(float(totals[0]) or 1.0, bool(totals[1]), (float(totals[6]) or 1.0, float(totals[7]) or 1.0))
+        labels, faults, sizes, tokens_M, prints, ahead = totals.split([1, 3, 2, m, slots.numel(), len(ahead)])
+        check_faults(faults, batches[0].error, self._model.config.vocab_size)
+        check_same_batch(prints, mesh)
+        counted, rows, filled = float(sizes[0]), float(sizes[1]), float((tokens_M > 0).sum())
+        factors = Factors() if step is None else Factors.of(step, float(labels), *ahead.tolist())
+        return _Agreed(float(labels) or 1.0, (counted or 1.0, rows or 1.0, filled or 1.0), factors)
 
-    def _totals(self, job: Job) -> _Totals:
+    def _totals(self, job: Job, agreed: _Agreed) -> _Totals:
         """What the last stage found, on all ranks; the same bits on each.
 
         Raises:
@@ -199,7 +210,7 @@ class Pipeline:
             if bool(total[4]):
                 raise RuntimeError("loss_fn failed on another rank, which holds the last pipeline stage and says why.")
         else:
-            weight = 1 / job.scale
+            weight = agreed.labels
         config = self._model.config
         auxiliary, z = total[2] if config.wants_aux_loss else None, total[3] if config.wants_z_loss else None
         return _Totals(total[0] / weight, weight, auxiliary, z)
@@ -223,7 +234,7 @@ class Pipeline:
         mine = torch.cat([job.logits[i] for i in sorted(job.logits)]) if job.logits else None
         if not gather:
             return mine
-        pp, rows = self.mesh.axis("pp"), sum(b.sequence.rows for b in job.batches)
+        pp, rows = self.mesh.axis("pp"), sum(b.sequence.rows for b in job.batches if not b.is_empty)
         if mine is None:
             shape = (rows, job.batches[0].true_length, self._model.config.vocab_size)
             mine = torch.empty(shape, dtype=self._dtype, device=job.batches[0].faults.device)

@@ -36,7 +36,7 @@ class Job:
         wants_logits: Whether logits are kept.
         capacity: C.
         scale: By which sums of losses are multiplied before backward.
-        sizes: Tokens that count and rows that have any, in all micro-batches on all ranks (at least 1).
+        sizes: Tokens that count, and rows and micro-batches that have any, on all ranks (at least 1 each).
 
     Attributes:
         slope_LGE: Of the load-balancing loss, where its group is the whole batch and all of it has been routed once.
@@ -53,7 +53,7 @@ class Job:
     wants_logits: bool
     capacity: int
     scale: float = 1.0
-    sizes: tuple[float, float] = (1.0, 1.0)
+    sizes: tuple[float, float, float] = (1.0, 1.0, 1.0)
     slope_LGE: Tensor | None = None
     sums: dict[int, Tensor] = field(default_factory=dict)
     routing: dict[int, Tensor] = field(default_factory=dict)
@@ -166,10 +166,11 @@ class Stage(nn.Module):
             objective = objective + job.scale * total.double()
         if routing_LSE is not None:
             objective = objective + self._router_losses(routing_LSE, number)
-        if job.wants_logits and logits is not None:
+        if job.wants_logits and logits is not None and not batch.is_empty:
             job.logits[number] = logits.detach()
-        if torch.is_grad_enabled() and not objective.requires_grad:
-            # A loss_fn failed or returned a constant: the gradients are zero, but every rank takes part in them.
+        if torch.is_grad_enabled() and (local is None or not objective.requires_grad):
+            # A loss_fn failed or returned a constant, or there are no rows: the gradients are zero, but every rank takes part
+            # in those of all layers.
             objective = objective + 0 * (x_ND if logits is None else logits).sum().double()
         return objective
 
@@ -182,7 +183,7 @@ class Stage(nn.Module):
             job.tables[number] = routing_LSE.detach()  # the loss forms when all micro-batches have come by
         elif config.wants_aux_loss:
             slope_LGE = routers.slope(routing_LSE) if job.slope_LGE is None else job.slope_LGE
-            groups = job.sizes[1] if routers.per_row else 1 if routers.per_batch else len(job.batches)
+            groups = job.sizes[1] if routers.per_row else 1 if routers.per_batch else job.sizes[2]
             balance = routers.balance(routing_LSE, slope_LGE) / groups
         if config.wants_z_loss:
             z = routers.z(routing_LSE) / job.sizes[0]

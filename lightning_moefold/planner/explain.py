@@ -82,6 +82,8 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
         arguments["pipeline_schedule"] = plan.schedule
         if plan.num_stages_per_rank > 1:
             arguments["num_stages_per_rank"] = plan.num_stages_per_rank
+    elif estimate.microbatches > 1:  # accumulated; a label weighs what it weighs in the batch that was asked for
+        arguments["calculate_per_token_loss"] = True
     by_node = expert_nodes(fold.ep, fold.etp, job.hardware.gpus_per_node) > 1 and plan.dispatcher == "hierarchical"
     optional = (
         ("dispatcher", plan.dispatcher, "alltoall"),

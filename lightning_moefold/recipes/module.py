@@ -21,6 +21,7 @@ from lightning_moefold.models.masks import shortest_window
 from lightning_moefold.recipes.errors import InputError
 from lightning_moefold.recipes.measures import DocumentLosses, MeanLoss, write_document_losses
 from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, run_length, warmup_and_decay
+from lightning_moefold.strategy import MoEFoldStrategy
 
 
 class FineTuneModule(pl.LightningModule):
@@ -44,6 +45,8 @@ class FineTuneModule(pl.LightningModule):
         aux_loss: Whether the load-balancing loss is trained with (with the weight that config.json gives it).
         config_overrides: Fields of config.json to replace, such as ``{"router": {"bias_update_rate": 0.001}}``.
         freeze: Patterns of parameter names that are not trained, such as ``*.mlp.gate.*`` for the routers.
+        calculate_per_token_loss: Whether accumulated batches are divided by the labels of the optimizer step, so that every
+            label weighs the same (:class:`~lightning_moefold.MoEFoldStrategy`); otherwise their losses are averaged.
         predictions: File that ``predict`` writes; predictions.jsonl in the Trainer's default_root_dir if not given.
 
     Attributes:
@@ -63,6 +66,7 @@ class FineTuneModule(pl.LightningModule):
         aux_loss: bool = True,
         config_overrides: dict[str, Any] | None = None,
         freeze: list[str] | None = None,
+        calculate_per_token_loss: bool = True,
         predictions: str | None = None,
         total_steps: int | None = None,
     ) -> None:
@@ -74,6 +78,11 @@ class FineTuneModule(pl.LightningModule):
         self.predicted: tuple[Path | str, int] | None = None
         self._mean, self._documents = MeanLoss(), DocumentLosses()
         self._warned_of_length = False
+
+    @property
+    def calculate_per_token_loss(self) -> bool:
+        """What the strategy is asked for."""
+        return bool(self.hparams["calculate_per_token_loss"])
 
     @override
     def configure_model(self) -> None:
@@ -100,6 +109,15 @@ class FineTuneModule(pl.LightningModule):
                 parameters[name].requires_grad_(False)
 
     # ---- training ----------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self) -> None:
+        strategy, accumulated = self.trainer.strategy, self.trainer.accumulate_grad_batches
+        if self.calculate_per_token_loss and accumulated > 1 and not isinstance(strategy, MoEFoldStrategy):
+            raise InputError(
+                "calculate_per_token_loss=True divides accumulated batches by the labels of the step, which "
+                f"{type(strategy).__name__} does not do; use MoEFoldStrategy, or set it to False."
+            )
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -135,23 +135,22 @@ def micro_batches(batch: GlobalBatch, num_microbatches: int) -> list[dict[str, T
         num_microbatches: Number M of micro-batches.
 
     Returns:
-        M batches, which together hold every row once.
+        M batches, which together hold every row once; without those in which no token counts, which a short batch leaves.
 
     Raises:
-        ValueError: If the data ranks' rows cannot be told apart, or a rank has fewer rows than M.
+        ValueError: If the data ranks' rows cannot be told apart.
     """
     ranks = [batch] if isinstance(batch, Mapping) else list(batch)
     if num_microbatches == 1:
         return [join_rows(ranks)]
     if isinstance(batch, Mapping):
         raise ValueError(f"num_microbatches={num_microbatches} needs one batch per data rank, not their union")
-    if (fewest := min(len(rank["input_ids"]) for rank in ranks)) < num_microbatches:
-        raise ValueError(f"a data rank has {fewest} rows, fewer than num_microbatches={num_microbatches}")
     blocks = [{key: tensor.tensor_split(num_microbatches) for key, tensor in rank.items()} for rank in ranks]
-    return [
+    joined = [
         join_rows([{key: split[j] for key, split in block.items()} for block in blocks])
         for j in range(num_microbatches)
     ]
+    return [part for part in joined if bool(part.get("attention_mask", torch.ones_like(part["input_ids"])).any())]
 
 
 def unpack_documents(batch: Batch) -> dict[str, Tensor]:

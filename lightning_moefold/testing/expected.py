@@ -141,13 +141,13 @@ class _Parts:
         """Small numbers that all ranks must know."""
         fold, experts = self.fold, self.config.num_experts
         if fold.pp > 1:
-            yield self._over("world", "labels and faults", "all-reduce", (8 + 2 * fold.dp) * _DOUBLE, 1)
+            yield self._over("world", "labels and faults", "all-reduce", (6 + self.m + 2 * fold.dp) * _DOUBLE, 1)
             yield self._over("world", "loss", "all-reduce", 5 * _DOUBLE, 1)
             if self.last and self.wants_routing:
                 yield self._over("stage", "load balance", "all-reduce", experts * _DOUBLE, self.m)
         else:
             table = (2 * self.step.num_microbatches + 1) * experts * self.wants_routing
-            numbers = 8 + table + 2 * fold.dp * (fold.tp * fold.cp > 1)
+            numbers = 7 + table + 2 * fold.dp * (fold.tp * fold.cp > 1)
             yield self._over("stage", "loss and faults", "all-reduce", numbers * _DOUBLE, 1)
         yield self._over("world", "gradient norm", "all-reduce", 2 * _DOUBLE, 1)
 

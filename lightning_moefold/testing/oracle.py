@@ -65,8 +65,8 @@ def reference_run(
 
     The loss of a batch is the mean over its label tokens on all ranks (``sum(w * l) / sum(w)`` with
     ``loss_weights``, where ``w`` of a position goes with its label), 0 if there are none; plus, with
-    ``output_router_logits=True``, the config's coefficient times the mean over micro-batches of Hugging Face's
-    load-balancing loss. With ``document_ids`` each document is on its own.
+    ``output_router_logits=True``, the config's coefficient times the mean over micro-batches with a token that counts of
+    Hugging Face's load-balancing loss. With ``document_ids`` each document is on its own.
 
     Args:
         path: Folder of the checkpoint.
@@ -95,7 +95,7 @@ def reference_run(
     model = hf_reference(path, dtype=dtype, **(config_overrides or {})).train()
     if capacity is not None:
         DroppingReference(model, *capacity)
-    model.router_aux_loss_coef /= num_microbatches  # the micro-batches' losses add up, their auxiliary losses average
+    coefficient = model.router_aux_loss_coef
     parameters = _view_parameters(model, frozen)
     update, scheduler = _make_optimizer(optimizer, {n: p for n, p in parameters.items() if p.requires_grad}, lr)
     losses: list[float] = []
@@ -104,7 +104,9 @@ def reference_run(
     for step in range(steps):
         model.zero_grad()
         for batch in batches[step * accumulate : (step + 1) * accumulate]:
-            losses.append(_backward(model, micro_batches(batch, num_microbatches), 1 / accumulate))
+            parts = micro_batches(batch, num_microbatches)
+            model.router_aux_loss_coef = coefficient / max(len(parts), 1)  # losses add up, auxiliary losses average
+            losses.append(_backward(model, parts, 1 / accumulate))
         _hand_over_gradients(model, parameters)
         grads.append({name: _copy(parameter.grad) for name, parameter in parameters.items()})
         norms.append(_clip(update, clip))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -12,7 +13,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_moefold import Fold, MoECausalLM, MoEFoldStrategy
 from lightning_moefold.modules import kept_memory, vocabulary
@@ -45,6 +46,16 @@ class BatchList(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.batches[index]
+
+
+class Stream(IterableDataset):
+    """The same, of unknown length."""
+
+    def __init__(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(self.batches)
 
 
 class Case(pl.LightningModule):
@@ -126,12 +137,14 @@ def _fit(module: Case, fold: str, batches: list[list[dict[str, torch.Tensor]]], 
         data_parallel_sharding=spec.get("sharding", "optimizer"),
         context_parallel_exchange=spec.get("exchange", "auto"),
         recompute=spec.get("recompute"),
+        calculate_per_token_loss=spec.get("per_token"),
         **spec.get("dispatch", {}),
         **spec.get("pipeline", {}),
     )
     world = dist.get_world_size()
     dp_rank = Fold.parse(fold, world).coordinates(dist.get_rank())["dp"]
-    loader = DataLoader(BatchList([step[dp_rank] for step in batches]), batch_size=None, shuffle=False)
+    kind = Stream if spec.get("stream") else BatchList
+    loader = DataLoader(kind([step[dp_rank] for step in batches]), batch_size=None)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world,

@@ -20,6 +20,8 @@ def check(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
     spec = {"head": "pair", **spec}
     parsed = Fold.parse(fold, world)
     data = layered.make_data(3 * spec.get("accumulate", 1), parsed.dp, spec.get("microbatches", 2))
+    if spec.get("short"):  # micro-batches without rows, not the same on every rank
+        data[0] = [{name: t[: 1 + rank] for name, t in batch.items()} for rank, batch in enumerate(data[0])]
     expected, outputs = layered.train_alone(data, spec)
     found = pool.run(layered.train, fold, data, spec, ranks=world)
     actual = [run for run, _, _ in found]
@@ -45,6 +47,7 @@ QUICK = [
     (4, "pp2 | ep2", {"calls": True, "microbatches": 3, "frozen": "experts", "tied": True}),
     (4, "cp2 pp2 | etp2", {"head": "mean", "balance": True}),
     (4, "tp2 pp2 | ep2", {"schedule": "interleaved_zero_bubble", "chunks": 2}),
+    (4, "pp2 | ep2", {"short": True, "microbatches": 3, "balance": True}),
 ]
 MORE = [
     *((2, "pp2", {"schedule": s, "chunks": 2, "balance": True, "microbatches": 4})
@@ -63,6 +66,9 @@ MORE = [
     (2, "", {"balance": True, "peek": True}),
     (2, "cp2", {"capacity": 0.7, "balance": True}),
     (2, "pp2", {"capacity": 0.7, "balance": True, "microbatches": 3}),
+    (4, "cp2 pp2 | ep2", {"short": True, "microbatches": 4, "schedule": "gpipe", "head": "mean"}),
+    (4, "pp2 | etp2", {"short": True, "microbatches": 4, "schedule": "zbv", "balance": True}),
+    (2, "pp2", {"short": True, "microbatches": 4, "chunks": 2, "schedule": "interleaved_zero_bubble", "head": "mean"}),
     (4, "pp2 | ep2", {"peek": True, "sharding": "full", "head": "mean"}),
     (2, "tp2 | ep2", {"head": "mean", "calls": True}),
     (8, "tp2 pp2 | ep4", {"balance": True}),
@@ -168,7 +174,7 @@ def test_what_is_refused(pool: RankPool) -> None:
 @pytest.mark.parametrize("fold", ["pp2", pytest.param("pp2 | ep2", marks=pytest.mark.slow)])
 def test_errors_reach_all_ranks(pool: RankPool, fold: str) -> None:
     patterns = {
-        "few rows": "fewer rows than num_microbatches=2",
+        "few rows": "no error",
         "other batch": "were given different batches",
         "embed": "the network's code failed on another rank",
         "head": "the network's code failed on another rank",

@@ -8,13 +8,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from lightning_moefold import MoECausalLM
-from lightning_moefold.recipes import FineTuneModule, TextData
+from lightning_moefold.recipes import FineTuneModule, InputError, TextData
 from lightning_moefold.recipes.optimizer import parameter_groups, warmup_and_decay
 from lightning_moefold.recipes.text import PADDING
 from lightning_moefold.testing import RankPool, assert_close_by_name
@@ -215,3 +216,34 @@ def test_rows_longer_than_the_model_was_made_for(folder: Path, recwarn: pytest.W
         module.training_step({name: torch.zeros(1, length, dtype=torch.int64) for name in ("input_ids", "labels")}, 0)
     [warning] = [str(w.message) for w in recwarn if "max_position_embeddings" in str(w.message)]
     assert warning.startswith("rows have 129 tokens and the model's max_position_embeddings is 128: ")
+
+
+# ---- accumulating ------------------------------------------------------------------------------------------------
+
+
+def test_accumulated_batches_are_one_large_batch(pool: RankPool, folder: Path):
+    """By default; the mean of batch losses is another number on this text."""
+    found = {}
+    for batch_size, per_token in ((8, True), (4, True), (4, False)):
+        module = {"aux_loss": False} if per_token else {"aux_loss": False, "calculate_per_token_loss": False}
+        data = {"packing": "documents", "batch_size": batch_size}
+        arguments = {"max_epochs": 1, "accumulate_grad_batches": 8 // batch_size, "limit_val_batches": 0}
+        reports = pool.run(
+            jobs.fit, str(folder), "| ep2", module, data, {**arguments, "gradient_clip_val": 0.5}, ranks=2
+        )
+        found[batch_size, per_token] = assemble(report.weights for report in reports)
+    assert_close_by_name(found[4, True], found[8, True], 1e-8, "weights")
+    with pytest.raises(AssertionError):
+        assert_close_by_name(found[4, False], found[8, True], 1e-5, "weights")
+
+
+def test_other_strategies_are_told(folder: Path):
+    module = FineTuneModule(str(folder / "checkpoint"))
+    data = TextData([str(folder / "b.jsonl")], str(folder / "checkpoint"), 64, 4, cache_dir=str(folder / "tokens"))
+    run = pl.Trainer(
+        accelerator="cpu", accumulate_grad_batches=2, max_steps=1, logger=False, enable_checkpointing=False
+    )
+    with pytest.raises(
+        InputError, match="which SingleDeviceStrategy does not do; use MoEFoldStrategy, or set it to False"
+    ):
+        run.fit(module, data)

@@ -333,6 +333,8 @@ def _language_loss(model: Any, naive: NaiveRouters, step: Sequence[Batch], m: in
     for j in range(m):
         for rank, block in enumerate(blocks):
             part = {key: value[j] for key, value in block.items()}
+            if not len(part["input_ids"]):
+                continue
             mask = part.get("attention_mask", torch.ones_like(part["input_ids"]))
             naive.places = [
                 Place(j, int(b) * len(step) + rank, position, bool(mask[i, position]))

@@ -111,6 +111,9 @@ def check(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> 
     if row.get("empty"):  # a data rank with nothing but padding
         batches[0][-1]["attention_mask"][:] = 0
         batches[0][-1]["labels"][:] = -100
+    if row.get("short"):  # a micro-batch that is empty on all ranks, and then one that is on the first
+        batches[0] = [{name: tensor[:1] for name, tensor in batch.items()} for batch in batches[0]]
+        batches[1][0] = {name: tensor[:1] for name, tensor in batches[1][0].items()}
     expected = naive.train_alone(str(checkpoint), batches, spec)
     actual = pool.run(jobs.train, path, str(fold), batches, spec, ranks=fold.world_size, timeout=180)
     what = f"{fold}, {row}"
@@ -171,6 +174,10 @@ OTHER = [
     _other("tp2 | ep2", 2, "topology", slow=False),
     _other("| ep2", 2, "swipe", slow=False, dispatch={}, empty=True),
     _other("cp2 | ep2", 4, "topology and bias", dispatch={}, empty=True),
+    _other("| ep2", 2, "bias", slow=False, microbatches=2, aux_loss="microbatch", dispatch={}, short=True),
+    _other("pp2 | ep2", 4, "bias", "zbv", slow=False, aux_loss="microbatch", short=True),
+    _other("pp2", 2, "deepseek", "1f1b", aux_loss="sequence", short=True),
+    _other("pp2", 2, "bias", "gpipe", aux_loss="global_batch", dispatch={}, short=True),
     _other("pp2", 2, "deepseek", "zbv", aux_loss="global_batch"),
     _other("pp2", 2, "swipe", "dualpipev", padding="left"),
     _other("pp2", 2, "noise", "dualpipev", accumulate=2),

@@ -49,7 +49,6 @@ def _batches(rank: int) -> dict[str, dict[str, Any]]:
         "token": {"input_ids": bad_token, "labels": good},
         "negative token": {"input_ids": negative, "labels": good},
         "label": {"input_ids": good, "labels": bad_label},
-        "few rows": {"input_ids": good[:1], "labels": good[:1]},
         "no rows": {"input_ids": good[:0], "labels": good[:0]},
         "shape of labels": {"input_ids": good, "labels": good[:, :3]},
         "shape of mask": {"input_ids": good, "labels": good, "attention_mask": torch.ones(3, 6)},

@@ -50,7 +50,6 @@ def errors(path: str) -> dict[str, str]:
         "other batch on the last stage": told(lambda: call((tokens + last) % 96)),
         "other arguments on the last stage": told(lambda: call(tokens, **({"gather_logits": True} if last else {}))),
         "loss_fn": told(lambda: call(tokens, loss_fn=_fails)),
-        "few rows": told(lambda: call(tokens[: 1 + dp])),
         "through logits": told(lambda: call(tokens, gather_logits=True).backward()),
         "generate": told(lambda: model.generate(tokens)),
         "good again": told(lambda: call(tokens).backward()),

@@ -33,7 +33,6 @@ def test_one_rank_has_a_bad_batch(pool: RankPool, path: str, fold: str) -> None:
         "token": "1 token ids .* outside the vocabulary of 96",
         "negative token": "1 token ids .* outside the vocabulary of 96",
         "label": "1 labels .* outside the vocabulary of 96",
-        "few rows": "fewer rows than num_microbatches=2",
         "no rows": "holds no token|another rank",
         "shape of labels": "make them equal|another rank",
         "shape of mask": "make them equal|another rank",

@@ -59,6 +59,17 @@ def split_table(table_SE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return counts_GE, probability_GE, z_1E[..., 0, 0]
 
 
+def filled_groups(counts_LGE: Tensor) -> Tensor:
+    """Number of groups in which any token counts.
+
+    A short last batch may leave micro-batches without one; these are no part of a mean over groups.
+
+    Args:
+        counts_LGE: Choices of all tokens of the groups, whatever ranks hold them.
+    """
+    return (counts_LGE.sum((0, 2)) > 0).sum()
+
+
 def balance_slope(counts_GE: Tensor, top_k: int) -> Tensor:
     """``E f_e / n`` for each group of n tokens: times the summed probabilities it is the group's balancing loss.
 
