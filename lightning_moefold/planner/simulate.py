@@ -59,8 +59,11 @@ class Timeline:
 
     @property
     def idle_fraction(self) -> float:
-        """Part of the time that ranks wait, on average."""
-        busy = sum(event.end - event.start for event in self.events)
+        """Part of the time that ranks wait, on average; operations of a rank may take turns."""
+        busy, until = 0.0, [0.0] * self.ranks
+        for event in sorted(self.events, key=lambda e: e.start):
+            busy += max(0.0, event.end - max(event.start, until[event.rank]))
+            until[event.rank] = max(event.end, until[event.rank])
         return 1 - busy / (self.seconds * self.ranks) if self.events else 0.0
 
     def most_in_flight(self, rank: int) -> int:
