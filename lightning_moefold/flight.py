@@ -15,7 +15,7 @@ Legend: N, M rows before and after; G ranks of the axis; D any trailing dimensio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,13 @@ from lightning_moefold.mesh import Axis
 
 
 class Route(Protocol):
-    """How one tensor of a flight travels."""
+    """How one tensor of a flight travels.
+
+    Attributes:
+        kind: Of collective.
+    """
+
+    kind: ClassVar[str]
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """Begins; the memory that is written to is not to be read before the work is done."""
@@ -51,6 +57,7 @@ class Exchange(NamedTuple):
 
     send: Counts
     receive: Counts
+    kind = "all-to-all"
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """See :class:`Route`."""
@@ -75,6 +82,7 @@ class Spread(NamedTuple):
     """
 
     counts: Counts
+    kind = "all-gather"
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """See :class:`Route`."""
@@ -101,6 +109,7 @@ class SumUp(NamedTuple):
     """
 
     counts: Counts
+    kind = "reduce-scatter"
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """See :class:`Route`."""

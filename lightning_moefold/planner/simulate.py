@@ -59,12 +59,17 @@ class Timeline:
 
     @property
     def idle_fraction(self) -> float:
-        """Part of the time that ranks wait, on average; operations of a rank may take turns."""
-        busy, until = 0.0, [0.0] * self.ranks
-        for event in sorted(self.events, key=lambda e: e.start):
-            busy += max(0.0, event.end - max(event.start, until[event.rank]))
-            until[event.rank] = max(event.end, until[event.rank])
+        """Part of the time that ranks wait, on average."""
+        busy = sum(self.busy(rank) for rank in range(self.ranks))
         return 1 - busy / (self.seconds * self.ranks) if self.events else 0.0
+
+    def busy(self, rank: int) -> float:
+        """Seconds in which some operation of a rank is running; those of a pair take turns."""
+        found = until = 0.0
+        for event in sorted((e for e in self.events if e.rank == rank), key=lambda e: e.start):
+            found += max(0.0, event.end - max(event.start, until))
+            until = max(event.end, until)
+        return found
 
     def most_in_flight(self, rank: int) -> int:
         """Most chunks of a rank that ran forward and not yet backward."""
