@@ -5,7 +5,7 @@
         [--tokens 2048] [--hidden 512] [--ffn 1024] ...
 
 A MoE layer on two gloo ranks runs forward and backward with its exchange in one part and in chunks. Noted are, on each
-rank, when every all-to-all of :class:`~lightning_moefold.comm.Flight` is under way (from its start until gloo reports it
+rank, when every collective of a :class:`~lightning_moefold.flight.Flight` is under way (from its start until gloo reports it
 done), when the rank waits for one, and when experts compute. "hidden" is the share of the time in which some exchange is
 under way in which the rank does not wait for one; "behind experts" that in which experts compute. The trace is in Chrome's
 format: open it at ``chrome://tracing`` or https://ui.perfetto.dev.
@@ -34,9 +34,9 @@ from measuring import machine
 from torch import Tensor
 
 from lightning_moefold import Fold
-from lightning_moefold.comm import Flight
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.figures import COLORS, make_figure, save_figure
+from lightning_moefold.flight import Flight
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import Experts, MoELayer, expert_kernels
 from lightning_moefold.parallel import Sharding, parallelize
@@ -85,13 +85,13 @@ def recorded() -> Iterator[Recorder]:
     start, wait, compute = Flight.start, Flight.wait, Experts.compute
     backward = expert_kernels._ExpertByExpert.backward
 
-    def started(flight: Flight, *args: Any) -> Tensor:
-        out = start(flight, *args)
-        assert flight._pending is not None
-        recorder.follow(flight._pending[0])
-        return out
+    def started(flight: Flight, *args: Any, **kwargs: Any) -> list[Tensor | None]:
+        outs = start(flight, *args, **kwargs)
+        for _, work, _, _ in flight._pending:
+            recorder.follow(work)
+        return outs
 
-    def waited(flight: Flight) -> Tensor:
+    def waited(flight: Flight) -> list[Tensor]:
         with recorder.during(WAIT):
             return wait(flight)
 

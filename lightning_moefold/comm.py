@@ -4,7 +4,8 @@
 Every function is the identity (no group, no copy) on an axis of one rank. Each backward is written out: the autograd
 registered for torch's functional collectives sums where Megatron's "f" and "g" must not (an all-reduce of an already
 equal loss would multiply its gradient by the group size). Uneven exchanges go through ``all_to_all_single``, the one
-collective that takes uneven sizes, zero included, on gloo and NCCL alike.
+collective that takes uneven sizes, zero included, on gloo and NCCL alike. Those that hide behind computation are in
+:mod:`.flight`.
 
 Legend: N, M tokens before and after an exchange; G ranks of the axis; D any trailing dimensions.
 """
@@ -246,81 +247,6 @@ def all_gather_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
 def reduce_scatter_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``; backward is :func:`all_gather_uneven`."""
     return x_ND if axis.size == 1 else _ReduceScatterUneven.apply(x_ND, counts, axis)
-
-
-# ---- all-to-all behind other work ------------------------------------------------------------------------------------
-
-
-class Flight:
-    """An all-to-all that is under way: the memory it writes to, and whom to wait for.
-
-    Between :func:`send_off` and :func:`land` the rank may compute. Autograd runs backward in the opposite order, so the
-    gradients of what has landed are sent off there, and landed where the rows were sent off: what hides behind computation
-    in forward does so in backward.
-    """
-
-    def __init__(self, send: Counts, receive: Counts, axis: Axis) -> None:
-        self.send, self.receive, self.axis = send, receive, axis
-        self._pending: tuple[dist.Work, Tensor, Tensor] | None = None
-
-    def start(self, x_ND: Tensor, send: Counts, receive: Counts) -> Tensor:
-        """Begins to send; the result is not to be read before :meth:`wait`."""
-        x_ND = x_ND.contiguous()
-        out = x_ND.new_empty((sum(receive), *x_ND.shape[1:]))
-        work = dist.all_to_all_single(out, x_ND, list(receive), list(send), group=self.axis.group, async_op=True)
-        self._pending = work, x_ND, out  # which has to live until it has left
-        return out
-
-    def wait(self) -> Tensor:
-        """The latest start's result, arrived (on CUDA, the current stream waits, not the host)."""
-        assert self._pending is not None
-        work, _, out = self._pending
-        work.wait()
-        self._pending = None
-        return out
-
-
-class _SendOff(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.start(x_ND.detach(), flight.send, flight.receive)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.wait(), None
-
-
-class _Land(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        flight.wait()
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # What is under way has the shape of the rows sent, and autograd wants that of the rows landed: a stand-in goes on.
-        ctx.flight.start(grads[0], ctx.flight.receive, ctx.flight.send)
-        return grads[0], None
-
-
-@_breaks_graphs
-def send_off(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> tuple[Tensor, Flight | None]:
-    """Starts an all-to-all-v, ``[sum(send), D] -> [sum(receive), D]``, that :func:`land` ends.
-
-    Returns:
-        What is not to be read yet, and the flight to hand to :func:`land` with it.
-    """
-    if axis.size == 1:
-        return x_ND, None
-    flight = Flight(send, receive, axis)
-    return _SendOff.apply(x_ND, flight), flight
-
-
-def land(out: Tensor, flight: Flight | None) -> Tensor:
-    """What :func:`send_off` has promised, arrived."""
-    return out if flight is None else _Land.apply(out, flight)
 
 
 # ---- agreement on errors ---------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ _KINDS = {
 _C10D = "torch.distributed.distributed_c10d"
 _FSDP = "torch.distributed.fsdp._fully_shard."
 _PIPELINING = "torch.distributed.pipelining."
+_COLLECTIVES = "lightning_moefold.comm", "lightning_moefold.flight"
 #: Functions of FSDP2 that reduce gradients; all others of it that communicate gather weights.
 _REDUCING = ("foreach_reduce", "post_backward", "finalize_backward")
 
@@ -103,7 +104,7 @@ def _called(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective:
     if _is(caller, _PIPELINING):
         return _of_axis("exchange", "pipeline stages", None if mesh is None else mesh.axis("pp"))
     purpose = _purpose(callers) if _is(caller, "lightning_moefold.") else ""  # else the line of the user's code says it
-    axis = _axis_in(caller.f_locals) if _is(caller, "lightning_moefold.comm") else None
+    axis = _axis_in(caller.f_locals) if _is(caller, *_COLLECTIVES) else None
     if axis is not None:
         return _of_axis(kind, purpose, axis)
     return _of_group(kind, purpose, _group_in(call.f_locals), mesh)
@@ -127,7 +128,7 @@ def _waiting(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective | N
     frame = frames[0]
     axis = _axis_in(frame.f_locals) or _axis_in(getattr(frame.f_locals.get("self"), "__dict__", {}))
     if axis is not None:
-        kind = "all-to-all" if _is(frame, "lightning_moefold.comm") else "exchange"
+        kind = getattr(frame.f_locals.get("way"), "kind", "exchange")  # of a flight
         return _of_axis(kind, _purpose(frames[1:]), axis)
     if _is(frame, "lightning_moefold.parallel.pipeline") and mesh is not None:
         return _of_axis("exchange", "pipeline stages", mesh.axis("pp"))
@@ -169,9 +170,9 @@ def _group_in(values: Mapping[str, Any]) -> Any:
 
 
 def _purpose(frames: list[FrameType]) -> str:
-    """The function of ours, outside ``comm.py``, that asked for it."""
+    """The function of ours, outside ``comm.py`` and ``flight.py``, that asked for it."""
     for frame in frames:
-        if _is(frame, "lightning_moefold.comm"):
+        if _is(frame, *_COLLECTIVES):
             if frame.f_code.co_name == "backward":
                 return "a backward pass"
         elif _is(frame, "lightning_moefold."):

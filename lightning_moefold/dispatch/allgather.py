@@ -22,8 +22,9 @@ from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, TokenDispatcher
-from lightning_moefold.dispatch.packing import exchange_choices
+from lightning_moefold.dispatch.packing import pack, unpack
 from lightning_moefold.dispatch.permutation import sort_by_expert, take_distinct
+from lightning_moefold.flight import Spread, SumUp, land, send_off
 
 
 @dataclass(frozen=True)
@@ -66,28 +67,28 @@ class AllGatherDispatcher(TokenDispatcher):
         plan: GatherPlan = parcel.plan
         if self.etp_ep.size == 1:
             return parcel
-        x_AD = comm.all_gather_uneven(parcel.x, plan.tokens, self.etp_ep)
-        weight_AK, expert_AK = exchange_choices(
-            parcel.weight,
-            plan.expert_TK,
-            lambda packed: comm.all_gather_uneven_raw(packed, plan.tokens, self.etp_ep),
-            lambda grad: comm.reduce_scatter_uneven_raw(grad, plan.tokens, self.etp_ep),
-        )
-        return Parcel(x_AD, weight_AK, GatherPlan(expert_AK, plan.tokens, plan.served))
+        everywhere = Spread(plan.tokens)
+        packed_TK2 = pack(parcel.weight, plan.expert_TK)
+        (x_AD, packed_AK2), flight = send_off((parcel.x, packed_TK2), (everywhere, everywhere), self.etp_ep)
+        return Parcel(x_AD, packed_AK2, plan, flight)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
         """Picks the choices that fall on the experts here."""
         plan: GatherPlan = parcel.plan
         local, k = self.local_experts, plan.expert_TK.shape[1]
-        expert_AK, kept_AK, served = plan.expert_TK, None, plan.served
+        x_AD, weight_AK, expert_AK = parcel.x, parcel.weight, plan.expert_TK
+        if parcel.flight is not None:
+            x_AD, packed_AK2 = land((x_AD, weight_AK), parcel.flight)
+            weight_AK, expert_AK = unpack(packed_AK2)
+        kept_AK, served = None, plan.served
         if self.etp_ep.size > 1 or served != expert_AK.numel():
             expert_AK = expert_AK - self.ep.index * local
             kept_AK = (expert_AK >= 0) & (expert_AK < local)
         ordered = sort_by_expert(expert_AK, local, kept_AK, served)
         rows = int(ordered.counts_E.sum()) if ordered.served is None else ordered.served
         slot_M = ordered.slot_S[:rows]
-        weight_M = take_distinct(parcel.weight.reshape(-1), slot_M)
-        return parcel.x, ExpertRows(slot_M // k, weight_M, ordered.counts_E, distinct=False)
+        weight_M = take_distinct(weight_AK.reshape(-1), slot_M)
+        return x_AD, ExpertRows(slot_M // k, weight_M, ordered.counts_E, distinct=False)
 
     def combine_preprocess(self, y_AD: Tensor, plan: GatherPlan) -> Tensor:
         """Nothing: the sum over etp is part of the way home."""
@@ -95,8 +96,9 @@ class AllGatherDispatcher(TokenDispatcher):
 
     def token_combine(self, y_AD: Tensor, plan: GatherPlan) -> Return:
         """Sums what the ranks have computed of each token, at its home."""
-        return Return(comm.reduce_scatter_uneven(y_AD, plan.tokens, self.etp_ep))
+        (y_TD,), flight = send_off((y_AD,), (SumUp(plan.tokens),), self.etp_ep)
+        return Return(y_TD, flight)
 
     def combine_postprocess(self, returns: list[Return], plans: list[GatherPlan]) -> Tensor:
-        """Nothing: the tokens are whole."""
-        return returns[0].y
+        """Nothing more: the tokens are whole."""
+        return land((returns[0].y,), returns[0].flight)[0]

@@ -45,6 +45,7 @@ from lightning_moefold.dispatch.permutation import (
     spread,
     take_distinct,
 )
+from lightning_moefold.flight import Exchange, land, send_off
 from lightning_moefold.layout import even_split
 
 
@@ -176,14 +177,14 @@ class AllToAllDispatcher(TokenDispatcher):
     def token_dispatch(self, parcel: Parcel) -> Parcel:
         """``[R, D]`` to the ep ranks of their experts."""
         plan: ChunkPlan = parcel.plan
-        x_AD, first = comm.send_off(parcel.x, plan.send, plan.receive, self.ep)
-        weight_A, second = comm.send_off(parcel.weight, plan.send, plan.receive, self.ep)
-        return Parcel(x_AD, weight_A, plan, (first, second))
+        there = Exchange(plan.send, plan.receive)
+        (x_AD, weight_A), flight = send_off((parcel.x, parcel.weight), (there, there), self.ep)
+        return Parcel(x_AD, weight_A, plan, flight)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
         """To all etp ranks that hold a part of the expert; then by expert."""
         plan: ChunkPlan = parcel.plan
-        x_AD, weight_A = (comm.land(t, f) for t, f in zip((parcel.x, parcel.weight), parcel.flights, strict=True))
+        x_AD, weight_A = land((parcel.x, parcel.weight), parcel.flight)
         x_AD = comm.all_gather_uneven(x_AD, plan.arrived, self.etp)
         weight_A = comm.all_gather_uneven(weight_A, plan.arrived, self.etp)
         peers, sources, local = plan.counts_PSL.shape
@@ -201,10 +202,11 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def token_combine(self, y_AD: Tensor, plan: ChunkPlan) -> Return:
         """Every row goes home."""
-        return Return(*comm.send_off(y_AD, plan.receive, plan.send, self.ep))
+        (y_RD,), flight = send_off((y_AD,), (Exchange(plan.receive, plan.send),), self.ep)
+        return Return(y_RD, flight)
 
     def combine_postprocess(self, returns: list[Return], plans: list[ChunkPlan]) -> Tensor:
         """Sums each token's rows."""
-        parts = [comm.land(*back) for back in returns]
+        parts = [part for back in returns for part in land((back.y,), back.flight)]
         y_RD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return collect(y_RD, plans[0].copies)

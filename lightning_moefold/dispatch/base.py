@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moefold.comm import Flight
 from lightning_moefold.dispatch.config import DispatchConfig
+from lightning_moefold.flight import Flight
 from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
 
 
@@ -107,15 +107,15 @@ class Parcel(NamedTuple):
 
     Args:
         x: Tokens, ``[R, D]`` before and ``[A, D]`` after the exchange.
-        weight: Weights of rows or tokens.
+        weight: Weights of rows or tokens, perhaps with integers beside them (:mod:`.packing`).
         plan: The dispatcher's own.
-        flights: What is under way.
+        flight: In which both are under way.
     """
 
     x: Tensor
     weight: Tensor
     plan: Any
-    flights: tuple[Flight | None, ...] = ()
+    flight: Flight | None = None
 
 
 class Return(NamedTuple):
@@ -123,7 +123,7 @@ class Return(NamedTuple):
 
     Args:
         y: Rows.
-        flight: What is under way.
+        flight: In which they are under way.
     """
 
     y: Tensor

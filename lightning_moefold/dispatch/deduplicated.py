@@ -24,9 +24,10 @@ from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
-from lightning_moefold.dispatch.packing import exchange_choices
+from lightning_moefold.dispatch.packing import pack, unpack
 from lightning_moefold.dispatch.pairs import number_pairs, places_of
 from lightning_moefold.dispatch.permutation import Copies, collect, sort_by_expert, spread, take_distinct
+from lightning_moefold.flight import Exchange, land, send_off
 
 
 class Sizes(NamedTuple):
@@ -104,45 +105,35 @@ class DeduplicatedDispatcher(TokenDispatcher):
     def token_dispatch(self, parcel: Parcel) -> Parcel:
         """Pairs, and what belongs to each row, to the ep ranks."""
         plan: PairPlan = parcel.plan
-        x_AD, flight = comm.send_off(parcel.x, plan.pairs.send, plan.pairs.receive, self.ep)
-        weight_A, index_A = exchange_choices(
-            parcel.weight,
-            plan.index_R,
-            lambda packed: self._rows_there(packed, plan),
-            lambda grad: comm.all_to_all_raw(
-                comm.reduce_scatter_uneven_raw(grad, plan.rows.arrived, self.etp),
-                plan.rows.receive,
-                plan.rows.send,
-                self.ep,
-            ),
-        )
-        return Parcel(x_AD, weight_A, (plan, index_A), (flight,))
-
-    def _rows_there(self, packed: Tensor, plan: PairPlan) -> Tensor:
-        arrived = comm.all_to_all_raw(packed, plan.rows.send, plan.rows.receive, self.ep)
-        return comm.all_gather_uneven_raw(arrived, plan.rows.arrived, self.etp)
+        routes = Exchange(plan.pairs.send, plan.pairs.receive), Exchange(plan.rows.send, plan.rows.receive)
+        (x_AD, packed_A2), flight = send_off((parcel.x, pack(parcel.weight, plan.index_R)), routes, self.ep)
+        return Parcel(x_AD, packed_A2, plan, flight)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
         """Which pair each row reads, by expert."""
-        plan, index_A = parcel.plan
-        x_AD = comm.all_gather_uneven(comm.land(parcel.x, parcel.flights[0]), plan.pairs.arrived, self.etp)
+        plan: PairPlan = parcel.plan
+        x_AD, packed_A2 = land((parcel.x, parcel.weight), parcel.flight)
+        x_AD = comm.all_gather_uneven(x_AD, plan.pairs.arrived, self.etp)
+        weight_A, index_A = unpack(comm.all_gather_uneven(packed_A2, plan.rows.arrived, self.etp))
         rows = sum(plan.rows.arrived)
         blocks_PS = plan.counts_PSL.sum(2).reshape(-1)
         pairs_PS = plan.pairs_PS.reshape(-1)
         start_PS = pairs_PS.cumsum(0) - pairs_PS
         token_A = index_A + start_PS.repeat_interleave(blocks_PS, output_size=rows)
         order_M = expert_of_rows(plan.counts_PSL.reshape(len(blocks_PS), -1), rows).argsort(stable=True)
-        weight_M = take_distinct(parcel.weight, order_M)
+        weight_M = take_distinct(weight_A, order_M)
         return x_AD, ExpertRows(token_A[order_M], weight_M, plan.counts_PSL.sum((0, 1)), distinct=False)
 
-    def combine_preprocess(self, y_AD: Tensor, plan: tuple[PairPlan, Tensor]) -> Tensor:
+    def combine_preprocess(self, y_AD: Tensor, plan: PairPlan) -> Tensor:
         """Sums the parts of each expert over etp."""
-        return comm.reduce_scatter_uneven(y_AD, plan[0].pairs.arrived, self.etp)
+        return comm.reduce_scatter_uneven(y_AD, plan.pairs.arrived, self.etp)
 
-    def token_combine(self, y_AD: Tensor, plan: tuple[PairPlan, Tensor]) -> Return:
+    def token_combine(self, y_AD: Tensor, plan: PairPlan) -> Return:
         """One row per pair goes home."""
-        return Return(*comm.send_off(y_AD, plan[0].pairs.receive, plan[0].pairs.send, self.ep))
+        (y_QD,), flight = send_off((y_AD,), (Exchange(plan.pairs.receive, plan.pairs.send),), self.ep)
+        return Return(y_QD, flight)
 
-    def combine_postprocess(self, returns: list[Return], plans: list[tuple[PairPlan, Tensor]]) -> Tensor:
+    def combine_postprocess(self, returns: list[Return], plans: list[PairPlan]) -> Tensor:
         """Sums each token's pairs."""
-        return collect(comm.land(*returns[0]), plans[0][0].copies)
+        (y_QD,) = land((returns[0].y,), returns[0].flight)
+        return collect(y_QD, plans[0].copies)

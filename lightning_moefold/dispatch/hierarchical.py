@@ -26,9 +26,10 @@ from lightning_moefold import comm
 from lightning_moefold.dispatch.base import Choices, ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
 from lightning_moefold.dispatch.config import DispatchConfig
 from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
-from lightning_moefold.dispatch.packing import exchange_choices
+from lightning_moefold.dispatch.packing import pack, unpack
 from lightning_moefold.dispatch.pairs import number_pairs, places_of
 from lightning_moefold.dispatch.permutation import Copies, collect, spread
+from lightning_moefold.flight import Exchange, land, send_off
 
 
 @dataclass
@@ -39,14 +40,14 @@ class NodePlan:
         copies: Pairs, as copies of this rank's tokens.
         send: Pairs to each node.
         receive: Pairs from each node.
-        expert_AK: Experts of the pairs that arrived, numbered within the node; -1 where a choice is another node's.
+        expert_QK: Experts of the pairs sent, numbered within their node; -1 where a choice is another node's.
         within: What goes on in the node; once the pairs are there.
     """
 
     copies: Copies
     send: list[int]
     receive: list[int]
-    expert_AK: Tensor
+    expert_QK: Tensor
     within: Parcel | None = None
 
 
@@ -90,21 +91,17 @@ class HierarchicalDispatcher(TokenDispatcher):
     def token_dispatch(self, parcel: Parcel) -> Parcel:
         """Pairs to the nodes of their experts."""
         plan: NodePlan = parcel.plan
-        x_AD, flight = comm.send_off(parcel.x, plan.send, plan.receive, self.nodes)
-        weight_AK, expert_AK = exchange_choices(
-            parcel.weight,
-            plan.expert_AK,
-            lambda packed: comm.all_to_all_raw(packed, plan.send, plan.receive, self.nodes),
-            lambda grad: comm.all_to_all_raw(grad, plan.receive, plan.send, self.nodes),
-        )
-        return Parcel(x_AD, weight_AK, replace(plan, expert_AK=expert_AK), (flight,))
+        there = Exchange(plan.send, plan.receive)
+        packed_QK2 = pack(parcel.weight, plan.expert_QK)
+        (x_AD, packed_AK2), flight = send_off((parcel.x, packed_QK2), (there, there), self.nodes)
+        return Parcel(x_AD, packed_AK2, plan, flight)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
         """From the rank that received them to the ranks of the node."""
         plan: NodePlan = parcel.plan
-        x_AD = comm.land(parcel.x, parcel.flights[0])
-        here_AK = plan.expert_AK >= 0
-        choices = Choices(parcel.weight, plan.expert_AK.clamp(min=0), here_AK)
+        x_AD, packed_AK2 = land((parcel.x, parcel.weight), parcel.flight)
+        weight_AK, expert_AK = unpack(packed_AK2)
+        choices = Choices(weight_AK, expert_AK.clamp(min=0), expert_AK >= 0)
         (within,) = self._within.dispatch_preprocess(x_AD, choices)
         plan.within = self._within.token_dispatch(within)
         return self._within.dispatch_postprocess(plan.within)
@@ -117,11 +114,13 @@ class HierarchicalDispatcher(TokenDispatcher):
         """One row per pair, summed over the node, goes home."""
         inside = _plan_within(plan)
         y_AD = self._within.combine_postprocess([self._within.token_combine(y_AD, inside)], [inside])
-        return Return(*comm.send_off(y_AD, plan.receive, plan.send, self.nodes))
+        (y_QD,), flight = send_off((y_AD,), (Exchange(plan.receive, plan.send),), self.nodes)
+        return Return(y_QD, flight)
 
     def combine_postprocess(self, returns: list[Return], plans: list[NodePlan]) -> Tensor:
         """Sums each token's pairs."""
-        return collect(comm.land(*returns[0]), plans[0].copies)
+        (y_QD,) = land((returns[0].y,), returns[0].flight)
+        return collect(y_QD, plans[0].copies)
 
 
 def _plan_within(plan: NodePlan) -> Any:

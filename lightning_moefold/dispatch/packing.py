@@ -1,43 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integers and router weights in one message.
 
-Legend: N, M items before and after an exchange, w 32-bit words of a weight.
+Legend: N items, of any shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Exchange = Callable[[Tensor], Tensor]
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class _ExchangeChoices(torch.autograd.Function):
+class _Pack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight_N: Tensor, index_N: Tensor, there: Exchange, back: Exchange) -> tuple[Tensor, Tensor]:
-        ctx.back = back
-        index = index_N.to(torch.int32).unsqueeze(-1)
-        bits = weight_N.contiguous().unsqueeze(-1).view(torch.int32)
-        packed_M = there(torch.cat([index, bits], dim=-1))
-        index_M = packed_M[..., 0].long()
-        ctx.mark_non_differentiable(index_M)
-        return packed_M[..., 1:].clone(memory_format=torch.contiguous_format).view(weight_N.dtype).squeeze(-1), index_M
+    def forward(ctx: Any, weight_N: Tensor, index_N: Tensor) -> Tensor:
+        integer = _INTEGERS[weight_N.dtype]
+        bits_N2 = torch.stack([index_N.to(integer), weight_N.contiguous().view(integer)], dim=-1)
+        return bits_N2.view(weight_N.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.back(grads[0].contiguous()), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0][..., 1].contiguous(), None
 
 
-def exchange_choices(weight_N: Tensor, index_N: Tensor, there: Exchange, back: Exchange) -> tuple[Tensor, Tensor]:
-    """Sends weights and integers in one collective, ``[N, ...] -> [M, ...]`` both; gradients of the weights come back.
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, packed_N2: Tensor) -> tuple[Tensor, Tensor]:
+        index_N = packed_N2.view(_INTEGERS[packed_N2.dtype])[..., 0].long()
+        ctx.mark_non_differentiable(index_N)
+        return packed_N2[..., 1].clone(memory_format=torch.contiguous_format), index_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.stack([torch.zeros_like(grads[0]), grads[0]], dim=-1)
+
+
+def pack(weight_N: Tensor, index_N: Tensor) -> Tensor:
+    """``[N] -> [N, 2]``: numbers that only travel, the bits of the integers and the weights; with the weights' gradient.
 
     Args:
         weight_N: float32 or float64.
         index_N: int64 of the same shape, each below 2^31.
-        there: The collective, along the first dimension.
-        back: Its adjoint, for gradients.
     """
-    return _ExchangeChoices.apply(weight_N, index_N, there, back)
+    return _Pack.apply(weight_N, index_N)
+
+
+def unpack(packed_N2: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights and integers again."""
+    return _Unpack.apply(packed_N2)

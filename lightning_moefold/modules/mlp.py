@@ -50,9 +50,24 @@ class GatedMLP(ParallelRoot):
         )
         return {"gate_proj.weight": rows, "up_proj.weight": rows, "down_proj.weight": columns}
 
-    def forward(self, x: Tensor, batch: SequenceBatch | None = None) -> Tensor:
-        """``[T, D] -> [T, D]``; without ``batch``, ``[..., D] -> [..., D]`` with the same tokens on every tp rank."""
+    def forward(
+        self, x: Tensor, batch: SequenceBatch | None = None, halfway: Callable[[], None] | None = None
+    ) -> Tensor:
+        """Runs the layer.
+
+        Args:
+            x: Tokens ``[T, D]``; without ``batch``, ``[..., D]``, the same on every tp rank.
+            batch: How they are cut.
+            halfway: Called before the product back to the hidden size. What it computes is differentiated between the two
+                halves, too.
+
+        Returns:
+            A tensor of the shape of ``x``.
+        """
         if batch is None:
             return run_alone(self, x)
         x_ND = batch.gather(x)
-        return batch.reduce_scatter(self.down_proj(gated(self.activation, self.gate_proj(x_ND), self.up_proj(x_ND))))
+        inner_NF = gated(self.activation, self.gate_proj(x_ND), self.up_proj(x_ND))
+        if halfway is not None:
+            halfway()
+        return batch.reduce_scatter(self.down_proj(inner_NF))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moefold import comm
-from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, make_dispatcher, settle
+from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, Return, make_dispatcher, settle
 from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.alone import run_alone
@@ -195,18 +195,24 @@ class MoELayer(ParallelRoot):
         return kept_TK, None
 
     def _routed(self, x_TD: Tensor, choices: Choices, batch: SequenceBatch) -> Tensor:
-        """Routed experts plus the shared one, which computes while the first tokens travel."""
-        dispatcher = self.dispatcher
+        """Routed experts plus the shared one, half of which computes while tokens travel there, half while they come back."""
+        dispatcher, returns = self.dispatcher, list[Return]()
         parcels = dispatcher.dispatch_preprocess(x_TD, choices)
         parcels[0] = dispatcher.token_dispatch(parcels[0])  # nobody holds what was sent, once it has left
-        shared_TD = None if self.shared_expert is None else self._shared(x_TD, batch)
-        returns = self.experts(parcels, dispatcher)
+
+        def visit_experts() -> None:
+            returns.extend(self.experts(parcels, dispatcher))
+
+        shared_TD = self._shared(x_TD, batch, visit_experts)
         y_TD = dispatcher.combine_postprocess(returns, [parcel.plan for parcel in parcels])
         return y_TD if shared_TD is None else y_TD + shared_TD
 
-    def _shared(self, x_TD: Tensor, batch: SequenceBatch) -> Tensor:
-        assert self.shared_expert is not None
-        shared_TD = self.shared_expert(x_TD, batch)
+    def _shared(self, x_TD: Tensor, batch: SequenceBatch, halfway: Callable[[], None]) -> Tensor | None:
+        """The shared expert, ``halfway`` in its middle; None where there is no shared expert."""
+        if self.shared_expert is None:
+            halfway()
+            return None
+        shared_TD = self.shared_expert(x_TD, batch, halfway)
         if self.shared_expert_gate is not None:
             shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
         return shared_TD

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.parallel.gradients import like, local_part
+from lightning_moefold.parallel.paired_passes import pair_passes
 from lightning_moefold.parallel.stages import PipelinePlan
 
 _CLASSES = {
@@ -181,7 +182,12 @@ class ScheduleRunner:
         ]  # fmt: skip
         kind = getattr(pipelining, _CLASSES[self.plan.schedule])
         single = self.plan.schedule in ("gpipe", "1f1b")
-        return kind(stages[0] if single else stages, microbatches, loss_fn=lambda output, _: output, scale_grads=False)
+        schedule = kind(
+            stages[0] if single else stages, microbatches, loss_fn=lambda output, _: output, scale_grads=False
+        )
+        if self.plan.schedule == "dualpipev" and self.mesh.axis("etp_ep").size > 1:
+            pair_passes(schedule)
+        return schedule
 
     # ---- forward alone -----------------------------------------------------------------------------------------
 

@@ -60,8 +60,16 @@ class Timeline:
     @property
     def idle_fraction(self) -> float:
         """Part of the time that ranks wait, on average."""
-        busy = sum(event.end - event.start for event in self.events)
+        busy = sum(self.busy(rank) for rank in range(self.ranks))
         return 1 - busy / (self.seconds * self.ranks) if self.events else 0.0
+
+    def busy(self, rank: int) -> float:
+        """Seconds in which some operation of a rank is running; those of a pair take turns."""
+        found = until = 0.0
+        for event in sorted((e for e in self.events if e.rank == rank), key=lambda e: e.start):
+            found += max(0.0, event.end - max(event.start, until))
+            until = max(event.end, until)
+        return found
 
     def most_in_flight(self, rank: int) -> int:
         """Most chunks of a rank that ran forward and not yet backward."""

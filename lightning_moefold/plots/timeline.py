@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from lightning_moefold.figures import COLORS, make_figure
@@ -16,10 +17,18 @@ _MOST_NUMBERED = 400
 
 def idle_shares(timeline: Timeline) -> list[float]:
     """Part of the time from the first pass to the end of the last in which each pipeline rank runs none."""
-    return [
-        1 - sum(e.end - e.start for e in timeline.events if e.rank == rank) / timeline.seconds
-        for rank in range(timeline.ranks)
-    ]
+    return [1 - timeline.busy(rank) / timeline.seconds for rank in range(timeline.ranks)]
+
+
+def _lanes(timeline: Timeline) -> dict[int, tuple[float, float]]:
+    """Height and place of each event's bar, by its identity, from the middle of its rank's row: passes of a pair share the row."""
+    lanes = {id(e): (0.8, 0.0) for e in timeline.events}
+    for rank in range(timeline.ranks):
+        events = sorted((e for e in timeline.events if e.rank == rank), key=lambda e: e.start)
+        for one, other in itertools.pairwise(events):
+            if other.start < one.end:
+                lanes[id(one)], lanes[id(other)] = (0.4, -0.2), (0.4, 0.2)
+    return lanes
 
 
 def draw_timeline(run: Run) -> Any:
@@ -32,18 +41,22 @@ def draw(timeline: Timeline, title: str) -> Any:
     figure, (axes,) = make_figure(title, [0.55 * timeline.ranks + 1.4], width=11)
     axes.grid(visible=False)
     numbered = len(timeline.events) <= _MOST_NUMBERED
+    lanes = _lanes(timeline)
     for kind, (color, name) in KINDS.items():
         events = [e for e in timeline.events if e.op[0] == kind]
         if not events:
             continue
         later = ["black" if e.op[1] >= timeline.ranks else "white" for e in events]
         axes.barh(
-            [e.rank for e in events], [1e3 * (e.end - e.start) for e in events], left=[1e3 * e.start for e in events],
-            height=0.8, color=color, edgecolor=later, linewidth=0.6, label=name,
+            [e.rank + lanes[id(e)][1] for e in events], [1e3 * (e.end - e.start) for e in events],
+            left=[1e3 * e.start for e in events],
+            height=[lanes[id(e)][0] for e in events], color=color, edgecolor=later, linewidth=0.6, label=name,
         )  # fmt: skip
         for e in events if numbered else ():
             middle = 1e3 * (e.start + e.end) / 2
-            axes.text(middle, e.rank, str(e.op[2]), ha="center", va="center", fontsize=7, color="white")
+            axes.text(
+                middle, e.rank + lanes[id(e)][1], str(e.op[2]), ha="center", va="center", fontsize=7, color="white"
+            )
     shares = idle_shares(timeline)
     labels = [f"rank {rank}\n{share:.0%} idle" for rank, share in enumerate(shares)]
     axes.set_yticks(range(timeline.ranks), labels, fontsize=8)

@@ -13,7 +13,7 @@ from lightning_moefold.cli import main
 from lightning_moefold.planner.simulate import Event, Timeline, write_chrome_trace
 from lightning_moefold.plots import read_run
 from lightning_moefold.plots.read import read_timeline
-from lightning_moefold.plots.timeline import idle_shares
+from lightning_moefold.plots.timeline import draw, idle_shares
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.callbacks import timelines
 
@@ -51,6 +51,22 @@ def test_a_picture_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / FILE_NAME).write_text('{"traceEvents": [{"ph": "X"}]}')
     with pytest.raises(ValueError, match="no trace of a pipeline"):
         read_run(tmp_path)
+
+
+def test_passes_of_a_pair_share_their_time() -> None:
+    events = [
+        Event(0, ("F", 0, 2), 0, 3),
+        Event(0, ("B", 1, 0), 1, 4),
+        Event(0, ("F", 0, 3), 4, 6),
+        Event(1, ("F", 1, 0), 5, 8),
+    ]
+    timeline = Timeline(tuple(events), 2)
+    assert idle_shares(timeline) == [0.25, 0.625]
+    assert timeline.idle_fraction == (0.25 + 0.625) / 2
+    bars = [bar for bar in draw(timeline, "").axes[0].patches if bar.get_height()]
+    assert sorted((bar.get_x(), round(bar.get_height(), 6), round(bar.get_y(), 6)) for bar in bars) == [
+        (0, 0.4, -0.4), (1e3, 0.4, 0.0), (4e3, 0.8, -0.4), (5e3, 0.8, 0.6),
+    ]  # fmt: skip
 
 
 def test_steps_from_one_on() -> None:

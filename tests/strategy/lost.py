@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_moefold import MoECausalLM, MoEFoldStrategy, comm
+from lightning_moefold import MoECausalLM, MoEFoldStrategy, comm, flight
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules import context
 from lightning_moefold.parallel.stage_module import Stage
@@ -62,13 +62,13 @@ FSDP_GATHER = (dist, comm.ALL_GATHER)
 CASES = {
     "tp": Case("tp2", (comm, "all_gather_raw"), "tp"),
     "cp": Case("cp2", (context, "_Rotation"), "cp"),
-    "ep": Case("| ep2", (comm, "send_off"), "ep"),
+    "ep": Case("| ep2", (flight, "send_off"), "ep"),
     "etp": Case("| etp2", (comm, "all_gather_uneven"), "etp"),
     "pp": Case("pp2", (Stage, "forward")),
     "dp": Case("", FSDP_GATHER),
-    "store": Case("| ep2", (comm, "send_off"), "ep", victim=0),
-    "four": Case("tp2 pp2 | ep2", (comm, "send_off"), "ep", ranks=4, victim=3),
-    "raises": Case("tp2 pp2 | ep2", (comm, "send_off"), "ep", ranks=4, victim=3, how="raises"),
+    "store": Case("| ep2", (flight, "send_off"), "ep", victim=0),
+    "four": Case("tp2 pp2 | ep2", (flight, "send_off"), "ep", ranks=4, victim=3),
+    "raises": Case("tp2 pp2 | ep2", (flight, "send_off"), "ep", ranks=4, victim=3, how="raises"),
     "other collective": Case("tp2", (comm, "all_gather_raw"), "tp", how="other collective", timeout=10),
     "other size": Case("tp2", (comm, "all_gather_raw"), "tp", how="other size", timeout=10),
     "stays away": Case("tp2", (comm, "all_gather_raw"), "tp", how="stays away", timeout=10),
