@@ -15,7 +15,8 @@ Legend: N, M rows before and after; G ranks of the axis; D any trailing dimensio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,8 @@ class Route(Protocol):
         ...
 
 
-class Exchange(NamedTuple):
+@dataclass(frozen=True)
+class Exchange:
     """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``.
 
     Args:
@@ -57,7 +59,7 @@ class Exchange(NamedTuple):
 
     send: Counts
     receive: Counts
-    kind = "all-to-all"
+    kind: ClassVar[str] = "all-to-all"
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """See :class:`Route`."""
@@ -74,7 +76,8 @@ class Exchange(NamedTuple):
         return Exchange(self.receive, self.send)
 
 
-class Spread(NamedTuple):
+@dataclass(frozen=True)
+class Spread:
     """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``.
 
     Args:
@@ -82,7 +85,7 @@ class Spread(NamedTuple):
     """
 
     counts: Counts
-    kind = "all-gather"
+    kind: ClassVar[str] = "all-gather"
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """See :class:`Route`."""
@@ -101,7 +104,8 @@ class Spread(NamedTuple):
         return SumUp(self.counts)
 
 
-class SumUp(NamedTuple):
+@dataclass(frozen=True)
+class SumUp:
     """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``.
 
     Args:
@@ -109,7 +113,7 @@ class SumUp(NamedTuple):
     """
 
     counts: Counts
-    kind = "reduce-scatter"
+    kind: ClassVar[str] = "reduce-scatter"
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """See :class:`Route`."""

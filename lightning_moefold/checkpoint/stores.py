@@ -21,7 +21,7 @@ from lightning_moefold.checkpoint.hf_reader import CheckpointError
 from lightning_moefold.mesh import Axis
 
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*(://|::)")
-_Disk = TypeVar("_Disk", FileSystemReader, FileSystemWriter)
+_Disk = TypeVar("_Disk", bound=FileSystemReader | FileSystemWriter)
 
 
 def parse_path(path: str | os.PathLike[str]) -> Path | str:

@@ -85,10 +85,12 @@ class DecoderLayer(ParallelRoot):
             fullgraph: Raise an error where a graph breaks, on batches whose attention needs no mask.
             **kwargs: Likewise.
         """
-        self._compiled, self._broken = (
-            _Halves(*(torch.compile(part, *args, fullgraph=whole, **kwargs) for part in self._eager))
-            for whole in (fullgraph, False)
-        )
+
+        def compiled(whole: bool) -> _Halves:
+            parts: Any = [torch.compile(part, *args, fullgraph=whole, **kwargs) for part in self._eager]
+            return _Halves(*parts)
+
+        self._compiled, self._broken = compiled(fullgraph), compiled(False)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, is not compiled."""

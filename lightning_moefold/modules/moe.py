@@ -196,7 +196,8 @@ class MoELayer(ParallelRoot):
 
     def _routed(self, x_TD: Tensor, choices: Choices, batch: SequenceBatch) -> Tensor:
         """Routed experts plus the shared one, half of which computes while tokens travel there, half while they come back."""
-        dispatcher, returns = self.dispatcher, list[Return]()
+        dispatcher = self.dispatcher
+        returns: list[Return] = []
         parcels = dispatcher.dispatch_preprocess(x_TD, choices)
         parcels[0] = dispatcher.token_dispatch(parcels[0])  # nobody holds what was sent, once it has left
 
