@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """All ranks have equally many batches, or all of them say at once who has not.
 
-Ranks of a fold compute every batch together, so one that has none left would end the loop and leave the others waiting. In
+Ranks of a fold compute every batch together, so one that has none left would end the loop and leave the others waiting. Where
+all dataloaders draw rows of a dataset by number, their numbers of batches are compared once, before the first. Otherwise, in
 one small sum before each batch, every rank says that it has it, and whether it is its last, as Lightning knows. A rank whose
 data ends without that having been known takes part in the sum once more when it has left the loop, before validation, saving
 or teardown: it then meets the others in theirs, or all of them, if the data has ended everywhere.
@@ -17,7 +18,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import sized_len
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_moefold import comm
 from lightning_moefold.mesh import FoldedMesh
@@ -56,6 +59,7 @@ class EvenBatches(Callback):
     def __init__(self, trainer: pl.Trainer, mesh: FoldedMesh, *, evaluation: bool) -> None:
         self._trainer, self._mesh, self._evaluation = trainer, mesh, evaluation
         self._trains_on = self._evaluates_on = False  # so this rank has said last in the loop
+        self._asks_training = self._asks_evaluation = True  # whether ranks speak before each batch
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
 
     def finish(self) -> None:
@@ -78,9 +82,11 @@ class EvenBatches(Callback):
         trainer, steps = self._trainer, self._trainer.max_steps - self._trainer.global_step
         number = trainer.num_training_batches
         enough = not trainer.enable_validation and 0 <= steps * trainer.accumulate_grad_batches <= number
-        everyone = self._everyone((number, enough))
-        if len({n for n, _ in everyone}) > 1 and not all(is_enough for _, is_enough in everyone):
-            self._refuse_numbers([n for n, _ in everyone])
+        everyone = self._everyone((number, enough, _are_counted(trainer.fit_loop._combined_loader)))
+        if len({n for n, *_ in everyone}) > 1 and not all(is_enough for _, is_enough, _ in everyone):
+            self._refuse_numbers([n for n, *_ in everyone])
+        self._asks_training = not all(are_counted for *_, are_counted in everyone)
+        self._trains_on = self._asks_training
 
     def begin_evaluation(self, numbers: Sequence[float]) -> None:
         """Likewise.
@@ -88,9 +94,13 @@ class EvenBatches(Callback):
         Args:
             numbers: Of the batches of each dataloader.
         """
-        self._evaluates_on = self._evaluation
-        if self._evaluation and len(set(everyone := self._everyone(tuple(numbers)))) > 1:
-            self._refuse_numbers([n[0] if len(n) == 1 else list(n) for n in everyone])
+        if not self._evaluation:
+            return
+        everyone = self._everyone((tuple(numbers), _are_counted(self._trainer._evaluation_loop._combined_loader)))
+        if len({n for n, _ in everyone}) > 1:
+            self._refuse_numbers([n[0] if len(n) == 1 else list(n) for n, _ in everyone])
+        self._asks_evaluation = not all(are_counted for _, are_counted in everyone)
+        self._evaluates_on = self._asks_evaluation
 
     def _refuse_numbers(self, everyone: list[Any]) -> NoReturn:
         by_number: dict[str, set[int]] = {}
@@ -103,7 +113,9 @@ class EvenBatches(Callback):
     # ---- batches -----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Before a batch is trained on. Collective."""
+        """Before a batch is trained on. Collective where dataloaders may end at any batch."""
+        if not self._asks_training:
+            return
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         steps = trainer.lightning_module.automatic_optimization and not loop._should_accumulate()
         # Then nobody asks for more, and there is no validation, which Lightning makes where an epoch ends.
@@ -111,18 +123,18 @@ class EvenBatches(Callback):
         self._trains_on = self._say(_Said(ends=loop._num_ready_batches_reached() and not finishes, steps=steps))
 
     def evaluate(self, loader: int) -> None:
-        """Before a batch is evaluated. Collective.
+        """Before a batch is evaluated. Collective where dataloaders may end at any batch.
 
         Args:
             loader: Number of the dataloader that it comes from.
         """
-        if self._evaluation:
+        if self._evaluation and self._asks_evaluation:
             loop = self._trainer._evaluation_loop
             self._evaluates_on = self._say(_Said(ends=loop.batch_progress.is_last_batch, loader=loader))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Another epoch, another end."""
-        self._trains_on = True
+        self._trains_on = self._asks_training
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tells the others, if the data has ended before it was known to."""
@@ -193,6 +205,19 @@ class EvenBatches(Callback):
         found: list[Any] = [None] * self._mesh.world.size
         dist.all_gather_object(found, mine, group=self._mesh.world.group)
         return found
+
+
+def _are_counted(loader: CombinedLoader | None) -> bool:
+    """Whether each dataloader gives as many batches as it says: it draws rows by number, with a sampler of PyTorch's."""
+    return loader is not None and all(map(_is_counted, loader.flattened))
+
+
+def _is_counted(loader: Any) -> bool:
+    if type(loader) is not DataLoader:
+        return getattr(loader, "has_exact_length", False)
+    samplers = [s for s in (loader.sampler, loader.batch_sampler) if s is not None]
+    known = all(type(s).__module__.partition(".")[0] in ("torch", "lightning") for s in samplers)
+    return known and not isinstance(loader.dataset, IterableDataset)
 
 
 def _named(ranks: Iterable[int]) -> str:

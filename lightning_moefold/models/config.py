@@ -189,7 +189,9 @@ class MoEConfig:
             object.__setattr__(self, "pad_token_id", self.vocab_size + self.pad_token_id)
         if self.hidden_act not in _ACTIVATIONS:
             raise ConfigError(f"hidden_act={self.hidden_act!r} is not supported; use one of {', '.join(_ACTIVATIONS)}.")
-        if all(window is None for window in self.sliding_windows):  # for however many layers: dataclasses.replace keeps it
+        if all(
+            window is None for window in self.sliding_windows
+        ):  # for however many layers: dataclasses.replace keeps it
             object.__setattr__(self, "sliding_windows", (None,) * self.num_hidden_layers)
         if len(self.sliding_windows) != self.num_hidden_layers:
             raise ConfigError(

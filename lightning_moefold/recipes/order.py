@@ -103,6 +103,8 @@ class RowLoader:
         collate: Makes a batch of them.
     """
 
+    has_exact_length = True  # so ranks need not tell each other before every batch that they have it
+
     def __init__(self, order: RowOrder, collate: Callable[[Tensor], dict[str, Tensor]]) -> None:
         self.sampler = self.batch_sampler = order  # the names under which Lightning looks for set_epoch
         self._collate = collate
