@@ -44,8 +44,9 @@ def test_exchanges_hide_behind_the_other_pass(
     spec = {
         "dispatch": dispatch,
         "num_microbatches": 4,
-        "schedule": "dualpipev",
+        "pipeline": {"pipeline_schedule": "dualpipev"},
         "overrides": {"output_router_logits": True},
+        "precision": "32-true",
     }
     seen = pool.run(paired.train, str(checkpoint), fold, batches, spec, ranks=4)
     assert [one.differ for one in seen] == [[]] * 4
