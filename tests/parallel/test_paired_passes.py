@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_moefold import Fold
 from lightning_moefold.flight import Flight
 from lightning_moefold.parallel.paired_passes import take_turns
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint
@@ -39,13 +40,14 @@ def test_exchanges_hide_behind_the_other_pass(
     pool: RankPool, tmp_path: Path, fold: str, dispatch: dict[str, Any]
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "model", "qwen2_moe", num_experts=8, num_hidden_layers=4)
-    data_ranks = 1 if "tp2" in fold else 2
+    data_ranks = Fold.parse(fold, 4).dp
     batches = make_batches(2, data_ranks, 8 // data_ranks, 7, 96, seed=3, padding="right")
     spec = {
         "dispatch": dispatch,
         "num_microbatches": 4,
-        "schedule": "dualpipev",
+        "pipeline": {"pipeline_schedule": "dualpipev"},
         "overrides": {"output_router_logits": True},
+        "precision": "32-true",
     }
     seen = pool.run(paired.train, str(checkpoint), fold, batches, spec, ranks=4)
     assert [one.differ for one in seen] == [[]] * 4
