@@ -15,7 +15,7 @@ Legend: N, M rows before and after; G ranks of the axis; D any trailing dimensio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,13 +26,12 @@ from lightning_moefold.mesh import Axis
 
 
 class Route(Protocol):
-    """How one tensor of a flight travels.
+    """How one tensor of a flight travels."""
 
-    Attributes:
-        kind: Of collective.
-    """
-
-    kind: ClassVar[str]
+    @property
+    def kind(self) -> str:
+        """Of collective."""
+        ...
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """Begins; the memory that is written to is not to be read before the work is done."""
@@ -57,7 +56,11 @@ class Exchange(NamedTuple):
 
     send: Counts
     receive: Counts
-    kind = "all-to-all"
+
+    @property
+    def kind(self) -> str:
+        """See :class:`Route`."""
+        return "all-to-all"
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """See :class:`Route`."""
@@ -82,7 +85,11 @@ class Spread(NamedTuple):
     """
 
     counts: Counts
-    kind = "all-gather"
+
+    @property
+    def kind(self) -> str:
+        """See :class:`Route`."""
+        return "all-gather"
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """See :class:`Route`."""
@@ -109,7 +116,11 @@ class SumUp(NamedTuple):
     """
 
     counts: Counts
-    kind = "reduce-scatter"
+
+    @property
+    def kind(self) -> str:
+        """See :class:`Route`."""
+        return "reduce-scatter"
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
         """See :class:`Route`."""
