@@ -100,7 +100,8 @@ def a_device_without_kernels() -> Iterator[None]:
             if hasattr(module, "_get_device_handle"):
                 stack.enter_context(mock.patch.multiple(module, **handle))
         cuda = {"get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *_, **__: None}
-        stack.enter_context(mock.patch.multiple(torch.cuda, **cuda, current_device=lambda: 0))
+        streams = {"current_device": lambda: 0, "current_stream": lambda *_: None}
+        stack.enter_context(mock.patch.multiple(torch.cuda, **cuda, **streams))
         stack.enter_context(mock.patch.object(torch.random, "fork_rng", _no_fork))
         for name in ("__init__", "_concatenate", "_get_root_mesh", "__getitem__", "_flatten"):
             found = DeviceMesh.__dict__.get(name)
