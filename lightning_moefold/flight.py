@@ -48,6 +48,15 @@ class Route(Protocol):
         ...
 
 
+def _written(out: Tensor) -> Tensor:
+    """The same memory for a collective to write to, without autograd's taking note of it.
+
+    gloo copies what has arrived on a thread of its own, at any moment before the wait; where FSDP2 has made a view of ``out``
+    meanwhile, autograd would refuse that view.
+    """
+    return out.data
+
+
 @dataclass(frozen=True)
 class Exchange:
     """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``.
@@ -65,7 +74,7 @@ class Exchange:
         """See :class:`Route`."""
         out = x_ND.new_empty((sum(self.receive), *x_ND.shape[1:]))
         send, receive = list(self.send), list(self.receive)
-        return dist.all_to_all_single(out, x_ND, receive, send, group=axis.group, async_op=True), out
+        return dist.all_to_all_single(_written(out), x_ND, receive, send, group=axis.group, async_op=True), out
 
     def finish(self, out: Tensor, axis: Axis) -> Tensor:
         """All of it."""
@@ -93,7 +102,7 @@ class Spread:
             repeated = x_ND.repeat(axis.size, *[1] * (x_ND.dim() - 1))
             return Exchange([x_ND.shape[0]] * axis.size, self.counts).start(repeated, axis)
         out = x_ND.new_empty((sum(self.counts), *x_ND.shape[1:]))
-        return getattr(dist, ALL_GATHER)(out, x_ND, group=axis.group, async_op=True), out
+        return getattr(dist, ALL_GATHER)(_written(out), x_ND, group=axis.group, async_op=True), out
 
     def finish(self, out: Tensor, axis: Axis) -> Tensor:
         """All of it."""
@@ -121,7 +130,7 @@ class SumUp:
         if len(set(self.counts)) > 1:
             return Exchange(self.counts, [mine] * axis.size).start(x_ND, axis)
         out = x_ND.new_empty((mine, *x_ND.shape[1:]))
-        return getattr(dist, REDUCE_SCATTER)(out, x_ND, group=axis.group, async_op=True), out
+        return getattr(dist, REDUCE_SCATTER)(_written(out), x_ND, group=axis.group, async_op=True), out
 
     def finish(self, out: Tensor, axis: Axis) -> Tensor:
         """The sum over ranks, where they have sent their parts."""
