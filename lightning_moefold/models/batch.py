@@ -208,11 +208,10 @@ def _padding(real_BS: Tensor | None, target_BS: Tensor | None) -> tuple[Tensor |
     if real_BS is None:
         return None, None, False
     if target_BS is None:
-        return (None if bool(real_BS.all()) else real_BS), None, False
+        return real_BS, None, False
     needed_BS = real_BS | (target_BS != IGNORED)
     trailing = (real_BS[:, 1:] <= real_BS[:, :-1]).all() & ~(needed_BS & ~real_BS).any()
-    whole, follows = torch.stack([real_BS.all(), trailing]).tolist()
-    return (None, None, False) if whole else (real_BS, needed_BS, follows)
+    return real_BS, needed_BS, bool(trailing)
 
 
 def _filled(value: int, device: torch.device) -> Tensor:

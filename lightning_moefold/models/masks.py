@@ -88,8 +88,9 @@ def find_targets(
     Raises:
         ValueError: See :func:`read_mask`.
     """
-    real_BS, document_ids = read_mask(attention_mask, document_ids)
-    target_BS = shift(labels.long(), IGNORED)
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask, document_ids = read_mask(attention_mask, document_ids)
+    real_BS, target_BS = attention_mask, shift(labels.long(), IGNORED)
     if document_ids is not None:
         target_BS = target_BS.masked_fill(shift(document_ids, -1) != document_ids, IGNORED)
     if real_BS is not None:

@@ -169,7 +169,7 @@ GOOD = torch.tensor([[1, 2, 3]])
 ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no new tokens": ((GOOD, None), {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     "empty": ((GOOD[:, :0], None), {}, "a prompt holds no token"),
-    "all padding": ((GOOD, torch.zeros(1, 3)), {}, "a prompt holds no token"),
+    "all padding": ((GOOD, torch.zeros(1, 3, dtype=torch.int64)), {}, "a prompt holds no token"),
     "right": ((GOOD, torch.tensor([[1, 1, 0]])), {}, "on the right; pad them on the left"),
     "long": ((torch.ones(1, 129, dtype=torch.int64), None), {}, "129 tokens, more than max_position_embeddings=128"),
     "floats": ((GOOD.float(), None), {}, "must be integers"),

@@ -81,14 +81,14 @@ def test_a_forward_pass(names: tuple[str, ...], microbatches: int) -> None:
     [
         ((), {"nonzero": 1}),
         (("labels",), {"nonzero": 1}),
-        (("labels", "attention_mask"), {"nonzero": 1, "tolist": 1, "__int__": 1}),
-        (("attention_mask",), {"nonzero": 1, "__bool__": 1}),
+        (("labels", "attention_mask"), {"nonzero": 1, "tolist": 1, "__bool__": 1, "__int__": 1}),
+        (("attention_mask",), {"nonzero": 1, "tolist": 1}),
         (("labels", "document_ids"), {"nonzero": 1, "__bool__": 1}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )
 def test_reading_a_batch(names: tuple[str, ...], waits: dict[str, int]) -> None:
-    """A mask is looked at once, and its tokens are counted; documents are looked for once."""
+    """A mask is read, asked whether causality covers its padding, and its tokens counted; documents are looked for once."""
     given = dict.fromkeys(("labels", "attention_mask", "position_ids", "document_ids", "loss_weights"))
     with Waits() as seen:
         read_batch(_config(), BatchAxes(), 2, **{**given, **_tensors(names)}, keep_all=False)
