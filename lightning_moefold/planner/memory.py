@@ -164,8 +164,8 @@ class MemoryModel:
         # The gated product is made again; a row has its token's number and its weight.
         experts = t * d * b + router + rows * d * b + 2 * gated + 12 * rows
         if shared:
-            experts += n * d * b + 4 * n * shared * b + t * d * b
-        dense = t * d * b + n * d * b + 4 * n * ceil(model.intermediate_size / tp) * b
+            experts += n * d * b + 3 * n * shared * b + t * d * b
+        dense = t * d * b + n * d * b + 3 * n * ceil(model.intermediate_size / tp) * b
         everything = attention + experts, attention + dense
         exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
         live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f))
