@@ -46,8 +46,9 @@ def break_reasons(layer: DecoderLayer) -> list[str]:
         compute = torch.empty(0, dtype=layer.compute_dtype or weight.dtype, device=weight.device)
         if not mlp.experts.compiles(compute):
             reasons.append("experts that are not computed by grouped_mm in bfloat16")
-        if type(mlp.gate) is not Router:
-            reasons.append(f"the router {type(mlp.gate).__name__}")
+        router = next(kind for kind in type(mlp.gate).__mro__ if not issubclass(kind, FSDPModule))
+        if router is not Router:
+            reasons.append(f"the router {router.__name__}")
     return reasons
 
 

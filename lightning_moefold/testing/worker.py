@@ -334,5 +334,6 @@ def _clear_dtensor_caches() -> None:
     _random._rng_tracker = None
     getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()  # not in every version of torch
     for value in gc.get_objects():  # those of classes, too
-        if isinstance(value, _CACHED_FUNCTION) and str(value.__module__).startswith("torch.distributed.tensor"):
+        # By its type: isinstance would ask objects that pretend to be of another class.
+        if issubclass(type(value), _CACHED_FUNCTION) and str(value.__module__).startswith("torch.distributed.tensor"):
             value.cache_clear()

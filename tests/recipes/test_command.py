@@ -197,6 +197,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "drop_policy": ("position", "position"),
     "drop_scope": ("sub_sequence", "sub_sequence"),
     "sequence_parallel": (True, True),
+    "calculate_per_token_loss": (True, True),
+    "compile": (True, True),
     "timeout": ("0:10:00", timedelta(minutes=10)),
     "process_group_backend": ("gloo", "gloo"),
 }
