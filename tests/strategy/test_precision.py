@@ -129,8 +129,9 @@ def test_number_of_collectives(pool: RankPool, path: Path) -> None:
 
 
 #: Two MoE layers with shared expert, tp2 dp2 | etp2 ep2, AdamW, clipping. All-to-alls of a layer: over ep tokens and weights
-#: there, results back, and the same in backward; over etp three gathers and reductions likewise.
-EXPECTED = {"_allgather_base_": 16, "_reduce_scatter_base_": 13, "allreduce_": 3, "alltoall_base_": 24}
+#: there, results back, and the same in backward; over etp three gathers and reductions likewise. One of the sums is of integers
+#: on the host, in which ranks say that they have the batch: the dataloader is one of the test's own.
+EXPECTED = {"_allgather_base_": 16, "_reduce_scatter_base_": 13, "allreduce_": 4, "alltoall_base_": 24}
 
 
 def test_accumulation_blocks_reductions(pool: RankPool, path: Path) -> None:
