@@ -27,14 +27,14 @@ from torch import Tensor, nn
 
 from lightning_moefold import Fold, MoECausalLM, MoEConfig
 from lightning_moefold.callbacks.timeline import TimelineRecorder
-from lightning_moefold.figures import save_figure
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import PipelinePlan, Sharding, parallelize
-from lightning_moefold.parallel.pipeline import Pipeline
-from lightning_moefold.parallel.stages import SPLIT_BACKWARD
-from lightning_moefold.planner.schedules import bubble
-from lightning_moefold.planner.simulate import Op, Timeline, run_fixed, run_split, write_chrome_trace
+from lightning_moefold.parallel.pipeline.pipeline import Pipeline
+from lightning_moefold.parallel.pipeline.plan import SPLIT_BACKWARD
+from lightning_moefold.planner.cost.schedules import bubble
+from lightning_moefold.planner.cost.simulate import Op, Timeline, run_fixed, run_split, write_chrome_trace
+from lightning_moefold.plots.style import save_figure
 from lightning_moefold.plots.timeline import draw, idle_shares
 
 CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "interleaved_zero_bubble": 2, "zbv": 2, "dualpipev": 2}

@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_moefold.mesh import SINGLE, Axis
-from lightning_moefold.modules.blockwise import Visibility
-from lightning_moefold.modules.context import ContextLayout, context_attention
+from lightning_moefold.modules.attention.blockwise import Visibility
+from lightning_moefold.modules.attention.context import ContextLayout, context_attention
 from lightning_moefold.testing import RankPool
 
 

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_moefold import Fold, comm
 from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, TokenDispatcher, make_dispatcher
 from lightning_moefold.mesh import Axis, FoldedMesh
-from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
+from lightning_moefold.modules.experts.kernels import read_tokens, sum_rows
 from lightning_moefold.testing import RankPool
 
 CONFIGS = {

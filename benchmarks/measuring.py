@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from lightning_moefold.modules import kept_memory
+from lightning_moefold.modules.experts import cpu_cache
 
 HERE = Path(__file__).parent
 
@@ -72,7 +72,7 @@ def resident_peak() -> int:
 def peak_above(call: Callable[[], Any]) -> int:
     """Bytes of resident memory at the peak of a call above those before it."""
     gc.collect()
-    kept_memory.release()
+    cpu_cache.release()
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_peak()
     call()

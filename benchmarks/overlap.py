@@ -5,7 +5,7 @@
         [--tokens 2048] [--hidden 512] [--ffn 1024] ...
 
 A MoE layer on two gloo ranks runs forward and backward with its exchange in one part and in chunks. Noted are, on each
-rank, when every collective of a :class:`~lightning_moefold.flight.Flight` is under way (from its start until gloo reports it
+rank, when every collective of a :class:`~lightning_moefold.async_comm.Handle` is under way (from its start until gloo reports it
 done), when the rank waits for one, and when experts compute. "hidden" is the share of the time in which some exchange is
 under way in which the rank does not wait for one; "behind experts" that in which experts compute. The trace is in Chrome's
 format: open it at ``chrome://tracing`` or https://ui.perfetto.dev.
@@ -34,12 +34,13 @@ from measuring import machine
 from torch import Tensor
 
 from lightning_moefold import Fold
+from lightning_moefold.async_comm import Handle
 from lightning_moefold.dispatch import DispatchConfig
-from lightning_moefold.figures import COLORS, make_figure, save_figure
-from lightning_moefold.flight import Flight
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules import Experts, MoELayer, expert_kernels
+from lightning_moefold.modules import Experts, MoELayer
+from lightning_moefold.modules.experts import kernels
 from lightning_moefold.parallel import Sharding, parallelize
+from lightning_moefold.plots.style import COLORS, make_figure, save_figure
 from lightning_moefold.testing import RankPool
 
 EXCHANGE, WAIT, EXPERTS = "exchange", "wait", "experts"
@@ -82,16 +83,16 @@ class Recorder:
 def recorded() -> Iterator[Recorder]:
     """Follows flights and experts of this rank."""
     recorder = Recorder()
-    start, wait, compute = Flight.start, Flight.wait, Experts.compute
-    backward = expert_kernels._ExpertByExpert.backward
+    start, wait, compute = Handle.start, Handle.wait, Experts.compute
+    backward = kernels._ExpertByExpert.backward
 
-    def started(flight: Flight, *args: Any, **kwargs: Any) -> list[Tensor | None]:
+    def started(flight: Handle, *args: Any, **kwargs: Any) -> list[Tensor | None]:
         outs = start(flight, *args, **kwargs)
         for _, work, _, _ in flight._pending:
             recorder.follow(work)
         return outs
 
-    def waited(flight: Flight) -> list[Tensor]:
+    def waited(flight: Handle) -> list[Tensor]:
         with recorder.during(WAIT):
             return wait(flight)
 
@@ -105,10 +106,10 @@ def recorded() -> Iterator[Recorder]:
 
     with ExitStack() as stack:
         for target, name, replacement in (
-            (Flight, "start", started),
-            (Flight, "wait", waited),
+            (Handle, "start", started),
+            (Handle, "wait", waited),
             (Experts, "compute", computed),
-            (expert_kernels._ExpertByExpert, "backward", staticmethod(went_back)),
+            (kernels._ExpertByExpert, "backward", staticmethod(went_back)),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
         yield recorder

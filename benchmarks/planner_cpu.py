@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 
 from lightning_moefold import Fold, MoECausalLM, MoEConfig
-from lightning_moefold.calibrate import calibrate
-from lightning_moefold.fold import FoldError
+from lightning_moefold.errors import FoldError
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import PipelinePlan, Sharding, parallelize
 from lightning_moefold.planner import CostModel, Hardware, Job, Plan
+from lightning_moefold.planner.machine.calibrate import calibrate
 from lightning_moefold.testing import RankPool
 
 CONFIG = MoEConfig(

@@ -5,7 +5,7 @@
 
 By default the folds of the paper's table of mappings (MoE Parallel Folding, arXiv 2504.14960, table 3) that have a
 pipeline, and a rank each of the first, a middle and the last stage, among those that store most. Each rank runs a step of the
-real code with fake tensors (``lightning_moefold.testing.scale``): bf16-mixed, AdamW, rows of 4,096 tokens. Bytes are compared
+real code with fake tensors (``testing/rehearsal/scale.py``): bf16-mixed, AdamW, rows of 4,096 tokens. Bytes are compared
 with ``layout.py`` and with the planner, every collective with what the fold requires; the exit status is 0 only if all but the
 planner's are as they should be. ``--brief`` prints no collectives.
 """
@@ -20,14 +20,14 @@ from dataclasses import replace
 
 from lightning_moefold import Fold
 from lightning_moefold.models import MoEConfig
-from lightning_moefold.modules.context import EXCHANGES
+from lightning_moefold.modules.attention.context import EXCHANGES
 from lightning_moefold.parallel import PipelinePlan
-from lightning_moefold.planner.memory import Memory
-from lightning_moefold.planner.models_zoo import MODELS
-from lightning_moefold.testing.expected import expected_messages
-from lightning_moefold.testing.messages import Expected, Message, as_counter
-from lightning_moefold.testing.planned import held, planned
-from lightning_moefold.testing.scale import Rehearsal, Step, rehearse
+from lightning_moefold.planner.cost.memory import Memory
+from lightning_moefold.planner.search.models_zoo import MODELS
+from lightning_moefold.testing.rehearsal.expected import expected_messages
+from lightning_moefold.testing.rehearsal.messages import Expected, Message, as_counter
+from lightning_moefold.testing.rehearsal.planned import held, planned
+from lightning_moefold.testing.rehearsal.scale import Rehearsal, Step, rehearse
 
 FOLDS = {
     "mixtral-8x22b": ("tp2 pp8 | ep8", "tp2 pp8 | ep4 etp2"),

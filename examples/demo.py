@@ -27,8 +27,8 @@ from torch import Tensor
 
 import finetune
 from lightning_moefold.callbacks import GenerateSamples
+from lightning_moefold.cli.terminal import peers_end_too, quiet
 from lightning_moefold.recipes import FineTuneModule, TextData, is_users
-from lightning_moefold.recipes.terminal import peers_end_too, quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {"num_hidden_layers": 2, "initializer_range": 0.08}  # learns the most in a minute on a CPU

@@ -25,8 +25,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_moefold import Fold, MoEConfig, MoEFoldStrategy
 from lightning_moefold.callbacks import FoldSummary, LoadBalanceMonitor, MFUMonitor
+from lightning_moefold.cli.terminal import peers_end_too, progress_display, quiet
 from lightning_moefold.recipes import FineTuneModule, InputError, TextData, is_users
-from lightning_moefold.recipes.terminal import peers_end_too, progress_display, quiet
 
 # ---- the run -----------------------------------------------------------------------------------------------------
 
@@ -142,7 +142,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="DIR", help="model and tokenizer in Hugging Face format")
-    add("--data", type=Path, required=True, nargs="+", metavar="FILE", help='.txt, or .jsonl or .json with fields "text"')
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help='.txt, or .jsonl or .json with fields "text"',
+    )
     add("--output", type=Path, default=Path("runs/finetune"), metavar="DIR", help="where everything is written")
     add("--resume", type=Path, metavar="CKPT", help="checkpoint of an earlier run, saved under any fold")
     add("--fold", default="", help='parallel sizes, such as "tp2 | ep4"; the rest is data parallel')

@@ -3,9 +3,10 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_moefold.fold import Fold, FoldError
+from lightning_moefold.errors import FoldError
+from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM, MoEConfig
-from lightning_moefold.planner.auto import AutoFold
+from lightning_moefold.planner.search.auto import AutoFold
 from lightning_moefold.strategy import MoEFoldStrategy
 
 __version__ = "0.1.0"

@@ -3,6 +3,6 @@
 
 import sys
 
-from lightning_moefold.cli import main
+from lightning_moefold.cli.main import main
 
 sys.exit(main())

@@ -5,7 +5,7 @@ Every function is the identity (no group, no copy) on an axis of one rank. Each 
 registered for torch's functional collectives sums where Megatron's "f" and "g" must not (an all-reduce of an already
 equal loss would multiply its gradient by the group size). Uneven exchanges go through ``all_to_all_single``, the one
 collective that takes uneven sizes, zero included, on gloo and NCCL alike. Those that hide behind computation are in
-:mod:`.flight`.
+:mod:`.async_comm`.
 
 Legend: N, M tokens before and after an exchange; G ranks of the axis; D any trailing dimensions.
 """
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moefold.errors import PeerError
 from lightning_moefold.mesh import Axis
 
 Counts = Sequence[int]
@@ -250,10 +251,6 @@ def reduce_scatter_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
 
 
 # ---- agreement on errors ---------------------------------------------------------------------------------------------
-
-
-class PeerError(RuntimeError):
-    """Another rank failed, so that this one cannot go on."""
 
 
 def agree_on_error(error: Exception | None, axis: Axis) -> None:

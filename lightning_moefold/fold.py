@@ -20,15 +20,13 @@ from functools import cached_property
 from itertools import product
 from typing import Protocol
 
+from lightning_moefold.errors import FoldError
+
 #: Axis orders, outermost first.
 ATTENTION_ORDER = ("pp", "dp", "cp", "tp")
 MOE_ORDER = ("pp", "edp", "ep", "etp")
 AXES = ("tp", "cp", "dp", "pp", "ep", "etp", "edp")
 JOINT_AXES = {"dp_cp": ("dp", "cp"), "tp_cp": ("cp", "tp"), "etp_ep": ("ep", "etp")}
-
-
-class FoldError(ValueError):
-    """A fold that breaks a law, or that does not fit a model. The message names the sizes, the rule and the way out."""
 
 
 class FoldableConfig(Protocol):

@@ -42,41 +42,21 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
-from lightning_moefold import autofold, comm
-from lightning_moefold.accumulation import StepAhead
+from lightning_moefold import comm
+from lightning_moefold.diagnostics.liveness import RollCall
+from lightning_moefold.diagnostics.report import Place, print_without_traceback
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.dispatch.config import DispatcherName, DropPolicy, DropScope
-from lightning_moefold.even_batches import EvenBatches
+from lightning_moefold.errors import HookError, InputError
 from lightning_moefold.fold import Fold
-from lightning_moefold.liveness import RollCall
-from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups
-from lightning_moefold.models import MoECausalLM
-from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.modules import kept_memory
-from lightning_moefold.modules.base import ParallelRoot
-from lightning_moefold.modules.context import EXCHANGES, Exchange
-from lightning_moefold.modules.decoder import DecoderLayer
-from lightning_moefold.modules.expert_kernels import EXPERT_KERNELS, ExpertKernel
-from lightning_moefold.modules.experts import Experts
-from lightning_moefold.modules.layered import layered_networks
-from lightning_moefold.modules.moe import MoELayer
-from lightning_moefold.modules.recompute import Recompute
-from lightning_moefold.modules.routers import update_expert_bias
-from lightning_moefold.optim.elementwise import elementwise_only
-from lightning_moefold.optim.pieces import run_on_pieces
-from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
-from lightning_moefold.parallel.compiling import compilable_layers, compile_layers, missing_tool
-from lightning_moefold.parallel.hooks import HookError, check_hooks
-from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
-from lightning_moefold.parallel.own import OwnModules, align_blocks, align_randomness
-from lightning_moefold.parallel.pipeline import Pipeline
-from lightning_moefold.parallel.registry import ParameterRegistry
-from lightning_moefold.parallel.spare import spare_parameters
-from lightning_moefold.parallel.tree import check_trees
-from lightning_moefold.planner.auto import AutoFold, Choice
-from lightning_moefold.precision import MoEFoldPrecision
-from lightning_moefold.predicting import Predicting
-from lightning_moefold.refusals import (
+from lightning_moefold.lifecycle import fold_choice
+from lightning_moefold.lifecycle.accumulation import StepAhead
+from lightning_moefold.lifecycle.checkpoints import SharedCheckpoints
+from lightning_moefold.lifecycle.even_batches import EvenBatches
+from lightning_moefold.lifecycle.precision import MoEFoldPrecision
+from lightning_moefold.lifecycle.prediction import Predicting
+from lightning_moefold.lifecycle.signals import stop_quietly
+from lightning_moefold.lifecycle.unsupported import (
     check_blocks,
     check_compilation,
     check_microbatches,
@@ -84,9 +64,30 @@ from lightning_moefold.refusals import (
     check_second_names,
     check_trainer,
 )
-from lightning_moefold.sentences import Place, print_without_traceback
-from lightning_moefold.shared_checkpoints import SharedCheckpoints
-from lightning_moefold.stopping import stop_quietly
+from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.models.weights import deferred_weights
+from lightning_moefold.modules.attention.context import EXCHANGES, Exchange
+from lightning_moefold.modules.base import ParallelRoot
+from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.modules.experts import Experts, cpu_cache
+from lightning_moefold.modules.experts.kernels import EXPERT_KERNELS, ExpertKernel
+from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.routers import update_expert_bias
+from lightning_moefold.optim.elementwise import elementwise_only
+from lightning_moefold.optim.pieces import run_on_pieces
+from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
+from lightning_moefold.parallel.compiling import compilable_layers, compile_layers, missing_tool
+from lightning_moefold.parallel.hooks import check_hooks
+from lightning_moefold.parallel.network.protocol import layered_networks
+from lightning_moefold.parallel.network.runner import NetworkOptions, parallelize_network
+from lightning_moefold.parallel.parameters import ParameterRegistry
+from lightning_moefold.parallel.pipeline.pipeline import Pipeline
+from lightning_moefold.parallel.replicated import ReplicatedModules, align_blocks, align_randomness
+from lightning_moefold.parallel.spare import spare_parameters
+from lightning_moefold.parallel.tree import check_trees
+from lightning_moefold.planner.search.auto import AutoFold, Choice
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
             input, ``"selective"`` those of attention; None to keep all.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
-            ``"auto"`` by shape (:func:`~.modules.context.choose_exchange`).
+            ``"auto"`` by shape (:func:`~.modules.attention.context.choose_exchange`).
         calculate_per_token_loss: Divide the language-model loss of accumulated batches by the labels of the whole optimizer
             step, so that every label weighs the same, as in one large batch; auxiliary losses are averaged over the batches all
             the same. False averages the losses of the batches, as Lightning does. By default what the module's attribute of
@@ -203,13 +204,13 @@ class MoEFoldStrategy(SharedCheckpoints):
             tensor_parallel_size, context_parallel_size, pipeline_parallel_size, expert_parallel_size, expert_tensor_parallel_size,
         )  # fmt: skip
         if fold is not None and any(size != 1 for size in sizes):
-            raise ValueError(f"fold={fold!r} and parallel sizes are both given; use one or the other.")
+            raise InputError(f"fold={fold!r} and parallel sizes are both given; use one or the other.")
         if auto is not None and fold != "auto":
-            raise ValueError('auto=AutoFold(...) is for fold="auto"; leave one out or give both.')
+            raise InputError('auto=AutoFold(...) is for fold="auto"; leave one out or give both.')
         if fold == "auto" and pipeline_split is not None:
-            raise ValueError('pipeline_split is for a pipeline of known size; leave it out with fold="auto".')
+            raise InputError('pipeline_split is for a pipeline of known size; leave it out with fold="auto".')
         if num_microbatches is not None and num_microbatches < 1:
-            raise ValueError(f"num_microbatches={num_microbatches} must be at least 1.")
+            raise InputError(f"num_microbatches={num_microbatches} must be at least 1.")
         for name, value, known in (
             ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
             ("expert_kernel", expert_kernel, EXPERT_KERNELS),
@@ -219,7 +220,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             ("context_parallel_exchange", context_parallel_exchange, EXCHANGES),
         ):
             if value not in known:
-                raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
+                raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
         self.expert_kernel: ExpertKernel = expert_kernel
         self._sizes, self._fold_text = sizes, fold
         self._auto = auto or AutoFold()
@@ -240,7 +241,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._process_group_backend = process_group_backend
         self._mesh: FoldedMesh | None = None
         self._converted: weakref.ref[torch.nn.Module] | None = None
-        self._own: OwnModules | None = None
+        self._own: ReplicatedModules | None = None
         self._roll_call: RollCall | None = None
         self._predicting: Predicting | None = None
         self._even: EvenBatches | None = None
@@ -384,7 +385,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         text, world = self._fold_text, self.world_size
         fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
         if fold.pp > 1 and not self._microbatches_given:
-            raise ValueError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; use {2 * fold.pp} or more.")
+            raise InputError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; use {2 * fold.pp} or more.")
         self._pipeline_plan.check(
             fold.pp, self.num_microbatches, self.data_parallel_sharding, self.recompute, self.compile
         )
@@ -399,17 +400,17 @@ class MoEFoldStrategy(SharedCheckpoints):
         module = self.lightning_module
         if self._fold_text != "auto" or module is None:
             return
-        if (earlier := autofold.earlier_root(module)) is not None:
+        if (earlier := fold_choice.earlier_root(module)) is not None:
             self._go_on_with(earlier)
             return
         plan = self._pipeline_plan
-        fixed = autofold.Fixed(
+        fixed = fold_choice.Fixed(
             self.world_size, self.num_processes, str(self._precision.precision), self.data_parallel_sharding,
             self.dispatch, self.num_microbatches if self._microbatches_given else None,
             None if plan == PipelinePlan() else plan.schedule, plan.stages_per_rank, self.recompute,
         )  # fmt: skip
-        choice = autofold.agreed(
-            lambda: autofold.choose_for(self._auto, fixed, module, self.root_device, last_call),
+        choice = fold_choice.agreed(
+            lambda: fold_choice.choose_for(self._auto, fixed, module, self.root_device, last_call),
             self.broadcast,
             self.global_rank,
         )
@@ -436,7 +437,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             self._pipeline_plan = PipelinePlan(chosen.schedule, chosen.num_stages_per_rank)
             self.num_microbatches, self._microbatches_given = choice.estimate.microbatches, True
         self._choice = {**choice.record, "num_microbatches": self.num_microbatches}
-        autofold.say(choice.reason)
+        fold_choice.announce(choice.reason)
 
     def _connect_processes(self) -> None:
         assert self.cluster_environment is not None
@@ -506,7 +507,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self.model_to_device()
         self._compile()
         self._registry = ParameterRegistry(self.lightning_module, self.mesh)
-        self._own = OwnModules(self.lightning_module, self._registry, self.mesh)
+        self._own = ReplicatedModules(self.lightning_module, self._registry, self.mesh)
         self._own.prepare()
         align_randomness(self.mesh, self.root_device)
         self._prepare_precision()
@@ -848,7 +849,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         if self.accelerator is not None:
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
-        kept_memory.release()
+        cpu_cache.release()
 
     # ---- copies ------------------------------------------------------------------------------------------------
 

@@ -3,10 +3,10 @@
 
 import pytest
 
-from lightning_moefold.calibrate import ON_CPU, ON_GPU, Measurements, describe, fit_link, fit_products
-from lightning_moefold.cli import main
+from lightning_moefold.cli.main import main
 from lightning_moefold.planner import PRESETS, find_hardware
-from lightning_moefold.planner.kernels import Compute
+from lightning_moefold.planner.machine.calibrate import ON_CPU, ON_GPU, Measurements, describe, fit_link, fit_products
+from lightning_moefold.planner.machine.kernels import Compute
 
 SIDES = [(64, 64, 64), (256, 256, 256), (512, 128, 64), (32, 512, 512), (1024, 1024, 1024)]
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_moefold import Fold, FoldError, MoEConfig
+from lightning_moefold import errors as errors_module
 from lightning_moefold import fold as fold_module
 from lightning_moefold.fold import AXES, JOINT_AXES, divisors
 
@@ -155,7 +156,9 @@ def test_enumerate_for_a_model() -> None:
 
 
 def test_ground_floor_imports_no_torch() -> None:
-    tree = ast.parse(Path(fold_module.__file__).read_text())
-    imports = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    imports |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert not {name for name in imports if name.split(".")[0] in ("torch", "lightning", "lightning_moefold")}
+    for module in (fold_module, errors_module):
+        tree = ast.parse(Path(module.__file__).read_text())
+        imports = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+        imports |= {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)}
+        known = {"lightning_moefold.errors"}
+        assert not {name for name in imports - known if name.split(".")[0] in ("torch", "lightning", "lightning_moefold")}

@@ -23,7 +23,7 @@ from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.parallel import PipelinePlan, Sharding, parallelize
-from lightning_moefold.parallel.registry import ParameterRegistry
+from lightning_moefold.parallel.parameters import ParameterRegistry
 
 FOLDS = [
     ("tp2 | ep4", 8), ("tp2 cp2 | ep4", 16), ("pp2 tp2 | ep4", 16), ("pp4 | ep2 etp2", 16), ("tp2 cp2 pp2 | ep4 etp2", 32),

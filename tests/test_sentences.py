@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from lightning_moefold.comm import PeerError
-from lightning_moefold.sentences import lost_contact, print_without_traceback
+from lightning_moefold.diagnostics.report import lost_contact, print_without_traceback
+from lightning_moefold.errors import PeerError
 from lightning_moefold.testing import make_checkpoint
 from tests.strategy.lost import CASES
 

@@ -18,8 +18,8 @@ from gpu_parts.record import Context, NotHere, free_memory
 from gpu_parts.shapes import MODELS, layer_config, tokens_of
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules import MoELayer, RMSNorm, RouterOptions, vocabulary
-from lightning_moefold.modules.products import ExpertProducts
-from lightning_moefold.modules.rotary import rotary_tables
+from lightning_moefold.modules.attention.rotary import rotary_tables
+from lightning_moefold.modules.experts.products import ExpertProducts
 from lightning_moefold.modules.vocabulary import VocabularyHead
 
 Step = Callable[[], Any]
@@ -201,7 +201,7 @@ def _activations(ctx: Context) -> None:
         if gated := _ours("kernels", "gated"):
             add("moefold, with weights", _both_ways(lambda g, u, w, f=gated: f(F.silu, g, u, w), [gate, up, weight]))
             add("moefold, no weights", _both_ways(lambda g, u, f=gated: f(F.silu, g, u), [gate, up]))
-        if inner := _ours("modules.expert_kernels", "weighted_inner"):
+        if inner := _ours("modules.experts.kernels", "weighted_inner"):
             add(
                 "moefold, with weights, by operators",
                 _both_ways(lambda g, u, w, f=inner: f(g, u, w, F.silu), [gate, up, weight]),

@@ -15,7 +15,7 @@ from gpu_parts.record import Context
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import to_hf_config
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RouterOptions
-from lightning_moefold.planner.models_zoo import find_model
+from lightning_moefold.planner.search.models_zoo import find_model
 
 MODELS = ("mixtral-8x22b", "qwen2-57b-a14b")
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.strategy import MoEFoldStrategy
 
@@ -25,7 +26,7 @@ class LogSchedule:
 
     def __init__(self, every_n_steps: int | None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"log_every_n_steps={every_n_steps} must be at least 1, or None for the Trainer's.")
+            raise InputError(f"log_every_n_steps={every_n_steps} must be at least 1, or None for the Trainer's.")
         self.every_n_steps = every_n_steps
         self._step = self._previous = 0
 

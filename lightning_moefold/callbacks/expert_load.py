@@ -25,10 +25,8 @@ from lightning_moefold.checkpoint import stores
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules import MoELayer
+from lightning_moefold.plots.files import NO_EXPERT
 from lightning_moefold.strategy import MoEFoldStrategy
-
-NO_EXPERT = -1
-"""Count in the columns beyond the last expert of a layer that has fewer than others."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_moefold.callbacks.common import logged_step
 from lightning_moefold.checkpoint.tokenizers import load_tokenizer
+from lightning_moefold.errors import InputError, InputTypeError
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import CheckpointWeights
@@ -54,9 +55,9 @@ class GenerateSamples(Callback):
         **options: Any,
     ) -> None:
         if isinstance(prompts, str) or not prompts:
-            raise ValueError(f"prompts={prompts!r} must be a list of at least one text.")
+            raise InputError(f"prompts={prompts!r} must be a list of at least one text.")
         if every_n_validations < 1:
-            raise ValueError(f"every_n_validations={every_n_validations} must be at least 1.")
+            raise InputError(f"every_n_validations={every_n_validations} must be at least 1.")
         self.prompts, self.every_n_validations = list(prompts), every_n_validations
         self.options = {"max_new_tokens": max_new_tokens, "seed": seed, **options}
         self.samples: list[tuple[str, str]] = []
@@ -73,7 +74,7 @@ class GenerateSamples(Callback):
             return
         model = next((m for m in pl_module.modules() if isinstance(m, MoECausalLM)), None)
         if model is None:
-            raise TypeError(f"{type(pl_module).__name__} holds no MoECausalLM; GenerateSamples needs one.")
+            raise InputTypeError(f"{type(pl_module).__name__} holds no MoECausalLM; GenerateSamples needs one.")
         self.samples = list(zip(self.prompts, self._texts(model, pl_module.device), strict=True))
         lines = [f"step {trainer.global_step}: {p} | {' '.join(text.split())}" for p, text in self.samples]
         if trainer.is_global_zero:
@@ -108,7 +109,7 @@ class GenerateSamples(Callback):
         path = self._tokenizer if self._tokenizer is not None else model.tokenizer_path
         if path is None:
             if not isinstance(model.source, CheckpointWeights):
-                raise ValueError("the model comes from no checkpoint, so GenerateSamples needs tokenizer=... .")
+                raise InputError("the model comes from no checkpoint, so GenerateSamples needs tokenizer=... .")
             path = model.source.checkpoint.path
         if isinstance(path, (str, Path)):
             self._tokenizer = load_tokenizer(Path(path))

@@ -16,8 +16,7 @@ from lightning_moefold.callbacks.common import LogSchedule, log_values
 from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, LoadReader
 from lightning_moefold.callbacks.load_images import LoadImages
 from lightning_moefold.checkpoint import stores
-
-FILE_NAME = "expert_load.npz"
+from lightning_moefold.plots.files import EXPERT_LOAD
 
 
 class LoadBalanceMonitor(pl.Callback):
@@ -108,7 +107,7 @@ class LoadBalanceMonitor(pl.Callback):
             return
         folder = trainer.log_dir  # asks rank zero: every rank has to call it
         if trainer.is_global_zero and self.history and folder is not None:
-            self._history.save(stores.join(stores.parse_path(folder), FILE_NAME))
+            self._history.save(stores.join(stores.parse_path(folder), EXPERT_LOAD))
 
 
 def load_figures(load: ExpertLoad, per_layer: bool = True) -> dict[str, float]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lightning_moefold.callbacks.common import logged_step
 from lightning_moefold.callbacks.expert_load import ExpertLoad
-from lightning_moefold.figures import draw_heatmap, make_figure
+from lightning_moefold.plots.style import draw_heatmap, make_figure
 
 
 class LoadImages:

@@ -29,6 +29,7 @@ from lightning_moefold.callbacks.memory import read_memory
 from lightning_moefold.callbacks.peaks import compute_dtype, cuda_peak_flops, measured_peak_flops
 from lightning_moefold.callbacks.stopwatch import Clock, CudaClock, HostClock, Span, Stopwatch
 from lightning_moefold.callbacks.work import UNKNOWN, BatchShape, TokenCount, WorkModel
+from lightning_moefold.errors import InputError
 
 
 @dataclass
@@ -99,7 +100,7 @@ class MFUMonitor(pl.Callback):
     ) -> None:
         super().__init__()
         if window < 1 or warmup_steps < 0 or (peak_flops is not None and peak_flops <= 0):
-            raise ValueError(
+            raise InputError(
                 f"window={window} must be at least 1, warmup_steps={warmup_steps} at least 0, and "
                 f"peak_flops={peak_flops} positive."
             )

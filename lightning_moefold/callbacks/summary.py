@@ -20,7 +20,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.modules import Attention, GatedMLP, MoELayer, RMSNorm, Router
 from lightning_moefold.modules.base import parallel_roots
-from lightning_moefold.modules.experts import RoutedExperts
+from lightning_moefold.modules.experts.experts import RoutedExperts
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 from lightning_moefold.strategy import MoEFoldStrategy
 

@@ -15,13 +15,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_moefold.checkpoint import stores
+from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.parallel.pipeline import Pipeline
-from lightning_moefold.parallel.schedule import ScheduleRunner
-from lightning_moefold.planner.simulate import Event, Op, Timeline, chrome_trace
-
-FILE_NAME = "pipeline_timeline.json"
+from lightning_moefold.parallel.pipeline.engine import ScheduleRunner
+from lightning_moefold.parallel.pipeline.pipeline import Pipeline
+from lightning_moefold.planner.cost.simulate import Event, Op, Timeline, chrome_trace
+from lightning_moefold.plots.files import PIPELINE_TIMELINE
 
 
 class PipelineTimeline(pl.Callback):
@@ -44,7 +44,7 @@ class PipelineTimeline(pl.Callback):
     def __init__(self, step: int = 4) -> None:
         super().__init__()
         if step < 1:
-            raise ValueError(f"step={step} must be at least 1, the first optimizer step.")
+            raise InputError(f"step={step} must be at least 1, the first optimizer step.")
         self.step = step
         self.timeline: Timeline | None = None
         self._recorder: TimelineRecorder | None = None
@@ -74,7 +74,9 @@ class PipelineTimeline(pl.Callback):
         self.timeline = self._recorder.finish()
         folder = trainer.log_dir if trainer.loggers else None  # asks rank zero
         if trainer.is_global_zero and folder is not None:
-            stores.write(stores.join(stores.parse_path(folder), FILE_NAME), chrome_trace(self.timeline).encode())
+            stores.write(
+                stores.join(stores.parse_path(folder), PIPELINE_TIMELINE), chrome_trace(self.timeline).encode()
+            )
 
 
 class TimelineRecorder:

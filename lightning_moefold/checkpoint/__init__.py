@@ -4,7 +4,8 @@
 This floor knows files, names and boxes of tensors; it knows no models.
 """
 
-from lightning_moefold.checkpoint.hf_reader import CheckpointError, HFCheckpoint
+from lightning_moefold.checkpoint.hf_reader import HFCheckpoint
 from lightning_moefold.checkpoint.hf_writer import OutputTensor, write_hf_checkpoint
+from lightning_moefold.errors import CheckpointError
 
 __all__ = ["CheckpointError", "HFCheckpoint", "OutputTensor", "write_hf_checkpoint"]

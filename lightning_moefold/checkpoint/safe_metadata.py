@@ -16,6 +16,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from lightning_moefold.errors import InputError
+
 #: Constructors without effect: plain values, and what torch's metadata is made of.
 _HARMLESS = frozenset(
     {
@@ -87,12 +89,12 @@ class SafeReader(dcp.FileSystemReader):
 
 def _checked(metadata: Any) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise ValueError("it is no list of tensors")
+        raise InputError("it is no list of tensors")
     for name, item in metadata.state_dict_metadata.items():
         if not isinstance(item, TensorStorageMetadata):
-            raise ValueError(f"{name!r} is no tensor, and nothing else is read")
+            raise InputError(f"{name!r} is no tensor, and nothing else is read")
     for index, info in (metadata.storage_data or {}).items():
         place = PurePath(info.relative_path)
         if place.is_absolute() or ".." in place.parts:
-            raise ValueError(f"{index.fqn!r} lies in {info.relative_path!r}, outside the directory")
+            raise InputError(f"{index.fqn!r} lies in {info.relative_path!r}, outside the directory")
     return metadata

@@ -32,13 +32,15 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from lightning_moefold import comm
 from lightning_moefold.checkpoint import stores
-from lightning_moefold.checkpoint.hf_reader import CheckpointError
 from lightning_moefold.checkpoint.hf_writer import replace_directory
 from lightning_moefold.checkpoint.safe_metadata import SafeReader
+from lightning_moefold.errors import CheckpointError
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import Axis
 
 META = "meta.pt"
+#: Where it describes its models: by name, ``{"config": of Hugging Face, "dtypes": on disk, "path": or None}``.
+MODELS = "moefold_models"
 #: What ``meta.pt`` calls the folder with the tensors, where they are not beside it; and how such folders are named.
 FOLDER, _FOLDERS = "moefold_tensors", "tensors-"
 #: What hyper-parameters may hold besides plain data.

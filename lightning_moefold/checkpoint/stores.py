@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem
 
 from lightning_moefold import comm
-from lightning_moefold.checkpoint.hf_reader import CheckpointError
+from lightning_moefold.errors import CheckpointError
 from lightning_moefold.mesh import Axis
 
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*(://|::)")

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_moefold.checkpoint.hf_reader import CheckpointError
+from lightning_moefold.errors import CheckpointError
 
 _PATTERNS = (
     "*token*", "vocab*", "merges*", "*.model", "*.vocab", "*.bpe", "*.tiktoken", "tekken.json",

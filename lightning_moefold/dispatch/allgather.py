@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
+from lightning_moefold.async_comm import Spread, SumUp, start, wait
 from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, TokenDispatcher
 from lightning_moefold.dispatch.packing import pack, unpack
 from lightning_moefold.dispatch.permutation import sort_by_expert, take_distinct
-from lightning_moefold.flight import Spread, SumUp, land, send_off
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class AllGatherDispatcher(TokenDispatcher):
             return parcel
         everywhere = Spread(plan.tokens)
         packed_TK2 = pack(parcel.weight, plan.expert_TK)
-        (x_AD, packed_AK2), flight = send_off((parcel.x, packed_TK2), (everywhere, everywhere), self.etp_ep)
-        return Parcel(x_AD, packed_AK2, plan, flight)
+        (x_AD, packed_AK2), handle = start((parcel.x, packed_TK2), (everywhere, everywhere), self.etp_ep)
+        return Parcel(x_AD, packed_AK2, plan, handle)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
         """Picks the choices that fall on the experts here."""
         plan: GatherPlan = parcel.plan
         local, k = self.local_experts, plan.expert_TK.shape[1]
         x_AD, weight_AK, expert_AK = parcel.x, parcel.weight, plan.expert_TK
-        if parcel.flight is not None:
-            x_AD, packed_AK2 = land((x_AD, weight_AK), parcel.flight)
+        if parcel.handle is not None:
+            x_AD, packed_AK2 = wait((x_AD, weight_AK), parcel.handle)
             weight_AK, expert_AK = unpack(packed_AK2)
         kept_AK, served = None, plan.served
         if self.etp_ep.size > 1 or served != expert_AK.numel():
@@ -96,9 +96,9 @@ class AllGatherDispatcher(TokenDispatcher):
 
     def token_combine(self, y_AD: Tensor, plan: GatherPlan) -> Return:
         """Sums what the ranks have computed of each token, at its home."""
-        (y_TD,), flight = send_off((y_AD,), (SumUp(plan.tokens),), self.etp_ep)
-        return Return(y_TD, flight)
+        (y_TD,), handle = start((y_AD,), (SumUp(plan.tokens),), self.etp_ep)
+        return Return(y_TD, handle)
 
     def combine_postprocess(self, returns: list[Return], plans: list[GatherPlan]) -> Tensor:
         """Nothing more: the tokens are whole."""
-        return land((returns[0].y,), returns[0].flight)[0]
+        return wait((returns[0].y,), returns[0].handle)[0]

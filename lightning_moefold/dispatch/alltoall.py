@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
+from lightning_moefold.async_comm import Exchange, start, wait
 from lightning_moefold.dispatch.base import (
     Choices,
     ExpertAxes,
@@ -40,12 +41,11 @@ from lightning_moefold.dispatch.config import DispatchConfig
 from lightning_moefold.dispatch.permutation import (
     Copies,
     SortedChoices,
-    collect,
+    permute,
     sort_by_expert,
-    spread,
     take_distinct,
+    unpermute,
 )
-from lightning_moefold.flight import Exchange, land, send_off
 from lightning_moefold.layout import even_split
 
 
@@ -109,7 +109,7 @@ class AllToAllDispatcher(TokenDispatcher):
         sizes, counts = self._sizes_of_exchange(ordered)
         plans, copies = self._plans(ordered, sizes, counts, x_TD.shape[0])
         rows = [sum(plan.send) for plan in plans]
-        x_RD = spread(x_TD, copies)
+        x_RD = permute(x_TD, copies)
         weight_R = take_distinct(weight_TK.reshape(-1), ordered.slot_S[: sum(rows)])
         if len(plans) == 1:  # the gradient of a split is a copy, even of a split into one
             return [Parcel(x_RD, weight_R, plans[0])]
@@ -162,7 +162,7 @@ class AllToAllDispatcher(TokenDispatcher):
         row_S = torch.full((tokens * k + 1,), rows, dtype=torch.int64, device=device)
         row_S[slot_R] = torch.arange(rows, device=device)
         copies = Copies(slot_R // k, row_S[:-1].view(tokens, k), complete=False, padded=True)
-        x_RD = spread(x_TD, copies)
+        x_RD = permute(x_TD, copies)
         weight_R = torch.cat([weight_TK.reshape(-1), weight_TK.new_zeros(1)])[slot_R]
         parcels, first = [], 0
         for size in self._sizes:
@@ -178,13 +178,13 @@ class AllToAllDispatcher(TokenDispatcher):
         """``[R, D]`` to the ep ranks of their experts."""
         plan: ChunkPlan = parcel.plan
         there = Exchange(plan.send, plan.receive)
-        (x_AD, weight_A), flight = send_off((parcel.x, parcel.weight), (there, there), self.ep)
-        return Parcel(x_AD, weight_A, plan, flight)
+        (x_AD, weight_A), handle = start((parcel.x, parcel.weight), (there, there), self.ep)
+        return Parcel(x_AD, weight_A, plan, handle)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
         """To all etp ranks that hold a part of the expert; then by expert."""
         plan: ChunkPlan = parcel.plan
-        x_AD, weight_A = land((parcel.x, parcel.weight), parcel.flight)
+        x_AD, weight_A = wait((parcel.x, parcel.weight), parcel.handle)
         x_AD = comm.all_gather_uneven(x_AD, plan.arrived, self.etp)
         weight_A = comm.all_gather_uneven(weight_A, plan.arrived, self.etp)
         peers, sources, local = plan.counts_PSL.shape
@@ -202,11 +202,11 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def token_combine(self, y_AD: Tensor, plan: ChunkPlan) -> Return:
         """Every row goes home."""
-        (y_RD,), flight = send_off((y_AD,), (Exchange(plan.receive, plan.send),), self.ep)
-        return Return(y_RD, flight)
+        (y_RD,), handle = start((y_AD,), (Exchange(plan.receive, plan.send),), self.ep)
+        return Return(y_RD, handle)
 
     def combine_postprocess(self, returns: list[Return], plans: list[ChunkPlan]) -> Tensor:
         """Sums each token's rows."""
-        parts = [part for back in returns for part in land((back.y,), back.flight)]
+        parts = [part for back in returns for part in wait((back.y,), back.handle)]
         y_RD = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return collect(y_RD, plans[0].copies)
+        return unpermute(y_RD, plans[0].copies)

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_moefold.async_comm import Handle
 from lightning_moefold.dispatch.config import DispatchConfig
-from lightning_moefold.flight import Flight
 from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
 
 
@@ -109,13 +109,13 @@ class Parcel(NamedTuple):
         x: Tokens, ``[R, D]`` before and ``[A, D]`` after the exchange.
         weight: Weights of rows or tokens, perhaps with integers beside them (:mod:`.packing`).
         plan: The dispatcher's own.
-        flight: In which both are under way.
+        handle: In which both are under way.
     """
 
     x: Tensor
     weight: Tensor
     plan: Any
-    flight: Flight | None = None
+    handle: Handle | None = None
 
 
 class Return(NamedTuple):
@@ -123,11 +123,11 @@ class Return(NamedTuple):
 
     Args:
         y: Rows.
-        flight: In which they are under way.
+        handle: In which they are under way.
     """
 
     y: Tensor
-    flight: Flight | None = None
+    handle: Handle | None = None
 
 
 class TokenDispatcher(ABC):

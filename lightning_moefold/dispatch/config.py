@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold, expert_nodes
 
 DispatcherName = Literal["alltoall", "allgather", "deduplicated", "hierarchical", "auto"]
@@ -59,20 +60,20 @@ class DispatchConfig:
             ("drop_scope", self.drop_scope, ("full_sequence", "sub_sequence")),
         ):
             if value not in known:
-                raise ValueError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
+                raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
         factor = self.capacity_factor
         if factor is not None and not (0 < factor < math.inf):
-            raise ValueError(f"capacity_factor={factor} must be a positive number, or None to drop no tokens.")
+            raise InputError(f"capacity_factor={factor} must be a positive number, or None to drop no tokens.")
         if self.pad_to_capacity and factor is None:
-            raise ValueError("pad_to_capacity=True needs a capacity_factor, which says how far to pad.")
+            raise InputError("pad_to_capacity=True needs a capacity_factor, which says how far to pad.")
         if self.chunks < 1:
-            raise ValueError(f"dispatch_chunks={self.chunks} must be at least 1.")
+            raise InputError(f"dispatch_chunks={self.chunks} must be at least 1.")
         if self.node_size is not None and self.node_size < 1:
-            raise ValueError(f"node_size={self.node_size} must be at least 1.")
+            raise InputError(f"node_size={self.node_size} must be at least 1.")
         if self.dispatcher in ("allgather", "deduplicated", "hierarchical"):
             for name, given in (("pad_to_capacity", self.pad_to_capacity), ("dispatch_chunks", self.chunks > 1)):
                 if given:
-                    raise ValueError(f"{name} does not go with dispatcher={self.dispatcher!r}; use 'alltoall'.")
+                    raise InputError(f"{name} does not go with dispatcher={self.dispatcher!r}; use 'alltoall'.")
 
     def capacity(self, tokens: int, top_k: int, num_experts: int) -> int:
         """Tokens of a row that an expert serves, ``min(L, ceil(CF * k * L / E))`` (arXiv 2504.14960, equation 4).

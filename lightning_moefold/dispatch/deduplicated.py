@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
+from lightning_moefold.async_comm import Exchange, start, wait
 from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
 from lightning_moefold.dispatch.packing import pack, unpack
 from lightning_moefold.dispatch.pairs import number_pairs, places_of
-from lightning_moefold.dispatch.permutation import Copies, collect, sort_by_expert, spread, take_distinct
-from lightning_moefold.flight import Exchange, land, send_off
+from lightning_moefold.dispatch.permutation import Copies, permute, sort_by_expert, take_distinct, unpermute
 
 
 class Sizes(NamedTuple):
@@ -81,7 +81,7 @@ class DeduplicatedDispatcher(TokenDispatcher):
         sent_S = goes_ST.sum(1)
         index_R = number_ST[rank_R, token_R] - (sent_S.cumsum(0) - sent_S)[rank_R]
         plan = PairPlan(copies, index_R, pairs_sent, rows_sent, counts_PSL, pairs_PS)
-        return [Parcel(spread(x_TD, copies), take_distinct(choices.weight_TK.reshape(-1), slot_R), plan)]
+        return [Parcel(permute(x_TD, copies), take_distinct(choices.weight_TK.reshape(-1), slot_R), plan)]
 
     def _sizes_of_exchange(self, counts_E: Tensor, goes_ST: Tensor) -> tuple[Sizes, Sizes, Tensor, Tensor]:
         sources, peers, local = self.ep.size, self.etp.size, self.local_experts
@@ -106,13 +106,13 @@ class DeduplicatedDispatcher(TokenDispatcher):
         """Pairs, and what belongs to each row, to the ep ranks."""
         plan: PairPlan = parcel.plan
         routes = Exchange(plan.pairs.send, plan.pairs.receive), Exchange(plan.rows.send, plan.rows.receive)
-        (x_AD, packed_A2), flight = send_off((parcel.x, pack(parcel.weight, plan.index_R)), routes, self.ep)
-        return Parcel(x_AD, packed_A2, plan, flight)
+        (x_AD, packed_A2), handle = start((parcel.x, pack(parcel.weight, plan.index_R)), routes, self.ep)
+        return Parcel(x_AD, packed_A2, plan, handle)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
         """Which pair each row reads, by expert."""
         plan: PairPlan = parcel.plan
-        x_AD, packed_A2 = land((parcel.x, parcel.weight), parcel.flight)
+        x_AD, packed_A2 = wait((parcel.x, parcel.weight), parcel.handle)
         x_AD = comm.all_gather_uneven(x_AD, plan.pairs.arrived, self.etp)
         weight_A, index_A = unpack(comm.all_gather_uneven(packed_A2, plan.rows.arrived, self.etp))
         rows = sum(plan.rows.arrived)
@@ -130,10 +130,10 @@ class DeduplicatedDispatcher(TokenDispatcher):
 
     def token_combine(self, y_AD: Tensor, plan: PairPlan) -> Return:
         """One row per pair goes home."""
-        (y_QD,), flight = send_off((y_AD,), (Exchange(plan.pairs.receive, plan.pairs.send),), self.ep)
-        return Return(y_QD, flight)
+        (y_QD,), handle = start((y_AD,), (Exchange(plan.pairs.receive, plan.pairs.send),), self.ep)
+        return Return(y_QD, handle)
 
     def combine_postprocess(self, returns: list[Return], plans: list[PairPlan]) -> Tensor:
         """Sums each token's pairs."""
-        (y_QD,) = land((returns[0].y,), returns[0].flight)
-        return collect(y_QD, plans[0].copies)
+        (y_QD,) = wait((returns[0].y,), returns[0].handle)
+        return unpermute(y_QD, plans[0].copies)

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
+from lightning_moefold.async_comm import Exchange, start, wait
 from lightning_moefold.dispatch.base import Choices, ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
 from lightning_moefold.dispatch.config import DispatchConfig
 from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
 from lightning_moefold.dispatch.packing import pack, unpack
 from lightning_moefold.dispatch.pairs import number_pairs, places_of
-from lightning_moefold.dispatch.permutation import Copies, collect, spread
-from lightning_moefold.flight import Exchange, land, send_off
+from lightning_moefold.dispatch.permutation import Copies, permute, unpermute
 
 
 @dataclass
@@ -85,21 +85,21 @@ class HierarchicalDispatcher(TokenDispatcher):
         node_Q = torch.arange(nodes, device=token_Q.device).repeat_interleave(sent_N, output_size=sum(send))
         elsewhere_QK = node_TK[token_Q] != node_Q.unsqueeze(1)
         expert_QK = (expert_TK % self._experts_of_node)[token_Q].masked_fill(elsewhere_QK, -1)
-        weight_QK = spread(choices.weight_TK, copies).masked_fill(elsewhere_QK, 0)
-        return [Parcel(spread(x_TD, copies), weight_QK, NodePlan(copies, send, receive, expert_QK))]
+        weight_QK = permute(choices.weight_TK, copies).masked_fill(elsewhere_QK, 0)
+        return [Parcel(permute(x_TD, copies), weight_QK, NodePlan(copies, send, receive, expert_QK))]
 
     def token_dispatch(self, parcel: Parcel) -> Parcel:
         """Pairs to the nodes of their experts."""
         plan: NodePlan = parcel.plan
         there = Exchange(plan.send, plan.receive)
         packed_QK2 = pack(parcel.weight, plan.expert_QK)
-        (x_AD, packed_AK2), flight = send_off((parcel.x, packed_QK2), (there, there), self.nodes)
-        return Parcel(x_AD, packed_AK2, plan, flight)
+        (x_AD, packed_AK2), handle = start((parcel.x, packed_QK2), (there, there), self.nodes)
+        return Parcel(x_AD, packed_AK2, plan, handle)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
         """From the rank that received them to the ranks of the node."""
         plan: NodePlan = parcel.plan
-        x_AD, packed_AK2 = land((parcel.x, parcel.weight), parcel.flight)
+        x_AD, packed_AK2 = wait((parcel.x, parcel.weight), parcel.handle)
         weight_AK, expert_AK = unpack(packed_AK2)
         choices = Choices(weight_AK, expert_AK.clamp(min=0), expert_AK >= 0)
         (within,) = self._within.dispatch_preprocess(x_AD, choices)
@@ -114,13 +114,13 @@ class HierarchicalDispatcher(TokenDispatcher):
         """One row per pair, summed over the node, goes home."""
         inside = _plan_within(plan)
         y_AD = self._within.combine_postprocess([self._within.token_combine(y_AD, inside)], [inside])
-        (y_QD,), flight = send_off((y_AD,), (Exchange(plan.receive, plan.send),), self.nodes)
-        return Return(y_QD, flight)
+        (y_QD,), handle = start((y_AD,), (Exchange(plan.receive, plan.send),), self.nodes)
+        return Return(y_QD, handle)
 
     def combine_postprocess(self, returns: list[Return], plans: list[NodePlan]) -> Tensor:
         """Sums each token's pairs."""
-        (y_QD,) = land((returns[0].y,), returns[0].flight)
-        return collect(y_QD, plans[0].copies)
+        (y_QD,) = wait((returns[0].y,), returns[0].handle)
+        return unpermute(y_QD, plans[0].copies)
 
 
 def _plan_within(plan: NodePlan) -> Any:

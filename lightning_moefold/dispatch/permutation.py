@@ -125,12 +125,12 @@ class _Collect(torch.autograd.Function):
         return take_rows(grads[0], ctx.copies.token_R, not ctx.copies.padded), None
 
 
-def spread(x_TD: Tensor, copies: Copies) -> Tensor:
+def permute(x_TD: Tensor, copies: Copies) -> Tensor:
     """A copy of its token for each row, ``[T, D] -> [R, D]``; zeros for empty rows."""
     return _Spread.apply(x_TD, copies)
 
 
-def collect(y_RD: Tensor, copies: Copies) -> Tensor:
+def unpermute(y_RD: Tensor, copies: Copies) -> Tensor:
     """Sum of each token's rows, ``[R, D] -> [T, D]``, in at least float32; zero for tokens without rows."""
     return _Collect.apply(y_RD, copies)
 

@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.masks import IGNORED, find_targets, read_mask, shift, shortest_window
-from lightning_moefold.modules.context import ContextLayout, Exchange
-from lightning_moefold.modules.rotary import rotary_tables
+from lightning_moefold.modules.attention.context import ContextLayout, Exchange
+from lightning_moefold.modules.attention.rotary import rotary_tables
 from lightning_moefold.modules.sequence import SequenceBatch
-
-
-class BatchError(ValueError):
-    """Something is wrong with the data of a rank; all ranks have agreed on it and raise it together."""
 
 
 @dataclass
@@ -260,11 +257,11 @@ def check_shapes(
 ) -> None:
     """Raises a ValueError unless the arguments of a forward pass have kinds and shapes that go together."""
     if input_ids.dim() != 2 or not _is_whole(input_ids):
-        raise ValueError(
+        raise InputError(
             f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}."
         )
     if not input_ids.numel():
-        raise ValueError(
+        raise InputError(
             f"input_ids of shape {list(input_ids.shape)} holds no token; give every rank rows in every batch."
         )
     others = {
@@ -279,7 +276,7 @@ def check_shapes(
             continue
         if name == "position_ids" and tuple(tensor.shape) in ((1, input_ids.shape[1]), (input_ids.shape[1],)):
             continue
-        raise ValueError(
+        raise InputError(
             f"{name} has shape {list(tensor.shape)}, but input_ids has {list(input_ids.shape)}; make them equal."
         )
     check_kinds({name: tensor for name, tensor in others.items() if name != "loss_weights"})
@@ -291,7 +288,7 @@ def check_kinds(tensors: Mapping[str, Tensor | None]) -> None:
         if tensor is None or _is_whole(tensor) or (name == "attention_mask" and tensor.dtype == torch.bool):
             continue
         hint = ": 1 for tokens and 0 for padding; masks that are added to scores are not read" if "mask" in name else ""
-        raise ValueError(f"{name} has the dtype {tensor.dtype}; give integers{hint}.")
+        raise InputError(f"{name} has the dtype {tensor.dtype}; give integers{hint}.")
 
 
 def _is_whole(tensor: Tensor) -> bool:

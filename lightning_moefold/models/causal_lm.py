@@ -20,27 +20,28 @@ from torch.distributed.tensor import DTensor
 
 from lightning_moefold import comm
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
+from lightning_moefold.errors import InputError, InputTypeError
 from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.generation import Sampling, generate
 from lightning_moefold.models.hf_config import written_config
+from lightning_moefold.models.join import JoinCalls
 from lightning_moefold.models.losses import GlobalLoss, Losses, StepLabels
 from lightning_moefold.models.names import bias_entries, parameter_entries
-from lightning_moefold.models.unequal import UnequalCalls
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
+from lightning_moefold.modules.attention.context import Exchange
+from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.base import ParallelRoot, wide
-from lightning_moefold.modules.cache import KeyValueCache
-from lightning_moefold.modules.context import Exchange
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
 class PipelineRunner(Protocol):
-    """Runs the stages of a model that is spread over pipeline ranks (:class:`~lightning_moefold.parallel.pipeline.Pipeline`)."""
+    """Runs the stages of a model that is spread over pipeline ranks (:mod:`.parallel.pipeline`)."""
 
     stages: list[Any]
 
@@ -302,7 +303,7 @@ class MoECausalLM(ParallelRoot):
             TypeError: For an argument that nobody takes.
         """
         if extras and loss_fn is None:
-            raise TypeError(
+            raise InputTypeError(
                 f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras."
             )
         if self.pipeline is not None:
@@ -348,7 +349,7 @@ class MoECausalLM(ParallelRoot):
         if self.step_labels is None or labels is None or not torch.is_grad_enabled():
             return None
         if loss_fn is not None:
-            raise ValueError(
+            raise InputError(
                 "calculate_per_token_loss=True has to know the weight of each accumulated batch before the first of them is "
                 "computed, and a loss_fn tells it afterwards; set it to False, or use loss_weights instead of a loss_fn."
             )
@@ -415,7 +416,7 @@ class MoECausalLM(ParallelRoot):
         Collective: every rank enters and leaves it; leaving waits for the ranks that still call. Inside another one, such
         as that of ``Trainer.predict``, it does nothing of its own.
         """
-        return UnequalCalls([self]) if self.unequal is None else nullcontext()
+        return JoinCalls([self]) if self.unequal is None else nullcontext()
 
     def generate(
         self,

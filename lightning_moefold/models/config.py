@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lightning_moefold.errors import ConfigError
 from lightning_moefold.models.fields import (
     ABOVE_ZERO,
     BOOLEAN,
@@ -25,7 +26,6 @@ from lightning_moefold.models.fields import (
     NUMBER,
     POSITIVE,
     STRING,
-    ConfigError,
 )
 from lightning_moefold.modules.routers.options import RouterOptions
 

@@ -8,9 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be read or honoured; the message names the field."""
+from lightning_moefold.errors import ConfigError
 
 
 @dataclass(frozen=True)

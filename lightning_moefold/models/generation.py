@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moefold import comm
+from lightning_moefold.errors import InputError
 from lightning_moefold.models.batch import check_kinds
 from lightning_moefold.models.masks import read_mask
 from lightning_moefold.models.weights import CheckpointWeights
+from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.base import wide
-from lightning_moefold.modules.cache import KeyValueCache
 
 if TYPE_CHECKING:
     from lightning_moefold.models.causal_lm import MoECausalLM
@@ -42,13 +43,13 @@ class Sampling:
     def check(self) -> None:
         """Raises a ValueError where a number is out of range."""
         if not self.temperature > 0:
-            raise ValueError(
+            raise InputError(
                 f"temperature={self.temperature} must be positive; for the most probable token, do not sample."
             )
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or None.")
+            raise InputError(f"top_k={self.top_k} must be at least 1, or None.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie above 0 and at most at 1, or be None.")
+            raise InputError(f"top_p={self.top_p} must lie above 0 and at most at 1, or be None.")
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """What the next token is drawn from, ``[B, V]``: temperature, then top-k, then top-p."""
@@ -113,11 +114,11 @@ def _read_mask(input_ids: Tensor, attention_mask: Tensor | None, ends: list[int]
         ValueError: If the prompts cannot be continued.
     """
     if input_ids.dim() != 2 or input_ids.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}."
         )
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
+        raise InputError(
             f"attention_mask has shape {list(attention_mask.shape)}, but input_ids has {list(input_ids.shape)}; make them "
             "equal."
         )
@@ -125,7 +126,7 @@ def _read_mask(input_ids: Tensor, attention_mask: Tensor | None, ends: list[int]
         check_kinds({"attention_mask": attention_mask})
         real_BS, documents = read_mask(attention_mask, None)
         if documents is not None:
-            raise ValueError(
+            raise InputError(
                 "attention_mask numbers documents, and a prompt is one; give 1 for tokens and 0 for padding."
             )
         real_BS = torch.ones_like(input_ids, dtype=torch.bool) if real_BS is None else real_BS
@@ -134,18 +135,18 @@ def _read_mask(input_ids: Tensor, attention_mask: Tensor | None, ends: list[int]
     else:
         real_BS = torch.ones_like(input_ids, dtype=torch.bool)
     if not bool(real_BS.any(1).all()):
-        raise ValueError("a prompt holds no token; give each at least one, such as the one that begins a text.")
+        raise InputError("a prompt holds no token; give each at least one, such as the one that begins a text.")
     if not bool(real_BS[:, -1].all()):
-        raise ValueError("prompts are padded on the right; pad them on the left (padding_side='left' of a tokenizer).")
+        raise InputError("prompts are padded on the right; pad them on the left (padding_side='left' of a tokenizer).")
     return real_BS
 
 
 def _check_lengths(model: MoECausalLM, real_BS: Tensor, max_new_tokens: int) -> None:
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     longest, limit = int(real_BS.sum(1).max()), model.config.raw.get("max_position_embeddings")
     if limit is not None and longest > limit:
-        raise ValueError(f"a prompt has {longest} tokens, more than max_position_embeddings={limit}; shorten it.")
+        raise InputError(f"a prompt has {longest} tokens, more than max_position_embeddings={limit}; shorten it.")
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -163,9 +164,9 @@ def generate(
 ) -> Tensor:
     """See :meth:`.causal_lm.MoECausalLM.generate`; ``sampling`` is None for the most probable token."""
     if model.fold.cp > 1:
-        raise ValueError(f"generate does not cut rows over ranks; use context_parallel_size=1, not {model.fold.cp}.")
+        raise InputError(f"generate does not cut rows over ranks; use context_parallel_size=1, not {model.fold.cp}.")
     if model.fold.pp > 1:
-        raise ValueError(f"generate does not run a pipeline; use pipeline_parallel_size=1, not {model.fold.pp}.")
+        raise InputError(f"generate does not run a pipeline; use pipeline_parallel_size=1, not {model.fold.pp}.")
     # Inside the context, so that a rank with a bad prompt tells the others.
     with _evaluating(model), model.unequal_calls():
         if input_ids.dim() == 2 and not input_ids.shape[0]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from lightning_moefold.errors import ConfigError
 from lightning_moefold.models import rope
 from lightning_moefold.models.config import FAMILIES, NEUTRAL, MoEConfig
 from lightning_moefold.models.fields import (
@@ -20,7 +21,6 @@ from lightning_moefold.models.fields import (
     STRING,
     STRINGS,
     TOKENS,
-    ConfigError,
     FieldReader,
     Kind,
     names_beside,

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
+from lightning_moefold.errors import BatchError
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.models.batch import BatchError, CausalLMBatch
+from lightning_moefold.models.batch import CausalLMBatch
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.router_losses import RouterLosses
 from lightning_moefold.modules.balance import global_value

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.modules.blockwise import sees_nothing
+from lightning_moefold.modules.attention.blockwise import sees_nothing
 
 IGNORED = -100
 
@@ -36,13 +37,13 @@ def read_mask(attention_mask: Tensor | None, document_ids: Tensor | None) -> tup
         return None if bool(attention_mask.all()) else attention_mask, document_ids
     low, high = torch.stack(attention_mask.long().aminmax()).tolist()
     if low < 0:
-        raise ValueError(
+        raise InputError(
             f"attention_mask holds {low}; give 1 for tokens (or the number of each token's document) and 0 for padding."
         )
     real_BS = attention_mask != 0
     if high > 1:
         if document_ids is not None:
-            raise ValueError(
+            raise InputError(
                 f"attention_mask numbers documents (up to {high}) beside document_ids; give a mask of 0 and 1, or no ids."
             )
         document_ids = _with_padding(attention_mask.long(), real_BS)

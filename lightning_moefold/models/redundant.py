@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
-from lightning_moefold.checkpoint import CheckpointError, HFCheckpoint
+from lightning_moefold.checkpoint import HFCheckpoint
+from lightning_moefold.errors import CheckpointError
 from lightning_moefold.models.config import MoEConfig
 
 _ROWS = 8192  # that are compared at a time

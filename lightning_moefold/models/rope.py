@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_moefold.models.fields import ABOVE_ZERO, MAPPING, STRING, ConfigError, FieldReader
+from lightning_moefold.errors import ConfigError
+from lightning_moefold.models.fields import ABOVE_ZERO, MAPPING, STRING, FieldReader
 
 NAMES = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 _DICTS = ("rope_scaling", "rope_parameters")

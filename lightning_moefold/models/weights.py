@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_moefold.checkpoint import CheckpointError, HFCheckpoint
+from lightning_moefold.checkpoint import HFCheckpoint
+from lightning_moefold.errors import CheckpointError
 from lightning_moefold.layout import Box
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.names import ParameterEntry, bias_entries, entries_on_disk, parameter_entries

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moefold import comm
+from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.routers.statistics import balance_slope, split_table
 
@@ -93,7 +94,7 @@ def _reduced(network: nn.Module) -> tuple[list[Routing], list[Tensor]]:
     """What the layers have kept, and their tables for the tokens of all ranks. Collective."""
     routings = [r for m in network.modules() if isinstance(r := getattr(m, "routing", None), Routing)]
     if not routings:
-        raise ValueError(
+        raise InputError(
             "no MoE layer has kept its routing; make layers with keep_routing=True and run the network in training mode first."
         )
     mesh, tables = routings[0].mesh, [r.table_SE.detach() for r in routings]

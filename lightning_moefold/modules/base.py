@@ -68,7 +68,7 @@ class ParallelRoot(ParallelModule):
         sharding: How the strategy parallelised it, for whoever would do it again.
         layouts: Where the pieces of each parameter and stored buffer lie, by name relative to the root.
         compute_dtype: The dtype in which it computes where that is not the dtype of storage (``bf16-mixed``).
-        rows: How the rows that a block is given are cut over cp (:class:`~.rows.RowCut`); None where they are whole.
+        rows: How the rows that a block is given are cut over cp (:class:`~.row_cut.RowCut`); None where they are whole.
         hidden_size: D, what it takes and returns for each token.
         unequal: The context of unequal calls that is open, if one is.
     """

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_moefold.modules.alone import run_alone
 from lightning_moefold.modules.attention import Attention
 from lightning_moefold.modules.base import ParallelRoot
 from lightning_moefold.modules.mlp import GatedMLP
@@ -17,6 +16,7 @@ from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.norm import RMSNorm
 from lightning_moefold.modules.recompute import Recompute, recomputed
 from lightning_moefold.modules.sequence import SequenceBatch
+from lightning_moefold.modules.standalone import run_standalone
 
 Output = Tensor | tuple[Tensor, Tensor]
 
@@ -66,7 +66,7 @@ class DecoderLayer(ParallelRoot):
         it has let go of.
         """
         if batch is None:
-            return run_alone(self, hidden, self.self_attn.batch_of(hidden, self.compute_dtype))
+            return run_standalone(self, hidden, self.self_attn.batch_of(hidden, self.compute_dtype))
         halves = self._halves(hidden, batch)
         if self.recompute is None or not torch.is_grad_enabled():
             return halves.whole(hidden, batch)

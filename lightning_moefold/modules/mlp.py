@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from lightning_moefold.fold import Fold
 from lightning_moefold.kernels import gated
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
-from lightning_moefold.modules.alone import run_alone
 from lightning_moefold.modules.base import Linear, ParallelRoot
 from lightning_moefold.modules.sequence import SequenceBatch
+from lightning_moefold.modules.standalone import run_standalone
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -65,7 +65,7 @@ class GatedMLP(ParallelRoot):
             A tensor of the shape of ``x``.
         """
         if batch is None:
-            return run_alone(self, x)
+            return run_standalone(self, x)
         x_ND = batch.gather(x)
         inner_NF = gated(self.activation, self.gate_proj(x_ND), self.up_proj(x_ND))
         if halfway is not None:

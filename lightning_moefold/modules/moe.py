@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from lightning_moefold import comm
 from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, Return, make_dispatcher, settle
 from lightning_moefold.dispatch.capacity import keep_within_capacity
+from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules.alone import run_alone
 from lightning_moefold.modules.balance import Routing
 from lightning_moefold.modules.base import Linear, ParallelRoot
-from lightning_moefold.modules.experts import Experts, RoutedExperts
+from lightning_moefold.modules.experts.experts import Experts, RoutedExperts
+from lightning_moefold.modules.experts.module_experts import ModuleExperts
 from lightning_moefold.modules.mlp import GatedMLP
-from lightning_moefold.modules.module_experts import ModuleExperts
 from lightning_moefold.modules.recompute import counted_once, is_recomputing
 from lightning_moefold.modules.routers import Router, RouterOptions, RouterOutput, RouterSpec, make_router
 from lightning_moefold.modules.routers.statistics import count_choices, routing_table
 from lightning_moefold.modules.sequence import SequenceBatch
+from lightning_moefold.modules.standalone import run_standalone
 
 
 class MoELayer(ParallelRoot):
@@ -76,7 +77,7 @@ class MoELayer(ParallelRoot):
     ) -> None:
         super().__init__()
         if (ffn_hidden_size is None) == (expert is None):
-            raise ValueError(
+            raise InputError(
                 "a MoELayer needs either ffn_hidden_size, for gated experts, or expert, which makes one; give one."
             )
         self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
@@ -137,7 +138,7 @@ class MoELayer(ParallelRoot):
         if batch is None:
             whole = hidden.dim() > 2 and self.rows is None
             rows = SequenceBatch(hidden[..., 0, 0].numel(), hidden.shape[-2], tp=self.tp) if whole else None
-            return run_alone(self, hidden, rows)
+            return run_standalone(self, hidden, rows)
         routed: RouterOutput = self.gate(hidden, batch)
         expert_TK = routed.expert_TK
         counts_GE = count_choices(expert_TK, self.num_experts, batch)
@@ -221,7 +222,7 @@ class MoELayer(ParallelRoot):
     def _padded_capacity(self, tokens: int, batch: SequenceBatch) -> int | None:
         """Rows that an expert may serve of a rank's tokens at most, from shapes alone; None to send what there is.
 
-        Without gradients ranks may have batches of different shapes, or none (:class:`~.models.unequal.UnequalCalls`).
+        Without gradients ranks may have batches of different shapes, or none (:class:`~.models.join.JoinCalls`).
         """
         config = self.dispatcher.config
         if not config.pad_to_capacity or not torch.is_grad_enabled():

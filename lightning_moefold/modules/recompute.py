@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lightning_moefold.modules.transformer_engine import recipe_contexts
+from lightning_moefold.modules.experts.transformer_engine import recipe_contexts
 
 Recompute = Literal["selective", "full"]
 

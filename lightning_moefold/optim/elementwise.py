@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_moefold.errors import UnsupportedFeature
 from lightning_moefold.optim.stepping import step_inside
-from lightning_moefold.refusals import UnsupportedFeature
 
 #: Operations that combine elements of a tensor (without the ``_`` of in-place ones); all of ``linalg`` besides.
 _COMBINING = frozenset(

@@ -4,6 +4,6 @@
 from lightning_moefold.parallel.apply import Sharding, parallelize
 from lightning_moefold.parallel.gradients import GradientSum, local_part
 from lightning_moefold.parallel.norms import GradientNorm
-from lightning_moefold.parallel.stages import PipelinePlan
+from lightning_moefold.parallel.pipeline.plan import PipelinePlan
 
 __all__ = ["GradientNorm", "GradientSum", "PipelinePlan", "Sharding", "local_part", "parallelize"]

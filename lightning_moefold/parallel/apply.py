@@ -21,16 +21,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import ParallelModule, ParallelRoot
-from lightning_moefold.modules.experts import RoutedExperts
+from lightning_moefold.modules.experts.experts import RoutedExperts
 from lightning_moefold.modules.routers import Router
 from lightning_moefold.parallel.hooks import keeping_hooks
-from lightning_moefold.parallel.pipeline import Pipeline
-from lightning_moefold.parallel.stage_module import Stage
-from lightning_moefold.parallel.stages import PipelinePlan
+from lightning_moefold.parallel.pipeline.pipeline import Pipeline
+from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+from lightning_moefold.parallel.pipeline.stage import Stage
 
 _TENSOR_AXES = {Family.DENSE: ("tp",), Family.EXPERT: ("ep", "etp")}
 
@@ -159,7 +160,7 @@ def _cut_into_stages(model: ParallelRoot, mesh: FoldedMesh, plan: PipelinePlan) 
     holders["model.embed_tokens."] = (first,)
     if model.config.tie_word_embeddings:
         if first == last:
-            raise ValueError(
+            raise InputError(
                 f"pipeline_schedule={plan.schedule!r} puts the first and the last stage on one rank, which does not go with tied "
                 "embeddings; use another schedule, such as 'interleaved_1f1b'."
             )

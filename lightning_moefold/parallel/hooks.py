@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lightning_moefold.errors import HookError
 from lightning_moefold.modules.base import parallel_roots
-from lightning_moefold.modules.layered import layered_networks
+from lightning_moefold.parallel.network.protocol import layered_networks
 
 #: Where torch keeps the hooks of a tensor, and what registers them.
 _OF_PARAMETERS = {
@@ -24,10 +25,6 @@ _OF_MODULES = {
     "_backward_hooks": "register_full_backward_hook",
     "_backward_pre_hooks": "register_full_backward_pre_hook",
 }
-
-
-class HookError(ValueError):
-    """A hook that would not do under a fold what it does in one process; the message says what to do instead."""
 
 
 def check_hooks(root: nn.Module, where: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.parallel.network import runner_of
+from lightning_moefold.parallel.network.runner import runner_of
 
 
 @contextmanager

@@ -12,16 +12,13 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lightning_moefold.errors import TreeError
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import ParallelModule, ParallelRoot, parallel_roots
 from lightning_moefold.modules.routers import Router
 
 _WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel, DataParallel, FSDPModule)
-
-
-class TreeError(ValueError):
-    """A module that is not what the strategy knows how to cut; the message names the part and says what to do."""
 
 
 def check_trees(root: nn.Module, fold: Fold) -> None:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The planner: which fold, how fast, how much memory, before anything runs. Pure Python and numpy."""
 
-from lightning_moefold.planner.auto import AutoFold, Choice, choose, machine_for
-from lightning_moefold.planner.cost import CostModel, Estimate
-from lightning_moefold.planner.hardware import PRESETS, Hardware, HardwareError, Kernels, Link, find_hardware
-from lightning_moefold.planner.job import Job, Plan, PlanError
-from lightning_moefold.planner.memory import Memory
-from lightning_moefold.planner.models_zoo import MODELS, find_model
-from lightning_moefold.planner.routing import PROFILES, RoutingProfile, find_routing
-from lightning_moefold.planner.search import Planner, Result, Space, search
+from lightning_moefold.errors import HardwareError, PlanError
+from lightning_moefold.planner.cost.cost import CostModel, Estimate
+from lightning_moefold.planner.cost.memory import Memory
+from lightning_moefold.planner.cost.routing import PROFILES, RoutingProfile, find_routing
+from lightning_moefold.planner.machine.hardware import PRESETS, Hardware, Kernels, Link, find_hardware
+from lightning_moefold.planner.search.auto import AutoFold, Choice, choose, machine_for
+from lightning_moefold.planner.search.job import Job, Plan
+from lightning_moefold.planner.search.models_zoo import MODELS, find_model
+from lightning_moefold.planner.search.search import Planner, Result, Space, search
 
 __all__ = [
     "MODELS",

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_moefold.figures import COLORS, make_figure
 from lightning_moefold.plots.lines import LONG, STEP, draw_series, draw_versions, finish, top_of
 from lightning_moefold.plots.read import Run, Series
+from lightning_moefold.plots.style import COLORS, make_figure
 
 _LOSS = re.compile(r"(^|[/_.])loss(_step|_epoch)?$")
 _VALIDATION = re.compile(r"^(val|valid|validation|eval|test)[/_.]")

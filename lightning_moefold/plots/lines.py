@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.figures import COLORS
 from lightning_moefold.plots.read import Run, Series
+from lightning_moefold.plots.style import COLORS
 
 LONG = 150
 """From so many points on, a line is smoothed over its pale raw points."""

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.figures import COLORS, draw_heatmap, make_figure
 from lightning_moefold.plots.lines import STEP, finish
 from lightning_moefold.plots.read import RecordedLoad, Run
+from lightning_moefold.plots.style import COLORS, draw_heatmap, make_figure
 
 FEW_LAYERS = 8
 """Up to so many are drawn as lines."""

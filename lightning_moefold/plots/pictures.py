@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_moefold.callbacks.load_balance import FILE_NAME
-from lightning_moefold.callbacks.timeline import FILE_NAME as TIMELINE_NAME
-from lightning_moefold.figures import save_figure
 from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_speed
+from lightning_moefold.plots.files import EXPERT_LOAD, PIPELINE_TIMELINE
 from lightning_moefold.plots.load import draw_expert_load
 from lightning_moefold.plots.read import Run
+from lightning_moefold.plots.style import save_figure
 from lightning_moefold.plots.timeline import draw_timeline
 
 
@@ -63,6 +62,6 @@ PICTURES = (
     Picture("loss", draw_loss, "no metric whose name ends in loss was logged to a metrics.csv."),
     Picture("speed", draw_speed, "no train/mfu, train/tokens_per_second or train/step_time, which MFUMonitor logs."),
     Picture("memory", draw_memory, "no train/memory_..._gb, which MFUMonitor logs."),
-    Picture("expert_load", draw_expert_load, f"no {FILE_NAME}, which LoadBalanceMonitor writes when training ends."),
-    Picture("pipeline", draw_timeline, f"no {TIMELINE_NAME}, which PipelineTimeline writes under pp > 1."),
+    Picture("expert_load", draw_expert_load, f"no {EXPERT_LOAD}, which LoadBalanceMonitor writes when training ends."),
+    Picture("pipeline", draw_timeline, f"no {PIPELINE_TIMELINE}, which PipelineTimeline writes under pp > 1."),
 )

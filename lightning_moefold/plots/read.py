@@ -16,10 +16,9 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.callbacks.expert_load import NO_EXPERT
-from lightning_moefold.callbacks.load_balance import FILE_NAME
-from lightning_moefold.callbacks.timeline import FILE_NAME as TIMELINE_NAME
-from lightning_moefold.planner.simulate import Event, Timeline
+from lightning_moefold.errors import InputError
+from lightning_moefold.planner.cost.simulate import Event, Timeline
+from lightning_moefold.plots.files import EXPERT_LOAD, NO_EXPERT, PIPELINE_TIMELINE
 
 METRICS_NAME = "metrics.csv"
 NEWEST = 4
@@ -103,17 +102,17 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no directory; give the one in which a run has written its logs.")
+        raise InputError(f"{folder} is no directory; give the one in which a run has written its logs.")
     run = Run(folder)
     _read_versions(run)
     _read_load(run)
     _read_timeline(run)
     if not run.versions and run.load is None and run.timeline is None:
         reason = " ".join(run.notes) or (
-            f"{folder} holds neither a {METRICS_NAME} (written by Lightning's CSVLogger) nor an {FILE_NAME} (by "
-            f"LoadBalanceMonitor) nor a {TIMELINE_NAME} (by PipelineTimeline)."
+            f"{folder} holds neither a {METRICS_NAME} (written by Lightning's CSVLogger) nor an {EXPERT_LOAD} (by "
+            f"LoadBalanceMonitor) nor a {PIPELINE_TIMELINE} (by PipelineTimeline)."
         )
-        raise ValueError(reason)
+        raise InputError(reason)
     return run
 
 
@@ -149,7 +148,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = csv.DictReader(file)
         if rows.fieldnames is None or "step" not in rows.fieldnames:
-            raise ValueError("it has no column named step.")
+            raise InputError("it has no column named step.")
         for row in rows:
             step = _number(row.pop("step"))
             for name, text in row.items():
@@ -175,7 +174,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _read_load(run: Run) -> None:
-    files = sorted(run.folder.rglob(FILE_NAME), key=lambda path: path.stat().st_mtime)
+    files = sorted(run.folder.rglob(EXPERT_LOAD), key=lambda path: path.stat().st_mtime)
     if not files:
         return
     try:
@@ -189,7 +188,7 @@ def _read_load(run: Run) -> None:
 
 
 def read_timeline(path: Path) -> Timeline:
-    """A pipeline from a Chrome trace, as :func:`~lightning_moefold.planner.simulate.write_chrome_trace` writes it.
+    """A pipeline from a Chrome trace, as :func:`~lightning_moefold.planner.cost.simulate.write_chrome_trace` writes it.
 
     Raises:
         ValueError: If it is no such file.
@@ -203,14 +202,14 @@ def read_timeline(path: Path) -> Timeline:
         ]  # fmt: skip
         ranks = sum(row["ph"] == "M" for row in rows)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is no trace of a pipeline ({type(error).__name__}: {error}).") from error
+        raise InputError(f"it is no trace of a pipeline ({type(error).__name__}: {error}).") from error
     if not events or ranks <= max(event.rank for event in events):
-        raise ValueError("it holds no passes, or of ranks that it does not name.")
+        raise InputError("it holds no passes, or of ranks that it does not name.")
     return Timeline(tuple(events), ranks)
 
 
 def _read_timeline(run: Run) -> None:
-    files = sorted(run.folder.rglob(TIMELINE_NAME), key=lambda path: path.stat().st_mtime)
+    files = sorted(run.folder.rglob(PIPELINE_TIMELINE), key=lambda path: path.stat().st_mtime)
     if not files:
         return
     try:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from lightning_moefold.figures import COLORS, make_figure
-from lightning_moefold.planner.simulate import Timeline
+from lightning_moefold.planner.cost.simulate import Timeline
 from lightning_moefold.plots.read import Run
+from lightning_moefold.plots.style import COLORS, make_figure
 
 #: Kind of a pass to color and name.
 KINDS = {"F": (COLORS[0], "forward"), "B": (COLORS[1], "backward"), "W": (COLORS[4], "gradients of weights")}

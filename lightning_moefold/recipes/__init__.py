@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A module and a data module for the usual job: train a MoE language model on text, measure it, predict with it."""
 
+from lightning_moefold.errors import InputError, is_users
 from lightning_moefold.recipes.data import TextData
-from lightning_moefold.recipes.errors import InputError, is_users
 from lightning_moefold.recipes.module import FineTuneModule
 
 __all__ = ["FineTuneModule", "InputError", "TextData", "is_users"]

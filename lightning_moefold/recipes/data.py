@@ -21,10 +21,10 @@ from typing_extensions import override
 
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.checkpoint.tokenizers import tokenizer_files
+from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import IGNORED
 from lightning_moefold.recipes.documents import READABLE
-from lightning_moefold.recipes.errors import InputError
 from lightning_moefold.recipes.order import EMPTY, Position, RowLoader, RowOrder
 from lightning_moefold.recipes.text import PADDING, Packing, Rows, tokenize
 

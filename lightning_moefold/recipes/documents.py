@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_moefold.recipes.errors import InputError
+from lightning_moefold.errors import InputError
 
 _WHOLE, _LINES, _JSON = (".txt", ".text", ".md"), (".jsonl", ".ndjson"), (".json",)
 #: The endings, for a sentence.

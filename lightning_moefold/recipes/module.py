@@ -15,11 +15,11 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from lightning_moefold.checkpoint import stores
+from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.masks import shortest_window
-from lightning_moefold.recipes.errors import InputError
-from lightning_moefold.recipes.measures import DocumentLosses, MeanLoss, write_document_losses
+from lightning_moefold.recipes.metrics import DocumentLosses, MeanLoss, write_document_losses
 from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, run_length, warmup_and_decay
 from lightning_moefold.strategy import MoEFoldStrategy
 

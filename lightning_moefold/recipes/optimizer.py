@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_moefold.recipes.errors import InputError
+from lightning_moefold.errors import InputError
 
 Schedule = Literal["cosine", "linear", "constant"]
 

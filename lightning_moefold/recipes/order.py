@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from lightning_moefold.recipes.errors import InputError
+from lightning_moefold.errors import InputError
 
 #: Stands for a row without any token that counts.
 EMPTY = -1

@@ -21,10 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.tokenizers import load_tokenizer
+from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.recipes.documents import read_documents
-from lightning_moefold.recipes.errors import InputError
 
 Packing = Literal["blocks", "documents"]
 #: The document of a position that holds none.

@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_moefold.errors import InputError
+
 IGNORE = -100
 """Label of a position without a target."""
 
@@ -62,9 +64,9 @@ def make_batches(
         ValueError: For an unknown ``padding`` or ``ignore``, or a length below 2.
     """
     if padding not in ("none", "right", "left") or ignore not in ("none", "uneven", "one_rank_empty", "all"):
-        raise ValueError(f"unknown padding={padding!r} or ignore={ignore!r}")
+        raise InputError(f"unknown padding={padding!r} or ignore={ignore!r}")
     if length < 2:
-        raise ValueError(f"length={length} leaves no position with a target: it must be at least 2")
+        raise InputError(f"length={length} leaves no position with a target: it must be at least 2")
     batches = []
     for step in range(num):
         ranks = []
@@ -120,10 +122,10 @@ def join_rows(batches: Sequence[Batch]) -> dict[str, Tensor]:
     """
     keys = list(batches[0])
     if any(set(batch) != set(keys) for batch in batches):
-        raise ValueError(f"the data ranks' batches have different keys: {[sorted(batch) for batch in batches]}")
+        raise InputError(f"the data ranks' batches have different keys: {[sorted(batch) for batch in batches]}")
     lengths = {tensor.shape[1] for batch in batches for tensor in batch.values()}
     if len(lengths) != 1:
-        raise ValueError(f"the data ranks' rows have different lengths {sorted(lengths)}")
+        raise InputError(f"the data ranks' rows have different lengths {sorted(lengths)}")
     return {key: torch.cat([batch[key] for batch in batches]) for key in keys}
 
 
@@ -144,7 +146,7 @@ def micro_batches(batch: GlobalBatch, num_microbatches: int) -> list[dict[str, T
     if num_microbatches == 1:
         return [join_rows(ranks)]
     if isinstance(batch, Mapping):
-        raise ValueError(f"num_microbatches={num_microbatches} needs one batch per data rank, not their union")
+        raise InputError(f"num_microbatches={num_microbatches} needs one batch per data rank, not their union")
     blocks = [{key: tensor.tensor_split(num_microbatches) for key, tensor in rank.items()} for rank in ranks]
     joined = [
         join_rows([{key: split[j] for key, split in block.items()} for block in blocks])

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lightning_moefold.errors import InputError
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -90,13 +92,13 @@ def _config(family: str, overrides: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
     if family not in _FAMILIES:
-        raise ValueError(f"unknown family {family!r}: choose one of {', '.join(_FAMILIES)}")
+        raise InputError(f"unknown family {family!r}: choose one of {', '.join(_FAMILIES)}")
     if family == "mixtral" and "num_experts" in overrides:
         overrides = {**overrides, "num_local_experts": overrides["num_experts"]}
         del overrides["num_experts"]
     known = AutoConfig.for_model(family)
     if unknown := [name for name in overrides if not hasattr(known, name)]:
-        raise ValueError(f"{type(known).__name__} has no field {', '.join(unknown)}")
+        raise InputError(f"{type(known).__name__} has no field {', '.join(unknown)}")
     return AutoConfig.for_model(family, **{**_COMMON, **_FAMILIES[family], **overrides})
 
 

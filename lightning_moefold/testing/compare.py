@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_moefold.errors import InputError
+
 _LISTED = 5
 
 
@@ -27,7 +29,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
         ValueError: If the shapes differ.
     """
     if a.shape != b.shape:
-        raise ValueError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
+        raise InputError(f"shapes differ: {tuple(a.shape)} and {tuple(b.shape)}")
     if b.numel() == 0:
         return 0.0
     a, b = a.detach().to(torch.float64), b.detach().to(torch.float64)

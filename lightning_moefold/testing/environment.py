@@ -8,6 +8,8 @@ import os
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from typing_extensions import override
 
+from lightning_moefold.errors import InputError
+
 
 class PoolEnvironment(ClusterEnvironment):
     """Tells Lightning that its ranks exist, and which one this is.
@@ -71,6 +73,6 @@ class PoolEnvironment(ClusterEnvironment):
             ValueError: If ``num_devices * num_nodes`` is not the world size.
         """
         if num_devices * num_nodes != self.world_size():
-            raise ValueError(
+            raise InputError(
                 f"devices={num_devices} times num_nodes={num_nodes} is not the number of ranks {self.world_size()}"
             )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.testing.batches import IGNORE, Batch, GlobalBatch, micro_batches, unpack_documents
 from lightning_moefold.testing.dropping import DroppingReference
 from lightning_moefold.testing.reference import hf_reference
@@ -91,7 +92,7 @@ def reference_run(
     """
     steps = len(batches) // accumulate if steps is None else steps
     if steps < 1 or steps * accumulate > len(batches):
-        raise ValueError(f"{steps} steps of {accumulate} batches need more than the {len(batches)} given")
+        raise InputError(f"{steps} steps of {accumulate} batches need more than the {len(batches)} given")
     model = hf_reference(path, dtype=dtype, **(config_overrides or {})).train()
     if capacity is not None:
         DroppingReference(model, *capacity)
@@ -179,7 +180,7 @@ def _view_parameters(model: nn.Module, frozen: Iterable[str]) -> dict[str, nn.Pa
             views[new] = nn.Parameter(tensor, requires_grad=not fixed)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in views):
-            raise ValueError(f"frozen pattern {pattern!r} matches no parameter")
+            raise InputError(f"frozen pattern {pattern!r} matches no parameter")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(views[new].requires_grad for new, _ in _split(name, parameter.detach())))
     return views
@@ -203,7 +204,7 @@ def _make_optimizer(
         return torch.optim.AdamW(parameters.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1), None
     if kind == "sgd":
         return torch.optim.SGD(parameters.values(), lr=lr, momentum=0.9), None
-    raise ValueError(f"unknown optimizer {kind!r}: choose 'adamw' or 'sgd', or give a function")
+    raise InputError(f"unknown optimizer {kind!r}: choose 'adamw' or 'sgd', or give a function")
 
 
 def _backward(model: Any, batches: Sequence[Batch], scale: float) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_moefold.layout import ParameterLayout
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel import local_part
-from lightning_moefold.parallel.network import NetworkRunner, network_runners
+from lightning_moefold.parallel.network.runner import NetworkRunner, network_runners
 
 #: Offsets of a piece in the whole tensor, the whole tensor's shape, and the piece.
 Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]

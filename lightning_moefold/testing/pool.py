@@ -30,6 +30,7 @@ from typing import Any
 import torch.distributed as dist
 from typing_extensions import Self
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.testing.worker import LOOPBACK, Outcome, RankFailure, Request
 
 _START_SECONDS = 300.0  # to import torch and the function's module; machines with few cores start ranks in turn
@@ -103,7 +104,7 @@ class RankPool:
 
     def __init__(self, max_ranks: int = 8, *, threads_per_rank: int = 1) -> None:
         if max_ranks < 1 or threads_per_rank < 1:
-            raise ValueError(f"max_ranks={max_ranks} and threads_per_rank={threads_per_rank} must be at least 1")
+            raise InputError(f"max_ranks={max_ranks} and threads_per_rank={threads_per_rank} must be at least 1")
         self.max_ranks = max_ranks
         self.threads_per_rank = threads_per_rank
         self._workers: dict[int, _Worker] = {}
@@ -137,7 +138,7 @@ class RankPool:
         if not self._finalizer.alive:
             raise RuntimeError("the pool is closed")
         if not 1 <= ranks <= self.max_ranks:
-            raise ValueError(f"ranks={ranks} is not in [1, max_ranks={self.max_ranks}]")
+            raise InputError(f"ranks={ranks} is not in [1, max_ranks={self.max_ranks}]")
         call = _pickle_call(fn, args, kwargs)
         name = _name(fn)
         store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_moefold.checkpoint import HFCheckpoint
+from lightning_moefold.errors import ConfigError, InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM, MoEConfig
-from lightning_moefold.models.config import ConfigError
 from lightning_moefold.strategy import MoEFoldStrategy
 from lightning_moefold.testing.batches import make_batches
 from lightning_moefold.testing.compare import relative_error
@@ -209,7 +209,7 @@ def _copy_layers(source: Path, layers: int, target: Path) -> None:
     """Writes a checkpoint of the first layers."""
     config = json.loads((source / "config.json").read_text())
     if not 1 <= layers <= config["num_hidden_layers"]:
-        raise ValueError(f"layers={layers} must lie between 1 and the model's {config['num_hidden_layers']}.")
+        raise InputError(f"layers={layers} must lie between 1 and the model's {config['num_hidden_layers']}.")
     config |= {"num_hidden_layers": layers}
     config |= {key: config[key][:layers] for key in ("layer_types",) if config.get(key)}
     (target / "config.json").write_text(json.dumps(config))

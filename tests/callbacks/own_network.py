@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_moefold import Fold, MoEFoldStrategy
 from lightning_moefold.callbacks import LoadBalanceMonitor
-from lightning_moefold.callbacks.expert_load import NO_EXPERT, LoadReader
+from lightning_moefold.callbacks.expert_load import LoadReader
 from lightning_moefold.callbacks.summary import summarize_model
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.parallel import local_part
+from lightning_moefold.plots.files import NO_EXPERT
 from lightning_moefold.testing import PoolEnvironment
 from tests.callbacks.monitored import Seen
 

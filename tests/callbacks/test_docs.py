@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 
-from lightning_moefold.cli import main
+from lightning_moefold.cli.main import main
 from tests.callbacks.test_monitors import LOAD_KEYS, TIME_KEYS
 
 PAGE = Path(__file__).parents[2] / "docs" / "callbacks.md"

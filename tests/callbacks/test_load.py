@@ -15,10 +15,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import WandbLogger
 
-from lightning_moefold.callbacks.expert_load import NO_EXPERT, ExpertLoad, LoadHistory, LoadReader, LoadRow
+from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, LoadReader, LoadRow
 from lightning_moefold.callbacks.load_balance import LoadBalanceMonitor, load_figures
 from lightning_moefold.callbacks.load_images import LoadImages, fair_shares
 from lightning_moefold.modules import MoELayer
+from lightning_moefold.plots.files import NO_EXPERT
 
 
 class TwoLayers(pl.LightningModule):

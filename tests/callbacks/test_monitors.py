@@ -16,7 +16,7 @@ import torch
 
 from lightning_moefold import MoEConfig, comm
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
-from lightning_moefold.callbacks.expert_load import NO_EXPERT
+from lightning_moefold.plots.files import NO_EXPERT
 from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_batches, make_checkpoint
 from tests.callbacks.monitored import Seen, monitored_fit
 from tests.callbacks.own_network import own_network_counts, own_network_fit, uneven_table

@@ -16,11 +16,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lightning_moefold import MoECausalLM
-from lightning_moefold.callbacks.load_balance import FILE_NAME
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.sharded import StoredTensors, load_sharded, stored_tensors
-from lightning_moefold.cli import main
-from lightning_moefold.planner.routing import RoutingProfile
+from lightning_moefold.cli.main import main
+from lightning_moefold.planner.cost.routing import RoutingProfile
+from lightning_moefold.plots.files import EXPERT_LOAD
 from lightning_moefold.plots.read import read_run
 from lightning_moefold.recipes import InputError, TextData
 from lightning_moefold.testing import RankPool, make_checkpoint
@@ -140,7 +140,7 @@ def test_caches_and_traces(folder: Path, tmp_path: Path) -> None:
             RoutingProfile.from_trace(tmp_path / name)
     run = tmp_path / "run"
     run.mkdir()
-    np.savez(run / FILE_NAME, steps=counts, layers=counts, counts=counts)
+    np.savez(run / EXPERT_LOAD, steps=counts, layers=counts, counts=counts)
     with pytest.raises(ValueError, match="allow_pickle=False"):
         read_run(run)
     assert not marker.exists()

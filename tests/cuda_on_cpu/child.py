@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import cuda_bytes
 from benchmarks.fake_cuda import kernels
-from lightning_moefold.modules import blockwise
+from lightning_moefold.modules.attention import blockwise
 from tests.cuda_on_cpu import models, products
 
 

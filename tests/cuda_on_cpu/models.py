@@ -31,8 +31,8 @@ from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, local_part, parallelize
-from lightning_moefold.parallel.registry import ParameterRegistry
-from lightning_moefold.testing import scale
+from lightning_moefold.parallel.parameters import ParameterRegistry
+from lightning_moefold.testing.rehearsal import scale
 
 
 @dataclass(frozen=True)

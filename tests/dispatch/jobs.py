@@ -17,7 +17,7 @@ from lightning_moefold.dispatch.hierarchical import HierarchicalDispatcher
 from lightning_moefold.dispatch.registry import DISPATCHERS, make_dispatcher
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import MoELayer
-from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
+from lightning_moefold.modules.experts.kernels import read_tokens, sum_rows
 from lightning_moefold.parallel import Sharding, parallelize
 
 EXPERTS, TOP, SIZE = 8, 3, 3

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold import Fold
+from lightning_moefold.async_comm import Handle
 from lightning_moefold.dispatch import DispatchConfig
-from lightning_moefold.flight import Flight
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules import Experts, MoELayer, expert_kernels
+from lightning_moefold.modules import Experts, MoELayer
+from lightning_moefold.modules.experts import kernels
 from lightning_moefold.parallel import Sharding, parallelize
 
 SIZE, EXPERTS, TOP = 16, 8, 3
@@ -27,15 +28,15 @@ Events = list[str]
 def noted(events: Events, who: Callable[[], str] = str) -> Iterator[None]:
     """Writes down flights and experts: ``start`` and ``wait`` (when it is over), ``experts`` and, in backward, ``experts'``;
     after ``who`` it is."""
-    start, wait, compute = Flight.start, Flight.wait, Experts.compute
-    backward = expert_kernels._ExpertByExpert.backward
+    start, wait, compute = Handle.start, Handle.wait, Experts.compute
+    backward = kernels._ExpertByExpert.backward
 
-    def started(flight: Flight, tensors: Any, **kwargs: Any) -> Any:
+    def started(handle: Handle, tensors: Any, **kwargs: Any) -> Any:
         events.append(f"{who()}start")
-        return start(flight, tensors, **kwargs)
+        return start(handle, tensors, **kwargs)
 
-    def waited(flight: Flight) -> Any:
-        arrived = wait(flight)
+    def waited(handle: Handle) -> Any:
+        arrived = wait(handle)
         events.append(f"{who()}wait")
         return arrived
 
@@ -49,10 +50,10 @@ def noted(events: Events, who: Callable[[], str] = str) -> Iterator[None]:
 
     with ExitStack() as stack:
         for target, name, replacement in (
-            (Flight, "start", started),
-            (Flight, "wait", waited),
+            (Handle, "start", started),
+            (Handle, "wait", waited),
             (Experts, "compute", computed),
-            (expert_kernels._ExpertByExpert, "backward", staticmethod(went_back)),
+            (kernels._ExpertByExpert, "backward", staticmethod(went_back)),
         ):
             stack.enter_context(mock.patch.object(target, name, replacement))
         yield

@@ -10,8 +10,8 @@ import pytest
 from lightning_moefold import Fold
 from lightning_moefold.dispatch import DispatchConfig, choose_dispatcher, settle
 from lightning_moefold.fold import expert_nodes
-from lightning_moefold.planner.pairs import pairs_of
-from lightning_moefold.planner.routing import BALANCED
+from lightning_moefold.planner.cost.pairs import pairs_of
+from lightning_moefold.planner.cost.routing import BALANCED
 from lightning_moefold.testing import RankPool
 from tests.dispatch import jobs
 

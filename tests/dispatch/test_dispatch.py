@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_moefold.dispatch.permutation import Copies, collect, sort_by_expert, spread
-from lightning_moefold.planner.pairs import pairs_of
-from lightning_moefold.planner.routing import BALANCED
+from lightning_moefold.dispatch.permutation import Copies, permute, sort_by_expert, unpermute
+from lightning_moefold.planner.cost.pairs import pairs_of
+from lightning_moefold.planner.cost.routing import BALANCED
 from lightning_moefold.testing import RankPool
 from tests.dispatch import jobs
 
@@ -134,7 +134,7 @@ def test_spread_and_collect(routing: tuple[Tensor, int, Tensor | None]) -> None:
     copies = Copies.of_choices(choices, int(choices.counts_E.sum()), tokens)
     x = torch.randn(tokens, 2, dtype=torch.float64, requires_grad=True)
     times = top * (torch.ones(tokens, 1, dtype=torch.float64) if routed is None else routed.double().unsqueeze(1))
-    y = collect(spread(x, copies), copies)
+    y = unpermute(permute(x, copies), copies)
     torch.testing.assert_close(y, x * times)
     slope = torch.randn_like(y)
     torch.testing.assert_close(torch.autograd.grad(y, x, slope)[0], slope * times)

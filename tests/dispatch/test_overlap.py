@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from lightning_moefold.flight import Flight
+from lightning_moefold.async_comm import Handle
 from lightning_moefold.testing import RankPool
 from tests.dispatch import overlapping
 
@@ -83,11 +83,11 @@ def test_memory_waits_for_the_stream_that_waited(other_stream: bool) -> None:
     x, out = (mock.Mock(is_cuda=True, device="cuda:0") for _ in range(2))
     x.contiguous.return_value = x
     route = SimpleNamespace(start=lambda *_: (mock.Mock(), out), finish=lambda out, _: out)
-    flight = Flight([route], mock.Mock())  # type: ignore[list-item]
+    handle = Handle([route], mock.Mock())  # type: ignore[list-item]
     with mock.patch.object(torch.cuda, "current_stream", side_effect=["first", "second" if other_stream else "first"]):
-        flight.start([x])
-        assert flight._pending[0][2:] == (x, out)
-        assert flight.wait() == [out]
+        handle.start([x])
+        assert handle._pending[0][2:] == (x, out)
+        assert handle.wait() == [out]
     expected = [mock.call("second")] if other_stream else []
     assert x.record_stream.call_args_list == out.record_stream.call_args_list == expected
-    assert not flight._pending
+    assert not handle._pending

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lightning_moefold import Fold
-from lightning_moefold.parallel.stages import SCHEDULES, V_SHAPED, PipelinePlan
+from lightning_moefold.parallel.pipeline.plan import SCHEDULES, V_SHAPED, PipelinePlan
 from lightning_moefold.testing import make_checkpoint
 from tests.exactness.matrix import FACTORS, Row
 

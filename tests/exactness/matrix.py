@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from lightning_moefold import Fold, FoldError, MoEConfig
-from lightning_moefold.parallel.stages import SCHEDULES, PipelinePlan
+from lightning_moefold.parallel.pipeline.plan import SCHEDULES, PipelinePlan
 from tests.exactness.shapes import SHAPES, hf_config
 
 AXES = ("tp", "cp", "dp", "pp", "ep", "etp", "edp")

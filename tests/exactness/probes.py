@@ -18,7 +18,7 @@ from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes
 from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
 from lightning_moefold.dispatch.registry import DISPATCHERS
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules.expert_kernels import read_tokens, sum_rows
+from lightning_moefold.modules.experts.kernels import read_tokens, sum_rows
 from lightning_moefold.parallel import local_part
 from lightning_moefold.testing import PoolEnvironment
 from tests.exactness.runs import BatchList

@@ -19,7 +19,7 @@ from lightning_moefold import MoECausalLM, MoEFoldStrategy
 from lightning_moefold.callbacks.memory import read_memory
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.modules import Experts, MoELayer
-from lightning_moefold.modules import expert_kernels as kernels
+from lightning_moefold.modules.experts import kernels
 from lightning_moefold.modules.recompute import recomputed
 from lightning_moefold.testing import assert_close_by_name, make_batches, make_checkpoint, reference_run
 from lightning_moefold.testing.pieces import assemble

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_moefold.flight import Flight
-from lightning_moefold.parallel.paired_passes import take_turns
+from lightning_moefold.async_comm import Handle
+from lightning_moefold.parallel.pipeline.paired_passes import take_turns
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,13 +25,13 @@ class _Pause(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, done: list[Any], name: str) -> Tensor:
         ctx.done, ctx.name = done, name
         done.append((name, torch.cuda.current_stream()))
-        Flight.before_waiting()
+        Handle.before_waiting()
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         ctx.done.append((f"{ctx.name}'", torch.cuda.current_stream()))
-        Flight.before_waiting()
+        Handle.before_waiting()
         return grads[0].clone(), None, None
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold import MoECausalLM
-from lightning_moefold.modules.cache import KeyValueCache
+from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from tests.models.hf import parallel
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from lightning_moefold import MoEConfig
+from lightning_moefold.errors import ConfigError
 from lightning_moefold.models import fields
-from lightning_moefold.models.config import ConfigError
 from lightning_moefold.models.hf_config import written_config
-from lightning_moefold.modules.rotary import rotary_tables
+from lightning_moefold.modules.attention.rotary import rotary_tables
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 BASE: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_moefold import MoECausalLM
-from lightning_moefold.export import export
+from lightning_moefold.models.export import export
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.models import exported
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_moefold import MoECausalLM, MoEConfig
-from lightning_moefold.models.config import ConfigError
+from lightning_moefold.errors import ConfigError
 from lightning_moefold.testing import RankPool, assert_close_by_name, hf_reference, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.models import hf

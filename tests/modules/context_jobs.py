@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold.mesh import SINGLE, Axis
-from lightning_moefold.modules import blockwise, context
-from lightning_moefold.modules.blockwise import Visibility
-from lightning_moefold.modules.context import ContextLayout, context_attention
+from lightning_moefold.modules.attention import blockwise, context
+from lightning_moefold.modules.attention.blockwise import Visibility
+from lightning_moefold.modules.attention.context import ContextLayout, context_attention
 
 SIZE = 4
 

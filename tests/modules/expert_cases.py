@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold.dispatch import ExpertRows
-from lightning_moefold.modules.expert_kernels import Activation
+from lightning_moefold.modules.experts.kernels import Activation
 
 COUNTS = [[0, 5, 0, 3, 1, 0], [9, 0], [4, 4], [0, 0, 0]]
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_moefold.modules import transformer_engine as under_test
+from lightning_moefold.modules.experts import transformer_engine as under_test
 
 ALIGNMENT = 16  # of rows per expert in FP8, by delayed, current and block scaling
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lightning_moefold.mesh import Axis
-from lightning_moefold.modules import context
-from lightning_moefold.modules.blockwise import Seen, Span, Visibility, block_backward, block_forward
-from lightning_moefold.modules.context import ContextLayout, choose_exchange
+from lightning_moefold.modules.attention import context
+from lightning_moefold.modules.attention.blockwise import Seen, Span, Visibility, block_backward, block_forward
+from lightning_moefold.modules.attention.context import ContextLayout, choose_exchange
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from tests.modules import context_jobs
 
@@ -102,7 +102,7 @@ def test_block_without_a_fused_kernel(seen: Any, monkeypatch: pytest.MonkeyPatch
     out, lse = block_forward(q, k, v, seen)
     expected = (out, lse, *block_backward(grad, q, k, v, out, lse, seen))
 
-    monkeypatch.setattr("lightning_moefold.modules.blockwise._ON_CPU", "nowhere")
+    monkeypatch.setattr("lightning_moefold.modules.attention.blockwise._ON_CPU", "nowhere")
     found = (*block_forward(q, k, v, seen), *block_backward(grad, q, k, v, out, lse, seen))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -12,10 +12,10 @@ import torch
 
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.modules import MoELayer
-from lightning_moefold.modules import expert_kernels as kernels
-from lightning_moefold.modules.expert_kernels import _at_once
+from lightning_moefold.modules.experts import kernels
+from lightning_moefold.modules.experts.kernels import _at_once
+from lightning_moefold.modules.experts.products import ExpertProducts, GroupedProducts
 from lightning_moefold.modules.mlp import ACTIVATIONS
-from lightning_moefold.modules.products import ExpertProducts, GroupedProducts
 from tests.modules.expert_cases import COUNTS, by_loop, make_rows
 
 KINDS = ["in order", "permuted", "often or never"]

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from lightning_moefold import Fold
 from lightning_moefold.modules import Experts
-from lightning_moefold.modules import float8_products as float8
-from lightning_moefold.modules.expert_kernels import gated_experts
-from lightning_moefold.modules.float8_products import Float8Products, check_float8, to_float8
+from lightning_moefold.modules.experts import float8_products as float8
+from lightning_moefold.modules.experts.float8_products import Float8Products, check_float8, to_float8
+from lightning_moefold.modules.experts.kernels import gated_experts
 from lightning_moefold.modules.mlp import ACTIVATIONS
 from tests.modules.expert_cases import make_rows
 

@@ -13,28 +13,29 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lightning_moefold.dispatch import ExpertRows
-from lightning_moefold.modules import Experts, kept_memory
-from lightning_moefold.modules.kept_memory import KeptMemory
+from lightning_moefold.modules import Experts
+from lightning_moefold.modules.experts import cpu_cache
+from lightning_moefold.modules.experts.cpu_cache import CpuCachingAllocator
 
 
 @pytest.fixture(autouse=True)
 def from_small_sizes_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    kept_memory.release()
-    monkeypatch.setattr(kept_memory, "SMALLEST", 256)
+    cpu_cache.release()
+    monkeypatch.setattr(cpu_cache, "SMALLEST", 256)
     yield
-    kept_memory.release()
+    cpu_cache.release()
 
 
-def _kept(memory: KeptMemory) -> int:
+def _kept(memory: CpuCachingAllocator) -> int:
     return sum(block.numel() for block in memory._free)
 
 
-def _lend(memory: KeptMemory, rows: int) -> Tensor:
+def _lend(memory: CpuCachingAllocator, rows: int) -> Tensor:
     return memory.empty(torch.empty(0), rows, 64)
 
 
 def test_a_block_comes_back_with_the_last_tensor_on_it() -> None:
-    memory = KeptMemory()
+    memory = CpuCachingAllocator()
     x = _lend(memory, 16)
     assert x.shape == (16, 64)
     assert x.is_contiguous()
@@ -48,14 +49,14 @@ def test_a_block_comes_back_with_the_last_tensor_on_it() -> None:
 
 
 def test_nothing_is_lent_twice() -> None:
-    memory = KeptMemory()
+    memory = CpuCachingAllocator()
     for _ in range(3):
         lent = [_lend(memory, rows).fill_(number) for number, rows in enumerate([16, 16, 16, 5, 40])]
         assert [x.unique().tolist() for x in lent] == [[0], [1], [2], [3], [4]]
 
 
 def test_sizes_that_differ_little_share_a_block() -> None:
-    memory = KeptMemory()
+    memory = CpuCachingAllocator()
     first = _lend(memory, 1000)
     address = first.data_ptr()
     del first
@@ -65,7 +66,7 @@ def test_sizes_that_differ_little_share_a_block() -> None:
 
 
 def test_no_more_is_kept_than_was_in_use() -> None:
-    memory = KeptMemory()
+    memory = CpuCachingAllocator()
     for rows in (100, 300, 200, 500, 400, 450, 100, 300):
         _lend(memory, rows)
         assert _kept(memory) <= 500 * 256 * 17 / 16
@@ -75,7 +76,7 @@ def test_no_more_is_kept_than_was_in_use() -> None:
 
 
 def test_what_is_lent_at_release_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory, blocks = KeptMemory(), []
+    memory, blocks = CpuCachingAllocator(), []
     make = memory._block
 
     def noted(size: int) -> Tensor:
@@ -96,7 +97,7 @@ def test_what_is_lent_at_release_does_not_come_back(monkeypatch: pytest.MonkeyPa
 
 
 def test_small_blocks_and_other_devices_are_left_to_their_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = KeptMemory()
+    memory = CpuCachingAllocator()
     assert memory.empty(torch.empty(0, device="meta"), 800).is_meta
     with FakeTensorMode() as fake:
         assert isinstance(memory.empty(fake.from_tensor(torch.empty(0)), 800), FakeTensor)
@@ -104,7 +105,7 @@ def test_small_blocks_and_other_devices_are_left_to_their_allocators(monkeypatch
         assert memory.empty(torch.empty(0, device="cpu"), 80).device == torch.device("cpu")
     assert _kept(memory) == 320
     memory.release()
-    monkeypatch.setattr(kept_memory, "SMALLEST", 4096)
+    monkeypatch.setattr(cpu_cache, "SMALLEST", 4096)
     memory.empty(torch.empty(0), 800)
     assert _kept(memory) == 0
 
@@ -136,7 +137,7 @@ def test_gradients_of_experts_on_used_memory(monkeypatch: pytest.MonkeyPatch) ->
         mine = [g.clone() for g in grads]
         del grads
         with monkeypatch.context() as fresh:
-            fresh.setattr(kept_memory, "SMALLEST", 2**40)
+            fresh.setattr(cpu_cache, "SMALLEST", 2**40)
             for a, b in zip(mine, _step(experts, counts), strict=True):
                 assert torch.equal(a, b)
     assert all(addresses == seen[0] for addresses in seen), "the memory of the first gradients serves the later ones"

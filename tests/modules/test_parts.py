@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from lightning_moefold.dispatch import ExpertRows
-from lightning_moefold.modules import Experts, kept_memory
-from lightning_moefold.modules.parts import split_stack
+from lightning_moefold.modules import Experts
+from lightning_moefold.modules.experts import cpu_cache
+from lightning_moefold.modules.experts.stack import split_stack
 
 COUNTS = [2, 0, 3, 1, 0, 4]
 
 
 @pytest.fixture
 def experts(monkeypatch: pytest.MonkeyPatch) -> Experts:
-    monkeypatch.setattr(kept_memory, "SMALLEST", 256)
+    monkeypatch.setattr(cpu_cache, "SMALLEST", 256)
     torch.manual_seed(0)
     return Experts(16, len(COUNTS), 8).double()
 

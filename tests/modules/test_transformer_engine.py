@@ -18,10 +18,10 @@ from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.dispatch.registry import DISPATCHERS
 from lightning_moefold.modules import Experts, MoELayer
-from lightning_moefold.modules.expert_kernels import gated_experts
+from lightning_moefold.modules.experts.kernels import gated_experts
+from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts, load
 from lightning_moefold.modules.mlp import ACTIVATIONS
 from lightning_moefold.modules.recompute import recomputed
-from lightning_moefold.modules.transformer_engine import TransformerEngineExperts, load
 from lightning_moefold.testing import RankPool
 from tests.modules import te_jobs, te_stub
 from tests.modules.expert_cases import COUNTS, by_loop, make_rows

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_moefold.modules import varlen
-from lightning_moefold.modules.blockwise import Span, Visibility
+from lightning_moefold.modules.attention import varlen
+from lightning_moefold.modules.attention.blockwise import Span, Visibility
 
 CPU = torch.device("cpu")
 LENGTH = 9

@@ -24,9 +24,9 @@ from lightning_moefold.modules import (
     RouterOptions,
     load_balancing_loss,
 )
-from lightning_moefold.modules.layered import layered_networks
 from lightning_moefold.parallel import PipelinePlan, Sharding
-from lightning_moefold.parallel.network import NetworkOptions, parallelize_network
+from lightning_moefold.parallel.network.protocol import layered_networks
+from lightning_moefold.parallel.network.runner import NetworkOptions, parallelize_network
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.exactness.runs import BatchList

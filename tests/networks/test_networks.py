@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from lightning_moefold import Fold
-from lightning_moefold.modules import Attention, MoELayer, attention, load_balancing_loss
-from lightning_moefold.refusals import UnsupportedFeature, check_blocks
+from lightning_moefold.errors import UnsupportedFeature
+from lightning_moefold.lifecycle.unsupported import check_blocks
+from lightning_moefold.modules import Attention, MoELayer, load_balancing_loss
+from lightning_moefold.modules.attention import attention
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import cover

@@ -10,7 +10,8 @@ from unittest import mock
 
 import torch
 
-from lightning_moefold.parallel import paired_passes, schedule
+from lightning_moefold.parallel.pipeline import engine
+from lightning_moefold.parallel.pipeline.pipeline import paired_passes
 from tests.dispatch.overlapping import Events, noted
 from tests.exactness import runs
 
@@ -63,7 +64,7 @@ def train(checkpoint: str, fold: str, batches: list[Any], spec: dict[str, Any]) 
     with noted(events, _who), mock.patch.object(paired_passes, "take_turns", pair):
         paired = _tensors(runs.train(checkpoint, fold, batches, spec))
     seen.others.extend(events)
-    with mock.patch.object(schedule, "pair_passes", return_value=None):
+    with mock.patch.object(engine, "pair_passes", return_value=None):
         plain = _tensors(runs.train(checkpoint, fold, batches, spec))
     assert paired.keys() == plain.keys()
     seen.compared = len(paired)

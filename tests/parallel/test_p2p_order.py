@@ -23,8 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_moefold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
-from lightning_moefold.parallel.schedule import ScheduleRunner, Wire
-from lightning_moefold.parallel.stages import PipelinePlan
+from lightning_moefold.parallel.pipeline.engine import ScheduleRunner, Wire
+from lightning_moefold.parallel.pipeline.plan import PipelinePlan
 
 PLANS = [
     PipelinePlan("gpipe"), PipelinePlan("1f1b"), PipelinePlan("interleaved_1f1b", 2), PipelinePlan("interleaved_1f1b", 3),

@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_moefold import Fold
-from lightning_moefold.flight import Flight
-from lightning_moefold.parallel.paired_passes import take_turns
+from lightning_moefold.async_comm import Handle
+from lightning_moefold.parallel.pipeline.paired_passes import take_turns
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint
 from tests.parallel import paired
 
@@ -63,7 +63,7 @@ def test_exchanges_hide_behind_the_other_pass(
 def _steps(name: str, steps: int, done: list[str]) -> None:
     for step in range(steps):
         done.append(f"{name}{step}")
-        Flight.before_waiting()
+        Handle.before_waiting()
 
 
 def test_turns() -> None:
@@ -73,7 +73,7 @@ def test_turns() -> None:
     done.clear()
     take_turns(lambda: _steps("f", 3, done), lambda: None, CPU)
     assert done == ["f0", "f1", "f2"]
-    Flight.before_waiting()  # outside, nobody waits for anybody
+    Handle.before_waiting()  # outside, nobody waits for anybody
 
 
 def test_a_forward_that_differentiates_lets_the_backward_end_first() -> None:
@@ -95,7 +95,7 @@ def test_an_error_ends_both(first: str) -> None:
 
     def fails() -> None:
         done.append("fails")
-        Flight.before_waiting()
+        Handle.before_waiting()
         raise ZeroDivisionError(first)
 
     def wrapped() -> None:

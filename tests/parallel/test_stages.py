@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as draw
 
 from lightning_moefold import MoEConfig
-from lightning_moefold.parallel.stages import SCHEDULES, PipelinePlan, cut_by_cost
+from lightning_moefold.parallel.pipeline.plan import SCHEDULES, PipelinePlan, cut_by_cost
 
 
 @settings(deadline=None)

@@ -15,7 +15,7 @@ from lightning_moefold.modules import Experts
 from lightning_moefold.modules.base import ParallelModule
 from lightning_moefold.parallel.apply import _data_dim
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job
-from lightning_moefold.planner.schedules import RankLayers, pipeline_layout
+from lightning_moefold.planner.cost.schedules import RankLayers, pipeline_layout
 
 TINY = {
     "vocab_size": 512, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,

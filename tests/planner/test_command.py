@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lightning_moefold.cli import main
+from lightning_moefold.cli.main import main
 
 BASE = ["plan", "--model", "mixtral-8x22b", "--gpus", "128", "--hardware", "dgx-h100", "--global-batch-size", "256"]
 BASE += ["--sequence-length", "4096", "--capacity-factor", "1"]

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_moefold.cli import main
+from lightning_moefold.cli.main import main
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan, PlanError
-from lightning_moefold.planner.layer import LayerCosts
-from lightning_moefold.planner.routing import PROFILES
-from lightning_moefold.planner.search import Planner, Space
+from lightning_moefold.planner.cost.layer import LayerCosts
+from lightning_moefold.planner.cost.routing import PROFILES
+from lightning_moefold.planner.search.search import Planner, Space
 
 JOB = Job(MODELS["qwen2-57b-a14b"], 64, PRESETS["dgx-h100"], 256, 4096)
 

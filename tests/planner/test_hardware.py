@@ -5,8 +5,8 @@ import pytest
 
 from lightning_moefold.callbacks.peaks import device_peak
 from lightning_moefold.planner import PRESETS, Hardware, HardwareError, PlanError, find_hardware, machine_for
-from lightning_moefold.planner.devices import find_device
-from lightning_moefold.planner.kernels import Compute
+from lightning_moefold.planner.machine.devices import find_device
+from lightning_moefold.planner.machine.kernels import Compute
 
 MINIMAL = """
 gpus_per_node = 4

@@ -6,8 +6,8 @@ from itertools import islice
 import pytest
 
 from lightning_moefold.fold import AXES, JOINT_AXES, Fold
-from lightning_moefold.planner.hardware import PRESETS
-from lightning_moefold.planner.links import GroupShape, Links, axis_shape
+from lightning_moefold.planner.machine.hardware import PRESETS
+from lightning_moefold.planner.machine.links import GroupShape, Links, axis_shape
 
 
 def placed(groups, per_node):

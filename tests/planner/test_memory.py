@@ -8,8 +8,8 @@ import pytest
 from lightning_moefold.fold import Fold
 from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan
-from lightning_moefold.planner.explain import header
-from lightning_moefold.planner.schedules import pipeline_layout
+from lightning_moefold.planner.cost.schedules import pipeline_layout
+from lightning_moefold.planner.report.explain import header
 
 
 def costs(model, **changes):

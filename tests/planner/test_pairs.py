@@ -6,8 +6,8 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from lightning_moefold.planner.pairs import chosen_part, fit_weights, odds_under, pairs_of, used_places
-from lightning_moefold.planner.routing import PROFILES, RoutingProfile
+from lightning_moefold.planner.cost.pairs import chosen_part, fit_weights, odds_under, pairs_of, used_places
+from lightning_moefold.planner.cost.routing import PROFILES, RoutingProfile
 
 
 def every_set(weight, served, top_k, places):

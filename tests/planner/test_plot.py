@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from lightning_moefold.cli import main
+from lightning_moefold.cli.main import main
 from lightning_moefold.planner import MODELS, PRESETS, Job, Planner, RoutingProfile
-from lightning_moefold.planner.explain import result_json
-from lightning_moefold.planner.plot import read_plans, write_plots
-from lightning_moefold.planner.roofline import roofline
+from lightning_moefold.planner.cost.roofline import roofline
+from lightning_moefold.planner.report.explain import result_json
+from lightning_moefold.plots.plans import read_plans, write_plots
 
 
 def search(**changes):

@@ -7,7 +7,7 @@ import pytest
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner import PRESETS, Planner
-from lightning_moefold.planner.published import RUNS, compare, same_order
+from lightning_moefold.planner.search.published import RUNS, compare, same_order
 
 
 @pytest.fixture(scope="module")

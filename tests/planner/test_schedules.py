@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from lightning_moefold.fold import Fold
-from lightning_moefold.parallel.stages import PipelinePlan
+from lightning_moefold.parallel.pipeline.plan import PipelinePlan
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan, RoutingProfile, find_routing
-from lightning_moefold.planner.schedules import bubble, chunks_in_flight, legal, pipeline_layout
-from lightning_moefold.planner.simulate import run_fixed, run_split, simulate, write_chrome_trace
+from lightning_moefold.planner.cost.schedules import bubble, chunks_in_flight, legal, pipeline_layout
+from lightning_moefold.planner.cost.simulate import run_fixed, run_split, simulate, write_chrome_trace
 
 FORWARD, BACKWARD = 1.0, 2.25
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_moefold.fold import Fold, FoldError
-from lightning_moefold.planner import MODELS, PRESETS, Job, PlanError, Planner, Space, find_routing, search
-from lightning_moefold.planner.advice import hints, why_not
-from lightning_moefold.planner.search import Result, legal_folds
+from lightning_moefold.errors import FoldError
+from lightning_moefold.fold import Fold
+from lightning_moefold.planner import MODELS, PRESETS, Job, PlanError, Planner, Space, find_routing
+from lightning_moefold.planner.report.advice import hints, why_not
+from lightning_moefold.planner.search.search import Result, legal_folds, search
 
 
 def job_for(model, ranks, batch=256, **changes):

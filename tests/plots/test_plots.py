@@ -12,11 +12,11 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_moefold.callbacks.expert_load import NO_EXPERT, LoadHistory
-from lightning_moefold.callbacks.load_balance import FILE_NAME
-from lightning_moefold.cli import main
+from lightning_moefold.callbacks.expert_load import LoadHistory
+from lightning_moefold.cli.main import main
 from lightning_moefold.plots import read_run
 from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_speed, loss_names
+from lightning_moefold.plots.files import EXPERT_LOAD, NO_EXPERT
 from lightning_moefold.plots.lines import smooth, top_of
 from lightning_moefold.plots.load import draw_expert_load, imbalance
 from lightning_moefold.plots.read import NEWEST, RecordedLoad
@@ -41,7 +41,7 @@ def write_metrics(folder: Path, version: int = 0, steps: int = 4, age: float = 0
 
 def write_load(folder: Path) -> None:
     history = LoadHistory([1, 3], [(10, np.array([[4, 0, 2], [1, 3, -1]])), (20, np.array([[2, 2, 2], [0, 0, -1]]))])
-    history.save(folder / FILE_NAME)
+    history.save(folder / EXPERT_LOAD)
 
 
 def test_metrics_by_step(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_nothing_to_draw(tmp_path: Path, missing: str, capsys: pytest.CaptureFix
         (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
         expected = "has no column named step"
     elif missing == "broken":
-        (tmp_path / FILE_NAME).write_bytes(b"PK\x03\x04 cut off")
+        (tmp_path / EXPERT_LOAD).write_bytes(b"PK\x03\x04 cut off")
         expected = "not what LoadBalanceMonitor writes"
     assert main(["plot", str(tmp_path / "none" if missing == "folder" else tmp_path)]) == 2
     assert expected in capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_each_expert_over_the_run(tmp_path: Path) -> None:
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     many = RecordedLoad(np.array([5]), np.arange(12), np.ones((1, 12, 4), dtype=np.int64))
-    LoadHistory(many.layers.tolist(), [(5, many.counts_NLE[0])]).save(tmp_path / FILE_NAME)
+    LoadHistory(many.layers.tolist(), [(5, many.counts_NLE[0])]).save(tmp_path / EXPERT_LOAD)
     assert main(["plot", str(tmp_path), "--output", str(tmp_path / "elsewhere")]) == 0
     assert pngs(tmp_path / "elsewhere") == ["expert_load"]
     printed = capsys.readouterr().out

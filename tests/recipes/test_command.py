@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.checkpoint.sharded import load_meta
-from lightning_moefold.cli import main
-from lightning_moefold.recipes import FineTuneModule, TextData, command
+from lightning_moefold.cli import fit, main
+from lightning_moefold.recipes import FineTuneModule, TextData
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.recipes.running import CONFIG, ROOT, arguments, logged
 from tests.strategy.plain import trainer
@@ -168,7 +168,7 @@ class Recording(MoEFoldStrategy):
         super().__init__(*args, **kwargs)
 
 
-class NotRun(command.MoEFoldCLI):
+class NotRun(fit.MoEFoldCLI):
     """Makes everything and runs nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None: ...

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moefold.cli import main
+from lightning_moefold.cli.main import main
 from tests.recipes.running import CONFIG, ROOT, arguments, logged
 
 Launch = Callable[[list[str], int], list[tuple[list[str], dict[str, str]]]]

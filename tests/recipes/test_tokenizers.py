@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_moefold import MoEFoldStrategy
-from lightning_moefold.cli import main
+from lightning_moefold.cli.main import main
 from lightning_moefold.recipes import FineTuneModule, TextData
 from lightning_moefold.testing import RankPool
 from tests.strategy.plain import trainer

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lightning_moefold import Fold, MoECausalLM
-from lightning_moefold.export import export
-from lightning_moefold.models.config import ConfigError
+from lightning_moefold.errors import ConfigError
+from lightning_moefold.models.export import export
 from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.modules import RouterOptions
 from lightning_moefold.recipes import FineTuneModule

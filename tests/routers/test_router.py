@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_moefold import MoECausalLM, MoEConfig
-from lightning_moefold.models.config import ConfigError
+from lightning_moefold.errors import ConfigError
 from lightning_moefold.modules import (
     MoELayer,
     Router,

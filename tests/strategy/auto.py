@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_moefold import AutoFold, MoEFoldStrategy, autofold
+from lightning_moefold import AutoFold, MoEFoldStrategy
+from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.strategy import finetune
@@ -65,11 +66,11 @@ class Listening:
         self.said = said
 
     def __enter__(self) -> None:
-        self.before = autofold.say
-        autofold.say = self.said.append
+        self.before = fold_choice.say
+        fold_choice.say = self.said.append
 
     def __exit__(self, *_: Any) -> None:
-        autofold.say = self.before
+        fold_choice.say = self.before
 
 
 class Rows(torch.utils.data.Dataset):

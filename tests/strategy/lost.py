@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold import MoECausalLM, MoEFoldStrategy, comm
-from lightning_moefold.flight import Flight
+from lightning_moefold.async_comm import Handle
+from lightning_moefold.cli.terminal import quiet
 from lightning_moefold.mesh import Axis
-from lightning_moefold.modules import context
-from lightning_moefold.parallel.stage_module import Stage
-from lightning_moefold.recipes.terminal import quiet
+from lightning_moefold.modules.attention import context
+from lightning_moefold.parallel.pipeline.stage import Stage
 
 #: The optimizer step in which it happens.
 STEP = 2
@@ -63,13 +63,13 @@ FSDP_GATHER = (dist, comm.ALL_GATHER)
 CASES = {
     "tp": Case("tp2", (comm, "all_gather_raw"), "tp"),
     "cp": Case("cp2", (context, "_Rotation"), "cp"),
-    "ep": Case("| ep2", (Flight, "start"), "ep"),
+    "ep": Case("| ep2", (Handle, "start"), "ep"),
     "etp": Case("| etp2", (comm, "all_gather_uneven"), "etp"),
     "pp": Case("pp2", (Stage, "forward")),
     "dp": Case("", FSDP_GATHER),
-    "store": Case("| ep2", (Flight, "start"), "ep", victim=0),
-    "four": Case("tp2 pp2 | ep2", (Flight, "start"), "ep", ranks=4, victim=3),
-    "raises": Case("tp2 pp2 | ep2", (Flight, "start"), "ep", ranks=4, victim=3, how="raises"),
+    "store": Case("| ep2", (Handle, "start"), "ep", victim=0),
+    "four": Case("tp2 pp2 | ep2", (Handle, "start"), "ep", ranks=4, victim=3),
+    "raises": Case("tp2 pp2 | ep2", (Handle, "start"), "ep", ranks=4, victim=3, how="raises"),
     "other collective": Case("tp2", (comm, "all_gather_raw"), "tp", how="other collective", timeout=10),
     "other size": Case("tp2", (comm, "all_gather_raw"), "tp", how="other size", timeout=10),
     "stays away": Case("tp2", (comm, "all_gather_raw"), "tp", how="stays away", timeout=10),
@@ -93,7 +93,7 @@ class Module(pl.LightningModule):
 
     def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            axes = [(a.axis if isinstance(a, Flight) else a).name for a in args if isinstance(a, (Axis, Flight))]
+            axes = [(a.axis if isinstance(a, Handle) else a).name for a in args if isinstance(a, (Axis, Handle))]
             self.calls += self.global_step == STEP and (not self.case.axis or self.case.axis in axes)
             if self.calls == 2:
                 self.note.write_text(str(time.time()))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
-from lightning_moefold.recipes.terminal import quiet
+from lightning_moefold.cli.terminal import quiet
 
 
 class Endless(pl.LightningModule):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lightning_moefold import AutoFold, MoEFoldStrategy
-from lightning_moefold.autofold import Fixed, agreed
-from lightning_moefold.autofold import machine as machine_at_hand
 from lightning_moefold.dispatch import DispatchConfig
+from lightning_moefold.lifecycle.fold_choice import Fixed, agreed
+from lightning_moefold.lifecycle.fold_choice import machine as machine_at_hand
 from lightning_moefold.planner import PRESETS
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble

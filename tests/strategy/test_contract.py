@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 
 import lightning_moefold
 from lightning_moefold import MoEFoldStrategy
-from lightning_moefold.precision import MoEFoldPrecision
-from lightning_moefold.shared_checkpoints import SharedCheckpoints
+from lightning_moefold.lifecycle.checkpoints import SharedCheckpoints
+from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 
 
 def _overrides() -> list[Any]:

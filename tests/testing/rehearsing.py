@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_moefold import Fold
-from lightning_moefold.planner.models_zoo import MODELS
-from lightning_moefold.testing.expected import expected_messages
-from lightning_moefold.testing.messages import Message, as_counter
-from lightning_moefold.testing.scale import Rehearsal, Step, rehearse
+from lightning_moefold.planner.search.models_zoo import MODELS
+from lightning_moefold.testing.rehearsal.expected import expected_messages
+from lightning_moefold.testing.rehearsal.messages import Message, as_counter
+from lightning_moefold.testing.rehearsal.scale import Rehearsal, Step, rehearse
 
 #: Of two layers and six heads, of which two or three go together in a ring, so that its groups of heads are unequal.
 SMALL = replace(

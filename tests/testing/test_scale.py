@@ -10,10 +10,10 @@ import pytest
 
 from lightning_moefold.parallel import PipelinePlan
 from lightning_moefold.parallel.gradients import GradientSum
-from lightning_moefold.planner.models_zoo import MODELS
-from lightning_moefold.testing.expected import expected_messages
-from lightning_moefold.testing.planned import held, planned
-from lightning_moefold.testing.scale import Step
+from lightning_moefold.planner.search.models_zoo import MODELS
+from lightning_moefold.testing.rehearsal.expected import expected_messages
+from lightning_moefold.testing.rehearsal.planned import held, planned
+from lightning_moefold.testing.rehearsal.scale import Step
 from tests.testing.rehearsing import check, differences
 
 

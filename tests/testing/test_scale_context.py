@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from lightning_moefold.mesh import Axis
-from lightning_moefold.modules import context
-from lightning_moefold.modules.context import Exchange
+from lightning_moefold.modules.attention import context
+from lightning_moefold.modules.attention.context import Exchange
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.parallel import PipelinePlan
-from lightning_moefold.planner.models_zoo import MODELS
-from lightning_moefold.testing.scale import Step
+from lightning_moefold.planner.search.models_zoo import MODELS
+from lightning_moefold.testing.rehearsal.scale import Step
 from tests.testing.rehearsing import SMALL, check, differences
 
 

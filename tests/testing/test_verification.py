@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_moefold.cli import main
+from lightning_moefold.cli.main import main
 from lightning_moefold.testing import make_checkpoint, verification
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
+from lightning_moefold.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
@@ -55,41 +57,41 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         if self.score_function not in ("softmax", "sigmoid"):
-            raise ValueError(f"score_function={self.score_function!r} is not known; use 'softmax' or 'sigmoid'.")
+            raise InputError(f"score_function={self.score_function!r} is not known; use 'softmax' or 'sigmoid'.")
         if self.softmax_after_topk and self.score_function != "softmax":
-            raise ValueError("softmax_after_topk=True goes with score_function='softmax' only; leave one of them out.")
+            raise InputError("softmax_after_topk=True goes with score_function='softmax' only; leave one of them out.")
         if self.softmax_after_topk and self.norm_topk_prob is False:
-            raise ValueError(
+            raise InputError(
                 "weights that are a softmax over the chosen experts have the sum 1; leave out norm_topk_prob=False or "
                 "softmax_after_topk=True."
             )
         if not 1 <= self.topk_group <= self.n_group:
-            raise ValueError(f"topk_group={self.topk_group} must lie between 1 and n_group={self.n_group}.")
+            raise InputError(f"topk_group={self.topk_group} must lie between 1 and n_group={self.n_group}.")
         if self.group_score_topk < 1:
-            raise ValueError(f"group_score_topk={self.group_score_topk} must be at least 1.")
+            raise InputError(f"group_score_topk={self.group_score_topk} must be at least 1.")
         if self.bias_update_rate is not None and self.bias_update_rate < 0:
-            raise ValueError(
+            raise InputError(
                 f"bias_update_rate={self.bias_update_rate} must not be negative; 0 keeps the bias as it is."
             )
         if not 0 <= self.input_jitter < 1:
-            raise ValueError(f"input_jitter={self.input_jitter} must lie between 0 and 1, 1 excluded.")
+            raise InputError(f"input_jitter={self.input_jitter} must lie between 0 and 1, 1 excluded.")
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raises a ValueError unless a layer with ``num_experts`` experts, ``top_k`` of them per token, can be so routed."""
         if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}.")
+            raise InputError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}.")
         if self.n_group == 1:
             return
         if num_experts % self.n_group:
-            raise ValueError(f"n_group={self.n_group} must divide num_experts={num_experts}.")
+            raise InputError(f"n_group={self.n_group} must divide num_experts={num_experts}.")
         size = num_experts // self.n_group
         if top_k > size * self.topk_group:
-            raise ValueError(
+            raise InputError(
                 f"top_k={top_k} is more than the {size * self.topk_group} experts of topk_group={self.topk_group} groups; "
                 "allow more groups."
             )
         if self.group_score_topk > size:
-            raise ValueError(
+            raise InputError(
                 f"group_score_topk={self.group_score_topk} is more than the {size} experts of a group; use at most {size}."
             )
 
@@ -156,13 +158,13 @@ class TopologyAwareOptions(RouterOptions):
         super().__post_init__()
         _refuse_groups(self)
         if self.nodes < 1:
-            raise ValueError(
+            raise InputError(
                 f"nodes={self.nodes} must be at least 1; give the nodes over which the experts are spread."
             )
         if not 0 <= self.far_fraction <= 1:
-            raise ValueError(f"far_fraction={self.far_fraction} must lie between 0 and 1.")
+            raise InputError(f"far_fraction={self.far_fraction} must lie between 0 and 1.")
         if self.data_ranks is not None and (self.data_ranks < 1 or self.data_ranks % self.nodes):
-            raise ValueError(
+            raise InputError(
                 f"data_ranks={self.data_ranks} must be a multiple of nodes={self.nodes}, so that each node has equally many."
             )
 
@@ -170,9 +172,9 @@ class TopologyAwareOptions(RouterOptions):
         """See :meth:`RouterOptions.check`."""
         super().check(num_experts, top_k)
         if num_experts % self.nodes:
-            raise ValueError(f"nodes={self.nodes} must divide num_experts={num_experts}.")
+            raise InputError(f"nodes={self.nodes} must divide num_experts={num_experts}.")
         if top_k > num_experts // self.nodes:
-            raise ValueError(
+            raise InputError(
                 f"top_k={top_k} is more than the {num_experts // self.nodes} experts of one of nodes={self.nodes}, to which "
                 "a token must be able to keep; use fewer nodes."
             )
@@ -180,7 +182,7 @@ class TopologyAwareOptions(RouterOptions):
 
 def _refuse_groups(options: RouterOptions) -> None:
     if options.n_group > 1:
-        raise ValueError(
+        raise InputError(
             f"n_group={options.n_group} does not go with the router {options.name!r}, which may have to send a token to any "
             "expert; leave it out."
         )

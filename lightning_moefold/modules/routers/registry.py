@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.modules.routers.options import RouterOptions
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def router_options(spec: RouterSpec) -> RouterOptions:
     """
     if isinstance(spec, RouterOptions):
         if type(spec) is not (kind := _find(spec.name).Options):
-            raise ValueError(
+            raise InputError(
                 f"{type(spec).__name__} names the router {spec.name!r}, whose options are {kind.__name__}; set its name."
             )
         return spec
@@ -52,7 +53,7 @@ def router_options(spec: RouterSpec) -> RouterOptions:
     known = sorted(field.name for field in fields(kind))
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise ValueError(f"router has no option {unknown[0]!r}; {kind.__name__} has {', '.join(known)}.")
+        raise InputError(f"router has no option {unknown[0]!r}; {kind.__name__} has {', '.join(known)}.")
     return kind(**given)
 
 
@@ -74,5 +75,5 @@ def make_router(spec: RouterSpec, hidden_size: int, num_experts: int, top_k: int
 
 def _find(name: str) -> type[Router]:
     if name not in ROUTERS:
-        raise ValueError(f"router {name!r} is not registered; use one of {', '.join(map(repr, sorted(ROUTERS)))}.")
+        raise InputError(f"router {name!r} is not registered; use one of {', '.join(map(repr, sorted(ROUTERS)))}.")
     return ROUTERS[name]

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives that are under way while the rank computes, in forward and in backward.
+
+:func:`start` starts a collective and :func:`wait` waits for it. Autograd runs backward in the opposite order: the backward of
+``wait`` starts the collective of the gradients, and the backward of ``start`` waits for it. So what is computed between the two
+in forward is differentiated between them in backward, and communication hides behind computation both times.
+
+On NCCL an asynchronous collective runs on a stream of its own, and a wait makes the current stream wait, not the host.
+Everything that goes to the same ranks is therefore started together, under one handle: NCCL runs the collectives of a group in
+order, so a small one that is needed at once would otherwise wait for a large one that was started before it.
+
+Legend: N, M rows before and after; G ranks of the axis; D any trailing dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_moefold.comm import ALL_GATHER, REDUCE_SCATTER, Counts
+from lightning_moefold.mesh import Axis
+
+
+class Route(Protocol):
+    """How one tensor travels.
+
+    Attributes:
+        kind: Of collective.
+    """
+
+    kind: ClassVar[str]
+
+    def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
+        """Begins; the memory that is written to is not to be read before the work is done."""
+        ...
+
+    def finish(self, out: Tensor, axis: Axis) -> Tensor:
+        """What has arrived, of that memory."""
+        ...
+
+    def back(self) -> Route:
+        """The way of the gradients."""
+        ...
+
+
+def _written(out: Tensor) -> Tensor:
+    """The same memory for a collective to write to, without autograd's taking note of it.
+
+    gloo copies what has arrived on a thread of its own, at any moment before the wait; where FSDP2 has made a view of ``out``
+    meanwhile, autograd would refuse that view.
+    """
+    return out.data
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``.
+
+    Args:
+        send: Rows to each rank.
+        receive: Rows from each rank.
+    """
+
+    send: Counts
+    receive: Counts
+    kind: ClassVar[str] = "all-to-all"
+
+    def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
+        """See :class:`Route`."""
+        out = x_ND.new_empty((sum(self.receive), *x_ND.shape[1:]))
+        send, receive = list(self.send), list(self.receive)
+        return dist.all_to_all_single(_written(out), x_ND, receive, send, group=axis.group, async_op=True), out
+
+    def finish(self, out: Tensor, axis: Axis) -> Tensor:
+        """All of it."""
+        return out
+
+    def back(self) -> Exchange:
+        """From where it came."""
+        return Exchange(self.receive, self.send)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``.
+
+    Args:
+        counts: Rows of each rank.
+    """
+
+    counts: Counts
+    kind: ClassVar[str] = "all-gather"
+
+    def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
+        """See :class:`Route`."""
+        if len(set(self.counts)) > 1:
+            repeated = x_ND.repeat(axis.size, *[1] * (x_ND.dim() - 1))
+            return Exchange([x_ND.shape[0]] * axis.size, self.counts).start(repeated, axis)
+        out = x_ND.new_empty((sum(self.counts), *x_ND.shape[1:]))
+        return getattr(dist, ALL_GATHER)(_written(out), x_ND, group=axis.group, async_op=True), out
+
+    def finish(self, out: Tensor, axis: Axis) -> Tensor:
+        """All of it."""
+        return out
+
+    def back(self) -> SumUp:
+        """Summed on the way."""
+        return SumUp(self.counts)
+
+
+@dataclass(frozen=True)
+class SumUp:
+    """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``.
+
+    Args:
+        counts: Rows of each rank.
+    """
+
+    counts: Counts
+    kind: ClassVar[str] = "reduce-scatter"
+
+    def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
+        """See :class:`Route`."""
+        mine = self.counts[axis.index]
+        if len(set(self.counts)) > 1:
+            return Exchange(self.counts, [mine] * axis.size).start(x_ND, axis)
+        out = x_ND.new_empty((mine, *x_ND.shape[1:]))
+        return getattr(dist, REDUCE_SCATTER)(_written(out), x_ND, group=axis.group, async_op=True), out
+
+    def finish(self, out: Tensor, axis: Axis) -> Tensor:
+        """The sum over ranks, where they have sent their parts."""
+        if len(set(self.counts)) == 1:
+            return out
+        return out.view(axis.size, self.counts[axis.index], *out.shape[1:]).sum(0)
+
+    def back(self) -> Spread:
+        """To all ranks."""
+        return Spread(self.counts)
+
+
+def _nothing() -> None:
+    pass
+
+
+class Handle:
+    """Tensors that are under way together: the memory they read and write, and whom to wait for.
+
+    Args:
+        routes: One for each tensor.
+        axis: The ranks.
+
+    Attributes:
+        before_waiting: Called when a pass is about to wait, for who has something else to compute
+            (:mod:`.parallel.pipeline.paired_passes`).
+    """
+
+    before_waiting: Callable[[], None] = staticmethod(_nothing)
+
+    def __init__(self, routes: Sequence[Route], axis: Axis) -> None:
+        self.routes, self.axis = tuple(routes), axis
+        self._pending: list[tuple[Route, dist.Work, Tensor, Tensor]] = []
+        self._stream: Any = None
+
+    def start(self, tensors: Sequence[Tensor | None], *, back: bool = False) -> list[Tensor | None]:
+        """Begins to send what is not None; the results are not to be read before :meth:`wait`.
+
+        Args:
+            tensors: One for each route.
+            back: Whether these are gradients, which travel the other way.
+        """
+        outs: list[Tensor | None] = []
+        for route, x_ND in zip(self.routes, tensors, strict=True):
+            if x_ND is None:
+                outs.append(None)
+                continue
+            x_ND, way = x_ND.contiguous(), route.back() if back else route
+            work, out = way.start(x_ND, self.axis)
+            self._pending.append((way, work, x_ND, out))  # which have to live until they have left and come
+            self._stream = torch.cuda.current_stream(x_ND.device) if x_ND.is_cuda else None
+            outs.append(out)
+        return outs
+
+    def wait(self) -> list[Tensor]:
+        """What the latest start sent, arrived (on CUDA, the current stream waits, not the host)."""
+        Handle.before_waiting()
+        arrived = []
+        for way, work, x_ND, out in self._pending:
+            work.wait()
+            if self._stream is not None:
+                self._keep_for(torch.cuda.current_stream(out.device), x_ND, out)
+            arrived.append(way.finish(out, self.axis))
+        self._pending = []
+        return arrived
+
+    def _keep_for(self, stream: Any, *tensors: Tensor) -> None:
+        """Another stream than that of the start has waited: memory goes back when that one is through."""
+        if stream != self._stream:
+            for tensor in tensors:
+                tensor.record_stream(stream)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, handle: Handle, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.handle = handle
+        ctx.needed = ctx.needs_input_grad[1:]
+        outs = handle.start([x.detach() for x in tensors])
+        promised = tuple(out for out in outs if out is not None)
+        ctx.mark_non_differentiable(*(out for out, needed in zip(promised, ctx.needed, strict=True) if not needed))
+        return promised
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        arrived = iter(ctx.handle.wait())
+        return None, *(next(arrived) if needed else None for needed in ctx.needed)
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, handle: Handle, *promised: Tensor) -> tuple[Tensor, ...]:
+        ctx.handle, ctx.shapes, ctx.needed = handle, [out.shape for out in promised], ctx.needs_input_grad[1:]
+        arrived = tuple(out.view_as(out) for out in handle.wait())
+        ctx.mark_non_differentiable(*(x for x, needed in zip(arrived, ctx.needed, strict=True) if not needed))
+        return arrived
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.handle.start([g if needed else None for g, needed in zip(grads, ctx.needed, strict=True)], back=True)
+        # What is under way is not there yet, and autograd wants something of the shape of what was promised.
+        stand_ins = (g.new_zeros(()).expand(shape) for g, shape in zip(grads, ctx.shapes, strict=True))
+        return None, *(x if needed else None for x, needed in zip(stand_ins, ctx.needed, strict=True))
+
+
+def start(tensors: Sequence[Tensor], routes: Sequence[Route], axis: Axis) -> tuple[tuple[Tensor, ...], Handle | None]:
+    """Starts collectives that :func:`wait` ends.
+
+    Args:
+        tensors: What travels; each with its gradient.
+        routes: How each of them does.
+        axis: Among which ranks.
+
+    Returns:
+        Tensors that must not be read yet, and the handle to pass to :func:`wait` with them; on an axis of one rank the tensors, and
+        None.
+    """
+    if axis.size == 1:
+        return tuple(tensors), None
+    handle = Handle(routes, axis)
+    return _Start.apply(handle, *tensors), handle
+
+
+def wait(promised: Sequence[Tensor], handle: Handle | None) -> tuple[Tensor, ...]:
+    """Waits for what :func:`start` started, and returns the tensors that have arrived."""
+    return tuple(promised) if handle is None else _Wait.apply(handle, *promised)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moefold fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our module and data as defaults."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_moefold.checkpoint.stores import parse_path
+from lightning_moefold.cli.messages import one_sentence
+from lightning_moefold.cli.terminal import peers_end_too, progress_display, quiet
+from lightning_moefold.errors import InputError, is_users
+from lightning_moefold.recipes.data import TextData
+from lightning_moefold.recipes.module import FineTuneModule
+
+try:
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+except ImportError:  # Lightning's own file needs yaml
+    LightningArgumentParser, LightningCLI = object, object  # type: ignore[assignment, misc]
+
+#: Defaults of a run; a configuration may replace each.
+SEED = 1
+
+
+def run(subcommand: str, arguments: list[str]) -> int:
+    """Runs a subcommand and returns its exit status: 0, or 2 for an error of the user.
+
+    Args:
+        subcommand: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        arguments: What follows it on the command line.
+    """
+    quiet()
+    try:
+        _need_jsonargparse()
+        MoEFoldCLI(args=[subcommand, *arguments])
+    except Exception as error:
+        if not is_users(error):
+            raise
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            print(f"moefold {subcommand}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _need_jsonargparse() -> None:
+    try:
+        import docstring_parser  # noqa: F401 - what Lightning's parser needs
+        import jsonargparse  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "configurations are read by jsonargparse, which is not installed; pip install 'lightning-moefold[cli]'."
+        ) from None
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one sentence, without the list of all arguments."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises the sentence.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(one_sentence(message))
+
+
+def launched() -> dict[str, int]:
+    """Ranks per node and nodes, where torchrun or SLURM has started the processes."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
+    if "SLURM_NTASKS_PER_NODE" in os.environ:
+        local = int(os.environ["SLURM_NTASKS_PER_NODE"])
+        return {"devices": local, "num_nodes": int(os.environ["SLURM_NTASKS"]) // local}
+    return {}
+
+
+def _short(path: str | Path) -> str:
+    """A path as it is shortest to type here."""
+    parsed = parse_path(path)
+    return parsed if isinstance(parsed, str) else os.path.relpath(parsed)
+
+
+class MoEFoldCLI(LightningCLI):
+    """LightningCLI whose Trainer has the strategy ``moefold``, and whose module and data may be replaced by class path.
+
+    Args:
+        args: The subcommand and what follows it.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        defaults = {
+            "strategy": "moefold",
+            "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+            **launched(),
+        }
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=defaults,
+            seed_everything_default=SEED,
+            parser_class=Parser,
+            parser_kwargs={"prog": "moefold"},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Without Lightning's advice to leave the arguments to it: ``moefold`` has other subcommands beside."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our module and data, unless a configuration names others."""
+        for key, kind in (("model", FineTuneModule), ("data", TextData)):
+            parser.set_defaults({key: {"class_path": f"{kind.__module__}.{kind.__qualname__}"}})
+
+    def instantiate_classes(self) -> None:
+        """Makes module, data and Trainer; what their constructors say of wrong values reaches the user as it is."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if not str(error).startswith("Does not validate"):  # not jsonargparse's words
+                raise
+            raise InputError(one_sentence(str(error))) from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The Trainer, with a display of progress unless the configuration has one or wants none."""
+        given = self._get(self.config_init, "trainer", default={})
+        callbacks = given.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(progress_display())
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def after_fit(self) -> None:
+        """Says where the checkpoints are."""
+        saved = [
+            c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c._last_checkpoint_saved
+        ]
+        if not saved or not self.trainer.is_global_zero:
+            return
+        # Private, as no public name tells which was written last where some are kept by their metric.
+        newest = max(saved, key=lambda c: c._last_global_step_saved)._last_checkpoint_saved
+        measured = [c.best_model_path for c in saved if c.monitor and c.best_model_path]
+        best = measured[0] if measured else newest
+        if measured:
+            print(f"best checkpoint     {_short(best)}")
+        print(f"to resume from      {_short(newest)}")
+        print(f"for transformers    moefold export --checkpoint {_short(best)} --output DIR")
+
+    def after_predict(self) -> None:
+        """Says where the predictions are."""
+        if written := getattr(self.model, "predicted", None):
+            path, documents = written
+            print(f"predictions  {_short(path)}  ({documents} document{'s' * (documents != 1)})")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with peers_end_too(self.trainer):
+            super()._run_subcommand(subcommand)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which ranks still run, and what those that failed have said; asked only once something has gone wrong.
+
+Each rank keeps a listening socket that it never reads, and leaves its address in the store of the process group. While
+the process lives, its kernel completes every connection; when it is gone, however it ended, the connection is refused.
+So a rank need not send heartbeats: until a collective fails, nothing is sent, and no thread runs.
+
+A rank that fails with an error of its own leaves that error in the store (its last words) before it lets go of its peers.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.distributed as dist
+
+_PREFIX = "moefold/liveness"
+#: Peers that a rank asks; more would knock at the same door all at once.
+_MOST_ASKED = 64
+#: For a rank whose connections were closed a moment before its process is gone, and for words on their way.
+_PATIENCE_SECONDS = 2.0
+_ANSWER_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of a group after a failure.
+
+    Args:
+        ended: Ranks whose process is gone.
+        silent: Ranks that cannot be reached at all, such as those of a machine that is down.
+        words: What ranks said before they ended.
+        waits: In what ranks waited that have lost contact as well, and do not know why.
+        store_lost: The store does not answer: the process that holds it has ended.
+    """
+
+    ended: tuple[int, ...] = ()
+    silent: tuple[int, ...] = ()
+    words: tuple[tuple[int, str], ...] = ()
+    waits: tuple[tuple[int, str], ...] = ()
+    store_lost: bool = False
+
+    @property
+    def explains(self) -> bool:
+        """Whether it says why contact was lost."""
+        return bool(self.ended or self.silent or self.words or self.store_lost)
+
+
+class RollCall:
+    """One rank's part in it: its socket, and its questions.
+
+    Args:
+        store: Of the default process group.
+        rank: This rank.
+    """
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self.store, self._rank = store, rank
+        family, host = _reachable_address()
+        self._socket = socket.create_server(("", 0), family=family, backlog=4 * _MOST_ASKED)
+        self._address = f"{host} {self._socket.getsockname()[1]}"
+        # A forked DataLoader worker would keep the socket of a dead rank open.
+        os.register_at_fork(after_in_child=_closer(self._socket))
+
+    def announce(self) -> None:
+        """Makes this rank known, and forgets what it said in an earlier run."""
+        self.store.set(f"{_PREFIX}/address/{self._rank}", self._address)
+        for subject in ("words", "waits"):
+            self.store.set(f"{_PREFIX}/{subject}/{self._rank}", "")
+
+    def publish(self, text: str, subject: Literal["words", "waits"] = "words") -> None:
+        """Leaves last words, or in what this rank has waited; without effect where the store is gone."""
+        if self._store_answers():
+            with suppress(RuntimeError):
+                self.store.set(f"{_PREFIX}/{subject}/{self._rank}", text[:1000])
+
+    def probe(self, ranks: Iterable[int]) -> Report:
+        """Asks the first 64 of ``ranks``, and waits up to two seconds until somebody turns out to be missing."""
+        others = [rank for rank in ranks if rank != self._rank][:_MOST_ASKED]
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                report = self._ask_once(others) if self._store_answers() else Report(store_lost=True)
+            except RuntimeError:  # of the store
+                return Report(store_lost=True)
+            if report.explains or time.monotonic() > until:
+                return report
+            time.sleep(0.1)
+
+    def _store_answers(self) -> bool:
+        """Asked first, because torch logs a page for each request to a store that is gone."""
+        store = self.store
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        return not isinstance(store, dist.TCPStore) or _try_to_connect(store.host, store.port) == "running"
+
+    def _ask_once(self, ranks: list[int]) -> Report:
+        words, waits = (
+            tuple((rank, text) for rank in ranks if (text := self._read(f"{subject}/{rank}")))
+            for subject in ("words", "waits")
+        )
+        states = {rank: self._knock(rank) for rank in ranks}
+        ended = tuple(rank for rank, state in states.items() if state == "ended")
+        return Report(ended, tuple(rank for rank, state in states.items() if state == "silent"), words, waits)
+
+    def _read(self, key: str) -> str:
+        key = f"{_PREFIX}/{key}"
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+    def _knock(self, rank: int) -> str:
+        host, _, port = self._read(f"address/{rank}").partition(" ")
+        if not port:
+            return "unknown"
+        return _try_to_connect(host, int(port))
+
+
+def _try_to_connect(host: str, port: int) -> str:
+    try:
+        socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
+    except ConnectionRefusedError:
+        return "ended"
+    except OSError:
+        return "silent"
+    return "running"
+
+
+def _closer(listening: socket.socket) -> Callable[[], None]:
+    """Closes the socket if it still exists; hooks at forks stay for ever and must not keep it."""
+    reference = weakref.ref(listening)
+
+    def close() -> None:
+        if (found := reference()) is not None:
+            found.close()
+
+    return close
+
+
+def _reachable_address() -> tuple[socket.AddressFamily, str]:
+    """The address of this machine as the others see it: that of the way to the master. Nothing is sent."""
+    try:
+        master = os.environ.get("MASTER_ADDR", "localhost")
+        family, kind, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return family, probe.getsockname()[0]
+    except OSError:
+        return socket.AF_INET, socket.gethostname()

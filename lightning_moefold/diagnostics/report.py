@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user reads when all ranks stop: one traceback, and one line from each other rank."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from lightning_moefold.diagnostics.collective import Collective, find_collective
+from lightning_moefold.diagnostics.liveness import Report, RollCall
+from lightning_moefold.errors import CheckpointError, FoldError, PeerError, UnsupportedFeature
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.parallel import PipelinePlan
+
+#: Errors whose message says everything and that every rank raises for the same reason.
+_SENTENCES = (UnsupportedFeature, FoldError, CheckpointError)
+#: What gloo and NCCL say on ranks whose peer has ended or does not answer.
+_LOST = re.compile(
+    "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|remote process exited|"
+    "Watchdog caught collective operation timeout"
+)
+#: The place in gloo's source, and its advice to look elsewhere.
+_BEFORE_AND_AFTER = re.compile(r"^\[/\S*\] | This is typically caused by.*")
+#: What torch says of two ranks that call different things at the same time.
+_MISMATCHED = re.compile("Detected mismatch between collectives|op.preamble.length <= op.nbytes|invalid tensor size")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands.
+
+    Args:
+        mesh: The folded mesh.
+        plan: Which stages each pipeline rank holds.
+        roll: To ask after others.
+    """
+
+    mesh: FoldedMesh
+    plan: PipelinePlan = PipelinePlan()
+    roll: RollCall | None = None
+
+    def stage(self, rank: int) -> str:
+        """``stage 1``, or ``stages 0 and 3``."""
+        fold = self.mesh.fold
+        stages = self.plan.local_stages(fold.pp, fold.coordinates(rank)["pp"]) if fold.pp > 1 else [0]
+        return f"stage{'s' * (len(stages) > 1)} {' and '.join(map(str, stages))}"
+
+
+def lost_contact(error: BaseException, place: Place | None = None) -> str | None:
+    """A sentence for an error that says no more than that another rank is gone or does not answer; None for any other.
+
+    It names the line of the user's code that waited, without which a rank that hangs would be hard to find; and with
+    ``place`` the stage, the collective, and the rank that is gone.
+    """
+    inner = _unwrapped(error)
+    text = str(inner)
+    if isinstance(inner, PeerError) or not isinstance(inner, RuntimeError):
+        return None
+    if not (_LOST.search(text) or (isinstance(inner, dist.DistBackendError) and _MISMATCHED.search(text))):
+        return None
+    first = _BEFORE_AND_AFTER.sub("", _first_line(inner)).rstrip(". ")
+    collective = find_collective(inner, None if place is None else place.mesh)
+    doing = "" if collective is None else f" in {collective}"
+    if place is None:
+        return f"lost contact with another rank{_waited(error)}{doing} ({first}); the rank that ended first says why."
+    doing += f" on {place.stage(place.mesh.rank)}"
+    if place.roll is not None:
+        place.roll.publish(doing.strip(), "waits")
+    who = _missing(place, collective)
+    if place.roll is not None:
+        place.roll.publish(f"lost contact{doing}; {who}")
+    return f"lost contact with another rank{_waited(error)}{doing} ({first}); {who}"
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What failed in a pipeline stage; torch puts the stage's inputs around it."""
+    while error.__cause__ is not None and "failed to run" in str(error):
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _missing(place: Place, collective: Collective | None) -> str:
+    """Who is gone, as far as it can be known, and why."""
+    if place.roll is None:
+        return "the rank that ended first says why."
+    ranks = place.mesh.world.ranks if collective is None or not collective.ranks else collective.ranks
+    report = place.roll.probe(ranks)
+    if report.store_lost:
+        # torchrun's agent may hold it; otherwise the first rank does.
+        with_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        holder = "the launcher" if with_agent else f"rank 0 ({place.stage(0)})"
+        return f"{holder}, which holds the store of the process group, has ended."
+    if report.explains:
+        return _tell(place, report)
+    waits = "".join(f"; rank {rank} ({place.stage(rank)}) waited {text}" for rank, text in report.waits[:2])
+    return f"no other rank of the group has ended, so one of them does something else{waits}."
+
+
+def _tell(place: Place, report: Report) -> str:
+    """Those that have ended without a word, then what the others said."""
+    speakers = {rank for rank, _ in report.words}
+    gone = [(rank, "has ended") for rank in report.ended] + [(rank, "cannot be reached") for rank in report.silent]
+    told = [(rank, f"said: {text.rstrip('.')}") for rank, text in report.words]
+    parts = [part for part in gone if part[0] not in speakers][:8] + told[:2]
+    return "; ".join(f"rank {rank} ({place.stage(rank)}) {text}" for rank, text in parts) + "."
+
+
+def _waited(error: BaseException) -> str:
+    """The innermost line that lies neither in Python's library or an installed package nor in ours."""
+    libraries = (Path(__file__).parents[1], Path(sysconfig.get_path("stdlib")))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_file() and "site-packages" not in path.parts and not any(map(path.is_relative_to, libraries)):
+            return f" at {path.name}:{frame.lineno}"
+    return ""
+
+
+def print_without_traceback(error: BaseException, rank: int, place: Place | None = None) -> None:
+    """Has ``error`` printed as one line if it ends this process, where its traceback tells nothing more.
+
+    That is on ranks that only quote the one that failed, on ranks other than 0 for what all refuse alike, and on ranks
+    that have lost contact with another. A rank that failed by itself keeps its traceback, and so do all other errors.
+
+    Args:
+        error: On its way out of the Trainer.
+        rank: This rank.
+        place: Where it stands, once that is known.
+    """
+    sentence = lost_contact(error, place)
+    if sentence is None:
+        if place is not None and place.roll is not None:
+            inner = _unwrapped(error)
+            place.roll.publish(f"{type(inner).__name__}: {_first_line(inner)}")
+        if not isinstance(error, PeerError) and (rank == 0 or not isinstance(error, _SENTENCES)):
+            return
+        sentence = f"{type(error).__name__}: {error}"
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        if value is error:
+            print(f"[rank {rank}] {sentence}", file=sys.stderr)
+        else:
+            before(kind, value, trace)
+
+    sys.excepthook = hook

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors that are written for the user. Each message is one sentence: what, which rule, what to do. Pure Python."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+
+class MoEFoldError(Exception):
+    """The base of all errors that this package raises on purpose."""
+
+
+class InputError(MoEFoldError, ValueError):
+    """Something that the user gave cannot be used."""
+
+
+class InputTypeError(InputError, TypeError):
+    """Something that the user gave is of the wrong type."""
+
+
+class FoldError(InputError):
+    """The sizes of a fold contradict each other, the model or the number of ranks."""
+
+
+class ConfigError(InputError):
+    """A model configuration cannot be honoured."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is damaged, or does not fit the model."""
+
+
+class BatchError(InputError):
+    """A batch cannot be trained on."""
+
+
+class TreeError(InputError):
+    """A module tree differs from what its model declares."""
+
+
+class HookError(InputError):
+    """A hook of the user's would see parts of gradients."""
+
+
+class UnsupportedFeature(InputError):
+    """A feature of Lightning cannot work under a fold."""
+
+
+class HardwareError(InputError):
+    """A description of a machine is unknown or incomplete."""
+
+
+class PlanError(InputError):
+    """A plan or a job contradicts itself."""
+
+
+class PeerError(MoEFoldError, RuntimeError):
+    """Another rank failed."""
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether the user can mend ``error``, so that a command shows its one sentence in place of a traceback.
+
+    A ``ValueError`` or ``TypeError`` that neither this package nor Lightning raised on purpose is a bug, and its traceback is
+    worth more than its message.
+    """
+    if isinstance(error, MoEFoldError):
+        return True
+    lightning = sys.modules.get("lightning")
+    if lightning is None:
+        return False
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    if isinstance(error, MisconfigurationException):
+        return True
+    if not isinstance(error, (ValueError, TypeError)):
+        return False
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    if not str(last.line).startswith("raise "):
+        return False  # raised by Python itself, about a call
+    return Path(last.filename).is_relative_to(Path(str(lightning.__file__)).parent)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The half of the strategy that saves and loads: directories that all ranks write, or Lightning's files without a model."""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_moefold import comm
+from lightning_moefold.checkpoint import stores
+from lightning_moefold.checkpoint.sharded import META, load_meta
+from lightning_moefold.errors import CheckpointError, InputTypeError, UnsupportedFeature
+from lightning_moefold.lifecycle import fold_choice
+from lightning_moefold.lifecycle.accumulation import StepAhead
+from lightning_moefold.lifecycle.training_state import (
+    check_saveable,
+    check_state,
+    load_training_state,
+    optimizer_state,
+    save_training_state,
+)
+from lightning_moefold.mesh import Axis, FoldedMesh
+from lightning_moefold.modules.base import ParallelRoot, parallel_roots
+from lightning_moefold.parallel.parameters import ParameterRegistry
+
+
+class SharedCheckpoints(ParallelStrategy):
+    """A strategy whose checkpoints are layout-free directories where models are stored in pieces.
+
+    A module without such a model is saved and loaded as under any strategy.
+    """
+
+    _registry: ParameterRegistry | None = None
+    _mesh: FoldedMesh | None = None
+    #: What ``fold="auto"`` has chosen, as it is stored.
+    _choice: dict[str, Any] | None = None
+    #: Knows the batches of the optimizer step, where its loss is divided by their labels.
+    _step_ahead: StepAhead | None = None
+
+    @override
+    def connect(self, model: pl.LightningModule) -> None:
+        self._registry = None  # of an earlier entry point, maybe of another module
+        super().connect(model)
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return self._spreads
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return not self._sharded
+
+    @property
+    def _sharded(self) -> bool:
+        return self._registry is not None and self._registry.sharded
+
+    @property
+    def _spreads(self) -> bool:
+        """Whether the module will be stored in pieces; known once it has configured its model."""
+        return bool(self._roots()) or (self._mesh is not None and self._mesh.fold.pp > 1)
+
+    @abstractmethod
+    def _convert(self) -> None:
+        """Brings the module into the dtype in which it will be stored."""
+
+    def _roots(self) -> list[ParallelRoot]:
+        return [] if self.lightning_module is None else [root for _, root in parallel_roots(self.lightning_module)]
+
+    def _check_places(self, trainer: pl.Trainer, world: Axis) -> None:
+        """Where checkpoints will go, tried before training. Collective.
+
+        Raises:
+            CheckpointError: For a place that cannot be written or that not all ranks see.
+        """
+        stores.parse_path(trainer.default_root_dir)
+        for callback in trainer.checkpoint_callbacks:
+            directory = getattr(callback, "dirpath", None)
+            if directory is not None and isinstance(place := stores.parse_path(directory), str):
+                stores.check_store(place, world)
+
+    def _check_saveable(self, trainer: pl.Trainer) -> None:
+        """What checkpoints will hold, checked before training. Collective."""
+        if not self._sharded:
+            return
+        assert self._registry is not None
+        assert self.lightning_module is not None
+        error: Exception | None = None
+        try:
+            check_saveable(trainer, self.lightning_module)
+        except Exception as failure:  # the user's state_dict() too
+            error = failure
+        comm.agree_on_error(error, self._registry.mesh.world)
+
+    def _check_state(self, optimizer: Optimizer) -> None:
+        """What an optimizer's first step has shown of its state, where checkpoints will be saved. Collective."""
+        assert self._registry is not None
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if not trainer.checkpoint_callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        error: Exception | None = None
+        try:
+            check_state(optimizer, self._registry)
+        except CheckpointError as failure:
+            error = failure
+        comm.agree_on_error(error, self._registry.mesh.world)
+
+    def _release_gathered_weights(self) -> None:
+        for root in self._roots():
+            root.release_gathered_weights()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        self._release_gathered_weights()
+        return super().lightning_module_state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if not self._sharded:
+            return super().optimizer_state(optimizer)
+        assert self._registry is not None
+        return optimizer_state(optimizer, self._registry)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if self._registry is None and self._spreads:
+            reason = f"{filepath} is not saved, because the set-up of the strategy has not finished"
+            if sys.exc_info()[1] is None:
+                raise CheckpointError(
+                    f"{reason}; save after trainer.fit has started, or export the model with save_pretrained."
+                )
+            rank_zero_warn(f"{reason}.")  # by a callback that saves on exceptions, and must not hide this one
+            return
+        if self._step_ahead is not None:
+            self._step_ahead.correct(checkpoint)
+        if not self._sharded:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if storage_options is not None:
+            raise InputTypeError(
+                "MoEFoldStrategy writes checkpoints itself and takes no storage_options; leave them out."
+            )
+        assert self._registry is not None
+        if self._choice is not None:
+            checkpoint[fold_choice.RECORD] = self._choice
+        save_training_state(self.broadcast(filepath), checkpoint, self._registry)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        given = self.broadcast(checkpoint_path)
+        path = given if str(given).startswith("http") else stores.parse_path(given)  # Lightning reads http by itself
+        if not self._sharded:
+            if not str(path).startswith("http") and stores.is_file(stores.join(path, META)):
+                raise UnsupportedFeature(f"{path} was saved by a model with MoE layers; this module has none.")
+            return super().load_checkpoint(path, weights_only)
+        if stores.is_file(path):
+            raise UnsupportedFeature(
+                f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
+                "Face format and start from that."
+            )
+        assert self._registry is not None
+        assert self.lightning_module is not None
+        error: Exception | None = None
+        meta: dict[str, Any] = {}
+        try:
+            meta = load_meta(path)
+        except CheckpointError as failure:
+            error = failure
+        comm.agree_on_error(error, self._registry.mesh.world)
+        if self._choice is not None and (remark := fold_choice.difference(meta, self._choice)):
+            fold_choice.announce(remark)
+        self._release_gathered_weights()
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        load_training_state(path, meta, self._registry, self.lightning_module, self.optimizers if fitting else [])
+        return meta
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if not self._sharded:
+            self._convert()  # a stored float64 would lose digits in a parameter that becomes one later
+            super().load_model_state_dict(checkpoint, strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if not self._sharded:
+            super().load_optimizer_state_dict(checkpoint)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All ranks have equally many batches, or all of them say at once who has not.
+
+Ranks of a fold compute every batch together, so one that has none left would end the loop and leave the others waiting. Where
+all dataloaders draw rows of a dataset by number, their numbers of batches are compared once, before the first. Otherwise, in
+one small sum before each batch, every rank says that it has it, and whether it is its last, as Lightning knows. A rank whose
+data ends without that having been known takes part in the sum once more when it has left the loop, before validation, saving
+or teardown: it then meets the others in theirs, or all of them, if the data has ended everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.data import sized_len
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_moefold import comm
+from lightning_moefold.errors import BatchError
+from lightning_moefold.mesh import FoldedMesh
+
+
+class UnevenBatches(BatchError):
+    """Ranks have been given different numbers of batches; all of them raise it together."""
+
+
+class _Said(NamedTuple):
+    """What a rank says before a batch.
+
+    Args:
+        left: It has left the loop.
+        ends: This is its last batch.
+        steps: The optimizer steps with it.
+        loader: Number of the dataloader it comes from.
+    """
+
+    left: bool = False
+    ends: bool = False
+    steps: bool = False
+    loader: int = 0
+
+
+class EvenBatches(Callback):
+    """Watches over one entry point of a Trainer; comes before all other callbacks meanwhile.
+
+    Args:
+        trainer: The Trainer; it has this callback until :meth:`finish`.
+        mesh: Of the fold.
+        evaluation: Whether ranks need each other in evaluation, too.
+    """
+
+    def __init__(self, trainer: pl.Trainer, mesh: FoldedMesh, *, evaluation: bool) -> None:
+        self._trainer, self._mesh, self._evaluation = trainer, mesh, evaluation
+        self._trains_on = self._evaluates_on = False  # so this rank has said last in the loop
+        self._asks_training = self._asks_evaluation = True  # whether ranks speak before each batch
+        trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
+
+    def finish(self) -> None:
+        """Goes."""
+        self._trainer.callbacks.remove(self)  # type: ignore[attr-defined]
+
+    # ---- before a loop -----------------------------------------------------------------------------------------
+
+    def check_loader(self, dataloader: object) -> None:
+        """Raises on all ranks if only some have a dataloader that is empty, or of unknown length. Collective."""
+        length = sized_len(dataloader)
+        everyone = self._everyone(length)
+        together = self._evaluation or self._trainer.training
+        if len({n is None for n in everyone}) > 1 or (together and len({n == 0 for n in everyone}) > 1):
+            self._refuse_numbers(everyone)
+
+    def begin_training(self) -> None:
+        """Raises on all ranks if they know of different numbers of batches. Collective."""
+        self._trains_on = True
+        trainer, steps = self._trainer, self._trainer.max_steps - self._trainer.global_step
+        number = trainer.num_training_batches
+        enough = not trainer.enable_validation and 0 <= steps * trainer.accumulate_grad_batches <= number
+        everyone = self._everyone((number, enough, _are_counted(trainer.fit_loop._combined_loader)))
+        if len({n for n, *_ in everyone}) > 1 and not all(is_enough for _, is_enough, _ in everyone):
+            self._refuse_numbers([n for n, *_ in everyone])
+        self._asks_training = not all(are_counted for *_, are_counted in everyone)
+        self._trains_on = self._asks_training
+
+    def begin_evaluation(self, numbers: Sequence[float]) -> None:
+        """Likewise.
+
+        Args:
+            numbers: Of the batches of each dataloader.
+        """
+        if not self._evaluation:
+            return
+        everyone = self._everyone((tuple(numbers), _are_counted(self._trainer._evaluation_loop._combined_loader)))
+        if len({n for n, _ in everyone}) > 1:
+            self._refuse_numbers([n[0] if len(n) == 1 else list(n) for n, _ in everyone])
+        self._asks_evaluation = not all(are_counted for _, are_counted in everyone)
+        self._evaluates_on = self._asks_evaluation
+
+    def _refuse_numbers(self, everyone: list[Any]) -> NoReturn:
+        by_number: dict[str, set[int]] = {}
+        for rank, number in enumerate(everyone):
+            text = "an unknown number" if number in (None, float("inf")) else str(number)
+            by_number.setdefault(text, set()).add(self._data_rank(rank))
+        what = ", ".join(f"{number} on {_named(ranks)}" for number, ranks in by_number.items())
+        raise UnevenBatches(f"{self._doing} has different numbers of batches, {what}; {self._advice()}.")
+
+    # ---- batches -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Before a batch is trained on. Collective where dataloaders may end at any batch."""
+        if not self._asks_training:
+            return
+        trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        steps = trainer.lightning_module.automatic_optimization and not loop._should_accumulate()
+        # Then nobody asks for more, and there is no validation, which Lightning makes where an epoch ends.
+        finishes = steps and 0 < trainer.max_steps <= trainer.global_step + 1 and not trainer.enable_validation
+        self._trains_on = self._say(_Said(ends=loop._num_ready_batches_reached() and not finishes, steps=steps))
+
+    def evaluate(self, loader: int) -> None:
+        """Before a batch is evaluated. Collective where dataloaders may end at any batch.
+
+        Args:
+            loader: Number of the dataloader that it comes from.
+        """
+        if self._evaluation and self._asks_evaluation:
+            loop = self._trainer._evaluation_loop
+            self._evaluates_on = self._say(_Said(ends=loop.batch_progress.is_last_batch, loader=loader))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Another epoch, another end."""
+        self._trains_on = self._asks_training
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tells the others, if the data has ended before it was known to."""
+        if self._trains_on and not trainer.fit_loop.epoch_loop.done:
+            self._trains_on = self._say(_Said(left=True))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Likewise."""
+        if self._evaluates_on:
+            self._evaluates_on = self._say(_Said(left=True))
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _say(self, said: _Said) -> bool:
+        """Whether this rank has more to say; raises if ranks say what does not go together."""
+        numbers = [said.left, said.ends, said.steps, said.loader, said.loader**2]
+        votes = torch.tensor(numbers, dtype=torch.int64)  # on the host: the device need not be waited for
+        left, ends, steps, loader, square = comm.all_reduce_raw(votes, self._mesh.world).tolist()
+        size = self._mesh.world.size
+        if any(n not in (0, size) for n in (left, ends, steps)) or size * square != loader * loader:
+            number = self._progress.batch_progress.current.ready
+            raise UnevenBatches(self._sentence(self._everyone((said.left or said.ends, number))))
+        return not (said.ends or said.left)
+
+    # ---- what is said ------------------------------------------------------------------------------------------
+
+    def _sentence(self, everyone: list[tuple[bool, int]]) -> str:
+        over = {self._data_rank(rank) for rank, (ended, _) in enumerate(everyone) if ended}
+        others = {self._data_rank(rank) for rank, (ended, _) in enumerate(everyone) if not ended}
+        if not over or not others:
+            return (
+                f"{self._doing} is not at the same place on all data ranks, whose dataloaders differ; give every data rank the "
+                "same dataloaders, with equally many batches in each."
+            )
+        number = min(n for ended, n in everyone if ended)
+        if over & others:
+            return (
+                f"{self._doing} has ended after {number} batches on some ranks of {_named(over & others)} and not on others, "
+                "which compute one batch together; shard the data by strategy.dp_rank and strategy.dp_size."
+            )
+        return (
+            f"{self._doing} has ended after {number} batches on {_named(over)}, and {_named(others)} had more; "
+            f"{self._advice()}={number}."
+        )
+
+    def _advice(self) -> str:
+        assert self._trainer.state.stage is not None
+        return (
+            "ranks compute every batch together, so give each data rank equally many, as Lightning's sampler does, or let all "
+            f"end with the shortest by limit_{self._trainer.state.stage.dataloader_prefix}_batches"
+        )
+
+    @property
+    def _doing(self) -> str:
+        stage = self._trainer.state.stage
+        return {RunningStage.TRAINING: "training", RunningStage.TESTING: "testing"}.get(stage, "validation")  # type: ignore[arg-type]
+
+    @property
+    def _progress(self) -> Any:
+        trainer = self._trainer
+        return trainer.fit_loop.epoch_loop if trainer.training else trainer._evaluation_loop
+
+    def _data_rank(self, rank: int) -> int:
+        return self._mesh.fold.coordinates(rank)["dp"]
+
+    def _everyone(self, mine: Any) -> list[Any]:
+        """What all ranks say; before a loop, and where a run ends."""
+        found: list[Any] = [None] * self._mesh.world.size
+        dist.all_gather_object(found, mine, group=self._mesh.world.group)
+        return found
+
+
+def _are_counted(loader: CombinedLoader | None) -> bool:
+    """Whether each dataloader gives as many batches as it says: it draws rows by number, with a sampler of PyTorch's."""
+    return loader is not None and all(map(_is_counted, loader.flattened))
+
+
+def _is_counted(loader: Any) -> bool:
+    if type(loader) is not DataLoader:
+        return getattr(loader, "has_exact_length", False)
+    samplers = [s for s in (loader.sampler, loader.batch_sampler) if s is not None]
+    known = all(type(s).__module__.partition(".")[0] in ("torch", "lightning") for s in samplers)
+    return known and not isinstance(loader.dataset, IterableDataset)
+
+
+def _named(ranks: Iterable[int]) -> str:
+    numbers = sorted(ranks)
+    few = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+    return f"data rank{'s' * (len(numbers) > 1)} {few}"

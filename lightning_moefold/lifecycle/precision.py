@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The precision plugin: Lightning's own conversions, and what a fold adds around backward and clipping."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_moefold.errors import InputError
+from lightning_moefold.parallel import GradientNorm, GradientSum, local_part
+
+SUPPORTED = ("32-true", "bf16-mixed", "bf16-true", "64-true")
+_KINDS = {Precision, MixedPrecision, HalfPrecision, DoublePrecision}
+
+
+class MoEFoldPrecision(Precision):
+    """Wraps one of Lightning's plugins.
+
+    ``bf16-mixed``: a :class:`~lightning_moefold.MoECausalLM` is cast by FSDP2, with autocast off inside it; autocast
+    covers the user's other modules.
+
+    Args:
+        inner: The plugin Lightning chose for the Trainer's ``precision``.
+
+    Raises:
+        ValueError: For a precision that cannot be exact here, naming what to use instead.
+
+    Attributes:
+        grad_norm: Global norm at the latest clipping, before it, or None.
+    """
+
+    def __init__(self, inner: Precision) -> None:
+        super().__init__()
+        if type(inner) not in _KINDS or inner.precision not in SUPPORTED:
+            raise InputError(
+                f"precision={inner.precision!r} ({type(inner).__name__}) does not work with MoEFoldStrategy, whose ranks would "
+                f"scale or convert differently; use one of {', '.join(map(repr, SUPPORTED))}"
+                + (" ('bf16-mixed' needs no loss scaling)." if str(inner.precision).startswith("16") else ".")
+            )
+        self.inner = inner
+        self.precision = inner.precision
+        self.loss_scale = 1.0
+        self.gradient_sum = GradientSum(())
+        self.gradient_norm: GradientNorm | None = None
+        self.grad_norm: Tensor | None = None
+
+    @property
+    def grad_norm_by_family(self) -> Tensor | None:
+        """Norms of the dense and of the expert family at the latest clipping, before it, ``[2]``; or None."""
+        return None if self.gradient_norm is None else self.gradient_norm.by_family
+
+    @property
+    def mixed_dtype(self) -> torch.dtype | None:
+        """The dtype in which FSDP2 computes, where it is not the dtype of storage."""
+        return torch.bfloat16 if self.precision == "bf16-mixed" else None
+
+    # ---- Lightning's own conversions ---------------------------------------------------------------------------
+
+    @override
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return self.inner.convert_module(module)
+
+    @override
+    def tensor_init_context(self) -> AbstractContextManager:
+        return self.inner.tensor_init_context()
+
+    @override
+    def module_init_context(self) -> AbstractContextManager:
+        return self.inner.module_init_context()
+
+    @override
+    def forward_context(self) -> AbstractContextManager:
+        return self.inner.forward_context()
+
+    @override
+    def convert_input(self, data: Any) -> Any:
+        return self.inner.convert_input(data)
+
+    @override
+    def convert_output(self, data: Any) -> Any:
+        return self.inner.convert_output(data)
+
+    # ---- what a fold adds --------------------------------------------------------------------------------------
+
+    @override
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        # The loss is this data rank's; its gradient is averaged over data ranks, as everywhere in Lightning. Reductions
+        # are plain sums, so the average is made here.
+        with self.gradient_sum.around_backward():
+            super().backward(tensor * self.loss_scale, model, optimizer, *args, **kwargs)
+
+    @override
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        assert self.gradient_norm is not None, "clipping happens after the strategy's setup"
+        self.grad_norm = self.gradient_norm.clip(list(self.main_params(optimizer)), float(clip_val))
+
+    @override
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        for parameter in self.main_params(optimizer):
+            if parameter.grad is not None:
+                local_part(parameter.grad).clamp_(-clip_val, clip_val)
+
+    @override
+    def teardown(self) -> None:
+        self.inner.teardown()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what the strategy's set-up has put there, which refers to groups of processes."""
+        return {**vars(self), "gradient_sum": GradientSum(()), "gradient_norm": None, "grad_norm": None}

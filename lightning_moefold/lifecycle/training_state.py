@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between Lightning's checkpoint dictionary and the layout-free files: models and optimizers under global names.
+
+    model.<parameter or buffer>              optimizer.<i>.<parameter>.<state>
+
+Optimizer state of a parameter's shape is stored in that parameter's boxes; anything else (a step counter) whole. The
+configuration of each model goes with the rest (:data:`MODELS`), so that a checkpoint can be read without the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_moefold.checkpoint.sharded import (
+    MODELS,
+    TensorPiece,
+    check_readable,
+    load_sharded,
+    save_sharded,
+    stored_tensors,
+    tensors_of,
+)
+from lightning_moefold.errors import CheckpointError
+from lightning_moefold.mesh import Axis
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.parallel import local_part
+from lightning_moefold.parallel.gradients import like
+from lightning_moefold.parallel.parameters import ParameterRegistry
+
+
+def optimizer_state(optimizer: Optimizer | LightningOptimizer, registry: ParameterRegistry) -> dict[str, Any]:
+    """State by parameter name: ``{"state": {name: {key: value}}, "param_groups": [...]}``.
+
+    Raises:
+        CheckpointError: If the optimizer holds a parameter that the module does not have.
+    """
+    optimizer = _unwrap(optimizer)
+    names = _names(optimizer, registry)
+    state = {names[id(p)]: dict(values) for p, values in optimizer.state.items()}
+    return {"state": state, "param_groups": _groups(optimizer, names)}
+
+
+def _groups(optimizer: Optimizer, names: dict[int, str]) -> list[dict[str, Any]]:
+    """Parameter groups with names in place of parameters."""
+    return [
+        {k: v for k, v in group.items() if k != "params"}
+        | {"params": [names[id(p)] for p in group["params"] if id(p) in names]}
+        for group in optimizer.param_groups
+    ]
+
+
+def _unwrap(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _names(optimizer: Optimizer, registry: ParameterRegistry) -> dict[int, str]:
+    names = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.numel() and id(parameter) not in registry.names:
+                continue  # of a pipeline stage where all is frozen
+            if id(parameter) not in registry.names:
+                raise CheckpointError(
+                    "the optimizer holds a parameter that is not in the module; register it as a parameter."
+                )
+            names[id(parameter)] = registry.names[id(parameter)]
+    return names
+
+
+def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: ParameterRegistry) -> None:
+    """Writes Lightning's ``checkpoint``. Collective.
+
+    Args:
+        path: Directory to make.
+        checkpoint: As Lightning dumps it; ``state_dict`` and ``optimizer_states`` are taken out of it.
+        registry: Of the module.
+    """
+    tensors: dict[str, Tensor] = {}
+    extra = {}
+    for name, value in checkpoint.pop("state_dict").items():
+        if isinstance(value, Tensor):
+            tensors[f"model.{name}"] = _describe(value, name, registry)
+        else:  # of nn.Module.get_extra_state
+            extra[name] = value
+    groups = []
+    for index, state in enumerate(checkpoint.pop("optimizer_states", [])):
+        groups.append(_groups_of_all_stages(_plain(state["param_groups"]), registry.mesh.axis("pp")))
+        for name, values in state["state"].items():
+            for key, value in values.items():
+                tensors[f"optimizer.{index}.{name}.{key}"] = _describe(value, name, registry)
+    models = {name: part.describe() for name, part in registry.roots.items() if isinstance(part, MoECausalLM)}
+    meta = {**checkpoint, "fold": str(registry.mesh.fold), "optimizer_groups": groups, "extra_state": extra}
+    meta[MODELS] = models
+    if registry.mesh.stage.index > 0:
+        # What every rank has is written by one and the same of them: running statistics are rank 0's, as under DDP.
+        tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorPiece)}
+    save_sharded(path, tensors, meta, registry.mesh.world)
+
+
+def _groups_of_all_stages(groups: list[dict[str, Any]], pp: Axis) -> list[dict[str, Any]]:
+    """Every pipeline stage's parameters in one list for each group. Collective over ``pp``."""
+    if pp.size == 1:
+        return groups
+    parts: list[Any] = [None] * pp.size
+    dist.all_gather_object(parts, [group["params"] for group in groups], group=pp.group)
+    if any(len(part) != len(groups) for part in parts):
+        raise CheckpointError(
+            f"the optimizer has {[len(part) for part in parts]} parameter groups on the pipeline stages; make as many on each, "
+            "empty ones where a stage has none of the parameters."
+        )
+    together = [list(dict.fromkeys(name for part in parts for name in part[i])) for i in range(len(groups))]
+    return [{**group, "params": names} for group, names in zip(groups, together, strict=True)]
+
+
+def _plain(value: Any) -> Any:
+    """Hyper-parameters as numbers, since a learning rate may be a tensor."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.cpu()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+    local = local_part(tensor)
+    layout = registry.layouts.get(name)
+    if layout is None:
+        return local
+    if tuple(tensor.shape) != layout.shape and tuple(local.shape) != registry.box(name).sizes:
+        cut = registry.box(name).sizes != layout.shape
+        if local.numel() != tensor.numel() or (cut and local.numel() > 1):
+            raise CheckpointError(
+                f"the optimizer keeps state of shape {list(tensor.shape)} for {name!r} of shape {list(layout.shape)}, which "
+                "cannot be stored independently of the fold; use an optimizer with state for each element, such as AdamW."
+            )
+        return local
+    return TensorPiece.of(local, registry.box(name), layout.shape, writes=registry.owns(name))
+
+
+def check_saveable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Checks before training what is known by then of the checkpoints that ModelCheckpoint will save.
+
+    Args:
+        trainer: With its callbacks, and the optimizers and schedulers of this fit.
+        module: The LightningModule.
+
+    Raises:
+        CheckpointError: Naming a hyperparameter or a state that could not be read back.
+    """
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    for owner in (module, data):
+        for name, value in (owner.hparams if owner is not None else {}).items():
+            check_readable(value, f"the hyperparameter {name!r} of {type(owner).__name__}")
+        if owner is not None and owner.hparams:
+            check_readable(
+                owner.hparams if _is_omegaconf(owner.hparams) else None, f"hparams of {type(owner).__name__}"
+            )
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            check_readable(value, f"what get_extra_state gives for {name!r}")
+    if data is not None:
+        check_readable(data.state_dict(), f"the state of {type(data).__name__}")
+    if all(c.save_weights_only for c in savers):
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        check_readable(callback.state_dict(), f"the state of {type(callback).__name__}")
+    for config in trainer.lr_scheduler_configs:
+        check_readable(config.scheduler.state_dict(), f"the state of {type(config.scheduler).__name__}")
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            options = _plain({name: value for name, value in group.items() if name != "params"})
+            check_readable(options, f"a parameter group of {type(_unwrap(optimizer)).__name__}")
+
+
+def check_state(optimizer: Optimizer | LightningOptimizer, registry: ParameterRegistry) -> None:
+    """Checks after an optimizer's first step that its state can be stored.
+
+    Raises:
+        CheckpointError: For state that does not go with pieces of parameters.
+    """
+    for name, values in optimizer_state(optimizer, registry)["state"].items():
+        for value in values.values():
+            _describe(value, name, registry)
+
+
+def _is_omegaconf(hparams: Any) -> bool:
+    return type(hparams).__module__.partition(".")[0] == "omegaconf"
+
+
+def load_training_state(
+    path: str | Path,
+    meta: dict[str, Any],
+    registry: ParameterRegistry,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer | LightningOptimizer],
+) -> None:
+    """Fills the module and the optimizers from a checkpoint saved under any fold. Collective.
+
+    Args:
+        path: The checkpoint.
+        meta: What :func:`~.checkpoint.sharded.load_meta` gave; loses its optimizer groups.
+        registry: Of the module.
+        module: The LightningModule.
+        optimizers: To be filled; none when only weights are wanted.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit the module or the optimizers.
+    """
+    place = tensors_of(path, meta)
+    stored = stored_tensors(place)
+    state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    tensors = {f"model.{name}": _describe(value, name, registry) for name, value in state.items()}
+    missing = [name for name in tensors if name not in stored]
+    known = {*tensors, *(f"model.{name}" for name in registry.elsewhere)}
+    extra = [name for name in stored if name.startswith("model.") and name not in known]
+    if missing or extra:
+        what = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the module does not have"
+        raise CheckpointError(f"{path} {what}; load it with the module it was saved from.")
+    groups = meta.pop("optimizer_groups", [])
+    if optimizers and not groups:
+        raise CheckpointError(
+            f"{path} holds weights only, and training cannot be resumed from them; save the optimizer as well."
+        )
+    if optimizers and len(groups) != len(optimizers):
+        raise CheckpointError(
+            f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured."
+        )
+    fills = [_prepare_optimizer(i, _unwrap(o), groups[i], stored, registry, tensors) for i, o in enumerate(optimizers)]
+    load_sharded(place, tensors)
+    for name, value in meta.pop("extra_state", {}).items():
+        module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
+    for optimizer, values in fills:
+        optimizer.state.clear()
+        for parameter, state in values.items():
+            optimizer.state[parameter] = state
+
+
+def _prepare_optimizer(
+    index: int,
+    optimizer: Optimizer,
+    groups: list[dict[str, Any]],
+    stored: dict[str, Any],
+    registry: ParameterRegistry,
+    tensors: dict[str, Tensor],
+) -> tuple[Optimizer, dict[nn.Parameter, dict[str, Tensor]]]:
+    """Makes empty state of the stored shapes, and asks for it to be read."""
+    names = _names(optimizer, registry)
+    mine = [set(g["params"]) for g in _groups(optimizer, names)]
+    if [set(g["params"]) - registry.elsewhere for g in groups] != mine:
+        raise CheckpointError(
+            f"optimizer {index} groups its parameters differently from the checkpoint; configure it alike."
+        )
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update({k: v for k, v in saved.items() if k != "params"})
+    by_name = {names[id(p)]: p for g in optimizer.param_groups for p in g["params"] if id(p) in names}
+    prefix = f"optimizer.{index}."
+    # As torch.optim does it: step counters stay on the CPU unless a kernel on the device reads them.
+    on_device = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
+    values: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for full, item in stored.items():
+        name, _, key = full.removeprefix(prefix).rpartition(".")
+        if not full.startswith(prefix) or name not in by_name:
+            continue
+        parameter = by_name[name]
+        if key == "step" and not item.size:
+            value = torch.empty(
+                (), dtype=item.properties.dtype, device=parameter.device if id(parameter) in on_device else "cpu"
+            )
+        else:
+            value = _empty_state(parameter, tuple(item.size), item.properties.dtype)
+        tensors[full] = _describe(value, name, registry)
+        values.setdefault(parameter, {})[key] = value
+    return optimizer, values
+
+
+def _empty_state(parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if shape != tuple(parameter.shape):
+        return torch.empty(shape, dtype=dtype)
+    return like(parameter, torch.empty_like(local_part(parameter), dtype=dtype))

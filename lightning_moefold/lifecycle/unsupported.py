@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work under a fold, each refused in one sentence that says what to do."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+    WeightAveraging,
+)
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_moefold.errors import UnsupportedFeature
+from lightning_moefold.fold import Fold
+from lightning_moefold.mesh import Axis
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.parallel.network.protocol import LayeredNetwork, layered_networks
+
+#: What takes the module's parameters for whole tensors, which they are on one rank (but for ``bf16-mixed``, see below).
+_WHOLE = {
+    StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
+    WeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
+    BaseFinetuning: "it adds parameters to the optimizer by hand; give the optimizer all of them and freeze and unfreeze with "
+    "requires_grad_, in configure_model or in a hook",
+    ModelPruning: "it replaces parameters, whose pieces the ranks know by name; prune an exported checkpoint instead",
+}
+#: What one rank can do alone, and several cannot.
+_ALONE = {
+    OnExceptionCheckpoint: "a save needs every rank, and only the failing one would call it; use ModelCheckpoint",
+    LearningRateFinder: "it saves and restores the model behind the strategy's back; tune on a small model in one process",
+    BatchSizeFinder: "it saves and restores the model behind the strategy's back; set the batch size by hand",
+}
+
+#: Optimizers by the names of their classes, wherever they come from. What is not here is watched in its first step.
+_OPTIMIZERS = {
+    ("LBFGS", "Adafactor", "*Muon*", "*Shampoo*", "SOAP", "*[Ll]amb", "*LAMB", "LARS", "Lars", "*Ga[Ll]ore*", "Apollo*", "APOLLO*"):
+        "computes with whole parameters, of which a rank holds pieces; use AdamW or SGD",
+    ("*8bit", "*4bit", "*Fp8", "*FP8"):
+        "quantizes its state in blocks of what a rank holds, which depends on the fold; use AdamW or SGD",
+    ("Rprop",): "assigns by index, which pieces of parameters do not allow; use AdamW or SGD",
+    ("ZeroRedundancyOptimizer", "CPUOffloadOptimizer"):
+        "spreads state by itself, which the strategy has done already; give it the optimizer inside",
+}  # fmt: skip
+
+
+def check_blocks(module: nn.Module, fold: Fold) -> None:
+    """Context and pipeline parallelism need to know where rows and layers are, which only a language model does.
+
+    Raises:
+        UnsupportedFeature: For blocks in networks of the user's own, for a pipeline without a model, and for parameters
+            that a block shares.
+    """
+    roots, networks = parallel_roots(module), layered_networks(module)
+    try:
+        layers = {id(block) for network in networks for block in network.blocks()}
+    except ValueError as error:
+        raise UnsupportedFeature(str(error)) from None
+    for name, root in roots:
+        if fold.cp * fold.pp > 1 and not isinstance(root, MoECausalLM) and id(root) not in layers:
+            axis, size = ("context", fold.cp) if fold.cp > 1 else ("pipeline", fold.pp)
+            what = "rows context" if fold.cp > 1 else "layers pipeline"
+            raise UnsupportedFeature(
+                f"{name or type(root).__name__} is in a network of your own, whose {what} parallelism cannot cut unless the "
+                "network names its layers (pipeline_layers, with embed and head) and the block is in one of them; do so, or use "
+                f"{axis}_parallel_size=1 instead of {size}."
+            )
+    if fold.pp > 1 and not roots and not networks:
+        raise UnsupportedFeature(
+            f"{type(module).__name__} holds no MoECausalLM to cut into stages, and no network with pipeline_layers; use "
+            f"pipeline_parallel_size=1 instead of {fold.pp}."
+        )
+    for network in networks:
+        _check_layers(network, fold)
+    _check_sharing(module)
+
+
+def check_compilation(module: nn.Module) -> None:
+    """Decoder layers are what ``compile=True`` compiles.
+
+    Raises:
+        UnsupportedFeature: For a module without any.
+    """
+    if not any(isinstance(part, DecoderLayer) for part in module.modules()):
+        raise UnsupportedFeature(
+            f"compile=True compiles decoder layers, of which {type(module).__name__} holds none; leave it out, and compile modules "
+            "of your own with their method compile() in configure_model."
+        )
+
+
+def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
+    """What micro-batches and cut rows would change in a network of the user's own."""
+    cut = network.module.modules() if fold.pp > 1 else network.container.modules() if fold.cp > 1 else ()
+    for part in cut:
+        if isinstance(part, _BatchNorm) and part.track_running_stats:
+            raise UnsupportedFeature(
+                f"{type(part).__name__} in {network.name or type(network.module).__name__} takes statistics of a whole batch, of "
+                "which a pipeline or cp sees parts; use another norm, such as LayerNorm or GroupNorm."
+            )
+    if fold.pp == 1:
+        return
+    if len(set(map(id, network.layers().values()))) < len(network.layers()):
+        raise UnsupportedFeature(
+            f"{network.layers_name} holds a layer twice, and another pipeline stage may hold the second; give each its own."
+        )
+    holders: dict[int, str] = {}
+    ends = [p for m in network.ends() for p in m.parameters(recurse=False)]
+    layers = {f"layer {name} of {network.layers_name}": layer.parameters() for name, layer in network.layers().items()}
+    for name, parameters in [("embed or head", iter(ends)), *layers.items()]:
+        for parameter in parameters:
+            if (first := holders.setdefault(id(parameter), name)) != name:
+                raise UnsupportedFeature(
+                    f"{name} shares a parameter with {first}, which another pipeline stage may hold; give each its own."
+                )
+
+
+def check_microbatches(number: int, world: Axis) -> None:
+    """All ranks cut batches alike, or their statistics of routing would not be of the same tokens. Collective.
+
+    Args:
+        number: Micro-batches of a batch, as this rank was told.
+        world: All ranks.
+
+    Raises:
+        UnsupportedFeature: On all ranks.
+    """
+    everyone: list[int] = [number] * world.size
+    if world.size > 1:
+        dist.all_gather_object(everyone, number, group=world.group)
+    if len(set(everyone)) > 1:
+        what = ", ".join(f"{n} on rank {everyone.index(n)}" for n in sorted(set(everyone)))
+        raise UnsupportedFeature(f"num_microbatches differs, {what}; give every rank the same.")
+
+
+def check_second_names(module: nn.Module) -> None:
+    """Everything has storage but models that are to read their weights, and what a pipeline has taken off this rank.
+
+    Raises:
+        UnsupportedFeature: For a part of a model that the module holds under a name of its own, on another stage.
+    """
+    models = (m for m in module.modules() if isinstance(m, MoECausalLM) and m.weights_pending)
+    pending = {id(p) for model in models for p in model.parameters()}
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta and id(parameter) not in pending:
+            raise UnsupportedFeature(
+                f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the model "
+                "instead, or use pipeline_parallel_size=1."
+            )
+
+
+def _check_sharing(module: nn.Module) -> None:
+    """Cutting a parameter replaces it in one place, and whatever else held it would go on with the old one."""
+    holders: dict[int, tuple[str, nn.Module]] = {}  # of parameters, whichever names a module has
+    roots: dict[int, str] = {}  # of the modules in blocks
+    for name, root in parallel_roots(module):
+        for part_name, part in root.named_modules(prefix=name):
+            for parameter in part.parameters(recurse=False):
+                first, other = holders.setdefault(id(parameter), (part_name, part))
+                if other is not part or roots.setdefault(id(part), name) != name:
+                    raise UnsupportedFeature(_shared(first, part_name))
+    for name, part in module.named_modules():
+        for parameter in part.parameters(recurse=False):
+            first, other = holders.get(id(parameter), (name, part))
+            if other is not part:
+                raise UnsupportedFeature(_shared(first, name))
+
+
+def _shared(first: str, second: str) -> str:
+    return (
+        f"{first} and {second} share a parameter, and the strategy spreads those of a block over ranks; give each its own, or "
+        "call one of them in both places."
+    )
+
+
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -> None:
+    """Checks what is known before anything is built.
+
+    Args:
+        trainer: The Trainer, with its callbacks and plugins.
+        module: The LightningModule.
+        fold: The fold.
+
+    Raises:
+        UnsupportedFeature: Naming the feature and the way out.
+    """
+    spread = bool(parallel_roots(module)) or fold.pp > 1
+    shared = spread and fold.world_size > 1
+    # FSDP2 does the casts of mixed precision, and wraps what is in the model, also on one rank.
+    wrapped = spread and trainer.precision == "bf16-mixed"
+    kinds = (_WHOLE if shared or wrapped else {}) | (_ALONE if shared else {})
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, reason in kinds.items():
+            if isinstance(callback, kind):
+                raise UnsupportedFeature(f"{type(callback).__name__} does not work with MoEFoldStrategy: {reason}.")
+        if shared and isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False):
+            raise UnsupportedFeature(
+                "ModelCheckpoint(save_on_exception=True) would save on the failing rank only; turn it off."
+            )
+        if isinstance(callback, ThroughputMonitor) and fold.dp < fold.world_size:
+            raise UnsupportedFeature(
+                f"{type(callback).__name__} multiplies by the number of ranks, which under {fold} read the same samples in part; "
+                "use MFUMonitor."
+            )
+    if getattr(trainer.strategy, "_layer_sync", None) is not None and (spread or fold.dp < fold.world_size):
+        raise UnsupportedFeature(
+            "sync_batchnorm=True is for modules without MoE blocks under a fold of data ranks only; leave it off, or use a norm "
+            "without batch statistics."
+        )
+    if trainer._detect_anomaly and spread and not fold.tp == fold.ep == fold.etp == 1:
+        raise UnsupportedFeature(
+            f"detect_anomaly=True asks for NaNs in a way that torch has not built for tensors cut over tp, ep or etp, as {fold} "
+            "does; look for them under a fold of data ranks only."
+        )
+    for logger in trainer.loggers if spread and trainer.checkpoint_callbacks else ():
+        if uploads := getattr(logger, "_log_model", False):  # also of MLFlowLogger and LitLogger
+            raise UnsupportedFeature(
+                f"{type(logger).__name__}(log_model={uploads!r}) uploads files, and checkpoints of this strategy are "
+                "directories; leave log_model out, and upload what save_pretrained writes."
+            )
+    writer = trainer.strategy.checkpoint_io
+    if type(writer) is not TorchCheckpointIO and spread:
+        raise UnsupportedFeature(
+            f"{type(writer).__name__} cannot write a model that is spread over ranks, which the strategy writes itself; leave "
+            "the plugin out."
+        )
+    if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
+        raise UnsupportedFeature(
+            "a compiled LightningModule is not supported; compile its layers in place, with their compile(), inside "
+            "configure_model instead."
+        )
+
+
+def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
+    """Checks what ``configure_optimizers`` returned.
+
+    Args:
+        trainer: The Trainer.
+        sharded: Whether parameters are stored in pieces; otherwise every rank has them whole, as under DDP.
+
+    Raises:
+        UnsupportedFeature: For optimizers that need whole parameters.
+    """
+    for optimizer in trainer.optimizers if sharded else ():
+        inner = getattr(optimizer, "inner", optimizer)  # of MasterWeights
+        names = [kind.__name__ for kind in type(inner).__mro__]
+        for patterns, reason in _OPTIMIZERS.items():
+            if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
+                raise UnsupportedFeature(f"{names[0]} {reason}.")

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped-query attention, cut over tensor parallel ranks at head borders.
+
+Query heads are split as evenly as possible. Where tp divides the query (or the key/value) heads, so are the weights of
+their projections. Where it does not, those weights are replicated: each rank uses just the rows of its own query heads,
+or of the key/value heads that they need, and the gradients are partial (summed over tp).
+
+Legend: N tokens, B rows, S positions, D hidden size, d head size, Q local query heads, V local key/value heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_moefold import comm
+from lightning_moefold.errors import InputError
+from lightning_moefold.fold import Fold
+from lightning_moefold.kernels import rotate
+from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules.attention.blockwise import Seen, Span
+from lightning_moefold.modules.attention.context import context_attention
+from lightning_moefold.modules.attention.rotary import rotary_tables
+from lightning_moefold.modules.attention.varlen import attend_within_runs, takes_runs
+from lightning_moefold.modules.base import Linear, ParallelRoot, local
+from lightning_moefold.modules.norm import RMSNorm
+from lightning_moefold.modules.sequence import SequenceBatch
+from lightning_moefold.modules.standalone import run_standalone
+
+#: The longest row for which a mask is built whole; longer ones go block by block.
+_WHOLE_MASK = 4096
+
+
+class Attention(ParallelRoot):
+    """Multi-head attention with fewer key/value heads than query heads.
+
+    Args:
+        hidden_size: D.
+        num_heads: Query heads of the whole layer.
+        num_kv_heads: Key/value heads of the whole layer; divides ``num_heads``.
+        head_dim: d; ``hidden_size / num_heads`` by default.
+        qkv_bias: Biases on the three input projections.
+        output_bias: Bias on the output projection.
+        qk_norm_eps: RMS-normalise each query and key head (Qwen3) with this epsilon; None for no normalisation.
+        sliding_window: A query sees at most this many keys, itself included.
+        rope_theta: Rotary base used where :meth:`forward` is called without a batch description; None for no rotary
+            embedding.
+        causal: A query sees no later keys. Attention that sees all (of a vision transformer) is for networks of your
+            own and takes no masks.
+
+    Raises:
+        ValueError: If the key/value heads do not divide the query heads, a window is asked for without causality, or rotary
+            positions for heads of odd size.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        sliding_window: int | None = None,
+        rope_theta: float | None = 10000.0,
+        causal: bool = True,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise InputError(f"num_kv_heads={num_kv_heads} does not divide num_heads={num_heads}; use a divisor of it.")
+        if sliding_window is not None and not causal:
+            raise InputError(f"sliding_window={sliding_window} needs causal=True; leave the window out.")
+        self.hidden_size, self.causal = hidden_size, causal
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim = head_dim or hidden_size // num_heads
+        if rope_theta is not None and self.head_dim % 2:
+            raise InputError(
+                f"head_dim={self.head_dim} is odd, and rotary positions turn pairs of numbers; use an even one, or rope_theta=None."
+            )
+        self.sliding_window, self.rope_theta = sliding_window, rope_theta
+        self.q_proj = Linear(hidden_size, num_heads * self.head_dim, qkv_bias)
+        self.k_proj = Linear(hidden_size, num_kv_heads * self.head_dim, qkv_bias)
+        self.v_proj = Linear(hidden_size, num_kv_heads * self.head_dim, qkv_bias)
+        self.o_proj = Linear(num_heads * self.head_dim, hidden_size, output_bias)
+        self.q_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
+        self.k_norm = None if qk_norm_eps is None else RMSNorm(self.head_dim, qk_norm_eps)
+        self._place_heads()
+
+    def _place_heads(self) -> None:
+        """Which query and key/value heads are computed on this rank."""
+        split = even_split(self.num_heads, self.tp.size)
+        first = sum(split[: self.tp.index])
+        share = self.num_heads // self.num_kv_heads
+        heads = range(first, first + split[self.tp.index])
+        needed = sorted({head // share for head in heads})
+        self.local_heads = len(heads)
+        self.kv_heads = len(needed)
+        d = self.head_dim
+        # The rows of the weights stored on this rank that it uses; None for all of them.
+        self._q_rows = None if self.num_heads % self.tp.size == 0 else slice(first * d, (first + self.local_heads) * d)
+        self._kv_rows = None if self.num_kv_heads % self.tp.size == 0 else slice(needed[0] * d, (needed[-1] + 1) * d)
+        # The kernel's own grouping needs each key/value head to serve the same number of consecutive local queries.
+        kv_of_head = [head // share - needed[0] for head in heads]
+        grouped = self.local_heads % self.kv_heads == 0
+        regular = grouped and kv_of_head == [i // (self.local_heads // self.kv_heads) for i in range(self.local_heads)]
+        self.kv_of_head: list[int] | None = None if regular else kv_of_head
+
+    def bind(self, mesh: FoldedMesh) -> None:
+        """Takes the tensor parallel axis, and finds out which heads are computed here."""
+        super().bind(mesh)
+        self._place_heads()
+
+    def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
+        """Rows of q, k, v and columns of o, each where tp divides its heads."""
+        fold.check_heads("num_heads", self.num_heads)
+        plans: dict[str, ParameterPlan] = {}
+        for names, heads in ((("q_proj",), self.num_heads), (("k_proj", "v_proj"), self.num_kv_heads)):
+            if heads % fold.tp:
+                continue
+            sizes = (heads // fold.tp * self.head_dim,) * fold.tp
+            rows, columns = (
+                ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
+            )
+            plans |= {f"{name}.weight": rows for name in names}
+            if self.q_proj.bias is not None:
+                plans |= {f"{name}.bias": rows for name in names}
+            if "q_proj" in names:
+                plans["o_proj.weight"] = columns
+        return plans
+
+    def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
+        """Attention over each row.
+
+        Args:
+            hidden: This rank's tokens ``[T, D]``; without ``batch``, whole rows ``[B, S, D]`` at positions 0, 1, ..., the
+                same on every tp rank.
+            batch: Shape, positions and masks.
+
+        Returns:
+            A tensor of the shape of ``hidden``.
+        """
+        if batch is None:
+            return run_standalone(self, hidden, self.batch_of(hidden, self.compute_dtype))
+        x_ND = batch.gather(hidden)
+        rows, length = batch.rows, batch.length
+        q_BSQd = self._heads(_project(self.q_proj, x_ND, self._q_rows), rows, length, self.q_norm, batch)
+        k_BSVd = self._heads(_project(self.k_proj, x_ND, self._kv_rows), rows, length, self.k_norm, batch)
+        v_BSVd = _project(self.v_proj, x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
+        qkv = q_BSQd, k_BSVd, v_BSVd
+        y_NO = self._attend(*qkv, batch) if self.is_one_kernel(batch) else comm.uncompiled(self._attend, *qkv, batch)
+        o_weight = local(self.o_proj.weight)
+        o_weight = o_weight if self._q_rows is None else o_weight[:, self._q_rows]
+        y_TD = batch.reduce_scatter(F.linear(y_NO, o_weight))
+        # The bias is added once, to each rank's own tokens, after the sum over tp.
+        return y_TD if self.o_proj.bias is None else y_TD + local(self.o_proj.bias)
+
+    def is_one_kernel(self, batch: SequenceBatch) -> bool:
+        """Whether a kernel without masks, chosen by shapes alone, does it all, so that compiled code need not stop here."""
+        return batch.cache is None and batch.layout.cp.size == 1 and batch.visibility(self.sliding_window).is_causal
+
+    def batch_of(self, x_BSD: Tensor, compute_dtype: torch.dtype | None = None) -> SequenceBatch:
+        """Describes whole rows of a user's own network, at positions 0, 1, ...
+
+        Args:
+            x_BSD: The rows.
+            compute_dtype: Of the computation, if not that of the rows.
+
+        Raises:
+            ValueError: If the tensor is not ``[B, S, D]``.
+        """
+        if x_BSD.dim() != 3:
+            raise InputError(
+                f"attention needs [rows, length, hidden size], not {list(x_BSD.shape)}; keep the rows apart."
+            )
+        rows, length, _ = x_BSD.shape
+        cut = self.rows
+        if cut is not None and length != cut.length:
+            raise InputError(
+                f"attention was given rows of {length} positions, of which this context parallel rank holds {cut.length}; layers "
+                "between embed and head must keep the length of rows."
+            )
+        if cut is None:
+            batch = SequenceBatch(rows, length, tp=self.tp)
+        else:
+            batch = SequenceBatch(rows, cut.layout.length, tp=self.tp, cp=cut.layout.cp)
+            batch.exchange = cut.exchange
+            if cut.is_padded and not self.causal:
+                real_S = torch.arange(cut.layout.length, device=x_BSD.device) < cut.true_length
+                batch.real_BS = real_S.expand(rows, -1)
+        if self.rope_theta is not None:
+            position_1L = batch.layout.positions(x_BSD.device).unsqueeze(0)
+            dtype = compute_dtype or x_BSD.dtype
+            batch.cos_BLh, batch.sin_BLh = rotary_tables(position_1L, self.head_dim, self.rope_theta, dtype)
+        return batch
+
+    def _heads(self, x_NO: Tensor, rows: int, length: int, norm: RMSNorm | None, batch: SequenceBatch) -> Tensor:
+        x_BSHd = x_NO.view(rows, length, x_NO.shape[-1] // self.head_dim, self.head_dim)
+        if norm is not None:
+            x_BSHd = norm(x_BSHd)
+        if batch.cos_BLh is not None and batch.sin_BLh is not None:
+            x_BSHd = rotate(x_BSHd, batch.cos_BLh, batch.sin_BLh)
+        return x_BSHd
+
+    def _attend(self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch) -> Tensor:
+        earlier = None  # which of the keys kept so far each row sees, when text is generated
+        if batch.cache is not None:
+            k_BLVd, v_BLVd, earlier = batch.cache.extend(self, self.sliding_window, k_BLVd, v_BLVd)
+        elif (y_BLQd := self._attend_within_runs(q_BLQd, k_BLVd, v_BLVd, batch)) is not None:
+            return y_BLQd.reshape(batch.tokens, self.local_heads * self.head_dim)
+        q, k, v = (x.transpose(1, 2) for x in (q_BLQd, *self._for_each_group(k_BLVd, v_BLVd)))
+        visibility, layout = batch.visibility(self.sliding_window), batch.layout
+        if earlier is not None:
+            y_BQLd = _attend_to_row(q, k, v, earlier, self.causal)
+        elif layout.cp.size > 1 and not self.causal:
+            y_BQLd = _attend_to_all_ranks(q, k, v, batch)
+        elif layout.cp.size == 1 and (visibility.is_causal or layout.length <= _WHOLE_MASK or not self.causal):
+            y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
+        else:
+            if torch.is_autocast_enabled(q.device.type):  # outside a language model; autocast knows no custom function
+                q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+            y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)
+        return y_BQLd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
+
+    def _for_each_group(self, k_BLVd: Tensor, v_BLVd: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values such that each serves the same number of consecutive query heads."""
+        if self.kv_of_head is None:
+            return k_BLVd, v_BLVd
+        # By slices: an index would have to be copied to the device, for which the host waits.
+        k, v = (torch.stack([x[:, :, head] for head in self.kv_of_head], dim=2) for x in (k_BLVd, v_BLVd))
+        return k, v
+
+    def _attend_within_runs(
+        self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch
+    ) -> Tensor | None:
+        """Attention of whole rows with documents, padding or a window, where one fused kernel takes them; else None."""
+        visibility = batch.visibility(self.sliding_window)
+        if not self.causal or batch.layout.cp.size > 1 or visibility.is_causal:
+            return None
+        if torch.is_autocast_enabled(q_BLQd.device.type):  # outside a language model; autocast knows no custom function
+            dtype = torch.get_autocast_dtype(q_BLQd.device.type)
+            q_BLQd, k_BLVd, v_BLVd = (x.to(dtype) for x in (q_BLQd, k_BLVd, v_BLVd))
+        if not takes_runs(q_BLQd) or (runs := visibility.runs(batch.rows, batch.length, q_BLQd.device)) is None:
+            return None
+        return attend_within_runs(q_BLQd, *self._for_each_group(k_BLVd, v_BLVd), runs, visibility.window)
+
+
+def _attend_to_row(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor, causal: bool) -> Tensor:
+    """Attention of whole rows in one kernel, ``[B, Q, S, d]``."""
+    mask = seen if isinstance(seen, Tensor) and causal else None
+    flash = mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    if q.is_cuda and not flash and q.shape[1] != k.shape[1]:
+        # Of CUDA's kernels only flash takes groups of heads (and the one that makes all scores); the next best does not.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _attend_to_all_ranks(q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch) -> Tensor:
+    """Attention that sees all positions of rows cut over cp, ``[B, Q, L, d]``; the order of keys does not matter to it."""
+    layout = batch.layout
+    pair = comm.all_gather(torch.stack([k, v]).unsqueeze(0), layout.cp)  # one rank's keys after the other's
+    k, v = pair.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
+    if batch.real_BS is None:
+        return _attend_to_row(q, k, v, Seen.ALL, causal=False)
+    held_S = torch.argsort(layout.order(q.device))
+    mask = batch.real_BS[:1, None, None].index_select(3, held_S)
+    return _attend_to_row(q, k, v, mask, causal=True)
+
+
+def _project(projection: Linear, x_ND: Tensor, rows: slice | None) -> Tensor:
+    """Applies some rows of a projection (all where ``rows`` is None)."""
+    if rows is None:
+        return projection(x_ND)
+    bias = None if projection.bias is None else local(projection.bias)[rows]
+    return F.linear(x_ND, local(projection.weight)[rows], bias)

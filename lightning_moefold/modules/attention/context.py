@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over a row that is cut over context parallel ranks (cp), and over long rows with masks on one rank.
+
+A row of S positions (padded to a multiple of 2 * cp) is cut into 2 * cp chunks; rank i holds chunks i and 2 * cp - 1 - i
+("zig-zag"), so that under causality every rank has the same work. Three exchanges bring queries and keys together::
+
+    ring         keys and values travel around the ranks, each step hidden behind the attention to what is there
+    all_gather   keys and values of the whole row on every rank, in one collective
+    all_to_all   whole rows with a part of the heads on every rank (Ulysses, arXiv 2309.14509)
+
+Legend: B rows, H query heads, V key/value heads, S positions, L = S / cp positions of a rank, C positions of a chunk, d head
+size, G = cp ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_moefold import comm
+from lightning_moefold.errors import InputError
+from lightning_moefold.mesh import SINGLE, Axis
+from lightning_moefold.modules.attention.blockwise import PartialAttention, PartialGradient, Span, Visibility
+from lightning_moefold.modules.base import wide
+
+Exchange = Literal["auto", "ring", "all_gather", "all_to_all"]
+EXCHANGES = ("auto", "ring", "all_gather", "all_to_all")
+#: Below this, gathered keys and values of a row are not worth a ring's many messages.
+SMALL_BYTES = 32 * 1024 * 1024
+#: Keys and values of one message: large enough for a link's bandwidth, small beside what attention keeps of a long row.
+MESSAGE_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ContextLayout:
+    """Where the positions of a row lie.
+
+    Args:
+        length: S, divisible by ``2 * cp`` where there is more than one rank.
+        cp: Context parallel axis.
+    """
+
+    length: int
+    cp: Axis = SINGLE
+
+    @staticmethod
+    def padded(length: int, cp: int) -> int:
+        """S for a row of ``length`` true positions."""
+        return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
+
+    def spans(self, rank: int) -> list[Span]:
+        """The positions of a rank in the order in which it holds them."""
+        size = self.cp.size
+        if size == 1:
+            return [Span(0, self.length)]
+        chunk = self.length // (2 * size)
+        return [Span(rank * chunk, chunk), Span((2 * size - 1 - rank) * chunk, chunk)]
+
+    def positions(self, device: torch.device | None = None, rank: int | None = None) -> Tensor:
+        """Positions of a rank of the axis, by default this one, ``[L]``."""
+        spans = self.spans(self.cp.index if rank is None else rank)
+        return torch.cat([torch.arange(s.start, s.end, device=device) for s in spans])
+
+    def order(self, device: torch.device | None = None) -> Tensor:
+        """Where each position of the row lies in the concatenation of all ranks, ``[S]``."""
+        held = [torch.arange(s.start, s.end, device=device) for r in range(self.cp.size) for s in self.spans(r)]
+        return torch.argsort(torch.cat(held))
+
+
+def choose_exchange(layout: ContextLayout, q: Tensor, k: Tensor) -> Exchange:
+    """Which exchange ``"auto"`` takes for queries ``[B, H, L, d]`` and keys ``[B, V, L, d]``."""
+    size = layout.cp.size
+    return exchange_for(size, q.shape[1], k.shape[1], 2 * k.numel() * k.element_size() * size)
+
+
+def exchange_for(cp: int, heads: int, kv_heads: int, row_bytes: int) -> Exchange:
+    """Which exchange ``"auto"`` takes.
+
+    All-to-all moves ``2 H + 2 V`` heads' worth of a rank's positions once, less what stays; the others ``2 V`` heads'
+    worth ``cp - 1`` times. So all-to-all where the heads divide by cp and ``(H + V) / cp < V``; else one all-gather where
+    keys and values of the whole row are small (32 MB), else a ring, which never holds those of a whole row.
+
+    Args:
+        cp: Ranks over which rows are cut.
+        heads: H of a tp rank.
+        kv_heads: V of a tp rank.
+        row_bytes: Of the keys and values of whole rows.
+    """
+    if heads % cp == 0 and kv_heads % cp == 0 and heads + kv_heads < cp * kv_heads:
+        return "all_to_all"
+    return "all_gather" if row_bytes <= SMALL_BYTES else "ring"
+
+
+def context_attention(
+    q_BHLd: Tensor, k_BVLd: Tensor, v_BVLd: Tensor, layout: ContextLayout, visibility: Visibility, exchange: Exchange
+) -> Tensor:
+    """Causal attention over whole rows, of which each rank holds its positions. Collective over cp.
+
+    Args:
+        q_BHLd: Queries of this rank's positions.
+        k_BVLd: Keys; V divides H.
+        v_BVLd: Values.
+        layout: Which positions those are.
+        visibility: What a query sees, in positions of the row.
+        exchange: How keys and queries meet.
+
+    Returns:
+        ``[B, H, L, d]``.
+
+    Raises:
+        ValueError: If ``"all_to_all"`` is asked for and the heads do not divide by cp.
+    """
+    if layout.cp.size > 1 and exchange == "auto":
+        exchange = choose_exchange(layout, q_BHLd, k_BVLd)
+    if layout.cp.size == 1 or exchange != "all_to_all":
+        return _Attention.apply(q_BHLd, k_BVLd, v_BVLd, layout, visibility, exchange)
+    size = layout.cp.size
+    for name, heads in (("query", q_BHLd.shape[1]), ("key/value", k_BVLd.shape[1])):
+        if heads % size:
+            raise InputError(
+                f"context_parallel_exchange='all_to_all' cuts heads over cp={size}, which does not divide the {heads} "
+                f"{name} heads of a tp rank; use 'ring' or 'all_gather'."
+            )
+    whole = ContextLayout(layout.length)
+    order = layout.order(q_BHLd.device)
+    q, k, v = (_rows_of_some_heads(x, layout.cp, order) for x in (q_BHLd, k_BVLd, v_BVLd))
+    return _positions_of_all_heads(_Attention.apply(q, k, v, whole, visibility, "ring"), layout.cp, order)
+
+
+def _rows_of_some_heads(x_BHLd: Tensor, cp: Axis, order: Tensor) -> Tensor:
+    """``[B, H, L, d] -> [B, H / G, S, d]``, positions in the order of the row."""
+    rows, heads, length, size = x_BHLd.shape
+    x_GBhLd = x_BHLd.view(rows, cp.size, heads // cp.size, length, size).transpose(0, 1)
+    x_GBhLd = comm.all_to_all(x_GBhLd.contiguous(), [1] * cp.size, [1] * cp.size, cp)
+    return x_GBhLd.permute(1, 2, 0, 3, 4).flatten(2, 3).index_select(2, order)
+
+
+def _positions_of_all_heads(x_BhSd: Tensor, cp: Axis, order: Tensor) -> Tensor:
+    """The inverse, ``[B, H / G, S, d] -> [B, H, L, d]``."""
+    x_BhGLd = x_BhSd.index_select(2, torch.argsort(order)).unflatten(2, (cp.size, -1))
+    x_GBhLd = comm.all_to_all(x_BhGLd.permute(2, 0, 1, 3, 4).contiguous(), [1] * cp.size, [1] * cp.size, cp)
+    return x_GBhLd.transpose(0, 1).flatten(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    """Ring or all-gather, some heads after the others: what a rank holds of other ranks is bounded by these heads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: ContextLayout, visibility: Visibility, exchange: Exchange
+    ) -> Tensor:
+        ctx.layout, ctx.visibility, ctx.exchange = layout, visibility, exchange
+        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device)
+        for heads, kv_heads in _head_groups(q, k, layout):
+            out[:, heads], lse[:, heads] = _forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], ctx)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for heads, kv_heads in _head_groups(q, k, ctx.layout):
+            grad_q[:, heads], grad_k[:, kv_heads], grad_v[:, kv_heads] = _backward(
+                grads[0][:, heads], q[:, heads], out[:, heads], lse[:, heads], k[:, kv_heads], v[:, kv_heads], ctx
+            )
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _head_groups(q_BHLd: Tensor, k_BVLd: Tensor, layout: ContextLayout) -> list[tuple[slice, slice]]:
+    """Query and key/value heads that go together: as many as one message of ``MESSAGE_BYTES`` holds, at least one."""
+    kv_heads, ratio = k_BVLd.shape[1], q_BHLd.shape[1] // k_BVLd.shape[1]
+    a_head = 2 * k_BVLd[:, :1].numel() * k_BVLd.element_size()
+    some = kv_heads if layout.cp.size == 1 else max(1, min(kv_heads, MESSAGE_BYTES // max(a_head, 1)))
+    starts = range(0, kv_heads, some)
+    return [(slice(at * ratio, (at + some) * ratio), slice(at, at + some)) for at in starts]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, ctx: Any) -> tuple[Tensor, Tensor]:
+    layout, visibility = ctx.layout, ctx.visibility
+    partial = PartialAttention(q, _pieces(layout, visibility, layout.cp.index), visibility)
+    if ctx.exchange == "all_gather" and layout.cp.size > 1:
+        k_S, v_S = _gather_keys(k, v, layout)
+        partial.add(k_S, v_S, _pieces_of_row(layout, visibility))
+    else:
+        size, rank = layout.cp.size, layout.cp.index
+        pair = _stacked(k, v, layout)
+        for step in range(size):
+            coming = _Rotation(pair, layout.cp) if isinstance(pair, Tensor) and step < size - 1 else None
+            partial.add(pair[0], pair[1], _pieces(layout, visibility, (rank - step) % size))
+            pair = pair if coming is None else coming.wait()
+    return partial.out, partial.lse
+
+
+def _backward(
+    grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, ctx: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout, visibility = ctx.layout, ctx.visibility
+    spans = _pieces(layout, visibility, layout.cp.index)
+    partial = PartialGradient(grad.contiguous(), q, out, lse, spans, visibility)
+    if ctx.exchange == "all_gather" and layout.cp.size > 1:
+        k_S, v_S = _gather_keys(k, v, layout)
+        grads = partial.add(k_S, v_S, _pieces_of_row(layout, visibility))
+        grad_pair = _scatter_key_gradients(grads, layout)
+    else:
+        grad_pair = _ring_backward(partial, _stacked(k, v, layout), layout, visibility)
+    return partial.grad_q, grad_pair[0], grad_pair[1]
+
+
+def _stacked(k: Tensor, v: Tensor, layout: ContextLayout) -> Tensor | tuple[Tensor, Tensor]:
+    """As one message, if there is anybody to send it to."""
+    return (k, v) if layout.cp.size == 1 else torch.stack([k, v])
+
+
+def _ring_backward(
+    partial: PartialGradient, pair: Tensor | tuple[Tensor, Tensor], layout: ContextLayout, visibility: Visibility
+) -> Tensor:
+    """Keys travel as in forward; their gradients follow one step behind, and come home after the last."""
+    size, rank = layout.cp.size, layout.cp.index
+    if not isinstance(pair, Tensor):
+        return partial.add(*pair, _pieces(layout, visibility, rank))
+    home: _Rotation | None = None
+    for step in range(size):
+        coming = _Rotation(pair, layout.cp) if step < size - 1 else None
+        total = partial.add(pair[0], pair[1], _pieces(layout, visibility, (rank - step) % size))
+        if home is not None:
+            total += home.wait()
+        home = _Rotation(total, layout.cp)
+        pair = pair if coming is None else coming.wait()
+    assert home is not None
+    return home.wait()
+
+
+def _pieces(layout: ContextLayout, visibility: Visibility, rank: int) -> list[Span]:
+    """The positions of a rank, in the order in which it holds them, as blocks that are computed at once."""
+    return [piece for span in layout.spans(rank) for piece in visibility.pieces(span)]
+
+
+def _pieces_of_row(layout: ContextLayout, visibility: Visibility) -> list[Span]:
+    """All positions of a row in their order, in the blocks of :func:`_pieces`."""
+    chunks = Span(0, layout.length).cut(layout.length // (2 * layout.cp.size))
+    return [piece for chunk in chunks for piece in visibility.pieces(chunk)]
+
+
+def _gather_keys(k_BVLd: Tensor, v_BVLd: Tensor, layout: ContextLayout) -> tuple[Tensor, Tensor]:
+    """Keys and values of the whole row, in its order."""
+    pair = torch.stack([k_BVLd, v_BVLd])
+    pairs_G2BVLd = comm.all_gather_raw(pair.unsqueeze(0), layout.cp)
+    whole = pairs_G2BVLd.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).index_select(3, layout.order(pair.device))
+    return whole[0], whole[1]
+
+
+def _scatter_key_gradients(grads_2BVSd: Tensor, layout: ContextLayout) -> Tensor:
+    held = grads_2BVSd.index_select(3, torch.argsort(layout.order(grads_2BVSd.device)))
+    parts = held.unflatten(3, (layout.cp.size, -1)).permute(3, 0, 1, 2, 4, 5)
+    return comm.reduce_scatter_raw(parts.contiguous(), layout.cp)[0]
+
+
+class _Rotation:
+    """Sends a tensor to the next rank of an axis and receives the previous rank's, while the caller computes."""
+
+    def __init__(self, x: Tensor, axis: Axis) -> None:
+        self.axis = axis
+        self._received = torch.empty_like(x)
+        after, before = (axis.ranks[(axis.index + step) % axis.size] for step in (1, -1))
+        self._work = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, x, after, axis.group),
+                dist.P2POp(dist.irecv, self._received, before, axis.group),
+            ]
+        )
+
+    def wait(self) -> Tensor:
+        """What has arrived."""
+        for work in self._work:
+            work.wait()
+        return self._received

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed experts of a layer, stored as stacks with an expert axis.
+
+Legend: A tokens that arrived, M rows in expert order (each reads one of the tokens), L local experts, D hidden size, F expert
+width (cut over etp).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moefold import comm
+from lightning_moefold.dispatch import ExpertRows, Parcel, Return, TokenDispatcher
+from lightning_moefold.fold import Fold
+from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient, even_split
+from lightning_moefold.modules.base import ParallelModule, local
+from lightning_moefold.modules.experts.float8_products import check_float8
+from lightning_moefold.modules.experts.kernels import ExpertKernel, gated_experts
+from lightning_moefold.modules.experts.products import grouped_never_waits
+from lightning_moefold.modules.experts.stack import split_stack
+from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts
+from lightning_moefold.modules.mlp import ACTIVATIONS
+
+
+class RoutedExperts(ParallelModule):
+    """The experts of a layer: parameters of the EXPERT family with an expert axis first.
+
+    Args:
+        num_experts: E, spread evenly over ep.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def check(self, fold: Fold) -> None:
+        """Raises :class:`FoldError` if the experts do not spread evenly over ep."""
+        fold.check_experts(self.num_experts)
+
+    @abstractmethod
+    def stacks(self) -> tuple[Tensor, ...]:
+        """This rank's parts of the parameters, each with an axis of L local experts first."""
+
+    @abstractmethod
+    def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
+        """Runs some experts on their rows and sums them per token, ``[A, D] -> [A, D]``; partial over etp.
+
+        Args:
+            x_AD: Tokens.
+            rows: Which token each row reads, its weight, and the rows of each expert.
+            stacks: Parameters of these experts.
+            chunk: Which of the parcels this is; the same experts in every step.
+        """
+
+    def compiles(self, x_AD: Tensor) -> bool:
+        """Whether :meth:`compute` is one graph for all counts of rows; if not, compiled layers leave it as it is."""
+        return False
+
+    def forward(self, parcels: list[Parcel], dispatcher: TokenDispatcher) -> list[Return]:
+        """Waits for each parcel, computes it and sends the result home, while the next parcel is under way.
+
+        One call for all parcels, because FSDP2 gathers weights and reduces gradients once a call.
+
+        Args:
+            parcels: The first one is under way already.
+            dispatcher: Whose parcels they are.
+
+        Returns:
+            What :meth:`.TokenDispatcher.combine_postprocess` takes.
+        """
+        sizes, stacks = dispatcher.experts_per_chunk, self.stacks()
+        chunks = list(zip(*(split_stack(stack, sizes) for stack in stacks), strict=True))
+        returns, arriving = [], parcels[0]
+        for number, chunk in enumerate(chunks):
+            parcel = arriving
+            if number + 1 < len(parcels):
+                arriving = dispatcher.token_dispatch(parcels[number + 1])
+            x_AD, rows = dispatcher.dispatch_postprocess(parcel)
+            if self.compiles(x_AD):
+                y_AD = self.compute(x_AD, rows, chunk, number)
+            else:
+                y_AD = comm.uncompiled(self.compute, x_AD, rows, chunk, number)
+            y_AD = dispatcher.combine_preprocess(y_AD, parcel.plan)
+            returns.append(dispatcher.token_combine(y_AD, parcel.plan))
+        return returns
+
+
+class Experts(RoutedExperts):
+    """E gated feed-forward experts: ``down(act(gate(x)) * up(x))``, each on its own rows.
+
+    Args:
+        hidden_size: D.
+        num_experts: E, spread evenly over ep.
+        ffn_hidden_size: F.
+        activation: A name in :data:`~.mlp.ACTIVATIONS`.
+
+    Attributes:
+        kernel: How the products are computed: ``"auto"``, ``"loop"``, ``"grouped_mm"``, ``"fp8"`` or ``"transformer_engine"``.
+    """
+
+    kernel: ExpertKernel = "auto"
+
+    def __init__(self, hidden_size: int, num_experts: int, ffn_hidden_size: int, activation: str = "silu") -> None:
+        super().__init__(num_experts)
+        self.ffn_hidden_size = ffn_hidden_size
+        self.activation = ACTIVATIONS[activation]
+        self.gate_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
+        self.up_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, ffn_hidden_size))
+        self._engines: dict[tuple[int, int, int, torch.dtype], TransformerEngineExperts] = {}
+        for weight in (self.gate_proj, self.up_proj, self.down_proj):
+            nn.init.normal_(weight, std=0.02)
+
+    def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
+        """Experts over ep, their width over etp."""
+        self.check(fold)
+        fold.check_width("etp", "ffn_hidden_size", self.ffn_hidden_size)
+        experts = Cut("ep", 0, even_split(self.num_experts, fold.ep))
+        widths = even_split(self.ffn_hidden_size, fold.etp)
+        wide, narrow = (
+            ParameterPlan(Family.EXPERT, (experts, Cut("etp", dim, widths)), TensorGradient.SHARDED) for dim in (1, 2)
+        )
+        return {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+
+    def check_kernel(self, fold: Fold, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises ValueError where ``kernel`` is ``"fp8"`` and shapes, dtype or device do not allow it."""
+        if self.kernel == "fp8":
+            sizes = {"hidden_size": self.gate_proj.shape[-1], "ffn_hidden_size": self.ffn_hidden_size // fold.etp}
+            check_float8(sizes, dtype, device)
+
+    def stacks(self) -> tuple[Tensor, ...]:
+        """Gate and up ``[L, F, D]``, down ``[L, D, F]``."""
+        return local(self.gate_proj), local(self.up_proj), local(self.down_proj)
+
+    def compiles(self, x_AD: Tensor) -> bool:
+        """Where experts go by ``grouped_mm``, of which torch can trace bfloat16 only; a loop asks for the counts of rows."""
+        cast = torch.is_autocast_enabled(x_AD.device.type)
+        dtype = torch.get_autocast_dtype(x_AD.device.type) if cast else x_AD.dtype
+        by_itself = self.kernel == "auto" and x_AD.is_cuda and grouped_never_waits(dtype, x_AD.device)
+        fits = dtype == torch.bfloat16 and all(n % 8 == 0 for n in self.gate_proj.shape[1:])
+        return fits and (by_itself or self.kernel == "grouped_mm")
+
+    def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
+        """See :meth:`RoutedExperts.compute`."""
+        gate_LFD, up_LFD, down_LDF = stacks
+        if torch.is_autocast_enabled(x_AD.device.type):  # outside a language model; autocast knows no custom function
+            dtype = torch.get_autocast_dtype(x_AD.device.type)
+            x_AD, gate_LFD, up_LFD, down_LDF = (t.to(dtype) for t in (x_AD, gate_LFD, up_LFD, down_LDF))
+        if self.kernel != "transformer_engine":
+            return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, self.kernel)
+        if x_AD.dtype == torch.float64:  # which Transformer Engine does not have
+            return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, "loop")
+        experts, width, hidden = gate_LFD.shape
+        key = chunk, experts, width, gate_LFD.dtype  # another when the layer is bound to another fold
+        if key not in self._engines:
+            self._engines[key] = TransformerEngineExperts(experts, hidden, width, gate_LFD.dtype)
+        return self._engines[key](x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, makes engines of its own."""
+        return self.__dict__ | {"_engines": {}}

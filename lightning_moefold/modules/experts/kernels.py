@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Computation of gated experts: ``y_a = sum over rows m of token a of  w_m * down(act(gate(x_a)) * up(x_a))``.
+
+Two ways, by device, and a third one behind the same call in :mod:`.transformer_engine`:
+
+- CPU: one expert after the other, forward and backward, so that gather, activation, its derivative
+  and the weighted sum per token stay in cache between the products;
+- CUDA: all rows at once, with the products of :mod:`.products` and the fused steps of :mod:`..kernels` between them.
+
+The weight's gradient comes from the activation and the gradient of it: so backward needs no expert's output. Kept for backward are
+the two products before the activation and the tokens, ``A * D + 2 * M * F`` numbers on the first way, which needs no copy of
+a token per expert, and ``M * D + 2 * M * F`` on the second.
+
+Legend: A tokens, M rows in expert order, L local experts, D hidden size, F expert width, c rows of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_moefold.dispatch import ExpertRows
+from lightning_moefold.kernels.gated import gated_backward, gated_forward, through_activation
+from lightning_moefold.kernels.row_sums import sum_of_tokens
+from lightning_moefold.modules.experts.cpu_cache import FOR_BACKWARD
+from lightning_moefold.modules.experts.float8_products import Float8Products
+from lightning_moefold.modules.experts.products import Products, choose_products, host_counts
+from lightning_moefold.modules.experts.stack import gradient_like
+
+Activation = Callable[[Tensor], Tensor]
+
+ExpertKernel = Literal["auto", "loop", "grouped_mm", "fp8", "transformer_engine"]
+EXPERT_KERNELS = ("auto", "loop", "grouped_mm", "fp8", "transformer_engine")
+
+
+def gated_experts(
+    x_AD: Tensor,
+    rows: ExpertRows,
+    activation: Activation,
+    gate_LFD: Tensor,
+    up_LFD: Tensor,
+    down_LDF: Tensor,
+    kernel: Literal["auto", "loop", "grouped_mm", "fp8"] = "auto",
+) -> Tensor:
+    """Runs gated experts on their rows and sums them per token, ``[A, D] -> [A, D]``.
+
+    Args:
+        x_AD: Tokens.
+        rows: Which token each row reads, and with what weight.
+        activation: Of the gate.
+        gate_LFD: Weights of the gate.
+        up_LFD: Weights of the other factor.
+        down_LDF: Weights back to D.
+        kernel: Which way; ``"auto"`` by device and shape. What ``"grouped_mm"`` cannot take (float64, odd widths) goes by loop.
+    """
+    if kernel == "fp8":
+        products: Products | None = Float8Products(rows.counts_L) if rows.weight_M.shape[0] else None
+    else:
+        products = choose_products(x_AD, rows, gate_LFD, kernel)
+    if products is not None:
+        return _at_once(x_AD, rows, activation, gate_LFD, up_LFD, down_LDF, products=products)
+    job = _Job(rows.token_M, rows.distinct, host_counts(rows), activation)
+    return _ExpertByExpert.apply(x_AD, rows.weight_M, job, gate_LFD, up_LFD, down_LDF)
+
+
+# ---- all experts at once ---------------------------------------------------------------------------------------------
+
+
+def _at_once(x_AD: Tensor, rows: ExpertRows, activation: Activation, *weights: Tensor, products: Products) -> Tensor:
+    y_MD = _AtOnce.apply(read_tokens(x_AD, rows), rows.weight_M, products, activation, *weights)
+    return sum_rows(y_MD, rows, x_AD.shape[0])
+
+
+class _AtOnce(torch.autograd.Function):
+    """``down(weight * act(gate) * up)`` of all experts; keeps the two products and makes the rest again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MD: Tensor, weight_M: Tensor, products: Products, activation: Activation, *weights: Tensor
+    ) -> Tensor:
+        gate_LFD, up_LFD, down_LDF = weights
+        gate_MF, up_MF = (products.forward(x_MD, w_LFD) for w_LFD in (gate_LFD, up_LFD))
+        ctx.save_for_backward(x_MD, weight_M, gate_MF, up_MF, *weights)
+        ctx.products, ctx.activation = products, activation
+        return products.forward(gated_forward(activation, gate_MF, up_MF, weight_M), down_LDF)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_MD, weight_M, gate_MF, up_MF, gate_LFD, up_LFD, down_LDF = ctx.saved_tensors
+        products: Products = ctx.products
+        need_x, need_weight, _, _, need_gate, need_up, need_down = ctx.needs_input_grad
+        grad_MD = grads[0].contiguous()
+        through = gated_backward(
+            ctx.activation, gate_MF, up_MF, weight_M, products.input_gradient(grad_MD, down_LDF),
+            owns_grad=True, wants_weight=need_weight, wants_inner=need_down,
+        )  # fmt: skip
+        grad_down = grad_gate = grad_up = grad_x = None
+        if through.inner_MF is not None:
+            grad_down = products.weight_gradient(grad_MD, through.inner_MF, down_LDF)
+        if need_gate:
+            grad_gate = products.weight_gradient(through.gate_MF, x_MD, gate_LFD)
+        if need_up:
+            grad_up = products.weight_gradient(through.up_MF, x_MD, up_LFD)
+        if need_x:
+            grad_x = products.input_gradient(through.gate_MF, gate_LFD)
+            grad_x = products.input_gradient(through.up_MF, up_LFD, grad_x)
+        return grad_x, through.weight_M, None, None, grad_gate, grad_up, grad_down
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_AD: Tensor, rows: ExpertRows) -> Tensor:
+        assert rows.token_M is not None
+        ctx.rows, ctx.tokens = rows, x_AD.shape[0]
+        return x_AD.index_select(0, rows.token_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _add_rows(grads[0], ctx.rows, ctx.tokens), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
+        ctx.rows = rows
+        return _add_rows(y_MD, rows, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.rows.token_M), None, None
+
+
+def _add_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
+    assert rows.token_M is not None
+    if rows.distinct:
+        return y_MD.new_empty(tokens, y_MD.shape[1]).index_copy_(0, rows.token_M, y_MD)
+    return sum_of_tokens(y_MD, rows.token_M, tokens)
+
+
+def read_tokens(x_AD: Tensor, rows: ExpertRows) -> Tensor:
+    """The token of each row, ``[A, D] -> [M, D]``."""
+    return x_AD if rows.token_M is None else _Read.apply(x_AD, rows)
+
+
+def sum_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
+    """Sum of each token's rows in at least float32, ``[M, D] -> [A, D]``; zero for tokens that no row reads."""
+    return y_MD if rows.token_M is None else _Sum.apply(y_MD, rows, tokens)
+
+
+# ---- expert by expert ------------------------------------------------------------------------------------------------
+
+
+class _Job:
+    """What :class:`_ExpertByExpert` is told besides tensors with gradients."""
+
+    def __init__(self, token_M: Tensor | None, distinct: bool, counts: list[int], activation: Activation) -> None:
+        self.token_M, self.distinct, self.counts, self.activation = token_M, distinct, counts, activation
+
+    def blocks(self) -> Iterator[tuple[int, slice, Tensor | slice]]:
+        """Experts that have rows, their rows, and the tokens these read."""
+        start = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                rows = slice(start, start + count)
+                yield expert, rows, rows if self.token_M is None else self.token_M[rows]
+            start += count
+
+    def read(self, x_AD: Tensor, tokens: Tensor | slice) -> Tensor:
+        return x_AD[tokens] if isinstance(tokens, slice) else x_AD.index_select(0, tokens)
+
+    def total(self, x_AD: Tensor) -> Tensor:
+        """Where rows are summed per token: in at least float32, unless nothing is summed."""
+        if self.distinct:
+            return torch.empty_like(x_AD)
+        return x_AD.new_zeros(x_AD.shape, dtype=torch.promote_types(x_AD.dtype, torch.float32))
+
+    def stack_like(self, weight: Tensor) -> Tensor:
+        """Room for the gradient of a stack; zero for experts without rows, which nobody visits."""
+        grad = gradient_like(weight)
+        for expert, count in enumerate(self.counts):
+            if not count:
+                grad[expert].zero_()
+        return grad
+
+    def add(self, total_AD: Tensor, tokens: Tensor | slice, y_cD: Tensor) -> None:
+        if isinstance(tokens, slice):
+            total_AD[tokens] = y_cD
+        elif self.distinct:
+            total_AD.index_copy_(0, tokens, y_cD)
+        elif y_cD.dtype == total_AD.dtype:
+            total_AD.index_add_(0, tokens, y_cD)
+        else:  # an expert reads a token once, so reading, adding and writing back is a sum, and faster than a copy in float32
+            total_AD.index_copy_(0, tokens, total_AD.index_select(0, tokens).add_(y_cD))
+
+
+class _ExpertByExpert(torch.autograd.Function):
+    """Gradients go straight into the stacks: indexing a stack under autograd would write a full-size one per expert."""
+
+    @staticmethod
+    def forward(ctx: Any, x_AD: Tensor, weight_M: Tensor, job: _Job, *weights: Tensor) -> Tensor:
+        gate_LFD, up_LFD, down_LDF = weights
+        gate_MF, up_MF = (FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2))
+        total_AD = job.total(x_AD)
+        for expert, rows, tokens in job.blocks():
+            x_cD, gate, up = job.read(x_AD, tokens), gate_MF[rows], up_MF[rows]
+            torch.mm(x_cD, gate_LFD[expert].t(), out=gate)
+            torch.mm(x_cD, up_LFD[expert].t(), out=up)
+            y_cD = job.activation(gate).mul_(up) @ down_LDF[expert].t()
+            job.add(total_AD, tokens, y_cD.mul_(weight_M[rows].unsqueeze(1)))
+        ctx.save_for_backward(x_AD, weight_M, gate_MF, up_MF, *weights)
+        ctx.job = job
+        return total_AD.to(x_AD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_AD, weight_M, gate_MF, up_MF, gate_LFD, up_LFD, down_LDF = ctx.saved_tensors
+        job: _Job = ctx.job
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_AD, total_AD = grads[0], job.total(x_AD) if need_x else None
+        grad_weight = torch.empty_like(weight_M) if need_weight else None
+        grad_gate, grad_up, grad_down = (
+            job.stack_like(w) if needed else None
+            for w, needed in zip((gate_LFD, up_LFD, down_LDF), ctx.needs_input_grad[3:], strict=True)
+        )
+        for expert, rows, tokens in job.blocks():
+            grad_cD, weight_c1 = job.read(grad_AD, tokens), weight_M[rows].unsqueeze(1)
+            grad_inner = grad_cD @ down_LDF[expert]
+            active = job.activation(gate_MF[rows])
+            inner = active * up_MF[rows]
+            if grad_weight is not None:
+                grad_weight[rows] = torch.linalg.vecdot(inner.to(weight_M.dtype), grad_inner.to(weight_M.dtype))
+            if grad_down is not None:
+                weighted_cD = torch.mul(grad_cD, weight_c1, out=torch.empty_like(grad_cD))
+                torch.mm(weighted_cD.t(), inner, out=grad_down[expert])
+            grad_inner.mul_(weight_c1)
+            grad_up_cF = active.mul_(grad_inner)
+            grad_gate_cF = through_activation(job.activation, gate_MF[rows], grad_inner.mul_(up_MF[rows]))
+            if grad_gate is not None or grad_up is not None:
+                x_cD = job.read(x_AD, tokens)
+            if grad_gate is not None:
+                torch.mm(grad_gate_cF.t(), x_cD, out=grad_gate[expert])
+            if grad_up is not None:
+                torch.mm(grad_up_cF.t(), x_cD, out=grad_up[expert])
+            if total_AD is not None:
+                job.add(total_AD, tokens, torch.mm(grad_gate_cF, gate_LFD[expert]).addmm_(grad_up_cF, up_LFD[expert]))
+        grad_x = None if total_AD is None else total_AD.to(x_AD.dtype)
+        return grad_x, grad_weight, None, grad_gate, grad_up, grad_down

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block on its own in a user's network: tokens whole outside, spread over tp inside.
+
+Outside, every tensor parallel rank computes the same on all tokens, so a gradient that leaves the block must be whole
+on each of them; inside, the block works as between the layers of a language model.
+
+Legend: N tokens of this data rank, T tokens of this tp rank, D hidden size.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from lightning_moefold.modules.base import ParallelRoot
+from lightning_moefold.modules.sequence import SequenceBatch
+
+
+def run_standalone(block: ParallelRoot, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
+    """Runs ``block.forward(tokens, batch)`` on tensors of the user's network.
+
+    Args:
+        block: With or without a strategy.
+        hidden: ``[..., D]``, the same on every tp rank.
+        batch: Where rows and positions matter; by default the tokens are one row, or this cp rank's part of some.
+
+    Returns:
+        A tensor of the shape and dtype of ``hidden``.
+    """
+    x_ND = hidden.reshape(-1, hidden.shape[-1])
+    cut = block.rows
+    if batch is None:
+        tokens = x_ND.shape[0]
+        batch = (
+            SequenceBatch(1, tokens, tp=block.tp)
+            if cut is None
+            else SequenceBatch(tokens // cut.length, cut.layout.length, tp=block.tp, cp=cut.layout.cp)
+        )
+    if block.mesh is not None:
+        batch.row_numbers = range(block.mesh.place["dp"], block.fold.dp * batch.rows, block.fold.dp)
+    if batch.padding or (cut is not None and cut.is_padded):
+        real_N = torch.ones(batch.tokens, dtype=torch.bool, device=hidden.device)
+        if cut is not None:
+            real_N = cut.real_N(batch.rows, hidden.device)
+        batch.routed_T = batch.counted_T = batch.shard(real_N, value=False)
+        batch.num_routed = int(batch.routed_T.sum())
+    dtype = block.compute_dtype
+    # FSDP2 casts the weights; autocast, which covers the user's network, would cast once more.
+    with nullcontext() if dtype is None else torch.autocast(hidden.device.type, enabled=False):
+        y_ND = batch.leave(block.forward(batch.enter(x_ND.to(dtype or x_ND.dtype)), batch))
+    # A copy, where FSDP2 wraps: it would lose its hook if the network changed a view in place (``y = block(x); y += x``).
+    return y_ND.view_as(hidden).to(hidden.dtype, copy=block.sharding is not None)

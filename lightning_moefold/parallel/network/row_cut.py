@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a network of the user's own, cut over context parallel ranks between its ends.
+
+Outside, every cp rank has whole rows and computes the same, as tp ranks do; inside, each has its positions. The strategy
+multiplies a loss by ``1 / (dp * cp)`` and sums gradients over all these ranks. Outside, where cp ranks find the same
+gradient, that is an average over dp. Inside, a rank's gradient is that of its positions alone: so it is made cp times as
+large where rows are joined, and the gradients that leave at the other end are divided by cp again.
+
+Legend: B rows, S positions, L positions of this cp rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_moefold import comm
+from lightning_moefold.errors import InputError
+from lightning_moefold.mesh import Axis
+from lightning_moefold.modules.attention.context import ContextLayout, Exchange
+
+
+@dataclass(frozen=True)
+class RowCut:
+    """How the rows are cut that a block is given.
+
+    Args:
+        layout: Which positions are on this rank; S is padded there.
+        true_length: S as the network has it.
+        exchange: How attention works over cp.
+    """
+
+    layout: ContextLayout
+    true_length: int
+    exchange: Exchange = "auto"
+
+    @staticmethod
+    def of(shape: Sequence[int], cp: Axis, exchange: Exchange = "auto") -> RowCut | None:
+        """The cut of hidden states of a shape; None where one rank has whole rows.
+
+        Raises:
+            ValueError: If the shape has no positions.
+        """
+        if cp.size == 1:
+            return None
+        if len(shape) < 3:
+            raise InputError(
+                f"embed must return hidden states [rows, length, ...] for context parallelism to cut, not {list(shape)}; use "
+                "context_parallel_size=1."
+            )
+        return RowCut(ContextLayout(ContextLayout.padded(shape[1], cp.size), cp), shape[1], exchange)
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.layout.length // self.layout.cp.size
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some positions are padding."""
+        return self.layout.length > self.true_length
+
+    def real_N(self, rows: int, device: torch.device) -> Tensor:
+        """Which of this rank's tokens are no padding, ``[B * L]``."""
+        return (self.layout.positions(device) < self.true_length).repeat(rows)
+
+    def enter(self, x_BSD: Tensor) -> Tensor:
+        """``[B, S, ...] -> [B, L, ...]``, padded with zeros."""
+        return _Enter.apply(x_BSD, self)
+
+    def leave(self, x_BLD: Tensor) -> Tensor:
+        """``[B, L, ...] -> [B, S, ...]`` on every cp rank, without the padding."""
+        return _Leave.apply(x_BLD, self)
+
+
+def _positions(x_BSD: Tensor, cut: RowCut) -> Tensor:
+    padding = cut.layout.length - x_BSD.shape[1]
+    if padding:
+        x_BSD = torch.cat([x_BSD, x_BSD.new_zeros(x_BSD.shape[0], padding, *x_BSD.shape[2:])], dim=1)
+    return x_BSD.index_select(1, cut.layout.positions(x_BSD.device))
+
+
+def _whole(x_BLD: Tensor, cut: RowCut) -> Tensor:
+    x_SBD = comm.all_gather_raw(x_BLD.transpose(0, 1).contiguous(), cut.layout.cp)
+    return x_SBD.index_select(0, cut.layout.order(x_BLD.device)[: cut.true_length]).transpose(0, 1).contiguous()
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BSD: Tensor, cut: RowCut) -> Tensor:
+        ctx.cut = cut
+        return _positions(x_BSD, cut)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _whole(grads[0], ctx.cut) / ctx.cut.layout.cp.size, None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BLD: Tensor, cut: RowCut) -> Tensor:
+        ctx.cut = cut
+        return _whole(x_BLD, cut)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _positions(grads[0], ctx.cut) * ctx.cut.layout.cp.size, None

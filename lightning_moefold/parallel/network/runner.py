@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a network of the user's own that says where its layers are (:mod:`.protocol`), in place of its ``forward``.
+
+Calling the network gives what ``head`` returns for this data rank's rows. A pair (sum, weight) becomes the sum over all
+ranks divided by the weight over all ranks; a scalar stays this data rank's own, to be averaged over data ranks as any loss
+in Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from lightning_moefold import comm
+from lightning_moefold.fold import Fold
+from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan, TensorGradient
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules.attention.context import Exchange
+from lightning_moefold.modules.balance import global_value
+from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.parallel.apply import Sharding, make_groups, parallelize
+from lightning_moefold.parallel.network.position_check import check_positions
+from lightning_moefold.parallel.network.protocol import LayeredNetwork, MissingLayer
+from lightning_moefold.parallel.network.row_cut import RowCut
+from lightning_moefold.parallel.pipeline.network import NetworkPipeline
+from lightning_moefold.parallel.pipeline.network_stage import NetworkStage, is_ratio
+from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+
+_RUNNER = "_moefold_runner"
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """How a network is run.
+
+    Args:
+        plan: Schedule and cut of a pipeline.
+        num_microbatches: M.
+        exchange: How attention works over cp.
+    """
+
+    plan: PipelinePlan = PipelinePlan()
+    num_microbatches: int = 1
+    exchange: Exchange = "auto"
+
+
+class NetworkRunner:
+    """A network under a fold.
+
+    Args:
+        network: The network.
+        mesh: The folded mesh.
+        sharding: Of its blocks.
+        options: How it is run.
+
+    Attributes:
+        layouts: Of its own parameters (not those of blocks), by name, where stages hold different ones.
+        names: Of all that it holds on some rank.
+        pipeline: Runs it where there is more than one stage.
+        shares_ends: Whether two ranks of a pipeline hold the parameters of its ends; the same on all ranks.
+    """
+
+    def __init__(self, network: LayeredNetwork, mesh: FoldedMesh, sharding: Sharding, options: NetworkOptions) -> None:
+        self.network, self.mesh, self.sharding, self.options = network, mesh, sharding, options
+        self.layouts: dict[str, ParameterLayout] = {}
+        self.names = set(network.module.state_dict())
+        self.pipeline: NetworkPipeline | None = None
+        self.shares_ends = False
+        self._tried = False
+
+    @property
+    def fold(self) -> Fold:
+        """The fold."""
+        return self.mesh.fold
+
+    @property
+    def rank(self) -> int:
+        """This rank in the fold."""
+        return self.mesh.rank
+
+    def __call__(self, batch: Any) -> Any:
+        """Runs the network. Collective over all ranks.
+
+        Args:
+            batch: What ``embed`` and ``head`` take; tensors in it whose first dimension is that of its first tensor hold
+                its rows.
+        """
+        if torch.is_inference_mode_enabled():  # what FSDP2 gathers in it would serve no training after it
+            with torch.inference_mode(mode=False), torch.no_grad():
+                return self(batch)
+        if self.pipeline is not None:
+            return self.pipeline.run(batch)
+        x_R = self.network.embed(batch)
+        cut = RowCut.of(x_R.shape, self.mesh.axis("cp"), self.options.exchange)
+        for block in self.network.blocks():
+            block.rows = cut
+        if cut is not None:
+            if not self._tried:
+                wrong = check_positions(self.network.layers(), x_R, cut, self.mesh.stage)
+                if wrong is not None:
+                    raise wrong
+                self._tried = True
+            x_R = cut.enter(x_R)
+        for layer in self.network.layers().values():
+            x_R = layer(x_R)
+        result = self.network.head(x_R if cut is None else cut.leave(x_R), batch)
+        return self._ratio(*result) if is_ratio(result) else result
+
+    def _ratio(self, total: Tensor, weight: Any) -> Tensor:
+        mine = torch.stack([total.detach().double(), torch.as_tensor(weight, dtype=torch.float64, device=total.device)])
+        if self.mesh.tp.index or self.mesh.axis("cp").index:  # they computed the same
+            mine = torch.zeros_like(mine)
+        totals = comm.all_reduce_raw(mine, self.mesh.stage)
+        weights = torch.where(totals[1] == 0, torch.ones_like(totals[1]), totals[1])
+        share = (total / weights).to(total.dtype)
+        return global_value(share, totals[0] / weights, self.mesh, copies=self.mesh.fold.cp)
+
+    def load_balancing_loss(self) -> Tensor | None:
+        """That of the latest call where stages hold the layers; None where one rank has them all."""
+        return None if self.pipeline is None else self.pipeline.load_balancing_loss()
+
+
+def runner_of(module: nn.Module) -> NetworkRunner | None:
+    """What runs a network; None for everything else."""
+    return module.__dict__.get(_RUNNER)
+
+
+def network_runners(root: nn.Module) -> list[tuple[str, NetworkRunner]]:
+    """The runners of the networks in a module, by the networks' names."""
+    return [(name, r) for name, m in root.named_modules() if (r := runner_of(m)) is not None]
+
+
+def parallelize_network(
+    network: LayeredNetwork, mesh: FoldedMesh, sharding: Sharding, device: torch.device, options: NetworkOptions
+) -> None:
+    """Parallelises a network in place: leaves its layers to the stages of this rank, cuts its blocks, and takes over its calls.
+
+    Args:
+        network: With the same weights on every rank.
+        mesh: Of the fold.
+        sharding: Data-parallel storage of its blocks.
+        device: Where the parameters go.
+        options: How it is run.
+
+    Raises:
+        FoldError: If the fold does not suit a block.
+        ValueError: If the network cannot be cut into the stages.
+        RuntimeError: If it is parallelised already.
+    """
+    runner = runner_of(network.module)
+    if runner is not None:
+        if runner.mesh is mesh and runner.sharding == sharding:
+            return
+        raise RuntimeError(
+            f"the {type(network.module).__name__} is parallelised under fold {runner.fold} already; make a new one for another."
+        )
+    runner = NetworkRunner(network, mesh, sharding, options)
+    make_groups(network.module, mesh)
+    stages = _cut(runner) if mesh.fold.pp > 1 else []
+    for _, block in parallel_roots(network.module):
+        parallelize(block, mesh, sharding, device)
+        if stages:
+            here = (mesh.place["pp"],)
+            block.layouts = {name: replace(layout, stages=here) for name, layout in block.layouts.items()}
+    network.module.to(device)
+    if stages:
+        runner.pipeline = NetworkPipeline(network, mesh, options.plan, [make() for make in stages], device)
+        runner.pipeline.num_microbatches, runner.pipeline.exchange = options.num_microbatches, options.exchange
+        for stage in runner.pipeline.stages:
+            _wrap(stage, mesh, sharding)
+    network.module.__dict__[_RUNNER] = runner
+    network.module.forward = runner
+
+
+def _cut(runner: NetworkRunner) -> list[Callable[[], NetworkStage]]:
+    """Leaves to this rank what its stages need, and notes who holds which of the network's own parameters.
+
+    The ends stay on the ranks of the first and of the last stage, since nobody says which of them ``embed`` uses, and which
+    ``head``: so they may share weights.
+
+    Returns:
+        What makes the stages, once the parameters are final.
+    """
+    network, mesh, plan = runner.network, runner.mesh, runner.options.plan
+    pp, place = mesh.fold.pp, mesh.place["pp"]
+    layers = network.layers()
+    costs = [_cost(layer) for layer in layers.values()]
+    parts = [list(layers)[part.start : part.stop] for part in plan.cut(costs, pp, f"len({network.layers_name})")]
+    count = len(parts)
+    ends = tuple(dict.fromkeys(plan.owner(stage, pp) for stage in (0, count - 1)))
+    runner.shares_ends = len(ends) == 2 and any(list(m.parameters(recurse=False)) for m in network.ends())
+    holders = {id(p): ends for module in network.ends() for p in module.parameters(recurse=False)}
+    for stage, part in enumerate(parts):
+        holders |= {id(p): (plan.owner(stage, pp),) for name in part for p in layers[name].parameters()}
+    blocks = {id(p) for block in network.blocks() for p in block.parameters()}
+    runner.layouts = {
+        name: ParameterLayout(tuple(p.shape), ParameterPlan(gradient=TensorGradient.IDENTICAL), None, holders[id(p)])
+        for name, p in network.module.named_parameters(remove_duplicate=False)
+        if place in holders[id(p)] and id(p) not in blocks
+    }
+    mine = plan.local_stages(pp, place)
+    here = {name for stage in mine for name in parts[stage]}
+    container = network.container
+    for name, layer in layers.items():
+        if name not in here:
+            container._modules[name] = MissingLayer()
+            layer.to("meta")  # for whoever holds it under another name
+    if place not in ends:
+        for module in network.ends():
+            for leaf, _ in list(module.named_parameters(recurse=False)):
+                module.register_parameter(leaf, None)
+    return [partial(NetworkStage, network, stage, count, parts[stage], mesh.stage) for stage in mine]
+
+
+def _cost(layer: nn.Module) -> float:
+    """Parameters that a token meets."""
+    idle = {
+        id(p): m.top_k / m.num_experts
+        for m in layer.modules()
+        if isinstance(m, MoELayer)
+        for p in m.experts.parameters()
+    }
+    return float(sum(p.numel() * idle.get(id(p), 1.0) for p in layer.parameters()))
+
+
+def _wrap(stage: NetworkStage, mesh: FoldedMesh, sharding: Sharding) -> None:
+    """A schedule reduces what belongs to an FSDP2 module, so the stage is one, if only around its blocks."""
+    if any(isinstance(m, FSDPModule) for m in stage.modules()):
+        meshes = [sharding.data_mesh(mesh, family) for family in Family]
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        fully_shard(
+            stage, mesh=next(m for m in meshes if m is not None), mp_policy=policy, reshard_after_forward=False,
+            ignored_params=set(stage.parameters()),
+        )  # fmt: skip

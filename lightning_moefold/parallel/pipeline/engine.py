@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of a pipeline: runs stages by a schedule and keeps what gradients it made.
+
+Lightning calls ``training_step``, then ``zero_grad``, then ``backward``; gradients that a schedule left behind would be
+wiped. So a call puts the gradients that are there aside, runs the schedule, takes what it made and puts the old ones
+back, and returns the loss as the output of an autograd function that has the parameters as inputs and *returns* the
+gradients it kept, times whatever arrives. By the chain rule that is exact for anything done with the loss.
+
+FSDP2 reduces inside the schedule, once a call; sums over tp, over data ranks where weights are replicated, and over the two
+stages that hold a tied weight, are made after backward as always (:class:`~.gradients.GradientSum`), since these gradients
+enter there like any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.parallel.gradients import like, local_part
+from lightning_moefold.parallel.pipeline.paired_passes import pair_passes
+from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+
+_CLASSES = {
+    "gpipe": "ScheduleGPipe",
+    "1f1b": "Schedule1F1B",
+    "interleaved_1f1b": "ScheduleInterleaved1F1B",
+    "interleaved_zero_bubble": "ScheduleInterleavedZeroBubble",
+    "zbv": "ScheduleZBVZeroBubble",
+    "dualpipev": "ScheduleDualPipeV",
+}
+#: Parameters and the gradients that a schedule made.
+Kept = list[tuple[nn.Parameter, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A tensor that travels from stage to stage with every micro-batch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self, device: torch.device, *, requires_grad: bool = False) -> Tensor:
+        """Room for it."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device, requires_grad=requires_grad)
+
+
+class StageModule(Protocol):
+    """A stage, which computes what its ``job`` says when it is called with the tensors of the stage before."""
+
+    index: int
+    is_first: bool
+    is_last: bool
+    job: Any
+
+    def __call__(self, *received: Tensor, microbatch: Tensor) -> Any:
+        """Runs one micro-batch."""
+        ...
+
+
+class Staged(Protocol):
+    """What stages are made of."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """On this rank."""
+        ...
+
+    def modules(self) -> Iterable[nn.Module]:
+        """On this rank."""
+        ...
+
+    def release_gathered_weights(self) -> None:
+        """So that ``parameters`` are pieces."""
+        ...
+
+
+class ScheduleRunner:
+    """Runs the stages of this rank, together with all ranks of the pipeline.
+
+    Args:
+        owner: Of the parameters.
+        mesh: The folded mesh.
+        plan: Schedule and cut.
+        stages: Of this rank, in the order of the model.
+
+    Attributes:
+        watch: Makes, of torch's schedule, a context in which it runs; for who would see what happens when.
+    """
+
+    def __init__(self, owner: Staged, mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[StageModule]) -> None:
+        self.mesh, self.plan, self.stages = mesh, plan, stages
+        self.count = mesh.fold.pp * plan.chunks
+        self._owner = owner
+        self.watch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+        self._schedule: Any = None
+        self._schedule_key: tuple[Any, ...] = ()
+
+    @property
+    def last_rank(self) -> int:
+        """The rank of this pipeline that holds the last stage."""
+        return self._rank_of(self.count - 1)
+
+    def _rank_of(self, stage: int) -> int:
+        pp = self.mesh.axis("pp")
+        return pp.ranks[self.plan.owner(stage, pp.size)]
+
+    @contextmanager
+    def working_on(self, job: Any) -> Iterator[None]:
+        """A context in which the stages of this rank know what to do."""
+        for stage in self.stages:
+            stage.job = job
+        try:
+            yield
+        finally:
+            for stage in self.stages:
+                stage.job = None
+
+    @contextmanager
+    def counters_kept(self) -> Iterator[None]:
+        """Tokens are counted once, however often they pass."""
+        layers = [m for m in self._owner.modules() if isinstance(m, MoELayer)]
+        counters = [(c, c.clone()) for layer in layers for c in (layer.load_E, layer.dropped)]
+        yield
+        for counter, before in counters:
+            counter.copy_(before)
+
+    # ---- forward and backward ----------------------------------------------------------------------------------
+
+    def train(self, job: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
+        """Forward and backward of all micro-batches; gradients of earlier stay as they are.
+
+        Args:
+            job: For the stages.
+            microbatches: M.
+            wires: What travels.
+            device: Of the tensors.
+        """
+        self._owner.release_gathered_weights()
+        parameters = [p for p in self._owner.parameters() if p.requires_grad]
+        aside = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        numbers = torch.arange(microbatches)
+        try:
+            schedule = self._prepare(microbatches, wires, device)
+            with self.working_on(job), self.watch(schedule):
+                schedule.step(microbatch=numbers, target=numbers, return_outputs=False)
+            self._owner.release_gathered_weights()
+            return [(p, p.grad) for p in parameters]
+        finally:
+            for parameter, grad in zip(parameters, aside, strict=True):
+                parameter.grad = grad
+
+    def _prepare(self, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Any:
+        """The schedule of torch for these shapes; the one of the last call if they are the same.
+
+        Shapes are given, never inferred: inference would run the model on garbage and spoil the load counts.
+        """
+        key = (microbatches, wires)
+        if key != self._schedule_key:
+            self._schedule, self._schedule_key = self._make_schedule(microbatches, wires, device), key
+        return self._schedule
+
+    def _make_schedule(self, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Any:
+        from torch.distributed import pipelining
+
+        between = tuple(wire.empty(device, requires_grad=True) for wire in wires)
+        scalar = torch.empty((), dtype=torch.float64, device=device, requires_grad=True)
+        stages = [
+            pipelining.PipelineStage(
+                cast(nn.Module, stage), stage.index, self.count, device, input_args=() if stage.is_first else between,
+                output_args=(scalar,) if stage.is_last else between, group=self.mesh.axis("pp").group,
+            )
+            for stage in self.stages
+        ]  # fmt: skip
+        kind = getattr(pipelining, _CLASSES[self.plan.schedule])
+        single = self.plan.schedule in ("gpipe", "1f1b")
+        schedule = kind(
+            stages[0] if single else stages, microbatches, loss_fn=lambda output, _: output, scale_grads=False
+        )
+        if self.plan.schedule == "dualpipev" and self.mesh.axis("etp_ep").size > 1:
+            pair_passes(schedule)
+        return schedule
+
+    # ---- forward alone -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode(mode=False)  # what FSDP2 gathers would serve no training after it
+    @torch.no_grad()
+    def evaluate(self, job: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
+        """All micro-batches through the first stage of every rank, then through the second.
+
+        On NCCL, what a rank sends and receives in a group runs in the order in which it was asked for, and a send is done
+        when the other side receives. From the last rank back to the first, micro-batches therefore travel all together,
+        between one turn of the pipeline and the next; asked for one by one, each of the two would wait for the other.
+
+        Returns:
+            No gradients.
+        """
+        pp, here = self.mesh.axis("pp"), {stage.index for stage in self.stages}
+        passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        sends: list[tuple[Any, Tensor]] = []
+
+        def receive(stage: StageModule) -> tuple[Tensor, ...]:
+            received = tuple(wire.empty(device) for wire in wires)
+            for tensor in received:
+                dist.recv(tensor, self._rank_of(stage.index - 1), group=pp.group)
+            return received
+
+        def send(stage: StageModule, output: tuple[Tensor, ...]) -> None:
+            after = self._rank_of(stage.index + 1)
+            sends.extend((dist.isend(x, after, group=pp.group), x) for x in output)
+
+        with self.working_on(job):
+            for stage in self.stages:
+                if stage.index % pp.size == 0 and not stage.is_first and stage.index - 1 not in here:
+                    passed |= {(stage.index - 1, i): receive(stage) for i in range(microbatches)}
+                around: list[tuple[Tensor, ...]] = []
+                for i in range(microbatches):
+                    received = passed.pop((stage.index - 1, i), ())
+                    if not stage.is_first and not received:
+                        received = receive(stage)
+                    output = stage(*received, microbatch=torch.tensor([i]))
+                    if stage.index + 1 in here:
+                        passed[stage.index, i] = output
+                    elif not stage.is_last and (stage.index + 1) % pp.size == 0:
+                        around.append(output)
+                    elif not stage.is_last:
+                        send(stage, output)
+                for output in around:
+                    send(stage, output)
+        for work, _ in sends:
+            work.wait()
+        return []
+
+
+def differentiable(value: Tensor, kept: Kept, factor: float) -> Tensor:
+    """``value`` as a function of the parameters, with ``factor`` times the gradients kept."""
+    anchor = torch.zeros((), device=value.device, requires_grad=True)
+    return _KeptGradients.apply(value, factor, [g for _, g in kept], anchor, *[p for p, _ in kept])
+
+
+def value_only(value: Tensor, hint: str) -> Tensor:
+    """``value`` as something that cannot be differentiated; whoever tries is told ``hint``."""
+    return _Detached.apply(value, torch.zeros((), device=value.device, requires_grad=True), hint)
+
+
+class _KeptGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, factor: float, kept: list[Tensor | None], anchor: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.factor, ctx.kept, ctx.parameters = factor, kept, parameters
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        factor = grads[0] * ctx.factor
+        pairs = zip(ctx.parameters, ctx.kept, strict=True)
+        scaled = [None if g is None else like(p, local_part(g) * factor.to(g.dtype)) for p, g in pairs]
+        return None, None, None, None, *scaled
+
+
+class _Detached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, anchor: Tensor, hint: str) -> Tensor:
+        ctx.hint = hint
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(f"under pipeline parallelism {ctx.hint}")

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time of one training step under a plan, by what it goes to. Pure Python.
+
+A step is the sum of
+
+- M micro-batches on the slowest pipeline rank (compute, tp, cp, ep, etp), and what of full sharding's weight gathers
+  and gradient scatters does not hide under each of them,
+- the pipeline bubble, and messages between stages,
+- what does not hide of the gradient reduction under the last backward and of the weight gather under the first forward,
+- the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from lightning_moefold.fold import Fold
+from lightning_moefold.planner.cost.layer import Block, LayerCosts, combine
+from lightning_moefold.planner.cost.memory import Memory, MemoryModel
+from lightning_moefold.planner.cost.schedules import RankLayers, bubble, pipeline_layout
+from lightning_moefold.planner.machine.links import axis_shape
+from lightning_moefold.planner.search.job import PRECISIONS, SPLIT_BACKWARD, Job, Plan
+
+#: What a person is told bounds a plan, and the parts of the time that belong to it.
+BOUNDS: dict[str, tuple[str, ...]] = {
+    "compute": ("gemm", "experts", "attention", "head"),
+    "memory bandwidth": ("elementwise", "optimizer"),
+    "launch": ("launch",),
+    "a2a": ("a2a",),
+    "etp": ("etp",),
+    "tp": ("tp",),
+    "cp": ("cp",),
+    "pipeline messages": ("p2p",),
+    "bubble": ("bubble",),
+    "data parallel": ("sharding", "gradients"),
+    "recompute": ("recompute",),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan is predicted to do.
+
+    Args:
+        plan: The plan.
+        step_time: Seconds per optimizer step.
+        mfu: Model FLOPs over the dense peak of all ranks, 0 to 1.
+        times: Seconds by what they go to; their sum is ``step_time``.
+        memory: Of the fullest rank.
+        limit: Bytes that a rank may fill.
+        microbatches: Per step and data-parallel rank.
+        load: Rows on the busiest expert-parallel rank over the mean.
+    """
+
+    plan: Plan
+    step_time: float
+    mfu: float
+    times: dict[str, float]
+    memory: Memory
+    limit: float
+    microbatches: int
+    load: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits the memory."""
+        return self.memory.total <= self.limit
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds by kind of bound, largest first."""
+        kinds = {kind: sum(self.times.get(part, 0.0) for part in parts) for kind, parts in BOUNDS.items()}
+        return dict(sorted(((k, s) for k, s in kinds.items() if s > 0), key=lambda item: -item[1]))
+
+    @property
+    def bound_by(self) -> str:
+        """What takes most of the time; ``"memory"`` if it does not fit."""
+        return next(iter(self.bounds)) if self.fits else "memory"
+
+    @property
+    def overhead(self) -> str:
+        """What costs most apart from the compute that any plan needs."""
+        return next((kind for kind in self.bounds if kind != "compute"), "compute")
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """A micro-batch on one pipeline rank: seconds forward and backward, by what they go to."""
+
+    block: Block
+    recompute: float
+    sharding_forward: float
+    sharding_backward: float
+
+    @property
+    def forward(self) -> float:
+        """F."""
+        return self.block.forward_total + self.sharding_forward
+
+    @property
+    def backward(self) -> float:
+        """B."""
+        return self.block.backward_total + self.recompute + self.sharding_backward
+
+
+class CostModel:
+    """Step times of plans of one job.
+
+    Args:
+        job: What is to be trained.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.layers = LayerCosts(job)
+        self.memory = MemoryModel(self.layers)
+        self._links = self.layers.links
+        self._cache: dict[tuple[object, ...], RankTimes] = {}
+
+    def estimate(self, plan: Plan) -> Estimate:
+        """Time and memory of a plan."""
+        job, fold = self.job, plan.fold
+        microbatches = plan.num_microbatches(job)
+        ranks = self.ranks(plan)
+        slowest = max(range(fold.pp), key=lambda r: ranks[r].forward + ranks[r].backward)
+        times: dict[str, float] = defaultdict(float)
+        self._add_microbatches(times, ranks[slowest], microbatches)
+        if plan.schedule in SPLIT_BACKWARD and fold.pp > 1:
+            times["elementwise"] += (
+                microbatches * job.hardware.kernels.split_backward * ranks[slowest].block.backward_total
+            )
+        if fold.pp > 1:
+            times["bubble"] = job.hardware.kernels.waiting * bubble(
+                plan.schedule, plan.num_stages_per_rank, [r.forward for r in ranks], [r.backward for r in ranks],
+                [r.block.weight for r in ranks],
+            )  # fmt: skip
+            times["p2p"] = self.messages(plan, microbatches)
+        layout = pipeline_layout(job.model, fold.pp, plan.num_stages_per_rank, plan.schedule)
+        held = layout[slowest]
+        times["gradients"] = self.gradients(fold, held, ranks[slowest])
+        times["optimizer"] = self.optimizer(fold, held)
+        step = sum(times.values())
+        mfu = job.model_flops / (step * job.peak_flops * job.world_size)
+        memory, load = self.memory.estimate(plan), self.layers.load(fold.ep, fold.tp * fold.cp)
+        return Estimate(plan, step, mfu, dict(times), memory, job.hardware.usable_bytes, microbatches, load)
+
+    def lower_bound(self, fold: Fold, micro_batch: int, dispatcher: str) -> float:
+        """Seconds that no schedule and no recomputation setting of this fold can beat.
+
+        The layers are shared as evenly as real numbers allow, and nothing is counted but them and the head.
+        """
+        job = self.job
+        moe, dense = self.layers.layers(fold.tp, fold.cp, fold.ep, fold.etp, micro_batch, dispatcher)
+        layers = job.model.num_hidden_layers
+        n_moe = self.layers.num_moe
+        work = n_moe * (moe.forward_total + moe.backward_total) + (layers - n_moe) * (
+            dense.forward_total + dense.backward_total
+        )
+        _, head = self.layers.ends(fold.tp, fold.cp, micro_batch)
+        work += head.forward_total + head.backward_total
+        return work / fold.pp * (job.global_batch_size // (fold.dp * micro_batch))
+
+    # ---- a micro-batch -----------------------------------------------------------------------------------------
+
+    def ranks(self, plan: Plan) -> list[RankTimes]:
+        """A micro-batch on each pipeline rank of a plan."""
+        layout = pipeline_layout(self.job.model, plan.fold.pp, plan.num_stages_per_rank, plan.schedule)
+        return [self.chunk(plan, held) for held in layout]
+
+    def chunk(self, plan: Plan, held: RankLayers) -> RankTimes:
+        """A micro-batch through some layers of the model."""
+        fold = plan.fold
+        key = (fold, plan.micro_batch_size, plan.recompute, plan.dispatcher, held)
+        if key not in self._cache:
+            self._cache[key] = self._rank_times(plan, held)
+        return self._cache[key]
+
+    def _rank_times(self, plan: Plan, held: RankLayers) -> RankTimes:
+        fold, size = plan.fold, plan.micro_batch_size
+        moe, dense = self.layers.layers(fold.tp, fold.cp, fold.ep, fold.etp, size, plan.dispatcher)
+        embedding, head = self.layers.ends(fold.tp, fold.cp, size)
+        block = combine([(held.moe, moe), (held.dense, dense), (held.first, embedding), (held.last, head)])
+        layers = held.moe * moe.forward_total + held.dense * dense.forward_total
+        again = {"none": 0.0, "selective": block.attention_half, "full": layers}
+        recompute = again[plan.recompute]
+        if self.job.sharding != "full":
+            return RankTimes(block, recompute, 0.0, 0.0)
+        gather, scatter = self._sharded_traffic(fold, held)
+        forward = self._links.hidden(gather, block.forward_total)
+        return RankTimes(
+            block, recompute, forward, self._links.hidden(gather + scatter, block.backward_total + recompute)
+        )
+
+    def _add_microbatches(self, times: dict[str, float], rank: RankTimes, microbatches: int) -> None:
+        for seconds in (rank.block.forward, rank.block.backward):
+            for name, value in seconds.items():
+                times[name] += microbatches * value
+        if rank.recompute:
+            times["recompute"] += microbatches * rank.recompute
+        if rank.sharding_forward or rank.sharding_backward:
+            times["sharding"] += microbatches * (rank.sharding_forward + rank.sharding_backward)
+
+    # ---- data parallel -----------------------------------------------------------------------------------------
+
+    def _sharded_traffic(self, fold: Fold, held: RankLayers) -> tuple[float, float]:
+        """Seconds to gather the weights of a rank, and to scatter their gradients, layer by layer."""
+        _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
+        local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
+        per_node, units = self.job.hardware.gpus_per_node, max(held.layers, 1)
+        gather = scatter = 0.0
+        for number, axis in ((local.dense, "dp_cp"), (local.expert, "edp")):
+            shape = axis_shape(fold, axis, per_node)
+            gather += units * self._links.gather(shape, number * gathered / units)
+            scatter += units * self._links.scatter(shape, number * reduced / units)
+        return gather, scatter
+
+    def gradients(self, fold: Fold, held: RankLayers, rank: RankTimes) -> float:
+        """Exposed seconds per step of reducing gradients and of gathering weights again."""
+        if self.job.sharding == "full":
+            return 0.0
+        gather, scatter = self._sharded_traffic(fold, held)
+        _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
+        if self.job.sharding == "none":
+            again = gather * reduced / gathered  # an all-reduce gathers what it has scattered
+            return self._links.hidden(scatter + again, rank.backward)
+        return self._links.hidden(scatter, rank.backward) + self._links.hidden(gather, rank.forward)
+
+    def optimizer(self, fold: Fold, held: RankLayers) -> float:
+        """Adam on the local shard: reads gradient, weight, moments; writes weight, moments, and the working copy."""
+        _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
+        local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
+        sharded = self.job.sharding != "none"
+        number = local.dense / (fold.dp * fold.cp if sharded else 1) + local.expert / (fold.edp if sharded else 1)
+        moved = number * (
+            2 * reduced + 2 * stored + 2 * moments + gathered
+        )  # gradients are read twice: norm, then step
+        return self.layers.compute.stream(moved)
+
+    # ---- pipeline ----------------------------------------------------------------------------------------------
+
+    def messages(self, plan: Plan, microbatches: int) -> float:
+        """Exposed seconds of messages between stages.
+
+        1F1B waits for its neighbours; schedules with several chunks have other chunks to compute meanwhile.
+        """
+        fold, job = plan.fold, self.job
+        tokens = self.layers.tokens(plan.micro_batch_size, fold.cp) / fold.tp
+        shape = axis_shape(fold, "pp", job.hardware.gpus_per_node)
+        one = self._links.neighbour(shape, tokens * job.model.hidden_size * job.activation_bytes)
+        chunks = plan.num_stages_per_rank
+        exposed = 1.0 if chunks == 1 else 1 - job.hardware.kernels.overlap
+        return 2 * one * exposed * (microbatches * chunks + fold.pp - 1)

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one decoder layer costs on the busiest rank, forward and backward, by what the time goes to. Pure Python.
+
+Legend: N tokens of a micro-batch on a tp group (rows * sequence / cp), T = N / tp tokens of this rank, K experts per
+token, M = T * K * etp * load rows that this rank computes, D hidden size, F expert width, b bytes per activation.
+
+A layer is a sum of blocks: attention(tp, cp), experts(ep, etp), a gated MLP (dense layer or shared expert; tp), and the
+two ends of the model. A block depends on few sizes, so thousands of folds share a few hundred blocks (memoised).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil
+
+from lightning_moefold.fold import expert_nodes
+from lightning_moefold.modules.attention.context import ContextLayout, exchange_for
+from lightning_moefold.planner.cost.pairs import Pairs, pairs_of
+from lightning_moefold.planner.machine.kernels import Compute
+from lightning_moefold.planner.machine.links import GroupShape, Links, group_shape
+from lightning_moefold.planner.search.job import Job
+
+#: What time goes to, in the order in which it is shown.
+COMPUTE = ("gemm", "experts", "attention", "elementwise", "head", "launch")
+COMMUNICATION = ("tp", "cp", "a2a", "etp")
+#: Backward over forward bytes of element-wise work: a norm reads one tensor more, a gated activation two.
+_ELEMENTWISE_BACKWARD = 1.5
+#: Kernels in the forward pass of a layer's two halves; backward launches about twice as many.
+#: A further chunk of tokens is sorted, computed and summed on its own.
+_LAUNCHES = {"attention": 15, "experts": 30, "chunk": 15, "mlp": 6}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Seconds of one pass through a part of the model.
+
+    Args:
+        forward: By what they go to.
+        backward: The same, gradients of weights included.
+        weight: Part of ``backward`` that computes gradients of weights and that nobody waits for.
+        attention_half: What selective recomputation repeats.
+    """
+
+    forward: Mapping[str, float]
+    backward: Mapping[str, float]
+    weight: float = 0.0
+    attention_half: float = 0.0
+    forward_total: float = field(init=False)
+    backward_total: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forward_total", sum(self.forward.values()))
+        object.__setattr__(self, "backward_total", sum(self.backward.values()))
+
+
+def combine(parts: list[tuple[float, Block]]) -> Block:
+    """The sum of blocks, each as often as its number says."""
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    weight = attention_half = 0.0
+    for times, block in parts:
+        if not times:
+            continue
+        for name, value in block.forward.items():
+            forward[name] = forward.get(name, 0.0) + times * value
+        for name, value in block.backward.items():
+            backward[name] = backward.get(name, 0.0) + times * value
+        weight += times * block.weight
+        attention_half += times * block.attention_half
+    return Block(forward, backward, weight, attention_half)
+
+
+class LayerCosts:
+    """Blocks of a job's model, memoised.
+
+    Args:
+        job: What is to be trained; its routing decides the load of the busiest rank.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.model = job, job.model
+        self.links = Links(job.hardware)
+        self.compute = Compute(job.hardware, job.dtype, job.activation_bytes)
+        self.attention = lru_cache(maxsize=None)(self._attention)
+        self.experts = lru_cache(maxsize=None)(self._experts)
+        self.mlp = lru_cache(maxsize=None)(self._mlp)
+        self.ends = lru_cache(maxsize=None)(self._ends)
+        self.layers = lru_cache(maxsize=None)(self._layers)
+        self.num_moe = job.model.num_moe_layers
+        windows = [min(w or job.sequence_length, job.sequence_length) for w in self.model.sliding_windows]
+        length = job.sequence_length
+        self.mean_keys = sum(w * (1 - (w - 1) / (2 * length)) for w in windows) / len(windows)
+        self.mean_window = sum(windows) / len(windows)
+
+    def load(self, ep: int, spread: int = 1) -> float:
+        """Rows on the busiest rank over the balanced number without drops.
+
+        Padded, every rank sends each expert as many rows as it may serve, and no rank is busier than another. What an
+        expert may serve of a row may all lie on one of the ``spread`` ranks, tp times cp, over which the row is cut: so
+        each of them sends so many, unless it has fewer tokens.
+        """
+        model, job = self.model, self.job
+        if job.pad_to_capacity and job.capacity_factor is not None:
+            parts = spread if job.drop_scope == "full_sequence" else 1
+            return min(parts * job.capacity_factor, model.num_experts / model.num_experts_per_tok)
+        return job.routing.load_factor(model.num_experts, model.num_experts_per_tok, ep, job.capacity_factor)
+
+    def pairs(self, places: int) -> Pairs:
+        """Of a token and a place (ranks of ep, or nodes) that holds some of its experts."""
+        model, job = self.model, self.job
+        return pairs_of(job.routing, model.num_experts, model.num_experts_per_tok, places, job.capacity_factor)
+
+    def nodes(self, ep: int, etp: int, dispatcher: str) -> int:
+        """Nodes between which tokens travel first, and then within each; 1 where they travel in one step."""
+        return expert_nodes(ep, etp, self.job.hardware.gpus_per_node) if dispatcher == "hierarchical" else 1
+
+    def tokens(self, micro_batch: int, cp: int) -> int:
+        """N, with the padding of lengths that 2 cp does not divide."""
+        return micro_batch * ContextLayout.padded(self.job.sequence_length, cp) // cp
+
+    def shape(self, size: int, stride: int) -> GroupShape:
+        """How a group lies on the nodes."""
+        return group_shape(size, stride, self.job.hardware.gpus_per_node)
+
+    # ---- blocks ------------------------------------------------------------------------------------------------
+
+    def _attention(self, tp: int, cp: int, micro_batch: int) -> Block:
+        """Norm, all-gather, q k v, attention, o, reduce-scatter, residual."""
+        model, b = self.model, self.job.activation_bytes
+        n, d = self.tokens(micro_batch, cp), model.hidden_size
+        q = ceil(model.num_attention_heads / tp) * model.head_dim
+        kv = self.local_kv_heads(tp) * model.head_dim
+        gemm = self.compute.gemm(n, q + 2 * kv, d) + self.compute.gemm(n, d, q)
+        exchange = self.context_exchange(tp, cp, micro_batch)
+        longest = self.mean_window / cp if exchange == "ring" else self.mean_window
+        core, core_backward = self.compute.attention(n, self.mean_keys, q, longest)
+        elementwise = self.compute.stream(b * (5 * n / tp * d + 2 * n * (q + kv)))
+        tp_comm = self.links.reduce(self.shape(tp, 1), n * d * b)
+        forward = {"gemm": gemm, "attention": core, "elementwise": elementwise, "tp": tp_comm}
+        backward = {
+            "gemm": 2 * gemm,
+            "attention": core_backward,
+            "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
+            "tp": tp_comm,
+        }
+        self._add_casts(forward, backward, n, d + q, q + 2 * kv + d)
+        if cp > 1:
+            forward["cp"], backward["cp"] = self._meet(
+                exchange, self.shape(cp, tp), n * q * b, 2 * n * kv * b, core, core_backward
+            )
+        return self._with_launches("attention", forward, backward, gemm)
+
+    def context_exchange(self, tp: int, cp: int, micro_batch: int) -> str:
+        """What the strategy's ``context_parallel_exchange="auto"`` takes (:func:`~.attention.context.exchange_for`)."""
+        if cp == 1:
+            return "none"
+        heads, kv = ceil(self.model.num_attention_heads / tp), self.local_kv_heads(tp)
+        row = 2 * self.tokens(micro_batch, cp) * cp * kv * self.model.head_dim * self.job.activation_bytes
+        return exchange_for(cp, heads, kv, row)
+
+    def _meet(
+        self, exchange: str, group: GroupShape, queries: float, pair: float, core: float, core_backward: float
+    ) -> tuple[float, float]:
+        """Exposed seconds forward and backward in which queries and keys of a row meet over cp.
+
+        Args:
+            exchange: How.
+            group: The cp group.
+            queries: Bytes of a rank's queries.
+            pair: Bytes of a rank's keys and values.
+            core: Seconds of attention forward, under which a ring's messages travel.
+            core_backward: The same backward.
+        """
+        if (
+            exchange == "all_to_all"
+        ):  # queries, keys, values there and the output back; backward the gradients the other way
+            seconds = self.links.exchange(group, queries + pair) + self.links.exchange(group, queries)
+            return seconds, seconds
+        if exchange == "all_gather":  # backward gathers again, and scatters gradients in fp32
+            gather = self.links.gather(group, group.size * pair)
+            return gather, gather + self.links.scatter(group, group.size * pair * max(4 / self.job.activation_bytes, 1))
+        # Backward, gradients of k and v travel along, in fp32.
+        both = pair * (1 + max(4 / self.job.activation_bytes, 1))
+        return self._ring(group, pair, core), self._ring(group, both, core_backward)
+
+    def _ring(self, ring: GroupShape, step_bytes: float, compute: float) -> float:
+        """Ring attention: each of cp - 1 messages travels under the attention of one step."""
+        message = self.links.neighbour(ring, step_bytes)
+        return (ring.size - 1) * self.links.hidden(message, compute / ring.size)
+
+    def local_kv_heads(self, tp: int) -> int:
+        """Key/value heads that a rank computes: its share, or those its queries need where tp does not divide them."""
+        kv, heads = self.model.num_key_value_heads, self.model.num_attention_heads
+        return kv // tp if kv % tp == 0 else min(kv, ceil(ceil(heads / tp) * kv / heads) + (heads % tp > 0))
+
+    def _experts(self, ep: int, etp: int, tokens: int, dispatcher: str, spread: int = 1) -> Block:
+        """Norm, router, dispatch, experts, combine, residual, for ``tokens`` = T of rows cut over ``spread`` ranks."""
+        model, b, k = self.model, self.job.activation_bytes, self.model.num_experts_per_tok
+        d, f, local = model.hidden_size, ceil(model.moe_intermediate_size / etp), model.num_experts // ep
+        load = self.load(ep, spread)
+        rows = tokens * k * load * etp
+        product = self.compute.gemm(rows / local, f, d, local)
+        experts = 2 * product + self.compute.gemm(rows / local, d, f, local)
+        router = self._router(tokens)
+        comm, comm_backward, moved = self._dispatch(ep, etp, tokens, load, dispatcher, experts)
+        elementwise = self.compute.stream(b * (8 * tokens * d + moved)) + self.compute.stream(b * 3 * rows * f)
+        waits = (not self.job.pad_to_capacity and ep * etp > 1) + (self.nodes(ep, etp, dispatcher) > 1)
+        sync = waits * self.job.hardware.kernels.host_sync
+        forward = {"experts": experts, "gemm": router, "elementwise": elementwise, **comm}
+        backward = {
+            "experts": 2 * experts,
+            "gemm": 2 * router,
+            "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
+            **comm_backward,
+        }
+        self._add_casts(forward, backward, rows, d + f, 2 * f + d)
+        if sync:
+            forward["launch"] = sync
+        more = _LAUNCHES["chunk"] * (self.chunks(ep) - 1)
+        return self._with_launches("experts", forward, backward, experts + router, more)
+
+    def chunks(self, ep: int) -> int:
+        """Parts in which tokens travel; at most as many as a rank has experts."""
+        return min(self.job.dispatch_chunks, self.model.num_experts // ep) if ep > 1 else 1
+
+    def _router(self, tokens: int) -> float:
+        """Scores in fp32: arithmetic on the wide units, and never faster than the tokens are read."""
+        model = self.model
+        busy = 2 * tokens * model.hidden_size * model.num_experts / (self.job.hardware.peak("fp32") * 0.7)
+        return max(busy, self.compute.stream(4 * tokens * (model.hidden_size + model.num_experts)))
+
+    def _dispatch(
+        self, ep: int, etp: int, tokens: int, load: float, dispatcher: str, experts: float
+    ) -> tuple[dict[str, float], dict[str, float], float]:
+        """Seconds of the communication forward and backward, and numbers moved in memory to sort tokens.
+
+        In C parts, the first part's way there and the last one's way back are seen, and of the others what does not fit
+        behind (C - 1) / C of the experts' products, which take twice as long backward. Every part pays a message's
+        latency. Parts are cut between experts: each product is as large as in one part.
+
+        Args:
+            ep: Ranks among which tokens are exchanged.
+            etp: Ranks that share an expert.
+            tokens: T.
+            load: Of the busiest rank.
+            dispatcher: How tokens travel.
+            experts: Seconds of the experts' products, forward.
+        """
+        model, b = self.model, self.job.activation_bytes
+        d, chosen = model.hidden_size, tokens * model.num_experts_per_tok
+        rows = chosen * load * etp
+        sent = chosen * (load if self.job.pad_to_capacity else 1.0)
+        if dispatcher == "allgather":
+            everyone = tokens * ep * etp
+            both = self.links.reduce(self.shape(ep * etp, 1), everyone * d * b)
+            return {"a2a": both}, {"a2a": both}, d * (2 * rows + rows + everyone)
+        sort = 4 * rows * d if model.num_experts // ep > 1 or etp > 1 else 0.0
+        if dispatcher != "alltoall":
+            there, back, moved = self._once_to_each(ep, etp, tokens, self.nodes(ep, etp, dispatcher))
+            return there, back, d * moved + sort
+        parts = self.chunks(ep)
+        message = self.links.exchange(self.shape(ep, etp), chosen * load * d * b / parts)
+        seen, behind = 2 * message, 2 * (parts - 1) * message
+        ways = [seen + self.links.hidden(behind, (parts - 1) / parts * window) for window in (experts, 2 * experts)]
+        widen = self.links.gather(self.shape(etp, 1), chosen * load * etp * d * b / parts)
+        there, back = ({"a2a": way, "etp": 2 * parts * widen} for way in ways)
+        return there, back, 2 * (tokens + sent) * d + sort
+
+    def _once_to_each(
+        self, ep: int, etp: int, tokens: int, nodes: int
+    ) -> tuple[dict[str, float], dict[str, float], float]:
+        """Deduplicated exchange: seconds of the communication forward and backward, and rows moved in memory.
+
+        A token travels once to each rank that holds some of its experts; with several nodes, once to each node and from there
+        to its ranks. Then the second step adds what `docs/dispatch.md` counts: its tokens there and back, the sizes, and the
+        choices, whose gradients return backward. (What the sizes and choices of one step cost is left out under every
+        dispatcher.)
+
+        Args:
+            ep: Ranks among which tokens are exchanged.
+            etp: Ranks that share an expert.
+            tokens: T.
+            nodes: Over which ep lies, to be taken in two steps; 1 for one.
+        """
+        ranks, row = self.pairs(ep), self.model.hidden_size * self.job.activation_bytes
+        inside = self.shape(ep // nodes, etp)
+        way = self.links.exchange(inside, tokens * ranks.busiest * row)
+        widen = 2 * self.links.gather(self.shape(etp, 1), tokens * ranks.busiest * etp * row)
+        forward, backward = 2 * way, 2 * way
+        moved = 2 * tokens * (1 + ranks.mean)
+        if nodes > 1:
+            pairs, small = self.pairs(nodes), self.links.empty(inside)
+            between = self.links.exchange(
+                self.shape(nodes, self.job.hardware.gpus_per_node), tokens * pairs.busiest * row
+            )
+            forward, backward = forward + 2 * between + 2 * small, backward + 2 * between + small
+            # What reaches the busiest node is spread over its ranks, and comes back.
+            moved = 2 * tokens * (1 + pairs.mean) + 2 * tokens * pairs.busiest * (1 + ranks.mean / pairs.mean)
+        return {"a2a": forward, "etp": widen}, {"a2a": backward, "etp": widen}, moved
+
+    def _mlp(self, tp: int, cp: int, micro_batch: int, width: int, own_norm: bool) -> Block:
+        """Gated feed-forward cut over tp: a dense layer's, or the shared expert's."""
+        b, d = self.job.activation_bytes, self.model.hidden_size
+        n, f = self.tokens(micro_batch, cp), ceil(width / tp)
+        gemm = 2 * self.compute.gemm(n, f, d) + self.compute.gemm(n, d, f)
+        elementwise = self.compute.stream(3 * b * n * f) + self.compute.stream(b * (5 if own_norm else 3) * n / tp * d)
+        comm = self.links.reduce(self.shape(tp, 1), n * d * b)
+        forward = {"gemm": gemm, "elementwise": elementwise, "tp": comm}
+        backward = {"gemm": 2 * gemm, "elementwise": _ELEMENTWISE_BACKWARD * elementwise, "tp": comm}
+        self._add_casts(forward, backward, n, d + f, 2 * f + d)
+        return self._with_launches("mlp", forward, backward, gemm)
+
+    def _ends(self, tp: int, cp: int, micro_batch: int) -> tuple[Block, Block]:
+        """Embedding; and final norm, head and loss."""
+        model, b = self.model, self.job.activation_bytes
+        n, d, v = self.tokens(micro_batch, cp), model.hidden_size, ceil(model.vocab_size / tp)
+        gather, scatter = (move(self.shape(tp, 1), n * d * b) for move in (self.links.gather, self.links.scatter))
+        look_up = self.compute.stream(3 * b * n * d)
+        embedding = Block({"head": look_up, "tp": scatter}, {"head": 2 * look_up, "tp": gather})
+        gemm = self.compute.gemm(n, v, d)
+        loss = self.compute.stream(n * v * (b + 3 * 4))  # logits are read once and softmax runs in fp32
+        head = Block({"head": gemm + loss, "tp": gather}, {"head": 2 * gemm + loss, "tp": scatter}, gemm)
+        return embedding, head
+
+    def _add_casts(
+        self, forward: dict[str, float], backward: dict[str, float], rows: float, inputs: int, outputs: int
+    ) -> None:
+        """In fp8, inputs of products forward and gradients backward are read, and written twice (one transposed)."""
+        if self.job.dtype == "fp8":
+            forward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * inputs)
+            backward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * outputs)
+
+    def _with_launches(
+        self, kind: str, forward: dict[str, float], backward: dict[str, float], weight: float, more: int = 0
+    ) -> Block:
+        """Adds what is missing to the time that the host needs to launch the kernels, ``more`` than usual."""
+        floor = (_LAUNCHES[kind] + more) * self.job.hardware.kernels.launch
+        for seconds, least in ((forward, floor), (backward, 2 * floor)):
+            missing = least - sum(seconds.values())
+            if missing > 0:
+                seconds["launch"] = seconds.get("launch", 0.0) + missing
+        return Block(forward, backward, weight, sum(forward.values()) if kind == "attention" else 0.0)
+
+    # ---- layers ------------------------------------------------------------------------------------------------
+
+    def _layers(self, tp: int, cp: int, ep: int, etp: int, micro_batch: int, dispatcher: str) -> tuple[Block, Block]:
+        """A layer with experts, and a dense one."""
+        model = self.model
+        attention = self.attention(tp, cp, micro_batch)
+        tokens = ceil(self.tokens(micro_batch, cp) / tp)
+        parts = [(1.0, attention), (1.0, self.experts(ep, etp, tokens, dispatcher, tp * cp))]
+        if model.shared_expert_intermediate_size:
+            parts.append((1.0, self.mlp(tp, cp, micro_batch, model.shared_expert_intermediate_size, False)))
+        moe = combine(parts)
+        if self.num_moe == model.num_hidden_layers:
+            return moe, moe
+        return moe, combine([(1.0, attention), (1.0, self.mlp(tp, cp, micro_batch, model.intermediate_size, True))])

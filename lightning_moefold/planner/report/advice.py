@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to tell a person beyond the ranking: what fails first, what would make it fit, what is left on the table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import lcm
+
+from lightning_moefold.errors import PlanError
+from lightning_moefold.fold import Fold, divisors
+from lightning_moefold.planner.cost.cost import Estimate
+from lightning_moefold.planner.machine.hardware import PRESETS
+from lightning_moefold.planner.search.job import Job
+from lightning_moefold.planner.search.search import Planner, Result, Space
+
+_MOST_RANKS_TIMES = 64
+#: A hint is given for a gain above this.
+_WORTH_SAYING = 1.05
+#: Tokens below which a shorter sequence is no advice.
+_SHORTEST = 512
+
+
+def why_not(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
+    """For a job of which no plan fits: the limit that fails first, and what would make it fit.
+
+    Args:
+        result: Of a search, or of the evaluation of one fold.
+        space: What could be chosen.
+        fold: The fold that was asked for, if it was one.
+    """
+    smallest, job = result.best, result.job
+    limit, memory = smallest.limit, smallest.memory
+    part, size = max(memory.as_dict().items(), key=lambda item: item[1])
+    what = (
+        "No plan fits. The one that needs least memory" if fold is None else "This fold does not fit. Its smallest plan"
+    )
+    lines = [
+        f"{what}, {smallest.plan}, needs {_gb(memory.total)} of the {_gb(limit)} that a rank of {job.hardware.name} can "
+        f"fill; most of it is {part} ({_gb(size)}).",
+    ]
+    if fold is not None:
+        best = _best_that_fits(job, space)
+        if best is not None:
+            return [*lines, f"Another fold fits: {best.plan}, with {best.mfu:.1%} MFU and {_gb(best.memory.total)}."]
+        lines.append("No other fold fits either.")
+    return lines + ([f"It would fit {way}." for way in _ways_out(job, space)] or ["Nothing tried here makes it fit."])
+
+
+def _ways_out(job: Job, space: Space) -> list[str]:
+    """Each change of one thing that makes a plan fit, cheapest first."""
+    ways = []
+    if job.sharding != "full" and _fits(replace(job, sharding="full"), space):
+        ways.append("with --sharding full")
+    for precision in {"32-true": ("bf16-mixed", "bf16-true"), "bf16-mixed": ("bf16-true",)}.get(job.precision, ()):
+        if job.sharding != "none" and _fits(replace(job, precision=precision), space):
+            ways.append(
+                f"with --precision {precision}" + (" (weights and optimizer in bfloat16)" * (precision == "bf16-true"))
+            )
+            break
+    larger = next((n for n in _larger_batches(job) if _fits(replace(job, global_batch_size=n), space)), None)
+    if larger is not None:
+        ways.append(f"with --global-batch-size {larger}, which more folds divide")
+    shorter = job.sequence_length // 2
+    while shorter >= _SHORTEST and not _fits(replace(job, sequence_length=shorter), space):
+        shorter //= 2
+    if shorter >= _SHORTEST:
+        ways.append(f"with --sequence-length {shorter}")
+    for name, machine in PRESETS.items():
+        if machine.memory_bytes > job.hardware.memory_bytes and _fits(replace(job, hardware=machine), space):
+            ways.append(f"on {name} ({_gb(machine.memory_bytes)} a rank)")
+            break
+    times = 2
+    while times <= _MOST_RANKS_TIMES and not _fits(replace(job, world_size=job.world_size * times), space):
+        times *= 2
+    if times <= _MOST_RANKS_TIMES:
+        ways.append(f"on {job.world_size * times} ranks")
+    return ways
+
+
+def _larger_batches(job: Job) -> list[int]:
+    """The next batch that the number of ranks divides, where this one is not such."""
+    return (
+        []
+        if job.global_batch_size % job.world_size == 0
+        else [-(-job.global_batch_size // job.world_size) * job.world_size]
+    )
+
+
+def _fits(job: Job, space: Space) -> bool:
+    return _best_that_fits(job, space) is not None
+
+
+def _best_that_fits(job: Job, space: Space) -> Estimate | None:
+    try:
+        best = Planner(job, space).search(keep=1).best
+    except PlanError:
+        return None
+    return best if best.fits else None
+
+
+def _batch_hint(job: Job) -> list[str]:
+    """What a batch that does not divide keeps out."""
+    out = [n for n in divisors(job.world_size) if job.global_batch_size % n and n < job.global_batch_size]
+    if not out:
+        return []
+    sizes = ", ".join(map(str, out[:6])) + (", ..." if len(out) > 6 else "")
+    step = out[-1] if len(out) == 1 else lcm(*out)
+    larger = -(-job.global_batch_size // step) * step
+    return [
+        f"{job.global_batch_size} sequences do not divide over dp = {sizes}: folds with such a dp are left out; a batch of "
+        f"{larger} would let them in."
+    ]
+
+
+def hints(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
+    """What a better plan would need, where the job's own settings stand in its way; of ``fold`` if one is given."""
+    job, best = result.job, result.best
+    lines = [] if fold is not None else _batch_hint(job)
+    if job.precision == "fp8-mixed":
+        lines.append("fp8-mixed is planned only: the strategy does not run it.")
+    if job.sharding == "full" and space.micro_batch_sizes is None:
+        planner = Planner(job, space.free)
+        free = planner.evaluate(fold)[0] if fold else planner.search(keep=1).best
+        if free.fits and free.mfu > best.mfu * _WORTH_SAYING:
+            lines.append(
+                "Full sharding gathers weights for every micro-batch, here one sequence. With --micro-batch-size any "
+                f"the best plan is {free.plan}: {free.mfu:.1%} MFU instead of {best.mfu:.1%}."
+            )
+        planner = Planner(replace(job, sharding="optimizer"), space)
+        sharded = planner.evaluate(fold)[0] if fold else planner.search(keep=1).best
+        if sharded.fits and sharded.mfu > max(best.mfu, free.mfu) * _WORTH_SAYING:
+            lines.append(f"With --sharding optimizer the best plan is {sharded.plan}: {sharded.mfu:.1%} MFU.")
+    if best.load > 1.2 and job.capacity_factor is None:
+        lines.append(
+            f"The busiest expert-parallel rank computes {best.load:.2f} times the mean: experts placed by load, "
+            "an auxiliary loss, or a capacity factor would bring that down."
+        )
+    if best.overhead == "bubble" and best.times.get("bubble", 0) > 0.1 * best.step_time:
+        lines.append(
+            f"The pipeline waits {best.times['bubble'] / best.step_time:.0%} of the time with {best.microbatches} "
+            "micro-batches; a larger global batch would fill it."
+        )
+    return lines
+
+
+def _gb(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--explain``: one plan line by line, each number with the sizes it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+from typing import Any
+
+from lightning_moefold.planner.cost.cost import CostModel, Estimate
+from lightning_moefold.planner.machine.links import axis_shape
+from lightning_moefold.planner.report.explain import (
+    legend,
+    rows_per_batch,
+    strategy_arguments,
+    time_bar,
+    trainer_arguments,
+)
+from lightning_moefold.planner.search.job import Job
+
+_WHAT = {
+    "gemm": "dense matrix products (q k v o, router, shared expert, dense layers)",
+    "experts": "expert matrix products",
+    "attention": "attention cores",
+    "elementwise": "element-wise work, permutation",
+    "head": "head, loss, embedding",
+    "launch": "launches and host waits",
+    "tp": "all-gather and reduce-scatter over tp",
+    "cp": "exposed ring attention messages",
+    "a2a": "token exchange over ep",
+    "etp": "all-gather and reduce-scatter over etp",
+    "recompute": "recomputation",
+    "sharding": "exposed weight gathers, gradient scatters",
+    "bubble": "pipeline bubble",
+    "p2p": "exposed messages between stages",
+    "gradients": "exposed gradient reduction, weight gather",
+    "optimizer": "optimizer",
+}
+
+
+def walk(job: Job, estimate: Estimate) -> Iterator[str]:
+    """The lines of an explanation: the result, where groups lie, a layer's sizes, time, memory, and how to run it."""
+    costs = CostModel(job)
+    yield f"{estimate.plan}"
+    yield (
+        f"{estimate.step_time:.3f} s per step, {estimate.mfu:.1%} MFU, "
+        f"{job.model_flops / estimate.step_time / job.world_size / 1e12:.0f} model TFLOP/s per rank, "
+        f"bound by {estimate.bound_by}, largest overhead {estimate.overhead}"
+    )
+    yield f"[{time_bar(estimate, 60)}]"
+    yield legend()
+    yield ""
+    yield from _groups(job, estimate)
+    yield ""
+    yield from _sizes(job, estimate, costs)
+    yield ""
+    yield from _times(job, estimate)
+    yield ""
+    yield from _memory(estimate)
+    yield ""
+    strategy, trainer = (_call(make(job, estimate)) for make in (strategy_arguments, trainer_arguments))
+    yield f"run it: Trainer(strategy=MoEFoldStrategy({strategy}), {trainer})"
+    yield f"        with batches of {rows_per_batch(job, estimate)} rows on each of the {estimate.plan.fold.dp} data ranks"
+
+
+def _call(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def _groups(job: Job, estimate: Estimate) -> Iterator[str]:
+    fold, per_node = estimate.plan.fold, job.hardware.gpus_per_node
+    yield f"where the groups lie ({per_node} ranks a node)"
+    uses = {
+        "tp": "attention, dense parts", "cp": "keys and values", "ep": "tokens to experts", "etp": "rows of an expert",
+        "dp_cp": "gradients of dense parameters", "edp": "gradients of experts", "pp": "activations between stages",
+    }  # fmt: skip
+    for axis, use in uses.items():
+        if fold.size(axis) == 1:
+            continue
+        shape = axis_shape(fold, axis, per_node)
+        where = f"crosses {shape.nodes} nodes, {shape.local} ranks on each" if shape.crosses else "inside a node"
+        yield f"  {axis:6}{fold.size(axis):6} ranks  {where:40} {use}"
+
+
+def _sizes(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
+    model, plan, fold = job.model, estimate.plan, estimate.plan.fold
+    n = costs.layers.tokens(plan.micro_batch_size, fold.cp)
+    t, k, b = ceil(n / fold.tp), model.num_experts_per_tok, job.activation_bytes
+    local, width = model.num_experts // fold.ep, ceil(model.moe_intermediate_size / fold.etp)
+    rows = t * k * estimate.load * fold.etp
+    product = costs.layers.compute.gemm(rows / local, width, model.hidden_size)
+    rate = 2 * rows / local * width * model.hidden_size / product if product else 0.0
+    moe, _ = costs.layers.layers(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.dispatcher)
+    yield "a MoE layer of one micro-batch"
+    yield f"  {n} tokens on a tp group, {t} on a rank; {k} of {model.num_experts} experts each"
+    yield (
+        f"  busiest rank: load {estimate.load:.2f} of the mean, {rows:.0f} rows over {local} local experts "
+        f"({rows / local:.0f} each{', empty ones among them' if job.pad_to_capacity else ''})"
+    )
+    yield (
+        f"  expert product [{rows / local:.0f} x {model.hidden_size}] x [{model.hidden_size} x {width}]: "
+        f"{rate / 1e12:.0f} TFLOP/s, {rate / job.hardware.peak(job.dtype):.0%} of the peak"
+    )
+    if fold.ep > 1:
+        yield from _exchange(job, estimate, costs, t)
+        sent = t * k * estimate.load * model.hidden_size * b
+        if (parts := costs.layers.chunks(fold.ep)) > 1:
+            shape = costs.layers.shape(fold.ep, fold.etp)
+            one = costs.layers.links.exchange(shape, sent / parts)
+            whole = costs.layers.links.exchange(shape, sent)
+            yield (
+                f"  in {parts} parts of {local / parts:g} experts, {one * 1e3:.2f} ms each instead of {whole * 1e3:.2f} ms "
+                f"in one: the first way there and the last way back are seen, the others travel behind the products"
+            )
+    yield f"  forward {moe.forward_total * 1e3:.2f} ms = " + _sum(dict(moe.forward))
+    yield f"  backward {moe.backward_total * 1e3:.2f} ms = " + _sum(dict(moe.backward))
+
+
+def _exchange(job: Job, estimate: Estimate, costs: CostModel, tokens: int) -> Iterator[str]:
+    """How the tokens of a rank reach their experts."""
+    layers, plan, fold = costs.layers, estimate.plan, estimate.plan.fold
+    one = tokens * job.model.hidden_size * job.activation_bytes / 2**20
+    if plan.dispatcher == "allgather":
+        yield f"  each gather moves {one * fold.ep * fold.etp:.1f} MiB to every rank, and so does each reduction"
+        return
+    if plan.dispatcher == "alltoall":
+        sent = one * job.model.num_experts_per_tok * estimate.load
+        yield f"  each exchange moves {sent:.1f} MiB per rank; four of them a layer, forward and backward"
+        return
+    nodes, ranks = layers.nodes(fold.ep, fold.etp, plan.dispatcher), layers.pairs(fold.ep)
+    if nodes == 1:
+        yield (
+            f"  a token goes once to each of {ranks.mean:.2f} of {fold.ep} ranks on average: {one * ranks.busiest:.1f} MiB at "
+            "the busiest rank; four such exchanges a layer, forward and backward"
+        )
+        return
+    pairs, inside = layers.pairs(nodes), fold.ep // nodes
+    yield (
+        f"  a token goes once to each of {pairs.mean:.2f} of {nodes} nodes on average, {one * pairs.busiest:.1f} MiB at a rank "
+        f"of the busiest node, of which {(nodes - 1) / nodes:.0%} between nodes; deduplicated it would be "
+        f"{one * ranks.busiest:.1f} MiB"
+    )
+    yield (
+        f"  and from there to {ranks.mean:.2f} of {fold.ep} ranks, among the {inside} of each node: {one * ranks.busiest:.1f} "
+        "MiB at the busiest rank; each step four times a layer, forward and backward"
+    )
+
+
+def _sum(seconds: dict[str, float]) -> str:
+    parts = sorted(((v, k) for k, v in seconds.items() if v > 0), reverse=True)
+    return " + ".join(f"{name} {value * 1e3:.2f}" for value, name in parts)
+
+
+def _times(job: Job, estimate: Estimate) -> Iterator[str]:
+    plan = estimate.plan
+    size = plan.micro_batch_size
+    yield f"a step on the slowest pipeline rank: {estimate.microbatches} micro-batches of {size} sequences"
+    for name, seconds in sorted(estimate.times.items(), key=lambda item: -item[1]):
+        if seconds > 0:
+            share = seconds / estimate.step_time
+            yield f"  {seconds:9.4f} s {share:6.1%} {'=' * round(share * 40):41}{_WHAT[name]}"
+    flops = f"model FLOPs {job.model_flops:.3e}, causal attention counted at half the square"
+    yield f"  {estimate.step_time:9.4f} s  sum;  {flops}"
+
+
+def _memory(estimate: Estimate) -> Iterator[str]:
+    yield "memory of the fullest rank"
+    for name, size in estimate.memory.as_dict().items():
+        yield f"  {size / 2**30:8.2f} GiB  {'=' * round(size / estimate.limit * 40):41}{name}"
+    verdict = "fits" if estimate.fits else "does NOT fit"
+    yield f"  {estimate.memory.total / 2**30:8.2f} GiB of {estimate.limit / 2**30:.2f} GiB: {verdict}"

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Job: what is to be trained, on what. Plan: one way to do it. Pure Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from lightning_moefold.errors import PlanError
+from lightning_moefold.fold import Fold
+from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.parallel.pipeline.plan import SCHEDULES, SPLIT_BACKWARD, V_SHAPED
+from lightning_moefold.planner.cost.routing import BALANCED, RoutingProfile
+from lightning_moefold.planner.machine.hardware import Hardware
+
+#: dtype of matrix products, bytes of an activation, of a stored weight, of a gathered weight, of a gradient as it is
+#: reduced, and of both Adam moments: per number.
+PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
+    "bf16-mixed": ("bf16", 2, 4, 2, 4, 8),
+    "bf16-true": ("bf16", 2, 2, 2, 4, 4),
+    "fp8-mixed": ("fp8", 2, 4, 2, 4, 8),
+    "32-true": ("fp32", 4, 4, 4, 4, 8),
+    "64-true": ("fp64", 8, 8, 8, 8, 16),
+}
+SHARDINGS = ("none", "optimizer", "full")
+RECOMPUTES = ("none", "selective", "full")
+DISPATCHERS = ("alltoall", "deduplicated", "hierarchical", "allgather")
+DROP_SCOPES = ("full_sequence", "sub_sequence")
+__all__ = [
+    "DISPATCHERS", "DROP_SCOPES", "PRECISIONS", "RECOMPUTES", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD", "V_SHAPED", "Job", "Plan",
+    "PlanError",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training step to be planned.
+
+    Args:
+        model: Its configuration.
+        world_size: Ranks.
+        hardware: The machine.
+        global_batch_size: Sequences per optimizer step.
+        sequence_length: Tokens per sequence.
+        precision: A key of :data:`PRECISIONS`.
+        sharding: ``"none"``, ``"optimizer"`` or ``"full"`` (``data_parallel_sharding`` of the strategy).
+        capacity_factor: Tokens an expert takes, relative to the mean; None drops nothing.
+        routing: How unevenly tokens choose experts.
+        drop_scope: Of whose tokens the capacity is a share: ``"full_sequence"``, a row's, or ``"sub_sequence"``, a rank's.
+        pad_to_capacity: Every rank sends every expert as many rows as it may serve.
+        dispatch_chunks: Parts in which tokens travel, behind the experts of one another.
+    """
+
+    model: MoEConfig
+    world_size: int
+    hardware: Hardware
+    global_batch_size: int
+    sequence_length: int
+    precision: str = "bf16-mixed"
+    sharding: str = "optimizer"
+    capacity_factor: float | None = None
+    routing: RoutingProfile = BALANCED
+    drop_scope: str = "full_sequence"
+    pad_to_capacity: bool = False
+    dispatch_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "global_batch_size", "sequence_length", "dispatch_chunks"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, known in (
+            ("precision", tuple(PRECISIONS)), ("sharding", SHARDINGS), ("drop_scope", DROP_SCOPES)
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise PlanError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(known)}.")
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise PlanError(f"capacity_factor={self.capacity_factor} must be positive, or left out to drop nothing.")
+        if self.pad_to_capacity and self.capacity_factor is None:
+            raise PlanError("pad_to_capacity needs a capacity_factor, which says how far to pad; give one.")
+
+    def with_routing(self, routing: RoutingProfile) -> Job:
+        """The same job under another routing."""
+        return replace(self, routing=routing)
+
+    @property
+    def dispatchers(self) -> tuple[str, ...]:
+        """Those that can do what is asked for: only the all-to-all pads, and sends in parts."""
+        return ("alltoall",) if self.pad_to_capacity or self.dispatch_chunks > 1 else DISPATCHERS
+
+    @property
+    def dtype(self) -> str:
+        """Of matrix products."""
+        return PRECISIONS[self.precision][0]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of one number that travels between layers."""
+        return PRECISIONS[self.precision][1]
+
+    @cached_property
+    def model_flops(self) -> float:
+        """FLOPs of one step that MFU counts.
+
+        Forward and twice that for backward; active experts only, no recomputation, and causal attention at the half of
+        the square that it computes. What a capacity drops is not counted.
+        """
+        tokens, model = self.global_batch_size * self.sequence_length, self.model
+        expert = 2 * 3 * model.hidden_size * model.moe_intermediate_size * model.num_experts_per_tok
+        dropped = (1 - self.kept) * expert * model.num_moe_layers
+        return 3 * tokens * (model.forward_flops_per_token(self.sequence_length) - dropped)
+
+    @cached_property
+    def kept(self) -> float:
+        """Part of the token slots that no capacity drops."""
+        model = self.model
+        return self.routing.load_factor(model.num_experts, model.num_experts_per_tok, 1, self.capacity_factor)
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense peak of one rank that MFU divides by (of bf16 where products run in fp8)."""
+        return self.hardware.peak("bf16" if self.dtype == "fp8" else self.dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run a job.
+
+    Args:
+        fold: The sizes.
+        micro_batch_size: Sequences in a micro-batch of one data-parallel rank.
+        schedule: Pipeline schedule; of no effect at pp = 1.
+        num_stages_per_rank: Model chunks per rank of the interleaved and V-shaped schedules.
+        recompute: ``"none"``; ``"selective"``: the attention half of a layer; ``"full"``: whole layers. As the
+            strategy's.
+        dispatcher: How tokens travel.
+    """
+
+    fold: Fold
+    micro_batch_size: int = 1
+    schedule: str = "1f1b"
+    num_stages_per_rank: int = 1
+    recompute: str = "none"
+    dispatcher: str = "alltoall"
+
+    def num_microbatches(self, job: Job) -> int:
+        """Micro-batches of a step on one data-parallel rank."""
+        return max(job.global_batch_size // (self.fold.dp * self.micro_batch_size), 1)
+
+    def __str__(self) -> str:
+        text = f"{self.fold}  mbs {self.micro_batch_size}"
+        if self.fold.pp > 1:
+            chunks = f" x{self.num_stages_per_rank}" if self.num_stages_per_rank > 1 else ""
+            text += f"  {self.schedule}{chunks}"
+        if self.recompute != "none":
+            text += f"  recompute {self.recompute}"
+        return text + (f"  {self.dispatcher}" if self.dispatcher != "alltoall" else "")

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search: every legal fold x micro-batch x schedule x recomputation x dispatcher, best first. Pure Python.
+
+It is exhaustive up to bounds that cannot discard a better plan than those already kept: a fold whose layers alone,
+without any waiting or sharding, take longer than the worst plan kept, and a fold whose weights and states alone do not
+fit.
+Recomputation is tried from none upwards and stops at the first that fits, since more of it only costs more time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import product
+from math import gcd
+from typing import cast
+
+from lightning_moefold.errors import FoldError, PlanError
+from lightning_moefold.fold import Fold, FoldableConfig, divisors
+from lightning_moefold.planner.cost.cost import CostModel, Estimate
+from lightning_moefold.planner.cost.routing import PROFILES, RoutingProfile
+from lightning_moefold.planner.cost.schedules import legal, pipeline_layout
+from lightning_moefold.planner.search.job import DISPATCHERS, RECOMPUTES, SCHEDULES, V_SHAPED, Job, Plan
+
+
+@dataclass(frozen=True)
+class Space:
+    """What the search may choose from.
+
+    Args:
+        micro_batch_sizes: Sequences per micro-batch; None for the job's own choice (:func:`micro_batches`).
+        schedules: Pipeline schedules.
+        recomputes: Recomputation settings.
+        dispatchers: Token dispatchers.
+        largest_micro_batch: Of the micro-batch sizes that are tried if none are given.
+        num_microbatches: Micro-batches of a step of a pipeline; None for any.
+        accumulates: Whether batches may be accumulated where there is no pipeline; otherwise a rank computes its share
+            at once.
+        num_stages_per_rank: Stages on each rank of interleaved schedules; None for what divides the layers.
+        data_parallel_size: dp of the folds; None for any.
+    """
+
+    micro_batch_sizes: tuple[int, ...] | None = None
+    schedules: tuple[str, ...] = tuple(s for s in SCHEDULES if s != "gpipe")
+    recomputes: tuple[str, ...] = RECOMPUTES
+    dispatchers: tuple[str, ...] = ("alltoall",)
+    largest_micro_batch: int = 16
+    num_microbatches: int | None = None
+    accumulates: bool = True
+    num_stages_per_rank: int | None = None
+    data_parallel_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, values, known in (
+            ("schedule", self.schedules, SCHEDULES), ("recompute", self.recomputes, RECOMPUTES),
+            ("dispatcher", self.dispatchers, DISPATCHERS),
+        ):  # fmt: skip
+            for value in values:
+                if value not in known:
+                    raise PlanError(f"{name}={value!r} is not known; use one of {', '.join(known)}.")
+
+    @property
+    def free(self) -> Space:
+        """The same with any micro-batch size, whatever the sharding."""
+        return replace(self, micro_batch_sizes=_powers_of_two(self.largest_micro_batch))
+
+
+def _powers_of_two(largest: int) -> tuple[int, ...]:
+    return tuple(2**i for i in range(largest.bit_length()) if 2**i <= largest)
+
+
+def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
+    """Micro-batch sizes to try under ``fold``.
+
+    Where neither they nor their number is given: powers of two that divide a rank's share of the batch. Under
+    ``sharding="full"`` it is one sequence: the published FSDP baselines are explained by gathering weights for every
+    sequence, and nothing else; a larger micro-batch amortises the gathers and is offered as a hint.
+    """
+    share = job.global_batch_size // fold.dp
+    if fold.pp == 1 and not space.accumulates:
+        return [share] if share >= (space.num_microbatches or 1) else []
+    if fold.pp > 1 and space.num_microbatches is not None:
+        return [] if share % space.num_microbatches else [share // space.num_microbatches]
+    sizes = space.micro_batch_sizes or ((1,) if job.sharding == "full" else _powers_of_two(space.largest_micro_batch))
+    return [size for size in sizes if share % size == 0]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search found.
+
+    Args:
+        job: What was planned.
+        plans: Best first; those that do not fit are left out unless nothing fits.
+        plain: Plain expert parallelism (ep alone) at its best, whether it fits or not.
+        examined: Folds looked at.
+        pool: By routing profile, the plan that is best under it.
+    """
+
+    job: Job
+    plans: list[Estimate]
+    plain: Estimate | None
+    examined: int
+    pool: dict[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Estimate:
+        """The best plan."""
+        return self.plans[0]
+
+
+def legal_folds(job: Job, space: Space | None = None) -> Iterator[Fold]:
+    """Every fold of ``Fold.enumerate`` whose data-parallel size divides the batch, in order of pp.
+
+    The same laws, written as divisor lists: enumerating first and refusing later takes seconds for 16,384 ranks.
+    """
+    model, world, only = job.model, job.world_size, space.data_parallel_size if space else None
+    dense, expert = gcd(0, *model.dense_widths.values()), gcd(0, *model.expert_widths.values())
+    for pp in divisors(world):
+        if pp > model.num_hidden_layers:
+            break
+        stage = world // pp
+        sizes = divisors(stage)
+        tps = [n for n in sizes if n <= model.num_attention_heads and dense % n == 0]
+        attention = [
+            (tp, cp) for tp in tps for cp in divisors(stage // tp)
+            if job.global_batch_size % (stage // (tp * cp)) == 0 and tp * cp <= job.sequence_length
+            and only in (None, stage // (tp * cp))
+        ]  # fmt: skip
+        eps = [n for n in sizes if model.num_experts % n == 0]
+        moe = [(ep, etp) for ep in eps for etp in sizes if stage % (ep * etp) == 0 and expert % etp == 0]
+        for (tp, cp), (ep, etp) in product(attention, moe):
+            yield Fold(world, tp, cp, pp, ep, etp)
+
+
+class Planner:
+    """Evaluates and searches plans of a job.
+
+    Args:
+        job: What is to be trained.
+        space: What may be chosen.
+
+    Example::
+
+        >>> job = Job(MODELS["mixtral-8x22b"], 128, PRESETS["dgx-h100"], 256, 4096, capacity_factor=1.0)
+        >>> str(Planner(job).search().best.plan.fold)
+    """
+
+    def __init__(self, job: Job, space: Space | None = None) -> None:
+        self.job, self.space = job, space or Space()
+        if wrong := [name for name in self.space.dispatchers if name not in job.dispatchers]:
+            raise PlanError(
+                f"dispatcher={wrong[0]!r} neither pads to a capacity nor sends tokens in parts; use 'alltoall', or leave out "
+                "pad_to_capacity and dispatch_chunks."
+            )
+        self.costs = CostModel(job)
+
+    # ---- one fold ----------------------------------------------------------------------------------------------
+
+    def plans(self, fold: Fold, micro_batch: int, dispatcher: str) -> Iterator[Iterator[Plan]]:
+        """Plans of a fold: for each schedule, one for each recomputation setting, cheapest in time first."""
+        microbatches = Plan(fold, micro_batch).num_microbatches(self.job)
+        model, sharding = self.job.model, self.job.sharding
+        for schedule, chunks in self._schedules(fold.pp):
+            recomputes = [
+                r for r in self.space.recomputes
+                if legal(schedule, fold.pp, chunks, microbatches, model, sharding, r) is None
+            ]  # fmt: skip
+            if recomputes:
+                yield (Plan(fold, micro_batch, schedule, chunks, r, dispatcher) for r in recomputes)
+
+    def _schedules(self, pp: int) -> Iterator[tuple[str, int]]:
+        layers = self.job.model.num_hidden_layers
+        if pp == 1:
+            yield "1f1b", 1
+            return
+        for schedule in self.space.schedules:
+            choices = [2] if schedule in V_SHAPED else [1]
+            if schedule.startswith("interleaved"):
+                choices = [v for v in divisors(max(layers // pp, 1)) if v > 1 and layers % (pp * v) == 0] or [2]
+                choices = [self.space.num_stages_per_rank] if self.space.num_stages_per_rank else choices
+            for chunks in choices:
+                yield schedule, chunks
+
+    def evaluate(self, fold: Fold) -> list[Estimate]:
+        """The best plan of a fold for each micro-batch size, best first; those that fit before those that do not.
+
+        Raises:
+            FoldError: If the fold does not suit the model.
+            PlanError: If the batch does not divide by dp.
+        """
+        fold.validate(cast(FoldableConfig, self.job.model))
+        if fold.world_size != self.job.world_size:
+            raise PlanError(f"the fold is for {fold.world_size} ranks, the job for {self.job.world_size}.")
+        sizes = micro_batches(self.job, self.space, fold)
+        if not sizes or self.job.global_batch_size % fold.dp:
+            raise PlanError(
+                f"global_batch_size={self.job.global_batch_size} does not split into micro-batches over dp={fold.dp}; "
+                f"use a multiple of {fold.dp}."
+            )
+        found = [e for size in sizes for e in self._best(fold, size)]
+        if not found:
+            raise PlanError(f"no schedule of {', '.join(self.space.schedules)} runs fold {fold} with this batch.")
+        return sorted(found, key=_rank)
+
+    def _best(self, fold: Fold, micro_batch: int, slowest: float = float("inf")) -> list[Estimate]:
+        """The best plan of a fold and micro-batch size; none where every dispatcher is bound to exceed ``slowest``."""
+        best: Estimate | None = None
+        for dispatcher in self._dispatchers(fold):
+            if slowest < float("inf") and self.costs.lower_bound(fold, micro_batch, dispatcher) >= slowest:
+                continue
+            for ladder in self.plans(fold, micro_batch, dispatcher):
+                found = self._first_that_fits(ladder)
+                if best is None or _rank(found) < _rank(best):
+                    best = found
+        return [best] if best else []
+
+    def _first_that_fits(self, ladder: Iterable[Plan]) -> Estimate:
+        """The first plan of a ladder that fits, else its last."""
+        plans = list(ladder)
+        limit = self.job.hardware.usable_bytes
+        chosen = next((plan for plan in plans if self.costs.memory.estimate(plan).total <= limit), plans[-1])
+        return self.costs.estimate(chosen)
+
+    # ---- all folds ---------------------------------------------------------------------------------------------
+
+    def search(self, keep: int = 10) -> Result:
+        """Ranks all folds, each by its best plan.
+
+        Args:
+            keep: How many to keep.
+
+        Raises:
+            PlanError: If no fold is legal for the batch.
+        """
+        kept: dict[Fold, Estimate] = {}
+        examined, slowest = 0, float("inf")
+        for bound, fold, size in sorted(self._bounded(), key=lambda item: item[0]):
+            if bound >= slowest:
+                break
+            examined += 1
+            for found in self._best(fold, size, slowest):
+                if found.fits and (fold not in kept or found.step_time < kept[fold].step_time):
+                    kept[fold] = found
+            if len(kept) > keep:
+                del kept[max(kept, key=lambda f: kept[f].step_time)]
+            if len(kept) == keep:
+                slowest = max(e.step_time for e in kept.values())
+        plain = self.plain()
+        if plain is not None and plain.fits:
+            kept.setdefault(plain.plan.fold, plain)
+        if kept:
+            return Result(self.job, sorted(kept.values(), key=_rank), plain, examined)
+        folds = sorted(legal_folds(self.job, self.space), key=self._states)
+        return Result(self.job, [self._smallest(folds)], plain, len(folds))
+
+    def _bounded(self) -> Iterator[tuple[float, Fold, int]]:
+        """Folds and micro-batch sizes whose weights and states fit, with a lower bound of their step time."""
+        for fold in legal_folds(self.job, self.space):
+            if self._states(fold) > self.job.hardware.usable_bytes:
+                continue
+            dispatchers = self._dispatchers(fold)
+            for size in micro_batches(self.job, self.space, fold):
+                yield min(self.costs.lower_bound(fold, size, dispatcher) for dispatcher in dispatchers), fold, size
+
+    def _dispatchers(self, fold: Fold) -> tuple[str, ...]:
+        """Those of the space that differ under a fold: by node, where there is one step, is deduplicated."""
+        names = self.space.dispatchers
+        if "deduplicated" not in names or self.costs.layers.nodes(fold.ep, fold.etp, "hierarchical") > 1:
+            return names
+        return tuple(name for name in names if name != "hierarchical")
+
+    def _states(self, fold: Fold) -> float:
+        """Bytes of weights, gradients and moments of the last pipeline rank: a lower bound of the memory."""
+        accumulates = self.job.global_batch_size // fold.dp > self.space.largest_micro_batch
+        return sum(self.costs.memory.states(fold, pipeline_layout(self.job.model, fold.pp, 1, "1f1b")[-1], accumulates))
+
+    def plain(self) -> Estimate | None:
+        """Plain expert parallelism at its best ep: data parallel attention, no tp, cp, pp or etp."""
+        job, found = self.job, []
+        for ep in divisors(gcd(job.model.num_experts, job.world_size)):
+            if self.space.data_parallel_size not in (None, job.world_size):
+                break
+            try:
+                found.append(self.evaluate(Fold(job.world_size, expert_parallel_size=ep))[0])
+            except (FoldError, PlanError):
+                continue
+        return min(found, key=_rank, default=None)
+
+    def _smallest(self, folds: list[Fold]) -> Estimate:
+        """The plan that needs least memory, for when none fits, among folds in order of their weights and states.
+
+        Raises:
+            PlanError: If no fold is legal for the batch.
+        """
+        tightest = replace(self.space, recomputes=(self.space.recomputes[-1],), schedules=("1f1b",))
+        planner, best = Planner(self.job, tightest), None
+        for fold in folds[:200]:
+            for size in micro_batches(self.job, self.space, fold)[:1]:
+                for found in planner._best(fold, size):
+                    if best is None or found.memory.total < best.memory.total:
+                        best = found
+        if best is None:
+            raise PlanError(
+                f"no legal fold of {self.job.world_size} ranks takes a global batch of {self.job.global_batch_size} "
+                "sequences: dp must divide it; raise the batch, or change the number of ranks."
+            )
+        return best
+
+
+def _rank(estimate: Estimate) -> tuple[bool, float]:
+    """Sorting key: what fits first, then the fastest; what does not fit by memory."""
+    return (not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total)
+
+
+def search(job: Job, space: Space | None = None, keep: int = 10, pool: bool = True) -> Result:
+    """Ranks the folds of a job, with the pool of plans that are best under the other routing profiles.
+
+    Args:
+        job: What is to be trained.
+        space: What may be chosen.
+        keep: How many folds to keep.
+        pool: Whether to search under the other profiles too (SmartMoE's offline stage).
+
+    Raises:
+        PlanError: If no fold is legal for the batch.
+    """
+    result = Planner(job, space).search(keep)
+    if not pool:
+        return result
+    best = {job.routing.name: result.best}
+    for name, profile in PROFILES.items():
+        if name != job.routing.name:
+            best[name] = Planner(job.with_routing(profile), space).search(1).best
+    return replace(result, pool=best)
+
+
+def under_each(plans: Iterable[Plan], job: Job, profiles: Iterable[RoutingProfile]) -> dict[str, list[Estimate]]:
+    """Every plan under every profile: what it costs to keep a plan when routing changes."""
+    costs = {profile.name: CostModel(job.with_routing(profile)) for profile in profiles}
+    plans = list(plans)
+    return {name: [model.estimate(plan) for plan in plans] for name, model in costs.items()}

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a search: MFU over folds, memory by part, and the DDL roofline of MoE layers. Needs matplotlib.
+
+They are drawn from what ``moefold plan --json`` prints, so that a file of it is enough.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_moefold.errors import InputError
+from lightning_moefold.plots.style import make_figure, save_figure
+
+#: Inches that a fold takes in a list of bars.
+_ROW = 0.33
+
+
+def write_plots(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
+    """Writes ``mfu.png``, ``memory.png`` and ``roofline.png``.
+
+    Args:
+        found: As :func:`~.explain.result_json` makes it.
+        folder: Made if it does not exist.
+
+    Raises:
+        ValueError: If matplotlib is not installed.
+    """
+    job, rows = found["job"], len(found["plans"])
+    subject = f"{job['model']} on {job['world_size']} x {job['hardware']}"
+    bars = 1.2 + _ROW * rows
+    drawings: tuple[tuple[str, str, tuple[float, ...], tuple[Callable[[Any, Mapping[str, Any]], None], ...]], ...] = (
+        ("mfu", f"Folds of {subject}", (bars, bars), (_draw_mfu, _draw_times)),
+        ("memory", f"Memory of the fullest rank: {subject}", (bars,), (_draw_memory,)),
+        ("roofline", f"DDL roofline of the MoE layers: {subject}", (4.5,), (_draw_roofline,)),
+    )
+    written = []
+    for name, title, heights, draws in drawings:
+        figure, panels = make_figure(title, heights)
+        for axes, draw in zip(panels, draws, strict=True):
+            draw(axes, found)
+        written.append(save_figure(figure, Path(folder) / f"{name}.png"))
+    return written
+
+
+def read_plans(path: Path) -> dict[str, Any]:
+    """A file of ``moefold plan --json``.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.get("plans") or "roofline" not in found["plans"][0]:
+        raise InputError(f"{path} does not hold what moefold plan --json prints.")
+    return found
+
+
+def _folds(found: Mapping[str, Any]) -> list[str]:
+    return [f"{number}  {plan['fold']}" for number, plan in enumerate(found["plans"], 1)]
+
+
+def _draw_mfu(axes: Any, found: Mapping[str, Any]) -> None:
+    names, plans = _folds(found), found["plans"]
+    axes.barh(names, [100 * plan["mfu"] for plan in plans], color=["C0" if plan["fits"] else "0.7" for plan in plans])
+    for row, plan in enumerate(plans):
+        notes = f" {plan['mfu']:.1%}, largest overhead: {plan['largest_overhead']}"
+        notes += "" if plan["fits"] else " (does not fit)"
+        axes.text(100 * plan["mfu"], row, notes, va="center", fontsize="small")
+    axes.set(xlabel="MFU, percent", xlim=(0, 150 * max(plan["mfu"] for plan in plans)))
+    axes.invert_yaxis()
+
+
+def _draw_times(axes: Any, found: Mapping[str, Any]) -> None:
+    _stack(axes, found, "bounds_s", 1.0)
+    axes.set(xlabel="seconds per step, by what they go to")
+
+
+def _draw_memory(axes: Any, found: Mapping[str, Any]) -> None:
+    _stack(axes, found, "memory", 2.0**30)
+    axes.axvline(found["plans"][0]["memory_limit_bytes"] / 2**30, color="black", linestyle="--", label="limit")
+    axes.set(xlabel="GiB")
+
+
+def _stack(axes: Any, found: Mapping[str, Any], field: str, unit: float) -> None:
+    """Bars of the parts of each plan, side by side."""
+    names, plans = _folds(found), found["plans"]
+    left = [0.0] * len(names)
+    for part in dict.fromkeys(part for plan in plans for part in plan[field]):
+        widths = [plan[field].get(part, 0.0) / unit for plan in plans]
+        axes.barh(names, widths, left=left, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def _draw_roofline(axes: Any, found: Mapping[str, Any]) -> None:
+    """FasterMoE's diagram: a layer below the bends waits for its exchange."""
+    ratios = [2.0 ** (i / 4) for i in range(-12, 33)]
+    top = found["job"]["gemm_efficiency"]
+    axes.plot(ratios, [top * min(1, r) for r in ratios], label="exchange hidden", color="0.4")
+    axes.plot(ratios, [top * r / (1 + r) for r in ratios], label="nothing hidden", color="0.4", linestyle=":")
+    places: dict[tuple[tuple[float, float], ...], list[int]] = {}  # folds with the same mapping of experts are one
+    for number, plan in enumerate(found["plans"], 1):
+        points = tuple((min(layer["ratio"] or ratios[-1], ratios[-1]), layer["achieved"]) for layer in plan["roofline"])
+        places.setdefault(points, []).append(number)
+    for points, numbers in places.items():
+        axes.scatter(*zip(*points, strict=True), s=18, zorder=3)
+        axes.annotate(
+            ", ".join(map(str, numbers)), max(points), textcoords="offset points", xytext=(6, -3), fontsize="small"
+        )
+    axes.set(
+        xscale="log", xlabel="expert compute over exchange, forward and backward", ylabel="expert FLOP/s over the peak"
+    )
+    axes.legend(title="a point a layer; numbers: rank in the table", fontsize="small")

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One style for all pictures. Needs matplotlib, which is imported when a picture is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_moefold.errors import InputError
+
+COLORS = (
+    "#1f5f99", "#d1603d", "#3b8f5c", "#7b5ea7", "#b3892b", "#5aa9c9", "#a33b5e", "#8f8f8f", "#9dbf4e", "#e0a3a3",
+)  # fmt: skip
+"""Of lines and bars, in order."""
+
+
+def make_figure(
+    title: str, heights: Sequence[float] = (4.5,), *, width: float = 9.0, share_x: bool = False
+) -> tuple[Any, list[Any]]:
+    """A figure with panels below each other.
+
+    Args:
+        title: Above all panels.
+        heights: Of each panel in inches.
+        width: In inches.
+        share_x: Whether the panels have one x axis.
+
+    Returns:
+        The figure and its axes from top to bottom.
+
+    Raises:
+        ValueError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("plots need matplotlib; install lightning-moefold[plot].") from None
+    figure = Figure(figsize=(width, sum(heights) + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    ratios = {"height_ratios": list(heights)}
+    panels = figure.subplots(len(heights), 1, squeeze=False, sharex=share_x, gridspec_kw=ratios)[:, 0]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_prop_cycle(color=COLORS)
+        axes.grid(visible=True, color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, list(panels)
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Writes a PNG, making its folder if need be; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def draw_heatmap(axes: Any, share_LE: NDArray[np.float64], layers: Sequence[int]) -> None:
+    """Load over a fair share of each layer's experts, cut off at 2; NaN stays white."""
+    axes.grid(visible=False)
+    image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", vmin=0, vmax=2, interpolation="nearest")
+    shown = range(0, len(layers), -(-len(layers) // 32))
+    axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="expert", ylabel="layer")
+    axes.figure.colorbar(image, ax=axes, label="load / fair share", extend="max")
