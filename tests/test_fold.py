@@ -161,4 +161,6 @@ def test_ground_floor_imports_no_torch() -> None:
         imports = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
         imports |= {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)}
         known = {"lightning_moefold.errors"}
-        assert not {name for name in imports - known if name.split(".")[0] in ("torch", "lightning", "lightning_moefold")}
+        assert not {
+            name for name in imports - known if name.split(".")[0] in ("torch", "lightning", "lightning_moefold")
+        }
