@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from lightning_moefold import Fold
 from lightning_moefold.models import MoEConfig
-from lightning_moefold.modules.attention.context import EXCHANGES
+from lightning_moefold.modules.attention.exchanges import EXCHANGES
 from lightning_moefold.parallel import PipelinePlan
 from lightning_moefold.planner.cost.memory import Memory
 from lightning_moefold.planner.search.models_zoo import MODELS

@@ -67,7 +67,7 @@ from lightning_moefold.lifecycle.unsupported import (
 from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.modules.attention.context import EXCHANGES, Exchange
+from lightning_moefold.modules.attention.exchanges import EXCHANGES, Exchange
 from lightning_moefold.modules.base import ParallelRoot
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.experts import Experts, cpu_cache

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_parts.clock import median_ms
-from gpu_parts.record import Context, NotHere, free_memory
+from gpu_parts.record import Context, free_memory
 from gpu_parts.shapes import MODELS, layer_config, tokens_of
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.modules import MoELayer, RMSNorm, RouterOptions, vocabulary
+from lightning_moefold.modules import MoELayer, RMSNorm, RouterOptions, logit_chunks
 from lightning_moefold.modules.attention.rotary import rotary_tables
 from lightning_moefold.modules.experts.products import ExpertProducts
 from lightning_moefold.modules.vocabulary import VocabularyHead
@@ -349,10 +349,7 @@ def _cross_entropy(ctx: Context) -> None:
         return head.cross_entropy(x, label, weight)
 
     def chunked(elements: int) -> dict[str, Any]:
-        table = getattr(vocabulary, "_CHUNK_ELEMENTS", None)
-        if not isinstance(table, dict):
-            raise NotHere("chunks have no size that can be set")
-        with mock.patch.dict(table, {ctx.device.type: elements}):
+        with mock.patch.dict(logit_chunks.CHUNK_ELEMENTS, {ctx.device.type: elements}):
             return measure(_both_ways(ours, [x, head.weight]))
 
     def whole(x: Tensor, w: Tensor) -> Tensor:

@@ -1,48 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``moefold`` command.
 
-A subcommand is one entry of :data:`COMMANDS`: a function that adds its arguments to a parser, and one that runs it.
-Each lives with what it serves, so that this file stays a list. Those of :data:`TRAINER_COMMANDS` are LightningCLI's,
-which reads its arguments itself and takes seconds to import.
+A subcommand is one entry of :data:`COMMANDS`, and a module with two functions: ``configure`` adds its arguments to a parser,
+``run`` runs it. Only the module of the subcommand that was asked for is imported. Those of :data:`TRAINER_COMMANDS` are
+LightningCLI's, which reads its arguments itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-from lightning_moefold.cli import plan as plan_command
-from lightning_moefold.cli import plot as plot_command
-from lightning_moefold.models import export
-from lightning_moefold.planner.machine import calibrate
-from lightning_moefold.testing import verification as verify_command
+from collections.abc import Sequence
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A subcommand.
 
     Args:
         help: One line.
-        configure: Adds its arguments.
-        run: Runs it and returns the exit status.
+        module: Defines ``configure(parser)`` and ``run(arguments)``, which returns the exit status.
     """
 
     help: str
-    configure: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+    module: str
 
 
 COMMANDS: dict[str, Command] = {
-    "calibrate": Command("measure this machine for the planner", calibrate.configure, calibrate.run),
-    "export": Command("write a checkpoint of a run as a Hugging Face directory", export.configure, export.run),
-    "plan": Command("rank the folds of a model on a machine", plan_command.configure, plan_command.run),
-    "plot": Command("draw the loss, speed, memory and expert load of a run", plot_command.configure, plot_command.run),
-    "verify": Command(
-        "check that a fold computes what one process computes", verify_command.configure, verify_command.run
-    ),
+    "calibrate": Command("measure this machine for the planner", "lightning_moefold.cli.calibrate"),
+    "export": Command("write a checkpoint of a run as a Hugging Face directory", "lightning_moefold.cli.export"),
+    "plan": Command("rank the folds of a model on a machine", "lightning_moefold.cli.plan"),
+    "plot": Command("draw the loss, speed, memory and expert load of a run", "lightning_moefold.cli.plot"),
+    "verify": Command("check that a fold computes what one process computes", "lightning_moefold.cli.verify"),
 }
 
 TRAINER_COMMANDS: dict[str, str] = {
@@ -55,25 +45,30 @@ TRAINER_COMMANDS: dict[str, str] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``moefold``; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="moefold", description="MoE Parallel Folding for PyTorch Lightning.")
-    arguments_given = list(sys.argv[1:] if argv is None else argv)
-    if arguments_given and arguments_given[0] in TRAINER_COMMANDS:
-        from lightning_moefold.cli import fit as trainer_command
+    given = list(sys.argv[1:] if argv is None else argv)
+    asked = given[0] if given else ""
+    if asked in TRAINER_COMMANDS:
+        from lightning_moefold.cli import fit
 
-        return trainer_command.run(arguments_given[0], arguments_given[1:])
+        return fit.run(asked, given[1:])
+    parser = argparse.ArgumentParser(prog="moefold", description="MoE Parallel Folding for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
-        command.configure(commands.add_parser(name, help=command.help, description=command.help.capitalize() + "."))
+        one = commands.add_parser(name, help=command.help, description=command.help.capitalize() + ".")
+        if name == asked:
+            module = importlib.import_module(command.module)
+            module.configure(one)
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=f"{text} (moefold {name} --help)")
-    arguments = parser.parse_args(arguments_given)
+    arguments = parser.parse_args(given)
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        status: int = module.run(arguments)
     except BrokenPipeError:
         return 1
     except (ValueError, OSError) as error:
         print(f"moefold {arguments.command}: {error}", file=sys.stderr)
         return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.masks import IGNORED, find_targets, read_mask, shift, shortest_window
-from lightning_moefold.modules.attention.context import ContextLayout, Exchange
+from lightning_moefold.modules.attention.context import ContextLayout
+from lightning_moefold.modules.attention.exchanges import Exchange, padded_length
 from lightning_moefold.modules.attention.rotary import rotary_tables
 from lightning_moefold.modules.sequence import SequenceBatch
 
@@ -131,7 +132,7 @@ def read_batch(
     target_BS = target_BS.masked_fill(bad_label, 0)
     token_BS = input_ids.masked_fill(bad_token, 0)
     weight_BS = torch.ones_like(target_BS, dtype=torch.float32) if loss_weights is None else shift(loss_weights, 0)
-    sequence = SequenceBatch(rows, ContextLayout.padded(length, axes.cp.size), tp=axes.tp, cp=axes.cp)
+    sequence = SequenceBatch(rows, padded_length(length, axes.cp.size), tp=axes.tp, cp=axes.cp)
     sequence.num_microbatches, sequence.exchange = num_microbatches, axes.exchange
     number, ranks = axes.data_rank
     sequence.row_numbers = range(number + ranks * rows_before, ranks * (rows_before + rows), ranks)

@@ -32,7 +32,7 @@ from lightning_moefold.models.losses import GlobalLoss, Losses, StepLabels
 from lightning_moefold.models.names import bias_entries, parameter_entries
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource, weights_are_deferred
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
-from lightning_moefold.modules.attention.context import Exchange
+from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.base import ParallelRoot, wide
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead

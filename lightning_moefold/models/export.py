@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moefold export``: a checkpoint of a run as a Hugging Face directory, by one process and without the fold.
+"""A checkpoint of a run as a Hugging Face directory, by one process and without the fold.
 
 A checkpoint holds tensors under global names and the configuration of each model in it, so it says by itself what it is.
 Tensors are read and written file by file: no more than one output file's are in memory at a time.
@@ -7,7 +7,6 @@ Tensors are read and written file by file: no more than one output file's are in
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,6 @@ from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.models.names import bias_entries, parameter_entries
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of ``moefold export``."""
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="CKPT", help="directory that the Trainer has saved, here or in a store")
-    add("--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced")
-    add("--model", type=Path, metavar="DIR", help="where the tokenizer is (default: that of the training)")
-    add("--dtype", choices=DTYPES, help="of the weights on disk (default: that of the model training began with)")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Runs ``moefold export``."""
-    export(arguments.checkpoint, arguments.output, arguments.model, arguments.dtype)
-    print(f"{arguments.output} can be loaded by transformers.")
-    return 0
 
 
 def export(checkpoint: str | Path, output: str | Path, model: Path | None = None, dtype: str | None = None) -> None:

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of MoE transformers, usable in any LightningModule; plain modules outside a strategy."""
 
-from lightning_moefold.modules.attention import Attention
-from lightning_moefold.modules.balance import load_balancing_loss, router_z_loss
-from lightning_moefold.modules.decoder import DecoderLayer
-from lightning_moefold.modules.experts import Experts
-from lightning_moefold.modules.mlp import GatedMLP
-from lightning_moefold.modules.moe import MoELayer
-from lightning_moefold.modules.norm import RMSNorm
-from lightning_moefold.modules.routers import (
-    Router,
-    RouterOptions,
-    SwipeOptions,
-    TopologyAwareOptions,
-    register_router,
-    update_expert_bias,
-)
+from typing import TYPE_CHECKING
+
+from lightning_moefold.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_moefold.modules.attention import Attention
+    from lightning_moefold.modules.balance import load_balancing_loss, router_z_loss
+    from lightning_moefold.modules.decoder import DecoderLayer
+    from lightning_moefold.modules.experts import Experts
+    from lightning_moefold.modules.mlp import GatedMLP
+    from lightning_moefold.modules.moe import MoELayer
+    from lightning_moefold.modules.norm import RMSNorm
+    from lightning_moefold.modules.routers import (
+        Router,
+        RouterOptions,
+        SwipeOptions,
+        TopologyAwareOptions,
+        register_router,
+        update_expert_bias,
+    )
 
 __all__ = [
     "Attention",
@@ -33,3 +38,22 @@ __all__ = [
     "router_z_loss",
     "update_expert_bias",
 ]
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Attention": "attention",
+        "DecoderLayer": "decoder",
+        "Experts": "experts",
+        "GatedMLP": "mlp",
+        "MoELayer": "moe",
+        "RMSNorm": "norm",
+        "Router": "routers",
+        "RouterOptions": "routers",
+        "SwipeOptions": "routers",
+        "TopologyAwareOptions": "routers",
+        "load_balancing_loss": "balance",
+        "register_router": "routers",
+        "router_z_loss": "balance",
+        "update_expert_bias": "routers",
+    },
+)

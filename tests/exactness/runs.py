@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_moefold import Fold, MoECausalLM, MoEFoldStrategy
-from lightning_moefold.modules import vocabulary
+from lightning_moefold.modules import logit_chunks
 from lightning_moefold.modules.experts import cpu_cache
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import Piece, owned_pieces
@@ -119,7 +119,7 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
     run = RankRun()
     module = (ZeroingCase if spec.get("zero_everything") else Case)(path, run, spec)
     with (
-        mock.patch.dict(vocabulary._CHUNK_ELEMENTS, {"cpu": spec.get("chunk_elements", 1 << 22)}),
+        mock.patch.dict(logit_chunks.CHUNK_ELEMENTS, {"cpu": spec.get("chunk_elements", 1 << 22)}),
         mock.patch.object(cpu_cache, "SMALLEST", 256),  # small models, too
     ):
         _fit(module, fold, batches, spec)

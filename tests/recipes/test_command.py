@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.checkpoint.sharded import load_meta
-from lightning_moefold.cli import fit, main
+from lightning_moefold.cli import fit
+from lightning_moefold.cli.main import main
 from lightning_moefold.recipes import FineTuneModule, TextData
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.recipes.running import CONFIG, ROOT, arguments, logged

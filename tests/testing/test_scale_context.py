@@ -10,7 +10,7 @@ import torch
 
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.attention import context
-from lightning_moefold.modules.attention.context import Exchange
+from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.parallel import PipelinePlan
 from lightning_moefold.planner.search.models_zoo import MODELS

@@ -15,7 +15,7 @@ size, G = cp ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,12 +25,9 @@ from lightning_moefold import comm
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules.attention.blockwise import PartialAttention, PartialGradient, Span, Visibility
+from lightning_moefold.modules.attention.exchanges import Exchange, exchange_for
 from lightning_moefold.modules.base import wide
 
-Exchange = Literal["auto", "ring", "all_gather", "all_to_all"]
-EXCHANGES = ("auto", "ring", "all_gather", "all_to_all")
-#: Below this, gathered keys and values of a row are not worth a ring's many messages.
-SMALL_BYTES = 32 * 1024 * 1024
 #: Keys and values of one message: large enough for a link's bandwidth, small beside what attention keeps of a long row.
 MESSAGE_BYTES = 4 * 1024 * 1024
 
@@ -46,11 +43,6 @@ class ContextLayout:
 
     length: int
     cp: Axis = SINGLE
-
-    @staticmethod
-    def padded(length: int, cp: int) -> int:
-        """S for a row of ``length`` true positions."""
-        return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
 
     def spans(self, rank: int) -> list[Span]:
         """The positions of a rank in the order in which it holds them."""
@@ -75,24 +67,6 @@ def choose_exchange(layout: ContextLayout, q: Tensor, k: Tensor) -> Exchange:
     """Which exchange ``"auto"`` takes for queries ``[B, H, L, d]`` and keys ``[B, V, L, d]``."""
     size = layout.cp.size
     return exchange_for(size, q.shape[1], k.shape[1], 2 * k.numel() * k.element_size() * size)
-
-
-def exchange_for(cp: int, heads: int, kv_heads: int, row_bytes: int) -> Exchange:
-    """Which exchange ``"auto"`` takes.
-
-    All-to-all moves ``2 H + 2 V`` heads' worth of a rank's positions once, less what stays; the others ``2 V`` heads'
-    worth ``cp - 1`` times. So all-to-all where the heads divide by cp and ``(H + V) / cp < V``; else one all-gather where
-    keys and values of the whole row are small (32 MB), else a ring, which never holds those of a whole row.
-
-    Args:
-        cp: Ranks over which rows are cut.
-        heads: H of a tp rank.
-        kv_heads: V of a tp rank.
-        row_bytes: Of the keys and values of whole rows.
-    """
-    if heads % cp == 0 and kv_heads % cp == 0 and heads + kv_heads < cp * kv_heads:
-        return "all_to_all"
-    return "all_gather" if row_bytes <= SMALL_BYTES else "ring"
 
 
 def context_attention(

@@ -3,18 +3,27 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_moefold.errors import InputError
-from lightning_moefold.modules.routers.options import RouterOptions
+from lightning_moefold.modules.routers.options import RouterOptions, SwipeOptions, TopologyAwareOptions
 
 if TYPE_CHECKING:
     from lightning_moefold.modules.routers.router import Router
 
-#: Router classes by name.
+#: Router classes by name; those of this package once they are imported, at first use.
 ROUTERS: dict[str, type[Router]] = {}
+
+#: Routers of this package: the module of each, and its options, which need no PyTorch.
+_OURS: dict[str, tuple[str, type[RouterOptions]]] = {
+    "force_balanced": ("lightning_moefold.modules.routers.force_balanced", RouterOptions),
+    "swipe": ("lightning_moefold.modules.routers.swipe", SwipeOptions),
+    "top_k": ("lightning_moefold.modules.routers.router", RouterOptions),
+    "topology_aware": ("lightning_moefold.modules.routers.topology_aware", TopologyAwareOptions),
+}
 
 #: What a router is asked for with: a name, options, or options as a mapping (``name`` is one of them).
 RouterSpec = str | RouterOptions | Mapping[str, Any]
@@ -30,6 +39,8 @@ def register_router(name: str) -> Callable[[type[_R]], type[_R]]:
     """
 
     def register(router: type[_R]) -> type[_R]:
+        if name in _OURS and router.__module__ != _OURS[name][0]:
+            importlib.import_module(_OURS[name][0])  # imported later, it would replace this one
         ROUTERS[name] = router
         return router
 
@@ -43,13 +54,13 @@ def router_options(spec: RouterSpec) -> RouterOptions:
         ValueError: For a name that is not registered, or a field that the router does not have.
     """
     if isinstance(spec, RouterOptions):
-        if type(spec) is not (kind := _find(spec.name).Options):
+        if type(spec) is not (kind := _find_options(spec.name)):
             raise InputError(
                 f"{type(spec).__name__} names the router {spec.name!r}, whose options are {kind.__name__}; set its name."
             )
         return spec
     given = {"name": spec} if isinstance(spec, str) else dict(spec)
-    kind = _find(given.get("name", RouterOptions.name)).Options
+    kind = _find_options(given.get("name", RouterOptions.name))
     known = sorted(field.name for field in fields(kind))
     unknown = sorted(set(given) - set(known))
     if unknown:
@@ -73,7 +84,14 @@ def make_router(spec: RouterSpec, hidden_size: int, num_experts: int, top_k: int
     return _find(options.name)(hidden_size, num_experts, top_k, options)
 
 
+def _find_options(name: str) -> type[RouterOptions]:
+    return _OURS[name][1] if name in _OURS and name not in ROUTERS else _find(name).Options
+
+
 def _find(name: str) -> type[Router]:
+    if name not in ROUTERS and name in _OURS:
+        importlib.import_module(_OURS[name][0])
     if name not in ROUTERS:
-        raise InputError(f"router {name!r} is not registered; use one of {', '.join(map(repr, sorted(ROUTERS)))}.")
+        known = ", ".join(map(repr, sorted(ROUTERS.keys() | _OURS.keys())))
+        raise InputError(f"router {name!r} is not registered; use one of {known}.")
     return ROUTERS[name]

@@ -21,7 +21,8 @@ from torch import Tensor
 from lightning_moefold import comm
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import Axis
-from lightning_moefold.modules.attention.context import ContextLayout, Exchange
+from lightning_moefold.modules.attention.context import ContextLayout
+from lightning_moefold.modules.attention.exchanges import Exchange, padded_length
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class RowCut:
                 f"embed must return hidden states [rows, length, ...] for context parallelism to cut, not {list(shape)}; use "
                 "context_parallel_size=1."
             )
-        return RowCut(ContextLayout(ContextLayout.padded(shape[1], cp.size), cp), shape[1], exchange)
+        return RowCut(ContextLayout(padded_length(shape[1], cp.size), cp), shape[1], exchange)
 
     @property
     def length(self) -> int:

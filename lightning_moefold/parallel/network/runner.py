@@ -21,7 +21,7 @@ from lightning_moefold import comm
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan, TensorGradient
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules.attention.context import Exchange
+from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.balance import global_value
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.moe import MoELayer

@@ -22,7 +22,7 @@ from lightning_moefold import comm
 from lightning_moefold.agreement import PRIME, check_same_batch, fingerprint, same_batch_slots
 from lightning_moefold.errors import BatchError, InputError, InputTypeError, PeerError
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules.attention.context import Exchange
+from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.base import parallel_roots, wide
 from lightning_moefold.parallel.network.protocol import LayeredNetwork
 from lightning_moefold.parallel.network.row_cut import RowCut

@@ -16,7 +16,7 @@ from functools import lru_cache
 from math import ceil
 
 from lightning_moefold.fold import expert_nodes
-from lightning_moefold.modules.attention.context import ContextLayout, exchange_for
+from lightning_moefold.modules.attention.exchanges import exchange_for, padded_length
 from lightning_moefold.planner.cost.pairs import Pairs, pairs_of
 from lightning_moefold.planner.machine.kernels import Compute
 from lightning_moefold.planner.machine.links import GroupShape, Links, group_shape
@@ -118,7 +118,7 @@ class LayerCosts:
 
     def tokens(self, micro_batch: int, cp: int) -> int:
         """N, with the padding of lengths that 2 cp does not divide."""
-        return micro_batch * ContextLayout.padded(self.job.sequence_length, cp) // cp
+        return micro_batch * padded_length(self.job.sequence_length, cp) // cp
 
     def shape(self, size: int, stride: int) -> GroupShape:
         """How a group lies on the nodes."""

@@ -18,7 +18,7 @@ from functools import lru_cache
 from math import ceil
 
 from lightning_moefold.fold import Fold
-from lightning_moefold.modules.vocabulary import chunk_rows
+from lightning_moefold.modules.logit_chunks import chunk_rows
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.parameters import count, dense_shapes, expert_shapes, router_shapes, shard
 from lightning_moefold.planner.cost.schedules import RankLayers, chunks_in_flight, pipeline_layout

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import even_split
 from lightning_moefold.models import MoEConfig
-from lightning_moefold.modules.attention.context import MESSAGE_BYTES, exchange_for
+from lightning_moefold.modules.attention.context import MESSAGE_BYTES
+from lightning_moefold.modules.attention.exchanges import exchange_for
 from lightning_moefold.testing.rehearsal.messages import Expected, Message
 from lightning_moefold.testing.rehearsal.scale import Step
 

@@ -34,7 +34,7 @@ from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig, causal_lm
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules import DecoderLayer, Experts
-from lightning_moefold.modules.attention.context import Exchange
+from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, local_part, parallelize
 from lightning_moefold.parallel.parameters import ParameterRegistry
