@@ -29,7 +29,7 @@ from lightning_moefold import Fold, MoECausalLM, MoEConfig
 from lightning_moefold.callbacks.timeline import TimelineRecorder
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.parallel import PipelinePlan, Sharding, parallelize
+from lightning_moefold.parallel import PipelinePlan, Settings, Sharding, parallelize
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
 from lightning_moefold.parallel.pipeline.plan import SPLIT_BACKWARD
 from lightning_moefold.planner.cost.schedules import bubble
@@ -81,8 +81,8 @@ def work(arguments: argparse.Namespace) -> None:
     with deferred_weights():
         model = MoECausalLM.from_config(config)
     split = (1,) * (world * chunks)
-    parallelize(model, mesh, Sharding("none"), torch.device("cpu"), PipelinePlan(arguments.case, chunks, split))
-    model.num_microbatches = arguments.microbatches
+    settings = Settings(Sharding("none"), PipelinePlan(arguments.case, chunks, split), arguments.microbatches)
+    parallelize(model, mesh, settings, torch.device("cpu"))
     assert isinstance(model.pipeline, Pipeline)
     for layer in model.model.layers.values():
         slow_down(layer, arguments.unit_ms / 1e3 / chunks)

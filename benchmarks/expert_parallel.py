@@ -46,7 +46,7 @@ from lightning_moefold import Fold
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import MoELayer
-from lightning_moefold.parallel import Sharding, parallelize
+from lightning_moefold.parallel import Settings, Sharding, parallelize
 
 RANKS = 2
 SKEWS = {"balanced": 0.0, "mild": 0.4, "heavy": 1.0}
@@ -83,7 +83,7 @@ def reference(args: argparse.Namespace, bias_E: Tensor) -> MoELayer:
 def ours(layer: MoELayer, mesh: FoldedMesh, dispatch: DispatchConfig) -> Contender:
     layer = copy.deepcopy(layer)
     layer.dispatch = dispatch
-    parallelize(layer, mesh, Sharding("none"), torch.device("cpu"))
+    parallelize(layer, mesh, Settings(Sharding("none")), torch.device("cpu"))
     return Contender(layer, layer.gate.weight, layer, syncs=True)
 
 

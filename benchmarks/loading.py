@@ -37,7 +37,7 @@ from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.hf_config import to_hf_config
 from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.parallel import Sharding, parallelize
+from lightning_moefold.parallel import Settings, parallelize
 
 HERE = Path(__file__).parent
 FOLDS = {1: [""], 2: ["| ep2", "tp2 | etp2"], 4: ["| ep4", "tp2 | ep2 etp2"]}
@@ -168,7 +168,7 @@ def _boxes(path: Path, fold: Fold, rank: int) -> tuple[list[tuple[str, tuple[sli
     with deferred_weights():
         model = MoECausalLM.from_pretrained(path, dtype=torch.bfloat16)
     model.load_weights = lambda: None  # type: ignore[method-assign]  # layouts are wanted, and memory never touched is free
-    parallelize(model, FoldedMesh(fold, "cpu"), Sharding(), torch.device("cpu"))
+    parallelize(model, FoldedMesh(fold, "cpu"), Settings(), torch.device("cpu"))
     entries, wanted = parameter_entries(model.config), []
     for name, layout in model.layouts.items():
         box, entry = layout.box(fold, rank), entries[name]
@@ -202,7 +202,7 @@ def work(arguments: argparse.Namespace) -> None:
         else:
             with deferred_weights():
                 kept = MoECausalLM.from_pretrained(path, dtype=torch.bfloat16)
-            parallelize(kept, mesh, Sharding(), torch.device("cpu"))
+            parallelize(kept, mesh, Settings(), torch.device("cpu"))
         seconds = time.perf_counter() - start
     del kept
     mine = {"seconds": seconds, "shard": shard, "anonymous": memory.above[0], "resident": memory.above[1]}

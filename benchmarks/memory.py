@@ -28,7 +28,7 @@ from loading import PeakMemory
 from lightning_moefold import Fold, MoECausalLM, MoEConfig
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.parallel import Sharding, local_part, parallelize
+from lightning_moefold.parallel import Settings, Sharding, local_part, parallelize
 
 HERE = Path(__file__).parent
 FOLDS = {2: ["", "| ep2", "tp2 | ep2"], 4: ["", "| ep2", "tp2 | ep4"]}
@@ -50,7 +50,7 @@ def work(arguments: argparse.Namespace) -> None:
     with PeakMemory() as memory:
         with deferred_weights():
             model = MoECausalLM.from_config(config)
-        parallelize(model, mesh, Sharding(arguments.mode), torch.device("cpu"))
+        parallelize(model, mesh, Settings(Sharding(arguments.mode)), torch.device("cpu"))
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         for _ in range(2):
             loss = model(input_ids=ids, labels=ids).loss
@@ -83,13 +83,13 @@ def count(model: MoECausalLM, optimizer: torch.optim.Optimizer, between: list[to
 
 def expect(model: MoECausalLM, fold: Fold, rank: int) -> dict[str, int]:
     """The same from the layouts alone."""
-    assert model.sharding is not None
+    assert model.settings is not None
     stored = sum(layout.box(fold, rank).numel for layout in model.layouts.values()) * 4
     # Full sharding lets go of each layer after its forward, but not of what belongs to the model itself.
     gathered = sum(
         layout.tensor_box(fold.coordinates(rank)).numel * 4
         for name, layout in model.layouts.items()
-        if layout.data_dim is not None and (model.sharding.mode == "optimizer" or ".layers." not in name)
+        if layout.data_dim is not None and (model.settings.sharding.mode == "optimizer" or ".layers." not in name)
     )
     return {"weights": stored, "gradients": stored, "state": 2 * stored, "gathered": gathered}
 

@@ -39,7 +39,7 @@ from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import Experts, MoELayer
 from lightning_moefold.modules.experts import kernels
-from lightning_moefold.parallel import Sharding, parallelize
+from lightning_moefold.parallel import Settings, Sharding, parallelize
 from lightning_moefold.plots.style import COLORS, make_figure, save_figure
 from lightning_moefold.testing import RankPool
 
@@ -142,7 +142,7 @@ def job(chunks: int, experts: int, top_k: int, tokens: int, hidden: int, ffn: in
     mesh = FoldedMesh(Fold(world, expert_parallel_size=world), "cpu")
     torch.manual_seed(0)
     layer = MoELayer(hidden, experts, top_k, ffn, dispatch=DispatchConfig(chunks=chunks))
-    parallelize(layer, mesh, Sharding("none"), torch.device("cpu"))
+    parallelize(layer, mesh, Settings(Sharding("none")), torch.device("cpu"))
     generator = torch.Generator().manual_seed(mesh.rank + 1)
     x, grad = torch.randn(2, 1, tokens, hidden, generator=generator).unbind(0)
     x.requires_grad_()

@@ -21,7 +21,7 @@ from lightning_moefold import Fold, MoECausalLM, MoEConfig
 from lightning_moefold.errors import FoldError
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.parallel import PipelinePlan, Sharding, parallelize
+from lightning_moefold.parallel import Settings, parallelize
 from lightning_moefold.planner import CostModel, Hardware, Job, Plan
 from lightning_moefold.planner.machine.calibrate import calibrate
 from lightning_moefold.testing import RankPool
@@ -46,8 +46,7 @@ def measure_step(text: str, ranks: int, steps: int) -> float:
     mesh = FoldedMesh(fold, "cpu")
     with deferred_weights():
         model = MoECausalLM.from_config(CONFIG)
-    model.num_microbatches = MICRO if fold.pp > 1 else 1
-    parallelize(model, mesh, Sharding("optimizer"), torch.device("cpu"), PipelinePlan("1f1b"))
+    parallelize(model, mesh, Settings(num_microbatches=MICRO if fold.pp > 1 else 1), torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     generator = torch.Generator().manual_seed(mesh.place["dp"])
     ids = torch.randint(0, CONFIG.vocab_size, (BATCH // fold.dp, LENGTH), generator=generator)

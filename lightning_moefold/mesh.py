@@ -76,7 +76,7 @@ class _Made:
 #: Groups made here, for the meshes of later Trainers: a group costs connections and, on GPUs, memory, and torch names
 #: it by its ranks, so that one made anew after its predecessor was destroyed would find the addresses of the dead one.
 #: By partition, so that whether a step is made again is the same on all ranks.
-_made: dict[tuple[Partition, timedelta | None], _Made] = {}
+_made: dict[Partition, _Made] = {}
 
 
 def _exists(group: dist.ProcessGroup) -> bool:
@@ -93,7 +93,9 @@ def _shared_group(name: str, partition: Partition, timeout: timedelta | None, de
     for key in [key for key, made in _made.items() if not _exists(made.group)]:  # went with the default group
         del _made[key]
     objects = name in _OBJECT_AXES
-    made = _made.get((partition, timeout))
+    made = _made.get(partition)
+    if made is not None:
+        set_timeout(made.group, timeout)
     if made is None or (objects and not made.carries_objects):
         mine = next(ranks for ranks in partition if dist.get_rank() in ranks)
         # Each rank waits for the members of its own group only, and names it alike whatever it has made before.
@@ -101,7 +103,7 @@ def _shared_group(name: str, partition: Partition, timeout: timedelta | None, de
             list(mine), timeout=timeout, backend=None if objects else _backend_of(device_type),
             use_local_synchronization=True, group_desc=f"moefold {name}",
         )  # fmt: skip
-        made = _made[partition, timeout] = _Made(group, objects)
+        made = _made[partition] = _Made(group, objects)
     return made.group
 
 
@@ -109,6 +111,12 @@ def _backend_of(device_type: str) -> str | None:
     """The backend of the default group for tensors on the device; None where it has no other."""
     backends = dict(part.split(":") for part in dist.get_backend_config().split(",") if ":" in part)
     return backends.get(device_type) if len(set(backends.values())) > 1 else None
+
+
+def set_timeout(group: dist.ProcessGroup | None, timeout: timedelta | None) -> None:
+    """Gives the collectives of a group another timeout; None leaves it as it is."""
+    if timeout is not None:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def forget_groups() -> None:
@@ -158,6 +166,13 @@ class FoldedMesh:
         self._axes["world"] = self._make_axis("world", [list(range(world))])
         self._cuts: dict[tuple[str, int], tuple[Axis, Axis] | None] = {}
         self._meshes = {family: self._make_mesh(family, wrap_single, replicated) for family in Family}
+
+    def set_timeout(self, timeout: timedelta | None) -> None:
+        """Gives all groups of the mesh another timeout, that of a later Trainer."""
+        self._timeout = timeout
+        for group in self._groups:
+            if group is not dist.group.WORLD:
+                set_timeout(group, timeout)
 
     # ---- axes --------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -31,7 +31,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -61,38 +61,29 @@ from lightning_moefold.lifecycle.unsupported import (
     check_compilation,
     check_microbatches,
     check_optimizers,
-    check_second_names,
     check_trainer,
 )
-from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups
-from lightning_moefold.models import MoECausalLM
+from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups, set_timeout
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.modules.attention.exchanges import EXCHANGES, Exchange
-from lightning_moefold.modules.base import ParallelRoot
-from lightning_moefold.modules.decoder import DecoderLayer
-from lightning_moefold.modules.experts import Experts, cpu_cache
-from lightning_moefold.modules.experts.kernels import EXPERT_KERNELS, ExpertKernel
-from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.modules.attention.exchanges import Exchange
+from lightning_moefold.modules.experts import cpu_cache
+from lightning_moefold.modules.experts.kernels import ExpertKernel
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
-from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, parallelize
-from lightning_moefold.parallel.compiling import compilable_layers, compile_layers, missing_tool
+from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Settings, Sharding, parallelize
+from lightning_moefold.parallel.apply import check_settings, parts_of
+from lightning_moefold.parallel.compiling import COMPILER, missing_tool
 from lightning_moefold.parallel.hooks import check_hooks
-from lightning_moefold.parallel.network.protocol import layered_networks
-from lightning_moefold.parallel.network.runner import NetworkOptions, parallelize_network
 from lightning_moefold.parallel.parameters import ParameterRegistry
-from lightning_moefold.parallel.pipeline.pipeline import Pipeline
 from lightning_moefold.parallel.replicated import ReplicatedModules, align_blocks, align_randomness
+from lightning_moefold.parallel.settings import ShardingMode
 from lightning_moefold.parallel.spare import spare_parameters
 from lightning_moefold.parallel.tree import check_trees
-from lightning_moefold.planner.search.auto import AutoFold, Choice
+from lightning_moefold.planner.search.auto import AutoFold
 
 log = logging.getLogger(__name__)
-
-#: The back end of ``torch.compile`` that ``compile=True`` uses.
-COMPILER = "inductor"
 
 
 class MoEFoldStrategy(SharedCheckpoints):
@@ -190,7 +181,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         dispatch_chunks: int = 1,
         node_size: int | None = None,
         expert_kernel: ExpertKernel = "auto",
-        data_parallel_sharding: Literal["optimizer", "full", "none"] = "optimizer",
+        data_parallel_sharding: ShardingMode = "optimizer",
         recompute: Recompute | None = None,
         context_parallel_exchange: Exchange = "auto",
         calculate_per_token_loss: bool | None = None,
@@ -209,33 +200,30 @@ class MoEFoldStrategy(SharedCheckpoints):
             raise InputError('auto=AutoFold(...) is for fold="auto"; leave one out or give both.')
         if fold == "auto" and pipeline_split is not None:
             raise InputError('pipeline_split is for a pipeline of known size; leave it out with fold="auto".')
-        if num_microbatches is not None and num_microbatches < 1:
-            raise InputError(f"num_microbatches={num_microbatches} must be at least 1.")
         for name, value, known in (
-            ("data_parallel_sharding", data_parallel_sharding, ("optimizer", "full", "none")),
-            ("expert_kernel", expert_kernel, EXPERT_KERNELS),
-            ("recompute", recompute, (None, "selective", "full")),
             ("sequence_parallel", sequence_parallel, (None, True)),
             ("compile", compile, (False, True)),
-            ("context_parallel_exchange", context_parallel_exchange, EXCHANGES),
         ):
             if value not in known:
                 raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
-        self.expert_kernel: ExpertKernel = expert_kernel
+        split = None if pipeline_split is None else tuple(pipeline_split)
+        #: Without what only a run knows: the precision, and which ranks share a machine.
+        self.settings = Settings(
+            Sharding(data_parallel_sharding),
+            PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
+            1 if num_microbatches is None else num_microbatches,
+            DispatchConfig(
+                dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size
+            ),
+            expert_kernel,
+            recompute,
+            context_parallel_exchange,
+            COMPILER if compile else None,
+        )
+        self._microbatches_given = num_microbatches is not None
         self._sizes, self._fold_text = sizes, fold
         self._auto = auto or AutoFold()
-        split = None if pipeline_split is None else tuple(pipeline_split)
-        self._pipeline_plan = PipelinePlan(pipeline_schedule, num_stages_per_rank, split)
-        self._microbatches_given = num_microbatches is not None
-        self.num_microbatches = num_microbatches or 1
-        self.dispatch = DispatchConfig(
-            dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size
-        )
-        self.context_parallel_exchange = context_parallel_exchange
-        self.recompute = recompute
-        self.compile = compile
         self.calculate_per_token_loss = calculate_per_token_loss
-        self.data_parallel_sharding: Literal["optimizer", "full", "none"] = data_parallel_sharding
         self.num_nodes = 1
         self._timeout = timeout
         self._process_group_backend = process_group_backend
@@ -365,6 +353,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         fold = self._make_fold()
         if self._mesh is None or self._mesh.fold != fold:
             self._mesh = self._mesh_of_earlier_trainer(fold)
+            if self._mesh is not None:
+                self._mesh.set_timeout(self._timeout)
         if self._mesh is None:
             # FSDP2 casts the parameters in mixed precision, so there even a data axis of one rank is wrapped.
             mixed = self._precision.mixed_dtype is not None
@@ -373,12 +363,12 @@ class MoEFoldStrategy(SharedCheckpoints):
                 self.root_device.type,
                 timeout=self._timeout,
                 wrap_single=mixed,
-                replicated=self.data_parallel_sharding == "none",
+                replicated=self.settings.sharding.mode == "none",
             )
 
     def _mesh_of_earlier_trainer(self, fold: Fold) -> FoldedMesh | None:
         """The mesh on which another Trainer has parallelised the module's model, if its fold is ours."""
-        meshes = [root.mesh for root in self._roots()]
+        meshes = [part.mesh for part in ([] if self.lightning_module is None else parts_of(self.lightning_module))]
         return next((mesh for mesh in meshes if mesh is not None and mesh.fold == fold and mesh.is_alive), None)
 
     def _make_fold(self) -> Fold:
@@ -386,9 +376,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
         if fold.pp > 1 and not self._microbatches_given:
             raise InputError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; use {2 * fold.pp} or more.")
-        self._pipeline_plan.check(
-            fold.pp, self.num_microbatches, self.data_parallel_sharding, self.recompute, self.compile
-        )
+        self.settings.check_pipeline(fold.pp)
         return fold
 
     def _choose_fold(self, last_call: bool) -> None:
@@ -400,43 +388,24 @@ class MoEFoldStrategy(SharedCheckpoints):
         module = self.lightning_module
         if self._fold_text != "auto" or module is None:
             return
-        if (earlier := fold_choice.earlier_root(module)) is not None:
-            self._go_on_with(earlier)
-            return
-        plan = self._pipeline_plan
         fixed = fold_choice.Fixed(
-            self.world_size, self.num_processes, str(self._precision.precision), self.data_parallel_sharding,
-            self.dispatch, self.num_microbatches if self._microbatches_given else None,
-            None if plan == PipelinePlan() else plan.schedule, plan.stages_per_rank, self.recompute,
+            self.world_size, self.num_processes, str(self._precision.precision), self.settings,
+            self.settings.num_microbatches if self._microbatches_given else None,
         )  # fmt: skip
+        if (earlier := fold_choice.earlier_root(module)) is not None:
+            self._fold_text, self._microbatches_given = str(earlier.fold), True
+            self.settings = fixed.going_on(earlier.settings)
+            return
         choice = fold_choice.agreed(
             lambda: fold_choice.choose_for(self._auto, fixed, module, self.root_device, last_call),
             self.broadcast,
             self.global_rank,
         )
-        if choice is not None:
-            self._take(choice)
-
-    def _go_on_with(self, root: ParallelRoot) -> None:
-        """Takes over the arguments under which an earlier Trainer has spread the model."""
-        self._fold_text = str(root.fold)
-        for layer in (m for m in root.modules() if isinstance(m, DecoderLayer)):
-            self.recompute = layer.recompute
-        if isinstance(root, MoECausalLM) and isinstance(root.pipeline, Pipeline):
-            self._pipeline_plan = root.pipeline.plan
-            self.num_microbatches, self._microbatches_given = root.num_microbatches, True
-
-    def _take(self, choice: Choice) -> None:
-        """Sets the arguments that a choice settles."""
-        chosen = choice.estimate.plan
-        self._fold_text = str(chosen.fold)
-        self.recompute = None if chosen.recompute == "none" else cast(Recompute, chosen.recompute)
-        if self.dispatch.dispatcher == "auto":
-            self.dispatch = replace(self.dispatch, dispatcher=cast(DispatcherName, chosen.dispatcher))
-        if chosen.fold.pp > 1:
-            self._pipeline_plan = PipelinePlan(chosen.schedule, chosen.num_stages_per_rank)
-            self.num_microbatches, self._microbatches_given = choice.estimate.microbatches, True
-        self._choice = {**choice.record, "num_microbatches": self.num_microbatches}
+        if choice is None:
+            return
+        self._fold_text, self.settings = str(choice.estimate.plan.fold), fixed.taking(choice)
+        self._microbatches_given = self._microbatches_given or choice.estimate.plan.fold.pp > 1
+        self._choice = {**choice.record, "num_microbatches": self.settings.num_microbatches}
         fold_choice.announce(choice.reason)
 
     def _connect_processes(self) -> None:
@@ -448,11 +417,25 @@ class MoEFoldStrategy(SharedCheckpoints):
             # Objects and files travel over gloo; only tensors on the device use NCCL.
             backend = "cpu:gloo,cuda:nccl"
         fresh = not dist.is_initialized()
+        if not fresh:
+            self._check_backend(device.type)
+            if self._timeout != default_pg_timeout:
+                set_timeout(dist.group.WORLD, self._timeout)
         _init_dist_connection(
             self.cluster_environment, backend, timeout=self._timeout, device_id=device if on_cuda else None
         )
         if fresh:  # a process that ends with open groups may abort (gloo) or is complained of (NCCL)
             atexit.register(_end_processes)
+
+    def _check_backend(self, device: str) -> None:
+        """Refuses a back end that is not that of the process group which exists already."""
+        asked, found = self._process_group_backend, dist.get_backend_config()
+        on_devices = dict(part.split(":") for part in found.split(",") if ":" in part)
+        if asked is not None and asked not in (found, on_devices.get(device)):
+            raise InputError(
+                f"process_group_backend={asked!r} is not that of the process group which exists already ({found}); leave it out, "
+                "or start the processes anew."
+            )
 
     def _join_roll_call(self) -> None:
         """Lets peers see whether this process lives, should a collective fail."""
@@ -482,10 +465,11 @@ class MoEFoldStrategy(SharedCheckpoints):
             self._choose_fold(last_call=True)
             self._make_mesh()
         check_trainer(trainer, self.lightning_module, self.fold)
+        check_settings(self.lightning_module, self.fold, self._settings_of_run())
         check_trees(self.lightning_module, self.fold)
         check_blocks(self.lightning_module, self.fold)
-        check_microbatches(self.num_microbatches, self.mesh.world)
-        if self.compile:
+        check_microbatches(self.settings.num_microbatches, self.mesh.world)
+        if self.settings.compiles:
             check_compilation(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_hooks()
@@ -505,7 +489,6 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._convert()
         self._parallelize()
         self.model_to_device()
-        self._compile()
         self._registry = ParameterRegistry(self.lightning_module, self.mesh)
         self._own = ReplicatedModules(self.lightning_module, self._registry, self.mesh)
         self._own.prepare()
@@ -553,37 +536,23 @@ class MoEFoldStrategy(SharedCheckpoints):
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
         assert self.lightning_module is not None
-        sharding = Sharding(self.data_parallel_sharding, self._precision.mixed_dtype)
         error: Exception | None = None
         align_blocks(self.lightning_module, self.mesh)
-        for layer in (m for m in self._modules() if isinstance(m, DecoderLayer)):
-            layer.recompute = self.recompute
-        options = NetworkOptions(self._pipeline_plan, self.num_microbatches, self.context_parallel_exchange)
-        for moe in (m for m in self._modules() if isinstance(m, MoELayer)):
-            dispatch = moe.dispatch or self.dispatch
-            moe.dispatch = replace(dispatch, node_size=dispatch.node_size or self.num_processes)
-        for experts in (m for m in self._modules() if isinstance(m, Experts)):
-            experts.kernel = self.expert_kernel
+        settings = replace(self._settings_of_run(), compiler=self._compiler())
         try:
-            for experts in (m for m in self._modules() if isinstance(m, Experts)):
-                experts.check_kernel(self.fold, sharding.mixed_dtype or experts.gate_proj.dtype, self.root_device)
-            for network in layered_networks(self.lightning_module):
-                parallelize_network(network, self.mesh, sharding, self.root_device, options)
-            check_second_names(self.lightning_module)  # before the blocks among them are parallelised
-            for root in self._roots():
-                if isinstance(root, MoECausalLM):
-                    root.num_microbatches = self.num_microbatches
-                    root.context_parallel_exchange = self.context_parallel_exchange
-                parallelize(root, self.mesh, sharding, self.root_device, self._pipeline_plan)
-            check_second_names(self.lightning_module)
+            parallelize(self.lightning_module, self.mesh, settings, self.root_device)
         except Exception as failure:
             error = failure
         comm.agree_on_error(error, self.mesh.world)
 
-    def _compile(self) -> None:
-        """Compiles the decoder layers, if the user wants it and every machine can. Collective."""
-        if not self.compile:
-            return
+    def _settings_of_run(self) -> Settings:
+        sharding = replace(self.settings.sharding, mixed_dtype=self._precision.mixed_dtype)
+        return replace(self.settings, sharding=sharding).with_node_size(self.num_processes)
+
+    def _compiler(self) -> str | None:
+        """What compiles the decoder layers, if the user wants it and every machine can. Collective."""
+        if not self.settings.compiles:
+            return None
         missing = missing_tool(self.root_device)
         if not self.reduce_boolean_decision(missing is None):
             where = (
@@ -592,10 +561,8 @@ class MoEFoldStrategy(SharedCheckpoints):
                 else "a tool that another machine does not have"
             )
             rank_zero_warn(f"compile=True needs {where}; install it. Layers run as they are, not compiled.")
-            return
-        assert self.lightning_module is not None
-        if layers := compilable_layers(self.lightning_module):
-            rank_zero_info(compile_layers(layers, COMPILER))
+            return None
+        return self.settings.compiler
 
     @override
     def model_to_device(self) -> None:
@@ -691,7 +658,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
         # Whole gradients are what "full" is to save: there every batch's are scattered and added up in pieces.
-        waits = self.data_parallel_sharding != "full"
+        waits = self.settings.sharding.mode != "full"
         units = [m for m in self._modules() if isinstance(m, FSDPModule)] if waits else []
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
@@ -828,7 +795,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        place = None if self._mesh is None else Place(self._mesh, self._pipeline_plan, self._roll_call)
+        place = None if self._mesh is None else Place(self._mesh, self.settings.plan, self._roll_call)
         print_without_traceback(exception, self.global_rank, place)
 
     @override

@@ -22,7 +22,7 @@ from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules import MoELayer
-from lightning_moefold.parallel import PipelinePlan, Sharding, parallelize
+from lightning_moefold.parallel import Settings, parallelize
 from lightning_moefold.parallel.parameters import ParameterRegistry
 
 FOLDS = [
@@ -124,7 +124,7 @@ def model_of(fold: Fold, dense: tuple[int, ...] = (), tied: bool = False) -> Non
     for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
         layer.dispatch = DispatchConfig("hierarchical", node_size=2)
     folded = mesh(fold)
-    parallelize(model, folded, Sharding(), torch.device("meta"), PipelinePlan())
+    parallelize(model, folded, Settings(), torch.device("meta"))
     root = nn.Module()
     root.model = model
     list(ParameterRegistry(root, folded).unfinished_gradients())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -17,10 +17,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
-from lightning_moefold.dispatch import DispatchConfig
+from lightning_moefold.dispatch.config import DispatcherName
 from lightning_moefold.errors import PlanError
 from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
+from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.parallel import PipelinePlan, Settings
 from lightning_moefold.planner.cost.routing import find_routing
 from lightning_moefold.planner.machine.hardware import Hardware, find_hardware
 from lightning_moefold.planner.search.auto import AutoFold, Choice, choose, machine_for
@@ -41,23 +43,15 @@ class Fixed:
         world_size: Ranks.
         ranks_per_node: Ranks on a node.
         precision: The Trainer's.
-        sharding: ``data_parallel_sharding``.
-        dispatch: Of the strategy.
+        settings: Of the strategy; a plan or a recomputation other than the default one is given.
         num_microbatches: None to choose them for a pipeline.
-        schedule: None to choose a pipeline schedule.
-        num_stages_per_rank: Of a given schedule.
-        recompute: None to choose.
     """
 
     world_size: int
     ranks_per_node: int
     precision: str
-    sharding: str
-    dispatch: DispatchConfig
+    settings: Settings
     num_microbatches: int | None
-    schedule: str | None
-    num_stages_per_rank: int
-    recompute: str | None
 
     def space(self, dispatchers: tuple[str, ...]) -> Space:
         """What is left to choose from: what the strategy runs in one call of the model.
@@ -65,15 +59,44 @@ class Fixed:
         Args:
             dispatchers: Those that can do what is asked for.
         """
-        looped = self.schedule is not None and self.schedule.startswith("interleaved")
+        plan, recompute, dispatcher = self.settings.plan, self.settings.recompute, self.settings.dispatch.dispatcher
+        looped = plan.schedule.startswith("interleaved")
         return Space(
-            schedules=tuple(s for s in SCHEDULES if s != "gpipe") if self.schedule is None else (self.schedule,),
-            recomputes=RECOMPUTES if self.recompute is None else (self.recompute,),
-            dispatchers=dispatchers if self.dispatch.dispatcher == "auto" else (self.dispatch.dispatcher,),
+            schedules=tuple(s for s in SCHEDULES if s != "gpipe") if plan == PipelinePlan() else (plan.schedule,),
+            recomputes=RECOMPUTES if recompute is None else (recompute,),
+            dispatchers=dispatchers if dispatcher == "auto" else (dispatcher,),
             num_microbatches=self.num_microbatches,
-            num_stages_per_rank=self.num_stages_per_rank if looped else None,
+            num_stages_per_rank=plan.stages_per_rank if looped else None,
             accumulates=False,
         ).free
+
+    def taking(self, choice: Choice) -> Settings:
+        """The settings with what a choice settles."""
+        chosen, settings = choice.estimate.plan, self.settings
+        settings = replace(
+            settings, recompute=None if chosen.recompute == "none" else cast(Recompute, chosen.recompute)
+        )
+        if settings.dispatch.dispatcher == "auto":
+            named = replace(settings.dispatch, dispatcher=cast(DispatcherName, chosen.dispatcher))
+            settings = replace(settings, dispatch=named)
+        if chosen.fold.pp > 1:
+            plan = PipelinePlan(chosen.schedule, chosen.num_stages_per_rank)
+            settings = replace(settings, plan=plan, num_microbatches=choice.estimate.microbatches)
+        return settings
+
+    def going_on(self, earlier: Settings) -> Settings:
+        """The settings with those of an earlier Trainer where a choice would have been free."""
+        settings = self.settings
+        if settings.recompute is None:
+            settings = replace(settings, recompute=earlier.recompute)
+        if settings.plan == PipelinePlan():
+            settings = replace(settings, plan=earlier.plan)
+        if settings.dispatch.dispatcher == "auto":
+            named = replace(settings.dispatch, dispatcher=earlier.dispatch.dispatcher)
+            settings = replace(settings, dispatch=named)
+        if self.num_microbatches is None:
+            settings = replace(settings, num_microbatches=earlier.num_microbatches)
+        return settings
 
 
 def known_model(auto: AutoFold, module: pl.LightningModule) -> MoEConfig | None:
@@ -125,11 +148,12 @@ def choose_for(
             )
         return None
     rows, total, length = _batch(auto, module.trainer)
-    hardware = machine(auto, fixed.ranks_per_node, device, fixed.dispatch.node_size)
+    dispatch = fixed.settings.dispatch
+    hardware = machine(auto, fixed.ranks_per_node, device, dispatch.node_size)
     job = Job(
         model, fixed.world_size, hardware, total or rows or 1, length,
-        fixed.precision, fixed.sharding, fixed.dispatch.capacity_factor, find_routing(auto.routing),
-        fixed.dispatch.drop_scope, fixed.dispatch.pad_to_capacity, fixed.dispatch.chunks,
+        fixed.precision, fixed.settings.sharding.mode, dispatch.capacity_factor, find_routing(auto.routing),
+        dispatch.drop_scope, dispatch.pad_to_capacity, dispatch.chunks,
     )  # fmt: skip
     return choose(job, fixed.space(job.dispatchers), rows_per_rank=None if total else rows)
 

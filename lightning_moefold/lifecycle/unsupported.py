@@ -145,22 +145,6 @@ def check_microbatches(number: int, world: Axis) -> None:
         raise UnsupportedFeature(f"num_microbatches differs, {what}; give every rank the same.")
 
 
-def check_second_names(module: nn.Module) -> None:
-    """Everything has storage but models that are to read their weights, and what a pipeline has taken off this rank.
-
-    Raises:
-        UnsupportedFeature: For a part of a model that the module holds under a name of its own, on another stage.
-    """
-    models = (m for m in module.modules() if isinstance(m, MoECausalLM) and m.weights_pending)
-    pending = {id(p) for model in models for p in model.parameters()}
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta and id(parameter) not in pending:
-            raise UnsupportedFeature(
-                f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the model "
-                "instead, or use pipeline_parallel_size=1."
-            )
-
-
 def _check_sharing(module: nn.Module) -> None:
     """Cutting a parameter replaces it in one place, and whatever else held it would go on with the old one."""
     holders: dict[int, tuple[str, nn.Module]] = {}  # of parameters, whichever names a module has

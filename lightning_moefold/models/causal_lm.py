@@ -45,6 +45,10 @@ class PipelineRunner(Protocol):
 
     stages: list[Any]
 
+    def use(self, settings: Any) -> None:
+        """Goes on under other settings."""
+        ...
+
     def run(
         self,
         tensors: Mapping[str, Any],
@@ -248,6 +252,13 @@ class MoECausalLM(ParallelRoot):
     def units(self) -> list[nn.Module]:
         """The layers, then the model with what is left (embedding, final norm, head)."""
         return [*self.model.layers.values(), self]
+
+    def use(self, settings: Any) -> None:
+        """See :class:`~lightning_moefold.modules.base.ParallelRoot`."""
+        super().use(settings)
+        self.num_microbatches, self.context_parallel_exchange = settings.num_microbatches, settings.exchange
+        if self.pipeline is not None:
+            self.pipeline.use(settings)
 
     def release_gathered_weights(self) -> None:
         """See :class:`~lightning_moefold.modules.base.ParallelRoot`; stages hold weights of their own."""

@@ -65,7 +65,7 @@ class ParallelRoot(ParallelModule):
     A root inside another root is a part of it.
 
     Attributes:
-        sharding: How the strategy parallelised it, for whoever would do it again.
+        settings: How the strategy has cut it and has it run (:class:`~.parallel.settings.Settings`); None without one.
         layouts: Where the pieces of each parameter and stored buffer lie, by name relative to the root.
         compute_dtype: The dtype in which it computes where that is not the dtype of storage (``bf16-mixed``).
         rows: How the rows that a block is given are cut over cp (:class:`~.row_cut.RowCut`); None where they are whole.
@@ -73,7 +73,7 @@ class ParallelRoot(ParallelModule):
         unequal: The context of unequal calls that is open, if one is.
     """
 
-    sharding: Any = None
+    settings: Any = None
     compute_dtype: torch.dtype | None = None
     rows: Any = None
     hidden_size: int
@@ -95,6 +95,10 @@ class ParallelRoot(ParallelModule):
             for name, buffer in module.named_buffers(recurse=False)
             if name not in module._non_persistent_buffers_set
         ]
+
+    def use(self, settings: Any) -> None:
+        """Goes on under settings that a root which is cut may change to."""
+        self.settings = settings
 
     def stand_in(self) -> None:
         """Takes part in a call of ranks that have data, without any. Collective."""

@@ -92,6 +92,10 @@ class DecoderLayer(ParallelRoot):
 
         self._compiled, self._broken = compiled(fullgraph), compiled(False)
 
+    def uncompile(self) -> None:
+        """Runs what the layer computes as it is again."""
+        self._compiled = self._broken = None
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, is not compiled."""
         return {name: value for name, value in super().__getstate__().items() if name not in ("_compiled", "_broken")}

@@ -7,6 +7,7 @@ Legend: T tokens of this rank, K experts per token, R rows sent, M rows computed
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -93,6 +94,7 @@ class MoELayer(ParallelRoot):
         )
         self.shared_expert_gate = Linear(hidden_size, 1) if shared_ffn_hidden_size and shared_gate else None
         self.dispatch = dispatch
+        self._dispatch_by_default = DispatchConfig()
         self.dispatcher = make_dispatcher(dispatch or DispatchConfig(), num_experts, top_k)
         self.keep_routing = keep_routing
         self.routing: Routing | None = None
@@ -114,15 +116,27 @@ class MoELayer(ParallelRoot):
 
     def make_groups(self, mesh: FoldedMesh) -> None:
         """Those of an exchange by node."""
-        ExpertAxes.of(mesh, self._settled(mesh))
+        ExpertAxes.of(mesh, self.settled(mesh))
 
-    def _settled(self, mesh: FoldedMesh) -> DispatchConfig:
-        return settle(self.dispatch or DispatchConfig(), self.num_experts, self.top_k, mesh.fold)
+    def use_dispatch(self, config: DispatchConfig) -> None:
+        """Has tokens travel as ``config`` says from the next :meth:`bind` on, where the layer has no choice of its own.
+
+        Args:
+            config: Whose ``node_size`` is also that of a choice without one.
+        """
+        self._dispatch_by_default = config
+
+    def settled(self, mesh: FoldedMesh) -> DispatchConfig:
+        """How tokens travel under a fold: the layer's own choice, or the strategy's, with what ``"auto"`` stands for."""
+        default = self._dispatch_by_default
+        config = self.dispatch or default
+        config = replace(config, node_size=config.node_size or default.node_size)
+        return settle(config, self.num_experts, self.top_k, mesh.fold)
 
     def bind(self, mesh: FoldedMesh) -> None:
         """Makes the dispatcher of this fold."""
         super().bind(mesh)
-        config = self._settled(mesh)
+        config = self.settled(mesh)
         self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:

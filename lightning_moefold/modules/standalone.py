@@ -51,4 +51,4 @@ def run_standalone(block: ParallelRoot, hidden: Tensor, batch: SequenceBatch | N
     with nullcontext() if dtype is None else torch.autocast(hidden.device.type, enabled=False):
         y_ND = batch.leave(block.forward(batch.enter(x_ND.to(dtype or x_ND.dtype)), batch))
     # A copy, where FSDP2 wraps: it would lose its hook if the network changed a view in place (``y = block(x); y += x``).
-    return y_ND.view_as(hidden).to(hidden.dtype, copy=block.sharding is not None)
+    return y_ND.view_as(hidden).to(hidden.dtype, copy=block.settings is not None)

@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING
 from lightning_moefold.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lightning_moefold.parallel.apply import Sharding, parallelize
+    from lightning_moefold.parallel.apply import parallelize
     from lightning_moefold.parallel.gradients import GradientSum, local_part
     from lightning_moefold.parallel.norms import GradientNorm
     from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+    from lightning_moefold.parallel.settings import Settings, Sharding
 
-__all__ = ["GradientNorm", "GradientSum", "PipelinePlan", "Sharding", "local_part", "parallelize"]
+__all__ = ["GradientNorm", "GradientSum", "PipelinePlan", "Settings", "Sharding", "local_part", "parallelize"]
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "GradientNorm": "norms",
         "GradientSum": "gradients",
         "PipelinePlan": "pipeline.plan",
-        "Sharding": "apply",
+        "Settings": "settings",
+        "Sharding": "settings",
         "local_part": "gradients",
         "parallelize": "apply",
     },

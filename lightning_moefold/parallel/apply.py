@@ -1,272 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applies a fold to a model or block: cut parameters over tp, ep and etp, then wrap both families with FSDP2.
+"""The one door by which a fold and its settings reach a module: the strategy, ``fold="auto"`` and rehearsals go through it.
 
-    experts   DTensor on (ep, etp)   fully_shard over edp       nested in its layer
-    dense     DTensor on (tp)        fully_shard over dp x cp   per layer, then the rest of the model; or per block
-
-Reductions are plain sums in both families: divide factor 1 with a forced sum is the one setting that is right on every
-backend (gloo cannot pre-multiply). A mesh of one rank, which is wrapped because FSDP2 casts, is left without a factor: torch
-would divide every gradient by it, into a copy.
+What decides how a module is cut (the fold, sharding, precision, where pipeline stages lie) is settled when it comes here
+first. All else may be another the next time, and is then as if the module had never run under anything else.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal, cast
-
 import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
 from lightning_moefold.errors import InputError
-from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
+from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.models import MoECausalLM
-from lightning_moefold.modules.base import ParallelModule, ParallelRoot
-from lightning_moefold.modules.experts.experts import RoutedExperts
-from lightning_moefold.modules.routers import Router
-from lightning_moefold.parallel.hooks import keeping_hooks
-from lightning_moefold.parallel.pipeline.pipeline import Pipeline
-from lightning_moefold.parallel.pipeline.plan import PipelinePlan
-from lightning_moefold.parallel.pipeline.stage import Stage
-
-_TENSOR_AXES = {Family.DENSE: ("tp",), Family.EXPERT: ("ep", "etp")}
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How data parallelism stores and computes.
-
-    Args:
-        mode: ``"optimizer"`` shards and keeps gathered weights between forward and backward, ``"full"`` lets go of
-            them, ``"none"`` replicates (gradients are then summed like those of a user's own modules; where
-            ``fully_shard`` casts, it wraps each rank alone, on a mesh made with ``replicated``).
-        mixed_dtype: Compute in this dtype and reduce gradients in float32; None to compute as stored.
-    """
-
-    mode: Literal["optimizer", "full", "none"] = "optimizer"
-    mixed_dtype: torch.dtype | None = None
-
-    def data_mesh(self, mesh: FoldedMesh, family: Family) -> DeviceMesh | None:
-        """The mesh over which ``fully_shard`` cuts a family; None where it does not wrap."""
-        return None if self.mode == "none" and self.mixed_dtype is None else mesh.data_mesh(family)
-
-    def policy(self, storage: torch.dtype, *, cast: bool = True) -> MixedPrecisionPolicy:
-        """FSDP2's policy; gradients of 16-bit weights are reduced in float32."""
-        compute = self.mixed_dtype if cast else None
-        narrow = (compute or storage) in (torch.bfloat16, torch.float16)
-        return MixedPrecisionPolicy(compute, torch.float32 if narrow else None, cast_forward_inputs=False)
+from lightning_moefold.modules.base import ParallelRoot, parallel_roots
+from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.modules.experts import Experts
+from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.parallel.compiling import compilable_layers, compile_layers
+from lightning_moefold.parallel.network.protocol import layered_networks
+from lightning_moefold.parallel.network.runner import NetworkRunner, cut_network, network_runners, runner_of
+from lightning_moefold.parallel.roots import cut_root
+from lightning_moefold.parallel.settings import Settings
+from lightning_moefold.parallel.tree import check_second_names
 
 
-def parallelize(
-    model: ParallelRoot,
-    mesh: FoldedMesh,
-    sharding: Sharding,
-    device: torch.device,
-    plan: PipelinePlan | None = None,
-) -> None:
-    """Parallelises ``model`` in place and gives it its weights. No rank waits for another, except where groups are made.
+def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device: torch.device) -> None:
+    """Brings a module under a fold and its settings, in place, and gives it its weights.
+
+    No rank waits for another, except where groups are made.
 
     Args:
-        model: A language model, with real weights or without storage and with a source of weights; or a block in a
-            network of the user's own, with the same weights on every rank.
-        mesh: Of the fold; the fold must suit the model.
-        sharding: Data-parallel storage.
+        module: Holds language models, with real weights or without storage and with a source of weights; blocks, and
+            custom networks that name their layers, both with the same weights on every rank. Or is one of them.
+        mesh: Of the fold; the fold must suit the models.
+        settings: How they are cut and run.
         device: Where the parameters go.
-        plan: How a language model is cut into pipeline stages, where there is more than one.
 
     Raises:
-        FoldError: If the fold does not suit the model.
-        ValueError: If the model cannot be cut into the stages.
+        FoldError: If the fold does not suit a model or a block.
+        InputError: If a model cannot be cut into the stages, or has been cut already under what cannot change.
         CheckpointError: If a weight cannot be read.
-        RuntimeError: If the model is parallelised already.
     """
-    if model.mesh is not None:
-        if model.mesh is mesh and model.sharding == sharding:
-            return
-        raise RuntimeError(
-            f"the {type(model).__name__} is parallelised under fold {model.mesh.fold} already, with its own storage and precision; "
-            "make a new model for another."
+    check_settings(module, mesh.fold, settings)
+    for experts in (m for m in module.modules() if isinstance(m, Experts)):
+        experts.check_kernel(
+            settings.expert_kernel, mesh.fold, settings.sharding.mixed_dtype or experts.gate_proj.dtype, device
         )
-    if isinstance(model, MoECausalLM):
-        mesh.fold.validate(model.config)
-    make_groups(model, mesh)
-    plans = _collect_plans(model, mesh)
-    model.layouts = {
-        name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding)
-        for name, p in model.named_parameters()
-    }
-    model.layouts |= {name: ParameterLayout(tuple(b.shape), ParameterPlan()) for name, b in model.stored_buffers()}
-    stages = _cut_into_stages(model, mesh, plan or PipelinePlan())
-    _cut_over_tensor_axes(model, mesh)
-    model.sharding = sharding
-    for module in model.modules():
-        if isinstance(module, ParallelModule):
-            module.bind(mesh)
-    _wrap(model, mesh, sharding, [stage.units() for stage in stages] or [model.units()])
-    if isinstance(model, MoECausalLM) and model.weights_pending:
-        with keeping_hooks(model):
-            model.to_empty(device=device)
-        model.load_weights()
-    else:
-        model.to(device)
+    earlier = [part.settings for part in parts_of(module) if part.mesh is not None]
+    _tell(module, settings)
+    if any(before.dispatch != settings.dispatch for before in earlier):
+        _make_dispatchers(module, mesh)
+    for network in layered_networks(module):
+        if runner_of(network.module) is None:
+            cut_network(network, mesh, settings, device)
+    check_second_names(module)  # before the blocks among them are cut
+    for _, root in parallel_roots(module):
+        if root.mesh is None:
+            cut_root(root, mesh, settings, device)
+    check_second_names(module)
+    for part in parts_of(module):
+        part.use(settings)
+    layers = compilable_layers(module)
+    if settings.compiler is not None and layers:
+        rank_zero_info(compile_layers(layers, settings.compiler))
+    elif any(before.compiles for before in earlier):
+        for layer in layers:
+            layer.uncompile()
 
 
-def make_groups(module: nn.Module, mesh: FoldedMesh) -> None:
-    """Makes the groups that blocks need, before stages leave blocks to each other: all ranks make the same. Collective."""
-    for part in module.modules():
-        if isinstance(part, ParallelModule):
-            part.make_groups(mesh)
-
-
-def _collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPlan]:
-    return {
-        f"{prefix}.{name}".lstrip("."): plan
-        for prefix, module in model.named_modules()
-        if isinstance(module, ParallelModule)
-        for name, plan in module.plans(mesh.fold).items()
-    }
-
-
-def _layout(shape: tuple[int, ...], plan: ParameterPlan, mesh: FoldedMesh, sharding: Sharding) -> ParameterLayout:
-    layout = ParameterLayout(shape, plan)
-    if sharding.mode == "none" or sharding.data_mesh(mesh, plan.family) is None:
-        return layout
-    sizes = layout.tensor_box(mesh.place).sizes
-    return replace(layout, data_dim=_data_dim(sizes, plan.family, mesh.fold.size(layout.data_axis)))
-
-
-def _data_dim(sizes: tuple[int, ...], family: Family, ranks: int) -> int:
-    """Experts whose local number does not divide by edp are cut along the next dimension instead, where that divides."""
-    if family is Family.DENSE:
-        return 0
-    return next((dim for dim in (0, 1) if sizes[dim] % ranks == 0), 0)
-
-
-def _cut_into_stages(model: ParallelRoot, mesh: FoldedMesh, plan: PipelinePlan) -> list[Stage]:
-    """Leaves to this rank what its pipeline stages need; the layouts go on to tell of all parameters."""
-    pp = mesh.fold.pp
-    if pp == 1 or not isinstance(model, MoECausalLM):  # a block is in the stage of its network
-        return []
-    layers, count = plan.layers(model.config, pp), pp * plan.chunks
-    first, last = plan.owner(0, pp), plan.owner(count - 1, pp)
-    holders: dict[str, tuple[int, ...]] = {
-        f"model.layers.{i}.": (plan.owner(stage, pp),) for stage, part in enumerate(layers) for i in part
-    }
-    holders |= {"model.norm.": (last,), "lm_head.": (last,)}
-    holders["model.embed_tokens."] = (first,)
-    if model.config.tie_word_embeddings:
-        if first == last:
-            raise InputError(
-                f"pipeline_schedule={plan.schedule!r} puts the first and the last stage on one rank, which does not go with tied "
-                "embeddings; use another schedule, such as 'interleaved_1f1b'."
-            )
-        holders["model.embed_tokens."] = (first, last)
-    holders_of = {name: next(v for k, v in holders.items() if name.startswith(k)) for name in model.layouts}
-    model.layouts = {name: replace(layout, stages=holders_of[name]) for name, layout in model.layouts.items()}
-    place = mesh.place["pp"]
-    for prefix, ranks in holders.items():
-        if place not in ranks:
-            parent, _, leaf = prefix[:-1].rpartition(".")
-            owner = model.get_submodule(parent)
-            if isinstance(owner, nn.ModuleDict):
-                del owner[leaf]
-            else:
-                owner.register_module(leaf, None)
-    mine = plan.local_stages(pp, place)
-    stages = [Stage(model, index, count, layers[index]) for index in mine]
-    model.pipeline = Pipeline(model, mesh, plan, stages)
-    return stages
-
-
-def _cut_over_tensor_axes(model: ParallelRoot, mesh: FoldedMesh) -> None:
-    for name, parameter in list(model.named_parameters()):
-        layout = model.layouts[name]
-        prefix, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(prefix)
-        storage = mesh.storage_mesh(layout.plan.family, *_TENSOR_AXES[layout.plan.family])
-        if storage is None:
-            continue
-        dims = {cut.axis: cut.dim for cut in layout.plan.cuts}
-        placements: list[Placement] = [
-            Shard(dims[a]) if a in dims else Replicate() for a in storage.mesh_dim_names or ()
-        ]
-        piece = parameter.detach()[layout.tensor_box(mesh.place).slices()].clone()
-        # Shape and stride are given because a piece may be uneven (the vocabulary need not divide by tp).
-        stored = DTensor.from_local(
-            piece, storage, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-        )
-        owner.register_parameter(leaf, nn.Parameter(stored, requires_grad=parameter.requires_grad))
-
-
-def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, groups: list[list[nn.Module]]) -> None:
-    """Wraps both families.
+def check_settings(module: nn.Module, fold: Fold, settings: Settings) -> None:
+    """Checks, before anything changes, that what has been cut already can go on under other settings.
 
     Args:
-        model: With its parameters cut over the tensor axes.
-        mesh: Of the fold.
-        sharding: Data-parallel storage.
-        groups: For each part that runs on its own (a pipeline stage, or the whole), the modules whose dense weights are
-            gathered together, the outermost last.
+        module: See :func:`parallelize`.
+        fold: Of the mesh to be.
+        settings: To be.
+
+    Raises:
+        InputError: Naming the setting that cannot change any more.
     """
-    dense, expert = (sharding.data_mesh(mesh, family) for family in (Family.DENSE, Family.EXPERT))
-    storage = next(model.parameters()).dtype
-    policy, uncast = sharding.policy(storage), sharding.policy(storage, cast=False)
-    reshard = sharding.mode == "full"
-    plain_experts: set[nn.Parameter] = set()
-    for module in model.modules():
-        if isinstance(module, RoutedExperts) and expert is None:
-            plain_experts |= set(module.parameters())
-        elif isinstance(module, RoutedExperts) and expert is not None:
-            place = partial(_expert_placement, ranks=expert.size())
-            fully_shard(module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place)
-        elif isinstance(module, Router) and dense is not None and sharding.mixed_dtype is not None:
-            # The router computes in float32 whatever the precision, so its weight is not cast.
-            fully_shard(module, mesh=dense, mp_policy=uncast, reshard_after_forward=reshard)
-    for *layers, last in groups:
-        if dense is not None:
-            for unit in (*layers, last):
-                # What is last in forward is first in backward.
-                again = reshard and (unit is not last or not layers)
-                fully_shard(
-                    unit, mesh=dense, mp_policy=policy, reshard_after_forward=again, ignored_params=plain_experts
-                )
-        elif expert is not None and isinstance(last, Stage):
-            # A schedule reduces what belongs to an FSDP2 module, so the stage is one, if only around its experts.
-            rest = set(last.parameters())
-            fully_shard(last, mesh=expert, mp_policy=policy, reshard_after_forward=False, ignored_params=rest)
-    if dense is not None or expert is not None:
-        model.compute_dtype = sharding.mixed_dtype
-    for module in {m: None for root in (model, *(group[-1] for group in groups)) for m in root.modules()}:
-        if isinstance(module, FSDPModule):
-            wrapped = expert if isinstance(module, RoutedExperts) or dense is None else dense
-            _sum_plainly(module, wrapped)
-    for *layers, last in groups:
-        _prefetch(layers or [last])
+    for part in parts_of(module):
+        if part.mesh is None:
+            continue
+        if part.fold != fold or not part.mesh.is_alive:
+            now = f"the fold {str(fold)!r}" if part.fold != fold else "process groups that were made later"
+            raise InputError(
+                f"an earlier Trainer has cut this module under the fold {str(part.fold)!r}, which cannot change to {now} any more; "
+                "give the same again, or make a new model."
+            )
+        part.settings.check_successor(settings, fold.pp)
 
 
-def _sum_plainly(module: FSDPModule, mesh: DeviceMesh | None) -> None:
-    """Has FSDP2 sum gradients over ``mesh``, which it averages otherwise."""
-    if mesh is not None and mesh.size() > 1:
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+def parts_of(module: nn.Module) -> list[ParallelRoot | NetworkRunner]:
+    """The models, blocks and networks in a module that are cut, or to be cut, as one each."""
+    return [*(root for _, root in parallel_roots(module)), *(runner for _, runner in network_runners(module))]
 
 
-def _prefetch(layers: list[nn.Module]) -> None:
-    """Has each layer gather its experts and the next layer early.
+def _tell(module: nn.Module, settings: Settings) -> None:
+    """Hands each part what concerns it."""
+    for part in module.modules():
+        if isinstance(part, DecoderLayer):
+            part.recompute = settings.recompute
+        elif isinstance(part, MoELayer):
+            part.use_dispatch(settings.dispatch)
+        elif isinstance(part, Experts):
+            part.kernel = settings.expert_kernel
 
-    The dispatcher waits for token counts in every layer, so the host is never ahead and gathers nothing in advance by
-    itself.
-    """
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        ahead = [m for m in (*layer.modules(), following) if isinstance(m, FSDPModule) and m is not layer]
-        if isinstance(layer, FSDPModule) and ahead:
-            layer.set_modules_to_forward_prefetch(cast("list[FSDPModule]", ahead))
 
-
-def _expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return Shard(_data_dim(tuple(local.shape), Family.EXPERT, ranks))
+def _make_dispatchers(module: nn.Module, mesh: FoldedMesh) -> None:
+    """Makes the dispatchers of layers that were cut under another choice. Collective over the world."""
+    layers = [part for part in module.modules() if isinstance(part, MoELayer) and part.mesh is not None]
+    configs = [layer.settled(mesh) for layer in layers]
+    by_node = {config.node_size for config in configs if config.dispatcher == "hierarchical"}
+    everyone: list[set[int | None]] = [by_node] * mesh.world.size
+    if mesh.world.size > 1:  # pipeline stages hold different layers, and all ranks make the same groups
+        dist.all_gather_object(everyone, by_node, group=mesh.world.group)
+    for size in sorted({size for sizes in everyone for size in sizes if size is not None}):
+        ExpertAxes.of(mesh, DispatchConfig("hierarchical", node_size=size))
+    for layer, config in zip(layers, configs, strict=True):
+        if config != layer.dispatcher.config:
+            layer.bind(mesh)

@@ -18,6 +18,9 @@ from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.routers import Router
 
+#: The back end of ``torch.compile`` that ``compile=True`` uses.
+COMPILER = "inductor"
+
 
 def missing_tool(device: torch.device) -> str | None:
     """What the compiler's back end needs on this machine and does not find; None where nothing is missing.

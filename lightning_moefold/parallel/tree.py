@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lightning_moefold.errors import TreeError
+from lightning_moefold.errors import TreeError, UnsupportedFeature
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import ParallelModule, ParallelRoot, parallel_roots
@@ -46,6 +46,22 @@ def check_trees(root: nn.Module, fold: Fold) -> None:
             _check_model(part, name)
         else:
             _check_block(part, name, fold)
+
+
+def check_second_names(module: nn.Module) -> None:
+    """Everything has storage but models that are to read their weights, and what a pipeline has taken off this rank.
+
+    Raises:
+        UnsupportedFeature: For a part of a model that the module holds under a name of its own, on another stage.
+    """
+    models = (m for m in module.modules() if isinstance(m, MoECausalLM) and m.weights_pending)
+    pending = {id(p) for model in models for p in model.parameters()}
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta and id(parameter) not in pending:
+            raise UnsupportedFeature(
+                f"{name!r} is a second name for a part of a model that another pipeline stage holds; reach it through the model "
+                "instead, or use pipeline_parallel_size=1."
+            )
 
 
 def _check_model(model: MoECausalLM, name: str) -> None:

@@ -30,7 +30,15 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, local_part, parallelize
+from lightning_moefold.parallel import (
+    GradientNorm,
+    GradientSum,
+    PipelinePlan,
+    Settings,
+    Sharding,
+    local_part,
+    parallelize,
+)
 from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.testing.rehearsal import scale
 
@@ -173,16 +181,14 @@ def _model(run: Run, mesh: FoldedMesh) -> MoECausalLM:
     if not run.mixed:
         model.to(torch.bfloat16)
     sharding = Sharding("optimizer", torch.bfloat16 if run.mixed else None)
+    microbatches = run.rows if mesh.fold.pp > 1 else 1
+    settings = Settings(sharding, run.plan, microbatches, recompute=run.recompute, exchange=run.exchange)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parallelize(model, mesh, sharding, torch.device("meta"), run.plan)
+        parallelize(model, mesh, settings, torch.device("meta"))
     if model.pipeline is not None:
         runner = model.pipeline.runner  # type: ignore[attr-defined]
         make = runner._make_schedule
         runner._make_schedule = lambda *args: scale._static(make(*args))
-    model.num_microbatches = run.rows if mesh.fold.pp > 1 else 1
-    model.context_parallel_exchange = run.exchange
-    for decoder in model.model.layers.values():
-        decoder.recompute = run.recompute
     for layer in model.moe_layers().values():
         if mesh.axis("etp_ep").size > 1:
             axes = ExpertAxes.of(mesh, DispatchConfig())

@@ -18,7 +18,7 @@ from lightning_moefold.dispatch.registry import DISPATCHERS, make_dispatcher
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.modules.experts.kernels import read_tokens, sum_rows
-from lightning_moefold.parallel import Sharding, parallelize
+from lightning_moefold.parallel import Settings, Sharding, parallelize
 
 EXPERTS, TOP, SIZE = 8, 3, 3
 #: Of rows that are counted, so that nothing else is as wide.
@@ -279,7 +279,7 @@ def held_while_experts_compute(name: str, node_size: int) -> list[bool]:
     """Whether the rows that this rank has sent are still in memory at each call of the experts."""
     mesh = FoldedMesh(Fold.parse("ep4", dist.get_world_size()), "cpu")
     layer = MoELayer(SIZE, EXPERTS, TOP, 8, dispatch=DispatchConfig(name, node_size=node_size))  # type: ignore[arg-type]
-    parallelize(layer, mesh, Sharding("none"), torch.device("cpu"))
+    parallelize(layer, mesh, Settings(Sharding("none")), torch.device("cpu"))
     sent, held = [], []
     preprocess, compute = layer.dispatcher.dispatch_preprocess, layer.experts.compute
 

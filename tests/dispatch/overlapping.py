@@ -18,7 +18,7 @@ from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import Experts, MoELayer
 from lightning_moefold.modules.experts import kernels
-from lightning_moefold.parallel import Sharding, parallelize
+from lightning_moefold.parallel import Settings, Sharding, parallelize
 
 SIZE, EXPERTS, TOP = 16, 8, 3
 Events = list[str]
@@ -64,7 +64,7 @@ def order(fold: str, fields: dict[str, Any]) -> tuple[Events, Events]:
     mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
     torch.manual_seed(0)
     layer = MoELayer(SIZE, EXPERTS, TOP, 8, shared_ffn_hidden_size=8, dispatch=DispatchConfig(**fields))
-    parallelize(layer, mesh, Sharding("none"), torch.device("cpu"))
+    parallelize(layer, mesh, Settings(Sharding("none")), torch.device("cpu"))
     events: Events = []
     assert layer.shared_expert is not None
     for name, what in (("gate_proj", "in"), ("up_proj", "in"), ("down_proj", "out")):

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_moefold import Fold, MoECausalLM
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.parallel import Sharding, parallelize
+from lightning_moefold.parallel import Settings, Sharding, parallelize
 from lightning_moefold.testing.pieces import owned_pieces
 
 
@@ -22,7 +22,10 @@ def parallel(fold: str, make: Any, **sharding: Any) -> MoECausalLM:
     with deferred_weights():
         model = make()
     parallelize(
-        model, FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu"), Sharding(**sharding), torch.device("cpu")
+        model,
+        FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu"),
+        Settings(Sharding(**sharding)),
+        torch.device("cpu"),
     )
     return model
 

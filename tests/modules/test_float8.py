@@ -120,14 +120,14 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Experts(32, 4, 40)
     layer.kernel = "fp8"
     with pytest.raises(ValueError, match="multiples of 16, and ffn_hidden_size is 40 on a rank"):
-        layer.check_kernel(Fold(1), torch.bfloat16, CPU)
+        layer.check_kernel("fp8", Fold(1), torch.bfloat16, CPU)
     fitting = Experts(32, 4, 48)
     fitting.kernel = "fp8"
-    fitting.check_kernel(Fold(1), torch.bfloat16, CPU)
+    fitting.check_kernel("fp8", Fold(1), torch.bfloat16, CPU)
     with pytest.raises(ValueError, match="ffn_hidden_size is 24"):
-        fitting.check_kernel(Fold(2, expert_tensor_parallel_size=2), torch.bfloat16, CPU)
+        fitting.check_kernel("fp8", Fold(2, expert_tensor_parallel_size=2), torch.bfloat16, CPU)
     with pytest.raises(ValueError, match="float64"):
-        fitting.check_kernel(Fold(1), torch.float64, CPU)
+        fitting.check_kernel("fp8", Fold(1), torch.float64, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     with pytest.raises(ValueError, match="NVIDIA A100 has 8.0"):

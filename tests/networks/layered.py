@@ -24,9 +24,7 @@ from lightning_moefold.modules import (
     RouterOptions,
     load_balancing_loss,
 )
-from lightning_moefold.parallel import PipelinePlan, Sharding
-from lightning_moefold.parallel.network.protocol import layered_networks
-from lightning_moefold.parallel.network.runner import NetworkOptions, parallelize_network
+from lightning_moefold.parallel import Settings, parallelize
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.exactness.runs import BatchList
@@ -338,9 +336,7 @@ def calls(fold: str) -> dict[str, Any]:
     """Errors in single calls, after each of which the network goes on."""
     mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
     network = _Fails({"head": "pair", "dtype": torch.float32})
-    options = NetworkOptions(PipelinePlan(), 2)
-    [layered] = layered_networks(network)
-    parallelize_network(layered, mesh, Sharding(), torch.device("cpu"), options)
+    parallelize(network, mesh, Settings(num_microbatches=2), torch.device("cpu"))
     last = dist.get_rank() == dist.get_world_size() - 1
     batch = make_data(1, mesh.fold.dp, 4)[0][mesh.place["dp"]]
     wrong = mesh.place["dp"] == mesh.fold.dp - 1  # on the last data rank only
@@ -357,5 +353,5 @@ def calls(fold: str) -> dict[str, Any]:
     }
     with torch.no_grad():
         said["few rows in evaluation"] = told(lambda: network(few))
-    said["placeholder"] = told(lambda: [layer(torch.zeros(1, 4, SIZE)) for layer in layered.layers().values()])
+    said["placeholder"] = told(lambda: [layer(torch.zeros(1, 4, SIZE)) for layer in network.body["blocks"]])
     return said

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_moefold import Fold
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import MoELayer
-from lightning_moefold.parallel import Sharding, local_part, parallelize
+from lightning_moefold.parallel import Settings, Sharding, local_part, parallelize
 
 
 class _Spy(TorchDispatchMode):
@@ -39,7 +39,7 @@ def reduced(text: str, factor: bool) -> tuple[list[str], int, dict[str, Tensor]]
     torch.manual_seed(0)
     layer = MoELayer(16, 4, 2, 8)
     mesh = FoldedMesh(Fold.parse(text, dist.get_world_size()), "cpu", wrap_single=True)
-    parallelize(layer, mesh, Sharding("optimizer", torch.bfloat16), torch.device("cpu"))
+    parallelize(layer, mesh, Settings(Sharding("optimizer", torch.bfloat16)), torch.device("cpu"))
     units = [m for m in layer.modules() if isinstance(m, FSDPModule)]
     assert len(units) > 1, "FSDP2 casts, so it wraps"
     for unit in units if factor else ():

@@ -13,7 +13,7 @@ from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules import Experts
 from lightning_moefold.modules.base import ParallelModule
-from lightning_moefold.parallel.apply import _data_dim
+from lightning_moefold.parallel.roots import _data_dim
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job
 from lightning_moefold.planner.cost.schedules import RankLayers, pipeline_layout
 

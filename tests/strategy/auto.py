@@ -37,9 +37,9 @@ def fit(
         run.fit(module, ckpt_path=ckpt_path)
     strategy = run.strategy
     seen: dict[str, Any] = {
-        "fold": str(strategy.fold), "microbatches": strategy.num_microbatches, "losses": module.report.losses,
-        "weights": owned_pieces(module.model), "said": said, "recompute": strategy.recompute,
-        "schedule": strategy._pipeline_plan.schedule, "dispatcher": strategy.dispatch.dispatcher,
+        "fold": str(strategy.fold), "microbatches": strategy.settings.num_microbatches, "losses": module.report.losses,
+        "weights": owned_pieces(module.model), "said": said, "recompute": strategy.settings.recompute,
+        "schedule": strategy.settings.plan.schedule, "dispatcher": strategy.settings.dispatch.dispatcher,
     }  # fmt: skip
     if folder is not None:
         run.save_checkpoint(Path(folder, "auto.ckpt"))
@@ -66,11 +66,11 @@ class Listening:
         self.said = said
 
     def __enter__(self) -> None:
-        self.before = fold_choice.say
-        fold_choice.say = self.said.append
+        self.before = fold_choice.announce
+        fold_choice.announce = self.said.append
 
     def __exit__(self, *_: Any) -> None:
-        fold_choice.say = self.before
+        fold_choice.announce = self.before
 
 
 class Rows(torch.utils.data.Dataset):

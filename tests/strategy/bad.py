@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_moefold import Fold, MoECausalLM
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.parallel import Sharding, local_part, parallelize
+from lightning_moefold.parallel import Settings, local_part, parallelize
 from tests.strategy import finetune
 from tests.strategy.finetune import Finetune, make
 
@@ -36,7 +36,7 @@ def told(action: Callable[[], Any]) -> str:
 
 def make_model(path: str, fold: str, **options: Any) -> MoECausalLM:
     model = MoECausalLM.from_pretrained(path, **options)
-    parallelize(model, FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu"), Sharding(), torch.device("cpu"))
+    parallelize(model, FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu"), Settings(), torch.device("cpu"))
     return model
 
 

@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import lightning_moefold.strategy as strategy
-from lightning_moefold.parallel import compiling
+from lightning_moefold.parallel import apply, compiling
 from tests.exactness import runs
 
 
@@ -30,7 +30,7 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
     try:
         with (
             mock.patch.object(strategy, "COMPILER", "aot_eager"),
-            mock.patch.object(strategy, "compile_layers", listen),
+            mock.patch.object(apply, "compile_layers", listen),
         ):
             run = runs.train(path, fold, batches, spec)
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())

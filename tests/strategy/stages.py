@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_moefold import Fold, MoECausalLM, MoEFoldStrategy
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import CheckpointWeights, deferred_weights
-from lightning_moefold.parallel import PipelinePlan, Sharding, local_part, parallelize
+from lightning_moefold.parallel import PipelinePlan, Settings, local_part, parallelize
 from tests.strategy import finetune
 from tests.strategy.bad import told
 from tests.strategy.finetune import Finetune
@@ -25,8 +25,7 @@ def _make(path: str, fold: str, plan: PipelinePlan | None = None) -> MoECausalLM
     mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
     with deferred_weights():
         model = MoECausalLM.from_pretrained(path, output_router_logits=True)
-    parallelize(model, mesh, Sharding(), torch.device("cpu"), plan)
-    model.num_microbatches = 2
+    parallelize(model, mesh, Settings(plan=plan or PipelinePlan(), num_microbatches=2), torch.device("cpu"))
     return model
 
 

@@ -13,6 +13,7 @@ from lightning_moefold import AutoFold, MoEFoldStrategy
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.lifecycle.fold_choice import Fixed, agreed
 from lightning_moefold.lifecycle.fold_choice import machine as machine_at_hand
+from lightning_moefold.parallel import Settings
 from lightning_moefold.planner import PRESETS
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
@@ -75,7 +76,7 @@ def test_a_model_made_in_init(pool: RankPool, path: str) -> None:
 def test_a_given_dispatcher_is_planned_as_itself(name: str) -> None:
     """And \"auto\" leaves it to the planner."""
     for given, expected in ((name, (name,)), ("auto", ("alltoall", name))):
-        fixed = Fixed(8, 8, "bf16-mixed", "optimizer", DispatchConfig(given), None, None, 1, None)  # type: ignore[arg-type]
+        fixed = Fixed(8, 8, "bf16-mixed", Settings(dispatch=DispatchConfig(given)), None)  # type: ignore[arg-type]
         assert fixed.space(("alltoall", name)).dispatchers == expected
 
 

@@ -98,4 +98,4 @@ def test_schedules_that_split_backward_are_refused(schedule: str) -> None:
         fold="pp2", num_microbatches=4, pipeline_schedule=schedule, num_stages_per_rank=2, compile=True
     )
     with pytest.raises(ValueError, match="compile=False"):
-        strategy._pipeline_plan.check(2, 4, "optimizer", None, strategy.compile)
+        strategy.settings.check_pipeline(2)

@@ -89,8 +89,8 @@ def test_command_line_fills_the_strategy(tmp_path: Path) -> None:
     )
     strategy = parser.instantiate_classes(parser.parse_args(["--config", str(file)])).strategy
     assert isinstance(strategy, MoEFoldStrategy)
-    assert (strategy._sizes, strategy.num_microbatches) == ((2, 1, 1, 4, 1), 2)
-    assert (strategy.data_parallel_sharding, strategy._timeout) == ("full", timedelta(minutes=10))
+    assert (strategy._sizes, strategy.settings.num_microbatches) == ((2, 1, 1, 4, 1), 2)
+    assert (strategy.settings.sharding.mode, strategy._timeout) == ("full", timedelta(minutes=10))
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,9 @@ class Experts(RoutedExperts):
         )
         return {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
 
-    def check_kernel(self, fold: Fold, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises ValueError where ``kernel`` is ``"fp8"`` and shapes, dtype or device do not allow it."""
-        if self.kernel == "fp8":
+    def check_kernel(self, kernel: ExpertKernel, fold: Fold, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises ValueError where ``kernel`` is to be ``"fp8"`` and shapes, dtype or device do not allow it."""
+        if kernel == "fp8":
             sizes = {"hidden_size": self.gate_proj.shape[-1], "ffn_hidden_size": self.ffn_hidden_size // fold.etp}
             check_float8(sizes, dtype, device)
 

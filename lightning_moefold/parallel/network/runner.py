@@ -9,7 +9,7 @@ in Lightning.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,34 +21,18 @@ from lightning_moefold import comm
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan, TensorGradient
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.balance import global_value
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.moe import MoELayer
-from lightning_moefold.parallel.apply import Sharding, make_groups, parallelize
 from lightning_moefold.parallel.network.position_check import check_positions
 from lightning_moefold.parallel.network.protocol import LayeredNetwork, MissingLayer
 from lightning_moefold.parallel.network.row_cut import RowCut
 from lightning_moefold.parallel.pipeline.network import NetworkPipeline
 from lightning_moefold.parallel.pipeline.network_stage import NetworkStage, is_ratio
-from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+from lightning_moefold.parallel.roots import cut_root, make_groups
+from lightning_moefold.parallel.settings import Settings, Sharding
 
 _RUNNER = "_moefold_runner"
-
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    """How a network is run.
-
-    Args:
-        plan: Schedule and cut of a pipeline.
-        num_microbatches: M.
-        exchange: How attention works over cp.
-    """
-
-    plan: PipelinePlan = PipelinePlan()
-    num_microbatches: int = 1
-    exchange: Exchange = "auto"
 
 
 class NetworkRunner:
@@ -57,8 +41,7 @@ class NetworkRunner:
     Args:
         network: The network.
         mesh: The folded mesh.
-        sharding: Of its blocks.
-        options: How it is run.
+        settings: How it is cut and run.
 
     Attributes:
         layouts: Of its own parameters (not those of blocks), by name, where stages hold different ones.
@@ -67,8 +50,8 @@ class NetworkRunner:
         shares_ends: Whether two ranks of a pipeline hold the parameters of its ends; the same on all ranks.
     """
 
-    def __init__(self, network: LayeredNetwork, mesh: FoldedMesh, sharding: Sharding, options: NetworkOptions) -> None:
-        self.network, self.mesh, self.sharding, self.options = network, mesh, sharding, options
+    def __init__(self, network: LayeredNetwork, mesh: FoldedMesh, settings: Settings) -> None:
+        self.network, self.mesh, self.settings = network, mesh, settings
         self.layouts: dict[str, ParameterLayout] = {}
         self.names = set(network.module.state_dict())
         self.pipeline: NetworkPipeline | None = None
@@ -85,6 +68,12 @@ class NetworkRunner:
         """This rank in the fold."""
         return self.mesh.rank
 
+    def use(self, settings: Settings) -> None:
+        """Goes on under settings that a network which is cut may change to."""
+        self.settings = settings
+        if self.pipeline is not None:
+            self.pipeline.use(settings)
+
     def __call__(self, batch: Any) -> Any:
         """Runs the network. Collective over all ranks.
 
@@ -98,7 +87,7 @@ class NetworkRunner:
         if self.pipeline is not None:
             return self.pipeline.run(batch)
         x_R = self.network.embed(batch)
-        cut = RowCut.of(x_R.shape, self.mesh.axis("cp"), self.options.exchange)
+        cut = RowCut.of(x_R.shape, self.mesh.axis("cp"), self.settings.exchange)
         for block in self.network.blocks():
             block.rows = cut
         if cut is not None:
@@ -137,44 +126,32 @@ def network_runners(root: nn.Module) -> list[tuple[str, NetworkRunner]]:
     return [(name, r) for name, m in root.named_modules() if (r := runner_of(m)) is not None]
 
 
-def parallelize_network(
-    network: LayeredNetwork, mesh: FoldedMesh, sharding: Sharding, device: torch.device, options: NetworkOptions
-) -> None:
-    """Parallelises a network in place: leaves its layers to the stages of this rank, cuts its blocks, and takes over its calls.
+def cut_network(network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, device: torch.device) -> None:
+    """Leaves the layers of a network to the stages of this rank, cuts its blocks, and takes over its calls.
 
     Args:
         network: With the same weights on every rank.
         mesh: Of the fold.
-        sharding: Data-parallel storage of its blocks.
+        settings: How it is cut and run.
         device: Where the parameters go.
-        options: How it is run.
 
     Raises:
         FoldError: If the fold does not suit a block.
-        ValueError: If the network cannot be cut into the stages.
-        RuntimeError: If it is parallelised already.
+        InputError: If the network cannot be cut into the stages.
     """
-    runner = runner_of(network.module)
-    if runner is not None:
-        if runner.mesh is mesh and runner.sharding == sharding:
-            return
-        raise RuntimeError(
-            f"the {type(network.module).__name__} is parallelised under fold {runner.fold} already; make a new one for another."
-        )
-    runner = NetworkRunner(network, mesh, sharding, options)
+    runner = NetworkRunner(network, mesh, settings)
     make_groups(network.module, mesh)
     stages = _cut(runner) if mesh.fold.pp > 1 else []
     for _, block in parallel_roots(network.module):
-        parallelize(block, mesh, sharding, device)
+        cut_root(block, mesh, settings, device)
         if stages:
             here = (mesh.place["pp"],)
             block.layouts = {name: replace(layout, stages=here) for name, layout in block.layouts.items()}
     network.module.to(device)
     if stages:
-        runner.pipeline = NetworkPipeline(network, mesh, options.plan, [make() for make in stages], device)
-        runner.pipeline.num_microbatches, runner.pipeline.exchange = options.num_microbatches, options.exchange
+        runner.pipeline = NetworkPipeline(network, mesh, settings, [make() for make in stages], device)
         for stage in runner.pipeline.stages:
-            _wrap(stage, mesh, sharding)
+            _wrap(stage, mesh, settings.sharding)
     network.module.__dict__[_RUNNER] = runner
     network.module.forward = runner
 
@@ -188,7 +165,7 @@ def _cut(runner: NetworkRunner) -> list[Callable[[], NetworkStage]]:
     Returns:
         What makes the stages, once the parameters are final.
     """
-    network, mesh, plan = runner.network, runner.mesh, runner.options.plan
+    network, mesh, plan = runner.network, runner.mesh, runner.settings.plan
     pp, place = mesh.fold.pp, mesh.place["pp"]
     layers = network.layers()
     costs = [_cost(layer) for layer in layers.values()]

@@ -102,6 +102,12 @@ class ScheduleRunner:
         self._schedule: Any = None
         self._schedule_key: tuple[Any, ...] = ()
 
+    def use(self, plan: PipelinePlan) -> None:
+        """Goes on by another schedule, whose stages lie where these do."""
+        if plan.schedule != self.plan.schedule:
+            self._schedule_key = ()
+        self.plan = plan
+
     @property
     def last_rank(self) -> int:
         """The rank of this pipeline that holds the last stage."""

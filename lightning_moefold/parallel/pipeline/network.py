@@ -22,14 +22,13 @@ from lightning_moefold import comm
 from lightning_moefold.agreement import PRIME, check_same_batch, fingerprint, same_batch_slots
 from lightning_moefold.errors import BatchError, InputError, InputTypeError, PeerError
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.base import parallel_roots, wide
 from lightning_moefold.parallel.network.protocol import LayeredNetwork
 from lightning_moefold.parallel.network.row_cut import RowCut
 from lightning_moefold.parallel.pipeline.engine import Kept, ScheduleRunner, Wire, differentiable
 from lightning_moefold.parallel.pipeline.network_stage import LOSS, OUTPUT, RATIO, NetworkJob, NetworkStage, check_shape
-from lightning_moefold.parallel.pipeline.plan import PipelinePlan
 from lightning_moefold.parallel.randomness import Randomness
+from lightning_moefold.parallel.settings import Settings
 
 _DIMENSIONS = 8
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -41,25 +40,25 @@ class NetworkPipeline:
     Args:
         network: Cut down to what this rank holds.
         mesh: The folded mesh.
-        plan: Schedule and cut.
+        settings: How it is cut and run.
         stages: Of this rank, in the order of the network.
         device: Where its parameters are.
-
-    Attributes:
-        num_microbatches: M.
-        exchange: How attention works over cp.
     """
 
     def __init__(
-        self, network: LayeredNetwork, mesh: FoldedMesh, plan: PipelinePlan, stages: list[NetworkStage],
+        self, network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, stages: list[NetworkStage],
         device: torch.device,
     ) -> None:  # fmt: skip
         self.network, self.mesh, self.stages, self.device = network, mesh, stages, device
-        self.num_microbatches = 1
-        self.exchange: Exchange = "auto"
-        self._runner = ScheduleRunner(self, mesh, plan, stages)
+        self._settings = settings
+        self._runner = ScheduleRunner(self, mesh, settings.plan, stages)
         self._shapes: dict[Any, Wire] = {}
         self._latest: tuple[NetworkJob, Randomness] | None = None
+
+    def use(self, settings: Settings) -> None:
+        """Goes on under other settings."""
+        self._settings = settings
+        self._runner.use(settings.plan)
 
     # ---- what the engine asks ----------------------------------------------------------------------------------
 
@@ -115,7 +114,7 @@ class NetworkPipeline:
                 wire = self._shape(batch, rows, autocast)
         except Exception as failure:  # raised below, together with all ranks
             error = failure
-        flags = torch.tensor([error is not None, rows < self.num_microbatches], device=device)
+        flags = torch.tensor([error is not None, rows < self._settings.num_microbatches], device=device)
         slots = torch.zeros(mesh.fold.dp, _DIMENSIONS + 1, dtype=torch.float64, device=device)
         if any(stage.is_first for stage in self.stages) and not mesh.tp.index and not mesh.axis("cp").index:
             numbers = [
@@ -135,9 +134,9 @@ class NetworkPipeline:
         check_same_batch(same, mesh)
         dimensions, *shape, dtype = (int(n) for n in slots.view(mesh.fold.dp, -1)[mesh.place["dp"]].tolist())
         # In a short last batch some micro-batches have no rows. A schedule needs all of them; an evaluation does not.
-        m = 1 if flags[1] and not training else self.num_microbatches
+        m = 1 if flags[1] and not training else self._settings.num_microbatches
         bounds = [part.numel() for part in torch.arange(rows).tensor_split(m)]
-        cut = RowCut.of(shape[:dimensions], mesh.axis("cp"), self.exchange)
+        cut = RowCut.of(shape[:dimensions], mesh.axis("cp"), self._settings.exchange)
         inner = shape[1:dimensions] if cut is None else [cut.length, *shape[2:dimensions]]
         for block in self.network.blocks():
             block.rows = cut

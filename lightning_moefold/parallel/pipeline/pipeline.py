@@ -37,6 +37,7 @@ from lightning_moefold.modules.base import wide
 from lightning_moefold.parallel.pipeline.engine import Kept, ScheduleRunner, Wire, differentiable, value_only
 from lightning_moefold.parallel.pipeline.plan import PipelinePlan
 from lightning_moefold.parallel.pipeline.stage import Job, Stage
+from lightning_moefold.parallel.settings import Settings
 
 _VALUES = (
     "only output.loss can be differentiated: its gradients were made during the call, and logits, lm_loss, aux_loss and z_loss "
@@ -79,9 +80,13 @@ class Pipeline:
     """
 
     def __init__(self, model: MoECausalLM, mesh: FoldedMesh, plan: PipelinePlan, stages: list[Stage]) -> None:
-        self.mesh, self.plan, self.stages = mesh, plan, stages
+        self.mesh, self.stages = mesh, stages
         self._model = model
         self.runner = ScheduleRunner(model, mesh, plan, stages)
+
+    def use(self, settings: Settings) -> None:
+        """Goes on under other settings."""
+        self.runner.use(settings.plan)
 
     # ---- a call of the model -----------------------------------------------------------------------------------
 

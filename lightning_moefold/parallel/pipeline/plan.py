@@ -114,6 +114,11 @@ class PipelinePlan:
         turn, place = divmod(stage, pp)
         return pp - 1 - place if self.schedule in V_SHAPED and turn % 2 else place
 
+    def places_like(self, other: PipelinePlan, pp: int) -> bool:
+        """Whether another plan has as many stages, on the same ranks."""
+        stages = range(pp * self.chunks)
+        return self.chunks == other.chunks and all(self.owner(s, pp) == other.owner(s, pp) for s in stages)
+
     def local_stages(self, pp: int, rank: int) -> list[int]:
         """The stages of a pipeline rank, in the order of the model."""
         return [stage for stage in range(pp * self.chunks) if self.owner(stage, pp) == rank]

@@ -33,10 +33,17 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig, causal_lm
 from lightning_moefold.models.weights import deferred_weights
-from lightning_moefold.modules import DecoderLayer, Experts
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.recompute import Recompute
-from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Sharding, local_part, parallelize
+from lightning_moefold.parallel import (
+    GradientNorm,
+    GradientSum,
+    PipelinePlan,
+    Settings,
+    Sharding,
+    local_part,
+    parallelize,
+)
 from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
 from lightning_moefold.testing.rehearsal.live import LiveMemory
@@ -62,6 +69,14 @@ class Step:
     plan: PipelinePlan = field(default_factory=PipelinePlan)
     exchange: Exchange = "auto"
     recompute: Recompute | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """Under ``bf16-mixed``, with experts as on a GPU."""
+        return Settings(
+            Sharding("optimizer", torch.bfloat16), self.plan, self.num_microbatches, expert_kernel="grouped_mm",
+            recompute=self.recompute, exchange=self.exchange,
+        )  # fmt: skip
 
 
 @dataclass
@@ -113,16 +128,10 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
     clock.lap("mesh")
     with deferred_weights(), torch.device("meta"):
         model = MoECausalLM(step.config)
-    parallelize(model, mesh, Sharding("optimizer", torch.bfloat16), torch.device("meta"), step.plan)
-    model.num_microbatches, model.context_parallel_exchange = step.num_microbatches, step.exchange
-    for decoder in model.model.layers.values():
-        assert isinstance(decoder, DecoderLayer)
-        decoder.recompute = step.recompute
+    parallelize(model, mesh, step.settings, torch.device("meta"))
     for layer in model.moe_layers().values():
         axes = ExpertAxes.of(mesh, DispatchConfig())
         layer.dispatcher = _Balanced(DispatchConfig(), layer.num_experts, layer.top_k, axes)
-        if isinstance(layer.experts, Experts):
-            layer.experts.kernel = "grouped_mm"  # as on a GPU
     recorder = Recorder(fold)
     ids = torch.zeros(step.num_microbatches, step.sequence_length, dtype=torch.int64, device=device)
     with FakeTensorMode(allow_non_fake_inputs=True), _real_batches(model):

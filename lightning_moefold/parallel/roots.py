@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts a model or block for a fold: parameters over tp, ep and etp, then wrap both families with FSDP2.
+
+    experts   DTensor on (ep, etp)   fully_shard over edp       nested in its layer
+    dense     DTensor on (tp)        fully_shard over dp x cp   per layer, then the rest of the model; or per block
+
+Reductions are plain sums in both families: divide factor 1 with a forced sum is the one setting that is right on every
+backend (gloo cannot pre-multiply). A mesh of one rank, which is wrapped because FSDP2 casts, is left without a factor: torch
+would divide every gradient by it, into a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from lightning_moefold.errors import InputError
+from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.modules.base import ParallelModule, ParallelRoot
+from lightning_moefold.modules.experts.experts import RoutedExperts
+from lightning_moefold.modules.routers import Router
+from lightning_moefold.parallel.hooks import keeping_hooks
+from lightning_moefold.parallel.pipeline.pipeline import Pipeline
+from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+from lightning_moefold.parallel.pipeline.stage import Stage
+from lightning_moefold.parallel.settings import Settings, Sharding
+
+_TENSOR_AXES = {Family.DENSE: ("tp",), Family.EXPERT: ("ep", "etp")}
+
+
+def cut_root(model: ParallelRoot, mesh: FoldedMesh, settings: Settings, device: torch.device) -> None:
+    """Cuts and wraps ``model`` in place and gives it its weights. No rank waits for another, except where groups are made.
+
+    Args:
+        model: A language model, with real weights or without storage and with a source of weights; or a block in a
+            custom network, with the same weights on every rank.
+        mesh: Of the fold; the fold must suit the model.
+        settings: Of which the sharding, and for a language model the pipeline plan, say how it is cut.
+        device: Where the parameters go.
+
+    Raises:
+        FoldError: If the fold does not suit the model.
+        InputError: If the model cannot be cut into the stages.
+        CheckpointError: If a weight cannot be read.
+    """
+    sharding = settings.sharding
+    if isinstance(model, MoECausalLM):
+        mesh.fold.validate(model.config)
+    make_groups(model, mesh)
+    plans = _collect_plans(model, mesh)
+    model.layouts = {
+        name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding)
+        for name, p in model.named_parameters()
+    }
+    model.layouts |= {name: ParameterLayout(tuple(b.shape), ParameterPlan()) for name, b in model.stored_buffers()}
+    stages = _cut_into_stages(model, mesh, settings.plan)
+    _cut_over_tensor_axes(model, mesh)
+    model.settings = settings
+    for module in model.modules():
+        if isinstance(module, ParallelModule):
+            module.bind(mesh)
+    _wrap(model, mesh, sharding, [stage.units() for stage in stages] or [model.units()])
+    if isinstance(model, MoECausalLM) and model.weights_pending:
+        with keeping_hooks(model):
+            model.to_empty(device=device)
+        model.load_weights()
+    else:
+        model.to(device)
+
+
+def make_groups(module: nn.Module, mesh: FoldedMesh) -> None:
+    """Makes the groups that blocks need, before stages leave blocks to each other: all ranks make the same. Collective."""
+    for part in module.modules():
+        if isinstance(part, ParallelModule):
+            part.make_groups(mesh)
+
+
+def _collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPlan]:
+    return {
+        f"{prefix}.{name}".lstrip("."): plan
+        for prefix, module in model.named_modules()
+        if isinstance(module, ParallelModule)
+        for name, plan in module.plans(mesh.fold).items()
+    }
+
+
+def _layout(shape: tuple[int, ...], plan: ParameterPlan, mesh: FoldedMesh, sharding: Sharding) -> ParameterLayout:
+    layout = ParameterLayout(shape, plan)
+    if sharding.mode == "none" or sharding.data_mesh(mesh, plan.family) is None:
+        return layout
+    sizes = layout.tensor_box(mesh.place).sizes
+    return replace(layout, data_dim=_data_dim(sizes, plan.family, mesh.fold.size(layout.data_axis)))
+
+
+def _data_dim(sizes: tuple[int, ...], family: Family, ranks: int) -> int:
+    """Experts whose local number does not divide by edp are cut along the next dimension instead, where that divides."""
+    if family is Family.DENSE:
+        return 0
+    return next((dim for dim in (0, 1) if sizes[dim] % ranks == 0), 0)
+
+
+def _cut_into_stages(model: ParallelRoot, mesh: FoldedMesh, plan: PipelinePlan) -> list[Stage]:
+    """Leaves to this rank what its pipeline stages need; the layouts go on to tell of all parameters."""
+    pp = mesh.fold.pp
+    if pp == 1 or not isinstance(model, MoECausalLM):  # a block is in the stage of its network
+        return []
+    layers, count = plan.layers(model.config, pp), pp * plan.chunks
+    first, last = plan.owner(0, pp), plan.owner(count - 1, pp)
+    holders: dict[str, tuple[int, ...]] = {
+        f"model.layers.{i}.": (plan.owner(stage, pp),) for stage, part in enumerate(layers) for i in part
+    }
+    holders |= {"model.norm.": (last,), "lm_head.": (last,)}
+    holders["model.embed_tokens."] = (first,)
+    if model.config.tie_word_embeddings:
+        if first == last:
+            raise InputError(
+                f"pipeline_schedule={plan.schedule!r} puts the first and the last stage on one rank, which does not go with tied "
+                "embeddings; use another schedule, such as 'interleaved_1f1b'."
+            )
+        holders["model.embed_tokens."] = (first, last)
+    holders_of = {name: next(v for k, v in holders.items() if name.startswith(k)) for name in model.layouts}
+    model.layouts = {name: replace(layout, stages=holders_of[name]) for name, layout in model.layouts.items()}
+    place = mesh.place["pp"]
+    for prefix, ranks in holders.items():
+        if place not in ranks:
+            parent, _, leaf = prefix[:-1].rpartition(".")
+            owner = model.get_submodule(parent)
+            if isinstance(owner, nn.ModuleDict):
+                del owner[leaf]
+            else:
+                owner.register_module(leaf, None)
+    mine = plan.local_stages(pp, place)
+    stages = [Stage(model, index, count, layers[index]) for index in mine]
+    model.pipeline = Pipeline(model, mesh, plan, stages)
+    return stages
+
+
+def _cut_over_tensor_axes(model: ParallelRoot, mesh: FoldedMesh) -> None:
+    for name, parameter in list(model.named_parameters()):
+        layout = model.layouts[name]
+        prefix, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(prefix)
+        storage = mesh.storage_mesh(layout.plan.family, *_TENSOR_AXES[layout.plan.family])
+        if storage is None:
+            continue
+        dims = {cut.axis: cut.dim for cut in layout.plan.cuts}
+        placements: list[Placement] = [
+            Shard(dims[a]) if a in dims else Replicate() for a in storage.mesh_dim_names or ()
+        ]
+        piece = parameter.detach()[layout.tensor_box(mesh.place).slices()].clone()
+        # Shape and stride are given because a piece may be uneven (the vocabulary need not divide by tp).
+        stored = DTensor.from_local(
+            piece, storage, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
+        owner.register_parameter(leaf, nn.Parameter(stored, requires_grad=parameter.requires_grad))
+
+
+def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, groups: list[list[nn.Module]]) -> None:
+    """Wraps both families.
+
+    Args:
+        model: With its parameters cut over the tensor axes.
+        mesh: Of the fold.
+        sharding: Data-parallel storage.
+        groups: For each part that runs on its own (a pipeline stage, or the whole), the modules whose dense weights are
+            gathered together, the outermost last.
+    """
+    dense, expert = (sharding.data_mesh(mesh, family) for family in (Family.DENSE, Family.EXPERT))
+    storage = next(model.parameters()).dtype
+    policy, uncast = sharding.policy(storage), sharding.policy(storage, cast=False)
+    reshard = sharding.mode == "full"
+    plain_experts: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, RoutedExperts) and expert is None:
+            plain_experts |= set(module.parameters())
+        elif isinstance(module, RoutedExperts) and expert is not None:
+            place = partial(_expert_placement, ranks=expert.size())
+            fully_shard(module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place)
+        elif isinstance(module, Router) and dense is not None and sharding.mixed_dtype is not None:
+            # The router computes in float32 whatever the precision, so its weight is not cast.
+            fully_shard(module, mesh=dense, mp_policy=uncast, reshard_after_forward=reshard)
+    for *layers, last in groups:
+        if dense is not None:
+            for unit in (*layers, last):
+                # What is last in forward is first in backward.
+                again = reshard and (unit is not last or not layers)
+                fully_shard(
+                    unit, mesh=dense, mp_policy=policy, reshard_after_forward=again, ignored_params=plain_experts
+                )
+        elif expert is not None and isinstance(last, Stage):
+            # A schedule reduces what belongs to an FSDP2 module, so the stage is one, if only around its experts.
+            rest = set(last.parameters())
+            fully_shard(last, mesh=expert, mp_policy=policy, reshard_after_forward=False, ignored_params=rest)
+    if dense is not None or expert is not None:
+        model.compute_dtype = sharding.mixed_dtype
+    for module in {m: None for root in (model, *(group[-1] for group in groups)) for m in root.modules()}:
+        if isinstance(module, FSDPModule):
+            wrapped = expert if isinstance(module, RoutedExperts) or dense is None else dense
+            _sum_plainly(module, wrapped)
+    for *layers, last in groups:
+        _prefetch(layers or [last])
+
+
+def _sum_plainly(module: FSDPModule, mesh: DeviceMesh | None) -> None:
+    """Has FSDP2 sum gradients over ``mesh``, which it averages otherwise."""
+    if mesh is not None and mesh.size() > 1:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _prefetch(layers: list[nn.Module]) -> None:
+    """Has each layer gather its experts and the next layer early.
+
+    The dispatcher waits for token counts in every layer, so the host is never ahead and gathers nothing in advance by
+    itself.
+    """
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        ahead = [m for m in (*layer.modules(), following) if isinstance(m, FSDPModule) and m is not layer]
+        if isinstance(layer, FSDPModule) and ahead:
+            layer.set_modules_to_forward_prefetch(cast("list[FSDPModule]", ahead))
+
+
+def _expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return Shard(_data_dim(tuple(local.shape), Family.EXPERT, ranks))
