@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of one data replica must be given the same batch: in a pipeline their stages would wait for each other forever.
+"""Checks that all ranks of one data replica received the same batch.
 
-Each rank puts a small number for its data and the square of it into the slots of its data rank, in a sum over all ranks.
-The numbers of a replica are equal exactly if the number of its ranks times the sum of squares is the square of the sum.
+If they did not, stages of a pipeline would wait for each other forever. Each rank computes a small number from its
+data, and adds this number and its square to the two slots of its data rank in a sum over all ranks. The numbers of a
+replica are equal exactly if the number of its ranks times the sum of squares equals the square of the sum.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from torch import Tensor
 from lightning_moefold.errors import BatchError
 from lightning_moefold.mesh import FoldedMesh
 
-#: Sums of squares of numbers below it are exact in float64.
+#: Numbers are below this prime, so that sums of their squares are exact in float64.
 PRIME = 1048573
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A number below :data:`PRIME` for the bits of a tensor, int64 on its device."""
+    """Hashes the bits of a tensor to a number below :data:`PRIME`, a scalar int64 on its device."""
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     words = raw.view(torch.int32) if raw.numel() % 4 == 0 and raw.storage_offset() % 4 == 0 else raw
     place = torch.arange(words.numel(), device=words.device) % 8191 + 1
@@ -26,10 +27,10 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def same_batch_slots(number: Tensor, mesh: FoldedMesh) -> Tensor:
-    """What this rank adds to the sum, ``[dp, 2]`` float64.
+    """Returns this rank's term of the sum, ``[dp, 2]`` float64.
 
     Args:
-        number: Below :data:`PRIME`, of all that this rank was given.
+        number: Fingerprint of all data that this rank received, below :data:`PRIME`.
         mesh: The folded mesh.
     """
     slots = torch.zeros(mesh.fold.dp, 2, dtype=torch.float64, device=number.device)
@@ -41,11 +42,11 @@ def check_same_batch(totals: Tensor, mesh: FoldedMesh) -> None:
     """Raises if ranks of a replica were given different batches.
 
     Args:
-        totals: :func:`same_batch_slots`, summed over all ranks.
+        totals: The results of :func:`same_batch_slots`, summed over all ranks.
         mesh: The folded mesh.
 
     Raises:
-        BatchError: On every rank.
+        BatchError: If they were; raised on every rank.
     """
     first, second = totals.view(-1, 2).unbind(1)
     if bool((second * (mesh.fold.tp * mesh.fold.cp * mesh.fold.pp) != first * first).any()):

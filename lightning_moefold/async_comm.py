@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collectives that are under way while the rank computes, in forward and in backward.
+"""Collectives that run while the rank computes, in forward and in backward.
 
 :func:`start` starts a collective and :func:`wait` waits for it. Autograd runs backward in the opposite order: the backward of
 ``wait`` starts the collective of the gradients, and the backward of ``start`` waits for it. So what is computed between the two
 in forward is differentiated between them in backward, and communication hides behind computation both times.
 
-On NCCL an asynchronous collective runs on a stream of its own, and a wait makes the current stream wait, not the host.
-Everything that goes to the same ranks is therefore started together, under one handle: NCCL runs the collectives of a group in
-order, so a small one that is needed at once would otherwise wait for a large one that was started before it.
+On NCCL an asynchronous collective runs on its own stream, and a wait makes the current stream wait, not the host. NCCL
+runs the collectives of a group in order, so a small one that is needed at once would wait for a large one started
+before it. Therefore all tensors that go to the same ranks are started together, under one handle.
 
 Legend: N, M rows before and after; G ranks of the axis; D any trailing dimensions.
 """
@@ -27,32 +27,32 @@ from lightning_moefold.mesh import Axis
 
 
 class Route(Protocol):
-    """How one tensor travels.
+    """The collective that sends one tensor.
 
     Attributes:
-        kind: Of collective.
+        kind: Name of the collective.
     """
 
     kind: ClassVar[str]
 
     def start(self, x_ND: Tensor, axis: Axis) -> tuple[dist.Work, Tensor]:
-        """Begins; the memory that is written to is not to be read before the work is done."""
+        """Starts the collective and returns its work and output; the output must not be read before the work is done."""
         ...
 
     def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """What has arrived, of that memory."""
+        """Returns the received tensor, given the output of :meth:`start`."""
         ...
 
     def back(self) -> Route:
-        """The way of the gradients."""
+        """Returns the route of the gradients, which travel in the opposite direction."""
         ...
 
 
 def _written(out: Tensor) -> Tensor:
-    """The same memory for a collective to write to, without autograd's taking note of it.
+    """Returns a view of the same memory that a collective can write to without autograd noticing.
 
-    gloo copies what has arrived on a thread of its own, at any moment before the wait; where FSDP2 has made a view of ``out``
-    meanwhile, autograd would refuse that view.
+    gloo copies received data on its own thread, at any moment before the wait. If FSDP2 has made a view of ``out`` in
+    the meantime, autograd would refuse that view.
     """
     return out.data
 
@@ -62,8 +62,8 @@ class Exchange:
     """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``.
 
     Args:
-        send: Rows to each rank.
-        receive: Rows from each rank.
+        send: Number of rows sent to each rank.
+        receive: Number of rows received from each rank.
     """
 
     send: Counts
@@ -81,7 +81,7 @@ class Exchange:
         return out
 
     def back(self) -> Exchange:
-        """From where it came."""
+        """Returns the all-to-all with send and receive counts exchanged."""
         return Exchange(self.receive, self.send)
 
 
@@ -109,7 +109,7 @@ class Spread:
         return out
 
     def back(self) -> SumUp:
-        """Summed on the way."""
+        """Returns the reduce-scatter that sums the gradients of all ranks."""
         return SumUp(self.counts)
 
 
@@ -133,13 +133,13 @@ class SumUp:
         return getattr(dist, REDUCE_SCATTER)(_written(out), x_ND, group=axis.group, async_op=True), out
 
     def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """The sum over ranks, where they have sent their parts."""
+        """Returns the sum of the parts received from all ranks."""
         if len(set(self.counts)) == 1:
             return out
         return out.view(axis.size, self.counts[axis.index], *out.shape[1:]).sum(0)
 
     def back(self) -> Spread:
-        """To all ranks."""
+        """Returns the all-gather that gives the gradients to all ranks."""
         return Spread(self.counts)
 
 
@@ -148,14 +148,14 @@ def _nothing() -> None:
 
 
 class Handle:
-    """Tensors that are under way together: the memory they read and write, and whom to wait for.
+    """Tensors that are sent together: their routes, the memory they read and write, and the pending work.
 
     Args:
-        routes: One for each tensor.
-        axis: The ranks.
+        routes: The route of each tensor.
+        axis: The ranks that exchange them.
 
     Attributes:
-        before_waiting: Called when a pass is about to wait, for who has something else to compute
+        before_waiting: Called when a pass is about to wait, so that another pass can compute meanwhile
             (:mod:`.parallel.pipeline.paired_passes`).
     """
 
@@ -167,10 +167,10 @@ class Handle:
         self._stream: Any = None
 
     def start(self, tensors: Sequence[Tensor | None], *, back: bool = False) -> list[Tensor | None]:
-        """Begins to send what is not None; the results are not to be read before :meth:`wait`.
+        """Starts sending the tensors that are not None; the results must not be read before :meth:`wait`.
 
         Args:
-            tensors: One for each route.
+            tensors: One tensor or None for each route.
             back: Whether these are gradients, which travel the other way.
         """
         outs: list[Tensor | None] = []
@@ -180,13 +180,13 @@ class Handle:
                 continue
             x_ND, way = x_ND.contiguous(), route.back() if back else route
             work, out = way.start(x_ND, self.axis)
-            self._pending.append((way, work, x_ND, out))  # which have to live until they have left and come
+            self._pending.append((way, work, x_ND, out))  # both tensors must live until the work is done
             self._stream = torch.cuda.current_stream(x_ND.device) if x_ND.is_cuda else None
             outs.append(out)
         return outs
 
     def wait(self) -> list[Tensor]:
-        """What the latest start sent, arrived (on CUDA, the current stream waits, not the host)."""
+        """Waits for the latest start and returns the received tensors. On CUDA the current stream waits, not the host."""
         Handle.before_waiting()
         arrived = []
         for way, work, x_ND, out in self._pending:
@@ -198,7 +198,7 @@ class Handle:
         return arrived
 
     def _keep_for(self, stream: Any, *tensors: Tensor) -> None:
-        """Another stream than that of the start has waited: memory goes back when that one is through."""
+        """Keeps the tensors' memory until ``stream``, which waited but did not start the collective, has finished with them."""
         if stream != self._stream:
             for tensor in tensors:
                 tensor.record_stream(stream)
@@ -231,7 +231,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ctx.handle.start([g if needed else None for g, needed in zip(grads, ctx.needed, strict=True)], back=True)
-        # What is under way is not there yet, and autograd wants something of the shape of what was promised.
+        # The gradients have not arrived yet, but autograd expects tensors of the promised shapes.
         stand_ins = (g.new_zeros(()).expand(shape) for g, shape in zip(grads, ctx.shapes, strict=True))
         return None, *(x if needed else None for x, needed in zip(stand_ins, ctx.needed, strict=True))
 
@@ -240,13 +240,13 @@ def start(tensors: Sequence[Tensor], routes: Sequence[Route], axis: Axis) -> tup
     """Starts collectives that :func:`wait` ends.
 
     Args:
-        tensors: What travels; each with its gradient.
-        routes: How each of them does.
-        axis: Among which ranks.
+        tensors: Tensors to send; their gradients travel back.
+        routes: The collective for each tensor.
+        axis: The ranks that exchange them.
 
     Returns:
-        Tensors that must not be read yet, and the handle to pass to :func:`wait` with them; on an axis of one rank the tensors, and
-        None.
+        Tensors that must not be read yet, and the handle to pass to :func:`wait` with them. On an axis of one rank, the
+        tensors themselves and None.
     """
     if axis.size == 1:
         return tuple(tensors), None
@@ -255,5 +255,5 @@ def start(tensors: Sequence[Tensor], routes: Sequence[Route], axis: Axis) -> tup
 
 
 def wait(promised: Sequence[Tensor], handle: Handle | None) -> tuple[Tensor, ...]:
-    """Waits for what :func:`start` started, and returns the tensors that have arrived."""
+    """Waits for the collectives that :func:`start` started, and returns the received tensors."""
     return tuple(promised) if handle is None else _Wait.apply(handle, *promised)

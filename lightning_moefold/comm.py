@@ -37,15 +37,14 @@ T = TypeVar("T")
 
 @torch.compiler.disable(reason="lightning_moefold runs this as it is")
 def uncompiled(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """``function(*args, **kwargs)``, which a compiled caller breaks its graph for instead of looking inside."""
+    """Calls ``function(*args, **kwargs)``. In a compiled caller this breaks the graph, so the function is not traced."""
     return function(*args, **kwargs)
 
 
 def _breaks_graphs(collective: Callable[..., T]) -> Callable[..., T]:
-    """A collective of compiled callers stays where it is written; its last argument is the axis.
+    """Makes a collective, whose last argument is the axis, break the graph of compiled callers.
 
-    In a graph it could change places with others or be left out where its result is not needed, on one rank and not on
-    another.
+    Within a graph, the compiler could reorder it or remove it if its result is unused, on one rank and not on another.
     """
 
     @wraps(collective)
@@ -60,7 +59,7 @@ def _breaks_graphs(collective: Callable[..., T]) -> Callable[..., T]:
 
 @_breaks_graphs
 def all_gather_raw(x_ND: Tensor, axis: Axis) -> Tensor:
-    """Concatenates equally long tensors of all ranks: ``[N, D] -> [G*N, D]``."""
+    """Concatenates tensors of equal length from all ranks: ``[N, D] -> [G*N, D]``."""
     if axis.size == 1:
         return x_ND
     out = x_ND.new_empty((axis.size * x_ND.shape[0], *x_ND.shape[1:]))
@@ -90,7 +89,7 @@ def broadcast_flat(tensors: Sequence[Tensor], axis: Axis) -> None:
     """Gives all ranks the first one's values, in place, with one broadcast per dtype."""
     if axis.size == 1:
         return
-    for dtype in sorted({t.dtype for t in tensors}, key=str):  # in an order that all ranks share
+    for dtype in sorted({t.dtype for t in tensors}, key=str):  # in the same order on all ranks
         members = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in members])
         dist.broadcast(flat.view(torch.uint8) if dtype == torch.bool else flat, src=axis.ranks[0], group=axis.group)
@@ -210,25 +209,25 @@ class _ReduceScatterUneven(torch.autograd.Function):
 
 @_breaks_graphs
 def all_gather(x_ND: Tensor, axis: Axis) -> Tensor:
-    """``[N, D] -> [G*N, D]``; backward sums the ranks' gradients and keeps this rank's part (reduce-scatter)."""
+    """All-gathers ``[N, D] -> [G*N, D]``; backward sums the ranks' gradients and keeps this rank's part (reduce-scatter)."""
     return x_ND if axis.size == 1 else _AllGather.apply(x_ND, axis)
 
 
 @_breaks_graphs
 def reduce_scatter(x_ND: Tensor, axis: Axis) -> Tensor:
-    """``[G*N, D] -> [N, D]``, summed over ranks; backward is an all-gather."""
+    """Reduce-scatters ``[G*N, D] -> [N, D]``: sums over ranks and keeps this rank's part; backward is an all-gather."""
     return x_ND if axis.size == 1 else _ReduceScatter.apply(x_ND, axis)
 
 
 @_breaks_graphs
 def gather_identical(x_ND: Tensor, axis: Axis) -> Tensor:
-    """``[N, D] -> [G*N, D]`` where every rank goes on to compute the same: backward keeps this rank's part, unsummed."""
+    """All-gathers ``[N, D] -> [G*N, D]`` for ranks that then compute the same: backward keeps this rank's part, unsummed."""
     return x_ND if axis.size == 1 else _GatherIdentical.apply(x_ND, axis)
 
 
 @_breaks_graphs
 def split_identical(x_ND: Tensor, axis: Axis) -> Tensor:
-    """``[G*N, D] -> [N, D]``, this rank's part of what every rank has; backward is an all-gather."""
+    """Keeps this rank's part of a tensor that every rank has, ``[G*N, D] -> [N, D]``; backward is an all-gather."""
     return x_ND if axis.size == 1 else _SplitIdentical.apply(x_ND, axis)
 
 
@@ -257,8 +256,8 @@ def agree_on_error(error: Exception | None, axis: Axis) -> None:
     """Raises on every rank of ``axis`` if any of them has an error, so that no peer waits for one that is gone.
 
     Args:
-        error: This rank's error, or None. Collective: every rank calls this.
-        axis: Usually the world.
+        error: This rank's error, or None. Every rank of the axis must call this function, since it is collective.
+        axis: The ranks that agree, usually the world.
 
     Raises:
         Exception: This rank's own error; on ranks without one, a PeerError that quotes the first failing rank's.

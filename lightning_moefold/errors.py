@@ -41,7 +41,7 @@ class TreeError(InputError):
 
 
 class HookError(InputError):
-    """A hook of the user's would see parts of gradients."""
+    """A hook of the user would see only a part of the gradients."""
 
 
 class UnsupportedFeature(InputError):
@@ -61,10 +61,10 @@ class PeerError(MoEFoldError, RuntimeError):
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether the user can mend ``error``, so that a command shows its one sentence in place of a traceback.
+    """Whether the user can fix the cause of ``error``; commands then show its sentence instead of a traceback.
 
-    A ``ValueError`` or ``TypeError`` that neither this package nor Lightning raised on purpose is a bug, and its traceback is
-    worth more than its message.
+    A ``ValueError`` or ``TypeError`` that neither this package nor Lightning raised on purpose is a bug, and its
+    traceback says more than its message.
     """
     if isinstance(error, MoEFoldError):
         return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fold: the sizes of every parallel dimension, their laws, and rank arithmetic. Pure Python.
+"""Fold: the sizes of all parallel dimensions, the rules they must obey, and rank arithmetic. Pure Python.
 
 Attention and MoE layers have *different* mappings over the same ranks (MoE Parallel Folding, arXiv 2504.14960)::
 
@@ -30,31 +30,31 @@ JOINT_AXES = {"dp_cp": ("dp", "cp"), "tp_cp": ("cp", "tp"), "etp_ep": ("ep", "et
 
 
 class FoldableConfig(Protocol):
-    """What :meth:`Fold.validate` needs to know of a model."""
+    """The fields of a model configuration that :meth:`Fold.validate` reads."""
 
     @property
     def num_hidden_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         ...
 
     @property
     def num_attention_heads(self) -> int:
-        """Query heads."""
+        """Number of query heads."""
         ...
 
     @property
     def num_experts(self) -> int:
-        """Routed experts of an MoE layer; 0 where there is none."""
+        """Number of routed experts in an MoE layer; 0 if the model has no MoE layer."""
         ...
 
     @property
     def dense_widths(self) -> dict[str, int]:
-        """Feed-forward widths that are cut over tp, by config field name."""
+        """Widths of dense feed-forward layers, which are cut over tp, by config field name."""
         ...
 
     @property
     def expert_widths(self) -> dict[str, int]:
-        """Feed-forward widths that are cut over etp, by config field name."""
+        """Widths of experts, which are cut over etp, by config field name."""
         ...
 
 
@@ -64,19 +64,20 @@ def divisors(n: int) -> list[int]:
 
 
 def expert_nodes(ep: int, etp: int, node_size: int) -> int:
-    """Nodes over which the experts of a layer lie where tokens can travel between nodes first and then within each.
+    """Returns over how many nodes a hierarchical dispatcher can split a group of expert ranks.
 
-    A group of ``etp * ep`` ranks is a run of consecutive ones, and so is a node. Every such group has two levels where nodes
-    cut it into equal parts, each with two ep ranks or more and all the etp ranks of their experts: where ``node_size``
-    divides ``etp * ep`` and is a multiple of ``etp``.
+    A hierarchical dispatcher sends tokens between nodes first and then within each node. A group of ``etp * ep`` ranks
+    is a run of consecutive ranks, and so is a node. The group has two levels if nodes cut it into equal parts, and each
+    part has at least two ep ranks with all etp ranks of their experts. That is the case if ``node_size`` divides ``etp
+    * ep`` and is a multiple of ``etp``.
 
     Args:
-        ep: Ranks over which the experts are spread.
-        etp: Ranks over which each is cut.
-        node_size: Ranks of a node.
+        ep: Number of ranks over which the experts are spread.
+        etp: Number of ranks over which each expert is cut.
+        node_size: Number of ranks in a node.
 
     Returns:
-        The number of nodes, with ``ep / nodes`` ep ranks on each; 1 where there are no two levels.
+        The number of nodes, with ``ep / nodes`` ep ranks on each; 1 if the group does not have two levels.
     """
     nodes, rest = divmod(ep * etp, node_size)
     return nodes if rest == 0 and node_size % etp == 0 and node_size > etp and nodes > 1 else 1
@@ -90,11 +91,11 @@ class Fold:
 
     Args:
         world_size: Number of ranks.
-        tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut.
-        context_parallel_size: Ranks over which a sequence is cut.
-        pipeline_parallel_size: Pipeline stages.
-        expert_parallel_size: Ranks over which the experts of a layer are spread.
-        expert_tensor_parallel_size: Ranks over which each expert is cut.
+        tensor_parallel_size: Number of ranks over which attention and dense feed-forward layers are cut.
+        context_parallel_size: Number of ranks over which a sequence is cut.
+        pipeline_parallel_size: Number of ranks over which the layers are spread.
+        expert_parallel_size: Number of ranks over which the experts of a layer are spread.
+        expert_tensor_parallel_size: Number of ranks over which each expert is cut.
 
     Raises:
         FoldError: If a size is not a positive integer or a product does not divide the world size.
@@ -192,7 +193,7 @@ class Fold:
     # ---- ranks -------------------------------------------------------------------------------------------------
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """The coordinate of ``rank`` on each of the seven axes.
+        """Returns the coordinate of ``rank`` on each of the seven axes.
 
         Raises:
             FoldError: If the rank is outside the world.
@@ -209,14 +210,14 @@ class Fold:
         return found
 
     def groups(self, axis: str) -> list[list[int]]:
-        """The process groups of ``axis``: a partition of the ranks.
+        """Returns the rank groups of ``axis``, which partition the ranks.
 
         Args:
-            axis: One of ``tp cp dp pp ep etp edp``, or a joint axis ``dp_cp``, ``tp_cp``, ``etp_ep`` (product groups,
-                in the order of the ranks).
+            axis: One of ``tp cp dp pp ep etp edp``, or a joint axis ``dp_cp``, ``tp_cp``, ``etp_ep``, whose groups are
+                products of two axes, with ranks in ascending order.
 
         Raises:
-            KeyError: For an unknown axis.
+            KeyError: If the axis is unknown.
         """
         self.size(axis)  # raises for an unknown name
         parts = JOINT_AXES.get(axis, (axis,))
@@ -237,7 +238,7 @@ class Fold:
         """Checks that a model of this ``config`` can be cut by this fold.
 
         Raises:
-            FoldError: Naming the sizes, the rule that fails, and the nearest legal values.
+            FoldError: If it cannot; the message names the sizes, the broken rule and the nearest legal values.
         """
         if config.num_experts:
             self.check_experts(config.num_experts)
@@ -273,7 +274,7 @@ class Fold:
 
     @classmethod
     def enumerate(cls, world_size: int, config: FoldableConfig | None = None) -> Iterator[Fold]:
-        """Every legal fold of ``world_size`` ranks, and of ``config`` where one is given."""
+        """Yields every legal fold of ``world_size`` ranks; with ``config``, only folds that can cut this model."""
         for pp in divisors(world_size):
             stage = world_size // pp
             pairs = [(a, b) for a, b in product(divisors(stage), repeat=2) if stage % (a * b) == 0]
@@ -296,11 +297,11 @@ class Fold:
     def parse(cls, text: str, world_size: int) -> Fold:
         """Reads a fold such as ``"tp2 cp2 pp2 | ep4"``.
 
-        Axes left out are 1, the bar is optional, and ``dp`` and ``edp`` may be given only as what they are derived to
-        be.
+        Axes left out are 1, and the bar is optional. ``dp`` and ``edp`` may be given, but must equal their derived
+        values.
 
         Raises:
-            FoldError: For an unknown word, an axis given twice, an illegal fold, or a wrong ``dp`` or ``edp``.
+            FoldError: If a word is unknown, an axis is given twice, the fold is illegal, or ``dp`` or ``edp`` is wrong.
         """
         sizes: dict[str, int] = {}
         for word in text.replace("|", " ").replace(",", " ").split():
@@ -323,10 +324,10 @@ class Fold:
         return fold
 
     def table(self, max_ranks: int = 64) -> str:
-        """A rank map that a person can read: every rank's place in both mappings, and the groups of each axis.
+        """Returns a printable rank map: every rank's coordinates in both mappings, and the groups of each axis.
 
         Args:
-            max_ranks: Rows printed before the rest is left out.
+            max_ranks: Number of ranks printed; the rest is left out.
         """
         head = (
             " rank | "

@@ -17,7 +17,7 @@ from lightning_moefold.fold import Fold
 
 
 class Family(str, Enum):
-    """Which ranks hold copies of a parameter, hence over which its gradient is summed."""
+    """Which ranks hold copies of a parameter. Its gradient is summed over these ranks."""
 
     #: Attention, norms, router, shared expert, embedding, head: data-parallel over dp x cp.
     DENSE = "dense"
@@ -26,9 +26,9 @@ class Family(str, Enum):
 
 
 class TensorGradient(str, Enum):
-    """What the gradient of a parameter is on the ranks of its tensor parallel group."""
+    """How the gradients of a parameter on the ranks of its tensor parallel group are related."""
 
-    #: The parameter is cut; each rank's gradient is that of its own piece.
+    #: The parameter is cut; each rank has the gradient of its own piece.
     SHARDED = "sharded"
     #: The parameter is replicated and each rank saw different tokens or heads: gradients are summed over tp.
     PARTIAL = "partial"
@@ -42,8 +42,9 @@ class Cut:
 
     Args:
         axis: ``"tp"``, ``"ep"`` or ``"etp"``.
-        dim: Tensor dimension.
-        sizes: Length of the piece of each coordinate on the axis; their sum is the global length. May be uneven.
+        dim: Tensor dimension that is cut.
+        sizes: Length of the piece at each coordinate of the axis. The lengths may differ; their sum is the global
+            length.
     """
 
     axis: str
@@ -53,7 +54,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """How a module wants one of its parameters to be treated; modules declare it, :mod:`..parallel` carries it out."""
+    """How one parameter is cut and reduced. Modules declare it, and :mod:`..parallel` carries it out."""
 
     family: Family = Family.DENSE
     cuts: tuple[Cut, ...] = ()
@@ -81,26 +82,26 @@ class Box:
 
 
 def even_split(length: int, parts: int) -> tuple[int, ...]:
-    """``length`` split as evenly as possible, the longer pieces first."""
+    """Splits ``length`` as evenly as possible, with the longer pieces first."""
     base, more = divmod(length, parts)
     return tuple(base + (i < more) for i in range(parts))
 
 
 def chunk_split(length: int, parts: int) -> tuple[int, ...]:
-    """``length`` split as ``torch.chunk`` (and so DTensor and FSDP2) does: equal pieces, the last ones shorter or empty."""
+    """Splits ``length`` as ``torch.chunk`` (and so DTensor and FSDP2) does: equal pieces, the last ones shorter or empty."""
     step = -(-length // parts)
     return tuple(max(0, min(step, length - i * step)) for i in range(parts))
 
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """The whole truth about one parameter's storage under one fold.
+    """Where one parameter is stored under a fold.
 
     Args:
-        shape: True global shape (no padding).
-        plan: Family, cuts over tensor axes, and state of the gradient.
-        data_dim: Dimension that ``fully_shard`` cuts over the family's data axis, or None where it is replicated.
-        stages: Pipeline ranks that hold the parameter (a tied embedding is on two); None for all.
+        shape: Global shape, without padding.
+        plan: The parameter's family, its cuts over tensor axes, and how its gradient is summed over tp.
+        data_dim: Dimension that ``fully_shard`` cuts over the family's data axis; None if the parameter is replicated.
+        stages: Pipeline ranks that hold the parameter (a tied embedding is on two); None if all do.
     """
 
     shape: tuple[int, ...]
@@ -110,11 +111,11 @@ class ParameterLayout:
 
     @property
     def data_axis(self) -> str:
-        """The axis of the fold over which the gradient is summed."""
+        """Name of the fold's axis over which the gradient is summed."""
         return "edp" if self.plan.family is Family.EXPERT else "dp_cp"
 
     def tensor_box(self, place: Mapping[str, int]) -> Box:
-        """The part held by the ranks at ``place`` together, before ``fully_shard`` cuts it further."""
+        """Returns the part that the data ranks at coordinates ``place`` hold together, before ``fully_shard`` cuts it further."""
         offsets, sizes = [0] * len(self.shape), list(self.shape)
         for cut in self.plan.cuts:
             offsets[cut.dim] = sum(cut.sizes[: place[cut.axis]])
@@ -122,7 +123,7 @@ class ParameterLayout:
         return Box(tuple(offsets), tuple(sizes))
 
     def box(self, fold: Fold, rank: int) -> Box:
-        """The part that ``rank`` stores; an empty one where its pipeline stage does not hold the parameter."""
+        """Returns the part that ``rank`` stores; it is empty if the rank's pipeline stage does not hold the parameter."""
         place = fold.coordinates(rank)
         if self.stages is not None and place["pp"] not in self.stages:
             return Box((0,) * len(self.shape), (0,) * len(self.shape))
@@ -137,7 +138,7 @@ class ParameterLayout:
         return Box(tuple(offsets), tuple(sizes))
 
     def is_owner(self, fold: Fold, rank: int) -> bool:
-        """Whether ``rank`` is the one that counts and writes its box, among the ranks that hold copies of it."""
+        """Whether ``rank`` owns its box: of the ranks that hold a copy, only the owner counts it in norms and writes it."""
         place = fold.coordinates(rank)
         cut_axes = {cut.axis for cut in self.plan.cuts}
         if self.plan.family is Family.EXPERT:
@@ -149,5 +150,5 @@ class ParameterLayout:
         return place["pp"] == (self.stages or (0,))[0] and all(place[axis] == 0 for axis in copies)
 
     def owners(self, fold: Fold, ranks: list[int]) -> list[tuple[int, Box]]:
-        """The ranks (out of ``ranks``) that together hold every element exactly once, with their boxes."""
+        """Returns the owners among ``ranks`` with their boxes, which together hold every element exactly once."""
         return [(r, b) for r in ranks if self.is_owner(fold, r) and (b := self.box(fold, r)).numel > 0]

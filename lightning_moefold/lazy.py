@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages whose public names are imported at first use (PEP 562), so that what needs no PyTorch starts without it."""
+"""Imports the public names of a package at first use (PEP 562), so that code that needs no PyTorch starts without it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The functions ``__getattr__`` and ``__dir__`` of a package.
+    """Returns the functions ``__getattr__`` and ``__dir__`` of a package.
 
     Args:
-        package: Its name.
-        homes: The module, below the package, that defines each public name.
+        package: Name of the package.
+        homes: For each public name, the module below the package that defines it.
 
     Example::
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FoldedMesh: a Fold made into process groups and device meshes, as seen from this rank.
+"""FoldedMesh: the process groups and device meshes of a Fold, as seen from this rank.
 
-Two axes over the same ranks share one process group, and an axis of one rank everywhere needs none. Groups are made in steps,
-each of them a partition of the world into groups, and every rank takes part in every step: where the default group has its
-device bound, NCCL makes a group by splitting the communicator of the world, which waits for all ranks of it, members or not.
+Two axes over the same ranks share one process group, and an axis of size one needs none. Groups are created in steps,
+and each step partitions the world into groups. Every rank takes part in every step: if the default group is bound to a
+device, NCCL creates a group by splitting the world's communicator, which waits for all ranks of the world, members or
+not.
 The device meshes on which parameters are stored are built from those very groups with DeviceMesh's public ``from_group``:
 
     dense    ("dp_cp", "tp")       attention, norms, router, shared expert, embedding, head
@@ -39,7 +40,7 @@ class Axis:
         name: Name of the axis.
         ranks: Global ranks of this rank's group, in the order of their coordinates.
         index: This rank's position in ``ranks``.
-        group: The process group; None where the axis has one rank.
+        group: The process group; None if the axis has one rank.
     """
 
     name: str
@@ -53,29 +54,30 @@ class Axis:
         return len(self.ranks)
 
 
-#: The axis of a module that nobody has parallelised.
+#: The axis of a module that has not been parallelised.
 SINGLE = Axis("single")
 
 
-#: The ranks of the world in groups.
+#: Groups of ranks that together contain each rank of the world once.
 Partition = tuple[tuple[int, ...], ...]
 
-#: Axes over which objects and tensors on the CPU travel: random states (tp, cp, pp), names and settings (pp), metrics and
-#: what a user reduces (dp). Groups of other axes have no gloo beside NCCL, whose ranks are all connected with each other.
+#: Axes over which Python objects and CPU tensors travel: random states (tp, cp, pp), names and settings (pp), metrics
+#: and the user's own reductions (dp). Groups of other axes use only NCCL, since a gloo group beside it would connect
+#: all pairs of its ranks.
 _OBJECT_AXES = frozenset({"tp", "cp", "pp", "dp"})
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A group of an earlier step, and whether it carries objects."""
+    """A group created in an earlier step, and whether it carries objects."""
 
     group: dist.ProcessGroup
     carries_objects: bool
 
 
-#: Groups made here, for the meshes of later Trainers: a group costs connections and, on GPUs, memory, and torch names
-#: it by its ranks, so that one made anew after its predecessor was destroyed would find the addresses of the dead one.
-#: By partition, so that whether a step is made again is the same on all ranks.
+#: Groups created here, kept for the meshes of later Trainers. A group costs connections and, on GPUs, memory. Also,
+#: torch names a group by its ranks, so one created again after its predecessor was destroyed would find the addresses
+#: of the old one. The key is the partition, so that all ranks agree on whether a step is repeated.
 _made: dict[Partition, _Made] = {}
 
 
@@ -84,13 +86,13 @@ def _exists(group: dist.ProcessGroup) -> bool:
 
 
 def _shared_group(name: str, partition: Partition, timeout: timedelta | None, device_type: str) -> dist.ProcessGroup:
-    """This rank's group of ``partition``, made on first use by all ranks of the world, in the same order of partitions.
+    """Returns this rank's group of ``partition``; all ranks of the world create it on first use, in the same order.
 
-    NCCL's watchdog ends a process without asking Python; what it prints then has ``name``, the operation and the rank.
+    NCCL's watchdog ends a process without calling Python. Its message then holds ``name``, the operation and the rank.
     """
     if len(partition) == 1 and dist.group.WORLD is not None:
         return dist.group.WORLD
-    for key in [key for key, made in _made.items() if not _exists(made.group)]:  # went with the default group
+    for key in [key for key, made in _made.items() if not _exists(made.group)]:  # destroyed with the default group
         del _made[key]
     objects = name in _OBJECT_AXES
     made = _made.get(partition)
@@ -98,7 +100,7 @@ def _shared_group(name: str, partition: Partition, timeout: timedelta | None, de
         set_timeout(made.group, timeout)
     if made is None or (objects and not made.carries_objects):
         mine = next(ranks for ranks in partition if dist.get_rank() in ranks)
-        # Each rank waits for the members of its own group only, and names it alike whatever it has made before.
+        # Each rank waits only for its own group's members, and the name does not depend on groups created before.
         group = dist.new_group(
             list(mine), timeout=timeout, backend=None if objects else _backend_of(device_type),
             use_local_synchronization=True, group_desc=f"moefold {name}",
@@ -108,7 +110,7 @@ def _shared_group(name: str, partition: Partition, timeout: timedelta | None, de
 
 
 def _backend_of(device_type: str) -> str | None:
-    """The backend of the default group for tensors on the device; None where it has no other."""
+    """Returns the default group's backend for tensors on the device; None if the default group has only one."""
     backends = dict(part.split(":") for part in dist.get_backend_config().split(",") if ":" in part)
     return backends.get(device_type) if len(set(backends.values())) > 1 else None
 
@@ -120,20 +122,21 @@ def set_timeout(group: dist.ProcessGroup | None, timeout: timedelta | None) -> N
 
 
 def forget_groups() -> None:
-    """Drops the groups kept for later meshes; for the end of a process."""
+    """Drops the groups kept for later meshes. Called at the end of a process."""
     _made.clear()
 
 
 class FoldedMesh:
-    """Process groups and device meshes of a fold on this rank. Collective: every rank of the world builds it.
+    """Process groups and device meshes of a fold on this rank. Collective: every rank of the world constructs it.
 
     Args:
-        fold: The fold; its world size must be that of the default process group (1 where there is none).
+        fold: The fold; its world size must equal that of the default process group (1 if there is none).
         device_type: ``"cpu"`` or ``"cuda"``.
-        timeout: For the collectives of the groups made here.
-        wrap_single: Make a data axis of one rank part of the meshes as well. ``fully_shard`` is what casts parameters
-            in mixed precision, so there it wraps even a single rank (and such a group is then created).
-        replicated: Spread nothing over data ranks: the data axes of the meshes hold this rank alone.
+        timeout: Timeout of collectives in the groups created here.
+        wrap_single: Whether the meshes include a data axis of one rank. In mixed precision ``fully_shard`` casts the
+            parameters, so it must wrap even a single rank (and that rank's group is then created).
+        replicated: Whether parameters are replicated over data ranks; the data axes of the meshes then hold this rank
+            only.
 
     Raises:
         RuntimeError: If the fold's world size is not that of the default process group.
@@ -216,7 +219,7 @@ class FoldedMesh:
 
     @property
     def ends(self) -> Axis:
-        """The first and the last rank of this pipeline; any other rank alone. Made on first use, by all ranks."""
+        """The first and the last rank of this pipeline; each other rank by itself. All ranks create it on first use."""
         if "ends" not in self._axes:
             pipelines = self.fold.groups("pp")
             ends = [[ranks[0], ranks[-1]] if len(ranks) > 1 else ranks for ranks in pipelines]
@@ -224,16 +227,17 @@ class FoldedMesh:
         return self._axes["ends"]
 
     def cut_by_node(self, name: str, node_size: int) -> tuple[Axis, Axis] | None:
-        """An axis as two: its ranks in this rank's node, and those of the same place in each node.
+        """Splits an axis in two: its ranks in this rank's node, and the ranks with the same local index in each node.
 
-        Made on first use, by all ranks, also by those whose part of the axis is not cut.
+        All ranks create both on first use, including ranks whose part of the axis is not split.
 
         Args:
-            name: Of the axis.
-            node_size: Ranks of a node; nodes are runs of consecutive ranks.
+            name: Name of the axis.
+            node_size: Number of ranks in a node; nodes are runs of consecutive ranks.
 
         Returns:
-            None where the axis does not span nodes, has one rank in each, or not the same number in each.
+            None if the axis lies within one node, has one rank in each node, or different numbers of ranks in the
+            nodes.
         """
         if (name, node_size) not in self._cuts:
             within: list[list[int]] = []
@@ -253,7 +257,7 @@ class FoldedMesh:
         return self._cuts[name, node_size]
 
     def _make_axis(self, name: str, groups: list[list[int]]) -> Axis:
-        """An axis whose groups are ``groups``, which partition the world. Collective over the world."""
+        """Creates an axis with these groups, which partition the world. Collective over the world."""
         ranks = next(ranks for ranks in groups if self.rank in ranks)
         group = self._group(name, groups) if any(len(ranks) > 1 for ranks in groups) else None
         return Axis(name, tuple(ranks), ranks.index(self.rank), group if len(ranks) > 1 else None)
@@ -288,7 +292,7 @@ class FoldedMesh:
         )
 
     def storage_mesh(self, family: Family, *axes: str) -> DeviceMesh | None:
-        """The device mesh of ``family`` restricted to ``axes``; None where none of them has more than one rank."""
+        """Returns the device mesh of ``family`` restricted to ``axes``; None if none of them has more than one rank."""
         mesh = self._meshes[family]
         if mesh is None or mesh.mesh_dim_names is None:
             return None
@@ -298,10 +302,10 @@ class FoldedMesh:
         return mesh if names == mesh.mesh_dim_names else mesh[names]
 
     def data_mesh(self, family: Family) -> DeviceMesh | None:
-        """The one-dimensional mesh over which ``fully_shard`` cuts the family; None where it need not wrap."""
+        """Returns the one-dimensional mesh over which ``fully_shard`` cuts the family; None if nothing need be wrapped."""
         return self.storage_mesh(family, _DATA_AXIS[family])
 
     @property
     def is_alive(self) -> bool:
-        """Whether its process groups still exist (whoever destroys the default group destroys them all)."""
+        """Whether its process groups still exist. Destroying the default group destroys them all."""
         return all(_exists(group) for group in self._groups)
