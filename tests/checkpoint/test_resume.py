@@ -11,6 +11,7 @@ import pytest
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.checkpoint import jobs
+from tests.quick import quick
 from tests.strategy.finetune import Report
 
 
@@ -38,7 +39,7 @@ def _compare(resumed: list[Report], full: list[Report], done: int, tolerance: fl
     [
         {},
         pytest.param({"optimizer": "sgd", "frozen": ["*.experts.*"]}, marks=pytest.mark.slow),
-        {"frozen": ["*.mlp.gate.*", "model.layers.0.*"], "schedule": "step"},
+        pytest.param({"frozen": ["*.mlp.gate.*", "model.layers.0.*"], "schedule": "step"}, marks=pytest.mark.more),
     ],
     ids=["adamw", "sgd with frozen experts", "adamw with frozen layer"],
 )
@@ -60,6 +61,7 @@ def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any])
             _compare(reports, full, 3, 1e-9, f"{fold!r} on {ranks}")
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "spec",
     [pytest.param({}, marks=pytest.mark.slow), {"frozen": ["model.embed_tokens.*", "model.layers.0.*"]}],
@@ -79,7 +81,7 @@ def test_resume_a_pipeline(pool: RankPool, path: str, tmp_path: Path, spec: dict
             _compare(reports, full, 3, 1e-9, f"{fold!r} on {ranks}")
 
 
-@pytest.mark.parametrize("where", ["data", "meta", "finish", "replace", "rename"])
+@pytest.mark.parametrize("where", quick(["data", "meta", "finish", "replace", "rename"], "data", "rename"))
 def test_crash_while_saving(pool: RankPool, path: str, tmp_path: Path, where: str) -> None:
     """The error is raised on all ranks, the checkpoint that was there is whole, and nothing else is left."""
     for error, before, after in pool.run(jobs.crash, path, "tp2 | ep2", str(tmp_path), where, ranks=2):
