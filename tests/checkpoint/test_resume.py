@@ -34,16 +34,21 @@ def _compare(resumed: list[Report], full: list[Report], done: int, tolerance: fl
         assert_close_by_name(_whole(resumed, part), _whole(full, part), tolerance, f"{part}, {what}")
 
 
+FOLDS = ["| etp2 ep2", "tp4 | ep2 etp2", "tp2 | ep4", "", "tp2 pp2 | ep2"]
+
+
 @pytest.mark.parametrize(
-    "spec",
+    ("spec", "folds"),
     [
-        {},
-        pytest.param({"optimizer": "sgd", "frozen": ["*.experts.*"]}, marks=pytest.mark.slow),
-        pytest.param({"frozen": ["*.mlp.gate.*", "model.layers.0.*"], "schedule": "step"}, marks=pytest.mark.more),
+        ({}, ["| etp2 ep2", "tp2 pp2 | ep2"]),
+        pytest.param({"optimizer": "sgd", "frozen": ["*.experts.*"]}, FOLDS, marks=pytest.mark.slow),
+        pytest.param(
+            {"frozen": ["*.mlp.gate.*", "model.layers.0.*"], "schedule": "step"}, FOLDS, marks=pytest.mark.more
+        ),
     ],
     ids=["adamw", "sgd with frozen experts", "adamw with frozen layer"],
 )
-def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any], folds: list[str]) -> None:
     full = pool.run(jobs.save_and_go_on, path, "tp2 | ep2", spec, str(tmp_path), ranks=2)
     # In the middle of an epoch, and at its end; the same fold computes the same bits.
     for step in (3, 5):
@@ -52,9 +57,9 @@ def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any])
         _compare([r for [r] in resumed], full, step, 0.0, f"same fold after {step} steps")
     checkpoint = str(tmp_path / "step=3.ckpt")
     stored = [r for [r] in pool.run(jobs.resume, path, ["tp2 | ep2"], spec, checkpoint, ranks=2)]
-    for ranks, folds in ((1, [""]), (4, ["| etp2 ep2", "tp4 | ep2 etp2", "tp2 | ep4", "", "tp2 pp2 | ep2"])):
-        outcome = pool.run(jobs.resume, path, folds, spec, checkpoint, ranks=ranks)
-        for i, fold in enumerate(folds):
+    for ranks, others in ((1, [""]), (4, folds)):
+        outcome = pool.run(jobs.resume, path, others, spec, checkpoint, ranks=ranks)
+        for i, fold in enumerate(others):
             reports = [r[i] for r in outcome]
             for part in ("loaded", "loaded_state"):
                 assert_close_by_name(_whole(reports, part), _whole(stored, part), 0.0, f"{part}, {fold!r} on {ranks}")
