@@ -9,7 +9,7 @@ ARGS ?=
 BENCH ?= run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint types bench gpu clean setup-demo setup-test
+.PHONY: help demo test test-more test-all lint types bench gpu clean setup-demo setup-test
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,8 +17,11 @@ help: ## list the targets
 demo: setup-demo ## set up, then run the main job on CPU ranks: minutes; shorter with ARGS="--steps 40"
 	$(PYTHON) examples/demo.py $(ARGS)
 
-test: setup-test ## set up, then run the tests, without the slow ones
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not slow" $(ARGS)
+test: setup-test ## set up, then run the quick tests: every feature once, about 15 minutes on two cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "not more and not slow" $(ARGS)
+
+test-more: setup-test ## set up, then run what test leaves out but is not slow: about 30 minutes on two cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m "more and not slow" $(ARGS)
 
 test-all: setup-test ## set up, then run all the tests: hours; goes on where it was stopped, ARGS="--fresh" begins anew
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --resume $(ARGS)

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_moefold import MoECausalLM, MoEConfig
 from lightning_moefold.callbacks.freezing import Savings
 from lightning_moefold.testing import make_checkpoint
+from tests.quick import quick
 
 LENGTH = 8
 FROZEN = {
@@ -44,7 +45,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return MoECausalLM.from_pretrained(path, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+@pytest.mark.parametrize("recompute", quick([None, "selective", "full"], None))
 @pytest.mark.parametrize("what", FROZEN)
 def test_products_of_a_step(model: MoECausalLM, what: str, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen = set()

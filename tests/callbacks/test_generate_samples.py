@@ -20,18 +20,19 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("fold", "sharding"),
+    ("ranks", "fold", "sharding"),
     [
-        pytest.param("tp2 | ep4", "optimizer", marks=pytest.mark.slow),
-        ("| ep2", "full"),
-        pytest.param("| ep4", "none", marks=pytest.mark.slow),
+        (2, "| ep2", "full"),
+        pytest.param(4, "| ep2", "full", marks=pytest.mark.more),
+        pytest.param(4, "tp2 | ep4", "optimizer", marks=pytest.mark.slow),
+        pytest.param(4, "| ep4", "none", marks=pytest.mark.slow),
     ],
 )
-def test_training_goes_on_exactly(pool: RankPool, path: str, fold: str, sharding: str) -> None:
+def test_training_goes_on_exactly(pool: RankPool, path: str, ranks: int, fold: str, sharding: str) -> None:
     """Generating between forward, backward and step changes no bit of weights, losses, counters and random state."""
     [alone] = pool.run(sampled.fit, path, "", True, sharding, ranks=1)
-    without = pool.run(sampled.fit, path, fold, False, sharding, ranks=4)
-    outcome = pool.run(sampled.fit, path, fold, True, sharding, ranks=4)
+    without = pool.run(sampled.fit, path, fold, False, sharding, ranks=ranks)
+    outcome = pool.run(sampled.fit, path, fold, True, sharding, ranks=ranks)
     for ours, theirs in zip(outcome, without, strict=True):
         assert (ours["losses"], ours["validation"]) == (theirs["losses"], theirs["validation"])
         assert all(torch.equal(ours["loads"][i], load) for i, load in theirs["loads"].items())

@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning_moefold.plots.files import NO_EXPERT
 from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_batches, make_checkpoint
 from tests.callbacks.monitored import Seen, monitored_fit
 from tests.callbacks.own_network import own_network_counts, own_network_fit, uneven_table
+from tests.quick import quick
 
 FOLDS = [("", 1), ("tp2 | ep2", 2), ("tp2 | ep4", 4), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("cp2 pp2 | ep2", 4)]
 MODEL = {"num_experts": 8, "num_hidden_layers": 3}
@@ -35,12 +35,6 @@ LOAD_KEYS = {
     "moe/rank_load_max_over_mean", "moe/layer_0/max_over_mean", "moe/layer_2/cv", "moe/layer_2/dead_expert_frac",
     "moe/layer_0/entropy",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[RankPool]:
-    with RankPool(max_ranks=4) as pool:
-        yield pool
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +79,7 @@ def assert_equal_on_ranks(seen: list[Seen]) -> None:
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fold", "ranks"), FOLDS)
+@pytest.mark.parametrize(("fold", "ranks"), quick(FOLDS, ("tp2 | ep2", 4), ("cp2 pp2 | ep2", 4)))
 def test_counts_are_those_of_one_process(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
@@ -106,7 +100,10 @@ def test_counts_are_those_of_one_process(
     np.testing.assert_array_equal(saved["counts"], expected)
 
 
-@pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 2), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep4", 4)])
+@pytest.mark.parametrize(
+    ("fold", "ranks"),
+    quick([("tp2 | ep2", 2), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep4", 4)], ("| etp2 ep2", 4)),
+)
 def test_load_of_ranks_is_what_their_experts_computed(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
@@ -121,7 +118,11 @@ def test_load_of_ranks_is_what_their_experts_computed(
 
 @pytest.mark.parametrize(
     ("fold", "ranks"),
-    [("", 1), ("", 2), (None, 2), ("tp2 | ep2", 2), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("tp4", 4)],
+    quick(
+        [("", 1), ("", 2), (None, 2), ("tp2 | ep2", 2), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("tp4", 4)],
+        (None, 2),
+        ("tp2 | ep2", 4),
+    ),  # fmt: skip
 )
 def test_a_network_of_the_users_own(pool: RankPool, tmp_path: Path, fold: str | None, ranks: int) -> None:
     """Counts of all ranks' rows, under every fold and DDP (None), with layers that differ in their experts."""
@@ -151,7 +152,7 @@ def test_ranks_with_other_layers(pool: RankPool) -> None:
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fold", "ranks"), FOLDS)
+@pytest.mark.parametrize(("fold", "ranks"), quick(FOLDS, ("tp2 | ep2", 4)))
 def test_tokens_are_counted_once_per_data_rank(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
@@ -177,7 +178,7 @@ def test_tokens_are_counted_once_per_data_rank(
     assert_equal_on_ranks(seen)
 
 
-@pytest.mark.parametrize(("fold", "ranks"), [("", 1), ("tp2 | ep2", 4)])
+@pytest.mark.parametrize(("fold", "ranks"), quick([("", 1), ("tp2 | ep2", 4)], ("", 1)))
 def test_hardware_utilisation_where_it_differs(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
@@ -191,6 +192,7 @@ def test_hardware_utilisation_where_it_differs(
     assert "train/hfu" not in run(pool, checkpoint, tmp_path, fold, ranks, data)[0].mfu[-1]
 
 
+@pytest.mark.more
 def test_recomputed_products_are_work_of_the_hardware(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     """Layers that keep nothing make all their products a fourth time; the head does not."""
     data, config = batches(2, padding="none"), MoEConfig.from_pretrained(checkpoint)
@@ -214,7 +216,9 @@ def test_what_other_pipeline_stages_have_frozen(pool: RankPool, checkpoint: Path
     assert expected[2:] == [None, None]
 
 
-@pytest.mark.parametrize(("count_padding", "expected"), [(True, PARTS * 2 * LENGTH), (False, None)])
+@pytest.mark.parametrize(
+    ("count_padding", "expected"), quick([(True, PARTS * 2 * LENGTH), (False, None)], (False, None))
+)
 def test_padding_is_no_token(
     pool: RankPool, checkpoint: Path, tmp_path: Path, count_padding: bool, expected: int | None
 ) -> None:
@@ -239,14 +243,17 @@ def test_accumulation_counts_optimizer_steps(pool: RankPool, checkpoint: Path, t
 
 @pytest.mark.parametrize(
     "spec",
-    [
-        {},  # the end of an epoch alone
-        {"validate": True},
-        {"save": True},
-        {"save": True, "saving": {"save_weights_only": True}},
+    quick(
+        [
+            {},  # the end of an epoch alone
+            {"validate": True},
+            {"save": True},
+            {"save": True, "saving": {"save_weights_only": True}},
+            {"save": True, "saving": {"save_weights_only": True}, "validate": True},
+            {"save_by_hand": True},
+        ],
         {"save": True, "saving": {"save_weights_only": True}, "validate": True},
-        {"save_by_hand": True},
-    ],
+    ),
     ids=["epoch", "validate", "save", "weights", "weights-validate", "by-hand"],
 )
 def test_validation_saves_and_epoch_ends_take_no_time(
@@ -277,6 +284,7 @@ def test_fit_twice_and_a_schedule_of_its_own(pool: RankPool, checkpoint: Path, t
     assert np.load(tmp_path / "expert_load.npz")["steps"].tolist() == [2, 4, 6]
 
 
+@pytest.mark.more
 def test_measured_peak_is_summed_over_ranks(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     seen = run(pool, checkpoint, tmp_path, "tp2 | ep2", 2, batches(2), mfu={"peak_flops": None})
     assert not list(tmp_path.rglob("expert_load.npz"))  # nobody logs, so nothing is written
@@ -288,7 +296,9 @@ def test_measured_peak_is_summed_over_ranks(pool: RankPool, checkpoint: Path, tm
 # ---- communication ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep2", 2), ("pp2", 2)])
+@pytest.mark.parametrize(
+    ("fold", "ranks"), quick([("tp2 | ep2", 4), ("| etp2 ep2", 4), ("| ep2", 2), ("pp2", 2)], ("tp2 | ep2", 4))
+)
 def test_one_collective_per_log_step(pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int) -> None:
     at_start = {"MFUMonitor.on_train_start:all_gather_object": 1} if "pp" in fold else {}  # what stages have frozen
     for rank in run(pool, checkpoint, tmp_path, fold, ranks, batches(6), log_every=3, accumulate=1):
@@ -333,7 +343,7 @@ def test_wandb_offline(pool: RankPool, checkpoint: Path, tmp_path: Path, monkeyp
 # ---- summary ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fold", "ranks"), [("", 1), ("tp2 | ep2", 4), ("| etp2 ep2", 4)])
+@pytest.mark.parametrize(("fold", "ranks"), quick([("", 1), ("tp2 | ep2", 4), ("| etp2 ep2", 4)], ("| etp2 ep2", 4)))
 def test_summary_knows_what_ranks_store(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:

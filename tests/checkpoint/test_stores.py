@@ -12,6 +12,7 @@ from lightning_moefold.checkpoint.stores import local_path, parse_path
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.checkpoint import store_jobs as jobs
+from tests.quick import quick
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_paths() -> None:
 @pytest.mark.parametrize(
     ("scheme", "ranks", "folds"),
     [
-        ("memory", 1, ["", ""]),
+        pytest.param("memory", 1, ["", ""], marks=pytest.mark.more),
         ("bucket", 2, ["tp2 | ep2", "| ep2"]),
         pytest.param("local", 2, ["| ep2", "tp2 | ep2"], marks=pytest.mark.slow),
     ],
@@ -85,7 +86,7 @@ def test_old_checkpoints_are_removed(pool: RankPool, path: str, tmp_path: Path) 
     assert {name.partition("/")[0] for name in files} == {"step=10.ckpt"}
 
 
-@pytest.mark.parametrize("where", ["data", "meta"])
+@pytest.mark.parametrize("where", quick(["data", "meta"], "data"))
 def test_crash_while_saving(pool: RankPool, path: str, tmp_path: Path, where: str) -> None:
     """What was saved before under the name is still there and loads, and of the new one nothing is left."""
     [(error, before, after, step)] = pool.run(jobs.crash, path, f"bucket://{tmp_path}", where, ranks=1)

@@ -14,13 +14,14 @@ from lightning_moefold.planner.cost.pairs import pairs_of
 from lightning_moefold.planner.cost.routing import BALANCED
 from lightning_moefold.testing import RankPool
 from tests.dispatch import jobs
+from tests.quick import quick
 
 KINDS = [
     "plain", "uneven", "one rank empty", "all empty", "all to one", "padding", "a rank of padding", "dropped",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", quick([1, 2, 4], 1, 4))
 def test_round_trip(pool: RankPool, ranks: int) -> None:
     sizes = [n for n in (1, 2, 4) if n <= ranks]
     folds = [f"ep{ep} etp{etp}" for ep in sizes for etp in sizes if ep * etp <= ranks]
@@ -29,7 +30,7 @@ def test_round_trip(pool: RankPool, ranks: int) -> None:
     assert pool.run(jobs.check, folds, KINDS, names, ranks=ranks) == [cases] * ranks
 
 
-@pytest.mark.parametrize("fold", ["ep2", "ep2 etp2", "ep4"])
+@pytest.mark.parametrize("fold", quick(["ep2", "ep2 etp2", "ep4"], "ep2 etp2"))
 def test_chunks_have_the_same_bits(pool: RankPool, fold: str) -> None:
     ranks = 4 if fold != "ep2" else 2
     assert pool.run(jobs.bits_of_chunks, fold, ranks=ranks) == [[True] * 6] * ranks
@@ -47,7 +48,7 @@ def test_bytes_on_the_wire(pool: RankPool) -> None:
         assert sent["tokens"] > 1.1 * once["tokens"]
 
 
-@pytest.mark.parametrize("name", ["alltoall", "deduplicated", "hierarchical"])
+@pytest.mark.parametrize("name", quick(["alltoall", "deduplicated", "hierarchical"], "hierarchical"))
 def test_rows_that_have_left_are_not_kept(pool: RankPool, name: str) -> None:
     assert pool.run(jobs.held_while_experts_compute, name, 2, ranks=4) == [[False]] * 4
 
@@ -56,7 +57,7 @@ def test_rows_that_have_left_are_not_kept(pool: RankPool, name: str) -> None:
     ("fold", "ranks", "node_size", "axes_of_rank_1"),
     [
         ("ep4", 4, 2, [(1, 3), (0, 1), (0, 1)]),
-        ("ep4 etp2", 8, 4, [(1, 5), (1, 3), (0, 1, 2, 3)]),
+        pytest.param("ep4 etp2", 8, 4, [(1, 5), (1, 3), (0, 1, 2, 3)], marks=pytest.mark.more),
         pytest.param("ep8", 8, 2, [(1, 3, 5, 7), (0, 1), (0, 1)], marks=pytest.mark.slow),
     ],
 )
@@ -86,7 +87,9 @@ def test_the_planner_expects_what_travels(pool: RankPool, fold: str, ranks: int,
         assert (found["backward between"], found["backward within"]) == (3, 3)
 
 
-@pytest.mark.parametrize(("fold", "node_size"), [("ep4", 4), ("ep4", 1), ("ep2 etp2", 2), ("ep4", 3)])
+@pytest.mark.parametrize(
+    ("fold", "node_size"), quick([("ep4", 4), ("ep4", 1), ("ep2 etp2", 2), ("ep4", 3)], ("ep4", 3))
+)
 def test_where_nodes_do_not_cut_the_group_in_two(pool: RankPool, fold: str, node_size: int) -> None:
     assert pool.run(jobs.by_node, fold, node_size, KINDS[:2], ranks=4) == [("DeduplicatedDispatcher", [])] * 4
 

@@ -242,9 +242,28 @@ CORNERS = [
 
 @cache
 def everyday() -> tuple[Case, ...]:
-    """What ``make test`` runs: every fold of up to four ranks, and a cover of those of eight."""
+    """What ``make test`` and ``make test-more`` run: every fold of up to four ranks, and a cover of those of eight."""
     few = [*Fold.enumerate(1), *Fold.enumerate(2)]
     return tuple(cover([*few, *FOUR, *covering_folds(EIGHT, 18)], [*few, *(f for f in FOUR if f.pp == 2)], seed=6))
+
+
+def kinds(case: Case) -> set[Any]:
+    """The kinds of features in a case: values of factors, axes > 1 two by two, and dispatchers with the axes of experts."""
+    large = [axis for axis in AXES if case.fold.size(axis) > 1]
+    values = {(name, value) for name, value in case.values if value in FACTORS[name]}
+    experts = {("dispatch", case.row["dispatch"], axis) for axis in large if axis in ("ep", "etp", "edp")}
+    return values | experts | {(axis,) for axis in large} | set(itertools.combinations(large, 2))
+
+
+@cache
+def first() -> tuple[Case, ...]:
+    """What ``make test`` runs of :func:`everyday`: every kind of feature once, on few ranks, and one case of eight ranks."""
+    chosen = [max((case for case in everyday() if case.fold.world_size == 8), key=lambda case: len(kinds(case)))]
+    missing = set().union(*map(kinds, everyday())) - kinds(chosen[0])
+    while missing:
+        chosen.append(max(everyday(), key=lambda case: len(kinds(case) & missing) / case.fold.world_size))
+        missing -= kinds(chosen[-1])
+    return tuple(chosen)
 
 
 def more_on_four() -> list[Case]:

@@ -55,9 +55,9 @@ def whole_steps(batches: list[list[dict[str, Tensor]]]) -> list[list[dict[str, T
 
 CASES = [
     (2, "| ep2", {"stream": True}),
-    (4, "tp2 | etp2 ep2", {"sharding": "none", "weights": True}),
-    (4, "cp2 | ep2", {"sharding": "full"}),
-    (4, "pp2 | ep2", {"schedule": "1f1b"}),
+    pytest.param(4, "tp2 | etp2 ep2", {"sharding": "none", "weights": True}, marks=pytest.mark.more),
+    pytest.param(4, "cp2 | ep2", {"sharding": "full"}, marks=pytest.mark.more),
+    pytest.param(4, "pp2 | ep2", {"schedule": "1f1b"}, marks=pytest.mark.more),
     (4, "tp2 pp2 | ep2", {"schedule": "zbv", "weights": True, "stream": True}),
     pytest.param(4, "pp2 | etp2", {"schedule": "interleaved_1f1b", "sharding": "none"}, marks=pytest.mark.slow),
     pytest.param(4, "cp2 pp2", {"schedule": "gpipe", "weights": True}, marks=pytest.mark.slow),

@@ -65,6 +65,21 @@ def test_any_two_values_meet() -> None:
     assert wanted - forbidden - met == set()
 
 
+def test_a_few_cases_show_every_kind_once() -> None:
+    """What ``make test`` leaves to ``make test-more`` shows features together that are seen one by one or in other company."""
+    first = matrix.first()
+    assert set(first) <= set(matrix.everyday())
+    assert len(first) < 20
+    met = set().union(*map(matrix.kinds, first))
+    assert met == set().union(*map(matrix.kinds, matrix.everyday()))
+    assert {(name, value) for name, values in matrix.FACTORS.items() for value in values} <= met
+    assert {(axis,) for axis in matrix.AXES} <= met
+    assert {("dispatch", way, "ep") for way in matrix.FACTORS["dispatch"]} <= met
+    assert {("dispatch", way, "etp") for way in matrix.FACTORS["dispatch"]} <= met
+    together = {pair for pair in met if pair[0] in matrix.AXES and len(pair) == 2}
+    assert together == set(itertools.combinations(matrix.AXES, 2))
+
+
 @pytest.mark.parametrize(
     "suite", [matrix.everyday, matrix.more_on_four, matrix.all_of_eight, matrix.corners, matrix.sixteen]
 )

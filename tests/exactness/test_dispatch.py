@@ -12,6 +12,7 @@ from lightning_moefold import Fold
 from lightning_moefold.testing import RankPool, hf_reference, make_batches, make_checkpoint, reference_run
 from lightning_moefold.testing.dropping import DroppingReference
 from tests.exactness import compare, runs
+from tests.quick import quick
 
 DISPATCH: dict[str, dict[str, Any]] = {
     "allgather": {"dispatcher": "allgather"},
@@ -61,7 +62,12 @@ def test_two_ranks(pool: RankPool, checkpoint: str, dispatch: str, fold: str) ->
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "fold"), [(d, LARGE[i % 4]) for i, d in enumerate(DISPATCH)] + [("probs", "tp2 cp2 | ep4")]
+    ("dispatch", "fold"),
+    quick(
+        [(d, LARGE[i % 4]) for i, d in enumerate(DISPATCH)] + [("probs", "tp2 cp2 | ep4")],
+        ("hierarchical", "cp2 pp2 | ep2"), ("probs", "tp2 cp2 | ep4"), ("padded chunks", "tp2 cp2 | ep4"),
+        ("position", "tp2 | ep2 etp2"),
+    ),
 )  # fmt: skip
 def test_four_ranks(pool: RankPool, checkpoint: str, dispatch: str, fold: str) -> None:
     _run(
@@ -97,7 +103,7 @@ def test_chosen_by_node(
     compare.compare(actual, reference_run(checkpoint, batches, clip=0.5), 1e-9, fold)
 
 
-@pytest.mark.parametrize("fold", ["cp2 | ep2", "tp2 | etp2"])
+@pytest.mark.parametrize("fold", quick(["cp2 | ep2", "tp2 | etp2"], "cp2 | ep2"))
 def test_alike_but_for_rounding(pool: RankPool, checkpoint: str, fold: str) -> None:
     """A row's first token, repeated, has one hidden state; who is served is a matter of position, not of rounding."""
     batches = make_batches(1, 1, 3, 12, 96, seed=3)

@@ -12,6 +12,7 @@ from lightning_moefold import Fold
 from lightning_moefold.testing import RankError, RankPool
 from tests.exactness import compare, matrix, runs
 from tests.exactness.shapes import checkpoint
+from tests.quick import quick
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
 
 
-@pytest.mark.parametrize("case", matrix.everyday(), ids=str)
+@pytest.mark.parametrize("case", quick(matrix.everyday(), *matrix.first()), ids=str)
 def test_folds(pool: RankPool, folder: Path, case: matrix.Case) -> None:
     compare.check(pool, folder, case.fold, case.row)
 
@@ -33,7 +34,9 @@ def test_a_fold_that_does_not_suit_the_model_never_starts(pool: RankPool, folder
     assert all("use ep in 1,2,3,6" in message for message in caught.value.messages.values())
 
 
-@pytest.mark.parametrize(("fold", "dispatch"), [("pp2 | ep2", "alltoall"), ("pp2 | etp2", "allgather")])
+@pytest.mark.parametrize(
+    ("fold", "dispatch"), quick([("pp2 | ep2", "alltoall"), ("pp2 | etp2", "allgather")], ("pp2 | etp2", "allgather"))
+)
 def test_padding_in_micro_batches_of_some_ranks_only(pool: RankPool, folder: Path, fold: str, dispatch: str) -> None:
     """Backward then asks for other tensors first; layers that run again do so at the same point on every rank."""
     row = {

@@ -11,6 +11,7 @@ from lightning_moefold import Fold
 from lightning_moefold.testing import RankPool
 from tests.exactness import compare, matrix
 from tests.exactness.optimizers import FACTORIES
+from tests.quick import quick
 
 #: Both meshes with two axes; experts cut within; and more data ranks than rows of some parameters (edp4 with 4 experts, dp4).
 FOLDS = ["tp2 | ep2", "tp2 | ep2 etp2", "", "tp4 | etp2"]
@@ -23,9 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 #: Those that do not differ in kind from others.
 RARE = {"adadelta", "adamax", "radam", "nadam", "asgd", "adam amsgrad", "adamw foreach", "sgd foreach", "lion"}
+CASES = quick(
+    [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in FACTORIES],
+    "some parameters",
+    "groups with schedules",
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in FACTORIES])
+@pytest.mark.parametrize("name", CASES)
 def test_exact(pool: RankPool, folder: Path, name: str) -> None:
     place = list(FACTORIES).index(name)
     row = {

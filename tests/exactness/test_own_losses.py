@@ -10,6 +10,7 @@ from lightning_moefold import Fold
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import own_losses
+from tests.quick import quick
 
 CASES = [
     ("focal", 2, "tp2 | ep2", "optimizer"),
@@ -32,6 +33,13 @@ CASES = [
     ("distillation", 2, "cp2", "optimizer"),
     ("term", 4, "cp2 | ep2", "optimizer"),
 ]
+QUICK = [
+    ("preference", 4, "tp2 | ep4", "full"),
+    ("term", 4, "tp2 | etp2 ep2", "none"),
+    ("calls", 2, "pp2", "optimizer"),
+    ("distillation", 2, "cp2", "optimizer"),
+    ("focal", 4, "pp2 | ep2", "optimizer"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(make_checkpoint(folder / name, kind, vocab_size=97, seed=seed)) for name, (kind, seed) in kinds.items()]
 
 
-@pytest.mark.parametrize(("loss", "world", "fold", "sharding"), CASES)
+@pytest.mark.parametrize(("loss", "world", "fold", "sharding"), quick(CASES, *QUICK))
 def test_own_losses(pool: RankPool, checkpoints: list[str], loss: str, world: int, fold: str, sharding: str) -> None:
     student, teacher = checkpoints
     dp = Fold.parse(fold, world).dp

@@ -12,6 +12,7 @@ from lightning_moefold import Fold
 from lightning_moefold.testing import RankPool
 from tests.exactness import compare, matrix
 from tests.exactness.optimizers import groups_by_place
+from tests.quick import quick
 
 PLAIN: matrix.Row = {**matrix.PLAIN, "microbatches": 4, "schedule": "1f1b"}
 
@@ -30,14 +31,18 @@ def test_schedules(pool: RankPool, folder: Path, schedule: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"frozen": "last stage", "schedule": "gpipe"},
+    quick(
+        [
+            {"frozen": "last stage", "schedule": "gpipe"},
+            {"frozen": "first stage", "schedule": "zbv"},
+            {"shape": "6 experts, tied", "family": "mixtral", "schedule": "interleaved_1f1b", "accumulate": 2},
+            {"split": [2, 1], "padding": "left", "uneven rows": True},
+            {"split": [1, 2], "recompute": "full", "frozen": "router"},
+            {"optimizer": groups_by_place, "frozen": "norm", "schedule": "gpipe"},
+        ],
         {"frozen": "first stage", "schedule": "zbv"},
-        {"shape": "6 experts, tied", "family": "mixtral", "schedule": "interleaved_1f1b", "accumulate": 2},
         {"split": [2, 1], "padding": "left", "uneven rows": True},
-        {"split": [1, 2], "recompute": "full", "frozen": "router"},
-        {"optimizer": groups_by_place, "frozen": "norm", "schedule": "gpipe"},
-    ],
+    ),
     ids=["frozen last stage", "frozen first stage", "tied", "split by hand", "recomputed", "empty groups"],
 )
 def test_special_stages(pool: RankPool, folder: Path, change: dict[str, Any]) -> None:

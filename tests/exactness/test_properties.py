@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lightning_moefold import Fold
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint
 from tests.exactness import compare, drawn, runs
+from tests.quick import quick
 
 #: A run takes seconds, so a failing draw is printed as it is. The same draws every time: a failure is not for one machine only.
 common = settings(
@@ -30,6 +31,13 @@ def _check(pool: RankPool, run: drawn.Run) -> None:
         compare.check_run(pool, path, fold, run.row, run.frozen, batches)
 
 
+@settings(common, max_examples=2)
+@given(run=drawn.runs((1, 2, 4)))
+def test_a_few_runs_are_those_of_one_process(pool: RankPool, run: drawn.Run) -> None:
+    _check(pool, run)
+
+
+@pytest.mark.more
 @settings(common, max_examples=10)
 @given(run=drawn.runs((1, 2, 4)))
 def test_a_run_is_that_of_one_process(pool: RankPool, run: drawn.Run) -> None:
@@ -43,7 +51,7 @@ def test_many_runs_are_those_of_one_process(pool: RankPool, run: drawn.Run, salt
     _check(pool, run)
 
 
-@pytest.mark.parametrize("routing", drawn.ROUTINGS)
+@pytest.mark.parametrize("routing", quick(drawn.ROUTINGS, "one takes all", "some empty"))
 def test_routings_are_what_their_names_say(pool: RankPool, tmp_path: Path, routing: str) -> None:
     path = make_checkpoint(tmp_path / "model", "mixtral", num_experts=6, hidden_size=24)
     drawn.skew(path, routing, 2)

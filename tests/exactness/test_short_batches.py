@@ -14,6 +14,7 @@ from lightning_moefold import Fold, MoECausalLM
 from lightning_moefold.testing import IGNORE, RankPool, make_batches, reference_run
 from tests.exactness import compare, matrix, runs
 from tests.exactness.shapes import checkpoint
+from tests.quick import quick
 
 MICROBATCHES = 4
 
@@ -41,10 +42,10 @@ def short_batches(dp: int) -> list[list[dict[str, Tensor]]]:
     ("world", "fold", "change"),
     [
         (4, "tp2 | etp2 ep2", {"sharding": "full"}),
-        (4, "cp2 | ep2", {"dispatch": "deduplicated"}),
-        (4, "pp2 | ep2", {"schedule": "1f1b"}),
+        pytest.param(4, "cp2 | ep2", {"dispatch": "deduplicated"}, marks=pytest.mark.more),
+        pytest.param(4, "pp2 | ep2", {"schedule": "1f1b"}, marks=pytest.mark.more),
         (4, "pp2 | etp2", {"schedule": "zbv", "sharding": "none"}),
-        (4, "pp2 tp2", {"schedule": "interleaved_1f1b", "dispatch": "allgather"}),
+        pytest.param(4, "pp2 tp2", {"schedule": "interleaved_1f1b", "dispatch": "allgather"}, marks=pytest.mark.more),
         pytest.param(2, "", {"sharding": "none"}, marks=pytest.mark.slow),
         pytest.param(4, "pp2 cp2 | ep2", {"schedule": "gpipe"}, marks=pytest.mark.slow),
         pytest.param(4, "pp2 | ep2", {"schedule": "interleaved_zero_bubble"}, marks=pytest.mark.slow),
@@ -74,8 +75,8 @@ def losses(path: str, fold: str, batch: list[dict[str, Tensor]]) -> list[list[fl
     return [*seen, [bare.aux_loss.item()], list(bare.logits.shape)]
 
 
-@pytest.mark.parametrize(("world", "fold"), [(2, "| ep2"), (4, "pp2 | ep2")])
-@pytest.mark.parametrize("filled", [True, False])
+@pytest.mark.parametrize(("world", "fold"), quick([(2, "| ep2"), (4, "pp2 | ep2")], (4, "pp2 | ep2")))
+@pytest.mark.parametrize("filled", quick([True, False], False))
 def test_two_rows_over_two_data_ranks(pool: RankPool, folder: Path, world: int, fold: str, filled: bool) -> None:
     """The auxiliary loss is that of the rows there are: not half of it, in training and in evaluation."""
     path = checkpoint(folder, "qwen3_moe", "6 experts, tied", 2)

@@ -13,9 +13,10 @@ from lightning_moefold import MoECausalLM
 from lightning_moefold.models.export import export
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.models import exported
+from tests.quick import quick
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("family", quick(["mixtral", "qwen2_moe", "qwen3_moe"], "qwen2_moe"))
 def test_exports_generate_padded_prompts(pool: RankPool, tmp_path: Path, family: str) -> None:
     """With the loss that needs output_router_logits, under which generation of padded prompts fails in transformers."""
     from transformers import AutoModelForCausalLM

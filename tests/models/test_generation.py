@@ -14,6 +14,7 @@ from lightning_moefold import Fold, MoECausalLM
 from lightning_moefold.models.generation import Sampling, draw
 from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint, relative_error
 from tests.models import generated
+from tests.quick import quick
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": (
@@ -63,7 +64,7 @@ def test_greedy_text_is_that_of_transformers(pool: RankPool, paths: dict[str, st
             assert torch.equal(text, expected[place]), (fold, rank)
 
 
-@pytest.mark.parametrize("mode", ["full", "none"])
+@pytest.mark.parametrize("mode", quick(["full", "none"], "full"))
 def test_stored_in_other_ways(pool: RankPool, paths: dict[str, str], mode: str) -> None:
     given = [prompts(2, 5, 4), prompts(3, 2, 5)]
     options = {"max_new_tokens": 6, "eos_token_id": ()}
@@ -74,7 +75,7 @@ def test_stored_in_other_ways(pool: RankPool, paths: dict[str, str], mode: str) 
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("fold", ["tp4 | ep4", "tp2 | etp2 ep2"])
+@pytest.mark.parametrize("fold", quick(["tp4 | ep4", "tp2 | etp2 ep2"], "tp2 | etp2 ep2"))
 def test_cached_logits_are_those_of_whole_rows(pool: RankPool, paths: dict[str, str], name: str, fold: str) -> None:
     ids, mask = prompts(3, 5, 6)
     more = torch.randint(1, 96, (3, 9), generator=torch.Generator().manual_seed(7))
@@ -181,7 +182,7 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("fold", ["", "tp2 | ep4"])
+@pytest.mark.parametrize("fold", quick(["", "tp2 | ep4"], "tp2 | ep4"))
 def test_errors_reach_every_rank(pool: RankPool, paths: dict[str, str], fold: str) -> None:
     runs = {name: (given, options) for name, (given, options, _) in ERRORS.items()}
     for rank, seen in enumerate(pool.run(generated.errors, paths["qwen2"], fold, runs, ranks=4)):

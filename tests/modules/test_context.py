@@ -15,6 +15,7 @@ from lightning_moefold.modules.attention.blockwise import Seen, Span, Visibility
 from lightning_moefold.modules.attention.context import ContextLayout, choose_exchange
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from tests.modules import context_jobs
+from tests.quick import quick
 
 MASKS: list[dict[str, Any]] = [
     {},
@@ -23,6 +24,8 @@ MASKS: list[dict[str, Any]] = [
     {"padding": True},
     {"documents": True, "window": 3, "padding": True},
 ]
+
+BOTH = {"documents": True, "padding": True}
 
 
 def check(pool: RankPool, ranks: int, case: dict[str, Any]) -> None:
@@ -36,13 +39,13 @@ def check(pool: RankPool, ranks: int, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all", "auto"])
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-@pytest.mark.parametrize(("ranks", "kv_heads"), [(2, 2), (4, 4), (4, 8)])
+@pytest.mark.parametrize(("ranks", "kv_heads"), quick([(2, 2), (4, 4), (4, 8)], (4, 4)))
 def test_over_ranks(pool: RankPool, ranks: int, kv_heads: int, mask: dict[str, Any], exchange: str) -> None:
     check(pool, ranks, {"length": 24, "heads": 8, "kv_heads": kv_heads, "block": 2, "exchange": exchange, **mask})
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather"])
-@pytest.mark.parametrize("mask", [MASKS[0], MASKS[-1]], ids=str)
+@pytest.mark.parametrize("mask", quick([MASKS[0], MASKS[-1]], MASKS[-1]), ids=str)
 @pytest.mark.parametrize("message", [1, 2 * 2 * 2 * 6 * context_jobs.SIZE * 8], ids=["a head", "two heads of three"])
 def test_some_heads_after_the_others(pool: RankPool, message: int, mask: dict[str, Any], exchange: str) -> None:
     """Six positions on a rank, two rows, float64: the second size is keys and values of two heads, exactly."""
@@ -57,14 +60,16 @@ def test_some_heads_after_the_others(pool: RankPool, message: int, mask: dict[st
 
 
 @pytest.mark.parametrize("mask", MASKS[1:], ids=str)
-@pytest.mark.parametrize("block", [1, 3, 4, 100])
+@pytest.mark.parametrize("block", quick([1, 3, 4, 100], 3))
 def test_by_blocks_on_one_rank(pool: RankPool, block: int, mask: dict[str, Any]) -> None:
     check(pool, 1, {"length": 11, "heads": 4, "kv_heads": 2, "block": block, "exchange": "auto", **mask})
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all"])
 @pytest.mark.parametrize(
-    "mask", [{"documents": True}, {"padding": True}, {"documents": True, "padding": True}], ids=str
+    "mask",
+    quick([{"documents": True}, {"padding": True}, BOTH], BOTH),
+    ids=str,
 )
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_one_row_needs_no_mask(pool: RankPool, ranks: int, mask: dict[str, Any], exchange: str) -> None:

@@ -14,6 +14,7 @@ from lightning_moefold.testing import RankPool, assert_close_by_name, relative_e
 from lightning_moefold.testing.pieces import assemble
 from tests.networks import layered
 from tests.networks.test_networks import _unclipped
+from tests.quick import quick
 
 
 def check(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
@@ -81,7 +82,7 @@ def _named(cases: list[Any]) -> list[Any]:
     return [pytest.param(*case, id=f"{case[0]}-{case[1]}-{i}") for i, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize(("world", "fold", "spec"), _named(QUICK))
+@pytest.mark.parametrize(("world", "fold", "spec"), quick(_named(QUICK), *QUICK[:1], *QUICK[3:5]))
 def test_a_layered_network(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
     check(pool, world, fold, spec)
 

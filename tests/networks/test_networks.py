@@ -19,6 +19,7 @@ from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import cover
 from tests.networks import network
+from tests.quick import quick
 
 FACTORS: dict[str, list[Any]] = {
     "sharding": ["optimizer", "full", "none"],
@@ -33,14 +34,18 @@ FOLDS = [
     (4, "tp4 | ep2"), (4, "tp2 | etp2 ep2"), (4, "| ep2"), (4, "tp4 | ep4"), (4, "| etp2"), (4, "tp2 | etp4"),
     (8, "tp2 | etp2 ep2"), (8, "tp4 | ep4"),
 ]  # fmt: skip
+QUICK = [(1, ""), (2, "| ep2"), (4, "tp2 | ep2"), (4, "tp2 | etp2 ep2")]
 
 
 def _cases() -> list[Any]:
     rows = cover.deal(cover.pairwise(FACTORS), len(FOLDS), seed=4)
     return [
-        pytest.param(world, fold, {**row, "expert": row["expert"] and "etp" not in fold}, id=f"{world}-{fold}")
+        pytest.param(
+            world, fold, {**row, "expert": row["expert"] and "etp" not in fold}, id=f"{world}-{fold}",
+            marks=() if (world, fold) in QUICK else pytest.mark.more,
+        )
         for (world, fold), row in zip(FOLDS, rows, strict=True)
-    ]
+    ]  # fmt: skip
 
 
 def check(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
@@ -113,9 +118,10 @@ def test_a_rank_whose_prediction_fails(pool: RankPool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "fold"), [(1, ""), pytest.param(2, "tp2 | ep2", marks=pytest.mark.slow), (4, "tp2 | ep2"), (2, "")]
+    ("world", "fold"),
+    quick([(1, ""), pytest.param(2, "tp2 | ep2", marks=pytest.mark.slow), (4, "tp2 | ep2"), (2, "")], (4, "tp2 | ep2")),
 )
-@pytest.mark.parametrize("sharding", ["full", "none"])
+@pytest.mark.parametrize("sharding", quick(["full", "none"], "full"))
 def test_mixed_precision_is_near_float32(pool: RankPool, world: int, fold: str, sharding: str) -> None:
     data = network.make_data(2, Fold.parse(fold, world).dp)
     spec = {"expert": False, "balance": True, "sharding": sharding}
@@ -138,8 +144,14 @@ def test_mixed_precision_is_near_float32(pool: RankPool, world: int, fold: str, 
     ("world", "fold", "spec", "message"),
     [
         (2, "| etp2", {"expert": True}, "etp=2 would cut experts that are modules of your own; use etp=1"),
-        (8, "| ep8", {"expert": False}, "num_experts=4 does not split evenly over ep=8; use ep in 1,2,4"),
-        (8, "tp8", {"expert": False}, "use tp"),
+        pytest.param(
+            8,
+            "| ep8",
+            {"expert": False},
+            "num_experts=4 does not split evenly over ep=8; use ep in 1,2,4",
+            marks=pytest.mark.more,
+        ),
+        pytest.param(8, "tp8", {"expert": False}, "use tp", marks=pytest.mark.more),
     ],
 )
 def test_folds_that_cannot_cut_a_block(

@@ -10,6 +10,7 @@ import pytest
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.optim import jobs
+from tests.quick import quick
 
 NAMES = ["groups with schedules", "some parameters", "adagrad", "nadam", "lion foreach"]
 
@@ -50,7 +51,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("fold", ["", "tp2 | etp2"])
+@pytest.mark.parametrize("fold", quick(["", "tp2 | etp2"], "tp2 | etp2"))
 def test_optimizers_that_combine_elements(pool: RankPool, path: str, fold: str) -> None:
     """Known ones by their name, before training; unknown ones by what they do, before their first step has an effect."""
     specs = [{"kind": "Stranger", "how": how} for how in HOW] + [{"kind": kind} for kind in KINDS]

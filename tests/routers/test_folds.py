@@ -20,6 +20,7 @@ from lightning_moefold.recipes import FineTuneModule
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint, verify
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import cover
+from tests.quick import quick
 from tests.routers import jobs, naive
 
 EXPERTS, ROWS, LENGTH = 8, 8, 5
@@ -159,23 +160,23 @@ PLAIN = {
 }  # fmt: skip
 
 
-def _other(fold: str, ranks: int, router: str, schedule: str | None = None, slow: bool = True, **other: Any) -> Any:
+def _other(fold: str, ranks: int, router: str, schedule: str | None = None, mark: str = "slow", **other: Any) -> Any:
     """A case with token dropping (but for ``dispatch={}``) and a schedule, chosen by hand."""
     microbatches = {None: 1, "dualpipev": 4}.get(schedule, 2)
     row = {**PLAIN, "router": router, "dispatch": {"capacity_factor": 1.0}, "microbatches": microbatches, **other}
     row |= {"pipeline": {"pipeline_schedule": schedule}} if schedule else {}
-    marks = pytest.mark.slow if slow else ()
+    marks = getattr(pytest.mark, mark) if mark else ()
     name = f"{fold}-{router}-{schedule}-{row['dispatch'].get('dispatcher', 'alltoall' if row['dispatch'] else 'all')}"
     return pytest.param(Fold.parse(fold, ranks), row, id=name, marks=marks)
 
 
 OTHER = [
-    _other("tp2 cp2 | ep4", 4, "swipe", slow=False),
-    _other("tp2 | ep2", 2, "topology", slow=False),
-    _other("| ep2", 2, "swipe", slow=False, dispatch={}, empty=True),
+    _other("tp2 cp2 | ep4", 4, "swipe", mark=""),
+    _other("tp2 | ep2", 2, "topology", mark=""),
+    _other("| ep2", 2, "swipe", mark="more", dispatch={}, empty=True),
     _other("cp2 | ep2", 4, "topology and bias", dispatch={}, empty=True),
-    _other("| ep2", 2, "bias", slow=False, microbatches=2, aux_loss="microbatch", dispatch={}, short=True),
-    _other("pp2 | ep2", 4, "bias", "zbv", slow=False, aux_loss="microbatch", short=True),
+    _other("| ep2", 2, "bias", mark="more", microbatches=2, aux_loss="microbatch", dispatch={}, short=True),
+    _other("pp2 | ep2", 4, "bias", "zbv", mark="", aux_loss="microbatch", short=True),
     _other("pp2", 2, "deepseek", "1f1b", aux_loss="sequence", short=True),
     _other("pp2", 2, "bias", "gpipe", aux_loss="global_batch", dispatch={}, short=True),
     _other("pp2", 2, "deepseek", "zbv", aux_loss="global_batch"),
@@ -192,7 +193,10 @@ OTHER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("fold", "row"), _cases(list(Fold.enumerate(2)), 1, seed=1) + _cases(FOUR, 1, seed=2))
+SOME = _cases(list(Fold.enumerate(2)), 1, seed=1) + _cases(FOUR, 1, seed=2)
+
+
+@pytest.mark.parametrize(("fold", "row"), quick(SOME, SOME[-4].values, SOME[-2].values))
 def test_some_folds(pool: RankPool, checkpoint: Path, fold: Fold, row: dict[str, Any]) -> None:
     check(pool, checkpoint, fold, row)
 
@@ -233,7 +237,7 @@ def test_biases_and_noise_go_on_under_another_fold(pool: RankPool, checkpoint: P
     assert AutoModelForCausalLM.from_pretrained(again) is not None
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", quick(["bf16-mixed", "bf16-true"], "bf16-mixed"))
 def test_precisions(pool: RankPool, checkpoint: Path, precision: str) -> None:
     """Biases stay in float32, and 16 bits give about what float32 gives."""
     row = {**TABLE[0], "router": "deepseek", "aux_loss": "sequence", "z": 0.02, "padding": "right", "recompute": "full"}

@@ -14,8 +14,8 @@ from tests.routers import network
 @pytest.mark.parametrize(
     ("world", "fold", "routers"),
     [
-        (2, "tp2 | ep2", "tokens"),
-        (2, "| etp2", "tokens"),
+        pytest.param(2, "tp2 | ep2", "tokens", marks=pytest.mark.more),
+        pytest.param(2, "| etp2", "tokens", marks=pytest.mark.more),
         (2, "| ep2", "rows"),
         *(
             pytest.param(4, fold, routers, marks=pytest.mark.slow)

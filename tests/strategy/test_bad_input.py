@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.quick import quick
 from tests.strategy import bad
 
 
@@ -26,7 +27,7 @@ def sentence(message: str) -> None:
     assert len(message) < 500, message
 
 
-@pytest.mark.parametrize("fold", ["", "tp2 | ep4", "tp2 | ep2 etp2"])
+@pytest.mark.parametrize("fold", quick(["", "tp2 | ep4", "tp2 | ep2 etp2"], "tp2 | ep2 etp2"))
 def test_one_rank_has_a_bad_batch(pool: RankPool, path: str, fold: str) -> None:
     outcomes = pool.run(bad.batches, path, fold, ranks=4)
     patterns = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.quick import quick
 from tests.strategy import hooks
 
 
@@ -17,7 +18,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("model") / "qwen", "qwen3_moe", num_experts=4))
 
 
-@pytest.mark.parametrize("kind", ["hook", "post"])
+@pytest.mark.parametrize("kind", quick(["hook", "post"], "post"))
 def test_hooks_work_on_one_rank(pool: RankPool, path: str, kind: str) -> None:
     for when in ("configure_model", "on_train_start"):
         [(moved, _)] = pool.run(hooks.one_rank, path, kind, when, ranks=1)
@@ -31,14 +32,15 @@ def test_hooks_work_on_one_rank(pool: RankPool, path: str, kind: str) -> None:
     assert any(min(rows) < hooks.FIRST_ROW for name, rows in moved.items() if "embed_tokens" in name), "removed in vain"
 
 
-@pytest.mark.parametrize("kind", ["module", "pre"])
+@pytest.mark.parametrize("kind", quick(["module", "pre"], "pre"))
 def test_hooks_of_modules_work_on_one_rank(pool: RankPool, path: str, kind: str) -> None:
     [(_, calls)] = pool.run(hooks.one_rank, path, kind, "configure_model", ranks=1)
     assert calls == 3
 
 
 @pytest.mark.parametrize(
-    ("fold", "ranks", "precision"), [("tp2", 2, "64-true"), ("pp2", 2, "64-true"), ("", 1, "bf16-mixed")]
+    ("fold", "ranks", "precision"),
+    quick([("tp2", 2, "64-true"), ("pp2", 2, "64-true"), ("", 1, "bf16-mixed")], ("tp2", 2, "64-true")),
 )
 def test_hooks_are_refused_where_gradients_are_in_parts(
     pool: RankPool, path: str, fold: str, ranks: int, precision: str

@@ -11,6 +11,7 @@ import torch
 
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
+from tests.quick import quick
 from tests.strategy import life
 
 FOLD = "tp2 | ep2 etp2"
@@ -25,7 +26,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(
     ("fold", "early"),
-    [(FOLD, False), pytest.param(FOLD, True, marks=pytest.mark.slow), (PIPELINE, False)],
+    [
+        (FOLD, False),
+        pytest.param(FOLD, True, marks=pytest.mark.slow),
+        pytest.param(PIPELINE, False, marks=pytest.mark.more),
+    ],
     ids=["configure_model", "__init__", "pipeline"],
 )
 def test_entry_points(pool: RankPool, path: str, fold: str, early: bool) -> None:
@@ -52,7 +57,8 @@ def test_model_outside_a_trainer(pool: RankPool, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fold", "weights_only"), [pytest.param(FOLD, False, marks=pytest.mark.slow), (FOLD, True), (PIPELINE, False)]
+    ("fold", "weights_only"),
+    quick([pytest.param(FOLD, False, marks=pytest.mark.slow), (FOLD, True), (PIPELINE, False)], (PIPELINE, False)),
 )
 def test_best_and_last(pool: RankPool, path: str, tmp_path: Path, fold: str, weights_only: bool) -> None:
     for seen in pool.run(life.keep_best, path, fold, str(tmp_path), weights_only, ranks=4):
@@ -100,7 +106,7 @@ def test_full_sharding_accumulates_in_pieces(pool: RankPool, path: str) -> None:
         assert held == [sharding == "full"] * 2
 
 
-@pytest.mark.parametrize("peek", [False, True], ids=["", "forward before the step"])
+@pytest.mark.parametrize("peek", quick([False, True], True), ids=["", "forward before the step"])
 def test_model_beside_own_modules(pool: RankPool, path: str, tmp_path: Path, peek: bool) -> None:
     """Aliases of parts of the model, running statistics and extra state survive saving under a fold."""
     (tmp_path / "1").mkdir()

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
+from tests.quick import quick
 from tests.strategy import like
 from tests.strategy.test_bad_input import sentence
 
@@ -30,7 +31,7 @@ def _same(ours: Any, theirs: Any, what: str) -> None:
     assert_close_by_name(ours[1], theirs[1], tolerance, what)
 
 
-@pytest.mark.parametrize("name", [n for n in like.CALLBACKS if n != "batch finder"])
+@pytest.mark.parametrize("name", quick([n for n in like.CALLBACKS if n != "batch finder"], "unfreezing"))
 def test_callbacks_on_two_ranks_like_one_device(pool: RankPool, tmp_path: Path, name: str) -> None:
     """DDP is no measure here: it never sums gradients of what was frozen when it was made."""
     [theirs] = pool.run(like.with_callback, "auto", name, None, str(tmp_path), ranks=1)
@@ -42,7 +43,7 @@ def test_callbacks_on_two_ranks_like_one_device(pool: RankPool, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("name", list(like.CALLBACKS))
-@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("blocks", quick([False, True], True))
 def test_callbacks_on_one_rank_like_one_device(
     pool: RankPool, path: str, tmp_path: Path, name: str, blocks: bool
 ) -> None:
@@ -54,7 +55,7 @@ def test_callbacks_on_one_rank_like_one_device(
     _same(ours, theirs, name)
 
 
-@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("blocks", quick([False, True], True))
 def test_searches_on_one_rank(pool: RankPool, path: str, tmp_path: Path, blocks: bool) -> None:
     given = path if blocks else None
     [theirs] = pool.run(like.tuned, "auto", given, str(tmp_path), ranks=1)
@@ -77,13 +78,13 @@ def test_saving_on_an_exception(pool: RankPool, path: str, tmp_path: Path) -> No
         assert pool.run(like.on_exception, "", given, str(folder), ranks=ranks) == [["on_exception.ckpt"]] * ranks
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", quick([1, 2], 2))
 def test_a_trainer_that_has_run_can_be_pickled(pool: RankPool, tmp_path: Path, ranks: int) -> None:
     for told in pool.run(like.copies, str(tmp_path), None, ranks=ranks):
         assert told == ["MoEFoldStrategy", "MoEFoldStrategy", str(8 // ranks)]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", quick([1, 2], 2))
 def test_resuming_like_ddp(pool: RankPool, tmp_path: Path, ranks: int) -> None:
     """The same order of hooks, state of callbacks that is no plain data, names of files, and weights."""
     theirs = pool.run(like.resumed, None, str(tmp_path), ranks=ranks)

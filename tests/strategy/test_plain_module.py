@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_moefold.testing import RankPool, assert_close_by_name
+from tests.quick import quick
 from tests.strategy import plain
 
 CASES: list[tuple[bool, dict[str, Any]]] = [
@@ -47,7 +48,7 @@ def test_two_backward_passes_by_hand(pool: RankPool) -> None:
         assert_close_by_name(ours, ddp, 1e-11, "weights")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", quick([2, 4], 4))
 def test_tensor_parallel_ranks_are_one_data_rank(pool: RankPool, ranks: int) -> None:
     """Under tp2, two ranks read the same samples and compute the same gradients, which are never summed over them."""
     expected = pool.run(plain.fit_cases, None, CASES, ranks=ranks // 2)
@@ -61,7 +62,7 @@ def test_tensor_parallel_ranks_are_one_data_rank(pool: RankPool, ranks: int) -> 
             assert_close_by_name(ours, theirs, 0.0, "gradients of tp peers")
 
 
-@pytest.mark.parametrize(("workers", "seed"), [(1, True), (0, False), (1, False)])
+@pytest.mark.parametrize(("workers", "seed"), quick([(1, True), (0, False), (1, False)], (0, False)))
 def test_tensor_parallel_ranks_draw_alike(pool: RankPool, workers: int, seed: bool) -> None:
     """Augmentations in workers and dropout are the same on the ranks of a data replica, and differ between replicas."""
     draws = pool.run(plain.draw, "tp2", workers, seed, ranks=4)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_moefold import Fold
 from lightning_moefold.testing import RankError, RankPool, hf_reference, make_checkpoint, relative_error
+from tests.quick import quick
 from tests.strategy import finetune, predictor
 
 TP2 = "tp2 | ep4"  # of 8 ranks: four data ranks, two copies of each expert
@@ -46,7 +47,7 @@ def check(outcomes: list[dict[str, Any]], fold: str, counts: list[int], expected
     assert sorted(found) == [(i, row) for i, count in enumerate(counts) for row in range(count)]
 
 
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("sharding", quick(SHARDINGS, "full"))
 def test_rows_of_unequal_batches(pool: RankPool, path: str, expected: Tensor, sharding: str) -> None:
     """Seven rows in batches of two on four data ranks, and a single row, with more micro-batches than rows."""
     options = {"data_parallel_sharding": sharding, "num_microbatches": 2}
@@ -124,7 +125,7 @@ def test_fewer_rows_than_ranks_without_a_model(pool: RankPool) -> None:
     assert pool.run(predictor.plain, "tp2", ranks=4) == [[[0]], [[0]], None, None]
 
 
-@pytest.mark.parametrize("fold", ["tp2 | ep4", "| ep2"])
+@pytest.mark.parametrize("fold", quick(["tp2 | ep4", "| ep2"], "tp2 | ep4"))
 def test_calls_outside_a_trainer(pool: RankPool, path: str, fold: str) -> None:
     for rank, seen in enumerate(pool.run(predictor.by_hand, path, fold, ranks=4)):
         assert seen["same"] == [True] * (rank // 2)

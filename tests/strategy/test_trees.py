@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.quick import quick
 from tests.strategy import trees
 
 
@@ -14,7 +15,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("model") / "qwen", "qwen3_moe", num_experts=4))
 
 
-@pytest.mark.parametrize(("fold", "ranks"), [("", 1), ("tp2 | ep2", 2)])
+@pytest.mark.parametrize(("fold", "ranks"), quick([("", 1), ("tp2 | ep2", 2)], ("tp2 | ep2", 2)))
 def test_changed_models_are_refused(pool: RankPool, path: str, fold: str, ranks: int) -> None:
     for messages in pool.run(trees.refused, path, fold, ranks=ranks):
         for case, (_, pattern) in trees.CASES.items():
