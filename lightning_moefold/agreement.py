@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that all ranks of one data replica received the same batch.
+"""What ranks agree on, before one of them goes on or raises alone and the others wait for it forever.
 
-If they did not, stages of a pipeline would wait for each other forever. Each rank computes a small number from its
-data, and adds this number and its square to the two slots of its data rank in a sum over all ranks. The numbers of a
-replica are equal exactly if the number of its ranks times the sum of squares equals the square of the sum.
+An error on one rank is raised on all. Ranks of one data replica must be given the same batch, which costs no collective of its
+own: each rank puts a small number for its data and the square of it into the slots of its data rank, in a sum over all ranks. The
+numbers of a replica are equal exactly if the number of its ranks times the sum of squares is the square of the sum.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lightning_moefold.errors import BatchError
-from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.errors import BatchError, PeerError
+from lightning_moefold.mesh import Axis, FoldedMesh
 
 #: Numbers are below this prime, so that sums of their squares are exact in float64.
 PRIME = 1048573
@@ -38,20 +39,55 @@ def same_batch_slots(number: Tensor, mesh: FoldedMesh) -> Tensor:
     return slots
 
 
-def check_same_batch(totals: Tensor, mesh: FoldedMesh) -> None:
+def check_readable(unreadable: bool, error: Exception | None) -> None:
+    """Raises where the batch of some rank cannot be read: its own error there, and on the others that there is one.
+
+    Args:
+        unreadable: Whether any rank's cannot.
+        error: Why this rank's cannot, or None.
+
+    Raises:
+        BatchError: On ranks without an error.
+    """
+    if error is not None:
+        raise error
+    if unreadable:
+        raise BatchError("the batch of another rank cannot be read; that rank's own error says why.")
+
+
+def check_same_batch(totals: Tensor, ranks: int) -> None:
     """Raises if ranks of a replica were given different batches.
 
     Args:
-        totals: The results of :func:`same_batch_slots`, summed over all ranks.
-        mesh: The folded mesh.
+        totals: :func:`same_batch_slots`, summed over ranks.
+        ranks: Of them, those of one replica.
 
     Raises:
         BatchError: If they were; raised on every rank.
     """
     first, second = totals.view(-1, 2).unbind(1)
-    if bool((second * (mesh.fold.tp * mesh.fold.cp * mesh.fold.pp) != first * first).any()):
+    if bool((second * ranks != first * first).any()):
         raise BatchError(
             "ranks of a tensor, context or pipeline parallel group were given different batches or arguments, but they "
             "compute one batch together; shard the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed "
             "that all share."
         )
+
+
+def agree_on_error(error: Exception | None, axis: Axis) -> None:
+    """Raises on every rank of ``axis`` if any of them has an error, so that no peer waits for one that is gone.
+
+    Args:
+        error: This rank's error, or None. Collective: every rank calls this.
+        axis: Usually the world.
+
+    Raises:
+        Exception: This rank's own error; on ranks without one, a PeerError that quotes the first failing rank's.
+    """
+    if axis.size > 1:
+        found: list[str | None] = [None] * axis.size
+        dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", group=axis.group)
+        if error is None and (where := next((i for i, text in enumerate(found) if text is not None), None)) is not None:
+            raise PeerError(f"rank {axis.ranks[where]} failed: {found[where]}")
+    if error is not None:
+        raise error

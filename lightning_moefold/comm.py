@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_moefold.errors import PeerError
 from lightning_moefold.mesh import Axis
 
 Counts = Sequence[int]
@@ -129,143 +128,90 @@ def reduce_scatter_uneven_raw(x_ND: Tensor, counts: Counts, axis: Axis) -> Tenso
 # ---- differentiable collectives --------------------------------------------------------------------------------------
 
 
-class _AllGather(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather_raw(x_ND, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter_raw(grads[0], ctx.axis), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return reduce_scatter_raw(x_ND, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather_raw(grads[0], ctx.axis), None
-
-
-class _GatherIdentical(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, axis: Axis) -> Tensor:
-        ctx.axis, ctx.rows = axis, x_ND.shape[0]
-        return all_gather_raw(x_ND, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].narrow(0, ctx.axis.index * ctx.rows, ctx.rows).contiguous(), None
-
-
-class _SplitIdentical(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        rows = x_ND.shape[0] // axis.size
-        return x_ND.narrow(0, axis.index * rows, rows).clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_gather_raw(grads[0], ctx.axis), None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:
-        ctx.send, ctx.receive, ctx.axis = send, receive, axis
-        return all_to_all_raw(x_ND, send, receive, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_to_all_raw(grads[0], ctx.receive, ctx.send, ctx.axis), None, None, None
-
-
-class _GatherUneven(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
-        ctx.counts, ctx.axis = counts, axis
-        return all_gather_uneven_raw(x_ND, counts, axis)
+    def forward(
+        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.adjoint = adjoint
+        return forward(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter_uneven_raw(grads[0], ctx.counts, ctx.axis), None, None
+        return ctx.adjoint(grads[0]), None, None
 
 
-class _ReduceScatterUneven(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
-        ctx.counts, ctx.axis = counts, axis
-        return reduce_scatter_uneven_raw(x_ND, counts, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather_uneven_raw(grads[0], ctx.counts, ctx.axis), None, None
+def linear(x: Tensor, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
+    """``forward(x)`` of a linear step whose gradients go back by ``adjoint``, its transpose."""
+    return _Linear.apply(x, forward, adjoint)
 
 
 @_breaks_graphs
 def all_gather(x_ND: Tensor, axis: Axis) -> Tensor:
     """All-gathers ``[N, D] -> [G*N, D]``; backward sums the ranks' gradients and keeps this rank's part (reduce-scatter)."""
-    return x_ND if axis.size == 1 else _AllGather.apply(x_ND, axis)
+    if axis.size == 1:
+        return x_ND
+    return linear(x_ND, lambda x: all_gather_raw(x, axis), lambda grad: reduce_scatter_raw(grad, axis))
 
 
 @_breaks_graphs
 def reduce_scatter(x_ND: Tensor, axis: Axis) -> Tensor:
     """Reduce-scatters ``[G*N, D] -> [N, D]``: sums over ranks and keeps this rank's part; backward is an all-gather."""
-    return x_ND if axis.size == 1 else _ReduceScatter.apply(x_ND, axis)
+    if axis.size == 1:
+        return x_ND
+    return linear(x_ND, lambda x: reduce_scatter_raw(x, axis), lambda grad: all_gather_raw(grad, axis))
+
+
+def _part(x_ND: Tensor, axis: Axis) -> Tensor:
+    rows = x_ND.shape[0] // axis.size
+    return x_ND.narrow(0, axis.index * rows, rows)
 
 
 @_breaks_graphs
 def gather_identical(x_ND: Tensor, axis: Axis) -> Tensor:
     """All-gathers ``[N, D] -> [G*N, D]`` for ranks that then compute the same: backward keeps this rank's part, unsummed."""
-    return x_ND if axis.size == 1 else _GatherIdentical.apply(x_ND, axis)
+    if axis.size == 1:
+        return x_ND
+    return linear(x_ND, lambda x: all_gather_raw(x, axis), lambda grad: _part(grad, axis).contiguous())
 
 
 @_breaks_graphs
 def split_identical(x_ND: Tensor, axis: Axis) -> Tensor:
     """Keeps this rank's part of a tensor that every rank has, ``[G*N, D] -> [N, D]``; backward is an all-gather."""
-    return x_ND if axis.size == 1 else _SplitIdentical.apply(x_ND, axis)
+    if axis.size == 1:
+        return x_ND
+    return linear(x_ND, lambda x: _part(x, axis).clone(), lambda grad: all_gather_raw(grad, axis))
 
 
 @_breaks_graphs
 def all_to_all(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:
     """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``; backward sends the gradients back."""
-    return x_ND if axis.size == 1 else _AllToAll.apply(x_ND, send, receive, axis)
+    if axis.size == 1:
+        return x_ND
+    return linear(
+        x_ND, lambda x: all_to_all_raw(x, send, receive, axis), lambda grad: all_to_all_raw(grad, receive, send, axis)
+    )
 
 
 @_breaks_graphs
 def all_gather_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``; backward is :func:`reduce_scatter_uneven`."""
-    return x_ND if axis.size == 1 else _GatherUneven.apply(x_ND, counts, axis)
+    if axis.size == 1:
+        return x_ND
+    return linear(
+        x_ND,
+        lambda x: all_gather_uneven_raw(x, counts, axis),
+        lambda grad: reduce_scatter_uneven_raw(grad, counts, axis),
+    )
 
 
 @_breaks_graphs
 def reduce_scatter_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``; backward is :func:`all_gather_uneven`."""
-    return x_ND if axis.size == 1 else _ReduceScatterUneven.apply(x_ND, counts, axis)
-
-
-# ---- agreement on errors ---------------------------------------------------------------------------------------------
-
-
-def agree_on_error(error: Exception | None, axis: Axis) -> None:
-    """Raises on every rank of ``axis`` if any of them has an error, so that no peer waits for one that is gone.
-
-    Args:
-        error: This rank's error, or None. Every rank of the axis must call this function, since it is collective.
-        axis: The ranks that agree, usually the world.
-
-    Raises:
-        Exception: This rank's own error; on ranks without one, a PeerError that quotes the first failing rank's.
-    """
-    if axis.size > 1:
-        found: list[str | None] = [None] * axis.size
-        dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", group=axis.group)
-        if error is None and (where := next((i for i, text in enumerate(found) if text is not None), None)) is not None:
-            raise PeerError(f"rank {axis.ranks[where]} failed: {found[where]}")
-    if error is not None:
-        raise error
+    if axis.size == 1:
+        return x_ND
+    return linear(
+        x_ND,
+        lambda x: reduce_scatter_uneven_raw(x, counts, axis),
+        lambda grad: all_gather_uneven_raw(grad, counts, axis),
+    )

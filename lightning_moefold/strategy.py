@@ -3,46 +3,38 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import logging
-import os
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import (
-    _destroy_dist_connection,
     _distributed_is_initialized,
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 from typing_extensions import override
 
 from lightning_moefold import comm
+from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.diagnostics.liveness import RollCall
 from lightning_moefold.diagnostics.report import Place, print_without_traceback
 from lightning_moefold.dispatch import DispatchConfig
@@ -53,8 +45,10 @@ from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.lifecycle.accumulation import StepAhead
 from lightning_moefold.lifecycle.checkpoints import SharedCheckpoints
 from lightning_moefold.lifecycle.even_batches import EvenBatches
+from lightning_moefold.lifecycle.loaders import seed_workers
 from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 from lightning_moefold.lifecycle.prediction import Predicting
+from lightning_moefold.lifecycle.processes import connect_processes
 from lightning_moefold.lifecycle.signals import stop_quietly
 from lightning_moefold.lifecycle.unsupported import (
     check_blocks,
@@ -63,7 +57,7 @@ from lightning_moefold.lifecycle.unsupported import (
     check_optimizers,
     check_trainer,
 )
-from lightning_moefold.mesh import Axis, FoldedMesh, forget_groups, set_timeout
+from lightning_moefold.mesh import Axis, FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.experts import cpu_cache
@@ -74,7 +68,7 @@ from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Settings, Sharding, parallelize
 from lightning_moefold.parallel.apply import check_settings, parts_of
-from lightning_moefold.parallel.compiling import COMPILER, missing_tool
+from lightning_moefold.parallel.compiling import COMPILER, has_compiler
 from lightning_moefold.parallel.hooks import check_hooks
 from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.parallel.replicated import ReplicatedModules, align_blocks, align_randomness
@@ -343,7 +337,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         self.set_world_ranks()
         if self._fold_text != "auto":
             self._make_fold()
-        self._connect_processes()
+        assert self.cluster_environment is not None
+        connect_processes(self.cluster_environment, self.root_device, self._process_group_backend, self._timeout)
         self._join_roll_call()
         self._choose_fold(last_call=False)
         if self._fold_text != "auto":
@@ -407,35 +402,6 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._microbatches_given = self._microbatches_given or choice.estimate.plan.fold.pp > 1
         self._choice = {**choice.record, "num_microbatches": self.settings.num_microbatches}
         fold_choice.announce(choice.reason)
-
-    def _connect_processes(self) -> None:
-        assert self.cluster_environment is not None
-        device = self.root_device
-        backend = self._process_group_backend or _get_default_process_group_backend_for_device(device)
-        on_cuda = device.type == "cuda"
-        if on_cuda and backend == "nccl":
-            # Objects and files travel over gloo; only tensors on the device use NCCL.
-            backend = "cpu:gloo,cuda:nccl"
-        fresh = not dist.is_initialized()
-        if not fresh:
-            self._check_backend(device.type)
-            if self._timeout != default_pg_timeout:
-                set_timeout(dist.group.WORLD, self._timeout)
-        _init_dist_connection(
-            self.cluster_environment, backend, timeout=self._timeout, device_id=device if on_cuda else None
-        )
-        if fresh:  # a process that ends with open groups may abort (gloo) or is complained of (NCCL)
-            atexit.register(_end_processes)
-
-    def _check_backend(self, device: str) -> None:
-        """Refuses a back end that is not that of the process group which exists already."""
-        asked, found = self._process_group_backend, dist.get_backend_config()
-        on_devices = dict(part.split(":") for part in found.split(",") if ":" in part)
-        if asked is not None and asked not in (found, on_devices.get(device)):
-            raise InputError(
-                f"process_group_backend={asked!r} is not that of the process group which exists already ({found}); leave it out, "
-                "or start the processes anew."
-            )
 
     def _join_roll_call(self) -> None:
         """Lets peers see whether this process lives, should a collective fail."""
@@ -524,7 +490,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             check_hooks(self.lightning_module, f"in {self._precision.precision}" if mixed else f"under {self.fold}")
         except HookError as failure:
             error = failure
-        comm.agree_on_error(error, self.mesh.world)
+        agree_on_error(error, self.mesh.world)
 
     @override
     def _convert(self) -> None:
@@ -538,31 +504,18 @@ class MoEFoldStrategy(SharedCheckpoints):
         assert self.lightning_module is not None
         error: Exception | None = None
         align_blocks(self.lightning_module, self.mesh)
-        settings = replace(self._settings_of_run(), compiler=self._compiler())
+        settings = self._settings_of_run()
+        if settings.compiles and not has_compiler(self.root_device, self.reduce_boolean_decision):
+            settings = replace(settings, compiler=None)
         try:
             parallelize(self.lightning_module, self.mesh, settings, self.root_device)
         except Exception as failure:
             error = failure
-        comm.agree_on_error(error, self.mesh.world)
+        agree_on_error(error, self.mesh.world)
 
     def _settings_of_run(self) -> Settings:
         sharding = replace(self.settings.sharding, mixed_dtype=self._precision.mixed_dtype)
         return replace(self.settings, sharding=sharding).with_node_size(self.num_processes)
-
-    def _compiler(self) -> str | None:
-        """What compiles the decoder layers, if the user wants it and every machine can. Collective."""
-        if not self.settings.compiles:
-            return None
-        missing = missing_tool(self.root_device)
-        if not self.reduce_boolean_decision(missing is None):
-            where = (
-                f"{missing}, which this machine does not have"
-                if missing
-                else "a tool that another machine does not have"
-            )
-            rank_zero_warn(f"compile=True needs {where}; install it. Layers run as they are, not compiled.")
-            return None
-        return self.settings.compiler
 
     @override
     def model_to_device(self) -> None:
@@ -590,20 +543,7 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        # Lightning seeds workers by global rank, right after this hook and only where no function is set; ranks of one
-        # data replica must draw the same augmentations. A loader that has been through a Trainer before holds
-        # Lightning's function.
-        if isinstance(dataloader, DataLoader):
-            sampler = dataloader.sampler
-            if isinstance(sampler, DistributedSampler) and sampler.shuffle and dataloader.generator is not None:
-                rank_zero_warn(
-                    "the generator of a DataLoader does not set the order of its rows, which Lightning's sampler draws from the "
-                    "seed of seed_everything; Trainer(use_distributed_sampler=False) keeps the loader's own."
-                )
-            function = dataloader.worker_init_fn
-            lightnings = isinstance(function, partial) and function.func is pl_worker_init_function
-            if lightnings or (function is None and int(os.environ.get("PL_SEED_WORKERS", 0))):
-                dataloader.worker_init_fn = partial(pl_worker_init_function, rank=self.dp_rank)
+        seed_workers(dataloader, self.dp_rank)
         if self._even is not None:
             self._even.check_loader(dataloader)
         return dataloader
@@ -627,17 +567,11 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def on_validation_start(self) -> None:
         self._stop_quietly()
-        self._begin_evaluation()
-
-    @override
-    def on_test_start(self) -> None:
-        self._stop_quietly()
-        self._begin_evaluation()
-
-    def _begin_evaluation(self) -> None:
         assert self.lightning_module is not None
         if self._even is not None:
             self._even.begin_evaluation(self.lightning_module.trainer._evaluation_loop.max_batches)
+
+    on_test_start = on_validation_start
 
     def _evaluate(self, batch: Any, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
         """Before a batch of an evaluation."""
@@ -742,13 +676,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     def on_validation_end(self) -> None:
         self._release_gathered_weights()
 
-    @override
-    def on_test_end(self) -> None:
-        self._release_gathered_weights()
-
-    @override
-    def on_predict_end(self) -> None:
-        self._release_gathered_weights()
+    on_test_end = on_predict_end = on_validation_end
 
     # ---- communication -----------------------------------------------------------------------------------------
 
@@ -829,10 +757,3 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_watched": weakref.WeakSet()})
-
-
-def _end_processes() -> None:
-    """Lets go of every group while the interpreter still runs: one destroyed later takes its threads by surprise."""
-    forget_groups()
-    _destroy_dist_connection()
-    gc.collect()

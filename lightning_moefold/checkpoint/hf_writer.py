@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_moefold import comm
+from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.checkpoint.side_files import are_apart, files_to_carry, foreign_file, warn_of_end
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.layout import Box
@@ -110,7 +110,7 @@ def write_hf_checkpoint(
                     save_file(gathered, str(work / file), metadata={"format": "pt"})
                 except Exception as failure:
                     error = failure  # kept until all ranks can hear of it; peers still send their pieces meanwhile
-        comm.agree_on_error(error, world)
+        agree_on_error(error, world)
         _on_first_rank(world, lambda: _finish(target, work, config, tensors, files, carried))
     finally:
         if world.index == 0 and work.exists():
@@ -124,7 +124,7 @@ def _on_first_rank(world: Axis, action: Callable[[], None]) -> None:
             action()
         except Exception as failure:
             error = failure
-    comm.agree_on_error(error, world)
+    agree_on_error(error, world)
 
 
 def _plan_files(tensors: Mapping[str, OutputTensor], limit: int) -> dict[str, list[str]]:

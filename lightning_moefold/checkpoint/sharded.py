@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from lightning_moefold import comm
+from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.checkpoint.hf_writer import replace_directory
 from lightning_moefold.checkpoint.safe_metadata import SafeReader
@@ -127,14 +127,14 @@ def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
                 stores.write(work / META, pack_meta(meta))
         except Exception as failure:
             error = failure
-        comm.agree_on_error(error, world)
+        agree_on_error(error, world)
         _write_tensors(work, target, tensors, world)
         if world.index == 0:
             try:
                 replace_directory(work, target)
             except Exception as failure:
                 error = failure
-        comm.agree_on_error(error, world)
+        agree_on_error(error, world)
     finally:
         if world.index == 0 and work.exists():
             shutil.rmtree(work, ignore_errors=True)
@@ -151,14 +151,14 @@ def _save_in_store(target: str, tensors: Mapping[str, Tensor], meta: Mapping[str
                 packed = pack_meta(meta)
         except Exception as failure:
             error = failure
-        comm.agree_on_error(error, world)
+        agree_on_error(error, world)
         _write_tensors(work, target, tensors, world)
         try:
             if world.index == 0:
                 stores.write(stores.join(target, META), packed)  # from here on, it is this save that is loaded
         except Exception as failure:
             error = failure
-        comm.agree_on_error(error, world)
+        agree_on_error(error, world)
         complete = True
     finally:
         if world.index == 0:
@@ -186,7 +186,7 @@ def _write_tensors(work: Path | str, target: Path | str, tensors: Mapping[str, T
             _check_files(work, target, written[0])
     except Exception as failure:
         error = failure
-    comm.agree_on_error(error, world)
+    agree_on_error(error, world)
 
 
 def _check_files(work: Path | str, target: Path | str, metadata: Any) -> None:

@@ -16,7 +16,7 @@ from fsspec.registry import known_implementations
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem
 
-from lightning_moefold import comm
+from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.mesh import Axis
 
@@ -171,14 +171,14 @@ def check_store(path: str, world: Axis) -> None:
             write(trial, b"trial")
     except Exception as failure:
         error = CheckpointError(f"checkpoints cannot be saved to {path}: {type(failure).__name__}: {failure}.")
-    comm.agree_on_error(error, world)
+    agree_on_error(error, world)
     try:
         if not is_file(trial):
             error = CheckpointError(
                 f"rank {world.index} does not see what rank 0 has written to {path}; save to a store that all ranks share"
                 f"{', which memory:// is not' if path.startswith('memory:') else ''}."
             )
-        comm.agree_on_error(error, world)
+        agree_on_error(error, world)
     finally:
         if world.index == 0:
             remove(trial)

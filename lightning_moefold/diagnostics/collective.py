@@ -130,7 +130,7 @@ def _waiting(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective | N
     if axis is not None:
         kind = getattr(frame.f_locals.get("way"), "kind", "exchange")  # of async_comm
         return _of_axis(kind, _purpose(frames[1:]), axis)
-    if _is(frame, "lightning_moefold.parallel.pipeline.pipeline") and mesh is not None:
+    if _is(frame, "lightning_moefold.parallel.pipeline.engine") and mesh is not None:
         return _of_axis("exchange", "pipeline stages", mesh.axis("pp"))
     return None
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_moefold import comm
+from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.checkpoint.sharded import META, load_meta
 from lightning_moefold.errors import CheckpointError, InputTypeError, UnsupportedFeature
@@ -101,7 +101,7 @@ class SharedCheckpoints(ParallelStrategy):
             check_saveable(trainer, self.lightning_module)
         except Exception as failure:  # the user's state_dict() too
             error = failure
-        comm.agree_on_error(error, self._registry.mesh.world)
+        agree_on_error(error, self._registry.mesh.world)
 
     def _check_state(self, optimizer: Optimizer) -> None:
         """What an optimizer's first step has shown of its state, where checkpoints will be saved. Collective."""
@@ -115,7 +115,7 @@ class SharedCheckpoints(ParallelStrategy):
             check_state(optimizer, self._registry)
         except CheckpointError as failure:
             error = failure
-        comm.agree_on_error(error, self._registry.mesh.world)
+        agree_on_error(error, self._registry.mesh.world)
 
     def _release_gathered_weights(self) -> None:
         for root in self._roots():
@@ -180,7 +180,7 @@ class SharedCheckpoints(ParallelStrategy):
             meta = load_meta(path)
         except CheckpointError as failure:
             error = failure
-        comm.agree_on_error(error, self._registry.mesh.world)
+        agree_on_error(error, self._registry.mesh.world)
         if self._choice is not None and (remark := fold_choice.difference(meta, self._choice)):
             fold_choice.announce(remark)
         self._release_gathered_weights()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.agreement import PRIME
+from lightning_moefold.errors import BatchError, InputError
 from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.models.config import MoEConfig
@@ -41,7 +42,7 @@ class CausalLMBatch:
         target_N: The label each position predicts; ``IGNORED`` where none.
         weight_N: Weight of each position's loss.
         labelled_index: Positions that have a target.
-        fingerprint: A number below 2^20 for the data of all cp ranks, on the device.
+        fingerprint: A number below :data:`~.agreement.PRIME` for the data of all cp ranks, on the device.
         sizes: On the device, what losses of routers are divided by: this rank's tokens that count, and the rows of this
             data rank that have any (float ``[2]``).
         routing: Tables of routing statistics of the MoE layers, as the decoder collects them.
@@ -63,7 +64,7 @@ class CausalLMBatch:
     routing: list[Tensor]
     _position_BL: Tensor
     _config: MoEConfig
-    error: ValueError | None = None
+    error: BatchError | None = None
     is_empty: bool = False
 
     def place(self, dtype: torch.dtype) -> None:
@@ -159,7 +160,7 @@ def read_batch(
         labelled_index=(target_N != IGNORED).nonzero().squeeze(1),
         faults=faults.double(),
         sizes=_sizes(sequence, mask, device),
-        fingerprint=((token_BS + 31 * target_BS).flatten() * place_N).sum() % 1048573,
+        fingerprint=((token_BS + 31 * target_BS).flatten() * place_N).sum() % PRIME,
         routing=[],
         _position_BL=here.cut(position_BS, 0),
         _config=config,
@@ -226,7 +227,8 @@ def stand_in(
         config, axes, num_microbatches, input_ids=input_ids, labels=None, attention_mask=None, position_ids=None,
         document_ids=None, loss_weights=None, keep_all=False,
     )  # fmt: skip
-    batch.error = error
+    batch.error = BatchError(str(error))
+    batch.error.__cause__ = error
     batch.faults[2] = 1
     return batch
 

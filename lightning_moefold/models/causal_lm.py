@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_moefold import comm
@@ -38,26 +37,6 @@ from lightning_moefold.modules.base import ParallelRoot, wide
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
-
-
-class PipelineRunner(Protocol):
-    """Runs the stages of a model that is spread over pipeline ranks (:mod:`.parallel.pipeline`)."""
-
-    stages: list[Any]
-
-    def use(self, settings: Any) -> None:
-        """Goes on under other settings."""
-        ...
-
-    def run(
-        self,
-        tensors: Mapping[str, Any],
-        loss_fn: LossFunction | None,
-        gather_logits: bool,
-        extras: Mapping[str, Any],
-    ) -> CausalLMOutput:
-        """A call of the model."""
-        ...
 
 
 class CausalLMOutput(NamedTuple):
@@ -163,7 +142,8 @@ class MoECausalLM(ParallelRoot):
         self.lm_head = VocabularyHead(config.vocab_size, config.hidden_size, tied)
         self.num_microbatches = 1
         self.step_labels: Callable[[], StepLabels] | None = None  # while one of several batches of a step is trained on
-        self.pipeline: PipelineRunner | None = None
+        #: Takes the arguments of a call where the layers lie on several pipeline ranks (:mod:`.parallel.pipeline`).
+        self.pipeline: Any = None
         self.context_parallel_exchange: Exchange = "auto"
         self.layouts = {
             name: ParameterLayout(entry.shape, ParameterPlan())
@@ -258,14 +238,7 @@ class MoECausalLM(ParallelRoot):
         super().use(settings)
         self.num_microbatches, self.context_parallel_exchange = settings.num_microbatches, settings.exchange
         if self.pipeline is not None:
-            self.pipeline.use(settings)
-
-    def release_gathered_weights(self) -> None:
-        """See :class:`~lightning_moefold.modules.base.ParallelRoot`; stages hold weights of their own."""
-        super().release_gathered_weights()
-        for stage in () if self.pipeline is None else self.pipeline.stages:
-            if isinstance(stage, FSDPModule):
-                stage.reshard()
+            self.pipeline.runner.use(settings.plan)
 
     def moe_layers(self) -> dict[int, MoELayer]:
         """The MoE layers on this rank by their number in the whole model."""
@@ -322,8 +295,7 @@ class MoECausalLM(ParallelRoot):
                 "input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
                 "document_ids": document_ids, "loss_weights": loss_weights,
             }  # fmt: skip
-            with torch.autocast(input_ids.device.type, enabled=False):
-                return self.pipeline.run(tensors, loss_fn, gather_logits, extras)
+            return self.pipeline(tensors, loss_fn, gather_logits, extras)
         axes = self.batch_axes()
         try:
             batch = read_batch(
@@ -338,11 +310,11 @@ class MoECausalLM(ParallelRoot):
         with torch.autocast(input_ids.device.type, enabled=False):
             x_ND = batch.sequence.gather(self.model(batch))
             wants_logits = gather_logits or cache is not None or (labels is None and self.tp.size == 1)
-            logits = self._whole_logits(x_ND, batch) if wants_logits or loss_fn else None
-            local = self._local_loss(x_ND, logits, batch, loss_fn, extras)
+            logits = self.whole_logits(x_ND, batch) if wants_logits or loss_fn else None
+            local = self.local_loss(x_ND, logits, batch, loss_fn, extras)
             step = self.take_step_labels(labels, loss_fn)
             losses = GlobalLoss(self.config, self.mesh, wide(x_ND.dtype), step).reduce(local, batch)
-        return self._output(losses, logits if wants_logits else None, labels is not None)
+        return self.make_output(losses, logits if wants_logits else None, labels is not None)
 
     def batch_axes(self) -> BatchAxes:
         """Over which ranks batches are spread."""
@@ -370,7 +342,7 @@ class MoECausalLM(ParallelRoot):
         """The number of this call for routers with noise, the same for all micro-batches; None where there are none."""
         return next((call for call in [layer.gate.next_call() for layer in self.moe_layers().values()]), None)
 
-    def _whole_logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
+    def whole_logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
         """Logits of whole rows, ``[B, S, V]``, on every rank of a data replica; cp ranks' gradients are summed.
 
         With a cache, those of the last position alone.
@@ -384,7 +356,7 @@ class MoECausalLM(ParallelRoot):
         logits_SBV = comm.all_gather(logits_BLV.transpose(0, 1).contiguous(), layout.cp)
         return logits_SBV.index_select(0, layout.order(x_ND.device)[: batch.true_length]).transpose(0, 1)
 
-    def _local_loss(
+    def local_loss(
         self,
         x_ND: Tensor,
         logits: Tensor | None,
@@ -406,7 +378,8 @@ class MoECausalLM(ParallelRoot):
         total = self.lm_head.cross_entropy(x_ND.index_select(0, labelled), batch.target_N[labelled], weight_N)
         return total, weight_N.sum()
 
-    def _output(self, losses: Losses, logits: Tensor | None, labelled: bool) -> CausalLMOutput:
+    def make_output(self, losses: Losses, logits: Tensor | None, labelled: bool) -> CausalLMOutput:
+        """Adds up the losses with their coefficients."""
         if not labelled or losses.lm is None:
             return CausalLMOutput(aux_loss=losses.aux, logits=logits, z_loss=losses.z)
         loss = losses.lm

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -330,10 +330,3 @@ class MoEConfig:
                 stacklevel=2,
             )
         return config
-
-    def with_overrides(self, **overrides: Any) -> MoEConfig:
-        """A copy with dataclass fields replaced (not re-read from :attr:`raw`, and written where the model is saved)."""
-        unknown = set(overrides) - {f.name for f in fields(self)}
-        if unknown:
-            raise ConfigError(f"MoEConfig has no field {sorted(unknown)[0]!r}.")
-        return replace(self, **overrides)

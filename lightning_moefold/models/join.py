@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from lightning_moefold import comm
-from lightning_moefold.errors import BatchError
+from lightning_moefold.errors import BatchError, PeerError
 from lightning_moefold.mesh import SINGLE
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class JoinCalls:
 
     Collective: every rank enters it and leaves it, and calls nothing collective inside but these models.
     Leaving waits for the ranks that still call. If a rank leaves it with an error, the others raise
-    :class:`~.comm.PeerError` at their next call, unless the error came from the middle of a call, when they are inside it too.
+    a :class:`~.errors.PeerError` at their next call, unless the error came from the middle of a call, when they are inside it too.
 
     Args:
         models: Language models, or blocks in a network of the user's own, parallelised over the same mesh; all that are
@@ -98,7 +98,7 @@ class JoinCalls:
         """The first model that any rank is about to call; None if nobody calls any more.
 
         Raises:
-            comm.PeerError: If another rank has failed.
+            PeerError: If another rank has failed.
         """
         votes = torch.zeros(len(self._models) + 1, dtype=torch.int64, device=_device(self._models[0]))
         if index is not None:
@@ -107,7 +107,7 @@ class JoinCalls:
         *callers, failures = comm.all_reduce_raw(votes, self._world).tolist()
         if failures and not failed:
             self._over = True
-            raise comm.PeerError("another rank has failed; its own error says why.") from self._heard
+            raise PeerError("another rank has failed; its own error says why.") from self._heard
         return next((i for i, count in enumerate(callers) if count), None)
 
     def _stand_in(self, index: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
+from lightning_moefold.agreement import check_readable, check_same_batch, same_batch_slots
 from lightning_moefold.errors import BatchError
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.batch import CausalLMBatch
@@ -132,15 +133,18 @@ class GlobalLoss:
             faults[:2] = 0  # but a batch that this rank cannot read may be this rank's alone
             sizes[1] = 0
         tables_LSE, slope_LGE, known = self._routing(batch)
-        prints = self._fingerprints(batch)
+        prints = self._same_batch(batch)
         ahead = faults.new_zeros(0) if self.step is None else self.step.numbers(faults.device)
         ahead = ahead if first_tp and first_cp else torch.zeros_like(ahead)
         totals = torch.cat([sums if first_tp else zero, faults, sizes, known, prints, ahead])
         if self.mesh is not None:
             comm.all_reduce_raw(totals, self.mesh.stage)
         sums, faults, sizes, known, prints, ahead = totals.split([2, 3, 2, len(known), len(prints), len(ahead)])
-        check_faults(faults, batch.error, self.config.vocab_size)
-        self._check_fingerprints(prints)
+        tokens, labels, unreadable = faults.tolist()
+        check_readable(bool(unreadable), batch.error)
+        check_faults(tokens, labels, self.config.vocab_size)
+        if self.mesh is not None and len(prints):
+            check_same_batch(prints, self.mesh.fold.tp * self.mesh.fold.cp)
         if self.step is not None:
             self._factors = Factors.of(self.step, *torch.cat([sums[1:], ahead]).tolist())
         lm = None if local is None else self._language_loss(local[0], sums[0], sums[1])
@@ -180,28 +184,11 @@ class GlobalLoss:
     def _global(self, share: Tensor, value: Tensor) -> Tensor:
         return global_value(share.to(self.dtype), value, self.mesh, factor=self._factors.routers)
 
-    def _fingerprints(self, batch: CausalLMBatch) -> Tensor:
-        """A small number for this rank's data and its square, in the slots of its data rank.
-
-        Ranks of a tp or cp group must be given the same batch. They are exactly if, in every slot, the number of ranks
-        times the sum of squares is the square of the sum; otherwise a run goes on with garbage and a plausible loss.
-        """
+    def _same_batch(self, batch: CausalLMBatch) -> Tensor:
+        """Shows whether the ranks of a tp or cp group were given the same; else a run goes on with a plausible loss."""
         if self.mesh is None or self.mesh.fold.tp * self.mesh.fold.cp == 1:
             return batch.faults.new_zeros(0)
-        number = batch.fingerprint.double()
-        slots = batch.faults.new_zeros(self.mesh.fold.dp, 2)
-        slots[self.mesh.place["dp"]] = torch.stack([number, number * number])
-        return slots.flatten()
-
-    def _check_fingerprints(self, prints: Tensor) -> None:
-        if self.mesh is None or not len(prints):
-            return
-        number, square = prints.view(-1, 2).unbind(1)
-        if bool((square * (self.mesh.fold.tp * self.mesh.fold.cp) != number * number).any()):
-            raise BatchError(
-                "ranks of a tensor or context parallel group were given different batches, but they compute one batch "
-                "together; shard the data by strategy.dp_rank and strategy.dp_size, and shuffle with a seed that all ranks share."
-            )
+        return same_batch_slots(batch.fingerprint, self.mesh).flatten()
 
     def _language_loss(self, local: Tensor, total: Tensor, weight: Tensor) -> Tensor:
         weight = torch.where(weight == 0, torch.ones_like(weight), weight)
@@ -209,24 +196,19 @@ class GlobalLoss:
         return global_value(share, total / weight, self.mesh, factor=self._factors.lm)
 
 
-def check_faults(faults: Tensor, error: Exception | None, vocab_size: int) -> None:
+def check_faults(tokens: float, labels: float, vocab_size: int) -> None:
     """Raises what all ranks agreed on.
 
     Args:
-        faults: ``CausalLMBatch.faults``, summed over ranks.
-        error: Why this rank's own batch cannot be read, or None.
+        tokens: Number of token ids outside the vocabulary, over all ranks.
+        labels: Number of labels.
         vocab_size: Of the model.
 
     Raises:
-        BatchError: If any rank's data is at fault.
+        BatchError: If there are any.
     """
-    tokens, labels, malformed = (int(n) for n in faults.tolist())
-    if error is not None:
-        raise BatchError(str(error)) from error
-    if malformed:
-        raise BatchError("the batch of another rank cannot be read; that rank's own error says why.")
     if tokens or labels:
-        what = f"{tokens} token ids" if tokens else f"{labels} labels"
+        what = f"{tokens:.0f} token ids" if tokens else f"{labels:.0f} labels"
         hint = "check that tokenizer and model belong together, or enlarge it (resize_token_embeddings of transformers)"
         hint += "" if tokens else "; -100 is ignored"
         raise BatchError(f"{what} in the batch lie outside the vocabulary of {vocab_size}; {hint}.")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class ParallelRoot(ParallelModule):
         compute_dtype: The dtype in which it computes where that is not the dtype of storage (``bf16-mixed``).
         rows: How the rows that a block is given are cut over cp (:class:`~.row_cut.RowCut`); None where they are whole.
         hidden_size: D, what it takes and returns for each token.
+        stages: Pipeline stages, which share its modules and may be wrapped by FSDP2 without being a part of it.
         unequal: The context of unequal calls that is open, if one is.
     """
 
@@ -78,6 +80,7 @@ class ParallelRoot(ParallelModule):
     rows: Any = None
     hidden_size: int
     unequal: Any = None
+    stages: Sequence[nn.Module] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +110,7 @@ class ParallelRoot(ParallelModule):
 
     def release_gathered_weights(self) -> None:
         """Lets go of weights that a forward pass gathered, so that ``named_parameters`` gives this rank's pieces."""
-        for module in self.modules():
+        for module in (*self.modules(), *self.stages):
             if isinstance(module, FSDPModule):
                 module.reshard()
 

@@ -121,8 +121,8 @@ class DecoderLayer(ParallelRoot):
         return hidden + self.self_attn(self.input_layernorm(hidden), batch)
 
     def _feed(self, hidden: Tensor, batch: SequenceBatch) -> Output:
-        hidden = hidden + self.mlp(self.post_attention_layernorm(hidden), batch)
-        if batch.routing is None:
-            return hidden
-        routing_SE, batch.routing = batch.routing, None
-        return hidden, routing_SE
+        output = self.mlp(self.post_attention_layernorm(hidden), batch)
+        if not isinstance(output, tuple):
+            return hidden + output
+        change, routing_SE = output
+        return hidden + change, routing_SE

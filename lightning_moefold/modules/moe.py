@@ -139,15 +139,16 @@ class MoELayer(ParallelRoot):
         config = self.settled(mesh)
         self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))
 
-    def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Routes each token through its experts.
 
         Args:
             hidden: This rank's tokens ``[T, D]``; without ``batch``, ``[..., D]``, the same on every tp rank.
-            batch: What is padding, and where the routing statistics go.
+            batch: What is padding, and whether somebody asks for routing statistics.
 
         Returns:
-            A tensor of the shape of ``hidden``.
+            A tensor of the shape of ``hidden``, and where the batch asks for routing statistics a table of them
+            (:mod:`.routers.statistics`).
         """
         if batch is None:
             whole = hidden.dim() > 2 and self.rows is None
@@ -166,8 +167,8 @@ class MoELayer(ParallelRoot):
         else:  # sizes of what arrives differ from step to step
             y_TD = comm.uncompiled(self._routed, hidden, choices, batch)
         if batch.wants_routing:
-            batch.routing = routing_table(routed, counts_GE, batch)
-        elif self.keep_routing:
+            return y_TD, routing_table(routed, counts_GE, batch)
+        if self.keep_routing:
             # None in evaluation, or a loss computed there would be that of the latest training batch.
             batch.wants_z_loss = True
             table_SE = routing_table(routed, counts_GE, batch) if self.training else None

@@ -50,7 +50,6 @@ class SequenceBatch:
         num_groups: How many there are.
         wants_routing: Whether somebody asks for routing statistics.
         wants_z_loss: Whether they are to include what the z-loss needs.
-        routing: Where an MoE layer puts its table of statistics, for its decoder layer to return.
         row_numbers: Of the rows, among those of all data ranks: row b of rank r of R is ``b * R + r``, as rows are dealt.
         call: Number of the training call, for routers with noise.
         cache: Keys and values of earlier positions, while text is generated; else None.
@@ -73,7 +72,6 @@ class SequenceBatch:
         self.group_T: Tensor | None = None
         self.num_groups = 1
         self.wants_routing = self.wants_z_loss = False
-        self.routing: Tensor | None = None
         self.row_numbers = range(rows)
         self.call: Tensor | None = None
         self.cache: KeyValueCache | None = None

@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -34,6 +35,21 @@ def missing_tool(device: torch.device) -> str | None:
         return None if has_c_compiler() else "a C compiler (gcc or clang, or the variable CC)"
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     return None if shutil.which(name) else f"a C++ compiler ({name}, or the variable CXX)"
+
+
+def has_compiler(device: torch.device, everywhere: Callable[[bool], bool]) -> bool:
+    """Whether every machine can compile; one warning where one cannot. Collective.
+
+    Args:
+        device: Where the layers compute.
+        everywhere: Whether something is so on all ranks.
+    """
+    missing = missing_tool(device)
+    if everywhere(missing is None):
+        return True
+    where = f"{missing}, which this machine does not have" if missing else "a tool that another machine does not have"
+    rank_zero_warn(f"compile=True needs {where}; install it. Layers run as they are, not compiled.")
+    return False
 
 
 def break_reasons(layer: DecoderLayer) -> list[str]:

@@ -21,7 +21,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from lightning_moefold.errors import InputError
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
@@ -29,8 +28,7 @@ from lightning_moefold.modules.base import ParallelModule, ParallelRoot
 from lightning_moefold.modules.experts.experts import RoutedExperts
 from lightning_moefold.modules.routers import Router
 from lightning_moefold.parallel.hooks import keeping_hooks
-from lightning_moefold.parallel.pipeline.pipeline import Pipeline
-from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+from lightning_moefold.parallel.pipeline.language_model import cut_into_stages
 from lightning_moefold.parallel.pipeline.stage import Stage
 from lightning_moefold.parallel.settings import Settings, Sharding
 
@@ -62,7 +60,7 @@ def cut_root(model: ParallelRoot, mesh: FoldedMesh, settings: Settings, device: 
         for name, p in model.named_parameters()
     }
     model.layouts |= {name: ParameterLayout(tuple(b.shape), ParameterPlan()) for name, b in model.stored_buffers()}
-    stages = _cut_into_stages(model, mesh, settings.plan)
+    stages = cut_into_stages(model, mesh, settings.plan) if isinstance(model, MoECausalLM) else []
     _cut_over_tensor_axes(model, mesh)
     model.settings = settings
     for module in model.modules():
@@ -106,42 +104,6 @@ def _data_dim(sizes: tuple[int, ...], family: Family, ranks: int) -> int:
     if family is Family.DENSE:
         return 0
     return next((dim for dim in (0, 1) if sizes[dim] % ranks == 0), 0)
-
-
-def _cut_into_stages(model: ParallelRoot, mesh: FoldedMesh, plan: PipelinePlan) -> list[Stage]:
-    """Leaves to this rank what its pipeline stages need; the layouts go on to tell of all parameters."""
-    pp = mesh.fold.pp
-    if pp == 1 or not isinstance(model, MoECausalLM):  # a block is in the stage of its network
-        return []
-    layers, count = plan.layers(model.config, pp), pp * plan.chunks
-    first, last = plan.owner(0, pp), plan.owner(count - 1, pp)
-    holders: dict[str, tuple[int, ...]] = {
-        f"model.layers.{i}.": (plan.owner(stage, pp),) for stage, part in enumerate(layers) for i in part
-    }
-    holders |= {"model.norm.": (last,), "lm_head.": (last,)}
-    holders["model.embed_tokens."] = (first,)
-    if model.config.tie_word_embeddings:
-        if first == last:
-            raise InputError(
-                f"pipeline_schedule={plan.schedule!r} puts the first and the last stage on one rank, which does not go with tied "
-                "embeddings; use another schedule, such as 'interleaved_1f1b'."
-            )
-        holders["model.embed_tokens."] = (first, last)
-    holders_of = {name: next(v for k, v in holders.items() if name.startswith(k)) for name in model.layouts}
-    model.layouts = {name: replace(layout, stages=holders_of[name]) for name, layout in model.layouts.items()}
-    place = mesh.place["pp"]
-    for prefix, ranks in holders.items():
-        if place not in ranks:
-            parent, _, leaf = prefix[:-1].rpartition(".")
-            owner = model.get_submodule(parent)
-            if isinstance(owner, nn.ModuleDict):
-                del owner[leaf]
-            else:
-                owner.register_module(leaf, None)
-    mine = plan.local_stages(pp, place)
-    stages = [Stage(model, index, count, layers[index]) for index in mine]
-    model.pipeline = Pipeline(model, mesh, plan, stages)
-    return stages
 
 
 def _cut_over_tensor_axes(model: ParallelRoot, mesh: FoldedMesh) -> None:

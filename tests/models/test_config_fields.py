@@ -8,6 +8,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -286,14 +287,14 @@ def test_what_overrides_mend_is_mended_in_what_is_written(
     assert written["bos_token_id"] == 7
 
 
-def test_written_after_with_overrides() -> None:
-    config = MoEConfig.from_hf(BASE["qwen3_moe"]).with_overrides(num_experts_per_tok=3, rope_theta=3.0)
+def test_written_after_replace() -> None:
+    config = replace(MoEConfig.from_hf(BASE["qwen3_moe"]), num_experts_per_tok=3, rope_theta=3.0)
     written = written_config(config)
     assert written["num_experts_per_tok"] == 3
     assert MoEConfig.from_hf(written) == config
-    unused = MoEConfig.from_hf(BASE["mixtral"]).with_overrides(intermediate_size=64)  # no layer of the family is dense
+    unused = replace(MoEConfig.from_hf(BASE["mixtral"]), intermediate_size=64)  # no layer of the family is dense
     assert written_config(unused) == BASE["mixtral"]
-    mixed = MoEConfig.from_hf(BASE["mixtral"]).with_overrides(sliding_windows=(None, 4))
+    mixed = replace(MoEConfig.from_hf(BASE["mixtral"]), sliding_windows=(None, 4))
     with pytest.raises(ConfigError, match="sliding_windows=.* cannot be written in a config.json of mixtral"):
         written_config(mixed)
 
@@ -349,7 +350,7 @@ def test_made_by_hand_is_checked_as_well() -> None:
         "norm_topk_prob": "no",
     }.items():
         with pytest.raises(ConfigError, match=field):
-            config.with_overrides(**{field: value})
+            replace(config, **{field: value})
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import InputError, InputTypeError
 from lightning_moefold.modules.base import ParallelRoot
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -104,3 +105,65 @@ def layered_networks(root: nn.Module) -> list[LayeredNetwork]:
                 found.append(LayeredNetwork(name, module))
             inside |= {id(m) for m in module.modules()}
     return found
+
+
+# ---- what the ends return ----------------------------------------------------------------------------------------------
+
+#: What a head returned.
+LOSS, RATIO, OUTPUT = 1, 2, 3
+
+
+class Found(NamedTuple):
+    """What the head said of a micro-batch.
+
+    Args:
+        kind: :data:`LOSS`, :data:`RATIO` or :data:`OUTPUT`.
+        total: The loss, or the sum of losses; zero for an output.
+        weight: What sums are divided by; one for the rest.
+        output: An output.
+    """
+
+    kind: int
+    total: Tensor
+    weight: Tensor
+    output: Tensor | None = None
+
+    def detached(self) -> Found:
+        """Without its graph."""
+        output = None if self.output is None else self.output.detach()
+        return Found(self.kind, self.total.detach(), self.weight.detach(), output)
+
+
+def check_shape(x_R: Any, expected: tuple[int, ...]) -> None:
+    """Raises a ValueError unless ``embed`` returned hidden states of this shape."""
+    if not isinstance(x_R, Tensor) or tuple(x_R.shape) != expected:
+        what = list(x_R.shape) if isinstance(x_R, Tensor) else type(x_R).__name__
+        raise InputError(
+            f"embed must return hidden states with an entry for each row of the batch, of one shape: {list(expected)} here, "
+            f"not {what}."
+        )
+
+
+def is_ratio(result: Any) -> bool:
+    """Whether a head returned a sum of losses and what to divide it by."""
+    pair = isinstance(result, (tuple, list)) and len(result) == 2
+    return pair and isinstance(result[0], Tensor) and result[0].dim() == 0
+
+
+def read_head(result: Any, rows: int) -> Found:
+    """Makes out what a head returned for ``rows`` rows.
+
+    Raises:
+        TypeError: If that is nothing a pipeline can put together again.
+    """
+    if isinstance(result, Tensor) and result.dim() == 0:
+        return Found(LOSS, result, result.new_ones(()))
+    if is_ratio(result):
+        return Found(RATIO, result[0], torch.as_tensor(result[1], dtype=torch.float64, device=result[0].device))
+    if isinstance(result, Tensor) and result.shape[0] == rows:
+        return Found(OUTPUT, torch.zeros((), device=result.device), torch.ones((), device=result.device), result)
+    what = f"a tensor of shape {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+    raise InputTypeError(
+        "head must return a loss (a scalar, the mean over rows), a pair (sum, weight) of scalars or, in evaluation, a tensor with "
+        f"an entry for each row; it returned {what} for {rows} rows."
+    )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,11 +70,13 @@ class RowCut:
 
     def enter(self, x_BSD: Tensor) -> Tensor:
         """``[B, S, ...] -> [B, L, ...]``, padded with zeros."""
-        return _Enter.apply(x_BSD, self)
+        cp = self.layout.cp.size
+        return comm.linear(x_BSD, lambda x: _positions(x, self), lambda grad: _whole(grad, self) / cp)
 
     def leave(self, x_BLD: Tensor) -> Tensor:
         """``[B, L, ...] -> [B, S, ...]`` on every cp rank, without the padding."""
-        return _Leave.apply(x_BLD, self)
+        cp = self.layout.cp.size
+        return comm.linear(x_BLD, lambda x: _whole(x, self), lambda grad: _positions(grad, self) * cp)
 
 
 def _positions(x_BSD: Tensor, cut: RowCut) -> Tensor:
@@ -88,25 +89,3 @@ def _positions(x_BSD: Tensor, cut: RowCut) -> Tensor:
 def _whole(x_BLD: Tensor, cut: RowCut) -> Tensor:
     x_SBD = comm.all_gather_raw(x_BLD.transpose(0, 1).contiguous(), cut.layout.cp)
     return x_SBD.index_select(0, cut.layout.order(x_BLD.device)[: cut.true_length]).transpose(0, 1).contiguous()
-
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, cut: RowCut) -> Tensor:
-        ctx.cut = cut
-        return _positions(x_BSD, cut)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _whole(grads[0], ctx.cut) / ctx.cut.layout.cp.size, None
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BLD: Tensor, cut: RowCut) -> Tensor:
-        ctx.cut = cut
-        return _whole(x_BLD, cut)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _positions(grads[0], ctx.cut) * ctx.cut.layout.cp.size, None

@@ -8,9 +8,7 @@ in Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +23,11 @@ from lightning_moefold.modules.balance import global_value
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.parallel.network.position_check import check_positions
-from lightning_moefold.parallel.network.protocol import LayeredNetwork, MissingLayer
+from lightning_moefold.parallel.network.protocol import LayeredNetwork, MissingLayer, is_ratio
 from lightning_moefold.parallel.network.row_cut import RowCut
-from lightning_moefold.parallel.pipeline.network import NetworkPipeline
-from lightning_moefold.parallel.pipeline.network_stage import NetworkStage, is_ratio
+from lightning_moefold.parallel.pipeline.network import StagedNetwork
+from lightning_moefold.parallel.pipeline.pipeline import Pipeline
+from lightning_moefold.parallel.pipeline.stage import Stage
 from lightning_moefold.parallel.roots import cut_root, make_groups
 from lightning_moefold.parallel.settings import Settings, Sharding
 
@@ -54,7 +53,7 @@ class NetworkRunner:
         self.network, self.mesh, self.settings = network, mesh, settings
         self.layouts: dict[str, ParameterLayout] = {}
         self.names = set(network.module.state_dict())
-        self.pipeline: NetworkPipeline | None = None
+        self.pipeline: Pipeline | None = None
         self.shares_ends = False
         self._tried = False
 
@@ -72,7 +71,7 @@ class NetworkRunner:
         """Goes on under settings that a network which is cut may change to."""
         self.settings = settings
         if self.pipeline is not None:
-            self.pipeline.use(settings)
+            self.pipeline.runner.use(settings.plan)
 
     def __call__(self, batch: Any) -> Any:
         """Runs the network. Collective over all ranks.
@@ -85,7 +84,7 @@ class NetworkRunner:
             with torch.inference_mode(mode=False), torch.no_grad():
                 return self(batch)
         if self.pipeline is not None:
-            return self.pipeline.run(batch)
+            return self.pipeline(batch, self.settings)
         x_R = self.network.embed(batch)
         cut = RowCut.of(x_R.shape, self.mesh.axis("cp"), self.settings.exchange)
         for block in self.network.blocks():
@@ -113,7 +112,10 @@ class NetworkRunner:
 
     def load_balancing_loss(self) -> Tensor | None:
         """That of the latest call where stages hold the layers; None where one rank has them all."""
-        return None if self.pipeline is None else self.pipeline.load_balancing_loss()
+        if self.pipeline is None:
+            return None
+        assert isinstance(self.pipeline.network, StagedNetwork)
+        return self.pipeline.network.load_balancing_loss(self.pipeline)
 
 
 def runner_of(module: nn.Module) -> NetworkRunner | None:
@@ -141,29 +143,31 @@ def cut_network(network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, d
     """
     runner = NetworkRunner(network, mesh, settings)
     make_groups(network.module, mesh)
-    stages = _cut(runner) if mesh.fold.pp > 1 else []
+    parts = _cut(runner) if mesh.fold.pp > 1 else {}
     for _, block in parallel_roots(network.module):
         cut_root(block, mesh, settings, device)
-        if stages:
+        if parts:
             here = (mesh.place["pp"],)
             block.layouts = {name: replace(layout, stages=here) for name, layout in block.layouts.items()}
     network.module.to(device)
-    if stages:
-        runner.pipeline = NetworkPipeline(network, mesh, settings, [make() for make in stages], device)
+    if parts:
+        staged, count = StagedNetwork(network, mesh, device), mesh.fold.pp * settings.plan.chunks
+        stages = [Stage(staged, index, count, names) for index, names in parts.items()]
+        runner.pipeline = Pipeline(staged, mesh, settings.plan, stages)
         for stage in runner.pipeline.stages:
             _wrap(stage, mesh, settings.sharding)
     network.module.__dict__[_RUNNER] = runner
     network.module.forward = runner
 
 
-def _cut(runner: NetworkRunner) -> list[Callable[[], NetworkStage]]:
+def _cut(runner: NetworkRunner) -> dict[int, list[str]]:
     """Leaves to this rank what its stages need, and notes who holds which of the network's own parameters.
 
     The ends stay on the ranks of the first and of the last stage, since nobody says which of them ``embed`` uses, and which
     ``head``: so they may share weights.
 
     Returns:
-        What makes the stages, once the parameters are final.
+        The layers of each stage of this rank.
     """
     network, mesh, plan = runner.network, runner.mesh, runner.settings.plan
     pp, place = mesh.fold.pp, mesh.place["pp"]
@@ -193,7 +197,7 @@ def _cut(runner: NetworkRunner) -> list[Callable[[], NetworkStage]]:
         for module in network.ends():
             for leaf, _ in list(module.named_parameters(recurse=False)):
                 module.register_parameter(leaf, None)
-    return [partial(NetworkStage, network, stage, count, parts[stage], mesh.stage) for stage in mine]
+    return {stage: parts[stage] for stage in mine}
 
 
 def _cost(layer: nn.Module) -> float:
@@ -207,7 +211,7 @@ def _cost(layer: nn.Module) -> float:
     return float(sum(p.numel() * idle.get(id(p), 1.0) for p in layer.parameters()))
 
 
-def _wrap(stage: NetworkStage, mesh: FoldedMesh, sharding: Sharding) -> None:
+def _wrap(stage: Stage, mesh: FoldedMesh, sharding: Sharding) -> None:
     """A schedule reduces what belongs to an FSDP2 module, so the stage is one, if only around its blocks."""
     if any(isinstance(m, FSDPModule) for m in stage.modules()):
         meshes = [sharding.data_mesh(mesh, family) for family in Family]

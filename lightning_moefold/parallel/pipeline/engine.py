@@ -13,7 +13,7 @@ enter there like any others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.parallel.gradients import like, local_part
 from lightning_moefold.parallel.pipeline.paired_passes import pair_passes
@@ -53,31 +54,15 @@ class Wire:
 
 
 class StageModule(Protocol):
-    """A stage, which computes what its ``job`` says when it is called with the tensors of the stage before."""
+    """A stage, which computes what its ``call`` says when it is called with the tensors of the stage before."""
 
     index: int
     is_first: bool
     is_last: bool
-    job: Any
+    call: Any
 
     def __call__(self, *received: Tensor, microbatch: Tensor) -> Any:
         """Runs one micro-batch."""
-        ...
-
-
-class Staged(Protocol):
-    """What stages are made of."""
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """On this rank."""
-        ...
-
-    def modules(self) -> Iterable[nn.Module]:
-        """On this rank."""
-        ...
-
-    def release_gathered_weights(self) -> None:
-        """So that ``parameters`` are pieces."""
         ...
 
 
@@ -85,7 +70,7 @@ class ScheduleRunner:
     """Runs the stages of this rank, together with all ranks of the pipeline.
 
     Args:
-        owner: Of the parameters.
+        network: Of which this rank holds the stages.
         mesh: The folded mesh.
         plan: Schedule and cut.
         stages: Of this rank, in the order of the model.
@@ -94,10 +79,10 @@ class ScheduleRunner:
         watch: Makes, of torch's schedule, a context in which it runs; for who would see what happens when.
     """
 
-    def __init__(self, owner: Staged, mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[StageModule]) -> None:
+    def __init__(self, network: nn.Module, mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[StageModule]) -> None:
         self.mesh, self.plan, self.stages = mesh, plan, stages
         self.count = mesh.fold.pp * plan.chunks
-        self._owner = owner
+        self._network = network
         self.watch: Callable[[Any], AbstractContextManager[Any]] = nullcontext
         self._schedule: Any = None
         self._schedule_key: tuple[Any, ...] = ()
@@ -117,21 +102,44 @@ class ScheduleRunner:
         pp = self.mesh.axis("pp")
         return pp.ranks[self.plan.owner(stage, pp.size)]
 
+    def from_last(self, mine: Tensor | None, shape: Wire | None, device: torch.device) -> Tensor:
+        """What the rank of the last stage has, on every rank of the pipeline. Collective over them.
+
+        Args:
+            mine: On that rank.
+            shape: Of it, and its dtype; None where only that rank knows.
+            device: Of this rank.
+        """
+        group, source = self.mesh.axis("pp").group, self.last_rank
+        if shape is None:
+            about = [None if mine is None else Wire(tuple(mine.shape), mine.dtype)]
+            dist.broadcast_object_list(about, src=source, group=group)
+            shape = about[0]
+        assert shape is not None
+        whole = shape.empty(device) if mine is None else mine.contiguous()
+        dist.broadcast(whole.view(torch.uint8) if whole.dtype == torch.bool else whole, src=source, group=group)
+        return whole
+
+    def _release_gathered_weights(self) -> None:
+        """So that the network's parameters are this rank's pieces."""
+        for _, root in parallel_roots(self._network):
+            root.release_gathered_weights()
+
     @contextmanager
-    def working_on(self, job: Any) -> Iterator[None]:
+    def working_on(self, call: Any) -> Iterator[None]:
         """A context in which the stages of this rank know what to do."""
         for stage in self.stages:
-            stage.job = job
+            stage.call = call
         try:
             yield
         finally:
             for stage in self.stages:
-                stage.job = None
+                stage.call = None
 
     @contextmanager
     def counters_kept(self) -> Iterator[None]:
         """Tokens are counted once, however often they pass."""
-        layers = [m for m in self._owner.modules() if isinstance(m, MoELayer)]
+        layers = [m for m in self._network.modules() if isinstance(m, MoELayer)]
         counters = [(c, c.clone()) for layer in layers for c in (layer.load_E, layer.dropped)]
         yield
         for counter, before in counters:
@@ -139,26 +147,26 @@ class ScheduleRunner:
 
     # ---- forward and backward ----------------------------------------------------------------------------------
 
-    def train(self, job: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
+    def train(self, call: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
         """Forward and backward of all micro-batches; gradients of earlier stay as they are.
 
         Args:
-            job: For the stages.
+            call: For the stages.
             microbatches: M.
             wires: What travels.
             device: Of the tensors.
         """
-        self._owner.release_gathered_weights()
-        parameters = [p for p in self._owner.parameters() if p.requires_grad]
+        self._release_gathered_weights()
+        parameters = [p for p in self._network.parameters() if p.requires_grad]
         aside = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
         numbers = torch.arange(microbatches)
         try:
             schedule = self._prepare(microbatches, wires, device)
-            with self.working_on(job), self.watch(schedule):
+            with self.working_on(call), self.watch(schedule):
                 schedule.step(microbatch=numbers, target=numbers, return_outputs=False)
-            self._owner.release_gathered_weights()
+            self._release_gathered_weights()
             return [(p, p.grad) for p in parameters]
         finally:
             for parameter, grad in zip(parameters, aside, strict=True):
@@ -199,7 +207,7 @@ class ScheduleRunner:
 
     @torch.inference_mode(mode=False)  # what FSDP2 gathers would serve no training after it
     @torch.no_grad()
-    def evaluate(self, job: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
+    def evaluate(self, call: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
         """All micro-batches through the first stage of every rank, then through the second.
 
         On NCCL, what a rank sends and receives in a group runs in the order in which it was asked for, and a send is done
@@ -223,7 +231,7 @@ class ScheduleRunner:
             after = self._rank_of(stage.index + 1)
             sends.extend((dist.isend(x, after, group=pp.group), x) for x in output)
 
-        with self.working_on(job):
+        with self.working_on(call):
             for stage in self.stages:
                 if stage.index % pp.size == 0 and not stage.is_first and stage.index - 1 not in here:
                     passed |= {(stage.index - 1, i): receive(stage) for i in range(microbatches)}

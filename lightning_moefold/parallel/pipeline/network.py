@@ -1,32 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network of the user's own in a pipeline: one call runs the whole schedule over the micro-batches.
+"""A custom network in a pipeline: its own code in ``embed`` and ``head``, its layers between them.
+
+Of a micro-batch without rows, which a short last batch leaves, only the layers hear, whose blocks communicate.
 
 The gradients of the load-balancing loss need the choices of the whole batch, of all its micro-batches, which are known only
 after the schedule; and by how much the user weighs that loss is known later still. So asking for it runs the schedule once
 more, with nothing but this loss.
 
-Legend: R rows, M micro-batches, E experts.
+Legend: R rows of a micro-batch, C rows of the largest, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_moefold import comm
-from lightning_moefold.agreement import PRIME, check_same_batch, fingerprint, same_batch_slots
-from lightning_moefold.errors import BatchError, InputError, InputTypeError, PeerError
+from lightning_moefold.agreement import PRIME, fingerprint
+from lightning_moefold.errors import BatchError, InputError, InputTypeError
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.modules.base import parallel_roots, wide
-from lightning_moefold.parallel.network.protocol import LayeredNetwork
+from lightning_moefold.modules.base import wide
+from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.modules.routers.statistics import split_table
+from lightning_moefold.parallel.network.position_check import check_positions
+from lightning_moefold.parallel.network.protocol import (
+    LOSS,
+    OUTPUT,
+    RATIO,
+    Found,
+    LayeredNetwork,
+    check_shape,
+    read_head,
+)
 from lightning_moefold.parallel.network.row_cut import RowCut
 from lightning_moefold.parallel.pipeline.engine import Kept, ScheduleRunner, Wire, differentiable
-from lightning_moefold.parallel.pipeline.network_stage import LOSS, OUTPUT, RATIO, NetworkJob, NetworkStage, check_shape
+from lightning_moefold.parallel.pipeline.pipeline import Pipeline
+from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, cut_rows, split_evenly
 from lightning_moefold.parallel.randomness import Randomness
 from lightning_moefold.parallel.settings import Settings
 
@@ -34,122 +49,103 @@ _DIMENSIONS = 8
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class NetworkPipeline:
-    """Runs a network that is spread over pipeline ranks.
+@dataclass(kw_only=True)
+class NetworkCall(Call):
+    """One call of the network; its micro-batches are known once all ranks have agreed.
+
+    Args:
+        batch: As it was given.
+        settings: How the network runs.
+        autocast: Whether the user's code runs under autocast, and in which dtype.
+        rows: Of the whole batch; the ``lengths`` are R of each micro-batch.
+        wire: A row of the hidden states as it travels, ``[1, ...]``; known to the first stage until all have agreed.
+        cut: How rows are cut over cp; None where they are whole.
+        slopes: For the load-balancing loss alone: by what each layer's probabilities ``[E]`` are weighed.
+
+    Attributes:
+        found: What the head returned for each micro-batch, without its graph.
+        routed: Choices and probabilities ``[2, E]`` of each layer that keeps its routing, over all micro-batches.
+    """
+
+    batch: Any
+    settings: Settings
+    autocast: tuple[bool, torch.dtype]
+    rows: int = 1
+    wire: Wire = Wire((1, 1), torch.float32)
+    cut: RowCut | None = None
+    slopes: dict[str, Tensor] | None = None
+    found: dict[int, Found] = field(default_factory=dict)
+    routed: dict[str, Tensor] = field(default_factory=dict)
+
+    def around(self) -> AbstractContextManager[Any]:
+        """The user's autocast."""
+        enabled, dtype = self.autocast
+        return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+    def share(self, number: int, found: Found) -> float:
+        """The part of a micro-batch in the result: losses are means over rows."""
+        return self.lengths[number] / self.rows if found.kind == LOSS else 1.0
+
+
+class StagedNetwork:
+    """See :class:`~.stage.Staged`.
 
     Args:
         network: Cut down to what this rank holds.
         mesh: The folded mesh.
-        settings: How it is cut and run.
-        stages: Of this rank, in the order of the network.
         device: Where its parameters are.
     """
 
-    def __init__(
-        self, network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, stages: list[NetworkStage],
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        self.network, self.mesh, self.stages, self.device = network, mesh, stages, device
-        self._settings = settings
-        self._runner = ScheduleRunner(self, mesh, settings.plan, stages)
+    users_code = "the network's code"
+
+    def __init__(self, network: LayeredNetwork, mesh: FoldedMesh, device: torch.device) -> None:
+        self.network, self.module, self.mesh, self.device = network, network.module, mesh, device
         self._shapes: dict[Any, Wire] = {}
-        self._latest: tuple[NetworkJob, Randomness] | None = None
+        self._tried: set[int] = set()
+        self._keeping: dict[int, dict[str, MoELayer]] = {}
+        self._latest: tuple[NetworkCall, Randomness] | None = None
 
-    def use(self, settings: Settings) -> None:
-        """Goes on under other settings."""
-        self._settings = settings
-        self._runner.use(settings.plan)
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """By name."""
+        return self.network.layers()
 
-    # ---- what the engine asks ----------------------------------------------------------------------------------
+    def ends(self, *, first: bool, last: bool) -> nn.Module:
+        """The parameters of ``embed`` and ``head``: nobody says which are whose."""
+        ends = (p for m in self.network.ends() for p in m.parameters(recurse=False))
+        return nn.ParameterList(dict.fromkeys(ends) if first or last else ())
 
-    def parameters(self) -> Iterable[nn.Parameter]:
-        """On this rank."""
-        return self.network.module.parameters()
+    # ---- before the schedule -----------------------------------------------------------------------------------
 
-    def modules(self) -> Iterable[nn.Module]:
-        """On this rank."""
-        return self.network.module.modules()
+    def read(self, batch: Any, settings: Settings) -> NetworkCall:
+        """Reads what the network was called with.
 
-    def release_gathered_weights(self) -> None:
-        """So that ``parameters`` are pieces."""
-        for _, block in parallel_roots(self.network.module):
-            block.release_gathered_weights()
-
-    # ---- a call ------------------------------------------------------------------------------------------------
-
-    def run(self, batch: Any) -> Tensor:
-        """What the network returns for this data rank's rows. Collective over all ranks.
-
-        Raises:
-            BatchError: On every rank, if one has other data than the rest of its replica.
-            Exception: What the user's code raised; on other ranks, that it did.
+        Args:
+            batch: What ``embed`` and ``head`` take.
+            settings: How the network runs.
         """
-        training = torch.is_grad_enabled()
-        job = self._prepare(batch, training)
-        self._latest = (job, Randomness(self.device))
-        kept = self._run(job, training)
-        kind, total, weight = self._results(job, training)
-        output = self._output(job) if kind == OUTPUT else None
-        job.found.clear()
-        if output is not None:
-            return output
-        value = (total / weight).to(wide(job.wire.dtype))
-        # A loss means the mean over data ranks (modules/balance.py); a ratio is a value of all of them.
-        factor = 1.0 if kind == LOSS else self.mesh.fold.dp / float(weight)
-        return differentiable(value, kept, factor) if training else value
-
-    def _prepare(self, batch: Any, training: bool) -> NetworkJob:
-        """Cuts the batch into micro-batches, once all ranks have agreed that their data is sound."""
-        mesh, device = self.mesh, self.device
-        enabled = torch.is_autocast_enabled(device.type)
-        autocast = enabled, torch.get_autocast_dtype(device.type)
-        error: Exception | None = None
-        rows, wire = 1, Wire((1, 1), torch.float32)
-        number = torch.full((), int(training) + 1, device=device)
+        training, device = torch.is_grad_enabled(), self.device
+        call = NetworkCall(
+            batches=[], device=device, training=training, number=torch.full((), int(training) + 1, device=device), batch=batch,
+            settings=settings, autocast=(torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)),
+        )  # fmt: skip
         try:
-            rows = _rows(batch)
+            call.rows = _rows(batch)
             for tensor in _tensors(batch):
-                number = (number * 31 + fingerprint(tensor).to(device)) % PRIME
-            if any(stage.is_first for stage in self.stages):
-                wire = self._shape(batch, rows, autocast)
-        except Exception as failure:  # raised below, together with all ranks
-            error = failure
-        flags = torch.tensor([error is not None, rows < self._settings.num_microbatches], device=device)
-        slots = torch.zeros(mesh.fold.dp, _DIMENSIONS + 1, dtype=torch.float64, device=device)
-        if any(stage.is_first for stage in self.stages) and not mesh.tp.index and not mesh.axis("cp").index:
-            numbers = [
-                len(wire.shape),
-                *wire.shape,
-                *[0] * (_DIMENSIONS - 1 - len(wire.shape)),
-                _DTYPES.index(wire.dtype),
-            ]
-            slots[mesh.place["dp"]] = torch.tensor(numbers, dtype=torch.float64)
-        same = same_batch_slots(number, mesh)
-        totals = comm.all_reduce_raw(torch.cat([flags.double(), same.flatten(), slots.flatten()]), mesh.world).cpu()
-        flags, same, slots = totals.split([2, same.numel(), slots.numel()])
-        if error is not None:
-            raise error
-        if flags[0]:
-            raise BatchError("the batch of another rank cannot be read; that rank's own error says why.")
-        check_same_batch(same, mesh)
-        dimensions, *shape, dtype = (int(n) for n in slots.view(mesh.fold.dp, -1)[mesh.place["dp"]].tolist())
-        # In a short last batch some micro-batches have no rows. A schedule needs all of them; an evaluation does not.
-        m = 1 if flags[1] and not training else self._settings.num_microbatches
-        bounds = [part.numel() for part in torch.arange(rows).tensor_split(m)]
-        cut = RowCut.of(shape[:dimensions], mesh.axis("cp"), self._settings.exchange)
-        inner = shape[1:dimensions] if cut is None else [cut.length, *shape[2:dimensions]]
-        for block in self.network.blocks():
-            block.rows = cut
-        return NetworkJob(
-            _cut(batch, rows, bounds), bounds, device, Wire((max(bounds), *inner), _DTYPES[dtype]), cut, autocast
-        )
+                call.number = (call.number * 31 + fingerprint(tensor).to(device)) % PRIME
+            if self.mesh.place["pp"] == 0:
+                call.wire = self._shape(call)
+        except Exception as failure:  # raised together with all ranks
+            call.fault = failure
+        return call
 
-    def _shape(self, batch: Any, rows: int, autocast: tuple[bool, torch.dtype]) -> Wire:
+    def _shape(self, call: NetworkCall) -> Wire:
         """Of the hidden states of one row, which all stages must know: as ``embed`` makes them of the first row."""
-        key = (autocast, *((tuple(t.shape[int(t.dim() and t.shape[0] == rows) :]), t.dtype) for t in _tensors(batch)))
+        tensors, rows, autocast = _tensors(call.batch), call.rows, call.autocast
+        key = (autocast, *((tuple(t.shape[int(t.dim() and t.shape[0] == rows) :]), t.dtype) for t in tensors))
         if key not in self._shapes:
             with torch.no_grad(), Randomness(self.device).again():
-                x_1 = self.network.embed(_cut(batch, rows, [1])[0])
+                x_1 = self.network.embed(cut_rows(call.batch, rows, [1])[0])
             check_shape(x_1, (1, *x_1.shape[1:]))
             if x_1.dim() >= _DIMENSIONS or x_1.dtype not in _DTYPES:
                 raise InputError(
@@ -160,79 +156,185 @@ class NetworkPipeline:
             self._shapes[key] = Wire(tuple(x_1.shape), wide(x_1.dtype) if autocast[0] else x_1.dtype)
         return self._shapes[key]
 
-    def _run(self, job: NetworkJob, training: bool) -> Kept:
-        run = self._runner.train if training else self._runner.evaluate
-        # Backward runs inside, where the user's autocast must not reach it; stages turn it on for their code.
-        with torch.autocast(self.device.type, enabled=False):
-            return run(job, len(job.batches), (job.wire,), self.device)
+    def numbers(self, call: NetworkCall) -> Tensor:
+        """Whether there are fewer rows than micro-batches; shape and dtype of the hidden states of each data rank."""
+        few = torch.tensor([call.rows < call.settings.num_microbatches], dtype=torch.float64, device=self.device)
+        slots = torch.zeros(self.mesh.fold.dp, _DIMENSIONS + 1, dtype=torch.float64, device=self.device)
+        if self.mesh.place["pp"] == 0 and self._is_first_of_stage:
+            shape = call.wire.shape
+            padding = [0] * (_DIMENSIONS - 1 - len(shape))
+            numbers = [len(shape), *shape, *padding, _DTYPES.index(call.wire.dtype)]
+            slots[self.mesh.place["dp"]] = torch.tensor(numbers, dtype=torch.float64)
+        return torch.cat([few, slots.flatten()])
 
-    # ---- what came of it ---------------------------------------------------------------------------------------
+    def agree(self, call: NetworkCall, totals: Tensor) -> None:
+        """Cuts the batch into micro-batches, and tells the blocks how rows are cut over cp."""
+        few, slots = totals.tensor_split([1])
+        dimensions, *shape, dtype = (int(n) for n in slots.view(self.mesh.fold.dp, -1)[self.mesh.place["dp"]].tolist())
+        # In a short last batch some micro-batches have no rows. A schedule needs all of them; an evaluation does not.
+        m = 1 if bool(few) and not call.training else call.settings.num_microbatches
+        call.lengths = split_evenly(call.rows, m)
+        call.batches = cut_rows(call.batch, call.rows, call.lengths)
+        call.cut = RowCut.of(shape[:dimensions], self.mesh.axis("cp"), call.settings.exchange)
+        inner = shape[1:dimensions] if call.cut is None else [call.cut.length, *shape[2:dimensions]]
+        call.wires = (Wire((max(call.lengths), *inner), _DTYPES[dtype]),)
+        self._tell_blocks(call)
+        self._latest = call, Randomness(self.device)
 
-    def _results(self, job: NetworkJob, training: bool) -> tuple[int, Tensor, Tensor]:
-        """Kind of the result, the sum and what to divide it by: the same bits on every rank of a data replica."""
-        mesh = self.mesh
-        kinds = {found.kind for found in job.found.values()}
+    def _tell_blocks(self, call: NetworkCall) -> None:
+        for block in self.network.blocks():
+            block.rows = call.cut
+
+    @property
+    def _is_first_of_stage(self) -> bool:
+        """Of the ranks that have the same rows."""
+        return not self.mesh.tp.index and not self.mesh.axis("cp").index
+
+    # ---- in the schedule ---------------------------------------------------------------------------------------
+
+    def embed(self, call: NetworkCall, number: int) -> Carried:
+        """Hidden states ``[R, ...]``; zeros where the user's code failed."""
+        [wire], cut = call.wires, call.cut
+        length = () if cut is None else (cut.true_length,)
+        expected = (call.lengths[number], *length, *wire.shape[1 + len(length) :])
+        x_R = torch.zeros(expected, dtype=wire.dtype, device=call.device)
+        if call.lengths[number]:
+            with call.keeping_errors():
+                made = self.network.embed(call.batches[number])
+                check_shape(made, expected)
+                x_R = made
+        return (x_R if cut is None else cut.enter(x_R),)
+
+    def run(self, stage: Stage, carried: Carried, call: NetworkCall, number: int) -> Carried:
+        """Runs the layers, which may change in place what they are given."""
+        x_R = carried[0] if stage.is_first else carried[0].clone()
+        if call.cut is not None and stage.index not in self._tried:
+            layers = dict(zip(stage.names, stage.layers, strict=True))
+            if (wrong := check_positions(layers, x_R, call.cut, self.mesh.stage)) is not None:
+                call.error = call.error or wrong
+                return (x_R,)
+            self._tried.add(stage.index)
+        y_R = x_R
+        with call.keeping_errors():  # if it is that of all ranks of the stage; otherwise the others wait for this one
+            for layer in stage.layers:
+                y_R = layer(y_R)
+            if y_R.shape != x_R.shape:
+                raise InputError(
+                    f"layers must return hidden states of the shape that they take in a pipeline; {list(x_R.shape)} became "
+                    f"{list(y_R.shape)}."
+                )
+            share = self._routing(stage, call)
+            if share is None:
+                return (y_R,)
+            return (y_R, share) if stage.is_last else (_Beside.apply(y_R, share),)
+        return (x_R,)
+
+    def _routing(self, stage: Stage, call: NetworkCall) -> Tensor | None:
+        """Takes what the layers have kept: adds it up or, for the load-balancing loss, forms this rank's share of it."""
+        share = None
+        for name, layer in self._routers(stage).items():
+            kept, layer.routing = layer.routing, None
+            if kept is None:
+                continue
+            counts_GE, probability_GE, _ = split_table(kept.table_SE)
+            probability_E = probability_GE[0].double()
+            if call.slopes is not None:
+                part = (call.slopes[name] * probability_E).sum()
+                share = part if share is None else share + part
+            else:
+                mine = torch.stack([counts_GE[0].double(), probability_E]).detach()
+                call.routed[name] = call.routed[name] + mine if name in call.routed else mine
+        return share
+
+    def _routers(self, stage: Stage) -> dict[str, MoELayer]:
+        """The layers of a stage that keep their routing."""
+        if stage.index not in self._keeping:
+            self._keeping[stage.index] = {
+                f"{name}.{inner}": part
+                for name, layer in zip(stage.names, stage.layers, strict=True)
+                for inner, part in layer.named_modules()
+                if isinstance(part, MoELayer) and part.keep_routing
+            }
+        return self._keeping[stage.index]
+
+    def head(self, carried: Carried, call: NetworkCall, number: int) -> Objective:
+        """The loss of a micro-batch; where only the load-balancing loss is asked for, this stage's share of that."""
+        x_R = carried[0] if call.cut is None else call.cut.leave(carried[0])
+        objective = sum(carried[1:], torch.zeros((), dtype=torch.float64, device=call.device))
+        if call.slopes is None and call.lengths[number]:
+            with call.keeping_errors():
+                found = read_head(self.network.head(x_R, call.batches[number]), call.lengths[number])
+                objective = objective + call.share(number, found) * found.total.double()
+                call.found[number] = found.detached()
+        return Objective(objective, x_R)
+
+    def evaluated(self, call: NetworkCall) -> None:
+        """There is nothing to do."""
+
+    # ---- after the schedule ------------------------------------------------------------------------------------
+
+    def found(self, call: NetworkCall) -> Tensor:
+        """Kind of the result, the sum and what to divide it by, of each data rank."""
+        kinds = {found.kind for found in call.found.values()}
         if len(kinds) > 1:
-            job.error = job.error or TypeError(
+            call.error = call.error or TypeError(
                 "head returned different kinds of results for the micro-batches of one batch."
             )
-        slots = torch.zeros(mesh.fold.dp + 1, 3, dtype=torch.float64, device=self.device)
-        if job.found and not mesh.tp.index and not mesh.axis("cp").index:
-            share = {i: job.rows[i] / sum(job.rows) if f.kind == LOSS else 1.0 for i, f in job.found.items()}
-            total = torch.stack([share[i] * f.total.double() for i, f in job.found.items()]).sum()
-            weight = torch.stack([share[i] * f.weight.double() for i, f in job.found.items()]).sum()
-            slots[mesh.place["dp"]] = torch.stack([slots.new_tensor(float(min(kinds))), total, weight])
-        slots[-1, 0] = job.error is not None
-        comm.all_reduce_raw(slots, mesh.world)
-        if job.error is not None:
-            raise job.error
-        failed, kinds = bool(slots[-1, 0]), {int(kind) for kind in slots[:-1, 0].tolist()}
-        if failed:
-            raise PeerError("the network's code failed on another rank, whose own error says why.")
+        slots = torch.zeros(self.mesh.fold.dp, 3, dtype=torch.float64, device=self.device)
+        if call.found and self._is_first_of_stage:
+            shares = [(call.share(i, found), found) for i, found in call.found.items()]
+            total = torch.stack([share * found.total.double() for share, found in shares]).sum()
+            weight = torch.stack([share * found.weight.double() for share, found in shares]).sum()
+            slots[self.mesh.place["dp"]] = torch.stack([slots.new_tensor(float(min(kinds))), total, weight])
+        return slots.flatten()
+
+    def looked(self, call: NetworkCall, totals: Tensor) -> None:
+        """No call looks ahead."""
+
+    def finish(self, call: NetworkCall, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> Tensor:
+        """What the network returns for this data rank's rows: the same bits on every rank of a data replica."""
+        kind, total, weight = self._result(call, totals.view(self.mesh.fold.dp, 3))
+        mine = [call.found[i].output for i in sorted(call.found)]
+        call.found.clear()
+        if kind == OUTPUT:
+            whole = torch.cat([part for part in mine if part is not None]) if mine else None
+            return runner.from_last(whole, None, self.device)
+        value = (total / weight).to(wide(call.wires[0].dtype))
+        # A loss means the mean over data ranks (modules/balance.py); a ratio is a value of all of them.
+        factor = 1.0 if kind == LOSS else self.mesh.fold.dp / float(weight)
+        return differentiable(value, kept, factor) if call.training else value
+
+    def _result(self, call: NetworkCall, slots: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Kind of the result, the sum and what to divide it by."""
+        kinds = {int(kind) for kind in slots[:, 0].tolist()}
         if len(kinds) > 1:
             raise InputTypeError(
                 "head returned different kinds of results on the data ranks; return the same kind on each."
             )
         [kind] = kinds
-        if kind == OUTPUT and training:
+        if kind == OUTPUT and call.training:
             raise InputTypeError(
                 "head returned a tensor with an entry for each row, through which a pipeline cannot go backward; return a loss, or "
                 "call the network under torch.no_grad()."
             )
         if kind != RATIO:
-            return kind, slots[mesh.place["dp"], 1], torch.ones_like(slots[0, 0])
-        total, weight = slots[:-1, 1].sum(), slots[:-1, 2].sum()
+            return kind, slots[self.mesh.place["dp"], 1], torch.ones_like(slots[0, 0])
+        total, weight = slots[:, 1].sum(), slots[:, 2].sum()
         return kind, total, torch.where(weight == 0, torch.ones_like(weight), weight)
-
-    def _output(self, job: NetworkJob) -> Tensor:
-        """Of all micro-batches, on every rank of the pipeline."""
-        pp, source = self.mesh.axis("pp"), self._runner.last_rank
-        mine = [job.found[i].output for i in sorted(job.found)]
-        whole = torch.cat([part for part in mine if part is not None]).contiguous() if mine else None
-        about = [None if whole is None else (tuple(whole.shape), whole.dtype)]
-        dist.broadcast_object_list(about, src=source, group=pp.group)
-        assert about[0] is not None
-        if whole is None:
-            whole = torch.empty(about[0][0], dtype=about[0][1], device=self.device)
-        as_sent = whole.view(torch.uint8) if whole.dtype == torch.bool else whole
-        dist.broadcast(as_sent, src=source, group=pp.group)
-        return whole
 
     # ---- the load-balancing loss -------------------------------------------------------------------------------
 
-    def load_balancing_loss(self) -> Tensor:
+    def load_balancing_loss(self, pipeline: Pipeline) -> Tensor:
         """Of the latest call, see :func:`~.modules.balance.load_balancing_loss`. Collective over all ranks.
 
         Raises:
-            ValueError: On every rank, if no layer has kept its routing.
+            InputError: On every rank, if no layer has kept its routing.
         """
-        job, randomness = self._latest or (None, None)
-        routed = {} if job is None else dict(sorted(job.routed.items()))
-        flat = torch.cat(
-            [torch.zeros(0, dtype=torch.float64, device=self.device), *(t.flatten() for t in routed.values())]
-        )
-        comm.all_reduce_raw(flat, self.mesh.stage)
-        top_k = {name: k for stage in self.stages for name, k in stage.top_k.items()}
+        call, randomness = self._latest or (None, None)
+        routed = {} if call is None else dict(sorted(call.routed.items()))
+        none = torch.zeros(0, dtype=torch.float64, device=self.device)
+        flat = comm.all_reduce_raw(torch.cat([none, *(t.flatten() for t in routed.values())]), self.mesh.stage)
+        top_k = {name: part.top_k for stage in pipeline.stages for name, part in self._routers(stage).items()}
         slopes, value = {}, torch.zeros(2, dtype=torch.float64, device=self.device)
         for (name, mine), total in zip(routed.items(), flat.split([t.numel() for t in routed.values()]), strict=True):
             counts_E, probability_E = total.view_as(mine).unbind(0)
@@ -245,24 +347,15 @@ class NetworkPipeline:
             raise InputError(
                 "no MoE layer has kept its routing; make layers with keep_routing=True and run the network in training mode first."
             )
-        assert job is not None
+        assert call is not None
         assert randomness is not None
-        loss = (value[0] / layers).to(wide(job.wire.dtype))
+        loss = (value[0] / layers).to(wide(call.wires[0].dtype))
         if not torch.is_grad_enabled():
             return loss
-        again = NetworkJob(
-            job.batches,
-            job.rows,
-            job.device,
-            job.wire,
-            job.cut,
-            job.autocast,
-            {n: s / layers for n, s in slopes.items()},
-        )
-        for block in self.network.blocks():
-            block.rows = job.cut
-        with self._runner.counters_kept(), randomness.again():
-            kept = self._run(again, training=True)
+        again = replace(call, slopes={name: slope / layers for name, slope in slopes.items()})
+        self._tell_blocks(again)
+        with pipeline.runner.counters_kept(), randomness.again():
+            kept = pipeline.schedule(again, training=True)
         if again.error is not None:
             raise again.error
         return differentiable(loss, kept, float(self.mesh.dp_cp.size))
@@ -280,21 +373,22 @@ def _rows(batch: Any) -> int:
     Raises:
         BatchError: If there is none.
     """
-    for tensor in _tensors(batch):
-        if tensor.dim() and tensor.shape[0]:
-            return tensor.shape[0]
-        break
+    first = next(iter(_tensors(batch)), None)
+    if first is not None and first.dim() and first.shape[0]:
+        return first.shape[0]
     raise BatchError(
         "a network in a pipeline needs a batch whose first tensor has an entry for each row, and at least one row."
     )
 
 
-def _cut(batch: Any, rows: int, sizes: list[int]) -> list[Any]:
-    """Tensors of ``rows`` rows in blocks, all else to everybody."""
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [
-        apply_to_collection(
-            batch, Tensor, lambda t, at=start, n=size: t[at : at + n] if t.dim() and t.shape[0] == rows else t
-        )
-        for start, size in zip(starts, sizes, strict=True)
-    ]
+class _Beside(torch.autograd.Function):
+    """Hidden states, with a scalar whose gradient is one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_R: Tensor, share: Tensor) -> Tensor:
+        ctx.like = share.new_ones(())
+        return x_R.view_as(x_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], ctx.like

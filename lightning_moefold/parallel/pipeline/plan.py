@@ -111,8 +111,7 @@ class PipelinePlan:
 
     def owner(self, stage: int, pp: int) -> int:
         """The pipeline rank of a stage."""
-        turn, place = divmod(stage, pp)
-        return pp - 1 - place if self.schedule in V_SHAPED and turn % 2 else place
+        return stage_owner(stage, pp, self.schedule)
 
     def places_like(self, other: PipelinePlan, pp: int) -> bool:
         """Whether another plan has as many stages, on the same ranks."""
@@ -154,6 +153,12 @@ class PipelinePlan:
         split = self.split or cut_by_cost(costs, stages, head)
         ends = [sum(split[: i + 1]) for i in range(stages)]
         return [range(end - size, end) for end, size in zip(ends, split, strict=True)]
+
+
+def stage_owner(stage: int, pp: int, schedule: str) -> int:
+    """The pipeline rank of a stage: in turns, or there and back for the V-shaped schedules."""
+    turn, place = divmod(stage, pp)
+    return pp - 1 - place if schedule in V_SHAPED and turn % 2 else place
 
 
 def cut_by_cost(costs: Sequence[float], stages: int, head: float = 0.0) -> tuple[int, ...]:

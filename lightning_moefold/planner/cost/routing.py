@@ -51,10 +51,6 @@ class RoutingProfile:
         """
         return _load_factor(self, num_experts, top_k, ep, capacity_factor)
 
-    def busiest_expert(self, num_experts: int, top_k: int) -> float:
-        """Rows of the most popular expert over the mean, mean over layers."""
-        return float(self.expert_shares(num_experts, top_k).max(1).mean() * num_experts)
-
     @classmethod
     def from_trace(cls, path: str | Path) -> RoutingProfile:
         """Reads recorded counts: ``.npz`` (array ``counts``), ``.npy`` or ``.json``; the last axis counts experts.

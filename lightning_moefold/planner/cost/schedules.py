@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.parallel.pipeline.plan import V_SHAPED, PipelinePlan
+from lightning_moefold.parallel.pipeline.plan import V_SHAPED, PipelinePlan, stage_owner
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,6 @@ def stage_layers(model: MoEConfig, pp: int, chunks: int, schedule: str) -> tuple
     return tuple(PipelinePlan(schedule, chunks).layers(model, pp))
 
 
-def chunk_owner(chunk: int, pp: int, schedule: str) -> int:
-    """The pipeline rank of a model chunk: in turns, or there and back for the V-shaped schedules."""
-    turn, place = divmod(chunk, pp)
-    return pp - 1 - place if schedule in V_SHAPED and turn % 2 else place
-
-
 @lru_cache(maxsize=4096)
 def pipeline_layout(model: MoEConfig, pp: int, chunks: int, schedule: str) -> tuple[RankLayers, ...]:
     """What each of the ``pp`` ranks holds, with ``chunks`` chunks a rank."""
@@ -69,10 +63,10 @@ def pipeline_layout(model: MoEConfig, pp: int, chunks: int, schedule: str) -> tu
         return (RankLayers(model.num_moe_layers, model.num_hidden_layers - model.num_moe_layers, True, True),)
     moe, dense = [0] * pp, [0] * pp
     for chunk, layers in enumerate(stage_layers(model, pp, chunks, schedule)):
-        owner = chunk_owner(chunk, pp, schedule)
+        owner = stage_owner(chunk, pp, schedule)
         for layer in layers:
             (moe if model.is_moe_layer(layer) else dense)[owner] += 1
-    last = chunk_owner(pp * chunks - 1, pp, schedule)
+    last = stage_owner(pp * chunks - 1, pp, schedule)
     return tuple(RankLayers(moe[r], dense[r], r == 0, r == last) for r in range(pp))
 
 

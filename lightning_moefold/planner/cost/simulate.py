@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_moefold.parallel.pipeline.plan import stage_owner
 from lightning_moefold.planner.cost.cost import CostModel, RankTimes
-from lightning_moefold.planner.cost.schedules import RankLayers, chunk_owner, chunks_in_flight, stage_layers
+from lightning_moefold.planner.cost.schedules import RankLayers, chunks_in_flight, stage_layers
 from lightning_moefold.planner.machine.links import axis_shape
 from lightning_moefold.planner.search.job import SPLIT_BACKWARD, Job, Plan
 
@@ -123,7 +124,7 @@ def run_fixed(
 ) -> Timeline:
     """Runs a schedule of fixed order."""
     queues = [fixed_order(schedule, pp, chunks, microbatches, rank) for rank in range(pp)]
-    owner = {stage: chunk_owner(stage, pp, schedule) for stage in range(pp * chunks)}
+    owner = {stage: stage_owner(stage, pp, schedule) for stage in range(pp * chunks)}
     done: dict[Op, float] = {}
     free, position, events = [0.0] * pp, [0] * pp, []
     waiting = True
@@ -158,7 +159,7 @@ class _ListScheduler:
         self, schedule: str, pp: int, chunks: int, microbatches: int, duration: Durations, latency: float
     ) -> None:
         self.pp, self.last, self.duration, self.latency = pp, pp * chunks - 1, duration, latency
-        self.owner = [chunk_owner(stage, pp, schedule) for stage in range(pp * chunks)]
+        self.owner = [stage_owner(stage, pp, schedule) for stage in range(pp * chunks)]
         self.limit = [int(chunks_in_flight(schedule, pp, chunks, microbatches, rank)) for rank in range(pp)]
         self.held, self.free = [0] * pp, [0.0] * pp
         self.ready: list[dict[Op, float]] = [{} for _ in range(pp)]

@@ -267,7 +267,8 @@ def _real_batches(model: MoECausalLM) -> Iterator[None]:
     """Reads batches with real numbers, which are few, and gives pipeline stages their shapes without asking their peers."""
     with mock.patch.object(causal_lm, "read_batch", _for_real(causal_lm.read_batch)):
         if isinstance(pipeline := model.pipeline, Pipeline):
-            pipeline._read, pipeline._agree = _for_real(pipeline._read), _for_real(pipeline._agree)  # type: ignore[method-assign]
+            network = pipeline.network
+            network.read, pipeline._agree = _for_real(network.read), _for_real(pipeline._agree)  # type: ignore[method-assign]
             runner = pipeline.runner
             make = runner._make_schedule
             runner._make_schedule = lambda *args: _static(make(*args))  # type: ignore[method-assign]

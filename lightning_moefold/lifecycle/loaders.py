@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a dataloader draws at random: the same on all ranks of a data replica."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+
+def seed_workers(dataloader: object, dp_rank: int) -> None:
+    """Has workers draw by data rank, where Lightning would have them draw by global rank.
+
+    Lightning sets its function right after the strategy has seen the loader, and only where there is none. A loader that has
+    been through a Trainer before holds Lightning's function.
+
+    Args:
+        dataloader: Of the user's, of any kind.
+        dp_rank: Of this rank.
+    """
+    if not isinstance(dataloader, DataLoader):
+        return
+    sampler = dataloader.sampler
+    if isinstance(sampler, DistributedSampler) and sampler.shuffle and dataloader.generator is not None:
+        rank_zero_warn(
+            "the generator of a DataLoader does not set the order of its rows, which Lightning's sampler draws from the "
+            "seed of seed_everything; Trainer(use_distributed_sampler=False) keeps the loader's own."
+        )
+    function = dataloader.worker_init_fn
+    lightnings = isinstance(function, partial) and function.func is pl_worker_init_function
+    if lightnings or (function is None and int(os.environ.get("PL_SEED_WORKERS", 0))):
+        dataloader.worker_init_fn = partial(pl_worker_init_function, rank=dp_rank)

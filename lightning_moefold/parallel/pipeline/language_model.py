@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model in a pipeline: its batches, its losses, and how it is cut into stages.
+
+Beside the hidden states travel, for the losses of routers, what the routers of all layers so far have done: small tables
+(:mod:`..models.router_losses`). The losses form on the last stage from the tables of all layers and ranks; the gradient of the
+tables travels back the same way, so that each router gets exactly what it gets without a pipeline, whatever the schedule.
+
+Legend: M micro-batches, T tokens of this tp rank, N tokens of the rows, D hidden size, L layers whose tables are kept apart,
+G groups of tokens, S rows of a table, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_moefold.agreement import PRIME
+from lightning_moefold.errors import InputError
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.models.batch import CausalLMBatch, check_shapes, empty_batch, read_batch, stand_in
+from lightning_moefold.models.causal_lm import CausalLMOutput, LossFunction
+from lightning_moefold.models.losses import Factors, Losses, StepLabels, check_faults
+from lightning_moefold.models.router_losses import RouterLosses
+from lightning_moefold.modules.base import wide
+from lightning_moefold.parallel.pipeline.engine import Kept, ScheduleRunner, Wire, differentiable, value_only
+from lightning_moefold.parallel.pipeline.pipeline import Pipeline
+from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, cut_rows, split_evenly
+
+_VALUES = (
+    "only output.loss can be differentiated: its gradients were made during the call, and logits, lm_loss, aux_loss and z_loss "
+    "are values; compute your loss in a loss_fn, or detach() them."
+)
+
+
+@dataclass(kw_only=True)
+class LanguageCall(Call):
+    """One call of the language model.
+
+    Args:
+        loss_fn: A loss of the user's own.
+        extras: Its further arguments, for each micro-batch.
+        labelled: Whether there are labels.
+        wants_logits: Whether logits are kept.
+        gather_logits: Whether every rank is to have them.
+        step: The optimizer step whose labels the loss is divided by, if not those of the batch.
+
+    Attributes:
+        labels: Weight of all labels on all ranks; 1 where there are none.
+        factors: By what gradients are multiplied.
+        sizes: Tokens that count, and rows and micro-batches that have any, on all ranks (at least 1 each).
+        scale: By which sums of losses are multiplied before backward.
+        slope_LGE: Of the load-balancing loss, where its group is the whole batch and all of it has been routed once.
+        sums: Sum of losses and weight on this data rank, of each micro-batch.
+        routing: Load-balancing loss and z-loss of each micro-batch, the share of this rank's tokens.
+        tables: Routing tables of each micro-batch, where the group is the whole batch.
+        logits: Of each micro-batch.
+    """
+
+    batches: list[CausalLMBatch]
+    loss_fn: LossFunction | None
+    extras: list[dict[str, Any]]
+    labelled: bool
+    wants_logits: bool
+    gather_logits: bool
+    step: StepLabels | None
+    labels: float = 1.0
+    factors: Factors = Factors()
+    sizes: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    scale: float = 1.0
+    slope_LGE: Tensor | None = None
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    routing: dict[int, Tensor] = field(default_factory=dict)
+    tables: dict[int, Tensor] = field(default_factory=dict)
+    logits: dict[int, Tensor] = field(default_factory=dict)
+
+
+class _Totals(NamedTuple):
+    """Mean loss over the labels of all ranks, the weight it was divided by (1 for none), and the losses of routers."""
+
+    language: Tensor
+    weight: float
+    auxiliary: Tensor | None
+    z: Tensor | None
+
+
+class StagedLanguageModel:
+    """See :class:`~.stage.Staged`.
+
+    Args:
+        model: Cut down to what this rank holds.
+        mesh: The folded mesh.
+    """
+
+    users_code = "loss_fn"
+
+    def __init__(self, model: MoECausalLM, mesh: FoldedMesh) -> None:
+        self.module, self.mesh = model, mesh
+        self._routers = RouterLosses(model.config, mesh)
+
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """By number."""
+        return dict(self.module.model.layers.items())
+
+    def ends(self, *, first: bool, last: bool) -> nn.Module:
+        """Embedding, final norm and head."""
+        model, tied = self.module.model, self.module.config.tie_word_embeddings
+        ends: dict[str, nn.Module | None] = {"embed_tokens": model.embed_tokens} if first or (last and tied) else {}
+        ends |= {"norm": model.norm, "lm_head": self.module.lm_head} if last else {}
+        return nn.ModuleDict({name: part for name, part in ends.items() if part is not None})
+
+    # ---- before the schedule -----------------------------------------------------------------------------------
+
+    def read(
+        self,
+        tensors: Mapping[str, Any],
+        loss_fn: LossFunction | None,
+        gather_logits: bool,
+        extras: Mapping[str, Any],
+    ) -> LanguageCall:
+        """Reads the arguments of :meth:`.MoECausalLM.forward`.
+
+        Args:
+            tensors: Its tensor arguments by name.
+            loss_fn: Runs on the last stage, on one micro-batch at a time.
+            gather_logits: Send whole logits to every stage.
+            extras: Of ``loss_fn``; tensors with an entry for each row of the batch are cut like the batch.
+        """
+        labelled = tensors["labels"] is not None
+        training = labelled and torch.is_grad_enabled()
+        batches, parts = self._microbatches(tensors, extras, keep_all=gather_logits or loss_fn is not None)
+        mode = 8 * training + 4 * labelled + 2 * gather_logits + (loss_fn is not None)
+        number = torch.full((), mode, device=batches[0].faults.device)
+        for batch in batches:
+            number = (number * 31 + batch.fingerprint + 17 * batch.sequence.rows) % PRIME
+        ahead = loss_fn is not None or self._balances_batch()
+        return LanguageCall(
+            batches=batches, device=next(self.module.parameters()).device, training=training, number=number,
+            fault=batches[0].error, may_fail=loss_fn is not None,
+            looks_ahead=training and batches[0].sequence.wants_routing and ahead,
+            loss_fn=loss_fn, extras=parts, labelled=labelled, gather_logits=gather_logits,
+            wants_logits=gather_logits or (not labelled and self.mesh.tp.size == 1),
+            step=self.module.take_step_labels(tensors["labels"], loss_fn),
+        )  # fmt: skip
+
+    def _balances_batch(self) -> bool:
+        config = self.module.config
+        return self.module.num_microbatches > 1 and config.wants_aux_loss and config.aux_loss == "global_batch"
+
+    def _microbatches(
+        self, tensors: Mapping[str, Any], extras: Mapping[str, Any], *, keep_all: bool
+    ) -> tuple[list[CausalLMBatch], list[dict[str, Any]]]:
+        """In place of what cannot be read, something whose fault all ranks will hear of."""
+        model, input_ids, m = self.module, tensors["input_ids"], self.module.num_microbatches
+        axes = model.batch_axes()
+        try:
+            check_shapes(**tensors)
+            if m == 1:
+                return [read_batch(model.config, axes, 1, keep_all=keep_all, **tensors)], [dict(extras)]
+            rows = input_ids.shape[0]
+            sizes = split_evenly(rows, m)
+            whole = {name: tensor for name, tensor in tensors.items() if tensor is None or tensor.dim() != 2}
+            parts = cut_rows({name: tensor for name, tensor in tensors.items() if name not in whole}, rows, sizes)
+            batches = [
+                read_batch(model.config, axes, 1, keep_all=keep_all, rows_before=before, **part, **whole)
+                if size
+                else empty_batch(model.config, axes, input_ids)
+                for part, size, before in zip(parts, sizes, accumulate(sizes, initial=0), strict=False)
+            ]
+            return batches, cut_rows(dict(extras), rows, sizes)
+        except ValueError as error:
+            return [stand_in(model.config, axes, 1, input_ids.device, error)], [dict(extras)]
+
+    def numbers(self, call: LanguageCall) -> Tensor:
+        """Weight of labels, bad tokens and labels, tokens and rows that count, tokens of each micro-batch, labels of a step."""
+        mesh, batches = self.mesh, call.batches
+        size_M2 = torch.stack([b.sizes for b in batches])
+        tokens_M = F.pad(size_M2[:, 0], (0, self.module.num_microbatches - len(batches)))
+        weight = torch.stack([b.weight_N[b.labelled_index].double().sum() for b in batches]).sum()
+        faults = torch.stack([b.faults[:2] for b in batches]).sum(0)
+        ahead = weight.new_zeros(0) if call.step is None else call.step.numbers(weight.device)
+        tokens, rows = size_M2.sum(0).split(1)
+        # What the first of those who share a batch says counts for all of them.
+        of_stage = mesh.place["pp"] == 0
+        of_tp = of_stage and mesh.tp.index == 0
+        of_cp = of_tp and mesh.place["cp"] == 0
+        parts = [
+            (weight[None], of_tp),
+            (faults, of_cp),
+            (tokens, of_stage),
+            (rows, of_cp),
+            (tokens_M, True),
+            (ahead, of_cp),
+        ]
+        return torch.cat([part if counts else torch.zeros_like(part) for part, counts in parts])
+
+    def agree(self, call: LanguageCall, totals: Tensor) -> None:
+        """Makes the micro-batches alike in what they ask of the layers, and says by what losses are divided."""
+        m, config, batches = self.module.num_microbatches, self.module.config, call.batches
+        labels, faults, sizes, tokens_M, ahead = totals.tensor_split([1, 3, 5, 5 + m])
+        check_faults(*faults.tolist(), config.vocab_size)
+        counted, rows, filled = float(sizes[0]), float(sizes[1]), float((tokens_M > 0).sum())
+        if call.step is not None:
+            call.factors = Factors.of(call.step, float(labels), *ahead.tolist())
+        call.labels, call.sizes = float(labels) or 1.0, (counted or 1.0, rows or 1.0, filled or 1.0)
+        call.scale = call.factors.lm / call.factors.routers / call.labels
+        sequences = [batch.sequence for batch in batches]
+        groups, turn = max(s.num_groups for s in sequences), self.module.next_call()
+        for sequence in sequences:
+            sequence.num_groups, sequence.call = groups, turn
+        call.lengths = [(s.tokens + s.padding) // s.tp.size for s in sequences]
+        call.wires = (Wire((max(call.lengths), config.hidden_size), self._dtype),)
+        if sequences[0].wants_routing:
+            call.wires += (Wire(self._routers.shape(groups), torch.float64),)
+
+    # ---- in the schedule ---------------------------------------------------------------------------------------
+
+    def embed(self, call: LanguageCall, number: int) -> Carried:
+        """Hidden states ``[T, D]``, and where routers have losses the tables ``[L, S, E]``."""
+        batch = call.batches[number]
+        x_TD = self.module.model.embed_tokens(batch.token_N, batch.sequence)
+        return x_TD, *(torch.zeros(w.shape, dtype=w.dtype, device=x_TD.device) for w in call.wires[1:])
+
+    def run(self, stage: Stage, carried: Carried, call: LanguageCall, number: int) -> Carried:
+        """Adds the table of each layer."""
+        x_TD, *tables = carried
+        batch = call.batches[number]
+        if batch.sequence.cos_BLh is None:
+            batch.place(x_TD.dtype)
+        for name, layer in zip(stage.names, stage.layers, strict=True):
+            output = layer(x_TD, batch.sequence)
+            if isinstance(output, tuple):
+                x_TD, table_SE = output
+                tables = [self._routers.add(tables[0], int(name), table_SE)]
+            else:
+                x_TD = output
+        return x_TD, *tables
+
+    def head(self, carried: Carried, call: LanguageCall, number: int) -> Objective:
+        """Losses of a micro-batch, and its logits where they are asked for."""
+        model, batch, (x_TD, *tables) = self.module, call.batches[number], carried
+        x_ND = batch.sequence.gather(model.model.norm(x_TD))
+        logits = local = None
+        if call.wants_logits or call.loss_fn is not None:
+            logits = model.whole_logits(x_ND, batch)
+        objective = x_ND.new_zeros((), dtype=torch.float64)
+        with nullcontext() if call.loss_fn is None else call.keeping_errors():
+            local = model.local_loss(x_ND, logits, batch, call.loss_fn, call.extras[number])
+        if local is not None:
+            total, weight = local
+            call.sums[number] = torch.stack([total.detach().double(), weight.detach().double()])
+            objective = objective + call.scale * total.double()
+        for routing_LSE in tables:
+            objective = objective + self._router_losses(routing_LSE, call, number)
+        if call.wants_logits and logits is not None and not batch.is_empty:
+            call.logits[number] = logits.detach()
+        return Objective(objective, x_ND if logits is None else logits, local is not None)
+
+    def _router_losses(self, routing_LSE: Tensor, call: LanguageCall, number: int) -> Tensor:
+        """This rank's share of the weighted losses; one or two collectives over the stage."""
+        routers, config = self._routers, self.module.config
+        balance = z = routing_LSE.new_zeros(())
+        if config.wants_aux_loss and routers.per_batch and len(call.batches) > 1 and call.slope_LGE is None:
+            call.tables[number] = routing_LSE.detach()  # the loss forms when all micro-batches have come by
+        elif config.wants_aux_loss:
+            slope_LGE = routers.slope(routing_LSE) if call.slope_LGE is None else call.slope_LGE
+            groups = call.sizes[1] if routers.per_row else 1 if routers.per_batch else call.sizes[2]
+            balance = routers.balance(routing_LSE, slope_LGE) / groups
+        if config.wants_z_loss:
+            z = routers.z(routing_LSE) / call.sizes[0]
+        call.routing[number] = torch.stack([balance.detach(), z.detach()])
+        return config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
+
+    def evaluated(self, call: LanguageCall) -> None:
+        """The load-balancing loss of the whole batch, where the tables of every micro-batch are here."""
+        if call.tables:
+            tables_LSE = torch.stack([call.tables[i] for i in sorted(call.tables)]).sum(0)
+            call.slope_LGE = self._routers.slope(tables_LSE)
+            call.routing[0][0] = self._routers.balance(tables_LSE, call.slope_LGE)
+
+    # ---- after the schedule ------------------------------------------------------------------------------------
+
+    def found(self, call: LanguageCall) -> Tensor:
+        """Sum of losses and weight, load-balancing loss and z-loss."""
+        mine = torch.zeros(4, dtype=torch.float64, device=call.batches[0].faults.device)
+        if call.sums and self.mesh.tp.index == 0:
+            mine[:2] = torch.stack(list(call.sums.values())).sum(0)
+        if call.routing:
+            mine[2:] = torch.stack(list(call.routing.values())).sum(0)
+        return mine
+
+    def looked(self, call: LanguageCall, totals: Tensor) -> None:
+        """The weight that a loss_fn finds decides how its gradients compare with those of the losses of routers."""
+        call.scale = call.factors.lm / call.factors.routers / self._totals(call, totals).weight
+
+    def _totals(self, call: LanguageCall, totals: Tensor) -> _Totals:
+        weight = call.labels if call.loss_fn is None else float(totals[1]) or 1.0
+        config = self.module.config
+        auxiliary, z = totals[2] if config.wants_aux_loss else None, totals[3] if config.wants_z_loss else None
+        return _Totals(totals[0] / weight, weight, auxiliary, z)
+
+    def finish(self, call: LanguageCall, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> CausalLMOutput:
+        """The same bits on every rank."""
+        found = self._totals(call, totals)
+        language, *routers = (
+            None if value is None else value.to(wide(self._dtype))
+            for value in (found.language if call.labelled else None, found.auxiliary, found.z)
+        )
+        logits = self._logits(call, runner) if call.wants_logits else None
+        output = self.module.make_output(Losses(language, *routers), logits, call.labelled)
+        if not call.training:
+            return output
+        # Of a loss_fn alone, the weight is known only now.
+        factor = call.factors.routers if call.step is not None else 1 / (call.scale * found.weight)
+        # A loss means the mean over data ranks, whose gradients are summed (modules/balance.py); this is a global value.
+        assert output.loss is not None
+        loss = differentiable(output.loss, kept, factor * self.mesh.dp_cp.size)
+        alone = output.aux_loss is None and output.z_loss is None
+        values = {name: value_only(value, _VALUES) for name, value in output._asdict().items() if value is not None}
+        return output._replace(**{**values, "loss": loss, "lm_loss": loss if alone else values["lm_loss"]})
+
+    def _logits(self, call: LanguageCall, runner: ScheduleRunner) -> Tensor | None:
+        mine = torch.cat([call.logits[i] for i in sorted(call.logits)]) if call.logits else None
+        if not call.gather_logits:
+            return mine
+        rows = sum(b.sequence.rows for b in call.batches if not b.is_empty)
+        shape = (rows, call.batches[0].true_length, self.module.config.vocab_size)
+        return runner.from_last(mine, Wire(shape, self._dtype), call.device)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return self.module.compute_dtype or next(self.module.parameters()).dtype
+
+
+# ---- cutting ---------------------------------------------------------------------------------------------------------
+
+
+def cut_into_stages(model: MoECausalLM, mesh: FoldedMesh, plan: PipelinePlan) -> list[Stage]:
+    """Leaves to this rank what its pipeline stages need; the layouts go on to tell of all parameters.
+
+    Raises:
+        InputError: If the model cannot be cut so.
+    """
+    pp = mesh.fold.pp
+    if pp == 1:
+        return []
+    layers, count = plan.layers(model.config, pp), pp * plan.chunks
+    first, last = plan.owner(0, pp), plan.owner(count - 1, pp)
+    holders: dict[str, tuple[int, ...]] = {
+        f"model.layers.{i}.": (plan.owner(stage, pp),) for stage, part in enumerate(layers) for i in part
+    }
+    holders |= {"model.norm.": (last,), "lm_head.": (last,)}
+    holders["model.embed_tokens."] = (first,)
+    if model.config.tie_word_embeddings:
+        if first == last:
+            raise InputError(
+                f"pipeline_schedule={plan.schedule!r} puts the first and the last stage on one rank, which does not go with tied "
+                "embeddings; use another schedule, such as 'interleaved_1f1b'."
+            )
+        holders["model.embed_tokens."] = (first, last)
+    holders_of = {name: next(v for k, v in holders.items() if name.startswith(k)) for name in model.layouts}
+    model.layouts = {name: replace(layout, stages=holders_of[name]) for name, layout in model.layouts.items()}
+    place = mesh.place["pp"]
+    for prefix, ranks in holders.items():
+        if place not in ranks:
+            parent, _, leaf = prefix[:-1].rpartition(".")
+            owner = model.get_submodule(parent)
+            if isinstance(owner, nn.ModuleDict):
+                del owner[leaf]
+            else:
+                owner.register_module(leaf, None)
+    network = StagedLanguageModel(model, mesh)
+    mine = plan.local_stages(pp, place)
+    stages = [Stage(network, index, count, [str(i) for i in layers[index]]) for index in mine]
+    model.pipeline, model.stages = Pipeline(network, mesh, plan, stages), stages
+    return stages
