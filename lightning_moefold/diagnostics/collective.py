@@ -104,10 +104,11 @@ def _called(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective:
     if _is(caller, _PIPELINING):
         return _of_axis("exchange", "pipeline stages", None if mesh is None else mesh.axis("pp"))
     purpose = _purpose(callers) if _is(caller, "lightning_moefold.") else ""  # else the line of the user's code says it
-    axis = _axis_in(caller.f_locals) if _is(caller, *_COLLECTIVES) else None
-    if axis is not None:
-        return _of_axis(kind, purpose, axis)
-    return _of_group(kind, purpose, _group_in(call.f_locals), mesh)
+    group = _group_in(call.f_locals)
+    # A function may know several axes, or still have that of an earlier call: the group of this call decides.
+    axes = _axes_in(caller.f_locals) if _is(caller, *_COLLECTIVES) else []
+    axis = next((axis for axis in axes if axis.group is group is not None), None)
+    return _of_group(kind, purpose, group, mesh) if axis is None else _of_axis(kind, purpose, axis)
 
 
 def _fsdp(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective:
@@ -125,12 +126,13 @@ def _fsdp(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective:
 
 
 def _waiting(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective | None:
+    """A method ``wait`` of an object that knows its axis; other functions may know axes over which nothing is under way."""
     frame = frames[0]
-    axis = _axis_in(frame.f_locals) or _axis_in(getattr(frame.f_locals.get("self"), "__dict__", {}))
-    if axis is not None:
+    axis = getattr(frame.f_locals.get("self"), "axis", None)
+    if frame.f_code.co_name == "wait" and isinstance(axis, Axis):
         kind = getattr(frame.f_locals.get("way"), "kind", "exchange")  # of async_comm
         return _of_axis(kind, _purpose(frames[1:]), axis)
-    if _is(frame, "lightning_moefold.parallel.pipeline.engine") and mesh is not None:
+    if _is(frame, "lightning_moefold.parallel.pipeline.") and mesh is not None:
         return _of_axis("exchange", "pipeline stages", mesh.axis("pp"))
     return None
 
@@ -156,10 +158,9 @@ def _is(frame: FrameType, *modules: str) -> bool:
     return frame.f_globals.get("__name__", "").startswith(modules)
 
 
-def _axis_in(values: Mapping[str, Any]) -> Axis | None:
+def _axes_in(values: Mapping[str, Any]) -> list[Axis]:
     found = [value for value in values.values() if isinstance(value, Axis)]
-    found += [axis for value in values.values() if isinstance(axis := getattr(value, "axis", None), Axis)]
-    return next(iter(found), None)
+    return found + [axis for value in values.values() if isinstance(axis := getattr(value, "axis", None), Axis)]
 
 
 def _group_in(values: Mapping[str, Any]) -> Any:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which ranks still run, and what those that failed have said; asked only once something has gone wrong.
 
-Each rank keeps a listening socket that it never reads, and leaves its address in the store of the process group. While
-the process lives, its kernel completes every connection; when it is gone, however it ended, the connection is refused.
+Each rank keeps a listening socket and leaves its address in the store of the process group. While the process lives, its
+kernel completes every connection; when it is gone, however it ended, new connections are refused and old ones are reset.
 So a rank need not send heartbeats: until a collective fails, nothing is sent, and no thread runs.
+
+Nobody accepts these connections, so each stays in the kernel's queue of the rank that is asked, and a queue that is full
+looks like a machine that is down. Who asks therefore connects once to each peer and keeps that connection while it asks,
+and the peers asked are those that follow in the group, so that no rank is asked by all.
 
 A rank that fails with an error of its own leaves that error in the store (its last words) before it lets go of its peers.
 """
@@ -15,15 +19,19 @@ import socket
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import torch.distributed as dist
 
+State = Literal["running", "ended", "silent", "unknown"]
+
 _PREFIX = "moefold/liveness"
-#: Peers that a rank asks; more would knock at the same door all at once.
+#: Peers that a rank asks: the queue of a rank must hold a connection from each that may ask it.
 _MOST_ASKED = 64
+#: Connections that a rank's queue holds, where its kernel allows as many: it can be asked over each axis of the fold.
+_QUEUE = 16 * _MOST_ASKED
 #: For a rank whose connections were closed a moment before its process is gone, and for words on their way.
 _PATIENCE_SECONDS = 2.0
 _ANSWER_SECONDS = 1.0
@@ -64,13 +72,17 @@ class RollCall:
     def __init__(self, store: dist.Store, rank: int) -> None:
         self.store, self._rank = store, rank
         family, host = _reachable_address()
-        self._socket = socket.create_server(("", 0), family=family, backlog=4 * _MOST_ASKED)
+        self._socket = socket.create_server(("", 0), family=family, backlog=_QUEUE)
+        self._socket.setblocking(False)
         self._address = f"{host} {self._socket.getsockname()[1]}"
         # A forked DataLoader worker would keep the socket of a dead rank open.
         os.register_at_fork(after_in_child=_closer(self._socket))
 
     def announce(self) -> None:
-        """Makes this rank known, and forgets what it said in an earlier run."""
+        """Makes this rank known, and forgets what it said and who asked in an earlier run."""
+        with suppress(BlockingIOError):
+            while True:
+                self._socket.accept()[0].close()
         self.store.set(f"{_PREFIX}/address/{self._rank}", self._address)
         for subject in ("words", "waits"):
             self.store.set(f"{_PREFIX}/{subject}/{self._rank}", "")
@@ -82,31 +94,44 @@ class RollCall:
                 self.store.set(f"{_PREFIX}/{subject}/{self._rank}", text[:1000])
 
     def probe(self, ranks: Iterable[int]) -> Report:
-        """Asks the first 64 of ``ranks``, and waits up to two seconds until somebody turns out to be missing."""
-        others = [rank for rank in ranks if rank != self._rank][:_MOST_ASKED]
+        """Asks the 64 of ``ranks`` that follow this one, and waits up to two seconds until somebody turns out to be missing.
+
+        Args:
+            ranks: Of a group; after its last rank follows its first.
+        """
+        others = sorted((rank for rank in ranks if rank != self._rank), key=lambda rank: (rank < self._rank, rank))
+        others = others[:_MOST_ASKED]
         until = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                report = self._ask_once(others) if self._store_answers() else Report(store_lost=True)
-            except RuntimeError:  # of the store
-                return Report(store_lost=True)
-            if report.explains or time.monotonic() > until:
-                return report
-            time.sleep(0.1)
+        with ExitStack() as stack:
+            connections: dict[int, socket.socket] = {}
+            while True:
+                try:
+                    answers = self._store_answers()
+                    report = self._ask_once(others, connections, stack) if answers else Report(store_lost=True)
+                except RuntimeError:  # of the store
+                    return Report(store_lost=True)
+                if report.explains or time.monotonic() > until:
+                    return report
+                time.sleep(0.1)
 
     def _store_answers(self) -> bool:
         """Asked first, because torch logs a page for each request to a store that is gone."""
         store = self.store
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store
-        return not isinstance(store, dist.TCPStore) or _try_to_connect(store.host, store.port) == "running"
+        if not isinstance(store, dist.TCPStore):
+            return True
+        found = _try_to_connect(store.host, store.port)
+        if isinstance(found, socket.socket):
+            found.close()
+        return isinstance(found, socket.socket)
 
-    def _ask_once(self, ranks: list[int]) -> Report:
+    def _ask_once(self, ranks: list[int], connections: dict[int, socket.socket], stack: ExitStack) -> Report:
         words, waits = (
             tuple((rank, text) for rank in ranks if (text := self._read(f"{subject}/{rank}")))
             for subject in ("words", "waits")
         )
-        states = {rank: self._knock(rank) for rank in ranks}
+        states = {rank: self._state(rank, connections, stack) for rank in ranks}
         ended = tuple(rank for rank, state in states.items() if state == "ended")
         return Report(ended, tuple(rank for rank, state in states.items() if state == "silent"), words, waits)
 
@@ -114,21 +139,41 @@ class RollCall:
         key = f"{_PREFIX}/{key}"
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
-    def _knock(self, rank: int) -> str:
+    def _state(self, rank: int, connections: dict[int, socket.socket], stack: ExitStack) -> State:
+        """Connects to ``rank`` the first time, into ``connections``; then looks whether that connection still stands."""
+        if rank in connections:
+            return _state_of(connections[rank])
         host, _, port = self._read(f"address/{rank}").partition(" ")
         if not port:
             return "unknown"
-        return _try_to_connect(host, int(port))
+        found = _try_to_connect(host, int(port))
+        if not isinstance(found, socket.socket):
+            return found
+        connections[rank] = stack.enter_context(found)
+        return "running"
 
 
-def _try_to_connect(host: str, port: int) -> str:
+def _try_to_connect(host: str, port: int) -> socket.socket | Literal["ended", "silent"]:
+    """Returns a connection that does not block, or why there is none."""
     try:
-        socket.create_connection((host, port), timeout=_ANSWER_SECONDS).close()
+        found = socket.create_connection((host, port), timeout=_ANSWER_SECONDS)
     except ConnectionRefusedError:
         return "ended"
     except OSError:
         return "silent"
-    return "running"
+    found.setblocking(False)
+    return found
+
+
+def _state_of(connection: socket.socket) -> State:
+    """A process that lives leaves the connection alone; the kernel of one that has ended resets it."""
+    try:
+        connection.recv(1)
+    except BlockingIOError:
+        return "running"
+    except OSError:
+        pass
+    return "ended"
 
 
 def _closer(listening: socket.socket) -> Callable[[], None]:

@@ -8,9 +8,12 @@ import re
 import sys
 import sysconfig
 import traceback
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -146,12 +149,47 @@ def print_without_traceback(error: BaseException, rank: int, place: Place | None
         if not isinstance(error, PeerError) and (rank == 0 or not isinstance(error, _SENTENCES)):
             return
         sentence = f"{type(error).__name__}: {error}"
-    before = sys.excepthook
+    if not isinstance(sys.excepthook, _PrintSentences):
+        sys.excepthook = _PrintSentences(sys.excepthook)
+    sys.excepthook.add(error, f"[rank {rank}] {sentence}")
 
-    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-        if value is error:
-            print(f"[rank {rank}] {sentence}", file=sys.stderr)
+
+class _Sentence:
+    """Lives as long as the error whose attribute it is."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class _PrintSentences:
+    """An excepthook that prints the sentences of some errors, and lets another hook print all others.
+
+    It holds no error, whose traceback would keep the model of a run that failed; and once the last of its errors is
+    gone, which the user has handled, it puts the other hook back.
+
+    Args:
+        before: The hook that it replaces.
+    """
+
+    def __init__(self, before: Callable[[type[BaseException], BaseException, TracebackType | None], Any]) -> None:
+        self.before, self.errors = before, 0
+
+    def add(self, error: BaseException, text: str) -> None:
+        """Has ``text`` printed in place of the traceback of ``error``."""
+        sentence = _Sentence(text)
+        error._moefold_sentence = sentence  # type: ignore[attr-defined]
+        self.errors += 1
+        weakref.finalize(sentence, self._leave).atexit = False
+
+    def _leave(self) -> None:
+        self.errors -= 1
+        if not self.errors and sys.excepthook is self:
+            sys.excepthook = self.before
+
+    def __call__(self, kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        """As Python calls it for an error that nobody has caught."""
+        sentence = getattr(value, "_moefold_sentence", None)
+        if isinstance(sentence, _Sentence):
+            print(sentence.text, file=sys.stderr)
         else:
-            before(kind, value, trace)
-
-    sys.excepthook = hook
+            self.before(kind, value, trace)

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -19,7 +22,7 @@ from lightning_moefold.errors import PeerError
 from lightning_moefold.testing import make_checkpoint
 from tests.strategy.lost import CASES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,45 @@ def test_one_line_for_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert capsys.readouterr().err == f"[rank 0] {lost_contact(error)}\n"
     sys.excepthook(RuntimeError, other, None)
     assert capsys.readouterr().err == "a traceback\n"
+
+
+class _Model:
+    """Stands for what the frames of a failed run hold."""
+
+
+def _fail() -> weakref.ref[_Model]:
+    model = _Model()
+    reference = weakref.ref(model)
+    try:
+        raise PeerError("rank 1 failed")
+    except PeerError as error:
+        print_without_traceback(error, 0)
+    return reference
+
+
+def test_a_failure_that_was_handled_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the model, by the frames of the error's traceback, nor a hook of ours."""
+    before = mock.Mock()
+    monkeypatch.setattr(sys, "excepthook", before)
+    for _ in range(2):
+        model = _fail()
+        gc.collect()
+        assert model() is None
+        assert sys.excepthook is before
+
+
+def test_two_errors_share_a_hook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = mock.Mock()
+    monkeypatch.setattr(sys, "excepthook", before)
+    first, second = PeerError("one"), PeerError("two")
+    print_without_traceback(first, 0)
+    print_without_traceback(second, 0)
+    del first
+    sys.excepthook(PeerError, second, None)
+    assert capsys.readouterr().err == "[rank 0] PeerError: two\n"
+    del second
+    gc.collect()
+    assert sys.excepthook is before
 
 
 def test_causes_in_a_pipeline_stage(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
