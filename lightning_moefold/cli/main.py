@@ -3,7 +3,7 @@
 
 A subcommand is one entry of :data:`COMMANDS`: a function that adds its arguments to a parser, and one that runs it.
 Each lives with what it serves, so that this file stays a list. Those of :data:`TRAINER_COMMANDS` are LightningCLI's,
-which reads its arguments itself and takes seconds to import.
+which reads its arguments itself and takes seconds to import; so does ``data``.
 """
 
 from __future__ import annotations
@@ -61,11 +61,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lightning_moefold.cli import fit as trainer_command
 
         return trainer_command.run(arguments_given[0], arguments_given[1:])
+    if arguments_given and arguments_given[0] == "data":
+        from lightning_moefold.cli import data as data_command
+
+        return data_command.run(arguments_given[1:])
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
         command.configure(commands.add_parser(name, help=command.help, description=command.help.capitalize() + "."))
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=f"{text} (moefold {name} --help)")
+    commands.add_parser("data", help="show what a run will be trained on (moefold data preview --help)")
     arguments = parser.parse_args(arguments_given)
     try:
         return COMMANDS[arguments.command].run(arguments)

@@ -10,8 +10,7 @@ from unittest import mock
 
 import torch
 
-from lightning_moefold.parallel.pipeline import engine
-from lightning_moefold.parallel.pipeline import paired_passes
+from lightning_moefold.parallel.pipeline import engine, paired_passes
 from tests.dispatch.overlapping import Events, noted
 from tests.exactness import runs
 
