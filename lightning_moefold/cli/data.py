@@ -14,6 +14,7 @@ import numpy as np
 
 from lightning_moefold.errors import InputError, is_users
 from lightning_moefold.recipes.data import Part, TextData
+from lightning_moefold.recipes.pairs import PreferenceData
 from lightning_moefold.recipes.tokenizing import Encoder
 
 #: Trained on, masked, and the line above a document; with and without colours.
@@ -48,7 +49,7 @@ def run(words: list[str]) -> int:
 
 def _preview(config: Any) -> None:
     data = config.data
-    if not isinstance(data, TextData):
+    if not isinstance(data, TextData) or isinstance(data, PreferenceData):
         raise InputError(f"data preview shows TextData, not {type(data).__name__}.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*conversations, ")  # the statistics say it

@@ -126,6 +126,61 @@ def _completion(row: Mapping[str, Any], where: str) -> Conversation:
     return made
 
 
+def read_preference(found: Any, where: str) -> tuple[Conversation, Conversation]:
+    """The chosen and the rejected conversation of a row.
+
+    Args:
+        found: ``{"prompt", "chosen", "rejected"}``, or the last two with the same first messages.
+        where: File and place, for a sentence.
+
+    Raises:
+        InputError: If it is not such an object.
+    """
+    row = _object(found, where, "chosen", "rejected")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if "prompt" in row:
+        made = [_completion({**row, "completion": answer}, where) for answer in (chosen, rejected)]
+    else:
+        made = [_made(answer, row, where) for answer in (chosen, rejected)]
+        pairs = zip(made[0].messages, made[1].messages, strict=False)
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one.messages) for one in made))
+        if not same:
+            raise InputError(
+                f'{where}: "chosen" and "rejected" begin with different messages; give a "prompt" beside them.'
+            )
+        for one in made:
+            one.trained[:same] = [False] * same
+    if made[0].messages == made[1].messages:
+        raise InputError(
+            f'{where}: "chosen" and "rejected" are the same, so that nothing can be learned; leave the row out.'
+        )
+    return made[0], made[1]
+
+
+def read_feedback(found: Any, where: str) -> tuple[Conversation, bool]:
+    """A conversation, and whether its last answer is desired.
+
+    Args:
+        found: ``{"prompt", "completion", "label"}``.
+        where: File and place, for a sentence.
+
+    Raises:
+        InputError: If it is not such an object.
+    """
+    row = _object(found, where, "prompt", "completion", "label")
+    if not isinstance(row["label"], bool):
+        raise InputError(f'{where}: "label" is {row["label"]!r}; give true for a desired answer, or false.')
+    return _completion(row, where), row["label"]
+
+
+def _object(found: Any, where: str, *keys: str) -> dict[str, Any]:
+    row = {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
+    if not set(keys) <= set(row):
+        has = f"; its keys are {', '.join(map(repr, found))}" if isinstance(found, dict) else ""
+        raise InputError(f"{where} is not a JSON object with {', '.join(map(repr, keys))}{has}.")
+    return row
+
+
 #: The keys by which a spelling is known, and what reads it.
 _SPELLINGS: dict[str, tuple[set[str], Callable[[Mapping[str, Any], str], str | Conversation]]] = {
     "text": ({"text"}, _text),

@@ -329,8 +329,11 @@ class TextData(pl.LightningDataModule):
             len(part), self.batch_size, place["rank"], place["num_replicas"], shuffle=shuffle, seed=self.seed,
             mixture=part.mixture,
         )  # fmt: skip
-        packed = part.packing == "documents"
-        return RowLoader(order, lambda index_B: _collate(part.take(index_B), packed, sources=name == "predict"))
+        return RowLoader(order, lambda index_B: self._batch(part, index_B, name))
+
+    def _batch(self, part: Part, index_B: Tensor, name: str) -> dict[str, Tensor]:
+        """A batch of rows by their number in a part; -1 for an empty one."""
+        return _collate(part.take(index_B), part.packing == "documents", sources=name == "predict")
 
     def _name_tokenizer(self) -> None:
         """Has exports and checkpoints of the models name this tokenizer; loaders are made when the models are there."""

@@ -20,14 +20,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_moefold.checkpoint.tokenizers import load_tokenizer
 from lightning_moefold.errors import CheckpointError, InputError
-from lightning_moefold.recipes.conversation import Conversation, Format, read_row
+from lightning_moefold.recipes.conversation import Conversation, Format, read_feedback, read_preference, read_row
 from lightning_moefold.recipes.documents import Raw, dataset_files, name_of, read_rows
 from lightning_moefold.recipes.store import Counts, StoreWriter
-from lightning_moefold.recipes.template import ChatTemplate, Document, TrainOn, read_template
+from lightning_moefold.recipes.template import ChatTemplate, Document, Kind, TrainOn, read_template
 
 _CHUNK = 512  # rows
 _ENOUGH = 16 << 20  # bytes for which a process is worth its start
@@ -51,7 +51,7 @@ class Reading:
     tokenizer: str
     add_special_tokens: bool = True
     trust_remote_code: bool = False
-    form: Format = "auto"
+    form: Format | Literal["preference", "feedback"] = "auto"
     train_on: TrainOn = "assistant"
     chat_template: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
@@ -91,20 +91,42 @@ class Encoder:
             )  # fmt: skip
         return self._template
 
-    def encode(self, row: str | Conversation, name: str, where: str) -> list[Document]:
-        """The documents of a row.
+    def encode(self, found: Any, name: str, where: str) -> list[Document]:
+        """The documents of a row; two of a preference, or none.
 
         Args:
-            row: A text or a conversation.
-            name: What it is called in output.
+            found: The object of the row, or a string for a text.
+            name: What the row is called in output.
             where: File and place.
 
         Raises:
             InputError: If it cannot be trained on.
         """
+        form = self.reading.form
+        if form == "preference":
+            both = [self._answer(talk, where) for talk in read_preference(found, where)]
+            kept = [one for one in both if one is not None]
+            if len(kept) == 2 and kept[0].tokens == kept[1].tokens:
+                raise InputError(f"{where}: the chat template makes the same text of both answers; leave the row out.")
+            return kept if len(kept) == 2 else []
+        if form == "feedback":
+            talk, desired = read_feedback(found, where)
+            answer = self._answer(talk, where)
+            return [] if answer is None else [answer if desired else answer._replace(kind=Kind.UNDESIRED)]
+        row = read_row(found, where, form)
         if isinstance(row, Conversation):
             return self.template.encode(row, where)
         return [Document(self._encode_text(row, name))]
+
+    def _answer(self, talk: Conversation, where: str) -> Document | None:
+        """An answer with what asks for it, as one document; None if nothing of it is trained on."""
+        documents = self.template.encode(talk, where)
+        if len(documents) > 1:
+            raise InputError(
+                f"{where}: the chat template writes earlier turns of an answer otherwise than the last, so that it is no single "
+                "text; give answers of one turn."
+            )
+        return documents[0] if documents else None
 
     def _encode_text(self, text: str, name: str) -> list[int]:
         """Begun as the tokenizer begins a text, and closed by the end-of-text token, each once."""
@@ -164,9 +186,11 @@ def _processors() -> int:
 
 
 def _add(writer: StoreWriter, encoder: Encoder, files: Sequence[Path], raw: Raw) -> None:
-    row = read_row(raw.read(), raw.where, encoder.reading.form)
-    documents = encoder.encode(row, name_of(files[raw.file], raw.number), raw.where)
-    writer.add([d for d in documents if d.tokens], raw.file, raw.number, isinstance(row, Conversation))
+    found = raw.read()
+    documents = encoder.encode(found, name_of(files[raw.file], raw.number), raw.where)
+    # A row of which nothing is trained on is a conversation: texts are trained on as a whole.
+    chat = not isinstance(found, str) and (not documents or documents[0].kind != Kind.TEXT)
+    writer.add([d for d in documents if d.tokens], raw.file, raw.number, chat)
 
 
 def _check_vocabulary(reading: Reading, largest: int) -> None:

@@ -32,7 +32,7 @@ THOUGHT = [
 
 
 def encode(folder: Path, row: dict[str, Any], **reading: Any) -> list[Document]:
-    return Encoder(Reading(str(folder), **reading)).encode(read_row(row, "a.jsonl, line 1"), "", "a.jsonl, line 1")
+    return Encoder(Reading(str(folder), **reading)).encode(row, "", "a.jsonl, line 1")
 
 
 def said(folder: Path, documents: list[Document]) -> list[str]:
