@@ -14,16 +14,20 @@ import torch.distributed as dist
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
+from tests.recipes.chats import TALK, chat_tokenizer, write
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
     f"docs/{name}.md"
-    for name in ("networks", "routers", "folds", "training", "pipeline", "planner", "inference", "dispatch")
+    for name in ("data", "networks", "routers", "folds", "training", "pipeline", "planner", "inference", "dispatch")
 ]
 
 
 def names_of(page: str, folder: Path) -> dict[str, Any]:
     """What a page's code takes as given."""
+    if page == "docs/data.md":
+        chat_tokenizer(folder / "path" / "to" / "checkpoint", "qwen2")
+        write(folder / "chats.jsonl", [{"messages": TALK[: 2 * n + 3]} for n in (0, 1) for _ in range(10)])
     if page != "docs/inference.md":
         return {"__name__": "docs"}
     model = MoECausalLM.from_pretrained(make_checkpoint(folder / "model", "mixtral"), output_router_logits=True)

@@ -3,7 +3,7 @@
 
 A subcommand is one entry of :data:`COMMANDS`, and a module with two functions: ``configure`` adds its arguments to a parser,
 ``run`` runs it. Only the module of the subcommand that was asked for is imported. Those of :data:`TRAINER_COMMANDS` are
-LightningCLI's, which reads its arguments itself.
+LightningCLI's, which reads its arguments itself; so does ``data``.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lightning_moefold.cli import fit
 
         return fit.run(asked, given[1:])
+    if asked == "data":
+        from lightning_moefold.cli import data
+
+        return data.run(given[1:])
     parser = argparse.ArgumentParser(prog="moefold", description="MoE Parallel Folding for PyTorch Lightning.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module.configure(one)
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=f"{text} (moefold {name} --help)")
+    commands.add_parser("data", help="show what a run will be trained on (moefold data preview --help)")
     arguments = parser.parse_args(given)
     try:
         status: int = module.run(arguments)

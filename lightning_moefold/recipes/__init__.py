@@ -4,5 +4,7 @@
 from lightning_moefold.errors import InputError, is_users
 from lightning_moefold.recipes.data import TextData
 from lightning_moefold.recipes.module import FineTuneModule
+from lightning_moefold.recipes.pairs import PreferenceData
+from lightning_moefold.recipes.preference import PreferenceModule
 
-__all__ = ["FineTuneModule", "InputError", "TextData", "is_users"]
+__all__ = ["FineTuneModule", "InputError", "PreferenceData", "PreferenceModule", "TextData", "is_users"]

@@ -1,35 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TextData: text files as the batches of a language model.
+"""TextData: texts and conversations as the batches of a language model.
 
 Legend: B rows of this rank's batch, L tokens of a row, N rows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_moefold.checkpoint.stores import local_path
-from lightning_moefold.checkpoint.tokenizers import tokenizer_files
 from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import IGNORED
-from lightning_moefold.recipes.documents import READABLE
+from lightning_moefold.recipes.cache import TokenCache
+from lightning_moefold.recipes.conversation import Format
+from lightning_moefold.recipes.mixture import Mixture, check_weights
 from lightning_moefold.recipes.order import EMPTY, Position, RowLoader, RowOrder
-from lightning_moefold.recipes.text import PADDING, Packing, Rows, tokenize
+from lightning_moefold.recipes.packing import PADDING, Packing, Rows, Taken
+from lightning_moefold.recipes.template import TrainOn
+from lightning_moefold.recipes.tokenizing import Reading
 
-#: Of the rows in the cache; another number for rows that the same text would not make today.
-_FORMAT = 2
+
+class Names(Sequence[str]):
+    """Where each document was found, such as ``"b.jsonl:3"``; made when asked for.
+
+    Args:
+        rows: Of the documents.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self._store = rows.store
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._store.name(int(number))
 
 
 class Part:
@@ -37,53 +54,66 @@ class Part:
 
     Args:
         rows: All of them.
+        packing: How documents were laid into them.
         numbers: Which, in order; all if not given.
+        mixture: How often each is read in an epoch; once if not given.
     """
 
-    def __init__(self, rows: Rows, numbers: list[int] | None = None) -> None:
-        self._rows = rows
-        self.numbers = torch.arange(len(rows)) if numbers is None else torch.tensor(numbers, dtype=torch.int64)
-        self.names = rows.names
+    def __init__(
+        self, rows: Rows, packing: Packing, numbers: np.ndarray | None = None, mixture: Mixture | None = None
+    ) -> None:
+        self.rows, self.packing, self.mixture = rows, packing, mixture
+        self.numbers = torch.arange(len(rows)) if numbers is None else torch.from_numpy(numbers)
+        self.names = Names(rows)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def take(self, index_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and documents of rows, ``[B, L]`` each; a row that is :data:`~.order.EMPTY` is all padding."""
-        number_B = self.numbers[index_B.clamp(min=0)]
-        empty_B1 = (index_B == EMPTY).unsqueeze(1)
-        return self._rows.token_NL[number_B], self._rows.document_NL[number_B].masked_fill(empty_B1, PADDING)
+    def take(self, index_B: Tensor) -> Taken:
+        """Rows, ``[B, L]`` each; a row that is :data:`~.order.EMPTY` is all padding."""
+        number_B = self.numbers[index_B.clamp(min=0)].masked_fill(index_B == EMPTY, EMPTY)
+        return self.rows.take(number_B.tolist())
 
 
 class TextData(pl.LightningDataModule):
-    """Text files as rows of tokens for :class:`~.module.FineTuneModule`, or for any module that takes such batches.
+    """Texts and conversations as rows of tokens for :class:`~.module.FineTuneModule`, or for any module that takes such batches.
 
     A batch is ``{"input_ids", "labels"}``, ``[B, L]`` each, with ``document_ids`` where documents are packed, and with
     ``attention_mask`` where it holds padding. Labels stand at the positions of their inputs; -100 where no loss is
-    wanted. One rank tokenises, once for the same files and settings; the others map its file into memory.
+    wanted. One process of a node has the files tokenised, once for the same content and settings; all ranks map the result
+    into memory.
 
     The order of the rows depends on the seed alone, and a resumed run goes on with the first row not yet read, under
     any fold. Validation reads every row exactly once.
 
     Args:
-        files: Text to train on: .txt files (one document each), or .jsonl and .json files of objects with a string
-            ``text``; each may be a .gz file.
+        files: What to train on: .txt files (one document each); .jsonl, .json and .parquet files of rows, each of which may be
+            a .gz file; or directories that ``datasets`` has written with ``save_to_disk``. A row is a text or a conversation
+            (:mod:`.conversation`).
         tokenizer: Directory with a tokenizer of ``transformers``, usually the checkpoint.
         sequence_length: L.
         batch_size: Rows of a batch over all data ranks together; a multiple of their number.
         packing: ``"blocks"`` joins the documents and cuts every L tokens; ``"documents"`` lays whole documents side by
-            side, so that attention and positions begin anew at each, and cuts only what is longer than L.
-        val_files: Text to validate on. Without it, every 1/``val_fraction``-th row of ``files`` is for validation.
+            side, so that attention and positions begin anew at each (:mod:`.packing`). By default blocks for texts, and
+            documents where there is a conversation.
+        val_files: What to validate on. Without it, every 1/``val_fraction``-th row of ``files`` is for validation.
         val_fraction: Share of the rows kept for validation where there are no ``val_files``; 0 for none.
-        test_files: Text to test on; that for validation if not given.
-        predict_files: Text to predict; that for validation if not given.
+        test_files: What to test on; that for validation if not given.
+        predict_files: What to predict; that for validation if not given.
         shuffle: Whether the order of training rows is drawn anew in each epoch.
         seed: Of that order.
-        cache_dir: Where rows are kept for the other ranks and for the next time; all ranks must see it.
-        add_special_tokens: Whether a document has the tokens that the tokenizer adds to a text by itself, such as a
-            begin-of-text token. The end-of-text token closes every document either way. None is doubled that the text
-            has already.
+        cache_dir: Where tokens are kept for the other ranks and for the next time; all ranks must see it.
+        add_special_tokens: Whether a text has the tokens that the tokenizer adds to it by itself, such as a
+            begin-of-text token. The end-of-text token closes every text either way. None is doubled that the text
+            has already. Conversations have what their template writes.
         trust_remote_code: Whether Python code that comes with the tokenizer may be run.
+        format: How rows are spelled; seen by their keys if not given.
+        train_on: What of conversations is trained on: every turn of an ``"assistant"``, the ``"last"`` one, or ``"all"``.
+        chat_template: A file of jinja in place of the tokenizer's own chat template.
+        template_options: Further values that the template reads, such as ``{"enable_thinking": False}``.
+        weights: How often the rows of each of ``files`` are read in an epoch: 2 for twice, 0.5 for half of them, drawn anew
+            each time. Rows then hold documents of one file only. By default once.
+        processes: How many processes tokenise; by default one for every processor and 16 MB of text.
 
     Raises:
         InputError: For settings that cannot be.
@@ -95,7 +125,7 @@ class TextData(pl.LightningDataModule):
         tokenizer: str,
         sequence_length: int = 1024,
         batch_size: int = 8,
-        packing: Packing = "blocks",
+        packing: Packing | None = None,
         val_files: list[str] | None = None,
         val_fraction: float = 0.1,
         test_files: list[str] | None = None,
@@ -105,6 +135,12 @@ class TextData(pl.LightningDataModule):
         cache_dir: str = ".moefold_tokens",
         add_special_tokens: bool = True,
         trust_remote_code: bool = False,
+        format: Format = "auto",
+        train_on: TrainOn = "assistant",
+        chat_template: str | None = None,
+        template_options: dict[str, Any] | None = None,
+        weights: list[float] | None = None,
+        processes: int | None = None,
     ) -> None:
         super().__init__()
         given = {"train": files, "val": val_files, "test": test_files, "predict": predict_files}
@@ -112,16 +148,32 @@ class TextData(pl.LightningDataModule):
             if isinstance(some, (str, Path)) or (name == "train" and not some):
                 key = "files" if name == "train" else f"{name}_files"
                 raise InputError(f"{key}={some!r} must be a list of at least one file.")
-        if packing not in ("blocks", "documents"):
-            raise InputError(f"packing={packing!r} is not known; use 'blocks' or 'documents'.")
+        _choose("packing", packing, (None, "blocks", "documents"))
+        _choose("format", format, ("auto", "text", "messages", "sharegpt", "alpaca", "prompt_completion"))
+        _choose("train_on", train_on, ("assistant", "last", "all"))
         if sequence_length < 2:
             raise InputError(f"sequence_length={sequence_length} must be at least 2.")
         if not 0 <= val_fraction < 1:
             raise InputError(f"val_fraction={val_fraction} must be at least 0 and less than 1.")
+        if processes is not None and processes < 1:
+            raise InputError(f"processes={processes} must be at least 1.")
+        if weights is not None:
+            check_weights(weights, len(files))
         self.tokenizer, self.length, self.packing = local_path(tokenizer, "tokenizer"), sequence_length, packing
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
-        self.add_special_tokens, self.trust_remote_code = add_special_tokens, trust_remote_code
-        self.val_fraction, self.cache_dir = (0.0 if val_files else val_fraction), local_path(cache_dir, "cache_dir")
+        self.weights, self.processes = weights, processes
+        self.val_fraction = 0.0 if val_files else val_fraction
+        template = None if chat_template is None else str(local_path(chat_template, "chat_template"))
+        reading = Reading(
+            str(self.tokenizer),
+            add_special_tokens,
+            trust_remote_code,
+            format,
+            train_on,
+            template,
+            template_options or {},
+        )
+        self.cache = TokenCache(local_path(cache_dir, "cache_dir"), reading)
         self._files = {name: [local_path(f, "the text file") for f in some] for name, some in given.items() if some}
         self._parts: dict[str, Part] = {}
         self._error: Exception | None = None
@@ -149,23 +201,16 @@ class TextData(pl.LightningDataModule):
             self._error = error
 
     def tokenize(self) -> None:
-        """Tokenises what has not been, on this process alone.
+        """Tokenises what has not been, from this process alone.
 
         Raises:
             InputError: If files, tokenizer or text are not usable.
         """
-        for files in self._files.values():
-            path = self._path(files)
-            if path.exists():
-                continue
-            rows = tokenize(
-                files, self.tokenizer, self.length, self.packing, self.add_special_tokens, self.trust_remote_code
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(f".{os.getpid()}")
-            torch.save(asdict(rows), draft)
-            draft.replace(path)
-        self._check_split(len(self._load(self._files["train"])))
+        for name, files in self._files.items():
+            self.cache.prepare(files, self.processes)
+            rows, _, _ = self._rows(name)
+            if name == "train":
+                self._check_split(len(rows))
 
     def _check_split(self, count: int) -> None:
         if not all(map(len, self._split(count)[: 2 if self.val_fraction else 1])):
@@ -177,10 +222,47 @@ class TextData(pl.LightningDataModule):
     @override
     def setup(self, stage: str) -> None:
         self._agree()
-        train = self._load(self._files["train"])
-        parts = dict(zip(("train", "val"), (Part(train, numbers) for numbers in self._split(len(train))), strict=True))
-        parts |= {name: Part(self._load(files)) for name, files in self._files.items() if name != "train"}
+        parts = {}
+        for name in self._files:
+            rows, packing, sizes = self._rows(name)
+            if name == "train":
+                train, val = self._split(len(rows))
+                parts["val"] = Part(rows, packing, val)
+                parts["train"] = Part(rows, packing, train, self._mix(train, sizes))
+            else:
+                parts[name] = Part(rows, packing)
+            self._tell(name, rows)
         self._parts = {"test": parts["val"], "predict": parts["val"]} | parts
+
+    def _rows(self, name: str) -> tuple[Rows, Packing, list[int]]:
+        """Rows of files, how they are packed, and how many there are of each file where they have weights."""
+        files = self._files[name]
+        chats = self.cache.open(files).counts.chats
+        if chats and self.packing == "blocks":
+            raise InputError(
+                "packing='blocks' cuts conversations anywhere, so that answers lose their questions; use 'documents'."
+            )
+        packing = self.packing or ("documents" if chats else "blocks")
+        apart = name == "train" and self.weights is not None
+        rows, sizes = self.cache.rows(files, packing, self.length, apart)
+        return rows, packing, sizes
+
+    def _mix(self, train: np.ndarray, sizes: list[int]) -> Mixture | None:
+        if self.weights is None:
+            return None
+        borders = np.searchsorted(train, np.cumsum([0, *sizes]))
+        return Mixture(np.diff(borders).tolist(), self.weights)
+
+    def _tell(self, name: str, rows: Rows) -> None:
+        """Says what is not trained on as it was given."""
+        left_out, plan = rows.store.counts.unlabelled, rows.plan
+        said = [
+            (left_out, "left out, as nothing of them is trained on"),
+            (plan.cut, f"cut to their first {self.length} tokens"),
+            (plan.dropped, f"left out, as nothing of their first {self.length} tokens is trained on"),
+        ]
+        if told := [f"{count} {what}" for count, what in said if count]:
+            rank_zero_warn(f"{name}: of {rows.store.counts.chats} conversations, {'; '.join(told)}.")
 
     def _agree(self) -> None:
         error, self._error = self._error, None
@@ -196,37 +278,10 @@ class TextData(pl.LightningDataModule):
         if not fine:
             raise InputError(message or "the text could not be prepared on another node; see its output.")
 
-    def _load(self, files: list[Path]) -> Rows:
-        path = self._path(files)
-        if not path.exists():
-            raise InputError(f"cache_dir {self.cache_dir} is not seen by all ranks; choose a directory that is shared.")
-        try:
-            return Rows(**torch.load(path, mmap=True, weights_only=True))
-        except Exception as error:
-            raise InputError(
-                f"{path} holds no rows that can be read ({type(error).__name__}); delete it, and the text is tokenised again."
-            ) from None
-
-    def _split(self, count: int) -> tuple[list[int], list[int]]:
-        f = self.val_fraction
-        val = [int((i + 1) * f) > int(i * f) for i in range(count)]
-        return [i for i in range(count) if not val[i]], [i for i in range(count) if val[i]]
-
-    def _path(self, files: list[Path]) -> Path:
-        """Named for what the rows depend on."""
-        for file in files:
-            if not file.is_file():
-                raise InputError(f"{file} is no file; give {READABLE}.")
-        config = self.tokenizer / "config.json"  # may name the tokenizer's class, and has the size of the vocabulary
-        beside = [
-            *tokenizer_files(self.tokenizer),
-            *self.tokenizer.glob("*.py"),
-            *([config] if config.is_file() else []),
-        ]
-        seen = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in [*files, *sorted(set(beside))]]
-        settings = [_FORMAT, self.length, self.packing, self.add_special_tokens, self.trust_remote_code]
-        key = hashlib.sha256(json.dumps([seen, settings]).encode()).hexdigest()
-        return self.cache_dir / f"{key[:16]}.pt"
+    def _split(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        place = np.arange(count + 1)
+        val = np.diff((place * self.val_fraction).astype(np.int64)) > 0
+        return np.flatnonzero(~val), np.flatnonzero(val)
 
     def part(self, name: str) -> Part:
         """The rows for ``"train"``, ``"val"``, ``"test"`` or ``"predict"``, once :meth:`setup` has run."""
@@ -271,9 +326,14 @@ class TextData(pl.LightningDataModule):
         if self.trainer is not None:
             place |= self.trainer.distributed_sampler_kwargs or {}
         order = RowOrder(
-            len(part), self.batch_size, place["rank"], place["num_replicas"], shuffle=shuffle, seed=self.seed
-        )
-        return RowLoader(order, lambda index_B: self._collate(*part.take(index_B), sources=name == "predict"))
+            len(part), self.batch_size, place["rank"], place["num_replicas"], shuffle=shuffle, seed=self.seed,
+            mixture=part.mixture,
+        )  # fmt: skip
+        return RowLoader(order, lambda index_B: self._batch(part, index_B, name))
+
+    def _batch(self, part: Part, index_B: Tensor, name: str) -> dict[str, Tensor]:
+        """A batch of rows by their number in a part; -1 for an empty one."""
+        return _collate(part.take(index_B), part.packing == "documents", sources=name == "predict")
 
     def _name_tokenizer(self) -> None:
         """Has exports and checkpoints of the models name this tokenizer; loaders are made when the models are there."""
@@ -281,15 +341,6 @@ class TextData(pl.LightningDataModule):
             for model in self.trainer.lightning_module.modules():
                 if isinstance(model, MoECausalLM):
                     model.tokenizer_path = self.tokenizer
-
-    def _collate(self, token_BL: Tensor, document_BL: Tensor, sources: bool) -> dict[str, Tensor]:
-        real_BL = document_BL != PADDING
-        batch = {"input_ids": token_BL, "labels": token_BL.masked_fill(~real_BL, IGNORED)}
-        if self.packing == "documents":
-            batch["document_ids"] = document_BL.long()
-        if not bool(real_BL.all()):
-            batch["attention_mask"] = real_BL.long()
-        return batch | ({"source_ids": document_BL.long()} if sources else {})
 
     # ---- resuming ----------------------------------------------------------------------------------------------
 
@@ -305,3 +356,19 @@ class TextData(pl.LightningDataModule):
         # A module that asks for trainer.estimated_stepping_batches has had the loader made, and its batches counted,
         # before the position was known.
         self.trainer.fit_loop._combined_loader = None
+
+
+def _collate(taken: Taken, packed: bool, sources: bool) -> dict[str, Tensor]:
+    real_BL = taken.document_BL != PADDING
+    batch = {"input_ids": taken.token_BL, "labels": taken.token_BL.masked_fill(~taken.trained_BL, IGNORED)}
+    if packed:
+        batch["document_ids"] = taken.document_BL.long()
+    if not bool(real_BL.all()):
+        batch["attention_mask"] = real_BL.long()
+    return batch | ({"source_ids": taken.document_BL.long()} if sources else {})
+
+
+def _choose(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        known = " or ".join(repr(choice) for choice in choices if choice is not None)
+        raise InputError(f"{name}={value!r} is not known; use {known}.")

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of text as documents.
+"""Files as rows, one after another: none is held in memory as a whole, but a list in a .json file.
 
 The ending of a file's name, in capitals or not, says how it is read:
 
     .txt .text .md    the whole file is one document
-    .jsonl .ndjson    each line is an object whose string ``text`` is a document
-    .json             a list of such objects, a single one, or lines of them
+    .jsonl .ndjson    each line is an object
+    .json             a list of objects, a single one, or lines of them
+    .parquet          each row is an object (pyarrow)
+    a directory       what ``datasets`` has written with ``save_to_disk``
 
-A ``.gz`` after it is unpacked. Every other ending is refused, for its markup would be trained on as if it were text.
+A ``.gz`` after it is unpacked. Every other ending is refused, for its markup would be trained on as if it were text. What an
+object says is the subject of :mod:`.conversation`.
 """
 
 from __future__ import annotations
@@ -15,76 +18,157 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_moefold.errors import InputError
 
-_WHOLE, _LINES, _JSON = (".txt", ".text", ".md"), (".jsonl", ".ndjson"), (".json",)
+_WHOLE, _LINES, _JSON, _PARQUET = (".txt", ".text", ".md"), (".jsonl", ".ndjson"), (".json",), (".parquet",)
 #: The endings, for a sentence.
-READABLE = ".txt, .jsonl or .json files"
+READABLE = ".txt, .jsonl, .json or .parquet files"
 
 
-def read_documents(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    """Name and text of every document.
+class Raw(NamedTuple):
+    """A row that has not been parsed yet.
+
+    Args:
+        file: Number of its file.
+        number: Of the row in it, counted from 1 (lines, where it has lines); 0 where the whole file is the row.
+        where: File and place, for a sentence.
+        read: Gives a string for a text, or the object.
+    """
+
+    file: int
+    number: int
+    where: str
+    read: Callable[[], Any]
+
+
+def name_of(file: Path, number: int) -> str:
+    """How a row is called in output, such as ``b.jsonl:3``."""
+    return f"{file.name}:{number}" if number else file.name
+
+
+def read_rows(files: Iterable[Path]) -> Iterator[Raw]:
+    """Every row of the files, in order.
 
     Raises:
-        InputError: For a file that cannot be read as its name says, or an object without a string ``text``.
+        InputError: For a file that cannot be read as its name says.
     """
-    for path in files:
-        endings = [ending.lower() for ending in path.suffixes]
-        packed = endings[-1:] == [".gz"]
-        ending = "".join(endings[: -1 if packed else None][-1:])
-        if ending not in (*_WHOLE, *_LINES, *_JSON):
-            raise InputError(
-                f"{path} is not read, as text is taken from {READABLE} (or .gz of them); give its text in one of these."
-            )
-        content = _read(path, packed)
-        if ending in _WHOLE:
-            yield path.name, content
+    for index, path in enumerate(files):
+        if path.is_dir():
+            rows = _directory(path)
         else:
-            objects = _lines(path, content) if ending in _LINES else _objects(path, content)
-            for number, where, found in objects:
-                yield f"{path.name}:{number}", _text(found, f"{path}, {where}")
+            ending, packed = _ending(path)
+            if ending in _WHOLE:
+                rows = iter([(0, "", lambda path=path, packed=packed: _whole(path, packed))])
+            elif ending in _LINES:
+                rows = _lines(path, packed)
+            elif ending in _JSON:
+                rows = _objects(path, packed)
+            else:
+                rows = _parquet(path)
+        for number, place, read in rows:
+            yield Raw(index, number, f"{path}, {place}" if place else path.name, read)
 
 
-def _read(path: Path, packed: bool) -> str:
-    """The text of a file, without the byte-order mark that some editors put first, and with line feeds alone as line ends."""
+def _ending(path: Path) -> tuple[str, bool]:
+    """The ending that says what is in a file, and whether it is packed."""
+    endings = [ending.lower() for ending in path.suffixes]
+    packed = endings[-1:] == [".gz"]
+    ending = "".join(endings[: -1 if packed else None][-1:])
+    if ending not in (*_WHOLE, *_LINES, *_JSON, *_PARQUET) or (packed and ending in _PARQUET):
+        raise InputError(
+            f"{path} is not read, as text is taken from {READABLE} (or .gz of them), or a directory of datasets; give its text "
+            "in one of these."
+        )
+    return ending, packed
+
+
+_Found = Iterator[tuple[int, str, Callable[[], Any]]]
+
+
+def _open(path: Path, packed: bool) -> Iterator[str]:
+    """The lines of a file, without the byte-order mark that some editors put first, and with line feeds alone as line ends."""
+    number = 0
     try:
-        content = gzip.decompress(path.read_bytes()) if packed else path.read_bytes()
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as file:  # type: ignore[operator]
+            for number, line in enumerate(file, start=1):
+                yield line
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise InputError(f"{path} is not UTF-8 text ({error.reason}, near line {number + 1}).") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be read ({reason}); give files with text.") from None
 
 
-def _lines(path: Path, content: str) -> Iterator[tuple[int, str, Any]]:
-    for number, line in enumerate(content.split("\n"), start=1):
+def _whole(path: Path, packed: bool) -> str:
+    return "".join(_open(path, packed))
+
+
+def _lines(path: Path, packed: bool) -> _Found:
+    for number, line in enumerate(_open(path, packed), start=1):
         line = line.removeprefix("\ufeff")  # of a file that was joined to another
         if line.strip():
-            try:
-                found = json.loads(line)
-            except ValueError:
-                raise InputError(f'{path}, line {number} is not a JSON object with a string "text".') from None
-            yield number, f"line {number}", found
+            yield number, f"line {number}", lambda line=line, number=number: _parse(path, line, number)
 
 
-def _objects(path: Path, content: str) -> Iterator[tuple[int, str, Any]]:
+def _parse(path: Path, line: str, number: int) -> Any:
     try:
-        found = json.loads(content)
+        return json.loads(line)
     except ValueError:
-        yield from _lines(path, content)
+        raise InputError(f"{path}, line {number} is not a JSON object.") from None
+
+
+def _objects(path: Path, packed: bool) -> _Found:
+    try:
+        found = json.loads(_whole(path, packed))
+    except ValueError:
+        yield from _lines(path, packed)
         return
     for number, item in enumerate(found if isinstance(found, list) else [found], start=1):
-        yield number, f"entry {number}", item
+        yield number, f"entry {number}", lambda item=item: item
 
 
-def _text(found: Any, where: str) -> str:
-    text = found.get("text") if isinstance(found, dict) else None
-    if not isinstance(text, str):
-        keys = f"; its keys are {', '.join(map(repr, found))}" if isinstance(found, dict) else ""
-        raise InputError(f'{where} is not a JSON object with a string "text"{keys}.')
-    return text
+def _parquet(path: Path) -> _Found:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            f"{path} is read by pyarrow, which is not installed; pip install 'lightning-moefold[data]'."
+        ) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(256):
+                for row in range(batch.num_rows):
+                    number += 1
+                    yield number, f"row {number}", lambda batch=batch, row=row: batch.slice(row, 1).to_pylist()[0]
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}).") from None
+
+
+def _directory(path: Path) -> _Found:
+    if (path / "dataset_dict.json").is_file():
+        parts = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        raise InputError(f"{path} holds several datasets; name one of {', '.join(str(path / part) for part in parts)}.")
+    if not (path / "state.json").is_file():
+        raise InputError(f"{path} is a directory without a dataset that save_to_disk of datasets has written.")
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"{path} is read by datasets, which is not installed; pip install 'lightning-moefold[data]'."
+        ) from None
+    try:
+        found = datasets.load_from_disk(str(path))
+        for number in range(len(found)):
+            yield number + 1, f"row {number + 1}", lambda number=number: found[number]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read by datasets ({str(error).splitlines()[0]}).") from None
+
+
+def dataset_files(path: Path) -> list[Path]:
+    """The file, or those of a directory of ``datasets``, sorted."""
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]

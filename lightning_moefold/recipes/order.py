@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold.errors import InputError
+from lightning_moefold.recipes.mixture import Mixture
 
 #: Stands for a row without any token that counts.
 EMPTY = -1
@@ -46,18 +47,23 @@ class RowOrder:
         ranks: Number of data ranks, D.
         shuffle: Whether the order is drawn anew each epoch, or is that of the rows.
         seed: Of the shuffling.
+        mixture: How often each row is read in an epoch; once if not given.
 
     Raises:
         InputError: If D does not divide G.
     """
 
-    def __init__(self, count: int, batch_size: int, rank: int, ranks: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, count: int, batch_size: int, rank: int, ranks: int, *, shuffle: bool, seed: int,
+        mixture: Mixture | None = None,
+    ) -> None:  # fmt: skip
         if batch_size < 1 or batch_size % ranks:
             raise InputError(
                 f"batch_size={batch_size} rows cannot be dealt evenly to {ranks} data ranks; use a multiple of {ranks}."
             )
-        self.count, self.batch_size, self.rank, self.ranks = count, batch_size, rank, ranks
-        self.shuffle, self.seed = shuffle, seed
+        self.count = count if mixture is None else mixture.count
+        self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
+        self.shuffle, self.seed, self.mixture = shuffle, seed, mixture
         self.position, self._begin = Position(), Position()
 
     def set_epoch(self, epoch: int) -> None:
@@ -78,10 +84,10 @@ class RowOrder:
 
     def permutation(self, epoch: int) -> Tensor:
         """The order of all rows in an epoch."""
-        if not self.shuffle:
-            return torch.arange(self.count)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.count, generator=generator)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch) if self.shuffle else None
+        if self.mixture is not None:
+            return self.mixture.draw(generator)
+        return torch.arange(self.count) if generator is None else torch.randperm(self.count, generator=generator)
 
     def __iter__(self) -> Iterator[Tensor]:
         """Row numbers of this rank's batches, each ``[G / D]``."""

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lightning_moefold import MoECausalLM
 from lightning_moefold.recipes import FineTuneModule, InputError, TextData
 from lightning_moefold.recipes.optimizer import parameter_groups, warmup_and_decay
-from lightning_moefold.recipes.text import PADDING
+from lightning_moefold.recipes.packing import PADDING
 from lightning_moefold.testing import RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
 from tests.recipes import jobs
@@ -36,7 +36,7 @@ def reference(folder: Path, packing: str) -> dict[int, tuple[float, int]]:
     data.setup("validate")
     part = data.part("val")
     sums: dict[int, tuple[float, int]] = {}
-    for token_L, document_L in zip(*part.take(torch.arange(len(part))), strict=True):
+    for token_L, document_L, _ in zip(*part.take(torch.arange(len(part))), strict=True):
         alone = [document_L == d for d in document_L.unique() if d != PADDING]
         for place_L in alone if packing == "documents" else [torch.ones_like(document_L, dtype=torch.bool)]:
             with torch.no_grad():

@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_moefold.recipes import InputError, TextData
-from lightning_moefold.recipes.documents import read_documents
-from lightning_moefold.recipes.text import PADDING, cut_blocks, pack_documents, tokenize
+from lightning_moefold.recipes.documents import name_of, read_rows
+from lightning_moefold.recipes.packing import PADDING
+from lightning_moefold.recipes.template import Document
+from tests.recipes.rows import rows_of, tokenized, tokens
 
 
 def documents(count: int, longest: int) -> list[list[int]]:
@@ -26,18 +28,20 @@ def documents(count: int, longest: int) -> list[list[int]]:
 
 def test_blocks_are_the_text_in_order():
     text = documents(20, 30)
-    rows = cut_blocks(text, [], 16)
+    rows = rows_of([Document(document) for document in text], "blocks", 16)
     flat = [token for document in text for token in document]
-    assert rows.token_NL.flatten().tolist() == flat[: len(flat) // 16 * 16]
-    assert torch.equal(rows.document_NL.long(), rows.token_NL // 1000)
+    token_NL, document_NL, _ = rows.take(range(len(rows)))
+    assert token_NL.flatten().tolist() == flat[: len(flat) // 16 * 16]
+    assert torch.equal(document_NL.long(), token_NL // 1000)
 
 
 def test_packed_documents_are_whole():
     text = documents(40, 50)
-    rows = pack_documents(text, [], 16)
+    rows = rows_of([Document(document) for document in text], "documents", 16)
+    token_NL, document_NL, _ = rows.take(range(len(rows)))
     found: dict[int, list[int]] = {}
     pieces = 0
-    for token_L, document_L in zip(rows.token_NL.tolist(), rows.document_NL.tolist(), strict=True):
+    for token_L, document_L in zip(token_NL.tolist(), document_NL.tolist(), strict=True):
         in_row = [d for d in document_L if d != PADDING]
         assert document_L == in_row + [PADDING] * (16 - len(in_row))
         assert len(set(in_row)) == sum(a != b for a, b in zip([None, *in_row], in_row, strict=False))
@@ -53,7 +57,7 @@ def test_packed_documents_are_whole():
             expected[number] = kept
     assert {number: sorted(tokens) for number, tokens in found.items()} == expected
     assert pieces == sum(-(-len(document) // 16) for document in expected.values())  # none cut that fits
-    assert (rows.document_NL != PADDING).float().mean() > 0.95
+    assert (document_NL != PADDING).float().mean() > 0.95
 
 
 @pytest.mark.parametrize(
@@ -71,8 +75,8 @@ def test_packed_documents_are_whole():
         ("h.jsonl", b'{"text": "half \\ud800"}', "h.jsonl:1 holds characters that are no Unicode text"),
         ("i.jsonl.gz", b'{"text": "not packed"}', "cannot be read"),
         ("j.txt.gz", gzip.compress(b"cut short")[:-9], "cannot be read"),
-        ("k.csv", b"text\nabc\n", "k.csv is not read, as text is taken from .txt, .jsonl or .json files"),
-        ("l.parquet", b"PAR1", "l.parquet is not read"),
+        ("k.csv", b"text\nabc\n", "k.csv is not read, as text is taken from .txt, .jsonl, .json or .parquet files"),
+        ("l.parquet", b"PAR1", "l.parquet cannot be read as parquet"),
         ("m.jsonl.zst", b"...", "m.jsonl.zst is not read"),
         ("n.gz", b"...", "n.gz is not read"),
         ("o", b"words", "o is not read"),
@@ -81,7 +85,7 @@ def test_packed_documents_are_whole():
 def test_wrong_text(folder, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        tokenize([tmp_path / name], folder / "checkpoint", 64, "blocks")
+        tokenized([tmp_path / name], folder / "checkpoint", 64, "blocks")
 
 
 LINES = '{"text": "one line"}\n{"text": "two"}\n'
@@ -102,7 +106,8 @@ LINES = '{"text": "one line"}\n{"text": "two"}\n'
 )
 def test_documents_of_every_ending(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert list(read_documents([tmp_path / name])) == [(f"{name}:1", "one line"), (f"{name}:2", "two")]
+    found = [(name_of(tmp_path / name, raw.number), raw.read()["text"]) for raw in read_rows([tmp_path / name])]
+    assert found == [(f"{name}:1", "one line"), (f"{name}:2", "two")]
 
 
 @pytest.mark.parametrize(
@@ -116,27 +121,27 @@ def test_documents_of_every_ending(tmp_path, name, content):
 )
 def test_whole_files_are_documents(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert list(read_documents([tmp_path / name])) == [(name, "one\n{}\n")]
+    assert [(raw.number, raw.read()) for raw in read_rows([tmp_path / name])] == [(0, "one\n{}\n")]
 
 
 def test_wrong_tokenizer(folder, tmp_path):
     with pytest.raises(InputError, match="holds no tokenizer"):
-        tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
+        tokenized([folder / "a.txt"], tmp_path, 64, "blocks")
     (tmp_path / "config.json").write_text((folder / "checkpoint" / "config.json").read_text())
     with pytest.raises(InputError, match="holds no tokenizer"):
-        tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
+        tokenized([folder / "a.txt"], tmp_path, 64, "blocks")
     AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path)
     config = (folder / "checkpoint" / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"vocab_size": 320', '"vocab_size": 300'))
     with pytest.raises(InputError, match="only 300 tokens"):
-        tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
+        tokenized([folder / "a.txt"], tmp_path, 64, "blocks")
 
 
 def test_a_tokenizer_beside_a_model_of_another_kind(folder, tmp_path):
     AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 320}')
-    rows = tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
-    assert torch.equal(rows.token_NL, tokenize([folder / "a.txt"], folder / "checkpoint", 64, "blocks").token_NL)
+    rows = tokenized([folder / "a.txt"], tmp_path, 64, "blocks")
+    assert torch.equal(tokens(rows), tokens(tokenized([folder / "a.txt"], folder / "checkpoint", 64, "blocks")))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +168,7 @@ def test_what_is_missing_of_a_tokenizer(folder, tmp_path, monkeypatch, files, me
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        tokenize([folder / "a.txt"], tmp_path, 64, "blocks")
+        tokenized([folder / "a.txt"], tmp_path, 64, "blocks")
     assert "\n" not in str(caught.value)
 
 
@@ -202,10 +207,10 @@ def test_code_of_a_tokenizer_is_refused_or_allowed_and_never_asked_about(folder,
     (own / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}')
     (tmp_path / "a.txt").write_text("abcd" * 20)
     with pytest.raises(InputError, match=r"code of its own .tokenization_letters.Letters.* trust_remote_code=True"):
-        tokenize([tmp_path / "a.txt"], own, 4, "blocks")
+        tokenized([tmp_path / "a.txt"], own, 4, "blocks")
     (own / "config.json").unlink()
-    rows = tokenize([tmp_path / "a.txt"], own, 4, "blocks", trust_remote_code=True)
-    assert rows.token_NL[0].tolist() == [ord(letter) for letter in "abcd"]
+    rows = tokenized([tmp_path / "a.txt"], own, 4, "blocks", trust_remote_code=True)
+    assert tokens(rows)[0].tolist() == [ord(letter) for letter in "abcd"]
 
 
 def letters(path: Path, template: str) -> Path:
@@ -236,7 +241,7 @@ def test_documents_begin_as_the_tokenizer_begins_them(tmp_path, template, add, e
     made = TextData([str(file)], str(letters(tmp_path / "tokenizer", template)), 8, 1, **settings)
     made.prepare_data()
     made.setup("fit")
-    token_BL, document_BL = made.part("train").take(torch.arange(len(made.part("train"))))
+    token_BL, document_BL, _ = made.part("train").take(torch.arange(len(made.part("train"))))
     assert [token_BL[document_BL == number].tolist() for number in range(3)] == expected
 
 
@@ -244,11 +249,11 @@ def test_documents_end_with_the_end_of_text(folder, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one\u2028line"}\n\n{"text": "two"}\n', encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
-    rows = tokenize([file], folder / "checkpoint", 2, "blocks")
-    text = tokenizer.decode(rows.token_NL.flatten().tolist())
+    rows = tokenized([file], folder / "checkpoint", 2, "blocks")
+    text = tokenizer.decode(tokens(rows).flatten().tolist())
     assert "one\u2028line<|endoftext|>two<|endoftext|>".startswith(text)
     assert "<|endoftext|>tw" in text
-    assert rows.names == ["a.jsonl:1", "a.jsonl:3"]
+    assert [rows.store.name(0), rows.store.name(1)] == ["a.jsonl:1", "a.jsonl:3"]
 
 
 def data(folder: Path, cache: Path, files: list[str], **changes: object) -> TextData:
@@ -274,20 +279,20 @@ def test_text_is_tokenised_once_for_the_same_files_and_settings(folder, tmp_path
     assert len(before) == 2
     data(folder, tmp_path, ["a.txt"], val_files=[str(folder / "c.jsonl")], seed=9, shuffle=False)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    data(folder, tmp_path, ["a.txt"], packing="documents")
-    assert len(list(tmp_path.iterdir())) == 3
+    data(folder, tmp_path, ["a.txt"], packing="documents")  # packed anew, from the same tokens
+    assert len(list(tmp_path.iterdir())) == 2
     data(folder, tmp_path, ["a.txt"], add_special_tokens=False)
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "a.tiktoken", "tekken.json", "tokenization_own.py"])
 def test_text_is_tokenised_again_for_another_tokenizer(folder, tmp_path, name):
     AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path / "own")
     made = TextData([str(folder / "a.txt")], str(tmp_path / "own"), 64, 4, cache_dir=str(tmp_path))
-    before = made._path([folder / "a.txt"])
+    before = made.cache.path([folder / "a.txt"])
     with (tmp_path / "own" / name).open("a") as file:
         file.write(" ")
-    assert made._path([folder / "a.txt"]) != before
+    assert made.cache.path([folder / "a.txt"]) != before
 
 
 def test_packed_batches(folder, tmp_path):

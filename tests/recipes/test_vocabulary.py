@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.recipes import InputError
-from lightning_moefold.recipes.text import tokenize
 from lightning_moefold.testing import hf_reference, make_checkpoint
+from tests.recipes.rows import tokenized, tokens
 
 
 def test_a_model_is_enlarged(folder: Path, tmp_path: Path) -> None:
@@ -23,14 +23,14 @@ def test_a_model_is_enlarged(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"gives token 3\d\d, but the model has only 300 .*resize_token_embeddings"
     ) as told:
-        tokenize([text], small, 64, "blocks")
+        tokenized([text], small, 64, "blocks")
     count = int(str(told.value).split("resize_token_embeddings(")[1].split(")")[0])
     model = AutoModelForCausalLM.from_pretrained(small)
     model.resize_token_embeddings(count)
     model.save_pretrained(large)
     AutoTokenizer.from_pretrained(small).save_pretrained(large)
     assert json.loads((large / "config.json").read_text())["vocab_size"] == count
-    rows = tokenize([text], large, 64, "blocks").token_NL[:2]
+    rows = tokens(tokenized([text], large, 64, "blocks"))[:2]
     with torch.no_grad():
         expected = hf_reference(large)(input_ids=rows, use_cache=False).logits
         torch.testing.assert_close(MoECausalLM.from_pretrained(large, torch.float64)(rows).logits, expected)

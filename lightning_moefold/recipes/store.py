@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenised documents on disk: flat arrays that are mapped into memory, never read as a whole.
+
+    tokens.bin        T int32 ids, one document after another
+    trained.bin       T bool; left out where everything is trained on
+    ends.bin          N int64, where each document ends
+    origins.bin       N x 3 int64, file, row and :class:`~.template.Kind` of each
+    counts.json       what happened to the rows on their way
+
+Legend: N documents, T tokens of all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from lightning_moefold.recipes.documents import name_of
+from lightning_moefold.recipes.template import Document, Kind
+
+
+@dataclass
+class Counts:
+    """What happened to rows.
+
+    Args:
+        rows: Rows read.
+        chats: How many of them are conversations.
+        documents: Documents made of them.
+        tokens: Tokens of these.
+        trained: How many of them are trained on.
+        unlabelled: Rows left out, as nothing of them is trained on.
+        largest: The largest token.
+    """
+
+    rows: int = 0
+    chats: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained: int = 0
+    unlabelled: int = 0
+    largest: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Adds those of another part."""
+        for one in fields(self):
+            mine, others = getattr(self, one.name), getattr(other, one.name)
+            setattr(self, one.name, max(mine, others) if one.name == "largest" else mine + others)
+
+
+@dataclass
+class TokenStore:
+    """Documents as arrays, mapped or in memory.
+
+    Args:
+        tokens_T: Ids.
+        trained_T: Whether each is trained on; None for all.
+        ends_N: Where each document ends.
+        origins_N3: File, row and :class:`~.template.Kind` of each.
+        files: The files.
+        counts: What happened to the rows.
+    """
+
+    tokens_T: np.ndarray
+    trained_T: np.ndarray | None
+    ends_N: np.ndarray
+    origins_N3: np.ndarray
+    files: Sequence[Path]
+    counts: Counts
+
+    def __len__(self) -> int:
+        return len(self.ends_N)
+
+    @property
+    def lengths_N(self) -> np.ndarray:
+        """Tokens of each document."""
+        return np.diff(self.ends_N, prepend=0)
+
+    def name(self, document: int) -> str:
+        """Where a document was found, such as ``"b.jsonl:3"``."""
+        file, number, _ = self.origins_N3[document].tolist()
+        return name_of(self.files[file], number)
+
+    def document(self, number: int) -> Document:
+        """A document."""
+        begin, end = int(self.ends_N[number - 1]) if number else 0, int(self.ends_N[number])
+        trained = None if self.trained_T is None else self.trained_T[begin:end].tolist()
+        return Document(self.tokens_T[begin:end].tolist(), trained, Kind(int(self.origins_N3[number, 2])))
+
+    @classmethod
+    def open(cls, folder: Path, files: Sequence[Path]) -> TokenStore:
+        """Maps a folder into memory.
+
+        Args:
+            folder: That a :class:`StoreWriter` has finished.
+            files: Those that it was made of.
+        """
+        counts = Counts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
+        trained = _map(folder / "trained.bin", np.bool_) if counts.trained < counts.tokens else None
+        origins_N3 = _map(folder / "origins.bin", np.int64).reshape(-1, 3)
+        store = cls(
+            _map(folder / "tokens.bin", np.int32),
+            trained,
+            _map(folder / "ends.bin", np.int64),
+            origins_N3,
+            files,
+            counts,
+        )
+        if len(store) != counts.documents or len(store.tokens_T) != counts.tokens:
+            raise ValueError("a file is not complete")
+        return store
+
+
+def _map(path: Path, dtype: type) -> np.ndarray:
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r")
+
+
+class StoreWriter:
+    """Writes documents as they come.
+
+    Args:
+        folder: Where; made if it is not there.
+    """
+
+    _FILES = (("tokens", np.int32), ("trained", np.bool_), ("ends", np.int64), ("origins", np.int64))
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.counts = folder, Counts()
+        self._files = {name: (folder / f"{name}.bin").open("wb") for name, _ in self._FILES}
+
+    def add(self, documents: Sequence[Document], file: int, number: int, chat: bool) -> None:
+        """Adds the documents of a row.
+
+        Args:
+            documents: Of the row.
+            file: Number of its file.
+            number: Of the row.
+            chat: Whether it is a conversation.
+        """
+        kept = [d for d in documents if d.trained is None or any(d.trained)]
+        for document in kept:
+            size = len(document.tokens)
+            trained = np.ones(size, np.bool_) if document.trained is None else np.array(document.trained, np.bool_)
+            self.counts.add(Counts(documents=1, tokens=size, trained=int(trained.sum()), largest=max(document.tokens)))
+            self._write("tokens", np.array(document.tokens, np.int32))
+            self._write("trained", trained)
+            self._write("ends", np.array([self.counts.tokens], np.int64))
+            self._write("origins", np.array([file, number, document.kind], np.int64))
+        self.counts.add(Counts(rows=1, chats=int(chat), unlabelled=int(not kept)))
+
+    def append(self, part: Path, counts: Counts, documents: slice, tokens: slice) -> None:
+        """Adds some of the documents that another writer has written.
+
+        Args:
+            part: Its folder.
+            counts: Of these documents.
+            documents: Which they are.
+            tokens: Which tokens they have.
+        """
+        for name, dtype in self._FILES:
+            array = _map(part / f"{name}.bin", dtype)
+            if name == "ends":
+                array = array[documents] + (self.counts.tokens - tokens.start)
+            elif name == "origins":
+                array = array.reshape(-1, 3)[documents]
+            else:
+                array = array[tokens]
+            self._write(name, array)
+        self.counts.add(counts)
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        self._files[name].write(array.tobytes())
+
+    def close(self) -> None:
+        """Ends the files; what was written counts as whole from here on."""
+        for file in self._files.values():
+            file.close()
+        (self.folder / "counts.json").write_text(json.dumps(asdict(self.counts)), encoding="utf-8")
