@@ -62,7 +62,7 @@ class BalanceCosts:
     parts_per_node: int
     passes: int = 1
     horizon: int = 1000
-    margin_ppm: int = 25_000
+    margin_ppm: int = 12_500
 
     def __post_init__(self) -> None:
         for field in fields(self):

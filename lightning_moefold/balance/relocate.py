@@ -6,9 +6,10 @@ their copies, over the loads of several past intervals: copies that it saves, an
 every expert where it is if there it fits under a level; an expert with more rows than the level fills its home, and whole
 further ranks are kept free for its copies.
 
-A candidate is taken where it gains more than the margin in every recent interval, and pays for the moves within the horizon. And it must be foreseeable: made one interval earlier, in the same way, it must have gained in the latest
-interval. What is not, as in the first steps of training and where hot experts change all the time, is left to copies. With a
-margin of zero all this is left out: experts move whenever the latest interval would have been faster.
+A candidate is taken where it gains more than the margin in every recent interval, and pays for the moves within the horizon.
+And it must be foreseeable: made one interval earlier, in the same way, it must have gained in the latest interval. What is
+not, as in the first steps of training and where hot experts change all the time, is left to copies. With a margin of zero all
+this is left out: experts move whenever the latest interval would have been faster.
 
 Legend: R ranks of ep, E experts, N past intervals.
 """
@@ -23,8 +24,8 @@ from lightning_moefold.balance.fill import Layout
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.predict import predicted
 
-#: Intervals that a placement is judged by.
-RECENT = 4
+#: Intervals that a placement is judged by at most, and at least.
+_MOST, _LEAST = 8, 4
 #: Levels above the mean (in parts of 64) for which candidates are made.
 _LEVELS = (0, 1, 4)
 #: A move must save so many times what it takes: forecasts are wrong at times.
@@ -43,10 +44,10 @@ def relocated(load_NE: Counts, current: Placement, costs: BalanceCosts, slots: i
         slots: Copies that a rank may hold.
     """
     eager = costs.margin_ppm == 0
-    if len(load_NE) < (1 if eager else RECENT) or not load_NE[-1].sum():
+    if len(load_NE) < (1 if eager else _LEAST) or not load_NE[-1].sum():
         return current
     here_E, parts = np.asarray(current.part_of_expert), current.parts
-    judge = _Judge(load_NE[-RECENT:], here_E, parts, costs, slots)
+    judge = _Judge(load_NE[-_MOST:], here_E, parts, costs, slots)
     if not eager and not judge.could_gain():
         return current
     load_E = predicted(load_NE)

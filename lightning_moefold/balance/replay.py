@@ -35,7 +35,8 @@ class Replay:
         rows_NLR: Rows that each rank computes.
         copies_NL: Copies of each pass.
         moves_NL: Experts that changed their rank before the check.
-        pass_ps_NL: Predicted picoseconds of a pass.
+        pass_ps_NL: Predicted picoseconds of a pass, copies included.
+        copy_ps_NL: Of these, in which copies travel.
         move_ps_N: Picoseconds in which all moves before a check are made.
         part_NLE: Home of each expert.
         costs: Constants that were used.
@@ -46,6 +47,7 @@ class Replay:
     copies_NL: Counts
     moves_NL: Counts
     pass_ps_NL: Counts
+    copy_ps_NL: Counts
     move_ps_N: Counts
     part_NLE: NDArray[np.int16]
     costs: BalanceCosts
@@ -80,9 +82,23 @@ class Replay:
     @property
     def step_seconds(self) -> float:
         """Predicted seconds of the experts in a step: passes, copies and moves."""
-        passes = self.pass_ps_NL.sum(1) * self.costs.passes
+        return self.compute_seconds + self.copy_seconds + self.move_seconds
+
+    @property
+    def compute_seconds(self) -> float:
+        """Seconds of the busiest ranks' rows in a step."""
+        return float((self.pass_ps_NL - self.copy_ps_NL).sum(1).mean()) * self.costs.passes / 1e12
+
+    @property
+    def copy_seconds(self) -> float:
+        """Seconds in which copies travel in a step."""
+        return float(self.copy_ps_NL.sum(1).mean()) * self.costs.passes / 1e12
+
+    @property
+    def move_seconds(self) -> float:
+        """Seconds of moves, on average over steps."""
         between = np.diff(self.iterations_N, append=self.iterations_N[-1] + _usual_gap(self.iterations_N))
-        return float((passes + self.move_ps_N / between).mean()) / 1e12
+        return float((self.move_ps_N / between).mean()) / 1e12
 
 
 def _usual_gap(iterations_N: Counts) -> int:
@@ -107,7 +123,7 @@ def replay(trace: RoutingTrace, policy: Policy, costs: BalanceCosts, parts: int,
     n_, l_, _, e_ = trace.counts_NLSE.shape
     load_NLE = trace.counts_NLSE.sum(2)
     rows_NLR, part_NLE = np.zeros((n_, l_, parts), dtype=np.int64), np.zeros((n_, l_, e_), dtype=np.int16)
-    copies_NL, moves_NL, pass_ps_NL = (np.zeros((n_, l_), dtype=np.int64) for _ in range(3))
+    copies_NL, moves_NL, pass_ps_NL, copy_ps_NL = (np.zeros((n_, l_), dtype=np.int64) for _ in range(4))
     move_ps_N = np.zeros(n_, dtype=np.int64)
     placements = [Placement.contiguous(e_, parts) for _ in range(l_)]
     shares = [np.zeros((parts, e_), dtype=np.int64) for _ in range(l_)]
@@ -127,9 +143,10 @@ def replay(trace: RoutingTrace, policy: Policy, costs: BalanceCosts, parts: int,
             rows_NLR[n, layer], part_NLE[n, layer] = quota_RE.sum(1), owner_E
             copies_NL[n, layer] = copies_of(quota_RE, owner_E).sum()
             moves_NL[n, layer] = (old != owner_E).sum()
-            pass_ps_NL[n, layer] = pass_time(quota_RE, owner_E, costs).total
+            time = pass_time(quota_RE, owner_E, costs)
+            pass_ps_NL[n, layer], copy_ps_NL[n, layer] = time.total, time.exchange
             move_ps_N[n] += costs.move_ps(old.tolist(), owner_E.tolist(), parts)
-    return Replay(trace.iterations_N, rows_NLR, copies_NL, moves_NL, pass_ps_NL, move_ps_N, part_NLE, costs)
+    return Replay(trace.iterations_N, rows_NLR, copies_NL, moves_NL, pass_ps_NL, copy_ps_NL, move_ps_N, part_NLE, costs)
 
 
 def _assignment(policy: Policy, counts_SE: Counts, share_RE: Counts, owner_E: Counts, costs: BalanceCosts) -> Counts:

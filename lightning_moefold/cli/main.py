@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning_moefold.cli import balance as balance_command
 from lightning_moefold.cli import plan as plan_command
 from lightning_moefold.cli import plot as plot_command
 from lightning_moefold.models import export
@@ -36,6 +37,9 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "balance": Command(
+        "compare policies of expert balance on recorded routing", balance_command.configure, balance_command.run
+    ),
     "calibrate": Command("measure this machine for the planner", calibrate.configure, calibrate.run),
     "export": Command("write a checkpoint of a run as a Hugging Face directory", export.configure, export.run),
     "plan": Command("rank the folds of a model on a machine", plan_command.configure, plan_command.run),
