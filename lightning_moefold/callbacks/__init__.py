@@ -4,7 +4,15 @@
 from lightning_moefold.callbacks.generate_samples import GenerateSamples
 from lightning_moefold.callbacks.load_balance import LoadBalanceMonitor
 from lightning_moefold.callbacks.mfu import MFUMonitor
+from lightning_moefold.callbacks.routing_trace import RoutingTraceRecorder
 from lightning_moefold.callbacks.summary import FoldSummary
 from lightning_moefold.callbacks.timeline import PipelineTimeline
 
-__all__ = ["FoldSummary", "GenerateSamples", "LoadBalanceMonitor", "MFUMonitor", "PipelineTimeline"]
+__all__ = [
+    "FoldSummary",
+    "GenerateSamples",
+    "LoadBalanceMonitor",
+    "MFUMonitor",
+    "PipelineTimeline",
+    "RoutingTraceRecorder",
+]

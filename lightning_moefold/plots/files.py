@@ -5,6 +5,7 @@ from __future__ import annotations
 
 EXPERT_LOAD = "expert_load.npz"
 PIPELINE_TIMELINE = "pipeline_timeline.json"
+ROUTING_TRACE = "routing_trace.npz"
 
 NO_EXPERT = -1
 """Count in a table of loads where a layer has fewer experts than the widest."""
