@@ -134,8 +134,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             another's computation; the same bits. For ``"alltoall"``.
         node_size: Ranks that share fast links, for ``"hierarchical"``, ``"auto"`` and ``fold="auto"``; those of one machine if
             not given.
-        expert_copies: Copies of busy experts on other ranks of ep, made anew in each pass (:class:`~.balance.fast.ExpertCopies`); the
-            result is the same. None for none. For ``"alltoall"``, without padding.
+        expert_copies: Copies of busy experts on other ranks of ep, made anew in each pass
+            (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. For ``"alltoall"``, without padding.
         expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, all at
             once with products in FP8 but for the weights' gradient, or ``"transformer_engine"``, all at once and, inside its
             ``autocast``, in FP8. ``"auto"`` is a loop on CPU; on CUDA it is ``grouped_mm`` for bfloat16 on Hopper and newer,
@@ -233,7 +233,14 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._microbatches_given = num_microbatches is not None
         self.num_microbatches = num_microbatches or 1
         self.dispatch = DispatchConfig(
-            dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies
+            dispatcher,
+            capacity_factor,
+            drop_policy,
+            drop_scope,
+            pad_to_capacity,
+            dispatch_chunks,
+            node_size,
+            expert_copies,
         )
         self.context_parallel_exchange = context_parallel_exchange
         self.recompute = recompute

@@ -93,21 +93,21 @@ class CopyPlan:
         """
         if self.quota_RE.shape[1] != counts_SE.shape[1]:
             raise InputError(
-                f"the policy of copies {policy!r} plans {self.quota_RE.shape[1]} experts, and there are {counts_SE.shape[1]}; a plan "
-                "is a table of ranks by experts."
+                f"the policy of copies {policy!r} plans {self.quota_RE.shape[1]} experts, and there are {counts_SE.shape[1]}; a "
+                "plan is a table of ranks by experts."
             )
         rows_E, experts = self.quota_RE.sum(0), counts_SE.sum(0)
         if (self.quota_RE < 0).any() or (rows_E != experts).any():
             expert = int(np.flatnonzero((rows_E != experts) | (self.quota_RE < 0).any(0))[0])
             raise InputError(
-                f"the policy of copies {policy!r} plans {self.quota_RE[:, expert].tolist()} rows of expert {expert} for the ranks, and "
-                f"there are {int(experts[expert])}; a plan computes every row once."
+                f"the policy of copies {policy!r} plans {self.quota_RE[:, expert].tolist()} rows of expert {expert} for the "
+                f"ranks, and there are {int(experts[expert])}; a plan computes every row once."
             )
         most = int(self.copied_RE.sum(1).max())
         if most > max_copies_per_rank:
             raise InputError(
-                f"the policy of copies {policy!r} plans {most} copies on one rank, and max_copies_per_rank is {max_copies_per_rank}; "
-                "it must keep to that."
+                f"the policy of copies {policy!r} plans {most} copies on one rank, and max_copies_per_rank is "
+                f"{max_copies_per_rank}; it must keep to that."
             )
 
 
@@ -124,41 +124,47 @@ class RowSplit:
 
     Args:
         counts_SE: Rows of each expert at each source.
-        quota_RE: Of the plan.
+        plan: Which rank computes how many of them.
     """
 
-    def __init__(self, counts_SE: Counts, quota_RE: Counts) -> None:
-        ranks, experts = quota_RE.shape
-        self._peers = counts_SE.shape[0] // ranks
-        counts_RPE = counts_SE.reshape(ranks, self._peers, experts)
-        before_RPE = counts_RPE.cumsum(1) - counts_RPE
-        own_RPE = np.clip(quota_RE[:, None] - before_RPE, 0, counts_RPE)
-        #: Rows of each source that stay where they are.
-        self.own_SE: Counts = own_RPE.reshape(counts_SE.shape)
+    def __init__(self, counts_SE: Counts, plan: CopyPlan) -> None:
+        self._counts_SE, self._plan = counts_SE, plan
+        self._peers = len(counts_SE) // plan.ranks
+        # Few experts have copies; all rows of the others go to their owner.
+        self._copied_X = np.flatnonzero(plan.copied_RE.any(0))
+        rows_SX, quota_RX = counts_SE[:, self._copied_X], plan.quota_RE[:, self._copied_X]
+        rows_RPX = rows_SX.reshape(plan.ranks, self._peers, -1)
+        own_RPX = np.clip(quota_RX[:, None] - (rows_RPX.cumsum(1) - rows_RPX), 0, rows_RPX)
+        self._own_SX = own_RPX.reshape(rows_SX.shape)
         # What is left is laid out twice on one line for each expert, by sources and by ranks: where two intervals meet, rows go.
-        left_SE, need_RE = counts_SE - self.own_SE, quota_RE - own_RPE.sum(1)
-        self._left_ends_SE, self._need_ends_RE = left_SE.cumsum(0), need_RE.cumsum(0)
-        self._left_starts_SE, self._need_starts_RE = self._left_ends_SE - left_SE, self._need_ends_RE - need_RE
+        left_SX, need_RX = rows_SX - self._own_SX, quota_RX - own_RPX.sum(1)
+        self._left_ends_SX, self._need_ends_RX = left_SX.cumsum(0), need_RX.cumsum(0)
+        self._left_starts_SX, self._need_starts_RX = self._left_ends_SX - left_SX, self._need_ends_RX - need_RX
 
     def sent(self, source: int) -> Counts:
         """Rows that go from ``source`` to each rank, ``[R, E]``."""
-        ends_RE = np.minimum(self._need_ends_RE, self._left_ends_SE[source])
-        starts_RE = np.maximum(self._need_starts_RE, self._left_starts_SE[source])
-        rows_RE = np.maximum(ends_RE - starts_RE, 0)
-        rows_RE[source // self._peers] += self.own_SE[source]
+        ends_RX = np.minimum(self._need_ends_RX, self._left_ends_SX[source])
+        rows_RX = np.maximum(ends_RX - np.maximum(self._need_starts_RX, self._left_starts_SX[source]), 0)
+        rows_RX[source // self._peers] += self._own_SX[source]
+        rows_RE = no_copies(self._counts_SE[source : source + 1], self._plan.ranks)
+        rows_RE[:, self._copied_X] = rows_RX
         return rows_RE
 
     def received(self, rank: int) -> Counts:
         """Rows that ``rank`` gets from each source, ``[S, E]``."""
-        ends_SE = np.minimum(self._left_ends_SE, self._need_ends_RE[rank])
-        starts_SE = np.maximum(self._left_starts_SE, self._need_starts_RE[rank])
-        rows_SE = np.maximum(ends_SE - starts_SE, 0)
+        ends_SX = np.minimum(self._left_ends_SX, self._need_ends_RX[rank])
+        rows_SX = np.maximum(ends_SX - np.maximum(self._left_starts_SX, self._need_starts_RX[rank]), 0)
         mine = slice(rank * self._peers, (rank + 1) * self._peers)
-        rows_SE[mine] += self.own_SE[mine]
+        rows_SX[mine] += self._own_SX[mine]
+        rows_SE = np.zeros_like(self._counts_SE)
+        local = self._plan.local_experts
+        at_home = slice(rank * local, (rank + 1) * local)
+        rows_SE[:, at_home] = self._counts_SE[:, at_home]
+        rows_SE[:, self._copied_X] = rows_SX
         return rows_SE
 
 
 def rows_of_plan(counts_SE: Counts, quota_RE: Counts) -> Counts:
     """Rows of each expert that go from each source to each rank, ``[S, R, E]``."""
-    split = RowSplit(counts_SE, quota_RE)
+    split = RowSplit(counts_SE, CopyPlan(quota_RE))
     return np.stack([split.sent(source) for source in range(len(counts_SE))])

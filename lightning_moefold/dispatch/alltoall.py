@@ -126,7 +126,7 @@ class AllToAllDispatcher(TokenDispatcher):
         ordered = sort_by_expert(choices.expert_TK, self.num_experts, choices.kept_TK, choices.served)
         counts_SE = comm.all_gather_raw(ordered.counts_E, self.etp_ep)
         # The one place where the host must know sizes.
-        known_SE = np.asarray(counts_SE.tolist(), dtype=np.int64).reshape(-1, self.num_experts)
+        known_SE = counts_SE.cpu().numpy().reshape(-1, self.num_experts)
         plan = options.plan(known_SE, self.ep.size)
         travel = travel_of(known_SE, plan, self._sizes, self.ep.index, self.etp.index)
         ordered = _in_travelling_order(ordered, travel)

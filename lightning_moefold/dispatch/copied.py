@@ -69,7 +69,7 @@ def travel_of(counts_SE: Counts, plan: CopyPlan, sizes: list[int], rank: int, pe
     """
     ranks, local = plan.ranks, plan.local_experts
     peers, experts = counts_SE.shape[0] // ranks, counts_SE.shape[1]
-    split = RowSplit(counts_SE, plan.quota_RE)
+    split = RowSplit(counts_SE, plan)
     part_L = np.repeat(np.arange(len(sizes)), sizes)
     sent_RE = split.sent(rank * peers + peer)
     expert_B, to_B = np.nonzero(sent_RE.T)  # blocks in the order of experts, then of ranks

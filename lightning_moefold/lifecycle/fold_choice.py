@@ -66,6 +66,8 @@ class Fixed:
             dispatchers: Those that can do what is asked for.
         """
         looped = self.schedule is not None and self.schedule.startswith("interleaved")
+        if self.dispatch.copies is not None:
+            dispatchers = ("alltoall",)
         return Space(
             schedules=tuple(s for s in SCHEDULES if s != "gpipe") if self.schedule is None else (self.schedule,),
             recomputes=RECOMPUTES if self.recompute is None else (self.recompute,),

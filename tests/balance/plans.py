@@ -12,13 +12,14 @@ from lightning_moefold.balance.copies import Counts, no_copies
 
 
 def drawn(counts_SE: Counts, owner_E: Counts, costs: Any, max_copies_per_rank: int) -> Counts:
-    """Up to so many copies on each rank, each with some of the expert's rows: none, some, or all there are."""
+    """One to so many copies on each rank, each with some of the expert's rows: none, some, or all there are."""
     chance = np.random.default_rng(zlib.crc32(counts_SE.tobytes()))
     ranks, experts = counts_SE.shape
     quota_RE = no_copies(counts_SE, ranks)
     for rank in range(ranks):
         others = np.flatnonzero(owner_E != rank)
-        for expert in chance.choice(others, min(len(others), chance.integers(max_copies_per_rank + 1)), replace=False):
+        copies = chance.integers(min(1, max_copies_per_rank), max_copies_per_rank + 1)
+        for expert in chance.choice(others, min(len(others), copies), replace=False):
             left = quota_RE[owner_E[expert], expert]
             rows = left if chance.random() < 0.2 else chance.integers(left + 1)
             quota_RE[owner_E[expert], expert] -= rows

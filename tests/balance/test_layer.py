@@ -56,8 +56,15 @@ def _layer(axes: ExpertAxes, config: DispatchConfig, expert: Any, hot: bool, fro
     return layer
 
 
-def _results(axes: ExpertAxes, config: DispatchConfig, *, expert: Any = None, hot: bool = False, frozen: tuple[str, ...] = ("nothing",),
-             again: bool = False) -> tuple[dict[str, Tensor | None], MoELayer]:  # fmt: skip
+def _results(
+    axes: ExpertAxes,
+    config: DispatchConfig,
+    *,
+    expert: Any = None,
+    hot: bool = False,
+    frozen: tuple[str, ...] = ("nothing",),
+    again: bool = False,
+) -> tuple[dict[str, Tensor | None], MoELayer]:
     layer = _layer(axes, config, expert, hot, frozen)
     generator = torch.Generator().manual_seed(axes.ep.index)
     gradients: dict[str, Tensor | None] = {}

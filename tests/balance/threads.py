@@ -49,7 +49,9 @@ def run(function: Callable[[ExpertAxes], T], size: int) -> list[T]:
     """``function`` on each of ``size`` ranks of ep, and what they return."""
     group, place = _Group(size), threading.local()
 
-    def all_to_all(out: Tensor, x: Tensor, receive: list[int], send: list[int], group: _Group, async_op: bool = False) -> Any:
+    def all_to_all(
+        out: Tensor, x: Tensor, receive: list[int], send: list[int], group: _Group, async_op: bool = False
+    ) -> Any:
         parts = group.exchange(place.rank, x.detach().split(send))
         out.copy_(torch.cat([part[place.rank] for part in parts]))
         assert [len(part[place.rank]) for part in parts] == list(receive)

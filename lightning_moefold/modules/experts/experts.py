@@ -152,8 +152,8 @@ class Experts(RoutedExperts):
         """See :meth:`RoutedExperts.check_copies`."""
         if self.kernel == "transformer_engine":
             raise InputError(
-                "expert_copies do not go with expert_kernel='transformer_engine', which keeps FP8 scales for each place of an expert; "
-                "use 'auto' or 'fp8'."
+                "expert_copies do not go with expert_kernel='transformer_engine', which keeps FP8 scales for each place of an "
+                "expert; use 'auto' or 'fp8'."
             )
 
     def stacks(self) -> tuple[Tensor, ...]:
