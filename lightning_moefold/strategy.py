@@ -35,6 +35,7 @@ from typing_extensions import override
 
 from lightning_moefold import comm
 from lightning_moefold.agreement import agree_on_error
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.diagnostics.liveness import RollCall
 from lightning_moefold.diagnostics.report import Place, print_without_traceback
 from lightning_moefold.dispatch import DispatchConfig
@@ -118,6 +119,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             another's computation; the same bits. For ``"alltoall"``.
         node_size: Ranks that share fast links, for ``"hierarchical"``, ``"auto"`` and ``fold="auto"``; those of one machine if
             not given.
+        expert_copies: Copies of busy experts on other ranks of ep, made anew in each pass
+            (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. For ``"alltoall"``, without padding.
         expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, all at
             once with products in FP8 but for the weights' gradient, or ``"transformer_engine"``, all at once and, inside its
             ``autocast``, in FP8. ``"auto"`` is a loop on CPU; on CUDA it is ``grouped_mm`` for bfloat16 on Hopper and newer,
@@ -174,6 +177,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         pad_to_capacity: bool = False,
         dispatch_chunks: int = 1,
         node_size: int | None = None,
+        expert_copies: ExpertCopies | None = None,
         expert_kernel: ExpertKernel = "auto",
         data_parallel_sharding: ShardingMode = "optimizer",
         recompute: Recompute | None = None,
@@ -207,7 +211,14 @@ class MoEFoldStrategy(SharedCheckpoints):
             PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
             1 if num_microbatches is None else num_microbatches,
             DispatchConfig(
-                dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size
+                dispatcher,
+                capacity_factor,
+                drop_policy,
+                drop_scope,
+                pad_to_capacity,
+                dispatch_chunks,
+                node_size,
+                expert_copies,
             ),
             expert_kernel,
             recompute,

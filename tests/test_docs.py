@@ -19,7 +19,18 @@ from tests.recipes.chats import TALK, chat_tokenizer, write
 ROOT = Path(__file__).parents[1]
 PAGES = [
     f"docs/{name}.md"
-    for name in ("data", "networks", "routers", "folds", "training", "pipeline", "planner", "inference", "dispatch")
+    for name in (
+        "data",
+        "networks",
+        "routers",
+        "folds",
+        "training",
+        "pipeline",
+        "planner",
+        "inference",
+        "dispatch",
+        "balance",
+    )
 ]
 
 

@@ -13,8 +13,11 @@ collectives that are really under way). Experts and sums are the same, in the sa
 With ``pad_to_capacity`` every rank sends every expert the same number of rows, empty ones of weight zero among them:
 sizes are known, no counts are exchanged.
 
-The host waits for the device once a layer (for the sizes of the exchange), never with padding, and on a single rank only
-where tokens are dropped.
+With ``copies`` some experts compute on several ranks in this pass (:mod:`..balance.copies`). Their rows on other ranks travel
+in a chunk of their own, the last one, so that their weights (:mod:`..modules.experts.copied`) have until then to arrive.
+
+The host waits for the device once a layer (for the sizes of the exchange; with copies, for the counts, from which it plans),
+never with padding, and on a single rank only where tokens are dropped.
 
 Legend: see :mod:`.base`; S ep sources, P etp peers, C chunks.
 """
@@ -23,11 +26,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.async_comm import Exchange, start, wait
+from lightning_moefold.balance.copies import CopyPlan
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.dispatch.base import (
     Choices,
     ExpertAxes,
@@ -38,6 +44,7 @@ from lightning_moefold.dispatch.base import (
     expert_of_rows,
 )
 from lightning_moefold.dispatch.config import DispatchConfig
+from lightning_moefold.dispatch.copied import Travel, travel_of
 from lightning_moefold.dispatch.permutation import (
     Copies,
     SortedChoices,
@@ -60,6 +67,7 @@ class ChunkPlan:
         arrived: Rows that each etp peer received over ep.
         counts_PSL: Rows for each expert of the chunk, from each source of each peer.
         counts: Rows of each expert, where the host knows.
+        experts: Which experts have copies in this pass; None without.
     """
 
     copies: Copies
@@ -68,6 +76,7 @@ class ChunkPlan:
     arrived: list[int]
     counts_PSL: Tensor
     counts: list[int] | None = None
+    experts: CopyPlan | None = None
 
 
 class AllToAllDispatcher(TokenDispatcher):
@@ -102,21 +111,38 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
         """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        if self.config.copies is not None and self.ep.size > 1:
+            return self._with_copies(x_TD, choices, self.config.copies)
         weight_TK, places_E = choices.weight_TK, self._places(x_TD.device)
         ordered = sort_by_expert(choices.expert_TK, self.num_experts, choices.kept_TK, choices.served, places_E)
         if choices.capacity is not None:
             return self._padded(ordered, x_TD, weight_TK, choices.capacity)
         sizes, counts = self._sizes_of_exchange(ordered)
         plans, copies = self._plans(ordered, sizes, counts, x_TD.shape[0])
-        rows = [sum(plan.send) for plan in plans]
-        x_RD = permute(x_TD, copies)
-        weight_R = take_distinct(weight_TK.reshape(-1), ordered.slot_S[: sum(rows)])
-        if len(plans) == 1:  # the gradient of a split is a copy, even of a split into one
-            return [Parcel(x_RD, weight_R, plans[0])]
-        return [
-            Parcel(x, weight, plan)
-            for x, weight, plan in zip(x_RD.split(rows), weight_R.split(rows), plans, strict=True)
-        ]
+        return _parcels(permute(x_TD, copies), weight_TK, ordered.slot_S, plans)
+
+    def _with_copies(self, x_TD: Tensor, choices: Choices, options: ExpertCopies) -> list[Parcel]:
+        """A part for each chunk, and one for the copies if any rank has one."""
+        ordered = sort_by_expert(choices.expert_TK, self.num_experts, choices.kept_TK, choices.served)
+        counts_SE = comm.all_gather_raw(ordered.counts_E, self.etp_ep)
+        # The one place where the host must know sizes.
+        known_SE = counts_SE.cpu().numpy().reshape(-1, self.num_experts)
+        plan = options.plan(known_SE, self.ep.size)
+        travel = travel_of(known_SE, plan, self._sizes, self.ep.index, self.etp.index)
+        ordered = _in_travelling_order(ordered, travel)
+        copies = Copies.of_choices(ordered, int(travel.rows_B.sum()), x_TD.shape[0])
+        plans = [
+            ChunkPlan(
+                copies, part.send, part.receive, part.arrived, torch.from_numpy(part.counts_PSX).to(x_TD.device), part.counts, plan,
+            )
+            for part in travel.parts
+        ]  # fmt: skip
+        return _parcels(permute(x_TD, copies), choices.weight_TK, ordered.slot_S, plans)
+
+    def copy_plan(self, parcels: list[Parcel]) -> CopyPlan | None:
+        """See :meth:`.TokenDispatcher.copy_plan`."""
+        plan: ChunkPlan = parcels[0].plan
+        return plan.experts
 
     def _sizes_of_exchange(self, ordered: SortedChoices) -> tuple[list[list[int]], list[Tensor]]:
         """For each chunk, rows to and from each rank and of each peer in one list, and ``counts_PSL``."""
@@ -189,7 +215,7 @@ class AllToAllDispatcher(TokenDispatcher):
         weight_A = comm.all_gather_uneven(weight_A, plan.arrived, self.etp)
         peers, sources, local = plan.counts_PSL.shape
         counts_L = plan.counts_PSL.sum((0, 1))
-        if local == 1 or peers * sources == 1:
+        if local <= 1 or peers * sources == 1:
             return x_AD, ExpertRows(None, weight_A, counts_L, True, plan.counts)
         token_M = expert_of_rows(plan.counts_PSL.reshape(-1, local), x_AD.shape[0]).argsort(stable=True)
         return x_AD, ExpertRows(token_M, take_distinct(weight_A, token_M), counts_L, True, plan.counts)
@@ -210,3 +236,25 @@ class AllToAllDispatcher(TokenDispatcher):
         parts = [part for back in returns for part in wait((back.y,), back.handle)]
         y_RD = parts[0] if len(parts) == 1 else torch.cat(parts)
         return unpermute(y_RD, plans[0].copies)
+
+
+def _parcels(x_RD: Tensor, weight_TK: Tensor, slot_S: Tensor, plans: list[ChunkPlan]) -> list[Parcel]:
+    rows = [sum(plan.send) for plan in plans]
+    weight_R = take_distinct(weight_TK.reshape(-1), slot_S[: sum(rows)])
+    if len(plans) == 1:  # the gradient of a split is a copy, even of a split into one
+        return [Parcel(x_RD, weight_R, plans[0])]
+    return [
+        Parcel(x, weight, plan) for x, weight, plan in zip(x_RD.split(rows), weight_R.split(rows), plans, strict=True)
+    ]
+
+
+def _in_travelling_order(ordered: SortedChoices, travel: Travel) -> SortedChoices:
+    """The served choices in the blocks in which they travel, the others behind them; its counts stay those of the experts."""
+    if travel.in_order:
+        return ordered
+    rows, device = int(travel.rows_B.sum()), ordered.slot_S.device
+    shift_B = travel.starts_B - (travel.rows_B.cumsum() - travel.rows_B)
+    shift_B, rows_B = torch.from_numpy(np.stack([shift_B, travel.rows_B])).to(device)
+    place_R = shift_B.repeat_interleave(rows_B, output_size=rows) + torch.arange(rows, device=device)
+    slot_S = torch.cat([ordered.slot_S[place_R], ordered.slot_S[rows:]])
+    return SortedChoices(slot_S, ordered.counts_E, ordered.top_k, rows)

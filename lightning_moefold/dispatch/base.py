@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold.async_comm import Handle
+from lightning_moefold.balance.copies import CopyPlan
 from lightning_moefold.dispatch.config import DispatchConfig
 from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
 
@@ -149,7 +150,7 @@ class TokenDispatcher(ABC):
 
     @property
     def experts_per_chunk(self) -> list[int]:
-        """Local experts of each parcel; their sum is L."""
+        """Experts at home here of each parcel; their sum is L."""
         return [self.local_experts]
 
     @abstractmethod
@@ -163,6 +164,13 @@ class TokenDispatcher(ABC):
         Returns:
             The parcels, one for each chunk of experts.
         """
+
+    def copy_plan(self, parcels: list[Parcel]) -> CopyPlan | None:
+        """Which experts compute on other ranks too in this pass; None where copies are not asked for.
+
+        Where there are any, the last parcel is that of this rank's copies.
+        """
+        return None
 
     @abstractmethod
     def token_dispatch(self, parcel: Parcel) -> Parcel:

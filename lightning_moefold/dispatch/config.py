@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.balance.fast import ExpertCopies
+from lightning_moefold.errors import FoldError, InputError
 from lightning_moefold.fold import Fold, expert_nodes
 
 DispatcherName = Literal["alltoall", "allgather", "deduplicated", "hierarchical", "auto"]
@@ -40,6 +41,8 @@ class DispatchConfig:
             computation; bit for bit the same result. Only for ``"alltoall"``.
         node_size: Ranks that share fast links, consecutive ones, for ``"hierarchical"`` and ``"auto"``; None for one node.
             Where ep has one rank in a node, or lies within one, a token travels as under ``"deduplicated"``.
+        copies: Copies of busy experts on other ranks, made anew in each pass; the same result. None for none. Only for
+            ``"alltoall"``, without padding.
 
     Raises:
         ValueError: For a value that is not known, or two that contradict each other.
@@ -52,6 +55,7 @@ class DispatchConfig:
     pad_to_capacity: bool = False
     chunks: int = 1
     node_size: int | None = None
+    copies: ExpertCopies | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -71,9 +75,17 @@ class DispatchConfig:
         if self.node_size is not None and self.node_size < 1:
             raise InputError(f"node_size={self.node_size} must be at least 1.")
         if self.dispatcher in ("allgather", "deduplicated", "hierarchical"):
-            for name, given in (("pad_to_capacity", self.pad_to_capacity), ("dispatch_chunks", self.chunks > 1)):
+            for name, given in (
+                ("pad_to_capacity", self.pad_to_capacity),
+                ("dispatch_chunks", self.chunks > 1),
+                ("expert_copies", self.copies is not None),
+            ):
                 if given:
                     raise InputError(f"{name} does not go with dispatcher={self.dispatcher!r}; use 'alltoall'.")
+        if self.pad_to_capacity and self.copies is not None:
+            raise InputError(
+                "pad_to_capacity gives every rank the same rows, so expert_copies have nothing to even out; leave one of them out."
+            )
 
     def capacity(self, tokens: int, top_k: int, num_experts: int) -> int:
         """Tokens of a row that an expert serves, ``min(L, ceil(CF * k * L / E))`` (arXiv 2504.14960, equation 4).
@@ -94,8 +106,8 @@ def choose_dispatcher(config: DispatchConfig, num_experts: int, top_k: int, ep: 
     A token has ``k`` rows in an all-to-all. Its experts live on ``r(ep)`` ranks, with ``r(n) = n (1 - C(E - E/n, k) / C(E, k))``,
     which is what deduplication sends, with an index for each row beside it; an all-gather sends it to all ``ep``. So all-gather
     where r(ep) is nearly ep (within a tenth: no permutation, no index; a ring, too, brings a token to each node once),
-    deduplication where r(ep) is clearly less than k, and plain all-to-all otherwise, and wherever padding or chunks ask for
-    it.
+    deduplication where r(ep) is clearly less than k, and plain all-to-all otherwise, and wherever padding, chunks or copies of
+    experts ask for it.
 
     By node where ep has several ranks in each of several nodes, and r(nodes) is at most three quarters of r(ep): what
     travels between nodes is the part ``1 - 1/nodes`` of either, so an exchange by node saves
@@ -115,7 +127,7 @@ def choose_dispatcher(config: DispatchConfig, num_experts: int, top_k: int, ep: 
     """
     if config.dispatcher != "auto":
         return config.dispatcher
-    if ep == 1 or config.pad_to_capacity or config.chunks > 1:
+    if ep == 1 or config.pad_to_capacity or config.chunks > 1 or config.copies is not None:
         return "alltoall"
     ranks = _places(ep, num_experts, top_k)
     if config.capacity_factor is None and ranks > 0.9 * ep:
@@ -138,6 +150,13 @@ def settle(config: DispatchConfig, num_experts: int, top_k: int, fold: Fold) -> 
         num_experts: E.
         top_k: k.
         fold: The sizes.
+
+    Raises:
+        FoldError: For copies of experts where one rank holds them all.
     """
+    if config.copies is not None and fold.ep == 1:
+        raise FoldError(
+            f"expert_copies even out the ranks of ep, and fold {fold} has one of them; use a fold with ep > 1, or no expert_copies."
+        )
     nodes = expert_nodes(fold.ep, fold.etp, config.node_size) if config.node_size else 1
     return replace(config, dispatcher=choose_dispatcher(config, num_experts, top_k, fold.ep, nodes))

@@ -61,6 +61,8 @@ class Fixed:
         """
         plan, recompute, dispatcher = self.settings.plan, self.settings.recompute, self.settings.dispatch.dispatcher
         looped = plan.schedule.startswith("interleaved")
+        if self.settings.dispatch.copies is not None:
+            dispatchers = ("alltoall",)
         return Space(
             schedules=tuple(s for s in SCHEDULES if s != "gpipe") if plan == PipelinePlan() else (plan.schedule,),
             recomputes=RECOMPUTES if recompute is None else (recompute,),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moefold import comm
+from lightning_moefold.balance.fast import CopyCounter
 from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, Return, make_dispatcher, settle
 from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.errors import InputError
@@ -56,6 +57,7 @@ class MoELayer(ParallelRoot):
         load_E: How often each expert was chosen on this rank in training since somebody last reset it (int64; padding
             left out).
         dropped: How many of these choices no expert served, for want of capacity (int64 scalar; 0 while dropless).
+        copies: What copies of experts for one pass did in training, since somebody last made it anew.
 
     Raises:
         ValueError: Unless either ``ffn_hidden_size`` or ``expert`` is given.
@@ -101,6 +103,7 @@ class MoELayer(ParallelRoot):
         # Not buffers: those are made alike on all ranks before each step, and counters are each rank's own.
         self.load_E = torch.zeros(num_experts, dtype=torch.int64)
         self.dropped = torch.zeros((), dtype=torch.int64)
+        self.copies = CopyCounter()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
         """Moves the counters with the layer; they begin anew."""
@@ -137,6 +140,8 @@ class MoELayer(ParallelRoot):
         """Makes the dispatcher of this fold."""
         super().bind(mesh)
         config = self.settled(mesh)
+        if config.copies is not None:
+            self.experts.check_copies()
         self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -219,6 +224,9 @@ class MoELayer(ParallelRoot):
 
         def visit_experts() -> None:
             returns.extend(self.experts(parcels, dispatcher))
+            plan = dispatcher.copy_plan(parcels)
+            if plan is not None and self.training and torch.is_grad_enabled() and not is_recomputing():
+                self.copies.count(plan, self.experts.copy_bytes)
 
         shared_TD = self._shared(x_TD, batch, visit_experts)
         y_TD = dispatcher.combine_postprocess(returns, [parcel.plan for parcel in parcels])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_moefold import Fold
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import MoELayer
@@ -58,13 +59,17 @@ def count_questions(fold: str, fields: dict[str, Any]) -> list[str]:
         )
     x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(mesh.rank)).requires_grad_()
     with _Questions() as questions:
-        real = Tensor.tolist
 
-        def listed(tensor: Tensor) -> Any:
-            questions.found.append("tolist")
-            return real(tensor)
+        def asked(name: str) -> Any:
+            real = getattr(Tensor, name)
 
-        with mock.patch.object(Tensor, "tolist", listed):
+            def ask(tensor: Tensor) -> Any:
+                questions.found.append(name)
+                return real(tensor)
+
+            return mock.patch.object(Tensor, name, ask)
+
+        with asked("tolist"), asked("cpu"):
             layer(x).square().sum().backward()
     return questions.found
 
@@ -77,6 +82,7 @@ def count_questions(fold: str, fields: dict[str, Any]) -> list[str]:
         ("", PADDED, []),
         ("ep2", DROPLESS, ["tolist"]),
         ("ep2", {"dispatch_chunks": 2}, ["tolist"]),
+        ("ep2", {"copies": ExpertCopies()}, ["cpu"]),
         ("ep2", DROPPING, ["tolist"]),
         ("ep2", PADDED, []),
         ("ep2", {"dispatcher": "allgather"}, ["tolist"]),

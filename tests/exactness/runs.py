@@ -36,6 +36,7 @@ class RankRun:
     loads: dict[int, torch.Tensor] = field(default_factory=dict)
     dropped: int = 0
     dispatchers: set[str] = field(default_factory=set)
+    copies: int = 0
 
 
 class BatchList(Dataset):
@@ -127,6 +128,7 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
     run.fold = str(module.model.fold)
     run.loads = {number: layer.load_E.clone() for number, layer in module.model.moe_layers().items()}
     run.dispatchers = {type(layer.dispatcher).__name__ for layer in module.model.moe_layers().values()}
+    run.copies = sum(layer.copies.copies for layer in module.model.moe_layers().values())
     run.dropped = sum(int(layer.dropped) for layer in module.model.moe_layers().values())
     return run
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from lightning_moefold import Fold
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.errors import UnsupportedFeature
 from lightning_moefold.lifecycle.unsupported import check_blocks
 from lightning_moefold.modules import Attention, MoELayer, load_balancing_loss
 from lightning_moefold.modules.attention import attention
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
+from tests.balance import plans
 from tests.exactness import cover
 from tests.networks import network
 from tests.quick import quick
@@ -74,6 +76,11 @@ def _unclipped(found: dict[str, torch.Tensor], clipped: dict[str, torch.Tensor])
 @pytest.mark.parametrize(("world", "fold", "spec"), _cases())
 def test_a_network_under_a_fold(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
     check(pool, world, fold, spec)
+
+
+def test_copies_of_experts(pool: RankPool) -> None:
+    spec = {"expert": True, "balance": True, "dispatch": {"expert_copies": ExpertCopies(plans.drawn, 2)}}
+    check(pool, 4, "tp2 | ep2", spec)
 
 
 def test_resume_under_other_folds(pool: RankPool, tmp_path: Path) -> None:

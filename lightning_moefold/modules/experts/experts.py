@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from lightning_moefold import comm
 from lightning_moefold.dispatch import ExpertRows, Parcel, Return, TokenDispatcher
+from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient, even_split
 from lightning_moefold.modules.base import ParallelModule, local
+from lightning_moefold.modules.experts.copied import bytes_of_copy, lend
 from lightning_moefold.modules.experts.float8_products import check_float8
 from lightning_moefold.modules.experts.kernels import ExpertKernel, gated_experts
 from lightning_moefold.modules.experts.products import grouped_never_waits
@@ -32,7 +34,12 @@ class RoutedExperts(ParallelModule):
 
     Args:
         num_experts: E, spread evenly over ep.
+
+    Attributes:
+        copy_bytes: That a copy of one of them took in the latest pass that planned copies, its gradient included.
     """
+
+    copy_bytes: int = 0
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -41,6 +48,9 @@ class RoutedExperts(ParallelModule):
     def check(self, fold: Fold) -> None:
         """Raises :class:`FoldError` if the experts do not spread evenly over ep."""
         fold.check_experts(self.num_experts)
+
+    def check_copies(self) -> None:
+        """Raises InputError where experts cannot compute on other ranks for a pass."""
 
     @abstractmethod
     def stacks(self) -> tuple[Tensor, ...]:
@@ -64,7 +74,8 @@ class RoutedExperts(ParallelModule):
     def forward(self, parcels: list[Parcel], dispatcher: TokenDispatcher) -> list[Return]:
         """Waits for each parcel, computes it and sends the result home, while the next parcel is under way.
 
-        One call for all parcels, because FSDP2 gathers weights and reduces gradients once a call.
+        One call for all parcels, because FSDP2 gathers weights and reduces gradients once a call. Weights of copies leave here
+        too, gathered and not yet let go of.
 
         Args:
             parcels: The first one is under way already.
@@ -73,14 +84,18 @@ class RoutedExperts(ParallelModule):
         Returns:
             What :meth:`.TokenDispatcher.combine_postprocess` takes.
         """
-        sizes, stacks = dispatcher.experts_per_chunk, self.stacks()
+        sizes, stacks, plan = dispatcher.experts_per_chunk, self.stacks(), dispatcher.copy_plan(parcels)
+        if plan is not None and torch.is_grad_enabled():
+            self.copy_bytes = bytes_of_copy(stacks)
+        stacks, borrowed = lend(stacks, plan, dispatcher.ep)
         chunks = list(zip(*(split_stack(stack, sizes) for stack in stacks), strict=True))
         returns, arriving = [], parcels[0]
-        for number, chunk in enumerate(chunks):
+        for number in range(len(parcels)):
             parcel = arriving
             if number + 1 < len(parcels):
                 arriving = dispatcher.token_dispatch(parcels[number + 1])
             x_AD, rows = dispatcher.dispatch_postprocess(parcel)
+            chunk = chunks[number] if number < len(chunks) else borrowed.arrive()
             if self.compiles(x_AD):
                 y_AD = self.compute(x_AD, rows, chunk, number)
             else:
@@ -132,6 +147,14 @@ class Experts(RoutedExperts):
         if kernel == "fp8":
             sizes = {"hidden_size": self.gate_proj.shape[-1], "ffn_hidden_size": self.ffn_hidden_size // fold.etp}
             check_float8(sizes, dtype, device)
+
+    def check_copies(self) -> None:
+        """See :meth:`RoutedExperts.check_copies`."""
+        if self.kernel == "transformer_engine":
+            raise InputError(
+                "expert_copies do not go with expert_kernel='transformer_engine', which keeps FP8 scales for each place of an "
+                "expert; use 'auto' or 'fp8'."
+            )
 
     def stacks(self) -> tuple[Tensor, ...]:
         """Gate and up ``[L, F, D]``, down ``[L, D, F]``."""

@@ -71,6 +71,15 @@ class ModuleExperts(RoutedExperts):
         )
         return {f"stack.{name}": plan for name, _ in self.stack.named_parameters()}
 
+    def check_copies(self) -> None:
+        """See :meth:`RoutedExperts.check_copies`."""
+        for name, module in self.stack.named_modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                raise InputError(
+                    f"expert_copies do not go with experts that draw random numbers, and {name or type(module).__name__} drops "
+                    f"with p={module.p}, on each rank others; use p=0, or no expert_copies."
+                )
+
     def stacks(self) -> tuple[Tensor, ...]:
         """In the order of ``stack.named_parameters()``."""
         return tuple(local(p) for _, p in self.stack.named_parameters())
@@ -80,6 +89,10 @@ class ModuleExperts(RoutedExperts):
         # Dropout follows the mode of the stack: Lightning puts modes back module by module, without train().
         for module, stacked in zip(self._architecture[0].modules(), self.stack.modules(), strict=True):
             module.training = stacked.training
+        if not len(
+            rows.counts_L
+        ):  # of copies, where this rank has none: still a part of the graph, which other ranks wait for
+            return x_AD + sum(stack.sum().to(x_AD.dtype) for stack in stacks)
         names = [name for name, _ in self.stack.named_parameters()]
         experts = [dict(zip(names, values, strict=True)) for values in zip(*(s.unbind(0) for s in stacks), strict=True)]
         blocks = read_tokens(x_AD, rows).split(rows.counts_L.tolist())

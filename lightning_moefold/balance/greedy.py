@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simplest policy of copies: the busiest rank gives rows of its hottest expert to the least busy one. Pure numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lightning_moefold.balance.copies import Counts
+
+
+def greedy(counts_SE: Counts, owner_E: Counts, costs: Any, max_copies_per_rank: int) -> Counts:
+    """Evens out the rows of the ranks, whatever a copy costs.
+
+    The busiest rank gives what it has above the mean of its hottest expert to the least busy rank that may take a copy, as far
+    as that one is below the mean, until no rank can give or take.
+
+    Args:
+        counts_SE: Rows of each expert at each rank.
+        owner_E: The rank at which each expert is at home.
+        costs: Not asked.
+        max_copies_per_rank: Copies that a rank may have.
+
+    Returns:
+        Rows of each expert that each rank computes, ``[R, E]``.
+    """
+    ranks, experts = counts_SE.shape
+    rows_E = counts_SE.sum(0)
+    quota_RE = np.zeros((ranks, experts), dtype=np.int64)
+    quota_RE[owner_E, np.arange(experts)] = rows_E
+    load_R = quota_RE.sum(1)
+    most = -(-int(rows_E.sum()) // ranks)
+    free_R = np.full(ranks, max_copies_per_rank)
+    while True:
+        giver = int(load_R.argmax())
+        taker = int(np.where(free_R > 0, load_R, np.iinfo(np.int64).max).argmin())
+        expert = int(np.where(owner_E == giver, quota_RE[giver], 0).argmax())
+        rows = min(int(load_R[giver]) - most, most - int(load_R[taker]), int(quota_RE[giver, expert]))
+        if rows <= 0 or free_R[taker] == 0:
+            return quota_RE
+        free_R[taker] -= quota_RE[taker, expert] == 0
+        quota_RE[giver, expert] -= rows
+        quota_RE[taker, expert] += rows
+        load_R[giver] -= rows
+        load_R[taker] += rows
