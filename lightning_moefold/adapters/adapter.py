@@ -96,27 +96,21 @@ def merges_of(
         b = f"{owner}.{leaf.removesuffix('_proj')}_lora_B" if of_experts else f"{owner}.lora_B"
         if a in parts and (of_experts or leaf == "weight"):
             scale = lora.scale(lora.down_rank if of_experts else lora.rank)
-            found[name] = Merge({a: parts[a], b: parts[b]}, _Sum(a, b, scale), dtype_of(name))
+            found[name] = Merge({a: parts[a], b: parts[b]}, _Sum(a, b, scale, tensors[name].dtype), dtype_of(name))
     return found
 
 
 class _Sum:
-    """``W + s B A``, of one expert after the other, in so wide a dtype that only the rounding to the last one is seen."""
+    """``W + s B A`` in float64, one expert after the other, so that only the rounding to the last dtype is seen."""
 
-    def __init__(self, a: str, b: str, scale: float) -> None:
-        self.a, self.b, self.scale = a, b, scale
+    def __init__(self, a: str, b: str, scale: float, dtype: torch.dtype) -> None:
+        self.a, self.b, self.scale, self.dtype = a, b, scale, dtype
 
     def __call__(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        a, b = parts[self.a], parts[self.b]
-        wide = (
-            torch.float64
-            if torch.promote_types(weight.dtype, a.dtype) in (torch.float32, torch.float64)
-            else torch.float32
-        )
-        total = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, a.dtype))
-        stacked = weight.dim() == 3
-        for w, u, v, out in zip(*((t if stacked else t.unsqueeze(0)) for t in (weight, a, b, total)), strict=True):
-            out.copy_(torch.addmm(w.to(wide), v.to(wide), u.to(wide), alpha=self.scale))
+        total = torch.empty(weight.shape, dtype=self.dtype)
+        tensors = (weight, parts[self.b], parts[self.a], total)
+        for w, b, a, out in zip(*(t if weight.dim() == 3 else t.unsqueeze(0) for t in tensors), strict=True):
+            out.copy_(torch.addmm(w.double(), b.double(), a.double(), alpha=self.scale))
         return total
 
 

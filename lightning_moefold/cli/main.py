@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning_moefold.cli import merge as merge_command
 from lightning_moefold.cli import plan as plan_command
 from lightning_moefold.cli import plot as plot_command
 from lightning_moefold.models import export
@@ -38,6 +39,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "calibrate": Command("measure this machine for the planner", calibrate.configure, calibrate.run),
     "export": Command("write a checkpoint of a run as a Hugging Face directory", export.configure, export.run),
+    "merge": Command("add an adapter to the weights of its model", merge_command.configure, merge_command.run),
     "plan": Command("rank the folds of a model on a machine", plan_command.configure, plan_command.run),
     "plot": Command("draw the loss, speed, memory and expert load of a run", plot_command.configure, plot_command.run),
     "verify": Command(

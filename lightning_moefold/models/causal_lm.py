@@ -609,15 +609,23 @@ class MoECausalLM(ParallelRoot):
             },
             "path": None if origin is None else str(origin.resolve()),
             "tokenizer": None if self.tokenizer_path is None else str(self.tokenizer_path.resolve()),
-            "adapter": self._describe_adapter(),
+            "adapter": self.describe_adapter(),
         }
 
-    def _describe_adapter(self) -> dict[str, Any] | None:
+    def describe_adapter(self) -> dict[str, Any] | None:
+        """What checkpoints say of the adapter, as plain data; None without one.
+
+        Returns:
+            ``lora``, its fields; ``base``, a hash of what it was added to (None for a model without source); ``seed`` of random
+            weights, and ``path`` of a checkpoint, whichever the base has.
+        """
         if self.adapter is None:
             return None
         seed = self.source.seed if isinstance(self.source, SeededWeights) else None
         base = None if self.source is None else self.source.fingerprint()
-        return {"lora": self.adapter.lora.as_dict(), "base": base, "seed": seed}
+        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
+        path = None if origin is None else str(origin.resolve())
+        return {"lora": self.adapter.lora.as_dict(), "base": base, "seed": seed, "path": path}
 
     def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
         if name in bias_entries(self.config):

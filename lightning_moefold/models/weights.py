@@ -64,6 +64,13 @@ class WeightSource(Protocol):
         ...
 
 
+def read_whole(source: WeightSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A whole parameter of a source, on the CPU."""
+    whole = torch.empty(shape, dtype=dtype)
+    source.fill(name, Box((0,) * len(shape), tuple(shape)), whole)
+    return whole
+
+
 class CheckpointWeights:
     """Weights of a Hugging Face checkpoint, checked against a configuration.
 
