@@ -8,6 +8,7 @@ left out without having been looked at: a directory in which other weights lie t
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ class HFCheckpoint:
             raise CheckpointError(f"{self.path} is not a directory; give a directory in Hugging Face format.")
         if (self.path / _ADAPTER).is_file():
             raise CheckpointError(
-                f"{self.path} holds {_ADAPTER}, an adapter that transformers adds to the weights; merge it into them, or take "
-                "it out of the directory."
+                f"{self.path} holds {_ADAPTER}, an adapter that transformers adds to the weights; merge it into them (moefold "
+                "merge), or take it out of the directory."
             )
         weight_map = self._weight_map()
         self.tensors: dict[str, StoredTensor] = {}
@@ -156,6 +157,16 @@ class HFCheckpoint:
             return self._handles[file].get_slice(name)[slices] if slices else self._handles[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{name!r} cannot be read from {file} ({error}).") from None
+
+    def fingerprint(self) -> str:
+        """A hash of configuration, index and tensor headers, which tells this checkpoint from others without reading it all."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("config.json", _INDEX):
+            file = self.path / name
+            digest.update(file.read_bytes() if file.is_file() else b"")
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.file.name} {tensor.shape} {tensor.dtype}\n".encode())
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Closes the files that reading left open."""

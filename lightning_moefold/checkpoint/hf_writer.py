@@ -14,7 +14,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,21 @@ class OutputTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Merge:
+    """What is added to a parameter before it is written.
+
+    Args:
+        parts: Of what it is made, by our names.
+        apply: Takes the whole parameter and the whole parts, and returns the sum.
+        dtype: In which the parameter is given to it.
+    """
+
+    parts: Mapping[str, OutputTensor]
+    apply: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    dtype: torch.dtype
+
+
 def write_hf_checkpoint(
     path: str | Path,
     config: Mapping[str, Any],
@@ -64,6 +79,7 @@ def write_hf_checkpoint(
     max_shard_size: int = 5_000_000_000,
     side_files_from: Path | None = None,
     tokenizer_from: Path | None = None,
+    merges: Mapping[str, Merge] | None = None,
 ) -> None:
     """Writes ``path`` with config, safetensors shards and index. Collective: every rank calls it.
 
@@ -76,6 +92,7 @@ def write_hf_checkpoint(
         max_shard_size: Bytes after which a new file is begun; a single parameter may exceed it.
         side_files_from: Directory of the model, whose other files are copied along (:mod:`.side_files`).
         tokenizer_from: Directory whose tokenizer is copied instead of the model's.
+        merges: What is added to some of the parameters.
 
     Raises:
         CheckpointError: If ``path`` is in a store.
@@ -95,14 +112,14 @@ def write_hf_checkpoint(
             warn_of_end(tokenizer_from, config, carried)
         _prepare(target, work, carried)
 
-    _on_first_rank(world, prepare)
+    on_first_rank(world, prepare)
     try:
         error: Exception | None = None
         for number, (file, members) in enumerate(files.items()):
             writer = number % world.size
             gathered: dict[str, Tensor] = {}
             for name in members:
-                whole = _gather(tensors[name], piece(name), writer, world)
+                whole = _gather_merged(name, tensors[name], piece, (merges or {}).get(name), writer, world)
                 if whole is not None:
                     gathered |= _split(tensors[name], whole)
             if gathered and error is None:
@@ -111,13 +128,14 @@ def write_hf_checkpoint(
                 except Exception as failure:
                     error = failure  # kept until all ranks can hear of it; peers still send their pieces meanwhile
         agree_on_error(error, world)
-        _on_first_rank(world, lambda: _finish(target, work, config, tensors, files, carried))
+        on_first_rank(world, lambda: _finish(target, work, config, tensors, files, carried))
     finally:
         if world.index == 0 and work.exists():
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _on_first_rank(world: Axis, action: Callable[[], None]) -> None:
+def on_first_rank(world: Axis, action: Callable[[], None]) -> None:
+    """Does something on one rank; what it raises there is raised on all. Collective."""
     error: Exception | None = None
     if world.index == 0:
         try:
@@ -153,7 +171,20 @@ def _prepare(target: Path, work: Path, carried: dict[str, Path]) -> None:
     work.mkdir(parents=True)
 
 
-def _gather(tensor: OutputTensor, mine: Tensor, writer: int, world: Axis) -> Tensor | None:
+def _gather_merged(
+    name: str, tensor: OutputTensor, piece: Callable[[str], Tensor], merge: Merge | None, writer: int, world: Axis
+) -> Tensor | None:
+    """The whole tensor with what is added to it on rank ``writer``, None elsewhere."""
+    if merge is None:
+        return gather_whole(tensor, piece(name), writer, world)
+    whole = gather_whole(replace(tensor, dtype=merge.dtype), piece(name), writer, world)
+    parts = {part: gather_whole(of, piece(part), writer, world) for part, of in merge.parts.items()}
+    if whole is None:
+        return None
+    return merge.apply(whole, {part: t for part, t in parts.items() if t is not None}).to(tensor.dtype)
+
+
+def gather_whole(tensor: OutputTensor, mine: Tensor, writer: int, world: Axis) -> Tensor | None:
     """The whole tensor on rank ``writer`` (on the CPU), None elsewhere."""
     whole = torch.empty(tensor.shape, dtype=tensor.dtype) if world.index == writer else None
     for rank, box in tensor.owners:

@@ -20,6 +20,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs ``moefold export``."""
-    export(arguments.checkpoint, arguments.output, arguments.model, arguments.dtype)
+    merged = export(arguments.checkpoint, arguments.output, arguments.model, arguments.dtype)
     print(f"{arguments.output} can be loaded by transformers.")
+    if merged:
+        print("The adapter is merged into its weights.")
     return 0

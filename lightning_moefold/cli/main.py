@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "balance": Command("compare policies of expert balance on recorded routing", "lightning_moefold.cli.balance"),
     "calibrate": Command("measure this machine for the planner", "lightning_moefold.cli.calibrate"),
     "export": Command("write a checkpoint of a run as a Hugging Face directory", "lightning_moefold.cli.export"),
+    "merge": Command("add an adapter to the weights of its model", "lightning_moefold.cli.merge"),
     "plan": Command("rank the folds of a model on a machine", "lightning_moefold.cli.plan"),
     "plot": Command("draw the loss, speed, memory and expert load of a run", "lightning_moefold.cli.plot"),
     "verify": Command("check that a fold computes what one process computes", "lightning_moefold.cli.verify"),

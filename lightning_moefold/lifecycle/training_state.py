@@ -4,7 +4,8 @@
     model.<parameter or buffer>              optimizer.<i>.<parameter>.<state>
 
 Optimizer state of a parameter's shape is stored in that parameter's boxes; anything else (a step counter) whole. The
-configuration of each model goes with the rest (:data:`MODELS`), so that a checkpoint can be read without the run.
+configuration of each model goes with the rest (:data:`MODELS`), so that a checkpoint can be read without the run. Of a model
+with an adapter, what has never trained is left to its base (:mod:`.adapter_runs`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lightning_moefold.checkpoint.sharded import (
     tensors_of,
 )
 from lightning_moefold.errors import CheckpointError
+from lightning_moefold.lifecycle import adapter_runs
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel import local_part
@@ -87,7 +89,11 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
     """
     tensors: dict[str, Tensor] = {}
     extra = {}
+    adapter_runs.note_trained(registry)
+    of_base = adapter_runs.left_out(registry)
     for name, value in checkpoint.pop("state_dict").items():
+        if name in of_base:
+            continue
         if isinstance(value, Tensor):
             tensors[f"model.{name}"] = _describe(value, name, registry)
         else:  # of nn.Module.get_extra_state
@@ -222,7 +228,12 @@ def load_training_state(
     """
     place = tensors_of(path, meta)
     stored = stored_tensors(place)
-    state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    adapter_runs.check_bases(path, meta, registry)
+    adapter_runs.adopt_stored(registry, stored)
+    of_base = adapter_runs.left_out(registry)
+    state = {
+        name: value for name, value in module.state_dict().items() if isinstance(value, Tensor) and name not in of_base
+    }
     tensors = {f"model.{name}": _describe(value, name, registry) for name, value in state.items()}
     missing = [name for name in tensors if name not in stored]
     known = {*tensors, *(f"model.{name}" for name in registry.elsewhere)}

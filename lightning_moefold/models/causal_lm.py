@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_moefold import comm
+from lightning_moefold.adapters.adapter import Adapter, check_new, merges_of
+from lightning_moefold.adapters.config import LoRA
+from lightning_moefold.adapters.saving import write_adapter
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
 from lightning_moefold.errors import InputError, InputTypeError
 from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
@@ -132,6 +136,7 @@ class MoECausalLM(ParallelRoot):
 
     Attributes:
         tokenizer_path: Directory whose tokenizer exports carry instead of that of the model's checkpoint. TextData sets it.
+        adapter: What :meth:`add_adapter` has added; None without.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -151,6 +156,7 @@ class MoECausalLM(ParallelRoot):
         }
         self.source: WeightSource | None = None
         self.tokenizer_path: Path | None = None
+        self.adapter: Adapter | None = None
         self.weights_pending = False
         biased = config.router.bias_update_rate is not None  # instead of the loss
         if config.router_aux_loss_coef > 0 and not config.wants_aux_loss and config.num_moe_layers and not biased:
@@ -209,6 +215,38 @@ class MoECausalLM(ParallelRoot):
             model.load_weights()
         return model
 
+    def add_adapter(self, adapter: LoRA | Mapping[str, Any] | str | Path) -> None:
+        """Freezes the model and adds an adapter to it, which trains in its place; for ``configure_model``.
+
+        Names of the model's own parameters stay. The bias of routers with ``bias_update_rate`` stays as it is from then on,
+        unless the adapter has ``update_expert_bias``.
+
+        Args:
+            adapter: What to add (:class:`~lightning_moefold.LoRA`, or its fields as a mapping), with A drawn at random and B
+                zero; or a directory in PEFT's format, whose values go on training.
+
+        Raises:
+            InputError: If a target names nothing that can have an adapter (the message lists what can), the model has one
+                already, or the strategy has cut it.
+            CheckpointError: If the directory is damaged, or its adapter is that of another model.
+        """
+        check_new(self.adapter, self.mesh)
+        self.adapter = Adapter(self, adapter)
+        self.layouts |= {name: ParameterLayout(shape, ParameterPlan()) for name, shape in self.adapter.shapes.items()}
+        if self.weights_pending or next(self.parameters()).is_meta:
+            return
+        with torch.no_grad():
+            for name in self.adapter.shapes:
+                self._fill(name, self.get_parameter(name))
+        self.adapter.source.close()
+
+    def _fill(self, name: str, parameter: Tensor) -> None:
+        mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        of_adapter = self.adapter is not None and name in self.adapter.shapes
+        source = self.adapter.source if of_adapter and self.adapter is not None else self.source
+        assert source is not None, "a model made by its constructor has no source of weights"
+        source.fill(name, self.layouts[name].box(self.fold, self.rank), mine)
+
     @torch.no_grad()
     def load_weights(self) -> None:
         """Fills this rank's pieces from the model's source. Local: no rank waits for another.
@@ -222,9 +260,10 @@ class MoECausalLM(ParallelRoot):
             if self.source.holds(name):
                 self.source.fill(name, Box((0,) * buffer.dim(), tuple(buffer.shape)), buffer)
         for name, parameter in self.named_parameters():
-            mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            self.source.fill(name, self.layouts[name].box(self.fold, self.rank), mine)
+            self._fill(name, parameter)
         self.source.close()
+        if self.adapter is not None:
+            self.adapter.source.close()
         self.weights_pending = False
 
     # ---- the fold ----------------------------------------------------------------------------------------------
@@ -290,6 +329,8 @@ class MoECausalLM(ParallelRoot):
             raise InputTypeError(
                 f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras."
             )
+        if self.adapter is not None and self.training and torch.is_grad_enabled():
+            self.adapter.note_trained(self)
         if self.pipeline is not None:
             tensors = {
                 "input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -453,6 +494,9 @@ class MoECausalLM(ParallelRoot):
     ) -> None:
         """Writes a directory that ``transformers`` loads. Collective: every rank calls it.
 
+        An adapter is merged into the weights that are written, and stays apart in the model; :meth:`save_adapter` writes it
+        alone.
+
         Args:
             path: The directory; one that holds a checkpoint is replaced, one with other files in it is refused.
             dtype: On disk; by default that of the source, else that of the configuration, else that in memory.
@@ -477,11 +521,11 @@ class MoECausalLM(ParallelRoot):
                 entry.shape, self._disk_dtype(name, dtype), entry.sources, entry.stacked, owners
             )
 
-        def piece(name: str) -> Tensor:
-            if name not in held:  # another pipeline stage holds it
-                return torch.empty(0)
-            parameter = held[name].detach()
-            return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        merges = None
+        if self.adapter is not None:
+            rank_zero_info(f"{path} has the adapter merged into its weights; save_adapter writes the adapter alone.")
+            stored = next(self.parameters()).dtype
+            merges = merges_of(self.adapter.lora, tensors, self._adapter_tensors(), lambda _: stored)
 
         config = written_config(self.config)
         if dtype is not None:
@@ -491,16 +535,54 @@ class MoECausalLM(ParallelRoot):
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         world = SINGLE if self.mesh is None else self.mesh.world
         write_hf_checkpoint(
-            path, config, tensors, piece, world, max_shard_size=max_shard_size, side_files_from=origin,
-            tokenizer_from=self.tokenizer_path,
+            path, config, tensors, self._piece(held), world, max_shard_size=max_shard_size, side_files_from=origin,
+            tokenizer_from=self.tokenizer_path, merges=merges,
         )  # fmt: skip
+
+    def save_adapter(self, path: str | Path) -> None:
+        """Writes the adapter alone, as PEFT loads it. Collective: every rank calls it.
+
+        Args:
+            path: The directory; one that holds an adapter is replaced, one with other files in it is refused.
+
+        Raises:
+            InputError: If the model has no adapter.
+            OSError: If the directory cannot be written; raised on every rank, with nothing left half-written.
+        """
+        if self.adapter is None:
+            raise InputError("the model has no adapter; save_pretrained writes it as it is.")
+        self.release_gathered_weights()
+        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
+        world = SINGLE if self.mesh is None else self.mesh.world
+        base = None if origin is None else str(origin)
+        piece = self._piece(dict(self.named_parameters()))
+        write_adapter(path, self.adapter.peft_config(base), self._adapter_tensors(), piece, world)
+
+    def _adapter_tensors(self) -> dict[str, OutputTensor]:
+        assert self.adapter is not None
+        ranks, dtype = list(range(self.fold.world_size)), next(self.parameters()).dtype
+        return {
+            name: OutputTensor(shape, dtype, (name,), False, tuple(self.layouts[name].owners(self.fold, ranks)))
+            for name, shape in self.adapter.shapes.items()
+        }
+
+    @staticmethod
+    def _piece(held: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+        """Gives this rank's pieces of tensors; nothing of what another pipeline stage holds."""
+
+        def piece(name: str) -> Tensor:
+            tensor = held[name].detach() if name in held else torch.empty(0)
+            return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+        return piece
 
     def describe(self) -> dict[str, Any]:
         """What :meth:`save_pretrained` would write besides the weights, as plain data.
 
         Returns:
             ``config`` in Hugging Face's form, ``dtypes`` of the parameters on disk, by name, ``path`` of the
-            checkpoint that the model was made from, or None, and ``tokenizer``, the path of :attr:`tokenizer_path`, or None.
+            checkpoint that the model was made from, or None, and ``tokenizer``, the path of :attr:`tokenizer_path`, or None;
+            with an adapter, ``adapter`` describes it and its base.
         """
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         return {
@@ -511,7 +593,23 @@ class MoECausalLM(ParallelRoot):
             },
             "path": None if origin is None else str(origin.resolve()),
             "tokenizer": None if self.tokenizer_path is None else str(self.tokenizer_path.resolve()),
+            "adapter": self.describe_adapter(),
         }
+
+    def describe_adapter(self) -> dict[str, Any] | None:
+        """What checkpoints say of the adapter, as plain data; None without one.
+
+        Returns:
+            ``lora``, its fields; ``base``, a hash of what it was added to (None for a model without source); ``seed`` of random
+            weights, and ``path`` of a checkpoint, whichever the base has.
+        """
+        if self.adapter is None:
+            return None
+        seed = self.source.seed if isinstance(self.source, SeededWeights) else None
+        base = None if self.source is None else self.source.fingerprint()
+        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
+        path = None if origin is None else str(origin.resolve())
+        return {"lora": self.adapter.lora.as_dict(), "base": base, "seed": seed, "path": path}
 
     def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
         if name in bias_entries(self.config):

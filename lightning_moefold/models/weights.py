@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,7 @@ from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.layout import Box
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.models.names import ParameterEntry, bias_entries, entries_on_disk, parameter_entries
 from lightning_moefold.models.redundant import compare_redundant
 
@@ -53,9 +55,20 @@ class WeightSource(Protocol):
         """The dtype in which the parameter is stored, if it is stored."""
         ...
 
+    def fingerprint(self) -> str:
+        """What tells these weights from others."""
+        ...
+
     def close(self) -> None:
         """Lets go of files."""
         ...
+
+
+def read_whole(source: WeightSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A whole parameter of a source, on the CPU."""
+    whole = torch.empty(shape, dtype=dtype)
+    source.fill(name, Box((0,) * len(shape), tuple(shape)), whole)
+    return whole
 
 
 class CheckpointWeights:
@@ -107,6 +120,10 @@ class CheckpointWeights:
         """The widest of its tensors' dtypes, since one parameter may hold many of them."""
         return reduce(torch.promote_types, (self.checkpoint.tensors[s].dtype for s in self._entries[name].sources))
 
+    def fingerprint(self) -> str:
+        """See :class:`WeightSource`."""
+        return self.checkpoint.fingerprint()
+
     def close(self) -> None:
         """See :class:`WeightSource`."""
         self.checkpoint.close()
@@ -155,6 +172,11 @@ class SeededWeights:
     def dtype(self, name: str) -> torch.dtype | None:
         """Nothing is stored."""
         return None
+
+    def fingerprint(self) -> str:
+        """See :class:`WeightSource`."""
+        written = json.dumps(written_config(self.config), sort_keys=True)
+        return hashlib.blake2b(f"{self.seed} {written}".encode(), digest_size=16).hexdigest()
 
     def close(self) -> None:
         """Nothing is open."""

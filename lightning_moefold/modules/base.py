@@ -123,7 +123,17 @@ def parallel_roots(module: nn.Module) -> list[tuple[str, ParallelRoot]]:
 
 
 class Linear(nn.Module):
-    """``y = x W^T + b`` on the local part of a weight ``[out, in]`` that may be stored as a DTensor."""
+    """``y = x W^T + b`` on the local part of a weight ``[out, in]`` that may be stored as a DTensor.
+
+    With an adapter, ``y = x W^T + b + s (x A^T) B^T``, and ``x`` has two dimensions.
+
+    Attributes:
+        lora_scale: s; None without an adapter (:meth:`adapt`).
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_scale: float | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -133,9 +143,45 @@ class Linear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in] -> [..., out]`` (local sizes)."""
-        return F.linear(x, local(self.weight), None if self.bias is None else local(self.bias))
+    def adapt(self, rank: int, scale: float) -> None:
+        """Adds an adapter without values, A ``[rank, in]`` and B ``[out, rank]``, where the weight is."""
+        self.lora_scale, (out_features, in_features) = scale, self.weight.shape
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, in_features))
+        self.lora_B = nn.Parameter(self.weight.new_empty(out_features, rank))
+
+    def row_plans(self, name: str, plan: ParameterPlan) -> dict[str, ParameterPlan]:
+        """Plans of its parameters where its outputs are cut: A stays whole, and its gradient is partial."""
+        plans = {f"{name}.weight": plan}
+        if self.bias is not None:
+            plans[f"{name}.bias"] = plan
+        return plans if self.lora_scale is None else plans | {f"{name}.lora_B": plan}
+
+    def column_plans(self, name: str, plan: ParameterPlan) -> dict[str, ParameterPlan]:
+        """Plans of its parameters where its inputs are cut: B stays whole, and its gradient is partial."""
+        plans = {f"{name}.weight": plan}
+        return plans if self.lora_scale is None else plans | {f"{name}.lora_A": plan}
+
+    def forward(self, x: Tensor, rows: slice | None = None, columns: slice | None = None, bias: bool = True) -> Tensor:
+        """Multiplies, ``[..., in] -> [..., out]`` (local sizes).
+
+        Args:
+            x: The input.
+            rows: The outputs to make, of those whose weights are here; all by default.
+            columns: The inputs that ``x`` has, of those whose weights are here; all by default.
+            bias: Whether to add the bias.
+        """
+        weight = _part(local(self.weight), rows, columns)
+        b = None if self.bias is None or not bias else _part(local(self.bias), rows, None)
+        y = F.linear(x, weight, b)
+        if self.lora_scale is None:
+            return y
+        z = F.linear(x, _part(local(self.lora_A), None, columns))
+        return y.addmm_(z, _part(local(self.lora_B), rows, None).t(), alpha=self.lora_scale)
+
+
+def _part(tensor: Tensor, rows: slice | None, columns: slice | None) -> Tensor:
+    tensor = tensor if rows is None else tensor[rows]
+    return tensor if columns is None else tensor[:, columns]
 
 
 def local(parameter: Tensor) -> Tensor:

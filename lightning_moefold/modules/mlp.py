@@ -48,7 +48,11 @@ class GatedMLP(ParallelRoot):
         rows, columns = (
             ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
         )
-        return {"gate_proj.weight": rows, "up_proj.weight": rows, "down_proj.weight": columns}
+        return {
+            **self.gate_proj.row_plans("gate_proj", rows),
+            **self.up_proj.row_plans("up_proj", rows),
+            **self.down_proj.column_plans("down_proj", columns),
+        }
 
     def forward(
         self, x: Tensor, batch: SequenceBatch | None = None, halfway: Callable[[], None] | None = None

@@ -90,8 +90,9 @@ class ParameterRegistry:
             if layout is None:
                 yield parameter, self.mesh.dp_cp
                 continue
-            if layout.plan.family is Family.DENSE and layout.plan.gradient is TensorGradient.PARTIAL:
-                yield parameter, self.mesh.tp
+            if layout.plan.gradient is TensorGradient.PARTIAL:
+                # Of experts: what an adapter holds whole on the ranks among which an expert's width is cut.
+                yield parameter, self.mesh.axis("etp") if layout.plan.family is Family.EXPERT else self.mesh.tp
             if layout.data_dim is None:  # replicated, or there is but one copy
                 yield parameter, self.mesh.axis(layout.data_axis)
             if layout.stages is not None and len(layout.stages) == 2:  # used by both, each of which has a part

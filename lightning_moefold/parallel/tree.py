@@ -68,6 +68,8 @@ def _check_model(model: MoECausalLM, name: str) -> None:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         declared = MoECausalLM(model.config)
+        if model.adapter is not None:
+            declared.add_adapter(model.adapter.lora)
     modules = dict(declared.named_modules())
     for path, module in model.named_modules():
         full = f"{name}.{path}".strip(".")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from typing_extensions import override
 
+from lightning_moefold.adapters import LoRA
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
@@ -45,6 +47,8 @@ class FineTuneModule(pl.LightningModule):
         aux_loss: Whether the load-balancing loss is trained with (with the weight that config.json gives it).
         config_overrides: Fields of config.json to replace, such as ``{"router": {"bias_update_rate": 0.001}}``.
         freeze: Patterns of parameter names that are not trained, such as ``*.mlp.gate.*`` for the routers.
+        lora: Train an adapter instead of the model: the fields of :class:`~lightning_moefold.LoRA`, such as
+            ``{"rank": 16, "targets": ["q_proj", "v_proj", "experts"]}``, or a directory with an adapter to go on with.
         calculate_per_token_loss: Whether accumulated batches are divided by the labels of the optimizer step, so that every
             label weighs the same (:class:`~lightning_moefold.MoEFoldStrategy`); otherwise their losses are averaged.
         predictions: File that ``predict`` writes; predictions.jsonl in the Trainer's default_root_dir if not given.
@@ -69,11 +73,14 @@ class FineTuneModule(pl.LightningModule):
         calculate_per_token_loss: bool = True,
         predictions: str | None = None,
         total_steps: int | None = None,
+        lora: dict[str, Any] | str | None = None,
     ) -> None:
         super().__init__()
         if total_steps is not None and total_steps < 1:
             raise InputError(f"total_steps={total_steps} must be at least 1.")
         self.save_hyperparameters()
+        if isinstance(lora, Mapping):
+            LoRA.of(lora)  # says at once what is wrong
         self.model: MoECausalLM | None = None
         self.predicted: tuple[Path | str, int] | None = None
         self._mean, self._documents = MeanLoss(), DocumentLosses()
@@ -95,6 +102,8 @@ class FineTuneModule(pl.LightningModule):
         else:
             config = MoEConfig.from_pretrained(path, **options)
             self.model = MoECausalLM.from_config(config, seed=self.hparams["initial_seed"])
+        if self.hparams["lora"] is not None:
+            self.model.add_adapter(self.hparams["lora"])
         self._freeze(self.model)
 
     def _freeze(self, model: MoECausalLM) -> None:

@@ -61,6 +61,7 @@ def reference_run(
     frozen: Iterable[str] = (),
     num_microbatches: int = 1,
     capacity: tuple[float, Literal["probs", "position"]] | None = None,
+    adapter: str | Path | None = None,
 ) -> ReferenceRun:
     """Trains a checkpoint in one process on the batches of all data ranks.
 
@@ -83,6 +84,7 @@ def reference_run(
         frozen: Patterns (``fnmatch``) on our parameter names.
         num_microbatches: Micro-batches per batch; more than one needs one batch per data rank.
         capacity: Capacity factor and drop policy, where experts drop tokens.
+        adapter: Directory of an adapter, which PEFT adds to the model and which alone is trained.
 
     Returns:
         The record of the run.
@@ -96,6 +98,11 @@ def reference_run(
     model = hf_reference(path, dtype=dtype, **(config_overrides or {})).train()
     if capacity is not None:
         DroppingReference(model, *capacity)
+    if adapter is not None:
+        from peft import PeftModel
+
+        PeftModel.from_pretrained(model, adapter, is_trainable=True)  # changes the model itself
+        model.train()
     coefficient = model.router_aux_loss_coef
     parameters = _view_parameters(model, frozen)
     update, scheduler = _make_optimizer(optimizer, {n: p for n, p in parameters.items() if p.requires_grad}, lr)
@@ -157,7 +164,11 @@ def routing_margin(model: Any, batch: Batch) -> float:
     return margin
 
 
-def _split(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _split(name: str, tensor: Tensor, experts: int = 0) -> Iterator[tuple[str, Tensor]]:
+    if ".lora_" in name:
+        yield from _split_adapter(name, tensor, experts)
+        return
+    name = name.replace(".base_layer", "")
     if name.endswith(_FUSED):
         stem = name.removesuffix("gate_up_proj")
         gate, up = tensor.chunk(2, dim=1)
@@ -167,30 +178,51 @@ def _split(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def _view_parameters(model: nn.Module, frozen: Iterable[str]) -> dict[str, nn.Parameter]:
+def _split_adapter(name: str, tensor: Tensor, experts: int) -> Iterator[tuple[str, Tensor]]:
+    """PEFT's A and B by our names; the second wrapper of a layer's experts is that of ``down_proj``."""
+    owner, _, part = name.removesuffix(".default.weight").rpartition(".")
+    stem = owner.replace(".base_layer", "")
+    if not stem.endswith(".experts"):
+        yield f"{stem}.{part}", tensor
+        return
+    matrix = "gate_up" if owner.endswith(".base_layer") else "down"
+    if part == "lora_A":
+        yield f"{stem}.{matrix}_lora_A", tensor.view(experts, -1, tensor.shape[1])
+        return
+    b_EOR = tensor.view(tensor.shape[0], -1, experts).permute(2, 0, 1)
+    if matrix == "down":
+        yield f"{stem}.down_lora_B", b_EOR
+    else:
+        gate, up = b_EOR.chunk(2, dim=1)
+        yield f"{stem}.gate_lora_B", gate
+        yield f"{stem}.up_lora_B", up
+
+
+def _view_parameters(model: Any, frozen: Iterable[str]) -> dict[str, nn.Parameter]:
     """Makes parameters of our names that share the model's memory: an optimizer step on them moves the model.
 
     So either half of the fused expert weights can be frozen alone.
     """
-    patterns = list(frozen)
+    patterns, experts = list(frozen), model.num_experts
+    adapted = any(".lora_" in name for name, _ in model.named_parameters())
     views: dict[str, nn.Parameter] = {}
     for name, parameter in model.named_parameters():
-        for new, tensor in _split(name, parameter.detach()):
-            fixed = any(fnmatchcase(new, pattern) for pattern in patterns)
+        for new, tensor in _split(name, parameter.detach(), experts):
+            fixed = any(fnmatchcase(new, pattern) for pattern in patterns) or (adapted and ".lora_" not in name)
             views[new] = nn.Parameter(tensor, requires_grad=not fixed)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in views):
             raise InputError(f"frozen pattern {pattern!r} matches no parameter")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(views[new].requires_grad for new, _ in _split(name, parameter.detach())))
+        parameter.requires_grad_(any(views[new].requires_grad for new, _ in _split(name, parameter.detach(), experts)))
     return views
 
 
-def _hand_over_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+def _hand_over_gradients(model: Any, parameters: Mapping[str, nn.Parameter]) -> None:
     """Copies the model's gradients to the views; a parameter the batch did not reach has gradient zero."""
     for name, parameter in model.named_parameters():
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for new, tensor in _split(name, grad):
+        for new, tensor in _split(name, grad, model.num_experts):
             parameters[new].grad = tensor.clone() if parameters[new].requires_grad else None
 
 

@@ -55,7 +55,8 @@ def check_run(
         pool: Of enough ranks.
         path: The checkpoint.
         fold: Of the parallel run.
-        row: Of its factors, those that are about training; ``optimizer`` may be a factory, with ``zero_everything``.
+        row: Of its factors, those that are about training; ``optimizer`` may be a factory, with ``zero_everything``; and
+            ``adapter``, a directory of one.
         frozen: Patterns of names.
         batches: Of every data rank.
 
@@ -76,6 +77,8 @@ def check_run(
         "clip": 0.5,
         "lr": 1e-2,
     }
+    if "adapter" in row:
+        spec["adapter"] = row["adapter"]
     if fold.pp > 1:
         plan = matrix.plan(row)
         spec["pipeline"] = {"pipeline_schedule": plan.schedule, "num_stages_per_rank": plan.stages_per_rank}
@@ -83,6 +86,7 @@ def check_run(
     expected = reference_run(
         path, batches, clip=spec["clip"], lr=spec["lr"], optimizer=spec["optimizer"], accumulate=spec["accumulate"],
         config_overrides=spec["overrides"], frozen=spec["frozen"], num_microbatches=spec["num_microbatches"],
+        adapter=row.get("adapter"),
     )  # fmt: skip
     actual = pool.run(runs.train, str(path), str(fold), batches, spec, ranks=fold.world_size, timeout=180)
     return compare(actual, expected, 1e-9, f"{fold} {row}")

@@ -69,6 +69,8 @@ class Case(pl.LightningModule):
         if self.model is not None:
             return
         self.model = MoECausalLM.from_pretrained(self.path, **self.spec.get("overrides", {}))
+        if "adapter" in self.spec:
+            self.model.add_adapter(self.spec["adapter"])
         for name, parameter in self.model.named_parameters():
             if any(fnmatch.fnmatch(name, pattern) for pattern in self.spec.get("frozen", ())):
                 parameter.requires_grad_(False)

@@ -97,6 +97,10 @@ class Finetune(pl.LightningModule):
 
     def _make(self) -> MoECausalLM:
         model = MoECausalLM.from_pretrained(self.path, output_router_logits=True)
+        if "adapter" in self.spec:
+            model.add_adapter(self.spec["adapter"])
+        for name in self.spec.get("thawed", ()):
+            model.get_parameter(name).requires_grad_()
         for name, parameter in model.named_parameters():
             if any(fnmatch.fnmatch(name, pattern) for pattern in self.spec.get("frozen", ())):
                 parameter.requires_grad_(False)

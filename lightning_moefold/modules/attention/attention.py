@@ -126,11 +126,10 @@ class Attention(ParallelRoot):
             rows, columns = (
                 ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
             )
-            plans |= {f"{name}.weight": rows for name in names}
-            if self.q_proj.bias is not None:
-                plans |= {f"{name}.bias": rows for name in names}
+            for name in names:
+                plans |= self.get_submodule(name).row_plans(name, rows)  # type: ignore[operator]
             if "q_proj" in names:
-                plans["o_proj.weight"] = columns
+                plans |= self.o_proj.column_plans("o_proj", columns)
         return plans
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
@@ -148,14 +147,12 @@ class Attention(ParallelRoot):
             return run_standalone(self, hidden, self.batch_of(hidden, self.compute_dtype))
         x_ND = batch.gather(hidden)
         rows, length = batch.rows, batch.length
-        q_BSQd = self._heads(_project(self.q_proj, x_ND, self._q_rows), rows, length, self.q_norm, batch)
-        k_BSVd = self._heads(_project(self.k_proj, x_ND, self._kv_rows), rows, length, self.k_norm, batch)
-        v_BSVd = _project(self.v_proj, x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
+        q_BSQd = self._heads(self.q_proj(x_ND, self._q_rows), rows, length, self.q_norm, batch)
+        k_BSVd = self._heads(self.k_proj(x_ND, self._kv_rows), rows, length, self.k_norm, batch)
+        v_BSVd = self.v_proj(x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
         qkv = q_BSQd, k_BSVd, v_BSVd
         y_NO = self._attend(*qkv, batch) if self.is_one_kernel(batch) else comm.uncompiled(self._attend, *qkv, batch)
-        o_weight = local(self.o_proj.weight)
-        o_weight = o_weight if self._q_rows is None else o_weight[:, self._q_rows]
-        y_TD = batch.reduce_scatter(F.linear(y_NO, o_weight))
+        y_TD = batch.reduce_scatter(self.o_proj(y_NO, columns=self._q_rows, bias=False))
         # The bias is added once, to each rank's own tokens, after the sum over tp.
         return y_TD if self.o_proj.bias is None else y_TD + local(self.o_proj.bias)
 
@@ -271,11 +268,3 @@ def _attend_to_all_ranks(q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch) 
     held_S = torch.argsort(layout.order(q.device))
     mask = batch.real_BS[:1, None, None].index_select(3, held_S)
     return _attend_to_row(q, k, v, mask, causal=True)
-
-
-def _project(projection: Linear, x_ND: Tensor, rows: slice | None) -> Tensor:
-    """Applies some rows of a projection (all where ``rows`` is None)."""
-    if rows is None:
-        return projection(x_ND)
-    bias = None if projection.bias is None else local(projection.bias)[rows]
-    return F.linear(x_ND, local(projection.weight)[rows], bias)

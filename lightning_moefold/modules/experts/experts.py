@@ -22,11 +22,14 @@ from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient,
 from lightning_moefold.modules.base import ParallelModule, local
 from lightning_moefold.modules.experts.copied import bytes_of_copy, lend
 from lightning_moefold.modules.experts.float8_products import check_float8
-from lightning_moefold.modules.experts.kernels import ExpertKernel, gated_experts
+from lightning_moefold.modules.experts.kernels import ExpertKernel, ExpertLoRA, gated_experts
 from lightning_moefold.modules.experts.products import grouped_never_waits
 from lightning_moefold.modules.experts.stack import split_stack
 from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts
 from lightning_moefold.modules.mlp import ACTIVATIONS
+
+_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
+_ADAPTER = ("gate_up_lora_A", "gate_lora_B", "up_lora_B", "down_lora_A", "down_lora_B")
 
 
 class RoutedExperts(ParallelModule):
@@ -116,9 +119,16 @@ class Experts(RoutedExperts):
 
     Attributes:
         kernel: How the products are computed: ``"auto"``, ``"loop"``, ``"grouped_mm"``, ``"fp8"`` or ``"transformer_engine"``.
+        lora_scale: s of an adapter for each expert; None without (:meth:`adapt`).
     """
 
     kernel: ExpertKernel = "auto"
+    gate_up_lora_A: nn.Parameter
+    gate_lora_B: nn.Parameter
+    up_lora_B: nn.Parameter
+    down_lora_A: nn.Parameter
+    down_lora_B: nn.Parameter
+    lora_scale: float | None = None
 
     def __init__(self, hidden_size: int, num_experts: int, ffn_hidden_size: int, activation: str = "silu") -> None:
         super().__init__(num_experts)
@@ -131,8 +141,24 @@ class Experts(RoutedExperts):
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             nn.init.normal_(weight, std=0.02)
 
+    def adapt(self, gate_up_rank: int, down_rank: int, scale: float) -> None:
+        """Adds an adapter without values for each expert: ``W + s B A``, where gate and up share A.
+
+        Args:
+            gate_up_rank: Of A ``[E, rank, D]``, and of B of gate and of up, ``[E, F, rank]`` each.
+            down_rank: Of A ``[E, rank, F]`` and B ``[E, D, rank]``.
+            scale: s.
+        """
+        self.lora_scale, (e, f, d) = scale, self.gate_proj.shape
+        shapes = (e, gate_up_rank, d), (e, f, gate_up_rank), (e, f, gate_up_rank), (e, down_rank, f), (e, d, down_rank)
+        for name, shape in zip(_ADAPTER, shapes, strict=True):
+            self.register_parameter(name, nn.Parameter(self.gate_proj.new_empty(shape)))
+
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
-        """Experts over ep, their width over etp."""
+        """Experts over ep, their width over etp.
+
+        Of an adapter, what has no width stays whole over etp, and its gradient is partial: A of gate and up, B of down.
+        """
         self.check(fold)
         fold.check_width("etp", "ffn_hidden_size", self.ffn_hidden_size)
         experts = Cut("ep", 0, even_split(self.num_experts, fold.ep))
@@ -140,10 +166,18 @@ class Experts(RoutedExperts):
         wide, narrow = (
             ParameterPlan(Family.EXPERT, (experts, Cut("etp", dim, widths)), TensorGradient.SHARDED) for dim in (1, 2)
         )
-        return {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+        plans = {"gate_proj": wide, "up_proj": wide, "down_proj": narrow}
+        if self.lora_scale is None:
+            return plans
+        whole = ParameterPlan(Family.EXPERT, (experts,), TensorGradient.PARTIAL)
+        return plans | dict(zip(_ADAPTER, (whole, wide, wide, narrow, whole), strict=True))
 
     def check_kernel(self, kernel: ExpertKernel, fold: Fold, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises ValueError where ``kernel`` is to be ``"fp8"`` and shapes, dtype or device do not allow it."""
+        """Raises ValueError where shapes, dtype, device or an adapter do not allow ``kernel``."""
+        if self.lora_scale is not None and kernel in ("fp8", "transformer_engine"):
+            raise InputError(
+                f"expert_kernel={kernel!r} computes no adapters of experts; use 'auto', or leave 'experts' out of the targets."
+            )
         if kernel == "fp8":
             sizes = {"hidden_size": self.gate_proj.shape[-1], "ffn_hidden_size": self.ffn_hidden_size // fold.etp}
             check_float8(sizes, dtype, device)
@@ -157,8 +191,9 @@ class Experts(RoutedExperts):
             )
 
     def stacks(self) -> tuple[Tensor, ...]:
-        """Gate and up ``[L, F, D]``, down ``[L, D, F]``."""
-        return local(self.gate_proj), local(self.up_proj), local(self.down_proj)
+        """Gate and up ``[L, F, D]``, down ``[L, D, F]``; with an adapter, its five stacks in the order of :meth:`adapt`."""
+        names = _WEIGHTS if self.lora_scale is None else _WEIGHTS + _ADAPTER
+        return tuple(local(self.get_parameter(name)) for name in names)
 
     def compiles(self, x_AD: Tensor) -> bool:
         """Where experts go by ``grouped_mm``, of which torch can trace bfloat16 only; a loop asks for the counts of rows."""
@@ -166,16 +201,18 @@ class Experts(RoutedExperts):
         dtype = torch.get_autocast_dtype(x_AD.device.type) if cast else x_AD.dtype
         by_itself = self.kernel == "auto" and x_AD.is_cuda and grouped_never_waits(dtype, x_AD.device)
         fits = dtype == torch.bfloat16 and all(n % 8 == 0 for n in self.gate_proj.shape[1:])
+        fits = fits and self.lora_scale is None
         return fits and (by_itself or self.kernel == "grouped_mm")
 
     def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
         """See :meth:`RoutedExperts.compute`."""
-        gate_LFD, up_LFD, down_LDF = stacks
         if torch.is_autocast_enabled(x_AD.device.type):  # outside a language model; autocast knows no custom function
             dtype = torch.get_autocast_dtype(x_AD.device.type)
-            x_AD, gate_LFD, up_LFD, down_LDF = (t.to(dtype) for t in (x_AD, gate_LFD, up_LFD, down_LDF))
+            x_AD, *stacks = (t.to(dtype) for t in (x_AD, *stacks))
+        (gate_LFD, up_LFD, down_LDF), adapter = stacks[:3], stacks[3:]
         if self.kernel != "transformer_engine":
-            return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, self.kernel)
+            lora = None if self.lora_scale is None else ExpertLoRA(*adapter, self.lora_scale)
+            return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, self.kernel, lora)
         if x_AD.dtype == torch.float64:  # which Transformer Engine does not have
             return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, "loop")
         experts, width, hidden = gate_LFD.shape

@@ -11,13 +11,17 @@ The weight's gradient comes from the activation and the gradient of it: so backw
 the two products before the activation and the tokens, ``A * D + 2 * M * F`` numbers on the first way, which needs no copy of
 a token per expert, and ``M * D + 2 * M * F`` on the second.
 
-Legend: A tokens, M rows in expert order, L local experts, D hidden size, F expert width, c rows of one expert.
+With an adapter each of the three weights becomes ``W + s B A``. Rows are multiplied by A and then by B, so that no expert's
+``B A`` is ever made; kept besides is the product of each row with the A that gate and up share, ``M * R`` numbers.
+
+Legend: A tokens, M rows in expert order, L local experts, D hidden size, F expert width, c rows of one expert, R rank of an
+adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +40,26 @@ ExpertKernel = Literal["auto", "loop", "grouped_mm", "fp8", "transformer_engine"
 EXPERT_KERNELS = ("auto", "loop", "grouped_mm", "fp8", "transformer_engine")
 
 
+class ExpertLoRA(NamedTuple):
+    """An adapter for each expert.
+
+    Args:
+        up_A_LRD: What gate and up share.
+        gate_B_LFR: Of the gate.
+        up_B_LFR: Of the other factor.
+        down_A_LRF: Of the product back to D.
+        down_B_LDR: Of the product back to D.
+        scale: s.
+    """
+
+    up_A_LRD: Tensor
+    gate_B_LFR: Tensor
+    up_B_LFR: Tensor
+    down_A_LRF: Tensor
+    down_B_LDR: Tensor
+    scale: float
+
+
 def gated_experts(
     x_AD: Tensor,
     rows: ExpertRows,
@@ -44,6 +68,7 @@ def gated_experts(
     up_LFD: Tensor,
     down_LDF: Tensor,
     kernel: Literal["auto", "loop", "grouped_mm", "fp8"] = "auto",
+    lora: ExpertLoRA | None = None,
 ) -> Tensor:
     """Runs gated experts on their rows and sums them per token, ``[A, D] -> [A, D]``.
 
@@ -55,22 +80,27 @@ def gated_experts(
         up_LFD: Weights of the other factor.
         down_LDF: Weights back to D.
         kernel: Which way; ``"auto"`` by device and shape. What ``"grouped_mm"`` cannot take (float64, odd widths) goes by loop.
+        lora: An adapter of these experts; not for ``"fp8"``.
     """
+    adapter, scale = ((), 0.0) if lora is None else (lora[:5], lora.scale)
     if kernel == "fp8":
         products: Products | None = Float8Products(rows.counts_L) if rows.weight_M.shape[0] else None
     else:
-        products = choose_products(x_AD, rows, gate_LFD, kernel)
+        products = choose_products(x_AD, rows, (gate_LFD, *adapter), kernel)
     if products is not None:
-        return _at_once(x_AD, rows, activation, gate_LFD, up_LFD, down_LDF, products=products)
-    job = _Job(rows.token_M, rows.distinct, host_counts(rows), activation)
-    return _ExpertByExpert.apply(x_AD, rows.weight_M, job, gate_LFD, up_LFD, down_LDF)
+        stacks = gate_LFD, up_LFD, down_LDF, *adapter
+        return _at_once(x_AD, rows, activation, *stacks, products=products, scale=scale)
+    job = _Job(rows.token_M, rows.distinct, host_counts(rows), activation, scale)
+    return _ExpertByExpert.apply(x_AD, rows.weight_M, job, gate_LFD, up_LFD, down_LDF, *adapter)
 
 
 # ---- all experts at once ---------------------------------------------------------------------------------------------
 
 
-def _at_once(x_AD: Tensor, rows: ExpertRows, activation: Activation, *weights: Tensor, products: Products) -> Tensor:
-    y_MD = _AtOnce.apply(read_tokens(x_AD, rows), rows.weight_M, products, activation, *weights)
+def _at_once(
+    x_AD: Tensor, rows: ExpertRows, activation: Activation, *stacks: Tensor, products: Products, scale: float = 0.0
+) -> Tensor:
+    y_MD = _AtOnce.apply(read_tokens(x_AD, rows), rows.weight_M, products, activation, scale, *stacks)
     return sum_rows(y_MD, rows, x_AD.shape[0])
 
 
@@ -79,26 +109,49 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_MD: Tensor, weight_M: Tensor, products: Products, activation: Activation, *weights: Tensor
+        ctx: Any,
+        x_MD: Tensor,
+        weight_M: Tensor,
+        products: Products,
+        activation: Activation,
+        scale: float,
+        gate_LFD: Tensor,
+        up_LFD: Tensor,
+        down_LDF: Tensor,
+        *adapter: Tensor,
     ) -> Tensor:
-        gate_LFD, up_LFD, down_LDF = weights
         gate_MF, up_MF = (products.forward(x_MD, w_LFD) for w_LFD in (gate_LFD, up_LFD))
-        ctx.save_for_backward(x_MD, weight_M, gate_MF, up_MF, *weights)
-        ctx.products, ctx.activation = products, activation
-        return products.forward(gated_forward(activation, gate_MF, up_MF, weight_M), down_LDF)
+        z_MR = None
+        if adapter:
+            up_A, gate_B, up_B, down_A, down_B = adapter
+            z_MR = products.forward(x_MD, up_A).mul_(scale)
+            gate_MF.add_(products.forward(z_MR, gate_B))
+            up_MF.add_(products.forward(z_MR, up_B))
+        inner_MF = gated_forward(activation, gate_MF, up_MF, weight_M)
+        y_MD = products.forward(inner_MF, down_LDF)
+        if adapter:
+            y_MD.add_(products.forward(products.forward(inner_MF, down_A).mul_(scale), down_B))
+        ctx.save_for_backward(x_MD, weight_M, gate_MF, up_MF, z_MR, gate_LFD, up_LFD, down_LDF, *adapter)
+        ctx.products, ctx.activation, ctx.scale = products, activation, scale
+        return y_MD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_MD, weight_M, gate_MF, up_MF, gate_LFD, up_LFD, down_LDF = ctx.saved_tensors
-        products: Products = ctx.products
-        need_x, need_weight, _, _, need_gate, need_up, need_down = ctx.needs_input_grad
+        x_MD, weight_M, gate_MF, up_MF, z_MR, gate_LFD, up_LFD, down_LDF, *adapter = ctx.saved_tensors
+        products, scale = ctx.products, ctx.scale
+        need_x, need_weight, _, _, _, need_gate, need_up, need_down, *need_adapter = ctx.needs_input_grad
         grad_MD = grads[0].contiguous()
+        grad_inner_MF = products.input_gradient(grad_MD, down_LDF)
+        if adapter:
+            up_A, gate_B, up_B, down_A, down_B = adapter
+            q_MR = products.input_gradient(grad_MD, down_B).mul_(scale)
+            grad_inner_MF = products.input_gradient(q_MR, down_A, grad_inner_MF)
         through = gated_backward(
-            ctx.activation, gate_MF, up_MF, weight_M, products.input_gradient(grad_MD, down_LDF),
-            owns_grad=True, wants_weight=need_weight, wants_inner=need_down,
+            ctx.activation, gate_MF, up_MF, weight_M, grad_inner_MF,
+            owns_grad=True, wants_weight=need_weight, wants_inner=need_down or any(need_adapter[3:]),
         )  # fmt: skip
         grad_down = grad_gate = grad_up = grad_x = None
-        if through.inner_MF is not None:
+        if need_down:
             grad_down = products.weight_gradient(grad_MD, through.inner_MF, down_LDF)
         if need_gate:
             grad_gate = products.weight_gradient(through.gate_MF, x_MD, gate_LFD)
@@ -107,7 +160,21 @@ class _AtOnce(torch.autograd.Function):
         if need_x:
             grad_x = products.input_gradient(through.gate_MF, gate_LFD)
             grad_x = products.input_gradient(through.up_MF, up_LFD, grad_x)
-        return grad_x, through.weight_M, None, None, grad_gate, grad_up, grad_down
+        of_adapter: list[Tensor | None] = [None] * len(adapter)
+        if adapter:
+            grad_z_MR = products.input_gradient(through.gate_MF, gate_B)
+            grad_z_MR = products.input_gradient(through.up_MF, up_B, grad_z_MR).mul_(scale)
+            if need_x:
+                grad_x = products.input_gradient(grad_z_MR, up_A, grad_x)
+        if any(need_adapter):
+            of_adapter = [
+                products.weight_gradient(grad_z_MR, x_MD, up_A),
+                products.weight_gradient(through.gate_MF, z_MR, gate_B),
+                products.weight_gradient(through.up_MF, z_MR, up_B),
+                products.weight_gradient(q_MR, through.inner_MF, down_A),
+                products.weight_gradient(grad_MD, products.forward(through.inner_MF, down_A).mul_(scale), down_B),
+            ]
+        return grad_x, through.weight_M, None, None, None, grad_gate, grad_up, grad_down, *of_adapter
 
 
 class _Read(torch.autograd.Function):
@@ -156,8 +223,11 @@ def sum_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
 class _Job:
     """What :class:`_ExpertByExpert` is told besides tensors with gradients."""
 
-    def __init__(self, token_M: Tensor | None, distinct: bool, counts: list[int], activation: Activation) -> None:
+    def __init__(
+        self, token_M: Tensor | None, distinct: bool, counts: list[int], activation: Activation, scale: float = 0.0
+    ) -> None:
         self.token_M, self.distinct, self.counts, self.activation = token_M, distinct, counts, activation
+        self.scale = scale
 
     def blocks(self) -> Iterator[tuple[int, slice, Tensor | slice]]:
         """Experts that have rows, their rows, and the tokens these read."""
@@ -200,34 +270,57 @@ class _ExpertByExpert(torch.autograd.Function):
     """Gradients go straight into the stacks: indexing a stack under autograd would write a full-size one per expert."""
 
     @staticmethod
-    def forward(ctx: Any, x_AD: Tensor, weight_M: Tensor, job: _Job, *weights: Tensor) -> Tensor:
-        gate_LFD, up_LFD, down_LDF = weights
+    def forward(
+        ctx: Any,
+        x_AD: Tensor,
+        weight_M: Tensor,
+        job: _Job,
+        gate_LFD: Tensor,
+        up_LFD: Tensor,
+        down_LDF: Tensor,
+        *adapter: Tensor,
+    ) -> Tensor:
         gate_MF, up_MF = (FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2))
+        z_MR = x_AD.new_empty(weight_M.shape[0], adapter[0].shape[1]) if adapter else None
         total_AD = job.total(x_AD)
         for expert, rows, tokens in job.blocks():
             x_cD, gate, up = job.read(x_AD, tokens), gate_MF[rows], up_MF[rows]
             torch.mm(x_cD, gate_LFD[expert].t(), out=gate)
             torch.mm(x_cD, up_LFD[expert].t(), out=up)
-            y_cD = job.activation(gate).mul_(up) @ down_LDF[expert].t()
+            if z_MR is not None:
+                up_A, gate_B, up_B, down_A, down_B = (stack[expert] for stack in adapter)
+                z_cR = torch.mm(x_cD, up_A.t(), out=z_MR[rows])
+                gate.addmm_(z_cR, gate_B.t(), alpha=job.scale)
+                up.addmm_(z_cR, up_B.t(), alpha=job.scale)
+            inner_cF = job.activation(gate).mul_(up)
+            y_cD = inner_cF @ down_LDF[expert].t()
+            if z_MR is not None:
+                y_cD.addmm_(inner_cF @ down_A.t(), down_B.t(), alpha=job.scale)
             job.add(total_AD, tokens, y_cD.mul_(weight_M[rows].unsqueeze(1)))
-        ctx.save_for_backward(x_AD, weight_M, gate_MF, up_MF, *weights)
+        ctx.save_for_backward(x_AD, weight_M, gate_MF, up_MF, z_MR, gate_LFD, up_LFD, down_LDF, *adapter)
         ctx.job = job
         return total_AD.to(x_AD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_AD, weight_M, gate_MF, up_MF, gate_LFD, up_LFD, down_LDF = ctx.saved_tensors
+        x_AD, weight_M, gate_MF, up_MF, z_MR, gate_LFD, up_LFD, down_LDF, *adapter = ctx.saved_tensors
         job: _Job = ctx.job
-        need_x, need_weight = ctx.needs_input_grad[:2]
+        need_x, need_weight, _, *need_stacks = ctx.needs_input_grad
         grad_AD, total_AD = grads[0], job.total(x_AD) if need_x else None
         grad_weight = torch.empty_like(weight_M) if need_weight else None
         grad_gate, grad_up, grad_down = (
             job.stack_like(w) if needed else None
-            for w, needed in zip((gate_LFD, up_LFD, down_LDF), ctx.needs_input_grad[3:], strict=True)
+            for w, needed in zip((gate_LFD, up_LFD, down_LDF), need_stacks[:3], strict=True)
         )
+        trains_adapter = any(need_stacks[3:])
+        of_adapter = [job.stack_like(w) if trains_adapter else None for w in adapter]
         for expert, rows, tokens in job.blocks():
             grad_cD, weight_c1 = job.read(grad_AD, tokens), weight_M[rows].unsqueeze(1)
             grad_inner = grad_cD @ down_LDF[expert]
+            if adapter:
+                up_A, gate_B, up_B, down_A, down_B = (stack[expert] for stack in adapter)
+                q_cR = grad_cD @ down_B
+                grad_inner.addmm_(q_cR, down_A, alpha=job.scale)
             active = job.activation(gate_MF[rows])
             inner = active * up_MF[rows]
             if grad_weight is not None:
@@ -235,16 +328,28 @@ class _ExpertByExpert(torch.autograd.Function):
             if grad_down is not None:
                 weighted_cD = torch.mul(grad_cD, weight_c1, out=torch.empty_like(grad_cD))
                 torch.mm(weighted_cD.t(), inner, out=grad_down[expert])
+            if trains_adapter:  # the weight of a row and s multiply what is short
+                factor_c1 = weight_c1 * job.scale
+                torch.mm(q_cR.mul_(factor_c1).t(), inner, out=of_adapter[3][expert])
+                torch.mm(grad_cD.t(), (inner @ down_A.t()).mul_(factor_c1), out=of_adapter[4][expert])
             grad_inner.mul_(weight_c1)
             grad_up_cF = active.mul_(grad_inner)
             grad_gate_cF = through_activation(job.activation, gate_MF[rows], grad_inner.mul_(up_MF[rows]))
-            if grad_gate is not None or grad_up is not None:
+            if grad_gate is not None or grad_up is not None or trains_adapter:
                 x_cD = job.read(x_AD, tokens)
             if grad_gate is not None:
                 torch.mm(grad_gate_cF.t(), x_cD, out=grad_gate[expert])
             if grad_up is not None:
                 torch.mm(grad_up_cF.t(), x_cD, out=grad_up[expert])
+            if adapter:
+                grad_z_cR = torch.mm(grad_gate_cF, gate_B).addmm_(grad_up_cF, up_B).mul_(job.scale)
+            if trains_adapter:
+                z_cR = z_MR[rows] * job.scale
+                torch.mm(grad_z_cR.t(), x_cD, out=of_adapter[0][expert])
+                torch.mm(grad_gate_cF.t(), z_cR, out=of_adapter[1][expert])
+                torch.mm(grad_up_cF.t(), z_cR, out=of_adapter[2][expert])
             if total_AD is not None:
-                job.add(total_AD, tokens, torch.mm(grad_gate_cF, gate_LFD[expert]).addmm_(grad_up_cF, up_LFD[expert]))
+                grad_x_cD = torch.mm(grad_gate_cF, gate_LFD[expert]).addmm_(grad_up_cF, up_LFD[expert])
+                job.add(total_AD, tokens, grad_x_cD.addmm_(grad_z_cR, up_A) if adapter else grad_x_cD)
         grad_x = None if total_AD is None else total_AD.to(x_AD.dtype)
-        return grad_x, grad_weight, None, grad_gate, grad_up, grad_down
+        return grad_x, grad_weight, None, grad_gate, grad_up, grad_down, *of_adapter

@@ -10,6 +10,7 @@ Legend: M rows in expert order, L local experts, I and O widths in and out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -106,20 +107,20 @@ class ExpertProducts(Products):
 
 
 def choose_products(
-    x_AI: Tensor, rows: ExpertRows, w_LOI: Tensor, kernel: Literal["auto", "loop", "grouped_mm"]
+    x_AI: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], kernel: Literal["auto", "loop", "grouped_mm"]
 ) -> Products | None:
     """How the products of these rows are made; None for the way of the CPU, which makes all steps of an expert together.
 
     Args:
         x_AI: Tokens.
         rows: Which token each row reads.
-        w_LOI: A stack of the experts.
+        stacks: Of the experts, one of each shape.
         kernel: As the user chose. ``"auto"`` on CUDA is the grouped kernel where it does not wait for the device (bfloat16,
             Hopper and newer), else cuBLAS.
     """
     on_cuda, count = x_AI.is_cuda, rows.weight_M.shape[0]
     grouped = kernel == "grouped_mm" or (kernel == "auto" and on_cuda and grouped_never_waits(x_AI.dtype, x_AI.device))
-    if grouped and count and _grouped_takes(x_AI, w_LOI):
+    if grouped and count and all(_grouped_takes(x_AI, stack_LOI) for stack_LOI in stacks):
         return GroupedProducts(rows.counts_L)
     return ExpertProducts(host_counts(rows)) if on_cuda and count else None
 

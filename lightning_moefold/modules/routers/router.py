@@ -59,6 +59,8 @@ class Router(ParallelModule):
             ``bias_update_rate``. At least float32 whatever the precision of the model.
         counts_E: How often each expert was chosen on this rank since the bias was last updated (int64).
         call: Number of training calls so far (int64 scalar), from which the noise of a call is made; None without noise.
+        lora_scale: s of an adapter, with which ``logits = x W^T + s (x A^T) B^T``; None without one (:meth:`adapt`).
+        bias_is_held: Whether the bias stays as it is, in spite of ``bias_update_rate``.
     """
 
     #: The dataclass of its options.
@@ -67,6 +69,10 @@ class Router(ParallelModule):
     e_score_correction_bias: Tensor | None
     counts_E: Tensor
     call: Tensor | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_scale: float | None = None
+    bias_is_held: bool = False
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, options: RouterOptions | None = None) -> None:
         super().__init__()
@@ -91,6 +97,12 @@ class Router(ParallelModule):
             self.e_score_correction_bias = bias.to(now.device)
         return self
 
+    def adapt(self, rank: int, scale: float) -> None:
+        """Adds an adapter without values, A ``[rank, D]`` and B ``[E, rank]``, in the unit of the router's weight."""
+        self.lora_scale = scale
+        self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.weight.shape[1]))
+        self.lora_B = nn.Parameter(self.weight.new_empty(self.num_experts, rank))
+
     def forward(self, x_TD: Tensor, batch: SequenceBatch | None = None) -> RouterOutput:
         """Chooses experts.
 
@@ -105,6 +117,9 @@ class Router(ParallelModule):
             x_TD = x_TD * self._noise(batch, x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):  # it would compute the product in 16 bits
             logits_TE = exact_linear(x_TD, local(self.weight).to(dtype))
+            if self.lora_scale is not None:
+                z_TR = exact_linear(x_TD, local(self.lora_A).to(dtype))
+                logits_TE = logits_TE + self.lora_scale * exact_linear(z_TR, local(self.lora_B).to(dtype))
         score_TE = self.scores(logits_TE)
         expert_TK = self.choose(score_TE.detach(), batch)
         weight_TK = self.weights(logits_TE, score_TE, expert_TK)
@@ -183,7 +198,7 @@ class Router(ParallelModule):
     @property
     def learns_bias(self) -> bool:
         """Whether its bias moves with the load."""
-        return bool(self.options.bias_update_rate)
+        return bool(self.options.bias_update_rate) and not self.bias_is_held
 
     @torch.no_grad()
     def count(self, counts_E: Tensor) -> None:

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapter of a model: made once, before the strategy cuts the model, and part of it from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moefold.adapters.attach import attach, is_adapter
+from lightning_moefold.adapters.config import LoRA
+from lightning_moefold.adapters.files import AdapterFiles, peft_config
+from lightning_moefold.adapters.seeded import SeededAdapter
+from lightning_moefold.checkpoint.hf_writer import Merge, OutputTensor
+from lightning_moefold.errors import InputError
+from lightning_moefold.layout import Box
+
+#: Of the experts, which A belongs to which weight; elsewhere ``weight`` has ``lora_A``.
+_OF_EXPERTS = {"gate_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
+
+Owners = tuple[tuple[int, Box], ...]
+
+
+class _Source(Protocol):
+    def fill(self, name: str, box: Box, out: Tensor) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Adapter:
+    """What :meth:`~lightning_moefold.MoECausalLM.add_adapter` has added.
+
+    Args:
+        model: The model, in one piece.
+        given: What it is, or a directory in PEFT's format.
+
+    Attributes:
+        lora: What it is.
+        shapes: Global shape of each A and B, by name.
+        source: Where their values come from.
+        trained: Names of parameters of the base that have been trainable in a step.
+
+    Raises:
+        InputError: If a target names nothing that can have an adapter.
+        CheckpointError: If the directory holds no adapter of this model.
+    """
+
+    def __init__(self, model: nn.Module, given: LoRA | Mapping[str, Any] | str | Path) -> None:
+        files = AdapterFiles(given, model) if isinstance(given, (str, Path)) else None
+        self.lora = LoRA.of(given) if files is None else files.lora  # type: ignore[arg-type]
+        attach(model, self.lora)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
+        self.source: _Source = SeededAdapter(self.lora.seed, self.shapes) if files is None else files
+        if files is not None:
+            files.adopt(self.shapes)
+        self.trained: set[str] = set()
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.shapes)
+        self._peft_config = peft_config(self.lora, owners, model)
+
+    def peft_config(self, base: str | None) -> dict[str, Any]:
+        """What ``adapter_config.json`` says, for an adapter of the model in the directory ``base``."""
+        return self._peft_config | {"base_model_name_or_path": base}
+
+    def note_trained(self, model: nn.Module) -> None:
+        """Remembers which parameters of the base train in the step that begins: checkpoints hold them from then on."""
+        self.trained |= {n for n, p in model.named_parameters() if p.requires_grad and n not in self.shapes}
+
+    def left_out(self, model: nn.Module) -> set[str]:
+        """Parameters of the base that are as they were: checkpoints name the base instead of holding them."""
+        never = {n for n, p in model.named_parameters() if not p.requires_grad}
+        return never - self.trained - set(self.shapes)
+
+
+def merges_of(
+    lora: LoRA,
+    tensors: Mapping[str, OutputTensor],
+    parts: Mapping[str, OutputTensor],
+    dtype_of: Callable[[str], torch.dtype],
+) -> dict[str, Merge]:
+    """What an adapter adds to which of the weights ``tensors``.
+
+    Args:
+        lora: The adapter.
+        tensors: The weights that are written, by our names.
+        parts: Every A and B, by our names.
+        dtype_of: The dtype of a weight as it is given.
+    """
+    found = {}
+    for name in tensors:
+        owner, _, leaf = name.rpartition(".")
+        of_experts = leaf in _OF_EXPERTS
+        a = f"{owner}.{_OF_EXPERTS[leaf]}_lora_A" if of_experts else f"{owner}.lora_A"
+        b = f"{owner}.{leaf.removesuffix('_proj')}_lora_B" if of_experts else f"{owner}.lora_B"
+        if a in parts and (of_experts or leaf == "weight"):
+            scale = lora.scale(lora.down_rank if of_experts else lora.rank)
+            found[name] = Merge({a: parts[a], b: parts[b]}, _Sum(a, b, scale, tensors[name].dtype), dtype_of(name))
+    return found
+
+
+class _Sum:
+    """``W + s B A`` in float64, one expert after the other, so that only the rounding to the last dtype is seen."""
+
+    def __init__(self, a: str, b: str, scale: float, dtype: torch.dtype) -> None:
+        self.a, self.b, self.scale, self.dtype = a, b, scale, dtype
+
+    def __call__(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        total = torch.empty(weight.shape, dtype=self.dtype)
+        tensors = (weight, parts[self.b], parts[self.a], total)
+        for w, b, a, out in zip(*(t if weight.dim() == 3 else t.unsqueeze(0) for t in tensors), strict=True):
+            out.copy_(torch.addmm(w.double(), b.double(), a.double(), alpha=self.scale))
+        return total
+
+
+def check_new(adapter: Adapter | None, mesh: Any) -> None:
+    """Refuses an adapter where it would come too late.
+
+    Raises:
+        InputError: If the model has one, or is cut already.
+    """
+    if adapter is not None:
+        raise InputError("the model has an adapter already, and only one is supported; merge it first (moefold merge).")
+    if mesh is not None:
+        raise InputError(
+            "the strategy has cut the model already; call add_adapter in configure_model, where the model is made."
+        )

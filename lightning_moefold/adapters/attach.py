@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules of a model a target names, and giving them their A and B.
+
+Legend: E experts.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_moefold.adapters.config import LoRA
+from lightning_moefold.errors import InputError
+from lightning_moefold.modules.base import Linear
+from lightning_moefold.modules.experts.experts import Experts
+from lightning_moefold.modules.routers import Router
+from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
+
+_ADAPTABLE = (Linear, Router, Experts)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's A or B."""
+    return name.rpartition(".")[2].endswith(("lora_A", "lora_B"))
+
+
+def adaptable_modules(model: nn.Module) -> dict[str, Linear | Router | Experts]:
+    """The modules that can have an adapter, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _ADAPTABLE)}
+
+
+def targeted(model: nn.Module, lora: LoRA) -> dict[str, Linear | Router | Experts]:
+    """The modules that get an adapter, by name.
+
+    Raises:
+        InputError: If a target names nothing that can have one.
+    """
+    modules = dict(model.named_modules())
+    found: dict[str, Linear | Router | Experts] = {}
+    for target in lora.targets:
+        named = {name: m for name, m in modules.items() if name == target or name.endswith(f".{target}")}
+        adaptable = {name: m for name, m in named.items() if isinstance(m, _ADAPTABLE)}
+        if not adaptable:
+            raise InputError(_refusal(target, named, modules))
+        found |= adaptable
+    return {name: found[name] for name in modules if name in found}
+
+
+def attach(model: nn.Module, lora: LoRA) -> None:
+    """Freezes all parameters, and adds A and B without values to the modules that ``lora`` targets.
+
+    Raises:
+        InputError: If a target names nothing that can have an adapter.
+    """
+    places = targeted(model, lora)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in places.values():
+        if isinstance(module, Experts):
+            module.adapt(lora.gate_up_rank, lora.down_rank, lora.scale(lora.down_rank))
+        else:
+            module.adapt(lora.rank, lora.scale(lora.rank))
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.bias_is_held = not lora.update_expert_bias
+
+
+def _refusal(target: str, named: dict[str, nn.Module], modules: dict[str, nn.Module]) -> str:
+    head = next((m for m in named.values() if isinstance(m, VocabularyHead)), None)
+    if head is not None and head.weight is None:
+        return f"{target!r} is tied to the embedding, and an adapter of one would not be the other's; leave it out of targets."
+    there = ", ".join(sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, _ADAPTABLE)}))
+    if any(isinstance(m, (VocabularyHead, VocabularyEmbedding)) for m in named.values()):
+        return f"{target!r} can have no adapter: embedding and head take none here; targets can be {there}."
+    return f"no module that can have an adapter is named {target!r}; targets can be {there}."

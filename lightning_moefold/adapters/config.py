@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter is: LoRA (arXiv 2106.09685), ``W + s B A`` in place of a frozen weight. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lightning_moefold.errors import InputError
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank adapter: each targeted weight W becomes ``W + s B A``, of which A and B train and W does not.
+
+    Args:
+        rank: Of A and B of attention, dense layers, shared experts and routers.
+        alpha: s is ``alpha / rank``.
+        targets: Names of modules, or ends of such names as far as a dot, as in PEFT: ``"q_proj"``, or
+            ``"layers.3.self_attn.q_proj"``. ``gate_proj``, ``up_proj`` and ``down_proj`` are those of dense layers and
+            shared experts. ``"experts"`` gives each routed expert an adapter of its own; ``"gate"`` is the router.
+        expert_rank: Of the experts' A and B, with ``s = alpha / expert_rank``; ``rank`` by default.
+        use_rslora: s is ``alpha / sqrt(rank)`` (arXiv 2312.03732).
+        seed: A is drawn from it and from its place, and B begins with zeros.
+        update_expert_bias: Go on moving the bias of routers with ``bias_update_rate``, which belongs to the base.
+        separate_gate_up: The shared A of gate and up has twice ``expert_rank``, half of it for each. This is what files with
+            an adapter for each matrix of an expert become.
+
+    Raises:
+        InputError: For sizes that are not positive, or no targets.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    expert_rank: int | None = None
+    use_rslora: bool = False
+    seed: int = 0
+    update_expert_bias: bool = False
+    separate_gate_up: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str) or not self.targets:
+            raise InputError(
+                f"targets={self.targets!r} of LoRA must be a list of module names, such as ['q_proj', 'experts']."
+            )
+        object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("rank", "expert_rank", "alpha"):
+            value = getattr(self, name)
+            if value is not None and (value <= 0 or (name != "alpha" and value != int(value))):
+                raise InputError(f"{name}={value} of LoRA must be positive, and a rank a whole number.")
+
+    @property
+    def down_rank(self) -> int:
+        """Rank of the experts' product back to the hidden size."""
+        return self.rank if self.expert_rank is None else self.expert_rank
+
+    @property
+    def gate_up_rank(self) -> int:
+        """Rank of what gate and up of an expert share."""
+        return self.down_rank * (2 if self.separate_gate_up else 1)
+
+    def scale(self, rank: int) -> float:
+        """The factor s for a rank."""
+        return self.alpha / (rank**0.5 if self.use_rslora else rank)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, for checkpoints and configuration files."""
+        return asdict(self) | {"targets": list(self.targets)}
+
+    @classmethod
+    def of(cls, given: LoRA | Mapping[str, Any]) -> LoRA:
+        """The adapter that a mapping describes.
+
+        Raises:
+            InputError: For a field that there is not.
+        """
+        if isinstance(given, LoRA):
+            return given
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise InputError(f"LoRA has no field {unknown[0]!r}; it has {', '.join(known)}.")
+        return cls(**given)

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+What a file holds is told by its tensors; its configuration adds ranks and scales, and every field of it that would change
+what is computed is honoured or refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_moefold.adapters.attach import adaptable_modules
+from lightning_moefold.adapters.config import LoRA
+from lightning_moefold.adapters.layout import MIXTRAL, PREFIX, read_fused, read_separate
+from lightning_moefold.errors import CheckpointError
+from lightning_moefold.layout import Box
+from lightning_moefold.modules.base import Linear
+from lightning_moefold.modules.experts.experts import Experts
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+#: Fields that change nothing once the tensors are there, and those that :class:`AdapterFiles` reads.
+_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "bias", "init_lora_weights"}
+_WITHOUT_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "ensure_weight_tying", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+_OWN = ("lora_A.weight", "lora_B.weight")
+_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.lora_([AB])\.weight$")
+
+
+class AdapterFiles:
+    """An adapter in a directory: what it is, and pieces of its A and B.
+
+    Args:
+        path: The directory.
+        model: The model without an adapter, in one piece; without storage is enough.
+
+    Attributes:
+        lora: What it is.
+
+    Raises:
+        CheckpointError: If the directory holds no such adapter, or it does not fit the model.
+    """
+
+    def __init__(self, path: str | Path, model: nn.Module) -> None:
+        self.path = Path(path)
+        self._file = self.path / TENSORS
+        config = self._read_config()
+        self._handle: Any = None
+        self._shapes = self._read_header()
+        self._places = {name: self._name_of(name, module) for name, module in adaptable_modules(model).items()}
+        self._separate = any(_EXPERT.match(name) for name in self._shapes)
+        self._experts = {name for name, module in adaptable_modules(model).items() if isinstance(module, Experts)}
+        self.lora = self._describe(config, model)
+
+    # ---- reading what it is ------------------------------------------------------------------------------------
+
+    def _read_config(self) -> dict[str, Any]:
+        file = self.path / CONFIG
+        if not file.is_file() or not self._file.is_file():
+            raise CheckpointError(f"{self.path} holds no adapter: it needs {CONFIG} and {TENSORS}.")
+        try:
+            config = json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} is not JSON ({error}).") from None
+        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+            raise CheckpointError(f"{file} describes no LoRA adapter, and no other kind is read.")
+        for key, value in config.items():
+            neutral = not value or value == "none" if key not in _READ | _WITHOUT_EFFECT else True
+            if not neutral or (key == "init_lora_weights" and not isinstance(value, bool) and value != "gaussian"):
+                raise CheckpointError(f"{file} has {key}={value!r}, which is not supported here.")
+        if config.get("bias", "none") != "none":
+            raise CheckpointError(f"{file} has bias={config['bias']!r}, which is not supported here.")
+        return config
+
+    def _read_header(self) -> dict[str, tuple[int, ...]]:
+        try:
+            with safe_open(str(self._file), framework="pt") as opened:
+                return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self._file} is damaged or truncated ({error}).") from None
+
+    def _name_of(self, name: str, module: nn.Module) -> str:
+        """What the file calls a module: Mixtral's blocks had another name."""
+        old = f"{PREFIX}{name.replace('.mlp.', '.block_sparse_moe.')}."
+        return old[:-1] if any(stored.startswith(old) for stored in self._shapes) else f"{PREFIX}{name}"
+
+    def _describe(self, config: dict[str, Any], model: nn.Module) -> LoRA:
+        names: list[str] = []
+        ranks: dict[bool, set[tuple[int, float]]] = {False: set(), True: set()}  # and scales; of experts and of others
+        known: set[str] = set()
+        for name, module in adaptable_modules(model).items():
+            inside = f"{self._places[name]}."
+            whole = isinstance(module, Experts)
+            held = {n for n in self._shapes if n.startswith(inside) and (whole or n.removeprefix(inside) in _OWN)}
+            if not held:
+                continue
+            names.append(name)
+            known |= held
+            if isinstance(module, Experts):
+                ranks[True].add(self._describe_experts(name, module, config))
+            else:
+                ranks[False].add(self._describe_linear(name, module, config))
+        unknown = sorted(set(self._shapes) - known)
+        if unknown or not names:
+            what = f"holds {unknown[0]!r}, for which the model has no place" if unknown else "holds no tensors"
+            raise CheckpointError(f"{self._file} {what}; give the adapter of this model.")
+        for of_experts, found in ranks.items():
+            if len(found) > 1:
+                what = "experts" if of_experts else "modules"
+                raise CheckpointError(f"{self.path} has {what} of several ranks or scales, and one is supported here.")
+        linear, experts = (next(iter(ranks[kind]), None) for kind in (False, True))
+        root = bool(config.get("use_rslora"))
+        rank, scale = linear or experts or (1, 1.0)
+        alpha = scale * (rank**0.5 if root else rank)
+        if experts is not None and abs(experts[1] - alpha / (experts[0] ** 0.5 if root else experts[0])) > 1e-9:
+            raise CheckpointError(
+                f"{self.path} scales experts by another alpha than the rest, which is not supported here."
+            )
+        return LoRA(
+            rank, alpha, compressed(names, model), None if experts is None else experts[0], root,
+            separate_gate_up=self._separate_gate_up,
+        )  # fmt: skip
+
+    _separate_gate_up = False
+
+    def _describe_linear(self, name: str, module: nn.Module, config: dict[str, Any]) -> tuple[int, float]:
+        out_features, in_features = module.weight.shape  # type: ignore[union-attr, operator, misc]
+        key = name if isinstance(module, Linear) else f"{name}.weight"
+        rank = self._rank_of(key, config)
+        self._expect(f"{self._places[name]}.lora_A.weight", (rank, in_features), key)
+        self._expect(f"{self._places[name]}.lora_B.weight", (out_features, rank), key)
+        return rank, self._scale_of(key, rank, config)
+
+    def _describe_experts(self, name: str, module: Experts, config: dict[str, Any]) -> tuple[int, float]:
+        (e, f, d), place = module.gate_proj.shape, self._places[name]
+        if self._separate:
+            if config.get("use_rslora"):
+                raise CheckpointError(
+                    f"{self.path} has use_rslora with an adapter for each matrix, which is not supported here."
+                )
+            matrices = self._matrices(place)
+            rank = self._rank_of(f"{place.removeprefix(PREFIX)}.0.{matrices['down_proj']}", config)
+            for expert in range(e):
+                for matrix, (out, into) in {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}.items():
+                    key = f"{place}.{expert}.{matrices[matrix]}"
+                    self._expect(f"{key}.lora_A.weight", (rank, into), key)
+                    self._expect(f"{key}.lora_B.weight", (out, rank), key)
+            self._separate_gate_up = True
+            return rank, self._scale_of(f"{place.removeprefix(PREFIX)}.0.{matrices['down_proj']}", rank, config)
+        ranks = {part: self._rank_of(f"{name}.{part}", config) for part in ("gate_up_proj", "down_proj")}
+        for part, depth, out, into in (("gate_up_proj", ".base_layer", 2 * f, d), ("down_proj", "", d, f)):
+            self._expect(f"{place}{depth}.lora_A.weight", (e * ranks[part], into), f"{name}.{part}")
+            self._expect(f"{place}{depth}.lora_B.weight", (out, ranks[part] * e), f"{name}.{part}")
+        rank, twice = ranks["down_proj"], ranks["gate_up_proj"]
+        scales = {self._scale_of(f"{name}.{part}", ranks[part], config) for part in ranks}
+        if twice not in (rank, 2 * rank) or len(scales) > 1:
+            raise CheckpointError(
+                f"{self.path} has rank {twice} for gate and up and {rank} for down of its experts, or another scale; equal ones "
+                "are supported here, and twice the rank for gate and up."
+            )
+        self._separate_gate_up = twice == 2 * rank
+        return rank, scales.pop()
+
+    def _matrices(self, place: str) -> dict[str, str]:
+        own = {name: name for name in MIXTRAL}
+        return own if f"{place}.0.gate_proj.lora_A.weight" in self._shapes else dict(MIXTRAL)
+
+    def _expect(self, name: str, shape: tuple[int, ...], what: str) -> None:
+        if name not in self._shapes:
+            whose = what.removeprefix(PREFIX)
+            raise CheckpointError(f"{self._file} has no {name!r}; it needs A and B of all matrices of {whose!r}.")
+        if self._shapes[name] != tuple(shape):
+            raise CheckpointError(
+                f"{name!r} in {self._file} has shape {list(self._shapes[name])}, and model and {CONFIG} make it {list(shape)}; "
+                "give the adapter of this model."
+            )
+
+    def _rank_of(self, key: str, config: dict[str, Any]) -> int:
+        return int(_pattern(config.get("rank_pattern"), key, config.get("r", 8)))
+
+    def _scale_of(self, key: str, rank: int, config: dict[str, Any]) -> float:
+        alpha = float(_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8)))
+        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+    # ---- reading its values ------------------------------------------------------------------------------------
+
+    def fill(self, name: str, box: Box, out: Tensor) -> None:
+        """Copies the part ``box`` of parameter ``name`` (our name) into ``out``, whatever its dtype and device."""
+        if box.numel == 0:
+            return
+        owner, _, leaf = name.rpartition(".")
+        place = self._places[owner]
+        if owner not in self._experts:
+            out.copy_(self._read(f"{place}.{leaf}.weight", box.slices()))
+        elif not self._separate:
+            out.copy_(read_fused(self._read, place, leaf, self._whole_shape(owner, leaf), box))
+        else:
+            first, *rest = box.slices()
+            shape, matrices = self._whole_shape(owner, leaf), self._matrices(place)
+            for piece, expert in zip(out, range(shape[0])[first], strict=True):
+                whole = read_separate(self._read, f"{place}.{expert}", leaf, shape[1:], matrices)
+                piece.copy_(whole[tuple(rest)])
+
+    def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Learns the whole shapes of the parameters, once the model has them."""
+        self._parameters = dict(shapes)
+
+    def _whole_shape(self, owner: str, leaf: str) -> tuple[int, ...]:
+        return self._parameters[f"{owner}.{leaf}"]
+
+    def _read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
+        if self._handle is None:
+            self._handle = safe_open(str(self._file), framework="pt")
+        try:
+            return self._handle.get_slice(name)[slices] if slices else self._handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{name!r} cannot be read from {self._file} ({error}).") from None
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._handle = None
+
+
+def _pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a name, as PEFT looks it up."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", key):
+            return value
+    return default
+
+
+def compressed(names: Iterable[str], model: nn.Module) -> list[str]:
+    """Names of modules by what comes after their last dot, where all of this name are among them."""
+    chosen, there = set(names), adaptable_modules(model)
+    leaves = {name.rpartition(".")[2] for name in chosen}
+    whole = {leaf for leaf in leaves if all(n in chosen for n in there if n.rpartition(".")[2] == leaf)}
+    rest = [name for name in there if name in chosen and name.rpartition(".")[2] not in whole]
+    return [*sorted(whole), *rest]
+
+
+def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of an adapter.
+
+    PEFT reads ``gate_proj`` in a list of modules as the experts' in these families, so dense layers stand among the parameters.
+
+    Args:
+        lora: The adapter.
+        names: Of the modules that have it.
+        model: The whole model.
+    """
+    names = list(names)
+    there, modules, parameters = adaptable_modules(model), [], []
+    for name in compressed(names, model):
+        module = next(m for n, m in there.items() if n == name or n.endswith(f".{name}"))
+        if isinstance(module, Experts):
+            parameters += [f"{name}.gate_up_proj", f"{name}.down_proj"]
+        elif isinstance(module, Linear) and name.rpartition(".")[2] not in MIXTRAL:
+            modules.append(name)
+        else:
+            parameters.append(f"{name}.weight")
+    rank_pattern, alpha_pattern = {}, {}
+    with_experts = any(isinstance(there[name], Experts) for name in names)
+    if with_experts and lora.down_rank != lora.rank:
+        rank_pattern["experts.down_proj"] = lora.down_rank
+    if with_experts and lora.gate_up_rank != lora.rank:
+        rank_pattern["experts.gate_up_proj"] = lora.gate_up_rank
+    if with_experts and lora.separate_gate_up:
+        alpha_pattern["experts.gate_up_proj"] = 2 * lora.alpha
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": lora.rank,
+        "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "use_rslora": lora.use_rslora, "use_dora": False, "target_modules": modules,
+        "target_parameters": parameters or None, "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }  # fmt: skip

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where A and B lie in PEFT's files, fused or for each expert. Pure tensors.
+
+A file with fused experts wraps one parameter after the other, so gate and up are found one ``base_layer`` deeper::
+
+    <module>.lora_A.weight                      [R, in]       of attention, dense layers and routers
+    <module>.lora_B.weight                      [out, R]
+    <experts>.base_layer.lora_A.weight          [E * R, D]    of gate and up; row e * R + j
+    <experts>.base_layer.lora_B.weight          [2F, R * E]   column j * E + e: another order than A's
+    <experts>.lora_A.weight                     [E * R, F]    of down
+    <experts>.lora_B.weight                     [D, R * E]
+
+Files of older versions have each expert's own: ``<experts>.3.gate_proj.lora_A.weight`` ``[R, D]``.
+
+Legend: E experts, R rank, D hidden size, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_moefold.layout import Box
+
+PREFIX = "base_model.model."
+#: Name of a parameter of :class:`~.experts.Experts` to its name in a fused file, below the experts' own name.
+FUSED = {
+    "gate_up_lora_A": "base_layer.lora_A.weight",
+    "gate_lora_B": "base_layer.lora_B.weight",
+    "up_lora_B": "base_layer.lora_B.weight",
+    "down_lora_A": "lora_A.weight",
+    "down_lora_B": "lora_B.weight",
+}
+#: What the matrices of an expert are called in Mixtral's files.
+MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+Read = Callable[[str, tuple[slice, ...]], Tensor]
+
+
+def read_fused(read: Read, experts: str, leaf: str, shape: tuple[int, ...], box: Box) -> Tensor:
+    """The part ``box`` of an expert parameter of ``shape``, from a fused file.
+
+    Args:
+        read: Reads part of a tensor of the file.
+        experts: Name of the experts in the file.
+        leaf: A key of :data:`FUSED`.
+        shape: Of the whole parameter.
+        box: Which part.
+    """
+    of_experts, *rest = box.slices()
+    name = f"{experts}.{FUSED[leaf]}"
+    if leaf.endswith("lora_A"):
+        rank = shape[1]
+        rows = slice(of_experts.start * rank, of_experts.stop * rank)
+        return read(name, (rows, rest[1])).unflatten(0, (-1, rank))[:, rest[0]]
+    first = shape[1] if leaf == "up_lora_B" else 0
+    rows = slice(first + rest[0].start, first + rest[0].stop)
+    whole = read(name, (rows, slice(0, shape[0] * shape[2])))
+    return whole.unflatten(1, (shape[2], shape[0])).permute(2, 0, 1)[of_experts, :, rest[1]]
+
+
+def read_separate(read: Read, expert: str, leaf: str, shape: tuple[int, ...], names: dict[str, str]) -> Tensor:
+    """An expert parameter of one expert, from a file with an adapter for each of its matrices.
+
+    Gate and up get what stands in for their own A's: one A of twice the rank, and B with zeros for the other's half.
+
+    Args:
+        read: Reads part of a tensor of the file.
+        expert: Name of the expert in the file.
+        leaf: A key of :data:`FUSED`.
+        shape: Of the parameter of one expert.
+        names: What the file calls the expert's matrices.
+    """
+
+    def whole(matrix: str, part: str) -> Tensor:
+        return read(f"{expert}.{names[matrix]}.{part}.weight", ())
+
+    matrix, _, part = leaf.partition("_lora_")
+    part = f"lora_{part}"
+    if matrix == "gate_up":
+        return torch.cat([whole("gate_proj", part), whole("up_proj", part)])
+    own = whole(f"{matrix}_proj", part)
+    if matrix == "down":
+        return own
+    zeros = torch.zeros_like(own)
+    assert shape[1] == 2 * own.shape[1]
+    return torch.cat([own, zeros] if matrix == "gate" else [zeros, own], dim=1)
+
+
+def fuse(experts: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Expert parameters of one layer, as a fused file holds them.
+
+    Args:
+        experts: Name of the experts in the file.
+        parts: The whole parameters by the keys of :data:`FUSED`.
+    """
+    b = torch.cat([parts["gate_lora_B"], parts["up_lora_B"]], dim=1)
+    return {
+        f"{experts}.base_layer.lora_A.weight": parts["gate_up_lora_A"].flatten(0, 1),
+        f"{experts}.base_layer.lora_B.weight": b.permute(1, 2, 0).flatten(1).contiguous(),
+        f"{experts}.lora_A.weight": parts["down_lora_A"].flatten(0, 1),
+        f"{experts}.lora_B.weight": parts["down_lora_B"].permute(1, 2, 0).flatten(1).contiguous(),
+    }

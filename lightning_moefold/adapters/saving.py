@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes an adapter that is spread over ranks into a directory that PEFT loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_moefold.adapters.files import CONFIG, TENSORS
+from lightning_moefold.adapters.layout import FUSED, PREFIX, fuse
+from lightning_moefold.checkpoint.hf_writer import OutputTensor, gather_whole, on_first_rank, replace_directory
+from lightning_moefold.checkpoint.stores import local_path
+from lightning_moefold.mesh import Axis
+
+
+def write_adapter(
+    path: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, OutputTensor],
+    piece: Callable[[str], Tensor],
+    world: Axis,
+) -> None:
+    """Writes ``path`` with configuration and tensors. Collective: every rank calls it.
+
+    Args:
+        path: Directory to make. One that holds an adapter is replaced; one with other files in it is refused.
+        config: Content of ``adapter_config.json``.
+        tensors: Every A and B, by our names, the same on every rank.
+        piece: Gives this rank's piece of a parameter.
+        world: All ranks.
+
+    Raises:
+        CheckpointError: If ``path`` is in a store.
+        OSError: If the directory holds foreign files or cannot be written; raised on every rank.
+    """
+    target = local_path(path, "the adapter's directory")
+    names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
+    if world.size > 1:
+        dist.broadcast_object_list(names, src=world.ranks[0])
+    work = names[0]
+    on_first_rank(world, lambda: _prepare(target, work))
+    try:
+        whole = {name: gather_whole(tensor, piece(name), 0, world) for name, tensor in tensors.items()}
+
+        def write() -> None:
+            stored = _as_stored({name: tensor for name, tensor in whole.items() if tensor is not None})
+            save_file(stored, str(work / TENSORS), metadata={"format": "pt"})
+            (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            replace_directory(work, target)
+
+        on_first_rank(world, write)
+    finally:
+        if world.index == 0 and work.exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _prepare(target: Path, work: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file; give a directory that is new or holds an adapter.")
+    foreign = sorted(p.name for p in target.iterdir() if p.name not in (CONFIG, TENSORS)) if target.is_dir() else []
+    if foreign:
+        raise FileExistsError(f"{target} holds {foreign[0]!r}, which is no part of an adapter; give another directory.")
+    work.mkdir(parents=True)
+
+
+def _as_stored(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By the names of PEFT's file."""
+    stored: dict[str, Tensor] = {}
+    experts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in whole.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf in FUSED:
+            experts.setdefault(owner, {})[leaf] = tensor
+        else:
+            stored[f"{PREFIX}{name}.weight"] = tensor
+    for owner, parts in experts.items():
+        stored |= fuse(f"{PREFIX}{owner}", parts)
+    return stored

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values with which a new adapter begins: A by seed and place, B zero, so that the model begins as its base."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from lightning_moefold.layout import Box
+
+
+class SeededAdapter:
+    """Gives pieces of A and B.
+
+    A is uniform within ``1 / sqrt(in)`` as in PEFT, drawn whole for each module, or each expert, from the seed and the name:
+    no fold changes it.
+
+    Args:
+        seed: Of A.
+        shapes: Global shape of each parameter, by name.
+    """
+
+    def __init__(self, seed: int, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.seed, self.shapes = seed, shapes
+
+    def fill(self, name: str, box: Box, out: Tensor) -> None:
+        """Copies the part ``box`` of parameter ``name`` into ``out``."""
+        shape, slices = self.shapes[name], box.slices()
+        if name.endswith("lora_B") or box.numel == 0:
+            out.zero_()
+        elif len(shape) == 2:
+            out.copy_(self._draw(name, shape)[slices])
+        else:
+            for piece, expert in zip(out, range(shape[0])[slices[0]], strict=True):
+                piece.copy_(self._draw(f"{name}.{expert}", shape[1:])[slices[1:]])
+
+    def _draw(self, place: str, shape: tuple[int, ...]) -> Tensor:
+        digest = hashlib.blake2b(f"{self.seed}:{place}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        bound = shape[-1] ** -0.5
+        return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+    def close(self) -> None:
+        """Nothing is open."""
