@@ -171,12 +171,12 @@ def _boxes(path: Path, fold: Fold, rank: int) -> tuple[list[tuple[str, tuple[sli
     parallelize(model, FoldedMesh(fold, "cpu"), Settings(), torch.device("cpu"))
     entries, wanted = parameter_entries(model.config), []
     for name, layout in model.layouts.items():
-        box, entry = layout.box(fold, rank), entries[name]
+        box, entry = layout.stored_box(fold, rank), entries[name]  # no expert has moved yet
         if box.numel and entry.stacked:
             wanted += [(source, box.slices()[1:]) for source in entry.sources[box.slices()[0]]]
         elif box.numel:
             wanted.append((entry.sources[0], box.slices()))
-    return wanted, 2 * sum(layout.box(fold, rank).numel for layout in model.layouts.values())
+    return wanted, 2 * sum(layout.stored_box(fold, rank).numel for layout in model.layouts.values())
 
 
 def read_alone(path: Path, wanted: list[tuple[str, tuple[slice, ...]]]) -> list[torch.Tensor]:

@@ -84,7 +84,7 @@ def count(model: MoECausalLM, optimizer: torch.optim.Optimizer, between: list[to
 def expect(model: MoECausalLM, fold: Fold, rank: int) -> dict[str, int]:
     """The same from the layouts alone."""
     assert model.settings is not None
-    stored = sum(layout.box(fold, rank).numel for layout in model.layouts.values()) * 4
+    stored = sum(layout.stored_box(fold, rank).numel for layout in model.layouts.values()) * 4
     # Full sharding lets go of each layer after its forward, but not of what belongs to the model itself.
     gathered = sum(
         layout.tensor_box(fold.coordinates(rank)).numel * 4

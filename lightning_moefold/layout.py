@@ -3,17 +3,22 @@
 
 A parameter belongs to one :class:`Family` and is cut along some dimensions over tp (dense) or ep and etp (experts),
 then by ``fully_shard`` over the ranks that hold the same piece (dense: dp x cp; experts: edp). What a rank then stores
-is one *box* of the global tensor. Reading checkpoints, writing them, norms and initialisation all ask the same
-:class:`ParameterLayout`, so there is one answer to "which rank holds which elements".
+is one *box* of the global tensor or, where experts have moved, several, one after the other. Reading checkpoints, writing
+them, norms and initialisation all ask the same :class:`ParameterLayout`, so there is one answer to "which rank holds which
+elements".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from lightning_moefold.fold import Fold
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Family(str, Enum):
@@ -102,28 +107,56 @@ class ParameterLayout:
         plan: The parameter's family, its cuts over tensor axes, and how its gradient is summed over tp.
         data_dim: Dimension that ``fully_shard`` cuts over the family's data axis; None if the parameter is replicated.
         stages: Pipeline ranks that hold the parameter (a tied embedding is on two); None if all do.
+        order: Index in the global tensor of each index along dimension 0 as it is stored (the expert of each slot), where
+            those differ; None if they are the same.
     """
 
     shape: tuple[int, ...]
     plan: ParameterPlan
     data_dim: int | None = None
     stages: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None = None
 
     @property
     def data_axis(self) -> str:
         """Name of the fold's axis over which the gradient is summed."""
         return "edp" if self.plan.family is Family.EXPERT else "dp_cp"
 
+    @property
+    def is_expert_stack(self) -> bool:
+        """Whether dimension 0 counts experts, which are spread over ep."""
+        return any(cut.axis == "ep" and cut.dim == 0 for cut in self.plan.cuts)
+
     def tensor_box(self, place: Mapping[str, int]) -> Box:
-        """Returns the part that the data ranks at coordinates ``place`` hold together, before ``fully_shard`` cuts it further."""
+        """Returns the part that the data ranks at coordinates ``place`` hold together, before ``fully_shard`` cuts it further.
+
+        It is in the order of storage, as :meth:`stored_box` is.
+        """
         offsets, sizes = [0] * len(self.shape), list(self.shape)
         for cut in self.plan.cuts:
             offsets[cut.dim] = sum(cut.sizes[: place[cut.axis]])
             sizes[cut.dim] = cut.sizes[place[cut.axis]]
         return Box(tuple(offsets), tuple(sizes))
 
-    def box(self, fold: Fold, rank: int) -> Box:
-        """Returns the part that ``rank`` stores; it is empty if the rank's pipeline stage does not hold the parameter."""
+    def boxes(self, fold: Fold, rank: int) -> tuple[Box, ...]:
+        """Returns the parts of the global tensor that ``rank`` stores, one after the other along dimension 0; usually one.
+
+        One empty box where it stores nothing.
+        """
+        stored = self.stored_box(fold, rank)
+        if self.order is None or stored.numel == 0:
+            return (stored,)
+        first, rows = stored.offsets[0], stored.sizes[0]
+        boxes = []
+        for start, length in _runs(self.order[first : first + rows]):
+            boxes.append(Box((start, *stored.offsets[1:]), (length, *stored.sizes[1:])))
+        return tuple(boxes)
+
+    def stored_box(self, fold: Fold, rank: int) -> Box:
+        """Returns the part that ``rank`` stores, in the order of storage: its sizes are those of the piece.
+
+        Empty where its pipeline stage does not hold the parameter. Where it lies in the global tensor, :meth:`boxes` says.
+        """
         place = fold.coordinates(rank)
         if self.stages is not None and place["pp"] not in self.stages:
             return Box((0,) * len(self.shape), (0,) * len(self.shape))
@@ -149,6 +182,26 @@ class ParameterLayout:
             copies += [] if self.data_dim is not None else ["dp", "cp"]
         return place["pp"] == (self.stages or (0,))[0] and all(place[axis] == 0 for axis in copies)
 
-    def owners(self, fold: Fold, ranks: list[int]) -> list[tuple[int, Box]]:
+    def owners(self, fold: Fold, ranks: list[int]) -> list[tuple[int, tuple[Box, ...]]]:
         """Returns the owners among ``ranks`` with their boxes, which together hold every element exactly once."""
-        return [(r, b) for r in ranks if self.is_owner(fold, r) and (b := self.box(fold, r)).numel > 0]
+        return [
+            (rank, self.boxes(fold, rank))
+            for rank in ranks
+            if self.is_owner(fold, rank) and self.stored_box(fold, rank).numel > 0
+        ]
+
+
+def split_boxes(piece: Tensor, boxes: Sequence[Box]) -> tuple[Tensor, ...]:
+    """Returns a rank's piece as views of its boxes, as :meth:`ParameterLayout.boxes` gives them."""
+    return (piece,) if len(boxes) == 1 else piece.split([box.sizes[0] for box in boxes])
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and length of each run of consecutive numbers."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((number, 1))
+    return runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -36,6 +36,7 @@ from typing_extensions import override
 from lightning_moefold import comm
 from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.balance.fast import ExpertCopies
+from lightning_moefold.balance.placement import Placement
 from lightning_moefold.diagnostics.liveness import RollCall
 from lightning_moefold.diagnostics.report import Place, print_without_traceback
 from lightning_moefold.dispatch import DispatchConfig
@@ -71,6 +72,7 @@ from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, 
 from lightning_moefold.parallel.apply import check_settings, parts_of
 from lightning_moefold.parallel.compiling import COMPILER, has_compiler
 from lightning_moefold.parallel.hooks import check_hooks
+from lightning_moefold.parallel.migration import Moved, move_experts
 from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.parallel.replicated import ReplicatedModules, align_blocks, align_randomness
 from lightning_moefold.parallel.settings import ShardingMode
@@ -688,6 +690,39 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._release_gathered_weights()
 
     on_test_end = on_predict_end = on_validation_end
+
+    # ---- experts that move -------------------------------------------------------------------------------------
+
+    def move_experts(self, placements: Mapping[str, Placement]) -> Moved:
+        """Brings experts to other ranks, with gradients and optimizer state. Collective, between two optimizer steps.
+
+        Args:
+            placements: Where the experts of a layer shall be, by its name in the LightningModule; other layers stay.
+
+        Raises:
+            InputError: For an unknown layer or a placement that is not of its experts and ep, on every rank; and while
+                batches accumulate.
+            UnsupportedFeature: For state of an optimizer that is not kept expert by expert, on every rank.
+        """
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if trainer.training and trainer.fit_loop.epoch_loop._should_accumulate():
+            raise InputError(
+                "experts move between two optimizer steps, and gradients of accumulated batches wait for the next one; call "
+                "move_experts after the step."
+            )
+        return move_experts(self.registry, self.optimizers, placements)
+
+    @property
+    def registry(self) -> ParameterRegistry:
+        """Which parameter is which, and where its pieces are.
+
+        Raises:
+            RuntimeError: Before the strategy is set up.
+        """
+        if self._registry is None:
+            raise RuntimeError("parameters have their places once the strategy is set up; ask in a hook of the fit.")
+        return self._registry
 
     # ---- communication -----------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_moefold import Fold
-from lightning_moefold.layout import Cut, Family, ParameterLayout, ParameterPlan, chunk_split, even_split
+from lightning_moefold.layout import Cut, Family, ParameterLayout, ParameterPlan, chunk_split, even_split, split_boxes
 from tests.test_fold import folds
 
 
@@ -25,17 +25,24 @@ def layouts(draw: st.DrawFn) -> tuple[Fold, ParameterLayout]:
             dim = draw(st.sampled_from(free))
             cuts.append(Cut(axis, dim, split(shape[dim], fold.size(axis))))
     data_dim = draw(st.sampled_from([None, *range(len(shape))]))
-    return fold, ParameterLayout(shape, ParameterPlan(family, tuple(cuts)), data_dim)
+    order = draw(st.one_of(st.none(), st.permutations(range(shape[0])).map(tuple)))
+    return fold, ParameterLayout(shape, ParameterPlan(family, tuple(cuts)), data_dim, order=order)
 
 
 @given(layouts())
 @settings(max_examples=300, deadline=None)
 def test_owners_tile_the_tensor(case: tuple[Fold, ParameterLayout]) -> None:
+    """Each element comes once; and what a rank stores is its part of the tensor in the order of storage."""
     fold, layout = case
     times = torch.zeros(layout.shape, dtype=torch.int64)
-    for rank, box in layout.owners(fold, list(range(fold.world_size))):
-        assert layout.box(fold, rank) == box
-        times[box.slices()] += 1
+    whole = torch.arange(times.numel()).view(layout.shape)
+    stored = whole if layout.order is None else whole[list(layout.order)]
+    for rank, boxes in layout.owners(fold, list(range(fold.world_size))):
+        piece = stored[layout.stored_box(fold, rank).slices()]
+        assert layout.boxes(fold, rank) == boxes
+        for box, part in zip(boxes, split_boxes(piece, boxes), strict=True):
+            times[box.slices()] += 1
+            assert torch.equal(part, whole[box.slices()])
     assert bool((times == 1).all())
 
 
@@ -45,8 +52,8 @@ def test_copies_are_copies(case: tuple[Fold, ParameterLayout]) -> None:
     """Whoever is no owner holds the box of some owner, or an empty one."""
     fold, layout = case
     ranks = list(range(fold.world_size))
-    owned = {box for _, box in layout.owners(fold, ranks)}
-    assert all(layout.box(fold, r) in owned or layout.box(fold, r).numel == 0 for r in ranks)
+    owned = {boxes for _, boxes in layout.owners(fold, ranks)}
+    assert all(layout.boxes(fold, r) in owned or layout.stored_box(fold, r).numel == 0 for r in ranks)
 
 
 @given(st.integers(0, 200), st.integers(1, 17))

@@ -35,11 +35,13 @@ class LoadRow:
 
     Args:
         layer: Its number: in the whole model for a MoECausalLM, else in the order of the module tree.
+        name: Of the module in the LightningModule.
         num_experts: Its experts.
         module: The layer, or None where other ranks hold it.
     """
 
     layer: int
+    name: str
     num_experts: int
     module: MoELayer | None
 
@@ -56,7 +58,7 @@ def find_rows(root: pl.LightningModule, world: Axis) -> list[LoadRow]:
     layers = mine if all(theirs == mine for theirs in everyone) else sorted(set().union(*everyone), key=_natural)
     known = [number for _, _, number in layers if number is not None]
     numbers_L = known if len(models) == 1 and len(known) == len(layers) else range(len(layers))
-    return [LoadRow(i, num, here.get(name)) for i, (name, num, _) in zip(numbers_L, layers, strict=True)]
+    return [LoadRow(i, name, num, here.get(name)) for i, (name, num, _) in zip(numbers_L, layers, strict=True)]
 
 
 def _natural(layer: tuple[str, int, int | None]) -> list[tuple[int, str]]:
@@ -86,10 +88,10 @@ class ExpertLoad:
 
 
 class LoadReader:
-    """Reads and resets the counters of all MoE layers. Collective.
+    """Reads what the counters of all MoE layers have counted since the last time. Collective.
 
-    The sum is made here and not by a torchmetrics Metric, which would take a barrier and two gathers for what is one
-    all-reduce of one table.
+    The counters run on, so that others can read them, too. The sum is made here and not by a torchmetrics Metric, which would
+    take a barrier and two gathers for what is one all-reduce of one table.
 
     Args:
         trainer: In a fit.
@@ -101,31 +103,29 @@ class LoadReader:
         self.rows = find_rows(root, self.world)
         self.device = trainer.strategy.root_device
         self.replicas, self.replica, self.parts = _expert_grid(trainer)
+        self._seen_LC = self._totals()
 
     @property
     def experts(self) -> int:
         """E: the most experts of any layer."""
         return max((row.num_experts for row in self.rows), default=0)
 
-    @torch.no_grad()
     def reset(self) -> None:
-        """Sets this rank's counters to zero."""
-        for row in self.rows:
-            if row.module is not None:
-                row.module.load_E.zero_()
-                row.module.dropped.zero_()
+        """Leaves out what has been counted until now."""
+        self._seen_LC = self._totals()
 
-    @torch.no_grad()
     def read(self) -> ExpertLoad:
-        """Sums the counters over all ranks and resets them. One collective; waits for the device."""
-        table_LC = comm.all_reduce_raw(self._mine(), self.world).cpu().numpy()
-        self.reset()
+        """Sums over all ranks what was counted since the last reading. One collective; waits for the device."""
+        totals_LC = self._totals()
+        table_LC = comm.all_reduce_raw(totals_LC - self._seen_LC, self.world).cpu().numpy()
+        self._seen_LC = totals_LC
         counts_LE = table_LC[:, : self.experts].copy()
         for row, counts_E in zip(self.rows, counts_LE, strict=True):
             counts_E[row.num_experts :] = NO_EXPERT
         return ExpertLoad(self.rows, counts_LE, table_LC[:, self.experts], table_LC[:, self.experts + 1 :])
 
-    def _mine(self) -> Tensor:
+    @torch.no_grad()
+    def _totals(self) -> Tensor:
         """This rank's ``[L, C]``: its counts, its drops, and the rows it sends to each part of its own replica's experts.
 
         Tokens are distinct on every rank of tp, cp and dp, and layers on every stage: sums over the world count each
@@ -139,8 +139,7 @@ class LoadReader:
             if row.module is not None:
                 table_LC[i, : row.num_experts] = row.module.load_E
                 table_LC[i, self.experts] = row.module.dropped
-                # Experts lie on the ep ranks in even blocks.
-                table_LC[i, first : first + self.parts] = row.module.load_E.view(self.parts, -1).sum(1)
+                table_LC[i, first : first + self.parts] = row.module.part_rows()
         return table_LC
 
 

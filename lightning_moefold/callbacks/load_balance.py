@@ -32,9 +32,8 @@ class LoadBalanceMonitor(pl.Callback):
     whole model ``moe/layer_{i}/max_over_mean``, ``/cv``, ``/dead_expert_frac`` and ``/entropy``. Layers without load are
     left out. ``docs/callbacks.md`` has the formulas.
 
-    The layers count on the device; there is one collective at each log step and none per batch. The counters are reset
-    with each read: have one reader in a run. Works under any strategy; layers may stand anywhere in the LightningModule,
-    differ in their experts, and be spread over ranks.
+    The layers count on the device; there is one collective at each log step and none per batch. Works under any strategy;
+    layers may stand anywhere in the LightningModule, differ in their experts, and be spread over ranks.
 
     Args:
         log_every_n_steps: Optimizer steps between logs; the Trainer's if not given. Figures of a step at which the

@@ -168,7 +168,7 @@ def summarize_model(module: nn.Module, fold: Fold) -> ModelSummary:
     for name, parameter in module.named_parameters():
         layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
         if layout not in stored:
-            stored[layout] = Counter({rank: layout.box(fold, rank).numel for rank in range(fold.world_size)})
+            stored[layout] = Counter({rank: layout.stored_box(fold, rank).numel for rank in range(fold.world_size)})
         kind, active = roles.of(name)
         # A model that no fold has touched has no families in its layouts yet.
         family = Family.EXPERT if kind == "experts" else layout.plan.family

@@ -26,7 +26,7 @@ from torch import Tensor
 from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.checkpoint.side_files import are_apart, files_to_carry, foreign_file, warn_of_end
 from lightning_moefold.checkpoint.stores import local_path
-from lightning_moefold.layout import Box
+from lightning_moefold.layout import Box, split_boxes
 from lightning_moefold.mesh import Axis
 
 
@@ -39,14 +39,14 @@ class OutputTensor:
         dtype: On disk.
         names: Names on disk; one, or one for each index of the first dimension.
         stacked: Whether the first dimension counts ``names``.
-        owners: Rank and box of each piece; together they hold every element once.
+        owners: Rank and boxes of each piece (:meth:`~.layout.ParameterLayout.owners`); together they hold every element once.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     names: tuple[str, ...]
     stacked: bool
-    owners: tuple[tuple[int, Box], ...]
+    owners: tuple[tuple[int, tuple[Box, ...]], ...]
 
     @property
     def nbytes(self) -> int:
@@ -187,17 +187,23 @@ def _gather_merged(
 def gather_whole(tensor: OutputTensor, mine: Tensor, writer: int, world: Axis) -> Tensor | None:
     """The whole tensor on rank ``writer`` (on the CPU), None elsewhere."""
     whole = torch.empty(tensor.shape, dtype=tensor.dtype) if world.index == writer else None
-    for rank, box in tensor.owners:
+    for rank, boxes in tensor.owners:
         if rank == world.index == writer and whole is not None:
-            whole[box.slices()] = mine.to(tensor.dtype).cpu()
+            _put(whole, mine.to(tensor.dtype).cpu(), boxes)
         elif rank == world.index:
             # From and to the CPU, hence over gloo: NCCL would make a communicator for every pair of ranks.
             dist.send(mine.to(tensor.dtype).cpu().contiguous(), dst=world.ranks[writer], group=world.group)
         elif whole is not None:
-            part = torch.empty(box.sizes, dtype=tensor.dtype)
+            rows = [sum(box.sizes[0] for box in boxes)] if boxes[0].sizes else []
+            part = torch.empty([*rows, *boxes[0].sizes[1:]], dtype=tensor.dtype)
             dist.recv(part, src=world.ranks[rank], group=world.group)
-            whole[box.slices()] = part
+            _put(whole, part, boxes)
     return whole
+
+
+def _put(whole: Tensor, piece: Tensor, boxes: tuple[Box, ...]) -> None:
+    for box, part in zip(boxes, split_boxes(piece, boxes), strict=True):
+        whole[box.slices()] = part
 
 
 def _split(tensor: OutputTensor, whole: Tensor) -> dict[str, Tensor]:

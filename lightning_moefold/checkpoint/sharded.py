@@ -35,7 +35,7 @@ from lightning_moefold.checkpoint import stores
 from lightning_moefold.checkpoint.hf_writer import replace_directory
 from lightning_moefold.checkpoint.safe_metadata import SafeReader
 from lightning_moefold.errors import CheckpointError
-from lightning_moefold.layout import Box
+from lightning_moefold.layout import Box, split_boxes
 from lightning_moefold.mesh import Axis
 
 META = "meta.pt"
@@ -48,25 +48,27 @@ _HARMLESS = (PosixPath, PurePosixPath)
 
 
 class TensorPiece(Tensor):
-    """A rank's box of a global tensor, in the terms of torch.distributed.checkpoint's protocol for such things."""
+    """A rank's boxes of a global tensor, in the terms of torch.distributed.checkpoint's protocol for such things."""
 
     piece: Tensor
-    box: Box
+    boxes: tuple[Box, ...]
     global_shape: tuple[int, ...]
     writes: bool
 
     @classmethod
-    def of(cls, piece: Tensor, box: Box, global_shape: tuple[int, ...], *, writes: bool = True) -> TensorPiece:
+    def of(
+        cls, piece: Tensor, boxes: tuple[Box, ...], global_shape: tuple[int, ...], *, writes: bool = True
+    ) -> TensorPiece:
         """Describes ``piece``.
 
         Args:
             piece: This rank's elements; written to when loading.
-            box: Where they belong.
+            boxes: Where they belong (:meth:`~.layout.ParameterLayout.boxes`).
             global_shape: Shape of the whole.
-            writes: Whether this rank writes the piece (one of several ranks with the same box does).
+            writes: Whether this rank writes the piece (one of several ranks with the same boxes does).
         """
         described = piece.detach().as_subclass(cls)
-        described.piece, described.box = piece.detach(), box
+        described.piece, described.boxes = piece.detach(), boxes
         described.global_shape, described.writes = global_shape, writes
         return described
 
@@ -75,9 +77,7 @@ class TensorPiece(Tensor):
         return torch.Size(self.global_shape) if dim is None else self.global_shape[dim]
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
-        return (
-            [ChunkStorageMetadata(torch.Size(self.box.offsets), torch.Size(self.box.sizes))] if self.box.numel else []
-        )
+        return [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in self.boxes if b.numel]
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
         properties = TensorProperties(dtype=self.piece.dtype)
@@ -94,8 +94,11 @@ class TensorPiece(Tensor):
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return self._chunks()
 
-    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return self.piece
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        if len(self.boxes) == 1:
+            return self.piece
+        parts = zip(self.boxes, split_boxes(self.piece, self.boxes), strict=True)
+        return next(part for box, part in parts if torch.Size(box.offsets) == index.offset)
 
 
 def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], world: Axis) -> None:

@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_moefold.balance.placement import Placement, check_successor
 from lightning_moefold.checkpoint.sharded import (
     MODELS,
     TensorPiece,
@@ -31,13 +33,17 @@ from lightning_moefold.checkpoint.sharded import (
     stored_tensors,
     tensors_of,
 )
-from lightning_moefold.errors import CheckpointError
+from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.lifecycle import adapter_runs
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel import local_part
 from lightning_moefold.parallel.gradients import like
+from lightning_moefold.parallel.migration import move_experts
 from lightning_moefold.parallel.parameters import ParameterRegistry
+
+#: Where a checkpoint says which expert was in which slot: by layer, ``{"parts": ep, "expert_of_slot": [...]}``.
+PLACEMENTS = "moefold_expert_placements"
 
 
 def optimizer_state(optimizer: Optimizer | LightningOptimizer, registry: ParameterRegistry) -> dict[str, Any]:
@@ -106,11 +112,52 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
                 tensors[f"optimizer.{index}.{name}.{key}"] = _describe(value, name, registry)
     models = {name: part.describe() for name, part in registry.roots.items() if isinstance(part, MoECausalLM)}
     meta = {**checkpoint, "fold": str(registry.mesh.fold), "optimizer_groups": groups, "extra_state": extra}
-    meta[MODELS] = models
+    meta[MODELS], meta[PLACEMENTS] = models, _placements_of_all_stages(registry)
     if registry.mesh.stage.index > 0:
         # What every rank has is written by one and the same of them: running statistics are rank 0's, as under DDP.
         tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorPiece)}
     save_sharded(path, tensors, meta, registry.mesh.world)
+
+
+def _placements_of_all_stages(registry: ParameterRegistry) -> dict[str, Any]:
+    """Where the experts are of layers in which any has moved. Collective over ``pp``."""
+    mine = {
+        name: {"parts": layer.placement.parts, "expert_of_slot": list(layer.placement.expert_of_slot)}
+        for name, layer in registry.moe_layers().items()
+        if not layer.placement.is_contiguous
+    }
+    pp = registry.mesh.axis("pp")
+    everyone: list[Any] = [mine] * pp.size
+    if pp.size > 1:
+        dist.all_gather_object(everyone, mine, group=pp.group)
+    return {name: placement for part in everyone for name, placement in part.items()}
+
+
+def _restore_placements(
+    path: str | Path,
+    meta: dict[str, Any],
+    registry: ParameterRegistry,
+    optimizers: Sequence[Optimizer | LightningOptimizer],
+) -> None:
+    """Brings experts to where they were when the checkpoint was saved if ep is the same, else to the slots of their numbers.
+
+    They are moved as they are, because not all of them need be in the checkpoint: the base of an adapter is not. Collective.
+    """
+    ep, stored, now = registry.mesh.fold.ep, meta.pop(PLACEMENTS, {}), registry.everyones_placements()
+    placements = {name: Placement.contiguous(placement.num_experts, ep) for name, placement in now.items()}
+    if any(item.get("parts") != ep for item in stored.values()):
+        rank_zero_info(
+            f"{path} was saved with experts on other ranks of another ep; under ep={ep} they begin in order."
+        )
+    for name, placement in now.items():
+        if stored.get(name, {}).get("parts") == ep:
+            try:
+                placements[name] = Placement(tuple(stored[name]["expert_of_slot"]), ep)
+                check_successor(placement, placements[name])
+            except (InputError, KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{path} is damaged: its placement of {name} cannot be read ({error}).") from None
+    if placements != now:
+        move_experts(registry, [_unwrap(optimizer) for optimizer in optimizers], placements)
 
 
 def _groups_of_all_stages(groups: list[dict[str, Any]], pp: Axis) -> list[dict[str, Any]]:
@@ -143,15 +190,16 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
     layout = registry.layouts.get(name)
     if layout is None:
         return local
-    if tuple(tensor.shape) != layout.shape and tuple(local.shape) != registry.box(name).sizes:
-        cut = registry.box(name).sizes != layout.shape
+    sizes = registry.stored_sizes(name)
+    if tuple(tensor.shape) != layout.shape and tuple(local.shape) != sizes:
+        cut = sizes != layout.shape
         if local.numel() != tensor.numel() or (cut and local.numel() > 1):
             raise CheckpointError(
                 f"the optimizer keeps state of shape {list(tensor.shape)} for {name!r} of shape {list(layout.shape)}, which "
                 "cannot be stored independently of the fold; use an optimizer with state for each element, such as AdamW."
             )
         return local
-    return TensorPiece.of(local, registry.box(name), layout.shape, writes=registry.owns(name))
+    return TensorPiece.of(local, registry.boxes(name), layout.shape, writes=registry.owns(name))
 
 
 def check_saveable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -234,12 +282,11 @@ def load_training_state(
     state = {
         name: value for name, value in module.state_dict().items() if isinstance(value, Tensor) and name not in of_base
     }
-    tensors = {f"model.{name}": _describe(value, name, registry) for name, value in state.items()}
-    missing = [name for name in tensors if name not in stored]
-    known = {*tensors, *(f"model.{name}" for name in registry.elsewhere)}
+    missing = [name for name in state if f"model.{name}" not in stored]
+    known = {f"model.{name}" for name in (*state, *registry.elsewhere)}
     extra = [name for name in stored if name.startswith("model.") and name not in known]
     if missing or extra:
-        what = f"has no {missing[0]!r}" if missing else f"holds {extra[0]!r}, which the module does not have"
+        what = f"has no {'model.' + missing[0]!r}" if missing else f"holds {extra[0]!r}, which the module does not have"
         raise CheckpointError(f"{path} {what}; load it with the module it was saved from.")
     groups = meta.pop("optimizer_groups", [])
     if optimizers and not groups:
@@ -250,6 +297,8 @@ def load_training_state(
         raise CheckpointError(
             f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured."
         )
+    _restore_placements(path, meta, registry, optimizers)
+    tensors = {f"model.{name}": _describe(value, name, registry) for name, value in state.items()}
     fills = [_prepare_optimizer(i, _unwrap(o), groups[i], stored, registry, tensors) for i, o in enumerate(optimizers)]
     load_sharded(place, tensors)
     for name, value in meta.pop("extra_state", {}).items():

@@ -24,7 +24,7 @@ from lightning_moefold.adapters.config import LoRA
 from lightning_moefold.adapters.saving import write_adapter
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
 from lightning_moefold.errors import InputError, InputTypeError
-from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
+from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan, split_boxes
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
@@ -245,7 +245,9 @@ class MoECausalLM(ParallelRoot):
         of_adapter = self.adapter is not None and name in self.adapter.shapes
         source = self.adapter.source if of_adapter and self.adapter is not None else self.source
         assert source is not None, "a model made by its constructor has no source of weights"
-        source.fill(name, self.layouts[name].box(self.fold, self.rank), mine)
+        boxes = self.layouts[name].boxes(self.fold, self.rank)
+        for box, part in zip(boxes, split_boxes(mine, boxes), strict=True):
+            source.fill(name, box, part)
 
     @torch.no_grad()
     def load_weights(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_moefold import comm
 from lightning_moefold.balance.fast import CopyCounter
+from lightning_moefold.balance.placement import Placement, check_successor
 from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, Return, make_dispatcher, settle
 from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.errors import InputError
@@ -55,9 +56,10 @@ class MoELayer(ParallelRoot):
     Attributes:
         routing: Of the latest forward pass, with ``keep_routing``; None if that was in evaluation.
         load_E: How often each expert was chosen on this rank in training since somebody last reset it (int64; padding
-            left out).
+            left out). By logical number, wherever the experts are.
         dropped: How many of these choices no expert served, for want of capacity (int64 scalar; 0 while dropless).
         copies: What copies of experts for one pass did in training, since somebody last made it anew.
+        placement: Which ep rank holds which expert, and in which place of its stacks; :meth:`place` changes it.
 
     Raises:
         ValueError: Unless either ``ffn_hidden_size`` or ``expert`` is given.
@@ -104,6 +106,10 @@ class MoELayer(ParallelRoot):
         self.load_E = torch.zeros(num_experts, dtype=torch.int64)
         self.dropped = torch.zeros((), dtype=torch.int64)
         self.copies = CopyCounter()
+        self.placement = Placement.contiguous(num_experts, 1)
+        self._slot_E: Tensor | None = None  # until an expert has moved
+        self._load_then_E: Tensor | None = None  # when one last moved, and what parts had computed by then
+        self._earlier_rows_P: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
         """Moves the counters with the layer; they begin anew."""
@@ -111,11 +117,45 @@ class MoELayer(ParallelRoot):
         self.load_E, self.dropped = (
             torch.zeros_like(fn(counter), dtype=torch.int64) for counter in (self.load_E, self.dropped)
         )
+        self._earlier_rows_P = self._load_then_E = None
+        if self._slot_E is not None:
+            self._slot_E = torch.tensor(self.placement.slot_of_expert, device=self.load_E.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, begins without routing, which is part of a graph."""
         return self.__dict__ | {"routing": None}
+
+    def place(self, placement: Placement) -> None:
+        """Sends tokens to their experts under another placement from now on; who calls it moves the experts.
+
+        Args:
+            placement: Of as many experts, over ep.
+
+        Raises:
+            InputError: For a placement of other experts or parts.
+        """
+        check_successor(self.placement, placement)
+        self._earlier_rows_P, self._load_then_E = self.part_rows(), self.load_E.clone()
+        self.placement = placement
+        slot_E = torch.tensor(placement.slot_of_expert, device=self.load_E.device)
+        if self._slot_E is not None:
+            self._slot_E.copy_(slot_E)  # compiled layers read the same tensor
+        elif not placement.is_contiguous:
+            self._slot_E = slot_E
+
+    def part_rows(self) -> Tensor:
+        """How many of the choices in :attr:`load_E` fell on the experts of each ep rank, where they were then; ``[P]``."""
+        since_E = self.load_E if self._load_then_E is None else self.load_E - self._load_then_E
+        load_S = since_E if self._slot_E is None else since_E[self._slot_E.argsort()]
+        rows_P = load_S.view(self.placement.parts, -1).sum(1)
+        return rows_P if self._earlier_rows_P is None else rows_P + self._earlier_rows_P
+
+    def reset_load(self) -> None:
+        """Sets the counters to zero."""
+        self.load_E.zero_()
+        self.dropped.zero_()
+        self._earlier_rows_P = self._load_then_E = None
 
     def make_groups(self, mesh: FoldedMesh) -> None:
         """Those of an exchange by node."""
@@ -142,6 +182,8 @@ class MoELayer(ParallelRoot):
         config = self.settled(mesh)
         if config.copies is not None:
             self.experts.check_copies()
+        if self.placement.parts != mesh.fold.ep:  # else experts may have moved already
+            self.placement = Placement.contiguous(self.num_experts, mesh.fold.ep)
         self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -166,7 +208,9 @@ class MoELayer(ParallelRoot):
         if self.training and not is_recomputing():
             self._count(counts_GE.sum(0), kept_TK)
         capacity = self._padded_capacity(hidden.shape[0], batch)
-        choices = Choices(routed.weight_TK, expert_TK, kept_TK, served, capacity)
+        # From here on experts are known by their slots.
+        slot_TK = expert_TK if self._slot_E is None else self._slot_E[expert_TK]
+        choices = Choices(routed.weight_TK, slot_TK, kept_TK, served, capacity)
         if self.dispatcher.etp_ep.size == 1:
             y_TD = self._routed(hidden, choices, batch)
         else:  # sizes of what arrives differ from step to step

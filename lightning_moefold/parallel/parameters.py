@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
+from lightning_moefold.balance.placement import Placement
 from lightning_moefold.layout import Box, Family, ParameterLayout, TensorGradient
 from lightning_moefold.mesh import Axis, FoldedMesh
 from lightning_moefold.modules.base import parallel_roots
+from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.parallel.network.runner import network_runners
 
 
@@ -26,26 +31,19 @@ class ParameterRegistry:
     """
 
     def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
-        self.mesh = mesh
-        layouts: dict[int, ParameterLayout] = {}
-        everywhere: set[str] = set()
+        self.mesh, self._root = mesh, root
         self.roots = dict(parallel_roots(root))
-        for prefix, part in self.roots.items():
+        for part in self.roots.values():
             part.release_gathered_weights()
-            layouts |= {id(p): part.layouts[name] for name, p in part.named_parameters()}
-            everywhere |= {f"{prefix}.{name}".lstrip(".") for name in part.layouts}
+        everywhere = {f"{prefix}.{name}".lstrip(".") for prefix, part in self.roots.items() for name in part.layouts}
         shared = any(len(layout.stages or ()) == 2 for part in self.roots.values() for layout in part.layouts.values())
         for prefix, runner in network_runners(root):
             if runner.pipeline is not None:
                 shared = shared or runner.shares_ends
-                own = runner.network.module.named_parameters()
-                layouts |= {id(p): runner.layouts[name] for name, p in own if name in runner.layouts}
                 everywhere |= {f"{prefix}.{name}".lstrip(".") for name in runner.names}
         #: The two stages that share parameters, if any do; known to, and made by, all ranks.
         self._ends = mesh.ends if shared else None
-        # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
-        everything = root.named_parameters(remove_duplicate=False)
-        self.layouts = {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
+        self.layouts = self._read_layouts()
         self.names = {id(p): name for name, p in root.named_parameters()}
         self._parameters = dict(root.named_parameters())
         #: Parameters and stored buffers that only other pipeline stages hold.
@@ -53,6 +51,68 @@ class ParameterRegistry:
             f"{prefix}.{name}".lstrip(".") for prefix, part in self.roots.items() for name, _ in part.stored_buffers()
         }
         self.elsewhere = everywhere - set(self.layouts) - here
+
+    def _read_layouts(self) -> dict[str, ParameterLayout]:
+        layouts: dict[int, ParameterLayout] = {}
+        for part in self.roots.values():
+            layouts |= {id(p): part.layouts[name] for name, p in part.named_parameters()}
+        for _, runner in network_runners(self._root):
+            if runner.pipeline is not None:
+                own = runner.network.module.named_parameters()
+                layouts |= {id(p): runner.layouts[name] for name, p in own if name in runner.layouts}
+        # By identity: the user may hold a part of the model under a second name, which is in the state dict, too.
+        everything = self._root.named_parameters(remove_duplicate=False)
+        return {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
+
+    def place_experts(self, placements: Mapping[str, Placement]) -> None:
+        """Notes where experts are from now on, in the layers here and in the layouts of all stages.
+
+        Args:
+            placements: By the layers' names.
+
+        Raises:
+            InputError: For a placement of other experts or parts than a layer's.
+        """
+        for name, layer in self.moe_layers().items():
+            if name in placements:
+                layer.place(placements[name])
+        for prefix, part in self.roots.items():
+            for name, layout in part.layouts.items():
+                full = f"{prefix}.{name}".lstrip(".")
+                placement = next((p for layer, p in placements.items() if full.startswith(f"{layer}.")), None)
+                if layout.is_expert_stack and placement is not None:
+                    order = None if placement.is_contiguous else placement.expert_of_slot
+                    part.layouts[name] = replace(layout, order=order)
+        self.layouts = self._read_layouts()
+
+    def expert_stacks(self) -> dict[str, nn.Parameter]:
+        """The parameters here whose first dimension counts experts, as they are stored, by name."""
+        for part in self.roots.values():
+            part.release_gathered_weights()
+        return {n: p for n, p in self._root.named_parameters() if n in self.layouts and self.layouts[n].is_expert_stack}
+
+    def placements(self) -> dict[str, Placement]:
+        """Where the experts of each layer are, by its name; also of layers that other stages of a language model hold."""
+        found = {name: layer.placement for name, layer in self.moe_layers().items()}
+        for prefix, part in self.roots.items():
+            for name, layout in part.layouts.items():
+                full = f"{prefix}.{name}".lstrip(".")
+                if layout.is_expert_stack and not any(full.startswith(f"{layer}.") for layer in found):
+                    order = layout.order or range(layout.shape[0])
+                    found[full.rpartition(".experts.")[0]] = Placement(tuple(order), self.mesh.fold.ep)
+        return found
+
+    def everyones_placements(self) -> dict[str, Placement]:
+        """:meth:`placements` of the layers of all stages, sorted by name, the same on every rank. Collective over the world."""
+        mine, world = self.placements(), self.mesh.world
+        everyone: list[Any] = [mine] * world.size
+        if world.size > 1:
+            dist.all_gather_object(everyone, mine, group=world.group)
+        return dict(sorted((name, placement) for part in everyone for name, placement in part.items()))
+
+    def moe_layers(self) -> dict[str, MoELayer]:
+        """The MoE layers on this rank by name."""
+        return {name: layer for name, layer in self._root.named_modules() if isinstance(layer, MoELayer)}
 
     @property
     def sharded(self) -> bool:
@@ -63,9 +123,13 @@ class ParameterRegistry:
         """The user's own parameters."""
         return ((name, p) for name, p in self._parameters.items() if name not in self.layouts)
 
-    def box(self, name: str) -> Box:
-        """The part of parameter ``name`` that this rank stores."""
-        return self.layouts[name].box(self.mesh.fold, self.mesh.rank)
+    def boxes(self, name: str) -> tuple[Box, ...]:
+        """The parts of parameter ``name`` that this rank stores, one after the other."""
+        return self.layouts[name].boxes(self.mesh.fold, self.mesh.rank)
+
+    def stored_sizes(self, name: str) -> tuple[int, ...]:
+        """Shape of this rank's piece of parameter ``name``."""
+        return self.layouts[name].stored_box(self.mesh.fold, self.mesh.rank).sizes
 
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that counts and writes its piece of ``name``."""

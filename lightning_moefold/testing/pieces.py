@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_moefold.layout import ParameterLayout
+from lightning_moefold.fold import Fold
+from lightning_moefold.layout import ParameterLayout, split_boxes
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel import local_part
 from lightning_moefold.parallel.network.runner import NetworkRunner, network_runners
 
-#: Offsets of a piece in the whole tensor, the whole tensor's shape, and the piece.
-Piece = tuple[tuple[int, ...], tuple[int, ...], Tensor]
+#: Offsets of the parts of a piece in the whole tensor, the whole tensor's shape, and these parts.
+Piece = tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[Tensor, ...]]
 
 
 def owned_pieces(module: nn.Module, what: Literal["weight", "grad"] = "weight") -> dict[str, Piece]:
@@ -43,12 +44,18 @@ def owned_pieces(module: nn.Module, what: Literal["weight", "grad"] = "weight") 
         piece = local_part(value).clone()
         if id(parameter) not in layouts:
             if not dist.is_initialized() or dist.get_rank() == 0:
-                pieces[name] = ((0,) * piece.dim(), tuple(piece.shape), piece)
+                pieces[name] = (((0,) * piece.dim(),), tuple(piece.shape), (piece,))
             continue
         owner, layout = layouts[id(parameter)]
         if layout.is_owner(owner.fold, owner.rank):
-            pieces[name] = (layout.box(owner.fold, owner.rank).offsets, layout.shape, piece)
+            pieces[name] = piece_of(piece, layout, owner.fold, owner.rank)
     return pieces
+
+
+def piece_of(piece: Tensor, layout: ParameterLayout, fold: Fold, rank: int) -> Piece:
+    """What a rank stores of a tensor, with where it belongs."""
+    boxes = layout.boxes(fold, rank)
+    return tuple(box.offsets for box in boxes), layout.shape, split_boxes(piece, boxes)
 
 
 def assemble(pieces_of_ranks: Iterable[Mapping[str, Piece]]) -> dict[str, Tensor]:
@@ -60,13 +67,14 @@ def assemble(pieces_of_ranks: Iterable[Mapping[str, Piece]]) -> dict[str, Tensor
     whole: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     for pieces in pieces_of_ranks:
-        for name, (offsets, shape, piece) in pieces.items():
+        for name, (starts, shape, parts) in pieces.items():
             if name not in whole:
-                whole[name] = torch.zeros(shape, dtype=piece.dtype)
+                whole[name] = torch.zeros(shape, dtype=parts[0].dtype)
                 seen[name] = torch.zeros(shape, dtype=torch.int64)
-            place = tuple(slice(start, start + size) for start, size in zip(offsets, piece.shape, strict=True))
-            whole[name][place] = piece
-            seen[name][place] += 1
+            for offsets, part in zip(starts, parts, strict=True):
+                place = tuple(slice(start, start + size) for start, size in zip(offsets, part.shape, strict=True))
+                whole[name][place] = part
+                seen[name][place] += 1
     for name, times in seen.items():
         assert bool((times == 1).all()), (
             f"{name}: some elements came {int(times.min())} or {int(times.max())} times, not once"

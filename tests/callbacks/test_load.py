@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import WandbLogger
 
+from lightning_moefold.balance.placement import Placement
 from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, LoadReader, LoadRow
 from lightning_moefold.callbacks.load_balance import LoadBalanceMonitor, load_figures
 from lightning_moefold.callbacks.load_images import LoadImages, fair_shares
@@ -37,7 +38,7 @@ class TwoLayers(pl.LightningModule):
 
 
 def load(*counts: list[int]) -> ExpertLoad:
-    rows = [LoadRow(i, len(counts_E), None) for i, counts_E in enumerate(counts)]
+    rows = [LoadRow(i, f"blocks.{i}", len(counts_E), None) for i, counts_E in enumerate(counts)]
     width = max(map(len, counts))
     table = np.array([counts_E + [NO_EXPERT] * (width - len(counts_E)) for counts_E in counts])
     return ExpertLoad(rows, table, np.zeros(len(rows), dtype=np.int64), np.array([[sum(c)] for c in counts]))
@@ -83,12 +84,12 @@ def test_a_network_of_the_users_own_under_a_plain_strategy(tmp_path: Path) -> No
     assert trainer.logged_metrics["moe/rank_load_max_over_mean"] == 1
 
 
-def test_reading_resets() -> None:
+def test_a_reading_begins_where_the_last_one_ended() -> None:
     module = TwoLayers()
     trainer: Any = SimpleNamespace(
         world_size=1, global_rank=0, strategy=SimpleNamespace(root_device=torch.device("cpu"))
     )
-    reader = LoadReader(trainer, module)
+    reader, other = LoadReader(trainer, module), LoadReader(trainer, module)
     module.first.load_E += torch.tensor([1, 2, 3, 4])
     module.second.dropped += 5
     load = reader.read()
@@ -97,6 +98,23 @@ def test_reading_resets() -> None:
     assert load.rank_rows_LR.tolist() == [[10], [0]]
     assert reader.read().dropped_L.tolist() == [0, 0]
     assert reader.read().counts_LE.sum(1).tolist() == [0, 2 * NO_EXPERT]
+    assert other.read().rank_rows_LR.tolist() == [[10], [0]]
+
+
+def test_rows_of_ranks_are_those_of_the_placement_at_their_time() -> None:
+    layer = MoELayer(8, 4, 2, 8)
+    layer.placement = Placement.contiguous(4, 2)
+    layer.load_E += torch.tensor([1, 2, 4, 8])
+    assert layer.part_rows().tolist() == [3, 12]
+    layer.place(Placement((0, 2, 1, 3), 2))
+    assert layer.part_rows().tolist() == [3, 12]
+    layer.load_E += torch.tensor([1, 2, 4, 8])
+    assert layer.part_rows().tolist() == [3 + 5, 12 + 10]
+    layer.place(Placement((3, 2, 1, 0), 2))
+    layer.load_E += torch.tensor([1, 2, 4, 8])
+    assert layer.part_rows().tolist() == [3 + 5 + 12, 12 + 10 + 3]
+    layer.reset_load()
+    assert layer.part_rows().tolist() == [0, 0]
 
 
 def test_missing_packages_cost_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

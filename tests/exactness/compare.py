@@ -83,6 +83,8 @@ def check_run(
         plan = matrix.plan(row)
         spec["pipeline"] = {"pipeline_schedule": plan.schedule, "num_stages_per_rank": plan.stages_per_rank}
         spec["pipeline"] |= {"pipeline_split": row["split"]} if "split" in row else {}
+    if row.get("moves"):
+        spec["moves"] = {"keep": False}
     expected = reference_run(
         path, batches, clip=spec["clip"], lr=spec["lr"], optimizer=spec["optimizer"], accumulate=spec["accumulate"],
         config_overrides=spec["overrides"], frozen=spec["frozen"], num_microbatches=spec["num_microbatches"],

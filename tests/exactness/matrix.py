@@ -39,6 +39,7 @@ FACTORS: dict[str, list[Any]] = {
     "optimizer": ["adamw", "sgd"],
     "recompute": [None, "selective", "full"],
     "dispatch": ["alltoall", "allgather", "deduplicated", "chunks"],
+    "moves": [False, True],  # experts change places at random after every step
     "exchange": ["ring", "all_gather", "all_to_all"],  # cp > 1 only
     "schedule": list(SCHEDULES),  # pp > 1 only
 }
@@ -48,7 +49,7 @@ Row = dict[str, Any]
 PLAIN: Row = {
     "family": "qwen2_moe", "shape": "28 heads", "accumulate": 1, "auxiliary": True, "microbatches": 1, "uneven rows": False,
     "padding": "none", "documents": False, "ignore": "none", "frozen": "nothing", "sharding": "optimizer",
-    "optimizer": "adamw", "recompute": None, "dispatch": "alltoall", "exchange": None, "schedule": None,
+    "optimizer": "adamw", "recompute": None, "dispatch": "alltoall", "moves": False, "exchange": None, "schedule": None,
 }  # fmt: skip
 #: A pair of marks: two factors with their values, or a factor with its value and an axis with its kind.
 Pair = tuple[tuple[str, Any], tuple[str, Any]]

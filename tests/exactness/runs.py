@@ -20,6 +20,7 @@ from lightning_moefold.modules import logit_chunks
 from lightning_moefold.modules.experts import cpu_cache
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import Piece, owned_pieces
+from tests.balance.moving import RandomMoves
 
 
 @dataclass
@@ -37,6 +38,7 @@ class RankRun:
     dropped: int = 0
     dispatchers: set[str] = field(default_factory=set)
     copies: int = 0
+    moves: list[tuple[dict[str, Piece], dict[str, Piece]]] = field(default_factory=list)
 
 
 class BatchList(Dataset):
@@ -164,6 +166,7 @@ def _fit(module: Case, fold: str, batches: list[list[dict[str, torch.Tensor]]], 
         enable_model_summary=False,
         enable_checkpointing=False,
         logger=False,
+        callbacks=[RandomMoves(module.run, **spec["moves"])] if "moves" in spec else [],
         default_root_dir=tempfile.gettempdir(),
     )
     trainer.fit(module, loader)

@@ -27,6 +27,7 @@ from lightning_moefold.modules import (
 from lightning_moefold.parallel import Settings, parallelize
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
+from tests.balance.moving import MoveEverything
 from tests.exactness.runs import BatchList
 from tests.networks.network import CLASSES, SIZE, Run, _naive_balance
 from tests.strategy.bad import told
@@ -215,7 +216,7 @@ def make_trainer(
         accelerator="cpu", devices=world, plugins=[PoolEnvironment()], precision=spec.get("precision", "64-true"),
         max_epochs=epochs, strategy=strategy, accumulate_grad_batches=spec.get("accumulate", 1), gradient_clip_val=0.5,
         use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        logger=False, **more,
+        logger=False, callbacks=[MoveEverything()] if spec.get("moves") else [], **more,
     )  # fmt: skip
     return trainer, DataLoader(BatchList([step[place["dp"]] for step in data]), batch_size=None)
 

@@ -25,6 +25,7 @@ from lightning_moefold.modules import (
 )
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
+from tests.balance.moving import MoveEverything
 from tests.exactness.runs import BatchList
 
 SIZE, CLASSES = 12, 5
@@ -200,7 +201,8 @@ def make_trainer(fold: str, spec: dict[str, Any], **arguments: Any) -> pl.Traine
             fold=fold, data_parallel_sharding=spec.get("sharding", "optimizer"), **spec.get("dispatch", {})
         ),
         accumulate_grad_batches=spec.get("accumulate", 1), gradient_clip_val=0.5,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False, **arguments,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False,
+        callbacks=[MoveEverything()] if spec.get("moves") else [], **arguments,
     )  # fmt: skip
 
 

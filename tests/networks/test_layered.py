@@ -48,7 +48,7 @@ QUICK = [
     (4, "pp2 | ep2", {"calls": True, "microbatches": 3, "frozen": "experts", "tied": True}),
     (4, "cp2 pp2 | etp2", {"head": "mean", "balance": True}),
     (4, "tp2 pp2 | ep2", {"schedule": "interleaved_zero_bubble", "chunks": 2}),
-    (4, "pp2 | ep2", {"short": True, "microbatches": 3, "balance": True}),
+    (4, "pp2 | ep2", {"short": True, "microbatches": 3, "balance": True, "moves": True}),
 ]
 MORE = [
     *((2, "pp2", {"schedule": s, "chunks": 2, "balance": True, "microbatches": 4})
@@ -72,7 +72,7 @@ MORE = [
     (2, "pp2", {"short": True, "microbatches": 4, "chunks": 2, "schedule": "interleaved_zero_bubble", "head": "mean"}),
     (4, "pp2 | ep2", {"peek": True, "sharding": "full", "head": "mean"}),
     (2, "tp2 | ep2", {"head": "mean", "calls": True}),
-    (8, "tp2 pp2 | ep4", {"balance": True}),
+    (8, "tp2 pp2 | ep4", {"balance": True, "moves": True}),
     (8, "tp2 cp2 pp2 | ep2", {"balance": True, "schedule": "zbv", "tied": True}),
     (8, "cp2 pp4 | ep2", {"microbatches": 4, "tied": True, "calls": True, "head": "mean"}),
 ]  # fmt: skip

@@ -30,6 +30,7 @@ FACTORS: dict[str, list[Any]] = {
     "accumulate": [1, 2],
     "frozen": [False, True],
     "twice": [False, True],
+    "moves": [False, True],
 }
 FOLDS = [
     (1, ""), (2, "tp2 | ep2"), (2, "| ep2"), (2, "tp2 | etp2"), (2, "tp2"), (2, ""), (4, "tp2 | ep4"), (4, "tp2 | ep2"),

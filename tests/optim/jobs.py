@@ -34,7 +34,7 @@ class Drawn(Finetune):
         for name, parameter in self.model.named_parameters():
             layout = self.model.layouts[name]
             whole = drawn_gradient(name, layout.shape, self.trainer.global_step)
-            local_part(parameter.grad).copy_(whole[layout.box(self.model.fold, self.model.rank).slices()])
+            local_part(parameter.grad).copy_(whole[layout.stored_box(self.model.fold, self.model.rank).slices()])
 
     def configure_optimizers(self) -> Any:
         return MasterWeights(torch.optim.AdamW, self.parameters(), **MASTER_OPTIONS)

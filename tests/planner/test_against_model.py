@@ -61,8 +61,8 @@ def test_bytes_of_a_rank_are_those_of_the_layouts(name, text):
     stored = dict.fromkeys(Family, 0)
     for layout in found:
         whole[layout.plan.family] += layout.tensor_box(fold.coordinates(0)).numel
-        stored[layout.plan.family] += layout.box(fold, 0).numel
-        padded[layout.plan.family] += layout.box(fold, 0).numel * fold.size(layout.data_axis)
+        stored[layout.plan.family] += layout.stored_box(fold, 0).numel
+        padded[layout.plan.family] += layout.stored_box(fold, 0).numel * fold.size(layout.data_axis)
     held = pipeline_layout(MODELS[name], 1, 1, "1f1b")[0]
     memory = CostModel(Job(MODELS[name], 64, PRESETS["dgx-h100"], 128, 256, "32-true")).memory
     predicted = memory.parameters(fold.tp, fold.ep, fold.etp, held)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
 from lightning_moefold.parallel import local_part
-from lightning_moefold.testing.pieces import Piece, owned_pieces
+from lightning_moefold.testing.pieces import Piece, owned_pieces, piece_of
 from tests.strategy.plain import trainer
 
 #: Rows of a global batch.
@@ -79,10 +79,9 @@ def state_pieces(optimizer: torch.optim.Optimizer, model: MoECausalLM) -> dict[s
         layout = model.layouts[name]
         for key, value in values.items():
             if value.shape == parameter.shape and layout.is_owner(model.fold, model.rank):
-                box = layout.box(model.fold, model.rank)
-                pieces[f"{name}.{key}"] = (box.offsets, layout.shape, local_part(value).clone())
+                pieces[f"{name}.{key}"] = piece_of(local_part(value).clone(), layout, model.fold, model.rank)
             elif value.dim() == 0 and model.rank == layout.owners(model.fold, list(range(model.fold.world_size)))[0][0]:
-                pieces[f"{name}.{key}"] = ((0,), (1,), value.reshape(1).clone())
+                pieces[f"{name}.{key}"] = (((0,),), (1,), (value.reshape(1).clone(),))
     return pieces
 
 

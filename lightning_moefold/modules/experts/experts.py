@@ -55,6 +55,15 @@ class RoutedExperts(ParallelModule):
     def check_copies(self) -> None:
         """Raises InputError where experts cannot compute on other ranks for a pass."""
 
+    def bound_to_place(self, hidden_size: int) -> str | None:
+        """What keeps experts from moving to other ranks; None where they can.
+
+        Args:
+            hidden_size: D.
+        """
+        buffer = next((name for name, _ in self.named_buffers()), None)
+        return None if buffer is None else f"the buffer {buffer!r} belongs to no expert in particular"
+
     @abstractmethod
     def stacks(self) -> tuple[Tensor, ...]:
         """This rank's parts of the parameters, each with an axis of L local experts first."""
@@ -171,6 +180,12 @@ class Experts(RoutedExperts):
             return plans
         whole = ParameterPlan(Family.EXPERT, (experts,), TensorGradient.PARTIAL)
         return plans | dict(zip(_ADAPTER, (whole, wide, wide, narrow, whole), strict=True))
+
+    def bound_to_place(self, hidden_size: int) -> str | None:
+        """See :meth:`RoutedExperts.bound_to_place`."""
+        if self.kernel == "transformer_engine":
+            return "expert_kernel='transformer_engine' keeps FP8 scales for each place and not for each expert"
+        return super().bound_to_place(hidden_size)
 
     def check_kernel(self, kernel: ExpertKernel, fold: Fold, dtype: torch.dtype, device: torch.device) -> None:
         """Raises ValueError where shapes, dtype, device or an adapter do not allow ``kernel``."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.errors import FoldError, InputError
@@ -19,6 +22,21 @@ from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient,
 from lightning_moefold.modules.base import local
 from lightning_moefold.modules.experts.experts import RoutedExperts
 from lightning_moefold.modules.experts.kernels import read_tokens, sum_rows
+
+#: Modules whose output depends on the rank's random numbers.
+_RANDOM = (_DropoutNd, nn.RReLU)
+
+
+class _RandomWatch(TorchDispatchMode):
+    """Notes whether an operation draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drew = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drew = self.drew or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 class ModuleExperts(RoutedExperts):
@@ -79,6 +97,24 @@ class ModuleExperts(RoutedExperts):
                     f"expert_copies do not go with experts that draw random numbers, and {name or type(module).__name__} drops "
                     f"with p={module.p}, on each rank others; use p=0, or no expert_copies."
                 )
+
+    def bound_to_place(self, hidden_size: int) -> str | None:
+        """See :meth:`RoutedExperts.bound_to_place`. Random numbers come from the rank where an expert is."""
+        if self._draws(hidden_size):
+            return f"{type(self.stack).__name__} draws random numbers, of which each rank has its own"
+        return super().bound_to_place(hidden_size)
+
+    def _draws(self, hidden_size: int) -> bool:
+        """Whether an expert draws random numbers in training; tried without storage."""
+        expert = self._architecture[0].train()
+        dtype = next((p.dtype for p in expert.parameters()), torch.get_default_dtype())
+        watch = _RandomWatch()
+        try:
+            with torch.no_grad(), watch:
+                expert(torch.empty(1, hidden_size, dtype=dtype, device="meta"))
+        except Exception:  # the user's code, which may need values
+            return any(isinstance(part, _RANDOM) and getattr(part, "p", 1) for part in self.stack.modules())
+        return watch.drew
 
     def stacks(self) -> tuple[Tensor, ...]:
         """In the order of ``stack.named_parameters()``."""

@@ -161,7 +161,7 @@ class _Parts:
                 continue
             units.setdefault(self._unit(name), []).append(layout)
             if layout.plan.family is Family.DENSE and layout.plan.gradient is TensorGradient.PARTIAL:
-                partial.append(layout.box(self.fold, self.rank).numel)
+                partial.append(layout.stored_box(self.fold, self.rank).numel)
         for unit, members in units.items():
             axis = members[0].data_axis
             padded = sum(self._padded(layout) for layout in members)

@@ -156,7 +156,7 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
 
 def promise(model: MoECausalLM, fold: Fold, rank: int) -> dict[str, int]:
     """Bytes on a rank from the layouts alone: float32 weights and gradients, and two moments."""
-    stored = sum(layout.box(fold, rank).numel for layout in model.layouts.values())
+    stored = sum(layout.stored_box(fold, rank).numel for layout in model.layouts.values())
     return {"weights": 4 * stored, "gradients": 4 * stored, "state": 8 * stored}
 
 

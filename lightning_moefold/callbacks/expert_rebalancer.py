@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ExpertRebalancer: moves experts to other ranks while training, where that pays."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from typing_extensions import override
+
+from lightning_moefold import comm
+from lightning_moefold.agreement import agree_on_error
+from lightning_moefold.balance.costs import BalanceCosts
+from lightning_moefold.balance.placement import Placement
+from lightning_moefold.balance.slow import HORIZON, Decision, Place, SlowLoop
+from lightning_moefold.callbacks.balance_statistics import rank_imbalance
+from lightning_moefold.callbacks.common import log_values
+from lightning_moefold.callbacks.expert_load import LoadReader
+from lightning_moefold.errors import InputError
+from lightning_moefold.lifecycle.fold_choice import announce
+from lightning_moefold.parallel.migration import check_movable, drop_gradients, size_of_expert
+from lightning_moefold.strategy import MoEFoldStrategy
+
+#: What a rank is believed to compute and to send until moves have been measured: FLOP/s and bytes/s, by kind of device.
+_RATES = {"cpu": (50e9, 1e9), "cuda": (400e12, 50e9)}
+
+
+class ExpertRebalancer(pl.Callback):
+    """Moves experts to other ranks of ep between steps, so that no rank has much more to compute than the others.
+
+    The run stays the same: an expert moves with all its optimizer state, router and counts know experts by number, and
+    checkpoints hold them in that order, whatever the placement. Every ``interval`` steps the counts of all layers are summed
+    (one all-reduce of a small table), ``policy`` proposes a placement for each layer, and the proposal is taken where its
+    predicted gain outweighs the cost of moving, which is measured with the first move. Where nothing is to be gained, a
+    line says why, and nothing else happens.
+
+    Logs at each check ``balance/imbalance`` (mean over layers of the busiest rank's rows over the mean, since the last check),
+    ``balance/imbalance_predicted`` (with what was decided, for the intervals that the policy saw), ``balance/moves`` and
+    ``balance/moved_bytes`` (so far, all ranks), and, of the latest migration, ``balance/predicted_gain_s`` and
+    ``balance/measured_gain_s`` for each step and ``balance/move_s``.
+
+    Args:
+        policy: How experts are placed: a name in :data:`~.balance.policies.POLICIES`, or a function ``(load_NE, current, costs) ->
+            Placement`` of past rows, the placement and constants (:class:`~.balance.costs.BalanceCosts`), which must say the same
+            on every rank.
+        interval: Optimizer steps between checks; ``"auto"`` looks after 8 steps, sooner again after a move, and ever more rarely
+            while nothing moves.
+        margin: Part of a layer's time that a move must gain, besides the time that it takes; 0 moves whenever the prediction is
+            better, whatever that takes.
+        history: Past intervals whose counts the policy sees.
+
+    Attributes:
+        moves: Experts that have changed their rank so far, over all layers.
+        decision: The latest one.
+
+    Raises:
+        InputError: For a policy that is not known or numbers out of range; in ``fit``, for a strategy, a fold or experts with
+            which nothing can move.
+
+    Example::
+
+        trainer = L.Trainer(strategy=MoEFoldStrategy(expert_parallel_size=8), callbacks=[ExpertRebalancer()])
+    """
+
+    def __init__(
+        self,
+        policy: str | Place = "joint",
+        *,
+        interval: int | Literal["auto"] = "auto",
+        margin: float = 0.0125,
+        history: int = 8,
+    ) -> None:
+        super().__init__()
+        self.moves, self.decision = 0, Decision()
+        self._loop = SlowLoop(policy, interval, margin, history)
+        self._reader: LoadReader | None = None
+        self._byte_ps: int | None = None  # once measured
+        self._costs: BalanceCosts | None = None
+        self._placements: dict[str, Placement] = {}
+        self._bytes = self._seen_step = self._counted_from = 0
+        self._since = 0.0
+        self._said = ""
+        self._figures: dict[str, float] = {}
+        #: Seconds of a step before the latest migration, while the interval after it runs.
+        self._watching: float | None = None
+
+    # ---- the run -----------------------------------------------------------------------------------------------
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy, kind = trainer.strategy, type(pl_module).__name__
+        if not isinstance(strategy, MoEFoldStrategy):
+            raise InputError(
+                "ExpertRebalancer moves experts between ranks of MoEFoldStrategy, and the strategy is "
+                f"{type(strategy).__name__}; use strategy='moefold', or leave it out."
+            )
+        if strategy.fold.ep == 1:
+            raise InputError(
+                f"ExpertRebalancer has nothing to move under {strategy.fold}, because with ep=1 every rank holds all experts; use "
+                "expert_parallel_size=2 or more, or leave it out."
+            )
+        error: Exception | None = None
+        try:
+            for name, layer in strategy.registry.moe_layers().items():
+                check_movable(name, layer)
+        except InputError as failure:  # maybe of one pipeline stage
+            error = failure
+        agree_on_error(error, strategy.mesh.world)
+        if not strategy.registry.everyones_placements():
+            raise InputError(f"ExpertRebalancer found no MoELayer in {kind}; leave it out.")
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reader = LoadReader(trainer, pl_module)
+        self._placements = self._strategy(trainer).registry.everyones_placements()
+        self._costs = None
+        self._loop.start(trainer.global_step)
+        self._begin_interval(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, before = trainer.global_step, self._seen_step
+        self._seen_step = step
+        if step > before and self._loop.is_due(step):
+            self._check(trainer, pl_module)
+
+    def _begin_interval(self, trainer: pl.Trainer) -> None:
+        self._seen_step = self._counted_from = trainer.global_step
+        self._since = time.perf_counter()
+
+    def _check(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Looks at the loads, decides, and moves. Collective."""
+        assert self._reader is not None
+        step = trainer.global_step
+        load = self._reader.read()
+        steps = step - self._counted_from
+        seconds = (time.perf_counter() - self._since) / max(1, steps)
+        costs = self._constants(trainer)
+        passes = max(1, steps) * costs.passes * self._strategy(trainer).fold.edp
+        rows = {
+            row.name: (counts_E + passes // 2) // passes
+            for row, counts_E in zip(self._reader.rows, load.by_layer(), strict=True)
+        }
+        if self._watching is not None:
+            (after,) = self._slowest(trainer, seconds)
+            self._figures["balance/measured_gain_s"] = self._watching - after
+            self._watching = None
+        self.decision = self._loop.decide(step, rows, self._placements, costs, self._steps_left(trainer))
+        if self.decision.placements:
+            self._move(trainer, self.decision.placements, seconds)
+        self._say(trainer, step)
+        self._figures |= {
+            "balance/imbalance": rank_imbalance(load.rank_rows_LR) or 1.0,
+            "balance/imbalance_predicted": self.decision.after,
+            "balance/moves": float(self.moves),
+            "balance/moved_bytes": float(self._bytes),
+        }
+        log_values(trainer, module, self._figures)
+        self._begin_interval(trainer)
+
+    def _move(self, trainer: pl.Trainer, placements: dict[str, Placement], seconds: float) -> None:
+        strategy = self._strategy(trainer)
+        if trainer.lightning_module.automatic_optimization:
+            drop_gradients(strategy.registry, placements)  # the step has used them up
+        began = time.perf_counter()
+        moved = strategy.move_experts(placements)
+        if strategy.root_device.type == "cuda":
+            torch.cuda.synchronize(strategy.root_device)
+        took = time.perf_counter() - began
+        slowest, sent, before = self._slowest(trainer, took, float(moved.sent_bytes), seconds)
+        self._bytes += self._total(trainer, moved.sent_bytes)
+        self.moves += self.decision.moved
+        self._placements |= placements
+        if sent > 0:
+            self._byte_ps, self._costs = max(1, round(slowest / sent * 1e12)), None
+        self._watching = before
+        self._figures |= {"balance/predicted_gain_s": self.decision.gain_ps / 1e12, "balance/move_s": slowest}
+
+    def _say(self, trainer: pl.Trainer, step: int) -> None:
+        """A line for each migration, and one where it leaves things alone for another reason than at the last check."""
+        decision, said = self.decision, self._said
+        self._said = decision.kind
+        if not trainer.is_global_zero:
+            return
+        if decision.placements:
+            announce(
+                f"ExpertRebalancer moved {decision.moved} experts after step {step}: the busiest rank had {decision.before:.3g} "
+                f"times the mean, and is predicted to have {decision.after:.3g} times."
+            )
+        elif said != decision.kind:
+            announce(f"ExpertRebalancer leaves the experts where they are after step {step}: {decision.reason}.")
+
+    # ---- what ranks agree on -----------------------------------------------------------------------------------
+
+    def _constants(self, trainer: pl.Trainer) -> BalanceCosts:
+        """Constants that every rank has. Collective where they change."""
+        if self._costs is None:
+            strategy, sizes, error = self._strategy(trainer), (0, 0), None
+            flops, rate = _RATES.get(strategy.root_device.type, _RATES["cuda"])
+            try:
+                sizes = size_of_expert(strategy.registry, strategy.optimizers)
+            except InputError as failure:
+                error = failure
+            agree_on_error(error, strategy.mesh.world)
+            weights, held = (int(size) for size in self._slowest(trainer, *map(float, sizes)))
+            byte_ps = self._byte_ps or round(1e12 / rate)
+            copied = 2 * weights * 2  # weights out and gradients back, in 16 bits
+            self._costs = BalanceCosts(
+                # 6 FLOPs a row for each weight of an expert on a rank: forward, and the two products of backward.
+                row_ps=max(1, round(6 * weights / flops * 1e12)), product_ps=0, near_copy_ps=copied * byte_ps,
+                far_copy_ps=copied * byte_ps, exchange_ps=0, near_move_ps=held * byte_ps, far_move_ps=held * byte_ps,
+                copy_bytes=copied, move_bytes=held, parts_per_node=strategy.fold.ep,
+                passes=strategy.num_microbatches * trainer.accumulate_grad_batches,
+            )  # fmt: skip
+        return self._costs
+
+    def _slowest(self, trainer: pl.Trainer, *values: float) -> list[float]:
+        """The largest of each value over all ranks, the same on every rank. Collective."""
+        world = self._strategy(trainer).mesh.world
+        table = torch.zeros(world.size, len(values), dtype=torch.float64, device=trainer.strategy.root_device)
+        table[world.index] = torch.tensor(values, dtype=torch.float64)
+        return [float(value) for value in comm.all_reduce_raw(table, world).amax(0)]
+
+    def _total(self, trainer: pl.Trainer, value: int) -> int:
+        total = torch.tensor(value, dtype=torch.int64, device=trainer.strategy.root_device)
+        return int(comm.all_reduce_raw(total, self._strategy(trainer).mesh.world))
+
+    @staticmethod
+    def _strategy(trainer: pl.Trainer) -> MoEFoldStrategy:
+        assert isinstance(trainer.strategy, MoEFoldStrategy)
+        return trainer.strategy
+
+    @staticmethod
+    def _steps_left(trainer: pl.Trainer) -> int:
+        ends = trainer.estimated_stepping_batches
+        return HORIZON if not np.isfinite(ends) or ends < 0 else int(ends) - trainer.global_step
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"loop": self._loop.state_dict(), "byte_ps": self._byte_ps, "moves": self.moves, "bytes": self._bytes}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loop.load_state_dict(state_dict["loop"])
+        self._byte_ps, self.moves, self._bytes = (state_dict[key] for key in ("byte_ps", "moves", "bytes"))
