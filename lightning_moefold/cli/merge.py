@@ -91,5 +91,5 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, dtype
     added.source.close()
 
 
-def _whole(shape: tuple[int, ...]) -> tuple[tuple[int, Box], ...]:
-    return ((0, Box((0,) * len(shape), tuple(shape))),)
+def _whole(shape: tuple[int, ...]) -> tuple[tuple[int, tuple[Box, ...]], ...]:
+    return ((0, (Box.whole(shape),)),)

@@ -62,7 +62,7 @@ def export(checkpoint: str | Path, output: str | Path, model: Path | None = None
         if missing and base is None or not missing and tuple(stored.items[full].size) != tuple(entry.shape):
             raise CheckpointError(f"{checkpoint} has no {full!r} of shape {list(entry.shape)}; it is damaged.")
         kind = getattr(torch, dtype or described["dtypes"][parameter])
-        owners = ((0, (Box((0,) * len(entry.shape), tuple(entry.shape)),)),)
+        owners = ((0, (Box.whole(entry.shape),)),)
         tensors[parameter] = OutputTensor(entry.shape, kind, entry.sources, entry.stacked, owners)
         whole[parameter] = full
 
@@ -126,7 +126,7 @@ def _adapter_tensors(stored: StoredTensors, prefix: str) -> dict[str, OutputTens
         name = full.removeprefix(prefix)
         if full.startswith(prefix) and is_adapter(name):
             shape = tuple(item.size)
-            owners = ((0, Box((0,) * len(shape), shape)),)
+            owners = ((0, (Box.whole(shape),)),)
             found[name] = OutputTensor(shape, item.properties.dtype, (name,), False, owners)
     return found
 

@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from lightning_moefold import MoECausalLM
+from lightning_moefold.adapters import LoRA
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.callbacks import ExpertRebalancer
 from lightning_moefold.callbacks.expert_load import LoadReader
@@ -29,6 +31,15 @@ class Masters(Finetune):
 
     def configure_optimizers(self) -> Any:
         return MasterWeights(torch.optim.AdamW, self.parameters(), lr=1e-3)
+
+
+class Adapted(Finetune):
+    """Trains adapters of attention and experts; checkpoints leave the base out."""
+
+    def _make(self) -> MoECausalLM:
+        model = super()._make()
+        model.add_adapter(LoRA(rank=2, alpha=4.0, targets=("q_proj", "experts")))
+        return model
 
 
 @dataclass
@@ -55,11 +66,11 @@ class Watch(pl.Callback):
 
 def fit(
     path: str, fold: str, moves: dict[str, Any] | None, folder: str | None = None, ckpt_path: str | None = None,
-    export: str | None = None, masters: bool = False,
+    export: str | None = None, masters: bool = False, adapted: bool = False,
 ) -> Seen:  # fmt: skip
     """Two epochs of five steps; with ``folder``, a checkpoint after each step."""
     seen = Seen()
-    module = (Masters if masters else Finetune)(path)
+    module = (Masters if masters else Adapted if adapted else Finetune)(path)
     callbacks: list[pl.Callback] = [Watch(seen)]
     if moves is not None:
         callbacks.append(RandomMoves(seen, **{"keep": False, **moves}))

@@ -66,6 +66,21 @@ def test_checkpoints_hold_experts_by_number(pool: RankPool, path: str, tmp_path:
                 assert_close_by_name(whole(seen, part), whole(stays, part), 1e-9, f"{part}, {what}")
 
 
+def test_the_base_of_an_adapter_moves_with_it(pool: RankPool, path: str, tmp_path: Path) -> None:
+    """A checkpoint with an adapter does not hold the base: what is made anew from it follows the placement."""
+    run, folder = (rebalanced.fit, path, "tp2 | ep2"), str(tmp_path)
+    stays = pool.run(*run, None, None, None, None, False, True, ranks=2)
+    moves = pool.run(*run, {"seed": 2}, folder, None, None, False, True, ranks=2)
+    checkpoint = str(tmp_path / "step=3.ckpt")
+    resumed = pool.run(*run, {"seed": 3}, None, checkpoint, None, False, True, ranks=2)
+    assert not any(placement.is_contiguous for placement in resumed[0].placements[0].values())
+    assert moves[0].report.losses == pytest.approx(stays[0].report.losses, rel=1e-9)
+    assert resumed[0].report.losses == pytest.approx(stays[0].report.losses[3:], rel=1e-9)
+    for seen in (moves, resumed):
+        for part in ("weights", "state"):
+            assert_close_by_name(whole(seen, part), whole(stays, part), 1e-9, part)
+
+
 def test_another_trainer_finds_experts_where_they_are(pool: RankPool, path: str) -> None:
     """Also where it makes other dispatchers."""
     for losses, kept, kinds in pool.run(rebalanced.two_trainers, path, ranks=2):
