@@ -70,7 +70,6 @@ class SlowLoop:
         margin: Part of a layer's time that a move must gain, besides the time that it takes; 0 moves whenever the prediction is
             better, whatever that takes.
         history: Past intervals that a policy sees.
-        copies: Copies that a rank may have in a pass, which ``joint`` reckons with.
 
     Attributes:
         next_check: Step of the next check.
@@ -86,7 +85,6 @@ class SlowLoop:
         interval: int | Literal["auto"] = "auto",
         margin: float = 0.0125,
         history: int = 8,
-        copies: int = 0,
     ) -> None:
         if interval != "auto" and (not isinstance(interval, int) or interval < 1):
             raise InputError(f"interval={interval!r} must be 'auto' or a number of optimizer steps of at least 1.")
@@ -94,13 +92,22 @@ class SlowLoop:
             raise InputError(f"margin={margin} must be a part of a layer's time, from 0 to less than 1.")
         if history < 1:
             raise InputError(f"history={history} must be at least 1 interval.")
-        made = make_policy(policy, copies) if isinstance(policy, str) else None
-        self.place: Place = policy if made is None else made.place  # type: ignore[assignment]
-        self._weighs_itself = isinstance(made, Joint)
+        self._policy = policy
+        self.expect_copies(0)
         self.interval, self.margin_ppm = interval, round(margin * 1_000_000)
         self._between = FIRST if interval == "auto" else interval
         self.next_check = 0
         self._past: deque[dict[str, NDArray[np.int64]]] = deque(maxlen=history)
+
+    def expect_copies(self, most: int) -> None:
+        """Has ``joint`` reckon with what copies for one pass will mend.
+
+        Args:
+            most: That a rank may have of a layer; 0 where there are none.
+        """
+        made = make_policy(self._policy, most) if isinstance(self._policy, str) else None
+        self.place: Place = self._policy if made is None else made.place  # type: ignore[assignment]
+        self._weighs_itself = isinstance(made, Joint)
 
     def start(self, step: int) -> None:
         """Begins to count at ``step``, unless a checkpoint has said where to go on."""

@@ -102,6 +102,8 @@ class ExpertRebalancer(pl.Callback):
                 f"ExpertRebalancer has nothing to move under {strategy.fold}, because with ep=1 every rank holds all experts; use "
                 "expert_parallel_size=2 or more, or leave it out."
             )
+        copies = strategy.dispatch.copies
+        self._loop.expect_copies(0 if copies is None else copies.max_copies_per_rank)
         error: Exception | None = None
         try:
             for name, layer in strategy.registry.moe_layers().items():
