@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_moefold import Fold
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint, reference_run
 from lightning_moefold.testing.pieces import assemble
 from tests.balance.moving import check_bits
@@ -39,6 +40,7 @@ UNEVEN = {"num_experts": 6, "moe_intermediate_size": 7}
         ("| ep2 etp2", 4, EVEN, {"dispatch": {"dispatcher": "allgather"}}),
         pytest.param("| ep2", 4, EVEN, {"dispatch": {"capacity_factor": 1.0}}, marks=pytest.mark.more),
         ("| ep2", 4, UNEVEN, {"sharding": "full", "moves": {"exchange": 1}}),
+        ("| ep2", 4, EVEN, {"dispatch": {"expert_copies": ExpertCopies("greedy", max_copies_per_rank=2)}}),
         pytest.param("| ep2", 4, EVEN, {"sharding": "none", "optimizer": "sgd"}, marks=pytest.mark.more),
         ("pp2 | ep2", 4, EVEN, {"pipeline": {"pipeline_schedule": "1f1b"}, "num_microbatches": 2}),
         pytest.param(
