@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moefold import comm
-from lightning_moefold.agreement import agree_on_error
+from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.diagnostics.liveness import RollCall
 from lightning_moefold.diagnostics.report import Place, print_without_traceback
@@ -496,12 +496,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         mixed = self._precision.mixed_dtype is not None and bool(self._roots())
         if self.world_size == 1 and not mixed:
             return
-        error: Exception | None = None
-        try:
+        with agreeing(self.mesh.world, HookError):
             check_hooks(self.lightning_module, f"in {self._precision.precision}" if mixed else f"under {self.fold}")
-        except HookError as failure:
-            error = failure
-        agree_on_error(error, self.mesh.world)
 
     @override
     def _convert(self) -> None:
@@ -513,16 +509,12 @@ class MoEFoldStrategy(SharedCheckpoints):
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
         assert self.lightning_module is not None
-        error: Exception | None = None
         align_blocks(self.lightning_module, self.mesh)
         settings = self._settings_of_run()
         if settings.compiles and not has_compiler(self.root_device, self.reduce_boolean_decision):
             settings = replace(settings, compiler=None)
-        try:
+        with agreeing(self.mesh.world):
             parallelize(self.lightning_module, self.mesh, settings, self.root_device)
-        except Exception as failure:
-            error = failure
-        agree_on_error(error, self.mesh.world)
 
     def _settings_of_run(self) -> Settings:
         sharding = replace(self.settings.sharding, mixed_dtype=self._precision.mixed_dtype)

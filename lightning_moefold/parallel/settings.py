@@ -116,8 +116,10 @@ class Settings:
         if earlier.mode != later.sharding.mode:
             raise _kept(f"data_parallel_sharding={earlier.mode!r}", repr(later.sharding.mode))
         if earlier.mixed_dtype != later.sharding.mixed_dtype:
-            was, asked = ("mixed precision" if s.mixed_dtype else "one precision" for s in (earlier, later.sharding))
-            raise _kept(f"a precision of the Trainer with {was}", asked)
+            names = (
+                "mixed precision" if s.mixed_dtype else "precision that is not mixed" for s in (earlier, later.sharding)
+            )
+            raise _kept(*names)
         if pp == 1:
             return
         if not self.plan.places_like(plan, pp):

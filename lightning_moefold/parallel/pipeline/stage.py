@@ -11,10 +11,11 @@ Legend: T entries of this micro-batch, C of the longest.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -70,6 +71,9 @@ class Call:
             self.error = self.error or failure
 
 
+C = TypeVar("C", bound=Call)
+
+
 class Objective(NamedTuple):
     """What the last stage makes of a micro-batch.
 
@@ -84,12 +88,11 @@ class Objective(NamedTuple):
     reaches_end: bool = True
 
 
-class Staged(Protocol):
-    """What a pipeline asks of a network, in the order of a call.
+class Staged(ABC, Generic[C]):
+    """A network in stages: what a pipeline asks of it, in the order of a call.
 
     Attributes:
         module: The network, cut down to what this rank holds.
-        layers: Those of this rank, by name.
         users_code: What of the user's may fail in the schedule.
     """
 
@@ -97,53 +100,53 @@ class Staged(Protocol):
     users_code: str
 
     @property
+    @abstractmethod
     def layers(self) -> Mapping[str, nn.Module]:
-        """See above."""
-        ...
+        """Those of this rank, by name."""
 
+    @abstractmethod
     def ends(self, *, first: bool, last: bool) -> nn.Module:
         """What of the network, besides layers, computes on the first or the last stage; parameters if not modules."""
-        ...
 
-    def read(self, *arguments: Any) -> Call:
+    @abstractmethod
+    def read(self, *args: Any, **kwargs: Any) -> C:
         """Reads the arguments of a call; keeps what is wrong with them for all ranks to agree on."""
-        ...
 
-    def numbers(self, call: Call) -> Tensor:
+    @abstractmethod
+    def numbers(self, call: C) -> Tensor:
         """What all ranks add up before the schedule; float64, of the same length on every rank."""
-        ...
 
-    def agree(self, call: Call, totals: Tensor) -> None:
+    @abstractmethod
+    def agree(self, call: C, totals: Tensor) -> None:
         """Takes the sums of :meth:`numbers`, on the CPU, and completes the call; what it raises, all ranks raise."""
-        ...
 
-    def embed(self, call: Call, number: int) -> Carried:
+    @abstractmethod
+    def embed(self, call: C, number: int) -> Carried:
         """What enters the first layer."""
-        ...
 
-    def run(self, stage: Stage, carried: Carried, call: Call, number: int) -> Carried:
+    @abstractmethod
+    def run(self, stage: Stage, carried: Carried, call: C, number: int) -> Carried:
         """Runs the layers of a stage."""
-        ...
 
-    def head(self, carried: Carried, call: Call, number: int) -> Objective:
+    @abstractmethod
+    def head(self, carried: Carried, call: C, number: int) -> Objective:
         """What the last layer's output comes to."""
-        ...
 
-    def evaluated(self, call: Call) -> None:
+    def evaluated(self, call: C) -> None:
         """All micro-batches have passed forward. Collective over a stage."""
-        ...
+        return
 
-    def found(self, call: Call) -> Tensor:
+    @abstractmethod
+    def found(self, call: C) -> Tensor:
         """What all ranks add up after the schedule; float64, of the same length on every rank."""
-        ...
 
-    def looked(self, call: Call, totals: Tensor) -> None:
+    def looked(self, call: C, totals: Tensor) -> None:
         """Takes the sums of :meth:`found` where a call looks ahead."""
-        ...
+        return
 
-    def finish(self, call: Call, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> Any:
+    @abstractmethod
+    def finish(self, call: C, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> Any:
         """What the call returns, from the sums of :meth:`found` and the gradients that the schedule made."""
-        ...
 
 
 class Stage(nn.Module):
@@ -158,7 +161,7 @@ class Stage(nn.Module):
         names: Of its layers.
     """
 
-    def __init__(self, network: Staged, index: int, count: int, names: Sequence[str]) -> None:
+    def __init__(self, network: Staged[Any], index: int, count: int, names: Sequence[str]) -> None:
         super().__init__()
         self.index, self.is_first, self.is_last = index, index == 0, index == count - 1
         self.names = list(names)
