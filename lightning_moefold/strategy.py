@@ -73,7 +73,7 @@ from lightning_moefold.parallel.compiling import COMPILER, has_compiler
 from lightning_moefold.parallel.hooks import check_hooks
 from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.parallel.replicated import ReplicatedModules, align_blocks, align_randomness
-from lightning_moefold.parallel.settings import ShardingMode
+from lightning_moefold.parallel.settings import ShardingMode, check_choice
 from lightning_moefold.parallel.spare import spare_parameters
 from lightning_moefold.parallel.tree import check_trees
 from lightning_moefold.planner.search.auto import AutoFold
@@ -198,12 +198,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             raise InputError('auto=AutoFold(...) is for fold="auto"; leave one out or give both.')
         if fold == "auto" and pipeline_split is not None:
             raise InputError('pipeline_split is for a pipeline of known size; leave it out with fold="auto".')
-        for name, value, known in (
-            ("sequence_parallel", sequence_parallel, (None, True)),
-            ("compile", compile, (False, True)),
-        ):
-            if value not in known:
-                raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
+        check_choice("sequence_parallel", sequence_parallel, (None, True))
+        check_choice("compile", compile, (False, True))
         split = None if pipeline_split is None else tuple(pipeline_split)
         #: Without what only a run knows: the precision, and which ranks share a machine.
         self.settings = Settings(
@@ -211,15 +207,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
             1 if num_microbatches is None else num_microbatches,
             DispatchConfig(
-                dispatcher,
-                capacity_factor,
-                drop_policy,
-                drop_scope,
-                pad_to_capacity,
-                dispatch_chunks,
-                node_size,
-                expert_copies,
-            ),
+                dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
+            ),  # fmt: skip
             expert_kernel,
             recompute,
             context_parallel_exchange,
