@@ -201,14 +201,15 @@ class MoEFoldStrategy(SharedCheckpoints):
         check_choice("sequence_parallel", sequence_parallel, (None, True))
         check_choice("compile", compile, (False, True))
         split = None if pipeline_split is None else tuple(pipeline_split)
+        dispatch = DispatchConfig(
+            dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies
+        )
         #: Without what only a run knows: the precision, and which ranks share a machine.
         self.settings = Settings(
             Sharding(data_parallel_sharding),
             PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
             1 if num_microbatches is None else num_microbatches,
-            DispatchConfig(
-                dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
-            ),  # fmt: skip
+            dispatch,
             expert_kernel,
             recompute,
             context_parallel_exchange,
