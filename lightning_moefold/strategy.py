@@ -202,8 +202,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         check_choice("compile", compile, (False, True))
         split = None if pipeline_split is None else tuple(pipeline_split)
         dispatch = DispatchConfig(
-            dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies
-        )
+            dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
+        )  # fmt: skip
         #: Without what only a run knows: the precision, and which ranks share a machine.
         self.settings = Settings(
             Sharding(data_parallel_sharding),
