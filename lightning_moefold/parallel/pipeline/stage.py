@@ -59,12 +59,12 @@ class Call:
     error: Exception | None = None
 
     def around(self) -> AbstractContextManager[Any]:
-        """A context in which the stages run, which the schedule is not in."""
+        """Returns a context for the stages, such as the user's autocast; the schedule itself is outside of it."""
         return nullcontext()
 
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:
-        """A context for code of the user's: a rank that raised in the schedule would leave the others waiting in it."""
+        """Keeps the first error of the user's code: a rank that raised in the schedule would leave the others waiting in it."""
         try:
             yield
         except Exception as failure:
@@ -102,19 +102,19 @@ class Staged(ABC, Generic[C]):
     @property
     @abstractmethod
     def layers(self) -> Mapping[str, nn.Module]:
-        """Those of this rank, by name."""
+        """The layers of this rank, by name."""
 
     @abstractmethod
     def ends(self, *, first: bool, last: bool) -> nn.Module:
-        """What of the network, besides layers, computes on the first or the last stage; parameters if not modules."""
+        """Returns what a stage at either end computes with besides its layers: modules, or their parameters alone."""
 
     @abstractmethod
     def read(self, *args: Any, **kwargs: Any) -> C:
-        """Reads the arguments of a call; keeps what is wrong with them for all ranks to agree on."""
+        """Reads the arguments of a call, and keeps what is wrong with them, since all ranks have to agree on it."""
 
     @abstractmethod
     def numbers(self, call: C) -> Tensor:
-        """What all ranks add up before the schedule; float64, of the same length on every rank."""
+        """Returns the numbers that all ranks add up before the schedule: float64, of one length on every rank."""
 
     @abstractmethod
     def agree(self, call: C, totals: Tensor) -> None:
@@ -122,7 +122,7 @@ class Staged(ABC, Generic[C]):
 
     @abstractmethod
     def embed(self, call: C, number: int) -> Carried:
-        """What enters the first layer."""
+        """Makes the hidden states of a micro-batch, and what travels beside them."""
 
     @abstractmethod
     def run(self, stage: Stage, carried: Carried, call: C, number: int) -> Carried:
@@ -130,23 +130,23 @@ class Staged(ABC, Generic[C]):
 
     @abstractmethod
     def head(self, carried: Carried, call: C, number: int) -> Objective:
-        """What the last layer's output comes to."""
+        """Computes what is differentiated from the output of the last layer."""
 
     def evaluated(self, call: C) -> None:
-        """All micro-batches have passed forward. Collective over a stage."""
+        """Sums up what all micro-batches did in a forward pass without backward. Collective over a stage."""
         return
 
     @abstractmethod
     def found(self, call: C) -> Tensor:
-        """What all ranks add up after the schedule; float64, of the same length on every rank."""
+        """Returns the numbers that all ranks add up after the schedule: float64, of one length on every rank."""
 
     def looked(self, call: C, totals: Tensor) -> None:
-        """Takes the sums of :meth:`found` where a call looks ahead."""
+        """Takes the sums of :meth:`found` after the first pass of a call that looks ahead."""
         return
 
     @abstractmethod
     def finish(self, call: C, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> Any:
-        """What the call returns, from the sums of :meth:`found` and the gradients that the schedule made."""
+        """Makes the result of a call, from the sums of :meth:`found` and the gradients that the schedule made."""
 
 
 class Stage(nn.Module):
