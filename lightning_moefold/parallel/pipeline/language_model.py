@@ -93,6 +93,7 @@ class StagedLanguageModel(Staged[LanguageCall]):
     """
 
     users_code = "loss_fn"
+    module: MoECausalLM
 
     def __init__(self, model: MoECausalLM, mesh: FoldedMesh) -> None:
         self.module, self.mesh = model, mesh
