@@ -8,6 +8,9 @@ numbers of a replica are equal exactly if the number of its ranks times the sum 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -91,3 +94,19 @@ def agree_on_error(error: Exception | None, axis: Axis) -> None:
             raise PeerError(f"rank {axis.ranks[where]} failed: {found[where]}")
     if error is not None:
         raise error
+
+
+@contextmanager
+def agreeing(axis: Axis, *kinds: type[Exception]) -> Iterator[None]:
+    """A context whose error on one rank is raised on all. Collective: every rank enters and leaves it.
+
+    Args:
+        axis: Usually the world.
+        kinds: Of errors; all by default. Others are raised on their rank alone.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except kinds or (Exception,) as failure:
+        error = failure
+    agree_on_error(error, axis)

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moefold import comm
-from lightning_moefold.agreement import agree_on_error
+from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.diagnostics.liveness import RollCall
@@ -75,7 +75,7 @@ from lightning_moefold.parallel.hooks import check_hooks
 from lightning_moefold.parallel.migration import Moved, move_experts
 from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.parallel.replicated import ReplicatedModules, align_blocks, align_randomness
-from lightning_moefold.parallel.settings import ShardingMode
+from lightning_moefold.parallel.settings import ShardingMode, check_choice
 from lightning_moefold.parallel.spare import spare_parameters
 from lightning_moefold.parallel.tree import check_trees
 from lightning_moefold.planner.search.auto import AutoFold
@@ -200,28 +200,18 @@ class MoEFoldStrategy(SharedCheckpoints):
             raise InputError('auto=AutoFold(...) is for fold="auto"; leave one out or give both.')
         if fold == "auto" and pipeline_split is not None:
             raise InputError('pipeline_split is for a pipeline of known size; leave it out with fold="auto".')
-        for name, value, known in (
-            ("sequence_parallel", sequence_parallel, (None, True)),
-            ("compile", compile, (False, True)),
-        ):
-            if value not in known:
-                raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
+        check_choice("sequence_parallel", sequence_parallel, (None, True))
+        check_choice("compile", compile, (False, True))
         split = None if pipeline_split is None else tuple(pipeline_split)
+        dispatch = DispatchConfig(
+            dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
+        )  # fmt: skip
         #: Without what only a run knows: the precision, and which ranks share a machine.
         self.settings = Settings(
             Sharding(data_parallel_sharding),
             PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
             1 if num_microbatches is None else num_microbatches,
-            DispatchConfig(
-                dispatcher,
-                capacity_factor,
-                drop_policy,
-                drop_scope,
-                pad_to_capacity,
-                dispatch_chunks,
-                node_size,
-                expert_copies,
-            ),
+            dispatch,
             expert_kernel,
             recompute,
             context_parallel_exchange,
@@ -498,12 +488,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         mixed = self._precision.mixed_dtype is not None and bool(self._roots())
         if self.world_size == 1 and not mixed:
             return
-        error: Exception | None = None
-        try:
+        with agreeing(self.mesh.world, HookError):
             check_hooks(self.lightning_module, f"in {self._precision.precision}" if mixed else f"under {self.fold}")
-        except HookError as failure:
-            error = failure
-        agree_on_error(error, self.mesh.world)
 
     @override
     def _convert(self) -> None:
@@ -515,16 +501,12 @@ class MoEFoldStrategy(SharedCheckpoints):
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
         assert self.lightning_module is not None
-        error: Exception | None = None
         align_blocks(self.lightning_module, self.mesh)
         settings = self._settings_of_run()
         if settings.compiles and not has_compiler(self.root_device, self.reduce_boolean_decision):
             settings = replace(settings, compiler=None)
-        try:
+        with agreeing(self.mesh.world):
             parallelize(self.lightning_module, self.mesh, settings, self.root_device)
-        except Exception as failure:
-            error = failure
-        agree_on_error(error, self.mesh.world)
 
     def _settings_of_run(self) -> Settings:
         sharding = replace(self.settings.sharding, mixed_dtype=self._precision.mixed_dtype)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_moefold.agreement import agree_on_error
+from lightning_moefold.agreement import agree_on_error, agreeing
 from lightning_moefold.checkpoint.side_files import are_apart, files_to_carry, foreign_file, warn_of_end
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.layout import Box, split_boxes
@@ -136,13 +136,9 @@ def write_hf_checkpoint(
 
 def on_first_rank(world: Axis, action: Callable[[], None]) -> None:
     """Does something on one rank; what it raises there is raised on all. Collective."""
-    error: Exception | None = None
-    if world.index == 0:
-        try:
+    with agreeing(world):
+        if world.index == 0:
             action()
-        except Exception as failure:
-            error = failure
-    agree_on_error(error, world)
 
 
 def _plan_files(tensors: Mapping[str, OutputTensor], limit: int) -> dict[str, list[str]]:

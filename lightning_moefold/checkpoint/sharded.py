@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from lightning_moefold.agreement import agree_on_error
+from lightning_moefold.agreement import agreeing
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.checkpoint.hf_writer import replace_directory
 from lightning_moefold.checkpoint.safe_metadata import SafeReader
@@ -122,46 +122,33 @@ def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
         _save_in_store(target, tensors, {**meta, FOLDER: _FOLDERS + names[0]}, world)
         return
     work = target.with_name(f".{target.name}.{names[0]}.tmp")
-    error: Exception | None = None
     try:
-        try:
+        with agreeing(world):
             if world.index == 0:
                 work.mkdir(parents=True)
                 stores.write(work / META, pack_meta(meta))
-        except Exception as failure:
-            error = failure
-        agree_on_error(error, world)
         _write_tensors(work, target, tensors, world)
-        if world.index == 0:
-            try:
+        with agreeing(world):
+            if world.index == 0:
                 replace_directory(work, target)
-            except Exception as failure:
-                error = failure
-        agree_on_error(error, world)
     finally:
         if world.index == 0 and work.exists():
             shutil.rmtree(work, ignore_errors=True)
 
 
 def _save_in_store(target: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], world: Axis) -> None:
-    work, packed, error = stores.join(target, meta[FOLDER]), b"", None
+    work, packed = stores.join(target, meta[FOLDER]), b""
     complete = False
     try:
-        try:
+        with agreeing(world):
             if world.index == 0:
                 if stores.is_file(target):
                     raise CheckpointError(f"{target} is a file; give another name.")
                 packed = pack_meta(meta)
-        except Exception as failure:
-            error = failure
-        agree_on_error(error, world)
         _write_tensors(work, target, tensors, world)
-        try:
+        with agreeing(world):
             if world.index == 0:
                 stores.write(stores.join(target, META), packed)  # from here on, it is this save that is loaded
-        except Exception as failure:
-            error = failure
-        agree_on_error(error, world)
         complete = True
     finally:
         if world.index == 0:
@@ -183,13 +170,9 @@ def _write_tensors(work: Path | str, target: Path | str, tensors: Mapping[str, T
     written: list[Any] = []
     writer = stores.connected(dcp.FileSystemWriter(work), work)
     _collective("write", target, lambda: written.append(dcp.save(dict(tensors), storage_writer=writer)))
-    error: Exception | None = None
-    try:
+    with agreeing(world):
         if world.index == 0:
             _check_files(work, target, written[0])
-    except Exception as failure:
-        error = failure
-    agree_on_error(error, world)
 
 
 def _check_files(work: Path | str, target: Path | str, metadata: Any) -> None:

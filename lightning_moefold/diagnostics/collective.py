@@ -34,7 +34,7 @@ _KINDS = {
 _C10D = "torch.distributed.distributed_c10d"
 _FSDP = "torch.distributed.fsdp._fully_shard."
 _PIPELINING = "torch.distributed.pipelining."
-_COLLECTIVES = "lightning_moefold.comm", "lightning_moefold.async_comm"
+_COLLECTIVES = "lightning_moefold.comm", "lightning_moefold.async_comm", "lightning_moefold.agreement"
 #: Functions of FSDP2 that reduce gradients; all others of it that communicate gather weights.
 _REDUCING = ("foreach_reduce", "post_backward", "finalize_backward")
 
@@ -171,7 +171,7 @@ def _group_in(values: Mapping[str, Any]) -> Any:
 
 
 def _purpose(frames: list[FrameType]) -> str:
-    """The function of ours, outside ``comm.py`` and ``async_comm.py``, that asked for it."""
+    """The function of ours, outside the modules of collectives, that asked for it."""
     for frame in frames:
         if _is(frame, *_COLLECTIVES):
             if frame.f_code.co_name == "backward":

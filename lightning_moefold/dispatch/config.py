@@ -15,7 +15,8 @@ DispatcherName = Literal["alltoall", "allgather", "deduplicated", "hierarchical"
 DropPolicy = Literal["probs", "position"]
 DropScope = Literal["full_sequence", "sub_sequence"]
 
-DISPATCHER_NAMES = ("alltoall", "allgather", "deduplicated", "hierarchical", "auto")
+DISPATCHER_NAMES = ("alltoall", "deduplicated", "hierarchical", "allgather", "auto")
+DROP_SCOPES = ("full_sequence", "sub_sequence")
 #: Of the rows that would travel between nodes otherwise, the part below which it is worth to travel in two steps.
 _WORTH_TWO_STEPS = 0.75
 
@@ -61,7 +62,7 @@ class DispatchConfig:
         for name, value, known in (
             ("dispatcher", self.dispatcher, DISPATCHER_NAMES),
             ("drop_policy", self.drop_policy, ("probs", "position")),
-            ("drop_scope", self.drop_scope, ("full_sequence", "sub_sequence")),
+            ("drop_scope", self.drop_scope, DROP_SCOPES),
         ):
             if value not in known:
                 raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")

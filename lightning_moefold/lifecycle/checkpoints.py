@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_moefold.agreement import agree_on_error
+from lightning_moefold.agreement import agreeing
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.checkpoint.sharded import META, load_meta
 from lightning_moefold.errors import CheckpointError, InputTypeError, UnsupportedFeature
@@ -96,12 +96,8 @@ class SharedCheckpoints(ParallelStrategy):
             return
         assert self._registry is not None
         assert self.lightning_module is not None
-        error: Exception | None = None
-        try:
+        with agreeing(self._registry.mesh.world):  # on errors of the user's state_dict(), too
             check_saveable(trainer, self.lightning_module)
-        except Exception as failure:  # the user's state_dict() too
-            error = failure
-        agree_on_error(error, self._registry.mesh.world)
 
     def _check_state(self, optimizer: Optimizer) -> None:
         """What an optimizer's first step has shown of its state, where checkpoints will be saved. Collective."""
@@ -110,12 +106,8 @@ class SharedCheckpoints(ParallelStrategy):
         trainer = self.lightning_module.trainer
         if not trainer.checkpoint_callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        error: Exception | None = None
-        try:
+        with agreeing(self._registry.mesh.world, CheckpointError):
             check_state(optimizer, self._registry)
-        except CheckpointError as failure:
-            error = failure
-        agree_on_error(error, self._registry.mesh.world)
 
     def _release_gathered_weights(self) -> None:
         for root in self._roots():
@@ -174,13 +166,8 @@ class SharedCheckpoints(ParallelStrategy):
             )
         assert self._registry is not None
         assert self.lightning_module is not None
-        error: Exception | None = None
-        meta: dict[str, Any] = {}
-        try:
+        with agreeing(self._registry.mesh.world, CheckpointError):
             meta = load_meta(path)
-        except CheckpointError as failure:
-            error = failure
-        agree_on_error(error, self._registry.mesh.world)
         if self._choice is not None and (remark := fold_choice.difference(meta, self._choice)):
             fold_choice.announce(remark)
         self._release_gathered_weights()

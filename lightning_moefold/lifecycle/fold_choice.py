@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
-from lightning_moefold.dispatch.config import DispatcherName
+from lightning_moefold.dispatch.config import DispatchConfig, DispatcherName
 from lightning_moefold.errors import PlanError
 from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
@@ -74,31 +74,30 @@ class Fixed:
 
     def taking(self, choice: Choice) -> Settings:
         """The settings with what a choice settles."""
-        chosen, settings = choice.estimate.plan, self.settings
-        settings = replace(
-            settings, recompute=None if chosen.recompute == "none" else cast(Recompute, chosen.recompute)
-        )
-        if settings.dispatch.dispatcher == "auto":
-            named = replace(settings.dispatch, dispatcher=cast(DispatcherName, chosen.dispatcher))
-            settings = replace(settings, dispatch=named)
+        chosen, given = choice.estimate.plan, self.settings
+        plan, microbatches = given.plan, given.num_microbatches
         if chosen.fold.pp > 1:
             plan = PipelinePlan(chosen.schedule, chosen.num_stages_per_rank)
-            settings = replace(settings, plan=plan, num_microbatches=choice.estimate.microbatches)
-        return settings
+            microbatches = choice.estimate.microbatches
+        recompute = None if chosen.recompute == "none" else cast(Recompute, chosen.recompute)
+        dispatch = _with_dispatcher(given.dispatch, chosen.dispatcher)
+        return replace(given, plan=plan, num_microbatches=microbatches, recompute=recompute, dispatch=dispatch)
 
     def going_on(self, earlier: Settings) -> Settings:
         """The settings with those of an earlier Trainer where a choice would have been free."""
-        settings = self.settings
-        if settings.recompute is None:
-            settings = replace(settings, recompute=earlier.recompute)
-        if settings.plan == PipelinePlan():
-            settings = replace(settings, plan=earlier.plan)
-        if settings.dispatch.dispatcher == "auto":
-            named = replace(settings.dispatch, dispatcher=earlier.dispatch.dispatcher)
-            settings = replace(settings, dispatch=named)
-        if self.num_microbatches is None:
-            settings = replace(settings, num_microbatches=earlier.num_microbatches)
-        return settings
+        given = self.settings
+        return replace(
+            given,
+            plan=earlier.plan if given.plan == PipelinePlan() else given.plan,
+            num_microbatches=self.num_microbatches or earlier.num_microbatches,
+            recompute=given.recompute or earlier.recompute,
+            dispatch=_with_dispatcher(given.dispatch, earlier.dispatch.dispatcher),
+        )
+
+
+def _with_dispatcher(config: DispatchConfig, name: str) -> DispatchConfig:
+    """With a dispatcher in place of ``"auto"``."""
+    return config if config.dispatcher != "auto" else replace(config, dispatcher=cast(DispatcherName, name))
 
 
 def known_model(auto: AutoFold, module: pl.LightningModule) -> MoEConfig | None:

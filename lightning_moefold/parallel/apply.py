@@ -57,11 +57,11 @@ def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device:
     for network in layered_networks(module):
         if runner_of(network.module) is None:
             cut_network(network, mesh, settings, device)
-    check_second_names(module)  # before the blocks among them are cut
+    check_second_names(module, device)  # before the blocks among them are cut
     for _, root in parallel_roots(module):
         if root.mesh is None:
             cut_root(root, mesh, settings, device)
-    check_second_names(module)
+    check_second_names(module, device)
     for part in parts_of(module):
         part.use(settings)
     layers = compilable_layers(module)

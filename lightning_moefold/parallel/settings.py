@@ -25,7 +25,8 @@ from lightning_moefold.parallel.pipeline.plan import PipelinePlan
 ShardingMode = Literal["optimizer", "full", "none"]
 
 
-def _check(name: str, value: object, known: tuple[object, ...]) -> None:
+def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
+    """Raises an InputError unless the value of an argument is among those that are known."""
     if value not in known:
         raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
 
@@ -45,7 +46,7 @@ class Sharding:
     mixed_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _check("data_parallel_sharding", self.mode, ("optimizer", "full", "none"))
+        check_choice("data_parallel_sharding", self.mode, ("optimizer", "full", "none"))
 
     def data_mesh(self, mesh: FoldedMesh, family: Family) -> DeviceMesh | None:
         """The mesh over which ``fully_shard`` cuts a family; None where it does not wrap."""
@@ -89,9 +90,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.num_microbatches < 1:
             raise InputError(f"num_microbatches={self.num_microbatches} must be at least 1.")
-        _check("expert_kernel", self.expert_kernel, EXPERT_KERNELS)
-        _check("recompute", self.recompute, (None, "selective", "full"))
-        _check("context_parallel_exchange", self.exchange, EXCHANGES)
+        check_choice("expert_kernel", self.expert_kernel, EXPERT_KERNELS)
+        check_choice("recompute", self.recompute, (None, "selective", "full"))
+        check_choice("context_parallel_exchange", self.exchange, EXCHANGES)
 
     @property
     def compiles(self) -> bool:
@@ -116,8 +117,10 @@ class Settings:
         if earlier.mode != later.sharding.mode:
             raise _kept(f"data_parallel_sharding={earlier.mode!r}", repr(later.sharding.mode))
         if earlier.mixed_dtype != later.sharding.mixed_dtype:
-            was, asked = ("mixed precision" if s.mixed_dtype else "one precision" for s in (earlier, later.sharding))
-            raise _kept(f"a precision of the Trainer with {was}", asked)
+            names = (
+                "mixed precision" if s.mixed_dtype else "precision that is not mixed" for s in (earlier, later.sharding)
+            )
+            raise _kept(*names)
         if pp == 1:
             return
         if not self.plan.places_like(plan, pp):

@@ -48,12 +48,18 @@ def check_trees(root: nn.Module, fold: Fold) -> None:
             _check_block(part, name, fold)
 
 
-def check_second_names(module: nn.Module) -> None:
+def check_second_names(module: nn.Module, device: torch.device) -> None:
     """Everything has storage but models that are to read their weights, and what a pipeline has taken off this rank.
+
+    Args:
+        module: The LightningModule.
+        device: Where parameters go; on the meta device, where a rank is rehearsed, nothing has storage.
 
     Raises:
         UnsupportedFeature: For a part of a model that the module holds under a name of its own, on another stage.
     """
+    if device.type == "meta":
+        return
     models = (m for m in module.modules() if isinstance(m, MoECausalLM) and m.weights_pending)
     pending = {id(p) for model in models for p in model.parameters()}
     for name, parameter in module.named_parameters():

@@ -43,7 +43,7 @@ class _Stage(nn.Module):
     def __init__(self, index: int, count: int) -> None:
         super().__init__()
         self.index, self.is_first, self.is_last = index, index == 0, index == count - 1
-        self.job: Any = None
+        self.call: Any = None
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, *received: Tensor, microbatch: Tensor) -> Any:
@@ -51,9 +51,6 @@ class _Stage(nn.Module):
         values = received or tuple(torch.ones(w.shape, dtype=w.dtype) for w in WIRES)
         outputs = tuple(x * self.scale.to(x.dtype) for x in values)
         return torch.stack([x.double().sum() for x in outputs]).sum() if self.is_last else outputs
-
-    def release_gathered_weights(self) -> None:
-        pass
 
 
 @contextmanager
@@ -92,13 +89,11 @@ def queue_of(plan: PipelinePlan, pp: int, rank: int, microbatches: int, training
     try:
         mesh = FoldedMesh(Fold(pp, pipeline_parallel_size=pp), "cpu")
         stages = [_Stage(index, pp * plan.chunks) for index in plan.local_stages(pp, rank)]
-        owner: Any = nn.ModuleList(stages)
-        owner.release_gathered_weights = lambda: None
-        runner = ScheduleRunner(owner, mesh, plan, stages)
+        runner = ScheduleRunner(nn.ModuleList(stages), mesh, plan, stages)
         queue: Queue = []
         with recorded(queue):
             run = runner.train if training else runner.evaluate
-            run("job", microbatches, WIRES, torch.device("cpu"))
+            run("call", microbatches, WIRES, torch.device("cpu"))
         return queue
     finally:
         forget_groups()

@@ -16,6 +16,7 @@ import lightning_moefold.strategy as strategy
 from lightning_moefold import AutoFold, MoEFoldStrategy
 from lightning_moefold.modules import DecoderLayer, MoELayer
 from lightning_moefold.testing.pieces import owned_pieces
+from tests.strategy.bad import told
 from tests.strategy.finetune import Finetune, Steps
 from tests.strategy.plain import trainer
 
@@ -46,31 +47,31 @@ class Changing(Finetune):
 
 
 def _trainer(options: dict[str, Any], **more: Any) -> Any:
-    told = {name: value for name, value in options.items() if name in TRAINER}
+    own = {name: value for name, value in options.items() if name in TRAINER}
     arguments = {name: value for name, value in options.items() if name not in TRAINER}
     if arguments.get("fold") == "auto":
         arguments["auto"] = AutoFold(global_batch_size=8, sequence_length=6)
-    return trainer(MoEFoldStrategy(**arguments), **{"precision": "64-true", **told, **more})
+    return trainer(MoEFoldStrategy(**arguments), **{"precision": "64-true", **own, **more})
 
 
 def _describe(module: Changing, *, trained: bool) -> dict[str, Any]:
     """What the parts of a module have been told, and what they trained with."""
     model = module.model
     assert model is not None
-    told: dict[str, Any] = {"microbatches": model.num_microbatches, "exchange": model.context_parallel_exchange}
+    parts: dict[str, Any] = {"microbatches": model.num_microbatches, "exchange": model.context_parallel_exchange}
     for name, part in model.named_modules():
         if isinstance(part, MoELayer):
-            told[name] = type(part.dispatcher).__name__, part.dispatcher.config, getattr(part.experts, "kernel", None)
+            parts[name] = type(part.dispatcher).__name__, part.dispatcher.config, getattr(part.experts, "kernel", None)
         elif isinstance(part, DecoderLayer):
-            told[name] = part.recompute, part._compiled is not None
+            parts[name] = part.recompute, part._compiled is not None
     if model.pipeline is not None:
         runner = model.pipeline.runner  # type: ignore[attr-defined]
-        told["pipeline"] = runner.plan.schedule, [s.index for s in runner.stages]
+        parts["pipeline"] = runner.plan.schedule, [s.index for s in runner.stages]
         if trained:
-            told["schedule"] = type(runner._schedule).__name__, runner._schedule._n_microbatches
+            parts["schedule"] = type(runner._schedule).__name__, runner._schedule._n_microbatches
     groups = [dist.group.WORLD, *(model.mesh._groups if model.mesh is not None else ())]
-    told["timeouts"] = {g._get_backend(torch.device("cpu")).options._timeout for g in groups}
-    return told
+    parts["timeouts"] = {g._get_backend(torch.device("cpu")).options._timeout for g in groups}
+    return parts
 
 
 def _observe(module: Changing, options: dict[str, Any]) -> dict[str, Any]:
@@ -78,30 +79,36 @@ def _observe(module: Changing, options: dict[str, Any]) -> dict[str, Any]:
     report, module.lr = module.report, 0.05
     report.losses.clear(), report.validation.clear()
     _trainer(options).validate(module, verbose=False)
-    told = [_describe(module, trained=False)]
+    parts = [_describe(module, trained=False)]
     _trainer(options, max_steps=2, limit_val_batches=0).fit(module)
-    told.append(_describe(module, trained=True))
+    parts.append(_describe(module, trained=True))
     weights = {name: piece[2] for name, piece in owned_pieces(module).items()}
-    return {"told": told, "losses": [*report.validation, *report.losses], "weights": weights}
+    return {"told": parts, "losses": [*report.validation, *report.losses], "weights": weights}
 
 
-def change(path: str, first: dict[str, Any], second: dict[str, Any]) -> Any:
-    """A module that has been trained under ``first``, then a fresh one, both under ``second``; or the refusal."""
+def change(path: str, first: dict[str, Any], second: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """What the parts of a module were told under ``first``; what it does under ``second`` then, and a fresh one does."""
+    module, world = Changing(path), dist.group.WORLD
+    timeout = world._get_backend(torch.device("cpu")).options._timeout
+    try:
+        with mock.patch.object(strategy, "COMPILER", "eager"):
+            _trainer(first, max_steps=1, limit_val_batches=0).fit(module)
+            before = _describe(module, trained=True)
+            return before, _observe(module, second), _observe(Changing(path), second)
+    finally:
+        dist.distributed_c10d._set_pg_timeout(timeout, world)
+
+
+def refusals(path: str, first: dict[str, Any], seconds: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """What a module that was trained under ``first`` is told of each of the others, which change nothing."""
     module = Changing(path)
-    with mock.patch.object(strategy, "COMPILER", "eager"):
-        _trainer(first, max_steps=1, limit_val_batches=0).fit(module)
-        before = _describe(module, trained=True)
-        try:
-            changed = _observe(module, second)
-        except Exception as refusal:
-            dist.barrier()
-            after = _describe(module, trained=True)
-            assert {**before, "timeouts": None} == {**after, "timeouts": None}  # nothing has changed
-            return f"{type(refusal).__name__}: {refusal}"
-        # How a fresh module behaves under the second settings, and under the first.
-        fresh = _observe(Changing(path), second)
-        unlike = _observe(Changing(path), first)
-    return changed, fresh, unlike
+    _trainer(first, max_steps=1, limit_val_batches=0).fit(module)
+    before, said = _describe(module, trained=True), {}
+    for name, options in seconds.items():
+        said[name] = told(lambda o=options: _trainer(o).validate(module, verbose=False))
+        assert {**before, "timeouts": None} == {**_describe(module, trained=True), "timeouts": None}
+    _trainer(first).validate(module, verbose=False)  # it goes on as before
+    return said
 
 
 LONG, SHORT = timedelta(minutes=20), timedelta(minutes=7)

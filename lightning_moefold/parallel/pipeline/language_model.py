@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lightning_moefold.agreement import PRIME
 from lightning_moefold.errors import InputError
@@ -33,7 +34,7 @@ from lightning_moefold.modules.base import wide
 from lightning_moefold.parallel.pipeline.engine import Kept, ScheduleRunner, Wire, differentiable, value_only
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
 from lightning_moefold.parallel.pipeline.plan import PipelinePlan
-from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, cut_rows, split_evenly
+from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, Staged, cut_rows, split_evenly
 
 _VALUES = (
     "only output.loss can be differentiated: its gradients were made during the call, and logits, lm_loss, aux_loss and z_loss "
@@ -83,17 +84,8 @@ class LanguageCall(Call):
     logits: dict[int, Tensor] = field(default_factory=dict)
 
 
-class _Totals(NamedTuple):
-    """Mean loss over the labels of all ranks, the weight it was divided by (1 for none), and the losses of routers."""
-
-    language: Tensor
-    weight: float
-    auxiliary: Tensor | None
-    z: Tensor | None
-
-
-class StagedLanguageModel:
-    """See :class:`~.stage.Staged`.
+class StagedLanguageModel(Staged[LanguageCall]):
+    """A language model in stages.
 
     Args:
         model: Cut down to what this rank holds.
@@ -101,18 +93,19 @@ class StagedLanguageModel:
     """
 
     users_code = "loss_fn"
+    module: MoECausalLM
 
     def __init__(self, model: MoECausalLM, mesh: FoldedMesh) -> None:
         self.module, self.mesh = model, mesh
         self._routers = RouterLosses(model.config, mesh)
 
     @property
+    @override
     def layers(self) -> Mapping[str, nn.Module]:
-        """By number."""
         return dict(self.module.model.layers.items())
 
+    @override
     def ends(self, *, first: bool, last: bool) -> nn.Module:
-        """Embedding, final norm and head."""
         model, tied = self.module.model, self.module.config.tie_word_embeddings
         ends: dict[str, nn.Module | None] = {"embed_tokens": model.embed_tokens} if first or (last and tied) else {}
         ends |= {"norm": model.norm, "lm_head": self.module.lm_head} if last else {}
@@ -120,6 +113,7 @@ class StagedLanguageModel:
 
     # ---- before the schedule -----------------------------------------------------------------------------------
 
+    @override
     def read(
         self,
         tensors: Mapping[str, Any],
@@ -180,8 +174,9 @@ class StagedLanguageModel:
         except ValueError as error:
             return [stand_in(model.config, axes, 1, input_ids.device, error)], [dict(extras)]
 
+    @override
     def numbers(self, call: LanguageCall) -> Tensor:
-        """Weight of labels, bad tokens and labels, tokens and rows that count, tokens of each micro-batch, labels of a step."""
+        # Weight of labels, bad tokens and labels, tokens and rows that count, tokens of each micro-batch, labels of a step.
         mesh, batches = self.mesh, call.batches
         size_M2 = torch.stack([b.sizes for b in batches])
         tokens_M = F.pad(size_M2[:, 0], (0, self.module.num_microbatches - len(batches)))
@@ -203,11 +198,12 @@ class StagedLanguageModel:
         ]
         return torch.cat([part if counts else torch.zeros_like(part) for part, counts in parts])
 
+    @override
     def agree(self, call: LanguageCall, totals: Tensor) -> None:
-        """Makes the micro-batches alike in what they ask of the layers, and says by what losses are divided."""
         m, config, batches = self.module.num_microbatches, self.module.config, call.batches
         labels, faults, sizes, tokens_M, ahead = totals.tensor_split([1, 3, 5, 5 + m])
-        check_faults(*faults.tolist(), config.vocab_size)
+        bad_tokens, bad_labels = faults.tolist()
+        check_faults(bad_tokens, bad_labels, config.vocab_size)
         counted, rows, filled = float(sizes[0]), float(sizes[1]), float((tokens_M > 0).sum())
         if call.step is not None:
             call.factors = Factors.of(call.step, float(labels), *ahead.tolist())
@@ -224,14 +220,15 @@ class StagedLanguageModel:
 
     # ---- in the schedule ---------------------------------------------------------------------------------------
 
+    @override
     def embed(self, call: LanguageCall, number: int) -> Carried:
-        """Hidden states ``[T, D]``, and where routers have losses the tables ``[L, S, E]``."""
+        # Beside the hidden states go the tables [L, S, E], where routers have losses.
         batch = call.batches[number]
         x_TD = self.module.model.embed_tokens(batch.token_N, batch.sequence)
         return x_TD, *(torch.zeros(w.shape, dtype=w.dtype, device=x_TD.device) for w in call.wires[1:])
 
+    @override
     def run(self, stage: Stage, carried: Carried, call: LanguageCall, number: int) -> Carried:
-        """Adds the table of each layer."""
         x_TD, *tables = carried
         batch = call.batches[number]
         if batch.sequence.cos_BLh is None:
@@ -245,8 +242,8 @@ class StagedLanguageModel:
                 x_TD = output
         return x_TD, *tables
 
+    @override
     def head(self, carried: Carried, call: LanguageCall, number: int) -> Objective:
-        """Losses of a micro-batch, and its logits where they are asked for."""
         model, batch, (x_TD, *tables) = self.module, call.batches[number], carried
         x_ND = batch.sequence.gather(model.model.norm(x_TD))
         logits = local = None
@@ -280,8 +277,9 @@ class StagedLanguageModel:
         call.routing[number] = torch.stack([balance.detach(), z.detach()])
         return config.router_aux_loss_coef * balance + config.router_z_loss_coef * z
 
+    @override
     def evaluated(self, call: LanguageCall) -> None:
-        """The load-balancing loss of the whole batch, where the tables of every micro-batch are here."""
+        # The load-balancing loss of the whole batch, where the tables of every micro-batch are here.
         if call.tables:
             tables_LSE = torch.stack([call.tables[i] for i in sorted(call.tables)]).sum(0)
             call.slope_LGE = self._routers.slope(tables_LSE)
@@ -289,8 +287,9 @@ class StagedLanguageModel:
 
     # ---- after the schedule ------------------------------------------------------------------------------------
 
+    @override
     def found(self, call: LanguageCall) -> Tensor:
-        """Sum of losses and weight, load-balancing loss and z-loss."""
+        # Sum of losses and weight, load-balancing loss and z-loss.
         mine = torch.zeros(4, dtype=torch.float64, device=call.batches[0].faults.device)
         if call.sums and self.mesh.tp.index == 0:
             mine[:2] = torch.stack(list(call.sums.values())).sum(0)
@@ -298,29 +297,29 @@ class StagedLanguageModel:
             mine[2:] = torch.stack(list(call.routing.values())).sum(0)
         return mine
 
+    @override
     def looked(self, call: LanguageCall, totals: Tensor) -> None:
-        """The weight that a loss_fn finds decides how its gradients compare with those of the losses of routers."""
-        call.scale = call.factors.lm / call.factors.routers / self._totals(call, totals).weight
+        # The weight that a loss_fn finds decides how its gradients compare with those of the losses of routers.
+        call.scale = call.factors.lm / call.factors.routers / self._weight(call, totals)
 
-    def _totals(self, call: LanguageCall, totals: Tensor) -> _Totals:
-        weight = call.labels if call.loss_fn is None else float(totals[1]) or 1.0
-        config = self.module.config
-        auxiliary, z = totals[2] if config.wants_aux_loss else None, totals[3] if config.wants_z_loss else None
-        return _Totals(totals[0] / weight, weight, auxiliary, z)
+    def _weight(self, call: LanguageCall, totals: Tensor) -> float:
+        """By what the sum of losses is divided; 1 for none."""
+        return call.labels if call.loss_fn is None else float(totals[1]) or 1.0
 
+    @override
     def finish(self, call: LanguageCall, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> CausalLMOutput:
-        """The same bits on every rank."""
-        found = self._totals(call, totals)
-        language, *routers = (
-            None if value is None else value.to(wide(self._dtype))
-            for value in (found.language if call.labelled else None, found.auxiliary, found.z)
+        config, weight, dtype = self.module.config, self._weight(call, totals), wide(self._dtype)
+        losses = Losses(
+            (totals[0] / weight).to(dtype) if call.labelled else None,
+            totals[2].to(dtype) if config.wants_aux_loss else None,
+            totals[3].to(dtype) if config.wants_z_loss else None,
         )
         logits = self._logits(call, runner) if call.wants_logits else None
-        output = self.module.make_output(Losses(language, *routers), logits, call.labelled)
+        output = self.module.make_output(losses, logits, call.labelled)
         if not call.training:
             return output
         # Of a loss_fn alone, the weight is known only now.
-        factor = call.factors.routers if call.step is not None else 1 / (call.scale * found.weight)
+        factor = call.factors.routers if call.step is not None else 1 / (call.scale * weight)
         # A loss means the mean over data ranks, whose gradients are summed (modules/balance.py); this is a global value.
         assert output.loss is not None
         loss = differentiable(output.loss, kept, factor * self.mesh.dp_cp.size)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_moefold import comm
 from lightning_moefold.agreement import PRIME, fingerprint
@@ -41,7 +42,7 @@ from lightning_moefold.parallel.network.protocol import (
 from lightning_moefold.parallel.network.row_cut import RowCut
 from lightning_moefold.parallel.pipeline.engine import Kept, ScheduleRunner, Wire, differentiable
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
-from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, cut_rows, split_evenly
+from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, Staged, cut_rows, split_evenly
 from lightning_moefold.parallel.randomness import Randomness
 from lightning_moefold.parallel.settings import Settings
 
@@ -87,8 +88,8 @@ class NetworkCall(Call):
         return self.lengths[number] / self.rows if found.kind == LOSS else 1.0
 
 
-class StagedNetwork:
-    """See :class:`~.stage.Staged`.
+class StagedNetwork(Staged[NetworkCall]):
+    """A custom network in stages.
 
     Args:
         network: Cut down to what this rank holds.
@@ -106,17 +107,19 @@ class StagedNetwork:
         self._latest: tuple[NetworkCall, Randomness] | None = None
 
     @property
+    @override
     def layers(self) -> Mapping[str, nn.Module]:
-        """By name."""
         return self.network.layers()
 
+    @override
     def ends(self, *, first: bool, last: bool) -> nn.Module:
-        """The parameters of ``embed`` and ``head``: nobody says which are whose."""
+        # Nobody says which parameters embed uses, and which head.
         ends = (p for m in self.network.ends() for p in m.parameters(recurse=False))
         return nn.ParameterList(dict.fromkeys(ends) if first or last else ())
 
     # ---- before the schedule -----------------------------------------------------------------------------------
 
+    @override
     def read(self, batch: Any, settings: Settings) -> NetworkCall:
         """Reads what the network was called with.
 
@@ -156,8 +159,9 @@ class StagedNetwork:
             self._shapes[key] = Wire(tuple(x_1.shape), wide(x_1.dtype) if autocast[0] else x_1.dtype)
         return self._shapes[key]
 
+    @override
     def numbers(self, call: NetworkCall) -> Tensor:
-        """Whether there are fewer rows than micro-batches; shape and dtype of the hidden states of each data rank."""
+        # Whether there are fewer rows than micro-batches; shape and dtype of the hidden states of each data rank.
         few = torch.tensor([call.rows < call.settings.num_microbatches], dtype=torch.float64, device=self.device)
         slots = torch.zeros(self.mesh.fold.dp, _DIMENSIONS + 1, dtype=torch.float64, device=self.device)
         if self.mesh.place["pp"] == 0 and self._is_first_of_stage:
@@ -167,8 +171,8 @@ class StagedNetwork:
             slots[self.mesh.place["dp"]] = torch.tensor(numbers, dtype=torch.float64)
         return torch.cat([few, slots.flatten()])
 
+    @override
     def agree(self, call: NetworkCall, totals: Tensor) -> None:
-        """Cuts the batch into micro-batches, and tells the blocks how rows are cut over cp."""
         few, slots = totals.tensor_split([1])
         dimensions, *shape, dtype = (int(n) for n in slots.view(self.mesh.fold.dp, -1)[self.mesh.place["dp"]].tolist())
         # In a short last batch some micro-batches have no rows. A schedule needs all of them; an evaluation does not.
@@ -192,8 +196,9 @@ class StagedNetwork:
 
     # ---- in the schedule ---------------------------------------------------------------------------------------
 
+    @override
     def embed(self, call: NetworkCall, number: int) -> Carried:
-        """Hidden states ``[R, ...]``; zeros where the user's code failed."""
+        # Zeros, where the user's code fails.
         [wire], cut = call.wires, call.cut
         length = () if cut is None else (cut.true_length,)
         expected = (call.lengths[number], *length, *wire.shape[1 + len(length) :])
@@ -205,8 +210,9 @@ class StagedNetwork:
                 x_R = made
         return (x_R if cut is None else cut.enter(x_R),)
 
+    @override
     def run(self, stage: Stage, carried: Carried, call: NetworkCall, number: int) -> Carried:
-        """Runs the layers, which may change in place what they are given."""
+        # Layers may change in place what they are given.
         x_R = carried[0] if stage.is_first else carried[0].clone()
         if call.cut is not None and stage.index not in self._tried:
             layers = dict(zip(stage.names, stage.layers, strict=True))
@@ -257,8 +263,9 @@ class StagedNetwork:
             }
         return self._keeping[stage.index]
 
+    @override
     def head(self, carried: Carried, call: NetworkCall, number: int) -> Objective:
-        """The loss of a micro-batch; where only the load-balancing loss is asked for, this stage's share of that."""
+        # Where only the load-balancing loss is asked for, there is nothing but this stage's share of it.
         x_R = carried[0] if call.cut is None else call.cut.leave(carried[0])
         objective = sum(carried[1:], torch.zeros((), dtype=torch.float64, device=call.device))
         if call.slopes is None and call.lengths[number]:
@@ -268,13 +275,11 @@ class StagedNetwork:
                 call.found[number] = found.detached()
         return Objective(objective, x_R)
 
-    def evaluated(self, call: NetworkCall) -> None:
-        """There is nothing to do."""
-
     # ---- after the schedule ------------------------------------------------------------------------------------
 
+    @override
     def found(self, call: NetworkCall) -> Tensor:
-        """Kind of the result, the sum and what to divide it by, of each data rank."""
+        # Kind of the result, the sum and what to divide it by, of each data rank.
         kinds = {found.kind for found in call.found.values()}
         if len(kinds) > 1:
             call.error = call.error or TypeError(
@@ -288,11 +293,8 @@ class StagedNetwork:
             slots[self.mesh.place["dp"]] = torch.stack([slots.new_tensor(float(min(kinds))), total, weight])
         return slots.flatten()
 
-    def looked(self, call: NetworkCall, totals: Tensor) -> None:
-        """No call looks ahead."""
-
+    @override
     def finish(self, call: NetworkCall, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> Tensor:
-        """What the network returns for this data rank's rows: the same bits on every rank of a data replica."""
         kind, total, weight = self._result(call, totals.view(self.mesh.fold.dp, 3))
         mine = [call.found[i].output for i in sorted(call.found)]
         call.found.clear()

@@ -39,7 +39,7 @@ class Pipeline:
         stages: Of this rank, in the order of the network.
     """
 
-    def __init__(self, network: Staged, mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[Stage]) -> None:
+    def __init__(self, network: Staged[Any], mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[Stage]) -> None:
         self.network, self.mesh, self.stages = network, mesh, list(stages)
         self.runner = ScheduleRunner(network.module, mesh, plan, self.stages)
 

@@ -11,10 +11,11 @@ Legend: T entries of this micro-batch, C of the longest.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -58,16 +59,19 @@ class Call:
     error: Exception | None = None
 
     def around(self) -> AbstractContextManager[Any]:
-        """A context in which the stages run, which the schedule is not in."""
+        """Returns a context for the stages, such as the user's autocast; the schedule itself is outside of it."""
         return nullcontext()
 
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:
-        """A context for code of the user's: a rank that raised in the schedule would leave the others waiting in it."""
+        """Keeps the first error of the user's code: a rank that raised in the schedule would leave the others waiting in it."""
         try:
             yield
         except Exception as failure:
             self.error = self.error or failure
+
+
+C = TypeVar("C", bound=Call)
 
 
 class Objective(NamedTuple):
@@ -84,12 +88,11 @@ class Objective(NamedTuple):
     reaches_end: bool = True
 
 
-class Staged(Protocol):
-    """What a pipeline asks of a network, in the order of a call.
+class Staged(ABC, Generic[C]):
+    """A network in stages: what a pipeline asks of it, in the order of a call.
 
     Attributes:
         module: The network, cut down to what this rank holds.
-        layers: Those of this rank, by name.
         users_code: What of the user's may fail in the schedule.
     """
 
@@ -97,53 +100,53 @@ class Staged(Protocol):
     users_code: str
 
     @property
+    @abstractmethod
     def layers(self) -> Mapping[str, nn.Module]:
-        """See above."""
-        ...
+        """The layers of this rank, by name."""
 
+    @abstractmethod
     def ends(self, *, first: bool, last: bool) -> nn.Module:
-        """What of the network, besides layers, computes on the first or the last stage; parameters if not modules."""
-        ...
+        """Returns what a stage at either end computes with besides its layers: modules, or their parameters alone."""
 
-    def read(self, *arguments: Any) -> Call:
-        """Reads the arguments of a call; keeps what is wrong with them for all ranks to agree on."""
-        ...
+    @abstractmethod
+    def read(self, *args: Any, **kwargs: Any) -> C:
+        """Reads the arguments of a call, and keeps what is wrong with them, since all ranks have to agree on it."""
 
-    def numbers(self, call: Call) -> Tensor:
-        """What all ranks add up before the schedule; float64, of the same length on every rank."""
-        ...
+    @abstractmethod
+    def numbers(self, call: C) -> Tensor:
+        """Returns the numbers that all ranks add up before the schedule: float64, of one length on every rank."""
 
-    def agree(self, call: Call, totals: Tensor) -> None:
+    @abstractmethod
+    def agree(self, call: C, totals: Tensor) -> None:
         """Takes the sums of :meth:`numbers`, on the CPU, and completes the call; what it raises, all ranks raise."""
-        ...
 
-    def embed(self, call: Call, number: int) -> Carried:
-        """What enters the first layer."""
-        ...
+    @abstractmethod
+    def embed(self, call: C, number: int) -> Carried:
+        """Makes the hidden states of a micro-batch, and what travels beside them."""
 
-    def run(self, stage: Stage, carried: Carried, call: Call, number: int) -> Carried:
+    @abstractmethod
+    def run(self, stage: Stage, carried: Carried, call: C, number: int) -> Carried:
         """Runs the layers of a stage."""
-        ...
 
-    def head(self, carried: Carried, call: Call, number: int) -> Objective:
-        """What the last layer's output comes to."""
-        ...
+    @abstractmethod
+    def head(self, carried: Carried, call: C, number: int) -> Objective:
+        """Computes what is differentiated from the output of the last layer."""
 
-    def evaluated(self, call: Call) -> None:
-        """All micro-batches have passed forward. Collective over a stage."""
-        ...
+    def evaluated(self, call: C) -> None:
+        """Sums up what all micro-batches did in a forward pass without backward. Collective over a stage."""
+        return
 
-    def found(self, call: Call) -> Tensor:
-        """What all ranks add up after the schedule; float64, of the same length on every rank."""
-        ...
+    @abstractmethod
+    def found(self, call: C) -> Tensor:
+        """Returns the numbers that all ranks add up after the schedule: float64, of one length on every rank."""
 
-    def looked(self, call: Call, totals: Tensor) -> None:
-        """Takes the sums of :meth:`found` where a call looks ahead."""
-        ...
+    def looked(self, call: C, totals: Tensor) -> None:
+        """Takes the sums of :meth:`found` after the first pass of a call that looks ahead."""
+        return
 
-    def finish(self, call: Call, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> Any:
-        """What the call returns, from the sums of :meth:`found` and the gradients that the schedule made."""
-        ...
+    @abstractmethod
+    def finish(self, call: C, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> Any:
+        """Makes the result of a call, from the sums of :meth:`found` and the gradients that the schedule made."""
 
 
 class Stage(nn.Module):
@@ -158,7 +161,7 @@ class Stage(nn.Module):
         names: Of its layers.
     """
 
-    def __init__(self, network: Staged, index: int, count: int, names: Sequence[str]) -> None:
+    def __init__(self, network: Staged[Any], index: int, count: int, names: Sequence[str]) -> None:
         super().__init__()
         self.index, self.is_first, self.is_last = index, index == 0, index == count - 1
         self.names = list(names)

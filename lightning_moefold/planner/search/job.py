@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from lightning_moefold.dispatch.config import DISPATCHER_NAMES, DROP_SCOPES
 from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import Fold
 from lightning_moefold.models.config import MoEConfig
@@ -24,8 +25,7 @@ PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
 }
 SHARDINGS = ("none", "optimizer", "full")
 RECOMPUTES = ("none", "selective", "full")
-DISPATCHERS = ("alltoall", "deduplicated", "hierarchical", "allgather")
-DROP_SCOPES = ("full_sequence", "sub_sequence")
+DISPATCHERS = tuple(name for name in DISPATCHER_NAMES if name != "auto")
 __all__ = [
     "DISPATCHERS", "DROP_SCOPES", "PRECISIONS", "RECOMPUTES", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD", "V_SHAPED", "Job", "Plan",
     "PlanError",
