@@ -11,7 +11,7 @@ from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.stores import local_path, parse_path
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
-from tests.checkpoint import store_jobs as jobs
+from tests.checkpoint import jobs_stores as jobs
 from tests.quick import quick
 
 

@@ -24,7 +24,7 @@ from lightning_moefold.modules.recompute import recomputed
 from lightning_moefold.testing import assert_close_by_name, make_batches, make_checkpoint, reference_run
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import runs
-from tests.modules.expert_cases import make_rows
+from tests.modules.experts.expert_cases import make_rows
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ import torch
 
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.strategy import changing
+from tests.strategy import jobs_settings
 
 CAPACITY = {"capacity_factor": 0.5}
 PIPELINE = {"pipeline_parallel_size": 2, "num_microbatches": 4, "pipeline_schedule": "gpipe"}
@@ -36,7 +36,7 @@ APPLIED: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
      {"accumulate_grad_batches": 2, "calculate_per_token_loss": True}),
     ("pipeline_schedule", 2, PIPELINE, {**PIPELINE, "pipeline_schedule": "1f1b"}),
     ("pipeline_schedule", 2, {**LOOPED, "recompute": None}, {**LOOPED, "pipeline_schedule": "interleaved_zero_bubble"}),
-    ("timeout", 2, {"fold": "tp2", "timeout": changing.LONG}, {"fold": "tp2", "timeout": changing.SHORT}),
+    ("timeout", 2, {"fold": "tp2", "timeout": jobs_settings.LONG}, {"fold": "tp2", "timeout": jobs_settings.SHORT}),
 ]  # fmt: skip
 #: Likewise, with a part of the refusal.
 REFUSED: list[tuple[str, int, dict[str, Any], dict[str, Any], str]] = [
@@ -72,7 +72,7 @@ def test_every_argument_is_changed() -> None:
 
 @pytest.mark.parametrize(("name", "ranks", "first", "second"), APPLIED, ids=[f"{n}-{r}" for n, r, *_ in APPLIED])
 def test_applied(pool: RankPool, path: str, name: str, ranks: int, first: Any, second: Any) -> None:
-    for found in pool.run(changing.change, path, first, second, ranks=ranks):
+    for found in pool.run(jobs_settings.change, path, first, second, ranks=ranks):
         assert not isinstance(found, str), found
         changed, fresh, unlike = found
         assert changed["told"] == fresh["told"]
@@ -85,7 +85,7 @@ def test_applied(pool: RankPool, path: str, name: str, ranks: int, first: Any, s
 
 @pytest.mark.parametrize(("name", "ranks", "first", "second", "says"), REFUSED, ids=[n for n, *_ in REFUSED])
 def test_refused(pool: RankPool, path: str, name: str, ranks: int, first: Any, second: Any, says: str) -> None:
-    for message in pool.run(changing.change, path, first, second, ranks=ranks):
+    for message in pool.run(jobs_settings.change, path, first, second, ranks=ranks):
         assert isinstance(message, str), f"{name} was accepted"
         assert message.startswith("InputError: ")
         assert says in message
@@ -93,7 +93,7 @@ def test_refused(pool: RankPool, path: str, name: str, ranks: int, first: Any, s
 
 def test_auto_goes_on_with_what_the_model_has(pool: RankPool, path: str) -> None:
     """Under its fold, with the settings of the first Trainer where none are given, and with those given."""
-    for found in pool.run(changing.change, path, {**PIPELINE}, {"fold": "auto", "recompute": "full"}, ranks=2):
+    for found in pool.run(jobs_settings.change, path, {**PIPELINE}, {"fold": "auto", "recompute": "full"}, ranks=2):
         assert not isinstance(found, str), found
         told = found[0]["told"][0]
         assert (told["microbatches"], told["pipeline"][0]) == (4, "gpipe")
