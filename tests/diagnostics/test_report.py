@@ -154,7 +154,7 @@ LOST = {
         0: r"in the all-gather of \S+ over tp \[0, 1\] on stage 0 \(Timed out .*\); no other rank of the group has ended, .*",
     },
 }  # fmt: skip
-QUICK = ("four", "dp")
+QUICK = ("four",)
 
 
 def lose(names: Sequence[str], folder: Path) -> None:

@@ -77,6 +77,7 @@ def test_exact_and_the_same_on_every_rank(pool: RankPool, path: str, tmp_path: P
     assert "which changes no result." in remark
 
 
+@pytest.mark.more
 def test_a_model_made_in_init(pool: RankPool, path: str) -> None:
     """Is known before the data is set up; a dispatcher that was given stays."""
     seen = pool.run(jobs_fold_choice.fit, path, jobs_fold_choice.BATCH, {"dispatcher": "hierarchical"}, True, ranks=2)
@@ -108,9 +109,9 @@ def test_a_dataloader_says_rows_and_length(pool: RankPool, path: str) -> None:
 
 @pytest.mark.parametrize(("batch", "kind", "sentence"), [
     ({}, "", "cannot see global_batch_size and sequence_length before the data is loaded"),
-    ({"global_batch_size": 8}, "", "AutoFold(sequence_length=...)"),
-    (jobs_fold_choice.BATCH, "own", "in a network of your own"),
-    (jobs_fold_choice.BATCH, "none", "holds none after configure_model"),
+    pytest.param({"global_batch_size": 8}, "", "AutoFold(sequence_length=...)", marks=pytest.mark.more),
+    pytest.param(jobs_fold_choice.BATCH, "own", "in a network of your own", marks=pytest.mark.more),
+    pytest.param(jobs_fold_choice.BATCH, "none", "holds none after configure_model", marks=pytest.mark.more),
     (jobs_fold_choice.BATCH, "early", "make the model in __init__"),
     ({**jobs_fold_choice.BATCH, "hardware": "abacus"}, "", "hardware 'abacus' is not known"),
 ])  # fmt: skip

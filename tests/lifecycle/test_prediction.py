@@ -93,6 +93,7 @@ def test_loaders_streams_and_several_models(pool: RankPool, path: str, expected:
         assert all(torch.equal(text, texts[row, : len(text)]) for row, text in found.items())
 
 
+@pytest.mark.more
 def test_limits(pool: RankPool, path: str) -> None:
     """Data ranks 0 to 2 have two batches, and rank 3 one."""
     runs = [("| ep4", {"rows": [11]}, {"limit_predict_batches": limit}, {}) for limit in (0, 1, 5)]

@@ -16,6 +16,7 @@ from lightning_moefold import MoECausalLM
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint
 from tests.models import jobs_hugging_face
+from tests.quick import quick
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 TOKENS = torch.arange(14).view(2, 7)
@@ -200,7 +201,7 @@ def fuse(path: Path) -> None:
     assert any(name.endswith("experts.gate_up_proj") for name in load_file(path / "model.safetensors"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "qwen3_moe"))
 def test_fused_experts(pool: RankPool, tmp_path: Path, family: str) -> None:
     """The same model, also in pieces, and written as everybody writes it."""
     path = make_checkpoint(tmp_path / "c", family, dtype=torch.bfloat16)

@@ -16,6 +16,7 @@ from lightning_moefold.errors import ConfigError
 from lightning_moefold.testing import RankPool, assert_close_by_name, hf_reference, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.models import jobs_hugging_face
+from tests.quick import quick
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
@@ -27,8 +28,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("family", "dtype", "fields"),
     [
-        ("mixtral", torch.bfloat16, {"tie_word_embeddings": True}),
-        ("qwen2_moe", torch.float32, {"vocab_size": 97}),
+        pytest.param("mixtral", torch.bfloat16, {"tie_word_embeddings": True}, marks=pytest.mark.more),
+        pytest.param("qwen2_moe", torch.float32, {"vocab_size": 97}, marks=pytest.mark.more),
         ("qwen3_moe", torch.bfloat16, {"num_key_value_heads": 1, "attention_bias": True}),
     ],
 )
@@ -68,7 +69,7 @@ def test_dtype_on_disk(pool: RankPool, tmp_path: Path) -> None:
         assert torch.equal(ours[name], tensor.float())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "qwen2_moe"))
 def test_random_weights_do_not_depend_on_the_fold(pool: RankPool, tmp_path: Path, family: str) -> None:
     config = json.loads((make_checkpoint(tmp_path / "c", family, pad_token_id=3) / "config.json").read_text())
     torch.manual_seed(5)
@@ -227,7 +228,7 @@ def test_unknown_fields_are_named_once() -> None:
         MoEConfig.from_hf(raw)
 
 
-@pytest.mark.parametrize("fold", ["", "tp2 | ep2"])
+@pytest.mark.parametrize("fold", quick(["", "tp2 | ep2"], "tp2 | ep2"))
 def test_logits_under_a_fold(pool: RankPool, tmp_path: Path, fold: str) -> None:
     """Whole logits on every rank, for padded rows too."""
     path = make_checkpoint(tmp_path / "c", "qwen2_moe", vocab_size=97, num_hidden_layers=3, use_sliding_window=True,

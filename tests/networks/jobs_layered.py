@@ -20,7 +20,6 @@ from lightning_moefold.modules import (
     DecoderLayer,
     GatedMLP,
     MoELayer,
-    RMSNorm,
     RouterOptions,
     load_balancing_loss,
 )
@@ -28,24 +27,10 @@ from lightning_moefold.parallel import Settings, parallelize
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.exactness.runs import BatchList
-from tests.networks.jobs_networks import CLASSES, SIZE, Run, _naive_balance
+from tests.networks.jobs_networks import CLASSES, SIZE, Block, Run, _naive_balance
 from tests.strategy.jobs_bad_input import told
 
 Batch = dict[str, Tensor]
-
-
-class Block(nn.Module):
-    """Attention that sees all positions, then something else, between norms of the user's own."""
-
-    def __init__(self, mixer: nn.Module) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(SIZE), RMSNorm(SIZE)
-        self.attention = Attention(SIZE, 4, 2, 4, causal=False, rope_theta=50.0, qkv_bias=True, output_bias=True)
-        self.mixer = mixer
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mixer(self.norm2(x))
 
 
 class Plain(nn.Module):

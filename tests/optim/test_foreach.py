@@ -10,6 +10,7 @@ from torch import nn
 from lightning_moefold.optim.pieces import run_on_pieces
 from lightning_moefold.testing import RankPool
 from tests.optim import jobs_foreach
+from tests.quick import quick
 
 FOLDS = [
     (1, "", "optimizer", "bf16-mixed"),
@@ -18,7 +19,7 @@ FOLDS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "fold", "sharding", "precision"), FOLDS)
+@pytest.mark.parametrize(("ranks", "fold", "sharding", "precision"), quick(FOLDS, FOLDS[1]))
 def test_every_optimizer_on_parameters_of_all_kinds(
     pool: RankPool, ranks: int, fold: str, sharding: str, precision: str
 ) -> None:

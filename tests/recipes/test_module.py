@@ -115,6 +115,7 @@ def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: R
     assert set(rest[1]) < set(seen)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "early", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "loaders made before the checkpoint is read"]
 )

@@ -11,6 +11,7 @@ import torch
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.parallel.compiling import missing_tool
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint
+from tests.quick import quick
 from tests.strategy import jobs_compile
 
 SPEC = {
@@ -36,7 +37,7 @@ def _assert_same(plain: dict, ours: dict) -> None:
     assert plain["graphs"] == plain["breaks"] == 0
 
 
-@pytest.mark.parametrize("recompute", [None, pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recompute", quick([None, pytest.param("full", marks=pytest.mark.slow)]))
 def test_a_fold_keeps_its_bits(pool: RankPool, path: str, recompute: str | None) -> None:
     """Different data and different loads in each step: graphs break at collectives, and no step makes new ones."""
     batches = {dp: make_batches(3, dp, 4, 16, 96) for dp in (1, 2)}
