@@ -131,7 +131,7 @@ def test_sorting(routing: tuple[Tensor, int, Tensor | None], told: bool) -> None
 
 @given(routings())
 @settings(max_examples=100, deadline=None)
-def test_spread_and_collect(routing: tuple[Tensor, int, Tensor | None]) -> None:
+def test_permute_and_unpermute(routing: tuple[Tensor, int, Tensor | None]) -> None:
     expert, experts, routed = routing
     tokens, top = expert.shape
     kept = None if routed is None else routed.unsqueeze(1)
