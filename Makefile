@@ -26,8 +26,9 @@ test-more: setup-test ## set up, then run what test leaves out but is not slow: 
 test-all: setup-test ## set up, then run all the tests: hours; goes on where it was stopped, ARGS="--fresh" begins anew
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --resume $(ARGS)
 
-lint: setup-test ## check the style of the code (ruff)
+lint: setup-test ## check the style and the layout of the code (ruff)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
 types: setup-test ## check the types of the package (mypy)
 	$(PYTHON) -m mypy

@@ -80,7 +80,7 @@ class RollCall:
 
     def announce(self) -> None:
         """Makes this rank known, and forgets what it said and who asked in an earlier run."""
-        with suppress(BlockingIOError):
+        with suppress(OSError):  # once the queue is empty
             while True:
                 self._socket.accept()[0].close()
         self.store.set(f"{_PREFIX}/address/{self._rank}", self._address)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_moefold.modules.experts.kernels import ExpertLoRA, _at_once, gated_experts
 from lightning_moefold.modules.experts.products import ExpertProducts, GroupedProducts
 from lightning_moefold.modules.mlp import ACTIVATIONS
-from tests.modules.expert_cases import COUNTS, by_loop, make_rows
+from tests.modules.experts.expert_cases import COUNTS, by_loop, make_rows
 
 SCALE = 1.5
 SILU = ACTIVATIONS["silu"]

@@ -18,7 +18,7 @@ from lightning_moefold.errors import CheckpointError
 from lightning_moefold.models.export import export
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
-from tests.checkpoint import jobs
+from tests.checkpoint import jobs_resume
 
 ALL = [
     "q_proj",
@@ -38,14 +38,14 @@ THAWED = "model.norm.weight"
 def test_a_run_with_an_adapter(pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = str(make_checkpoint(tmp_path / "base", "qwen2_moe"))
     spec: dict[str, Any] = {"adapter": {"rank": 4, "expert_rank": 2, "targets": ALL}, "thawed": [THAWED]}
-    full = pool.run(jobs.save_and_go_on, base, "tp2 | etp2", spec, str(tmp_path), ranks=2)
+    full = pool.run(jobs_resume.save_and_go_on, base, "tp2 | etp2", spec, str(tmp_path), ranks=2)
     weights = assemble(report.weights for report in full)
     checkpoint = tmp_path / "step=3.ckpt"
 
     # It holds what trains, and names the rest.
     held = {n.removeprefix("model.model.") for n in StoredTensors(checkpoint).items if n.startswith("model.")}
     assert held == {n for n in weights if is_adapter(n)} | {THAWED}
-    resumed = pool.run(jobs.resume, base, ["tp2 | etp2 ep2", "pp2 | ep2"], spec, str(checkpoint), ranks=4)
+    resumed = pool.run(jobs_resume.resume, base, ["tp2 | etp2 ep2", "pp2 | ep2"], spec, str(checkpoint), ranks=4)
     for number in range(2):
         reports = [run[number] for run in resumed]
         assert reports[0].losses == pytest.approx(full[0].losses[3:], rel=1e-9)
@@ -80,7 +80,7 @@ def test_a_run_with_an_adapter(pool: RankPool, tmp_path: Path, capsys: pytest.Ca
     ):
         wrong = {k: v for k, v in {**spec, **changed}.items() if v is not None}
         with pytest.raises(RankError) as caught:
-            pool.run(jobs.resume, path, ["tp2 | etp2"], wrong, str(checkpoint), ranks=2)
+            pool.run(jobs_resume.resume, path, ["tp2 | etp2"], wrong, str(checkpoint), ranks=2)
         assert all(words in message for message in caught.value.messages.values()), caught.value.messages
     with pytest.raises(CheckpointError, match="another model"):
         export(last, tmp_path / "wrong", Path(other))

@@ -100,6 +100,7 @@ def test_a_budget_leaves_parts_out_and_resume_keeps_what_is_there(
     assert list(_read(out)) == ["layers", "launches"]
 
 
+@pytest.mark.more
 def test_a_budget_ends_a_part(driver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(driver.PARTS, "machine", driver.Budget(12, 1))
     driver.DOOR.write_text(driver.DOOR.read_text().replace("limit=1", "limit=50").replace("os._exit(9)", "{}"))

@@ -10,7 +10,7 @@ from lightning_moefold.callbacks import GenerateSamples
 from lightning_moefold.callbacks.generate_samples import pad_left
 from lightning_moefold.testing import RankPool, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
-from tests.callbacks import sampled
+from tests.callbacks import jobs_generate_samples
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 )
 def test_training_goes_on_exactly(pool: RankPool, path: str, ranks: int, fold: str, sharding: str) -> None:
     """Generating between forward, backward and step changes no bit of weights, losses, counters and random state."""
-    [alone] = pool.run(sampled.fit, path, "", True, sharding, ranks=1)
-    without = pool.run(sampled.fit, path, fold, False, sharding, ranks=ranks)
-    outcome = pool.run(sampled.fit, path, fold, True, sharding, ranks=ranks)
+    [alone] = pool.run(jobs_generate_samples.fit, path, "", True, sharding, ranks=1)
+    without = pool.run(jobs_generate_samples.fit, path, fold, False, sharding, ranks=ranks)
+    outcome = pool.run(jobs_generate_samples.fit, path, fold, True, sharding, ranks=ranks)
     for ours, theirs in zip(outcome, without, strict=True):
         assert (ours["losses"], ours["validation"]) == (theirs["losses"], theirs["validation"])
         assert all(torch.equal(ours["loads"][i], load) for i, load in theirs["loads"].items())
@@ -41,11 +41,11 @@ def test_training_goes_on_exactly(pool: RankPool, path: str, ranks: int, fold: s
     assert all(torch.equal(whole[name], tensor) for name, tensor in expected.items())
     for seen in outcome:
         assert seen["latest"] == alone["latest"]
-        assert [prompt for prompt, _ in seen["latest"]] == sampled.PROMPTS
+        assert [prompt for prompt, _ in seen["latest"]] == jobs_generate_samples.PROMPTS
         assert all(len(text.split()) == 5 for _, text in seen["latest"])
     [first, second] = outcome[0]["tables"]  # of validations 2 and 4; the table grows
     assert first[:2] == ("samples", ["step", "prompt", "text"])
-    assert [row[1] for row in first[2]] == sampled.PROMPTS
+    assert [row[1] for row in first[2]] == jobs_generate_samples.PROMPTS
     assert second[2][:5] == first[2]
     assert [tuple(row[1:]) for row in second[2][5:]] == outcome[0]["latest"]
 

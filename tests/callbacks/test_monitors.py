@@ -17,8 +17,8 @@ from lightning_moefold import MoEConfig, comm
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
 from lightning_moefold.plots.files import NO_EXPERT
 from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_batches, make_checkpoint
-from tests.callbacks.monitored import Seen, monitored_fit
-from tests.callbacks.own_network import own_network_counts, own_network_fit, uneven_table
+from tests.callbacks.jobs_custom_network import own_network_counts, own_network_fit, uneven_table
+from tests.callbacks.jobs_monitors import Seen, monitored_fit
 from tests.quick import quick
 
 FOLDS = [("", 1), ("tp2 | ep2", 2), ("tp2 | ep4", 4), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("cp2 pp2 | ep2", 4)]

@@ -16,12 +16,12 @@ from lightning_moefold.plots.files import PIPELINE_TIMELINE
 from lightning_moefold.plots.read import read_timeline
 from lightning_moefold.plots.timeline import draw, idle_shares
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.callbacks import timelines
+from tests.callbacks import jobs_timeline
 
 
 def test_a_recorded_step(pool: RankPool, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "mixtral", "mixtral", num_hidden_layers=4)
-    pool.run(timelines.fit, str(checkpoint), str(tmp_path / "run"), "zbv", ranks=2)
+    pool.run(jobs_timeline.fit, str(checkpoint), str(tmp_path / "run"), "zbv", ranks=2)
     timeline = read_run(tmp_path / "run").timeline
     assert timeline is not None
     assert timeline.ranks == 2

@@ -24,8 +24,8 @@ from lightning_moefold.plots.files import EXPERT_LOAD
 from lightning_moefold.plots.read import read_run
 from lightning_moefold.recipes import InputError, TextData
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.checkpoint import attacks
-from tests.checkpoint.attacks import ATTACKS, Attack, make_attack
+from tests.checkpoint import jobs_attacks
+from tests.checkpoint.jobs_attacks import ATTACKS, Attack, make_attack
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def folder(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds ``model/`` and ``good.ckpt``, a checkpoint of a run."""
     folder = tmp_path_factory.mktemp("attacks")
     make_checkpoint(folder / "model", "qwen2_moe", num_hidden_layers=1)
-    pool.run(attacks.save, str(folder / "model"), str(folder), ranks=1)
+    pool.run(jobs_attacks.save, str(folder / "model"), str(folder), ranks=1)
     return folder
 
 
@@ -77,7 +77,7 @@ def test_export_and_readers(folder: Path, tmp_path: Path, name: str, capsys: pyt
 
 def test_trainer(pool: RankPool, folder: Path) -> None:
     """``ckpt_path`` of fit, validate, test and predict, and load_from_checkpoint."""
-    [seen] = pool.run(attacks.at_the_trainer, str(folder / "model"), str(folder), ranks=1, timeout=120.0)
+    [seen] = pool.run(jobs_attacks.at_the_trainer, str(folder / "model"), str(folder), ranks=1, timeout=120.0)
     assert len(seen) == len(ATTACKS) * 6
     for (name, door), (said, attacked) in seen.items():
         assert not attacked, f"{name} ran at {door}"
@@ -87,7 +87,7 @@ def test_trainer(pool: RankPool, folder: Path) -> None:
 
 def test_single_files(pool: RankPool, folder: Path, tmp_path: Path) -> None:
     """Files of Lightning's own form: not looked at with a model in pieces, read as plain data with any other module."""
-    [seen] = pool.run(attacks.single_files, str(folder / "model"), str(tmp_path), ranks=1)
+    [seen] = pool.run(jobs_attacks.single_files, str(folder / "model"), str(tmp_path), ranks=1)
     for (module, verb), (said, attacked) in seen.items():
         assert not attacked, (module, verb)
         assert ("is a single file" if module == "MoE" else "Weights only load failed") in said

@@ -8,17 +8,11 @@ from typing import Any
 
 import pytest
 
-from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
+from lightning_moefold.testing import RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
-from tests.checkpoint import jobs
+from tests.checkpoint import jobs_resume
 from tests.quick import quick
 from tests.strategy.finetune import Report
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model") / "qwen"
-    return str(make_checkpoint(folder, "qwen2_moe", num_experts=4, vocab_size=97, moe_intermediate_size=8))
 
 
 def _whole(reports: list[Report], what: str) -> dict[str, Any]:
@@ -49,16 +43,16 @@ FOLDS = ["| etp2 ep2", "tp4 | ep2 etp2", "tp2 | ep4", "", "tp2 pp2 | ep2"]
     ids=["adamw", "sgd with frozen experts", "adamw with frozen layer"],
 )
 def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any], folds: list[str]) -> None:
-    full = pool.run(jobs.save_and_go_on, path, "tp2 | ep2", spec, str(tmp_path), ranks=2)
+    full = pool.run(jobs_resume.save_and_go_on, path, "tp2 | ep2", spec, str(tmp_path), ranks=2)
     # In the middle of an epoch, and at its end; the same fold computes the same bits.
     for step in (3, 5):
         checkpoint = str(tmp_path / f"step={step}.ckpt")
-        resumed = pool.run(jobs.resume, path, ["tp2 | ep2"], spec, checkpoint, ranks=2)
+        resumed = pool.run(jobs_resume.resume, path, ["tp2 | ep2"], spec, checkpoint, ranks=2)
         _compare([r for [r] in resumed], full, step, 0.0, f"same fold after {step} steps")
     checkpoint = str(tmp_path / "step=3.ckpt")
-    stored = [r for [r] in pool.run(jobs.resume, path, ["tp2 | ep2"], spec, checkpoint, ranks=2)]
+    stored = [r for [r] in pool.run(jobs_resume.resume, path, ["tp2 | ep2"], spec, checkpoint, ranks=2)]
     for ranks, others in ((1, [""]), (4, folds)):
-        outcome = pool.run(jobs.resume, path, others, spec, checkpoint, ranks=ranks)
+        outcome = pool.run(jobs_resume.resume, path, others, spec, checkpoint, ranks=ranks)
         for i, fold in enumerate(others):
             reports = [r[i] for r in outcome]
             for part in ("loaded", "loaded_state"):
@@ -73,12 +67,12 @@ def test_resume(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any],
     ids=["", "frozen stage"],
 )
 def test_resume_a_pipeline(pool: RankPool, path: str, tmp_path: Path, spec: dict[str, Any]) -> None:
-    full = pool.run(jobs.save_and_go_on, path, "pp2 | ep2", spec, str(tmp_path), ranks=4)
+    full = pool.run(jobs_resume.save_and_go_on, path, "pp2 | ep2", spec, str(tmp_path), ranks=4)
     checkpoint = str(tmp_path / "step=3.ckpt")
-    stored = [r for [r] in pool.run(jobs.resume, path, ["pp2 | ep2"], spec, checkpoint, ranks=4)]
+    stored = [r for [r] in pool.run(jobs_resume.resume, path, ["pp2 | ep2"], spec, checkpoint, ranks=4)]
     _compare(stored, full, 3, 0.0, "same fold")
     for ranks, folds in ((2, ["pp2", "tp2 | ep2"]), (4, ["tp2 pp2 | etp2"])):
-        outcome = pool.run(jobs.resume, path, folds, spec, checkpoint, ranks=ranks)
+        outcome = pool.run(jobs_resume.resume, path, folds, spec, checkpoint, ranks=ranks)
         for i, fold in enumerate(folds):
             reports = [r[i] for r in outcome]
             for part in ("loaded", "loaded_state"):
@@ -89,7 +83,7 @@ def test_resume_a_pipeline(pool: RankPool, path: str, tmp_path: Path, spec: dict
 @pytest.mark.parametrize("where", quick(["data", "meta", "finish", "replace", "rename"], "data", "rename"))
 def test_crash_while_saving(pool: RankPool, path: str, tmp_path: Path, where: str) -> None:
     """The error is raised on all ranks, the checkpoint that was there is whole, and nothing else is left."""
-    for error, before, after in pool.run(jobs.crash, path, "tp2 | ep2", str(tmp_path), where, ranks=2):
+    for error, before, after in pool.run(jobs_resume.crash, path, "tp2 | ep2", str(tmp_path), where, ranks=2):
         assert "the disk is full" in error
         assert before == after
         assert "model.ckpt/meta.pt" in after

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.checkpoint import saved
+from tests.checkpoint import jobs_saved
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_refused_before_training(pool: RankPool, path: str, tmp_path: Path) -> None:
-    for outcome in pool.run(saved.refused, path, "| ep2", str(tmp_path), ranks=2):
-        for name, (_, _, _, pattern) in saved.CASES.items():
+    for outcome in pool.run(jobs_saved.refused, path, "| ep2", str(tmp_path), ranks=2):
+        for name, (_, _, _, pattern) in jobs_saved.CASES.items():
             message, steps = outcome[name]
             assert message.startswith("CheckpointError"), (name, message)
             assert pattern in message, (name, message)
@@ -28,5 +28,5 @@ def test_refused_before_training(pool: RankPool, path: str, tmp_path: Path) -> N
 
 
 def test_plain_data_is_saved(pool: RankPool, path: str, tmp_path: Path) -> None:
-    [told] = pool.run(saved.fine, path, str(tmp_path), ranks=1)
+    [told] = pool.run(jobs_saved.fine, path, str(tmp_path), ranks=1)
     assert told == ["no error", "no error"]

@@ -9,16 +9,10 @@ import pytest
 
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.checkpoint.stores import local_path, parse_path
-from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
+from lightning_moefold.testing import RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
-from tests.checkpoint import store_jobs as jobs
+from tests.checkpoint import jobs_stores as jobs
 from tests.quick import quick
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model") / "qwen"
-    return str(make_checkpoint(folder, "qwen2_moe", num_experts=4, vocab_size=97, moe_intermediate_size=8))
 
 
 def test_paths() -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from lightning_moefold.diagnostics.report import lost_contact, print_without_traceback
 from lightning_moefold.errors import PeerError
 from lightning_moefold.testing import make_checkpoint
-from tests.strategy.lost import CASES
+from tests.diagnostics.jobs_report import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,7 +121,7 @@ def test_causes_in_a_pipeline_stage(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         assert said in capsys.readouterr().err
 
 
-# ---- ranks that are lost in mid-step: see tests/strategy/lost.py -----------------------------------------------------
+# ---- ranks that are lost in mid-step: see jobs_report.py --------------------------------------------------------------
 
 LOST = {
     "tp": {0: r"in the all-gather of \S+ over tp \[0, 1\] on stage 0 .*; rank 1 \(stage 0\) has ended\."},
@@ -154,13 +154,13 @@ LOST = {
         0: r"in the all-gather of \S+ over tp \[0, 1\] on stage 0 \(Timed out .*\); no other rank of the group has ended, .*",
     },
 }  # fmt: skip
-QUICK = ("four", "dp")
+QUICK = ("four",)
 
 
 def lose(names: Sequence[str], folder: Path) -> None:
     """Loses a rank in each of these runs; every survivor must end in time, and say what is expected."""
     checkpoint = make_checkpoint(folder / "mixtral", "mixtral", num_hidden_layers=2)
-    command = [sys.executable, "-m", "tests.strategy.lost", str(checkpoint), str(folder), *names]
+    command = [sys.executable, "-m", "tests.diagnostics.jobs_report", str(checkpoint), str(folder), *names]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -174,7 +174,7 @@ def lose(names: Sequence[str], folder: Path) -> None:
         assert max(seconds for _, seconds in ends) < 60, name
         for rank, expected in LOST[name].items():
             [line] = (folder / f"{name}.{rank}").read_text().splitlines()
-            said = rf"\[rank {rank}\] lost contact with another rank at lost\.py:\d+ {expected}"
+            said = rf"\[rank {rank}\] lost contact with another rank at jobs_report\.py:\d+ {expected}"
             assert re.fullmatch(said, line), f"{name}: {line}"
 
 

@@ -13,7 +13,7 @@ from lightning_moefold.fold import expert_nodes
 from lightning_moefold.planner.cost.pairs import pairs_of
 from lightning_moefold.planner.cost.routing import BALANCED
 from lightning_moefold.testing import RankPool
-from tests.dispatch import jobs
+from tests.dispatch import jobs_dispatch
 
 AUTO = DispatchConfig("auto", node_size=8)
 
@@ -101,7 +101,7 @@ def test_every_rank_takes_the_same(
     pool: RankPool, fold: str, ranks: int, node_size: int, top: int, expected: str
 ) -> None:
     """A layer bound to the mesh; on 'hierarchical', its axes are those of the mesh."""
-    found = pool.run(jobs.chosen, fold, node_size, top, ranks=ranks)
+    found = pool.run(jobs_dispatch.chosen, fold, node_size, top, ranks=ranks)
     assert [name for name, _ in found] == [expected] * ranks
     if expected == "HierarchicalDispatcher":
         assert {len(nodes) for _, nodes in found} == {expert_nodes(*_sizes(fold, ranks), node_size)}

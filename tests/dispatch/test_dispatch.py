@@ -13,7 +13,7 @@ from lightning_moefold.dispatch.permutation import Copies, permute, sort_by_expe
 from lightning_moefold.planner.cost.pairs import pairs_of
 from lightning_moefold.planner.cost.routing import BALANCED
 from lightning_moefold.testing import RankPool
-from tests.dispatch import jobs
+from tests.dispatch import jobs_dispatch
 from tests.quick import quick
 
 KINDS = [
@@ -25,22 +25,24 @@ KINDS = [
 def test_round_trip(pool: RankPool, ranks: int) -> None:
     sizes = [n for n in (1, 2, 4) if n <= ranks]
     folds = [f"ep{ep} etp{etp}" for ep in sizes for etp in sizes if ep * etp <= ranks]
-    names = list(jobs.CONFIGS)
+    names = list(jobs_dispatch.CONFIGS)
     cases = len(folds) * len(KINDS) * len(names)
-    assert pool.run(jobs.check, folds, KINDS, names, ranks=ranks) == [cases] * ranks
+    assert pool.run(jobs_dispatch.check, folds, KINDS, names, ranks=ranks) == [cases] * ranks
 
 
 @pytest.mark.parametrize("fold", quick(["ep2", "ep2 etp2", "ep4"], "ep2 etp2"))
 def test_chunks_have_the_same_bits(pool: RankPool, fold: str) -> None:
     ranks = 4 if fold != "ep2" else 2
-    assert pool.run(jobs.bits_of_chunks, fold, ranks=ranks) == [[True] * 6] * ranks
+    assert pool.run(jobs_dispatch.bits_of_chunks, fold, ranks=ranks) == [[True] * 6] * ranks
 
 
 def test_bytes_on_the_wire(pool: RankPool) -> None:
     """Deduplication sends a token once to each other rank that wants it, with a little beside; never more than all-to-all."""
     size, row = 512, 512 * 4
-    plain = pool.run(jobs.bytes_sent, "alltoall", "ep4", 50, size, ranks=4)
-    for sent, once in zip(plain, pool.run(jobs.bytes_sent, "deduplicated", "ep4", 50, size, ranks=4), strict=True):
+    plain = pool.run(jobs_dispatch.bytes_sent, "alltoall", "ep4", 50, size, ranks=4)
+    for sent, once in zip(
+        plain, pool.run(jobs_dispatch.bytes_sent, "deduplicated", "ep4", 50, size, ranks=4), strict=True
+    ):
         assert once["tokens"] == once["pairs"] * row
         assert once["pairs"] > 0
         assert once["tokens"] + once["else"] < 1.02 * once["pairs"] * row
@@ -50,7 +52,7 @@ def test_bytes_on_the_wire(pool: RankPool) -> None:
 
 @pytest.mark.parametrize("name", quick(["alltoall", "deduplicated", "hierarchical"], "hierarchical"))
 def test_rows_that_have_left_are_not_kept(pool: RankPool, name: str) -> None:
-    assert pool.run(jobs.held_while_experts_compute, name, 2, ranks=4) == [[False]] * 4
+    assert pool.run(jobs_dispatch.held_while_experts_compute, name, 2, ranks=4) == [[False]] * 4
 
 
 @pytest.mark.parametrize(
@@ -63,10 +65,10 @@ def test_rows_that_have_left_are_not_kept(pool: RankPool, name: str) -> None:
 )
 def test_by_node(pool: RankPool, fold: str, ranks: int, node_size: int, axes_of_rank_1: list[tuple[int, ...]]) -> None:
     """Between nodes and then within: the sum of a loop; between nodes a token travels once to each node."""
-    found = pool.run(jobs.by_node, fold, node_size, KINDS, ranks=ranks)
+    found = pool.run(jobs_dispatch.by_node, fold, node_size, KINDS, ranks=ranks)
     assert found[1] == ("HierarchicalDispatcher", axes_of_rank_1)
     assert {name for name, _ in found} == {"HierarchicalDispatcher"}
-    for sent in pool.run(jobs.rows_between_nodes, fold, node_size, 16, ranks=ranks):
+    for sent in pool.run(jobs_dispatch.rows_between_nodes, fold, node_size, 16, ranks=ranks):
         assert sent["rows"] == sent["pairs"] > 0
 
 
@@ -76,9 +78,9 @@ def test_by_node(pool: RankPool, fold: str, ranks: int, node_size: int, axes_of_
 def test_the_planner_expects_what_travels(pool: RankPool, fold: str, ranks: int, node_size: int) -> None:
     """Rows of either step, and the collectives of each."""
     tokens, nodes = 3000, ranks // node_size
-    places = (pairs_of(BALANCED, jobs.EXPERTS, jobs.TOP, n).mean for n in (nodes, ranks))
+    places = (pairs_of(BALANCED, jobs_dispatch.EXPERTS, jobs_dispatch.TOP, n).mean for n in (nodes, ranks))
     to_nodes, to_ranks = (tokens * mean for mean in places)
-    seen = pool.run(jobs.rows_of_each_step, fold, node_size, tokens, ranks=ranks)
+    seen = pool.run(jobs_dispatch.rows_of_each_step, fold, node_size, tokens, ranks=ranks)
     mean = {step: sum(found[step] for found in seen) / ranks for step in ("between", "within")}
     assert mean["between"] == pytest.approx(to_nodes * (1 - 1 / nodes), rel=0.015)
     assert mean["within"] == pytest.approx(to_ranks * (1 - 1 / node_size), rel=0.015)
@@ -91,7 +93,7 @@ def test_the_planner_expects_what_travels(pool: RankPool, fold: str, ranks: int,
     ("fold", "node_size"), quick([("ep4", 4), ("ep4", 1), ("ep2 etp2", 2), ("ep4", 3)], ("ep4", 3))
 )
 def test_where_nodes_do_not_cut_the_group_in_two(pool: RankPool, fold: str, node_size: int) -> None:
-    assert pool.run(jobs.by_node, fold, node_size, KINDS[:2], ranks=4) == [("DeduplicatedDispatcher", [])] * 4
+    assert pool.run(jobs_dispatch.by_node, fold, node_size, KINDS[:2], ranks=4) == [("DeduplicatedDispatcher", [])] * 4
 
 
 @st.composite
@@ -129,7 +131,7 @@ def test_sorting(routing: tuple[Tensor, int, Tensor | None], told: bool) -> None
 
 @given(routings())
 @settings(max_examples=100, deadline=None)
-def test_spread_and_collect(routing: tuple[Tensor, int, Tensor | None]) -> None:
+def test_permute_and_unpermute(routing: tuple[Tensor, int, Tensor | None]) -> None:
     expert, experts, routed = routing
     tokens, top = expert.shape
     kept = None if routed is None else routed.unsqueeze(1)

@@ -12,7 +12,7 @@ import torch
 
 from lightning_moefold.async_comm import Handle
 from lightning_moefold.testing import RankPool
-from tests.dispatch import overlapping
+from tests.dispatch import jobs_overlap
 
 FORWARD = ["start", "in", "in", "wait", "experts", "start", "out", "wait"]
 BACKWARD = ["start", "out'", "wait", "experts'", "start", "in'", "in'", "wait"]
@@ -31,7 +31,7 @@ BACKWARD = ["start", "out'", "wait", "experts'", "start", "in'", "in'", "wait"]
 )
 def test_the_shared_expert_computes_beside_both_exchanges(pool: RankPool, fold: str, fields: dict[str, Any]) -> None:
     """Half of it beside the way there, half beside the way home; its gradients beside those of either."""
-    assert pool.run(overlapping.order, fold, fields, ranks=2) == [(FORWARD, BACKWARD)] * 2
+    assert pool.run(jobs_overlap.order, fold, fields, ranks=2) == [(FORWARD, BACKWARD)] * 2
 
 
 def test_chunks(pool: RankPool) -> None:
@@ -66,7 +66,7 @@ def test_chunks(pool: RankPool) -> None:
         "in'",
         "wait",
     ]
-    assert pool.run(overlapping.order, "ep2", {"chunks": 2}, ranks=2) == [(forward, backward)] * 2
+    assert pool.run(jobs_overlap.order, "ep2", {"chunks": 2}, ranks=2) == [(forward, backward)] * 2
 
 
 def test_by_node(pool: RankPool) -> None:
@@ -74,7 +74,7 @@ def test_by_node(pool: RankPool) -> None:
     forward = ["start", "in", "in", "wait", "start", "wait", "experts", "start", "wait", "start", "out", "wait"]
     backward = ["start", "out'", "wait", "start", "wait", "experts'", "start", "wait", "start", "in'", "in'", "wait"]
     fields = {"dispatcher": "hierarchical", "node_size": 2}
-    assert pool.run(overlapping.order, "ep4", fields, ranks=4) == [(forward, backward)] * 4
+    assert pool.run(jobs_overlap.order, "ep4", fields, ranks=4) == [(forward, backward)] * 4
 
 
 @pytest.mark.parametrize("other_stream", [False, True])

@@ -12,6 +12,7 @@ from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint, reference_run
 from tests.balance import plans
 from tests.exactness import compare, runs
+from tests.quick import quick
 
 DRAWN = ExpertCopies(plans.drawn, 3)
 
@@ -40,8 +41,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 #: What each of them shows, some of the others do, too.
 SLOW = ("1f1b", "interleaved zero bubble", "dualpipev", "ep2 edp2, let go")
 
+CHOSEN = quick(
+    [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES], "ep2 etp2", "ep2 edp2", "zbv"
+)
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
+
+@pytest.mark.parametrize("case", CHOSEN)
 def test_any_plan_computes_the_same(pool: RankPool, checkpoint: str, case: str) -> None:
     """Three steps with copies by chance in every layer, compared with one process."""
     fold, more = CASES[case]

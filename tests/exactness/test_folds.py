@@ -15,11 +15,6 @@ from tests.exactness.shapes import checkpoint
 from tests.quick import quick
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
-
-
 @pytest.mark.parametrize("case", quick(matrix.everyday(), *matrix.first()), ids=str)
 def test_folds(pool: RankPool, folder: Path, case: matrix.Case) -> None:
     compare.check(pool, folder, case.fold, case.row)

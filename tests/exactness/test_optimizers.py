@@ -17,11 +17,6 @@ from tests.quick import quick
 FOLDS = ["tp2 | ep2", "tp2 | ep2 etp2", "", "tp4 | etp2"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
-
-
 #: Those that do not differ in kind from others.
 RARE = {"adadelta", "adamax", "radam", "nadam", "asgd", "adam amsgrad", "adamw foreach", "sgd foreach", "lion"}
 CASES = quick(

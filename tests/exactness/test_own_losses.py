@@ -9,7 +9,7 @@ import torch
 from lightning_moefold import Fold
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
-from tests.exactness import own_losses
+from tests.exactness import jobs_own_losses
 from tests.quick import quick
 
 CASES = [
@@ -58,8 +58,8 @@ def test_own_losses(pool: RankPool, checkpoints: list[str], loss: str, world: in
     spec = {"loss": loss, "clip": 0.5, "lr": 1e-2, "sharding": sharding}
     spec |= {"teacher": teacher} if loss == "distillation" else {}
     spec |= {"num_microbatches": 2} if "pp" in fold else {}
-    expected = own_losses.train_alone(student, batches, spec)
-    actual = pool.run(own_losses.train, student, fold, batches, spec, ranks=world)
+    expected = jobs_own_losses.train_alone(student, batches, spec)
+    actual = pool.run(jobs_own_losses.train, student, fold, batches, spec, ranks=world)
     for rank, run in enumerate(actual):
         mine = [step[Fold.parse(fold, world).coordinates(rank)["dp"]] for step in expected.losses]
         torch.testing.assert_close(run.losses, mine, rtol=1e-9, atol=0)
@@ -74,8 +74,8 @@ def test_a_loss_fn_beside_the_auxiliary_loss_in_a_pipeline(pool: RankPool, check
     """Its weight, here the number of labels, decides what the auxiliary loss weighs beside it."""
     batches = make_batches(3, 1, 4, 9, 97, seed=8, ignore="uneven")
     spec = {"loss": "focal", "clip": 0.5, "num_microbatches": 2, "overrides": {"output_router_logits": True}}
-    [expected] = pool.run(own_losses.train, checkpoints[0], "", batches, spec, ranks=1)
-    actual = pool.run(own_losses.train, checkpoints[0], "pp2", batches, spec, ranks=2)
+    [expected] = pool.run(jobs_own_losses.train, checkpoints[0], "", batches, spec, ranks=1)
+    actual = pool.run(jobs_own_losses.train, checkpoints[0], "pp2", batches, spec, ranks=2)
     for run in actual:
         torch.testing.assert_close(run.losses, expected.losses, rtol=1e-9, atol=0)
     for step, grads in enumerate(expected.grads):

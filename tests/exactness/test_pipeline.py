@@ -17,11 +17,6 @@ from tests.quick import quick
 PLAIN: matrix.Row = {**matrix.PLAIN, "microbatches": 4, "schedule": "1f1b"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", matrix.FACTORS["schedule"])
 def test_schedules(pool: RankPool, folder: Path, schedule: str) -> None:

@@ -19,11 +19,6 @@ from tests.quick import quick
 MICROBATCHES = 4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
-
-
 def empty_rows(batch: dict[str, Tensor], first: int) -> dict[str, Tensor]:
     """The rows from ``first`` on hold padding alone, as those with which a loader fills its last batch."""
     filled = {name: tensor.clone() for name, tensor in batch.items()}

@@ -54,6 +54,7 @@ def logged(folder: Path, version: int) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.more
 def test_train_export_and_resume_under_another_fold_with_torchrun(folder):
     done = start([str(SCRIPT)], *arguments(folder, fold="tp2 | ep2", devices=2, max_steps=5, val_every=2))
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ from lightning_moefold.modules.recompute import recomputed
 from lightning_moefold.testing import assert_close_by_name, make_batches, make_checkpoint, reference_run
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import runs
-from tests.modules.expert_cases import make_rows
+from tests.modules.experts.expert_cases import make_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -147,9 +147,10 @@ def test_a_layer_never_waits_for_the_device(dispatch: DispatchConfig) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer(x).sum().backward()
+        layer(x).sum().backward()  # where the host waits, this raises
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])

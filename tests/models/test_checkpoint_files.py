@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from lightning_moefold import MoECausalLM
 from lightning_moefold.checkpoint import CheckpointError
 from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint
-from tests.models import hf
+from tests.models import jobs_hugging_face
+from tests.quick import quick
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 TOKENS = torch.arange(14).view(2, 7)
@@ -200,7 +201,7 @@ def fuse(path: Path) -> None:
     assert any(name.endswith("experts.gate_up_proj") for name in load_file(path / "model.safetensors"))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "qwen3_moe"))
 def test_fused_experts(pool: RankPool, tmp_path: Path, family: str) -> None:
     """The same model, also in pieces, and written as everybody writes it."""
     path = make_checkpoint(tmp_path / "c", family, dtype=torch.bfloat16)
@@ -210,7 +211,7 @@ def test_fused_experts(pool: RankPool, tmp_path: Path, family: str) -> None:
     same_logits(path)
     for name, parameter in MoECausalLM.from_pretrained(path).named_parameters():
         assert torch.equal(parameter, plain[name]), name
-    pool.run(hf.round_trip, str(path), ["tp2 | etp2 ep2", "| ep4"], str(tmp_path), {}, ranks=4)
+    pool.run(jobs_hugging_face.round_trip, str(path), ["tp2 | etp2 ep2", "| ep4"], str(tmp_path), {}, ranks=4)
     for number in (0, 1):
         ours = load_file(tmp_path / str(number) / "model.safetensors")
         assert set(ours) == set(written)

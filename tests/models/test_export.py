@@ -12,7 +12,7 @@ import torch
 from lightning_moefold import MoECausalLM
 from lightning_moefold.models.export import export
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.models import exported
+from tests.models import jobs_export
 from tests.quick import quick
 
 
@@ -22,7 +22,7 @@ def test_exports_generate_padded_prompts(pool: RankPool, tmp_path: Path, family:
     from transformers import AutoModelForCausalLM
 
     path = make_checkpoint(tmp_path / "source", family, eos_token_id=2, pad_token_id=0, bos_token_id=1)
-    pool.run(exported.train_and_save, str(path), "| ep2", str(tmp_path), ranks=2)
+    pool.run(jobs_export.train_and_save, str(path), "| ep2", str(tmp_path), ranks=2)
     export(tmp_path / "run.ckpt", tmp_path / "exported")
     ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)

@@ -15,7 +15,8 @@ from lightning_moefold import MoECausalLM, MoEConfig
 from lightning_moefold.errors import ConfigError
 from lightning_moefold.testing import RankPool, assert_close_by_name, hf_reference, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
-from tests.models import hf
+from tests.models import jobs_hugging_face
+from tests.quick import quick
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
@@ -27,8 +28,8 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("family", "dtype", "fields"),
     [
-        ("mixtral", torch.bfloat16, {"tie_word_embeddings": True}),
-        ("qwen2_moe", torch.float32, {"vocab_size": 97}),
+        pytest.param("mixtral", torch.bfloat16, {"tie_word_embeddings": True}, marks=pytest.mark.more),
+        pytest.param("qwen2_moe", torch.float32, {"vocab_size": 97}, marks=pytest.mark.more),
         ("qwen3_moe", torch.bfloat16, {"num_key_value_heads": 1, "attention_bias": True}),
     ],
 )
@@ -39,7 +40,7 @@ def test_round_trip(pool: RankPool, tmp_path: Path, family: str, dtype: torch.dt
     assert len(list(source.glob("*.safetensors"))) > 1
     written = _tensors(source)
     folds = ["", "tp4 | ep4", "tp2 | etp2 ep2"]
-    pool.run(hf.round_trip, str(source), folds, str(tmp_path), {"max_shard_size": 30_000}, ranks=4)
+    pool.run(jobs_hugging_face.round_trip, str(source), folds, str(tmp_path), {"max_shard_size": 30_000}, ranks=4)
     for number in range(len(folds)):
         target = tmp_path / str(number)
         ours = _tensors(target)
@@ -60,7 +61,7 @@ def test_round_trip(pool: RankPool, tmp_path: Path, family: str, dtype: torch.dt
 
 def test_dtype_on_disk(pool: RankPool, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", "mixtral", dtype=torch.bfloat16)
-    pool.run(hf.round_trip, str(source), [""], str(tmp_path), {"dtype": torch.float32}, ranks=2)
+    pool.run(jobs_hugging_face.round_trip, str(source), [""], str(tmp_path), {"dtype": torch.float32}, ranks=2)
     ours = _tensors(tmp_path / "0")
     assert {t.dtype for t in ours.values()} == {torch.float32}
     assert json.loads((tmp_path / "0" / "config.json").read_text())["dtype"] == "float32"
@@ -68,14 +69,14 @@ def test_dtype_on_disk(pool: RankPool, tmp_path: Path) -> None:
         assert torch.equal(ours[name], tensor.float())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "qwen2_moe"))
 def test_random_weights_do_not_depend_on_the_fold(pool: RankPool, tmp_path: Path, family: str) -> None:
     config = json.loads((make_checkpoint(tmp_path / "c", family, pad_token_id=3) / "config.json").read_text())
     torch.manual_seed(5)
     single = dict(MoECausalLM.from_config(config, seed=1).named_parameters())
     assert not single["model.embed_tokens.weight"][3].any()
     folds = ["", "tp4 | ep4", "tp2 | etp2 ep2"]
-    outcome = pool.run(hf.seeded, config, folds, 1, ranks=4)
+    outcome = pool.run(jobs_hugging_face.seeded, config, folds, 1, ranks=4)
     for i, fold in enumerate(folds):
         assert_close_by_name(assemble(r[i] for r in outcome), single, 0.0, fold)
     other = dict(MoECausalLM.from_config(config, seed=2).named_parameters())
@@ -227,7 +228,7 @@ def test_unknown_fields_are_named_once() -> None:
         MoEConfig.from_hf(raw)
 
 
-@pytest.mark.parametrize("fold", ["", "tp2 | ep2"])
+@pytest.mark.parametrize("fold", quick(["", "tp2 | ep2"], "tp2 | ep2"))
 def test_logits_under_a_fold(pool: RankPool, tmp_path: Path, fold: str) -> None:
     """Whole logits on every rank, for padded rows too."""
     path = make_checkpoint(tmp_path / "c", "qwen2_moe", vocab_size=97, num_hidden_layers=3, use_sliding_window=True,
@@ -237,7 +238,7 @@ def test_logits_under_a_fold(pool: RankPool, tmp_path: Path, fold: str) -> None:
     batch = {"input_ids": torch.randint(97, (3, 7), generator=torch.Generator().manual_seed(1)), "attention_mask": mask}
     with torch.no_grad():
         expected = hf_reference(path)(**batch, use_cache=False).logits
-    for actual in pool.run(hf.logits, str(path), fold, batch, {}, ranks=2):
+    for actual in pool.run(jobs_hugging_face.logits, str(path), fold, batch, {}, ranks=2):
         torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-9, atol=1e-9)
 
 

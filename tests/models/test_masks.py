@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_moefold import MoECausalLM
 from lightning_moefold.models.masks import find_targets
 from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint
-from tests.models import masked
+from tests.models import jobs_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:router_aux_loss_coef")
 
@@ -31,7 +31,7 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch(numbers: tuple[int, ...]) -> dict[str, Tensor]:
-    found = [masked.rows(96)[n] for n in numbers]
+    found = [jobs_masks.rows(96)[n] for n in numbers]
     return {name: torch.stack([row[name] for row in found]) for name in found[0]}
 
 
@@ -151,20 +151,20 @@ def test_integers_of_every_size(path: Path, kind: torch.dtype) -> None:
 
 
 def test_masks_under_folds(pool: RankPool, path: Path) -> None:
-    [(expected, validation)] = pool.run(masked.losses, str(path), "", 1, 1, ranks=1)
+    [(expected, validation)] = pool.run(jobs_masks.losses, str(path), "", 1, 1, ranks=1)
     assert len(expected) == 2
     for ranks, fold, data_ranks in ((2, "cp2 | ep2", 1), (2, "| ep2", 2), (4, "tp2 cp2 | etp2 ep2", 1)):
-        for losses, val in pool.run(masked.losses, str(path), fold, 1, data_ranks, ranks=ranks):
+        for losses, val in pool.run(jobs_masks.losses, str(path), fold, 1, data_ranks, ranks=ranks):
             assert losses == pytest.approx(expected, rel=1e-9), fold
             assert val == pytest.approx(validation, rel=1e-6), fold
-    [(expected, validation)] = pool.run(masked.losses, str(path), "", 2, 1, ranks=1)
-    for losses, val in pool.run(masked.losses, str(path), "cp2 pp2 | ep2", 2, 1, ranks=4):
+    [(expected, validation)] = pool.run(jobs_masks.losses, str(path), "", 2, 1, ranks=1)
+    for losses, val in pool.run(jobs_masks.losses, str(path), "cp2 pp2 | ep2", 2, 1, ranks=4):
         assert losses == pytest.approx(expected, rel=1e-9)
         assert val == pytest.approx(validation, rel=1e-6)
 
 
 def test_validation_weighs_the_labels_that_the_model_counts(pool: RankPool, path: Path) -> None:
     """Batches of two rows have unequal numbers of them."""
-    [together] = pool.run(masked.validation, str(path), 8, ranks=1)
-    [apart] = pool.run(masked.validation, str(path), 2, ranks=1)
+    [together] = pool.run(jobs_masks.validation, str(path), 8, ranks=1)
+    [apart] = pool.run(jobs_masks.validation, str(path), 2, ranks=1)
     assert apart == pytest.approx(together, rel=1e-6)

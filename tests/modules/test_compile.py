@@ -15,6 +15,7 @@ from lightning_moefold import MoECausalLM
 from lightning_moefold.modules import DecoderLayer
 from lightning_moefold.modules.recompute import Recompute
 from lightning_moefold.testing import make_batches, make_checkpoint
+from tests.quick import quick
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +58,13 @@ def _same_step(plain: MoECausalLM, compiled: MoECausalLM, length: int, padding: 
         assert torch.equal(ours.load_E, theirs.load_E)
 
 
-QUICK = [("mixtral", None), ("qwen2_moe", "full"), ("qwen3_moe", "selective")]
+SOME = [("mixtral", None), ("qwen2_moe", "full"), ("qwen3_moe", "selective")]
 ALL = [(family, mode) for family in ("mixtral", "qwen2_moe", "qwen3_moe") for mode in (None, "selective", "full")]
 
 
 @pytest.mark.parametrize(
     ("family", "recompute"),
-    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in ALL],
+    quick([pytest.param(*case, marks=[] if case in SOME else pytest.mark.slow) for case in ALL], ("qwen2_moe", "full")),
 )
 def test_one_graph_with_the_same_bits(family: str, recompute: Recompute | None, tmp_path: Path) -> None:
     """Each kind of layer has a graph for the first length and one more for all others, without a break."""

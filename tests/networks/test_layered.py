@@ -12,7 +12,7 @@ import torch
 from lightning_moefold import Fold
 from lightning_moefold.testing import RankPool, assert_close_by_name, relative_error
 from lightning_moefold.testing.pieces import assemble
-from tests.networks import layered
+from tests.networks import jobs_layered
 from tests.networks.test_networks import _unclipped
 from tests.quick import quick
 
@@ -20,11 +20,11 @@ from tests.quick import quick
 def check(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
     spec = {"head": "pair", **spec}
     parsed = Fold.parse(fold, world)
-    data = layered.make_data(3 * spec.get("accumulate", 1), parsed.dp, spec.get("microbatches", 2))
+    data = jobs_layered.make_data(3 * spec.get("accumulate", 1), parsed.dp, spec.get("microbatches", 2))
     if spec.get("short"):  # micro-batches without rows, not the same on every rank
         data[0] = [{name: t[: 1 + rank] for name, t in batch.items()} for rank, batch in enumerate(data[0])]
-    expected, outputs = layered.train_alone(data, spec)
-    found = pool.run(layered.train, fold, data, spec, ranks=world)
+    expected, outputs = jobs_layered.train_alone(data, spec)
+    found = pool.run(jobs_layered.train, fold, data, spec, ranks=world)
     actual = [run for run, _, _ in found]
     for rank, (run, logits, _) in enumerate(found):
         data_rank = parsed.coordinates(rank)["dp"]
@@ -94,28 +94,28 @@ def test_more_folds_and_schedules(pool: RankPool, world: int, fold: str, spec: d
 
 
 def test_resume_under_other_folds(pool: RankPool, tmp_path: Path) -> None:
-    data = layered.make_data(3, 1)
-    expected, _ = layered.train_alone(data, {"head": "pair"})
+    data = jobs_layered.make_data(3, 1)
+    expected, _ = jobs_layered.train_alone(data, {"head": "pair"})
     folds = ["pp2", "cp2", "tp2 | ep2"]  # one data rank, as the data must be the same
-    actual = pool.run(layered.stop_and_resume, folds, data, str(tmp_path / "last.ckpt"), ranks=2)
+    actual = pool.run(jobs_layered.stop_and_resume, folds, data, str(tmp_path / "last.ckpt"), ranks=2)
     assert_close_by_name(assemble(run.weights for run in actual), expected.weights, 1e-9, "weights")
 
 
 @pytest.mark.slow
 def test_resume_under_other_folds_of_four(pool: RankPool, tmp_path: Path) -> None:
-    data = layered.make_data(3, 1)
-    expected, _ = layered.train_alone(data, {"head": "pair"})
+    data = jobs_layered.make_data(3, 1)
+    expected, _ = jobs_layered.train_alone(data, {"head": "pair"})
     folds = ["tp2 pp2 | ep2", "pp4", "cp2 pp2 | etp2"]
     # pp4 wants four micro-batches at least, which change nothing.
     data = [[{name: t.repeat(2, *[1] * (t.dim() - 1)) for name, t in batch.items()} for batch in step] for step in data]
-    actual = pool.run(layered.stop_and_resume, folds, data, str(tmp_path / "last.ckpt"), ranks=4)
+    actual = pool.run(jobs_layered.stop_and_resume, folds, data, str(tmp_path / "last.ckpt"), ranks=4)
     assert_close_by_name(assemble(run.weights for run in actual), expected.weights, 1e-9, "weights")
 
 
 def test_a_rank_holds_its_stages_only(pool: RankPool) -> None:
-    data = layered.make_data(1, 1)
+    data = jobs_layered.make_data(1, 1)
     (first, _, here), (last, _, there) = pool.run(
-        layered.train, "pp2", data, {"head": "mean", "validate": False}, ranks=2
+        jobs_layered.train, "pp2", data, {"head": "mean", "validate": False}, ranks=2
     )
     ends = {"lift.weight", "lift.bias", "position", "out.weight", "out.bias"}
     assert set(here) & set(there) == ends
@@ -127,10 +127,10 @@ def test_a_rank_holds_its_stages_only(pool: RankPool) -> None:
 @pytest.mark.parametrize("fold", ["pp2", pytest.param("cp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sharding", ["optimizer", pytest.param("none", marks=pytest.mark.slow)])
 def test_mixed_precision_is_near_float32(pool: RankPool, fold: str, sharding: str) -> None:
-    data = layered.make_data(2, 1)
+    data = jobs_layered.make_data(2, 1)
     spec = {"head": "pair", "balance": True, "sharding": sharding, "validate": False, "dtype": torch.float32}
     plain, mixed = (
-        [run for run, _, _ in pool.run(layered.train, fold, data, {**spec, "precision": precision}, ranks=2)]
+        [run for run, _, _ in pool.run(jobs_layered.train, fold, data, {**spec, "precision": precision}, ranks=2)]
         for precision in ("32-true", "bf16-mixed")
     )
     assert mixed[0].losses[0] != plain[0].losses[0]
@@ -159,7 +159,7 @@ def test_what_is_refused(pool: RankPool) -> None:
         "length": "layers must return hidden states of the shape that they take",
         "mean over positions": "no error",
     }
-    for said in pool.run(layered.refused, "pp2", list(patterns), ranks=2):
+    for said in pool.run(jobs_layered.refused, "pp2", list(patterns), ranks=2):
         for wrong, pattern in patterns.items():
             assert pattern in said[wrong] or (wrong == "length" and "failed on another rank" in said[wrong]), said[
                 wrong
@@ -168,7 +168,7 @@ def test_what_is_refused(pool: RankPool) -> None:
         "mean over positions": "layer 1 gives another result on a part of a row than on the whole",
         "batch norm": "no error",
     }
-    for said in pool.run(layered.refused, "cp2", list(cut), ranks=2):
+    for said in pool.run(jobs_layered.refused, "cp2", list(cut), ranks=2):
         assert all(pattern in said[wrong] for wrong, pattern in cut.items()), said
 
 
@@ -188,7 +188,7 @@ def test_errors_reach_all_ranks(pool: RankPool, fold: str) -> None:
     }
     world = 4 if "ep2" in fold else 2
     fails = {"embed": world // 2 - 1, "head": world - 1}  # the rank that runs it
-    for rank, said in enumerate(pool.run(layered.calls, fold, ranks=world)):
+    for rank, said in enumerate(pool.run(jobs_layered.calls, fold, ranks=world)):
         for name, pattern in patterns.items():
             if fails.get(name) == rank:
                 pattern = "ZeroDivisionError"

@@ -20,7 +20,7 @@ from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
 from tests.balance import plans
 from tests.exactness import cover
-from tests.networks import network
+from tests.networks import jobs_networks
 from tests.quick import quick
 
 FACTORS: dict[str, list[Any]] = {
@@ -52,9 +52,9 @@ def _cases() -> list[Any]:
 
 
 def check(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
-    data = network.make_data(3 * spec.get("accumulate", 1), Fold.parse(fold, world).dp)
-    expected = network.train_alone(data, spec)
-    actual = pool.run(network.train, fold, data, spec, ranks=world)
+    data = jobs_networks.make_data(3 * spec.get("accumulate", 1), Fold.parse(fold, world).dp)
+    expected = jobs_networks.train_alone(data, spec)
+    actual = pool.run(jobs_networks.train, fold, data, spec, ranks=world)
     for rank, run in enumerate(actual):
         data_rank = Fold.parse(fold, world).coordinates(rank)["dp"]
         torch.testing.assert_close(run.losses, [step[data_rank] for step in expected.losses], rtol=1e-9, atol=0)
@@ -85,10 +85,10 @@ def test_copies_of_experts(pool: RankPool) -> None:
 
 
 def test_resume_under_other_folds(pool: RankPool, tmp_path: Path) -> None:
-    data = network.make_data(3, 1)
-    expected = network.train_alone(data, {"expert": False})
+    data = jobs_networks.make_data(3, 1)
+    expected = jobs_networks.train_alone(data, {"expert": False})
     folds = ["tp4 | ep2", "tp4 | etp2 ep2", "tp4 | ep4"]  # one data rank, as the data must be the same
-    actual = pool.run(network.stop_and_resume, folds, data, str(tmp_path / "last.ckpt"), ranks=4)
+    actual = pool.run(jobs_networks.stop_and_resume, folds, data, str(tmp_path / "last.ckpt"), ranks=4)
     found = assemble(run.weights for run in actual)
     assert_close_by_name(found, expected.weights, 1e-9, "weights")
 
@@ -105,9 +105,9 @@ PREDICTIONS: list[tuple[str, int, dict[str, Any]]] = [
 
 def test_predictions_of_unequal_number(pool: RankPool) -> None:
     """Each picture once, with the logits of one process; ranks with fewer batches, or none, keep nobody waiting."""
-    outcomes = pool.run(network.predict, PREDICTIONS, ranks=4)
+    outcomes = pool.run(jobs_networks.predict, PREDICTIONS, ranks=4)
     for i, (fold, count, spec) in enumerate(PREDICTIONS):
-        expected = network.predict_alone(count, spec)
+        expected = jobs_networks.predict_alone(count, spec)
         places = [Fold.parse(fold, 4).coordinates(rank)["dp"] for rank in range(4)]
         owners: dict[int, int] = {}
         for place, seen in zip(places, (run[i] for run in outcomes), strict=True):
@@ -120,7 +120,7 @@ def test_predictions_of_unequal_number(pool: RankPool) -> None:
 
 def test_a_rank_whose_prediction_fails(pool: RankPool) -> None:
     """Row 5 is on data rank 1; data rank 3 has a batch less than the others."""
-    outcomes = [run[0] for run in pool.run(network.predict, [("| ep4", 15, {"fails": 5})], ranks=4)]
+    outcomes = [run[0] for run in pool.run(jobs_networks.predict, [("| ep4", 15, {"fails": 5})], ranks=4)]
     assert outcomes[1] == "OSError: the disk is full"
     assert {outcomes[rank] for rank in (0, 2, 3)} == {"PeerError: another rank has failed; its own error says why."}
 
@@ -131,10 +131,10 @@ def test_a_rank_whose_prediction_fails(pool: RankPool) -> None:
 )
 @pytest.mark.parametrize("sharding", quick(["full", "none"], "full"))
 def test_mixed_precision_is_near_float32(pool: RankPool, world: int, fold: str, sharding: str) -> None:
-    data = network.make_data(2, Fold.parse(fold, world).dp)
+    data = jobs_networks.make_data(2, Fold.parse(fold, world).dp)
     spec = {"expert": False, "balance": True, "sharding": sharding}
     plain, mixed = (
-        pool.run(network.train, fold, data, {**spec, "precision": precision}, ranks=world)
+        pool.run(jobs_networks.train, fold, data, {**spec, "precision": precision}, ranks=world)
         for precision in ("32-true", "bf16-mixed")
     )
     # Eight bits of a mantissa and a few layers; a wrong scale would be off by a factor.
@@ -166,13 +166,13 @@ def test_folds_that_cannot_cut_a_block(
     pool: RankPool, world: int, fold: str, spec: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RankError) as caught:
-        pool.run(network.train, fold, network.make_data(1, Fold.parse(fold, world).dp), spec, ranks=world)
+        pool.run(jobs_networks.train, fold, jobs_networks.make_data(1, Fold.parse(fold, world).dp), spec, ranks=world)
     assert set(caught.value.exception_types.values()) == {"FoldError"}
     assert all(message in text for text in caught.value.messages.values())
 
 
 def test_blocks_under_autocast_outside_a_strategy() -> None:
-    module = network.Patches({"expert": False})
+    module = jobs_networks.Patches({"expert": False})
     pixels = torch.randn(2, 4, 7)
     expected = module(pixels)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -9,7 +9,8 @@ from torch import nn
 
 from lightning_moefold.optim.pieces import run_on_pieces
 from lightning_moefold.testing import RankPool
-from tests.optim import lists
+from tests.optim import jobs_foreach
+from tests.quick import quick
 
 FOLDS = [
     (1, "", "optimizer", "bf16-mixed"),
@@ -18,12 +19,12 @@ FOLDS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "fold", "sharding", "precision"), FOLDS)
+@pytest.mark.parametrize(("ranks", "fold", "sharding", "precision"), quick(FOLDS, FOLDS[1]))
 def test_every_optimizer_on_parameters_of_all_kinds(
     pool: RankPool, ranks: int, fold: str, sharding: str, precision: str
 ) -> None:
     """To the last bit or nearly what one parameter after the other gives."""
-    for kinds, errors in pool.run(lists.every_optimizer, fold, sharding, precision, ranks=ranks):
+    for kinds, errors in pool.run(jobs_foreach.every_optimizer, fold, sharding, precision, ranks=ranks):
         assert kinds > 1, "the case is too easy"
         bounds = dict.fromkeys(errors, 1e-12 if precision == "64-true" else 1e-5)
         bounds["asgd"] = max(bounds["asgd"], 1e-8)  # torch keeps its rate in float32 in the one and not in the other
@@ -39,7 +40,7 @@ def test_every_optimizer_on_parameters_of_all_kinds(
 )
 def test_runs_of_the_trainer(pool: RankPool, fold: str, sharding: str, precision: str, kinds: list[str]) -> None:
     """The strategy lets them work, with schedules, clipping, gradients set to zero, and float32 masters."""
-    for errors in pool.run(lists.runs, fold, sharding, precision, kinds, ranks=2):
+    for errors in pool.run(jobs_foreach.runs, fold, sharding, precision, kinds, ranks=2):
         assert max(errors) <= (1e-12 if precision == "64-true" else 1e-2)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_moefold.optim import MasterWeights
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
-from tests.optim import jobs
+from tests.optim import jobs_optimizers
 
 STEPS = 4
 
@@ -22,20 +22,20 @@ STEPS = 4
 def _by_hand(weights: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
     """float32 AdamW in one process, on the gradients that the ranks draw."""
     masters = {name: nn.Parameter(weight.float()) for name, weight in weights.items()}
-    optimizer = torch.optim.AdamW(masters.values(), **jobs.MASTER_OPTIONS)
+    optimizer = torch.optim.AdamW(masters.values(), **jobs_optimizers.MASTER_OPTIONS)
     for step in range(steps):
         for name, master in masters.items():
-            master.grad = jobs.drawn_gradient(name, tuple(master.shape), step).float()
+            master.grad = jobs_optimizers.drawn_gradient(name, tuple(master.shape), step).float()
         optimizer.step()
     return {name: master.detach() for name, master in masters.items()}
 
 
 def test_masters_under_folds_and_resumed(pool: RankPool, tmp_path: Path) -> None:
     path = str(make_checkpoint(tmp_path / "model", "qwen3_moe", vocab_size=97, dtype=torch.bfloat16))
-    full = pool.run(jobs.masters, path, "tp2 | ep2", STEPS, str(tmp_path), ranks=4)
+    full = pool.run(jobs_optimizers.masters, path, "tp2 | ep2", STEPS, str(tmp_path), ranks=4)
     expected = _by_hand(assemble(report.loaded for report in full), STEPS)
 
-    def check(reports: list[jobs.Report], what: str) -> None:
+    def check(reports: list[jobs_optimizers.Report], what: str) -> None:
         state = assemble(report.state for report in reports)
         masters = {name.removesuffix(".master"): value for name, value in state.items() if name.endswith(".master")}
         assert_close_by_name(masters, expected, 1e-6, what)
@@ -43,9 +43,11 @@ def test_masters_under_folds_and_resumed(pool: RankPool, tmp_path: Path) -> None
     check(full, "without a stop")
     weights = assemble(report.weights for report in full)
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
-    pool.run(jobs.masters, path, "tp2 | ep2", 2, str(tmp_path), ranks=4)
+    pool.run(jobs_optimizers.masters, path, "tp2 | ep2", 2, str(tmp_path), ranks=4)
     for ranks, fold in ((2, "| etp2"), (4, "")):
-        resumed = pool.run(jobs.masters, path, fold, STEPS, str(tmp_path), str(tmp_path / "2.ckpt"), ranks=ranks)
+        resumed = pool.run(
+            jobs_optimizers.masters, path, fold, STEPS, str(tmp_path), str(tmp_path / "2.ckpt"), ranks=ranks
+        )
         check(resumed, f"resumed under {fold!r}")
 
 

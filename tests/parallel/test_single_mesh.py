@@ -6,14 +6,14 @@ from __future__ import annotations
 import pytest
 
 from lightning_moefold.testing import RankPool, assert_close_by_name
-from tests.parallel import single
+from tests.parallel import jobs_single_mesh
 
 
 @pytest.mark.parametrize(("text", "ranks"), [("", 1), ("| ep2", 2), ("", 2)])
 def test_gradients(pool: RankPool, text: str, ranks: int) -> None:
     """The same bits as with a divide factor of 1 and a forced sum on every mesh, without the division."""
-    plain = pool.run(single.reduced, text, False, ranks=ranks)
-    forced = pool.run(single.reduced, text, True, ranks=ranks)
+    plain = pool.run(jobs_single_mesh.reduced, text, False, ranks=ranks)
+    forced = pool.run(jobs_single_mesh.reduced, text, True, ranks=ranks)
     for (names, calls, grads), (_, others, expected) in zip(plain, forced, strict=True):
         assert calls == others > 1
         assert [name for name in names if name.startswith(("div", "mul"))] == []

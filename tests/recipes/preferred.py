@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.recipes import PreferenceData, PreferenceModule
 from lightning_moefold.testing.pieces import Piece, owned_pieces
-from tests.strategy.plain import trainer
+from tests.strategy.plain_modules import trainer
 
 
 @dataclass

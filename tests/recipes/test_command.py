@@ -30,7 +30,7 @@ from lightning_moefold.cli.main import main
 from lightning_moefold.recipes import FineTuneModule, TextData
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.recipes.running import CONFIG, ROOT, arguments, logged
-from tests.strategy.plain import trainer
+from tests.strategy.plain_modules import trainer
 
 # Lightning calls functions of jsonargparse that the next one has no more.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch.cli")

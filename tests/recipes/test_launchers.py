@@ -80,6 +80,7 @@ def outcome(output: Path, tmp_path: Path) -> tuple[list[dict[str, str]], bytes]:
     return rows, (exported / "model.safetensors").read_bytes()
 
 
+@pytest.mark.more
 def test_two_torchrun_agents_compute_what_one_command_does(folder: Path, fitted: tuple[Path, object], tmp_path: Path):
     run(two_agents, 2, folder, tmp_path / "agents")
     rows, weights = outcome(fitted[0], tmp_path)

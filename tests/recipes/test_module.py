@@ -20,7 +20,7 @@ from lightning_moefold.recipes.optimizer import parameter_groups, warmup_and_dec
 from lightning_moefold.recipes.packing import PADDING
 from lightning_moefold.testing import RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
-from tests.recipes import jobs
+from tests.recipes import jobs_module
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ def test_losses_of_a_whole_data_set_and_of_its_documents(pool: RankPool, folder:
     mean = sum(loss for loss, _ in expected.values()) / sum(count for _, count in expected.values())
     for ranks, fold in ((1, ""), (2, "| ep2"), (4, "tp2 | ep4")):
         file = tmp_path / f"{ranks}.jsonl"
-        seen = pool.run(jobs.measure, str(folder), fold, packing, str(file), None, ranks=ranks)
+        seen = pool.run(jobs_module.measure, str(folder), fold, packing, str(file), None, ranks=ranks)
         for metrics in seen:
             assert metrics == seen[0]
             assert metrics["val/loss"] == metrics["test/loss"] == pytest.approx(mean, rel=2e-6)
@@ -71,15 +71,15 @@ def test_losses_of_a_whole_data_set_and_of_its_documents(pool: RankPool, folder:
 
 def test_batches_weigh_as_many_tokens_as_they_have(pool: RankPool, folder: Path, tmp_path: Path):
     """The mean of batch losses is another number on this text: the tests above would not pass with it."""
-    [whole] = pool.run(jobs.measure, str(folder), "", "documents", str(tmp_path / "a"), None, ranks=1)
-    [first] = pool.run(jobs.measure, str(folder), "", "documents", str(tmp_path / "a"), 1, ranks=1)
+    [whole] = pool.run(jobs_module.measure, str(folder), "", "documents", str(tmp_path / "a"), None, ranks=1)
+    [first] = pool.run(jobs_module.measure, str(folder), "", "documents", str(tmp_path / "a"), 1, ranks=1)
     assert abs(whole["val/loss"] - first["val/loss"]) > 1e-3
 
 
 # ---- resuming ----------------------------------------------------------------------------------------------------
 
 
-def rows_of(reports: list[jobs.Report]) -> dict[int, list[tuple[int, ...]]]:
+def rows_of(reports: list[jobs_module.Report]) -> dict[int, list[tuple[int, ...]]]:
     """Rows that the data ranks were given together, sorted, for each epoch."""
     given: dict[int, list[tuple[int, ...]]] = {}
     for report in {r.dp_rank: r for r in reports}.values():
@@ -91,7 +91,7 @@ def rows_of(reports: list[jobs.Report]) -> dict[int, list[tuple[int, ...]]]:
 def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: RankPool, folder: Path, tmp_path: Path):
     arguments = {"max_epochs": 2, "check_val_every_n_epoch": 1}
     common: tuple[Any, ...] = ({}, {"packing": "documents"}, arguments)
-    [whole] = pool.run(jobs.fit, str(folder), "", *common, str(tmp_path / "0"), microbatches=2, ranks=1)
+    [whole] = pool.run(jobs_module.fit, str(folder), "", *common, str(tmp_path / "0"), microbatches=2, ranks=1)
     length = whole.steps[0]
     assert whole.steps == [length, 2 * length]
     assert len(rows_of([whole])[0]) % 4  # the last batch of an epoch is not full
@@ -99,7 +99,7 @@ def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: R
     checkpoint = str(tmp_path / "0" / f"step={done}.ckpt")
     for number, (ranks, fold, end) in enumerate([(2, "| ep2", 5), (4, "tp2 | ep4", 7), (1, "", length + 2)], start=1):
         save = str(tmp_path / str(number))
-        reports = pool.run(jobs.fit, str(folder), fold, *common, save, checkpoint, number == 2, 2, ranks=ranks)
+        reports = pool.run(jobs_module.fit, str(folder), fold, *common, save, checkpoint, number == 2, 2, ranks=ranks)
         assert len({r.dp_rank for r in reports}) == (1 if ranks == 1 else 2)
         for report in reports:
             assert report.losses == pytest.approx(losses[done:], rel=1e-9), fold
@@ -107,7 +107,7 @@ def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: R
             assert report.steps == whole.steps
         assert_close_by_name(assemble(r.weights for r in reports), assemble([whole.weights]), 1e-8, fold)
         done, checkpoint = end, str(tmp_path / str(number) / f"step={end}.ckpt")
-    reports = pool.run(jobs.fit, str(folder), "| ep2", *common, None, checkpoint, microbatches=2, ranks=2)
+    reports = pool.run(jobs_module.fit, str(folder), "| ep2", *common, None, checkpoint, microbatches=2, ranks=2)
     assert reports[0].losses == pytest.approx(losses[length + 2 :], rel=1e-9)
     seen, rest = rows_of([whole])[1], rows_of(reports)
     assert set(rest) == {1}
@@ -115,19 +115,20 @@ def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: R
     assert set(rest[1]) < set(seen)
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     "early", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "loaders made before the checkpoint is read"]
 )
 def test_other_batch_sizes_after_a_resume(pool: RankPool, folder: Path, tmp_path: Path, early: bool):
     """What is left of the epoch is read once, and later epochs are whole ones of another length."""
     arguments = {"max_epochs": 3, "limit_val_batches": 1}
-    [whole] = pool.run(jobs.fit, str(folder), "", {}, {}, arguments, str(tmp_path / "0"), ranks=1)
+    [whole] = pool.run(jobs_module.fit, str(folder), "", {}, {}, arguments, str(tmp_path / "0"), ranks=1)
     every = rows_of([whole])[0]
     length = whole.steps[0]
     for batch_size, step in ((8, 2), (2, length + 3)):
         epoch, taken = divmod(4 * step, 4 * length)
         reports = pool.run(
-            jobs.fit, str(folder), "| ep2", {}, {"batch_size": batch_size}, arguments, None,
+            jobs_module.fit, str(folder), "| ep2", {}, {"batch_size": batch_size}, arguments, None,
             str(tmp_path / "0" / f"step={step}.ckpt"), early, ranks=2,
         )  # fmt: skip
         given = rows_of(reports)
@@ -149,7 +150,13 @@ def test_frozen_parameters_stay(pool: RankPool, folder: Path):
     patterns = ["*.mlp.gate.*", "*.experts.*"]
     source = dict(MoECausalLM.from_pretrained(folder / "checkpoint").named_parameters())
     reports = pool.run(
-        jobs.fit, str(folder), "tp2 | ep2", {"freeze": patterns}, {}, {"max_steps": 2, "limit_val_batches": 0}, ranks=2
+        jobs_module.fit,
+        str(folder),
+        "tp2 | ep2",
+        {"freeze": patterns},
+        {},
+        {"max_steps": 2, "limit_val_batches": 0},
+        ranks=2,
     )
     for name, value in assemble(r.weights for r in reports).items():
         same = torch.equal(value.float(), source[name].detach())
@@ -173,7 +180,7 @@ def test_wrong_arguments_end_on_all_ranks(pool: RankPool, folder: Path, tmp_path
         ({}, {"batch_size": 3}, "InputError: batch_size=3 rows cannot be dealt evenly to 2 data ranks"),
         ({"freeze": ["*.expert.*"]}, {}, "InputError: freeze: no parameter is named like '*.expert.*'"),
     ]
-    for messages in pool.run(jobs.errors, str(folder), [case[:2] for case in cases], ranks=2):
+    for messages in pool.run(jobs_module.errors, str(folder), [case[:2] for case in cases], ranks=2):
         for message, (*_, expected) in zip(messages, cases, strict=True):
             assert message.startswith(expected)
 
@@ -229,7 +236,7 @@ def test_accumulated_batches_are_one_large_batch(pool: RankPool, folder: Path):
         data = {"packing": "documents", "batch_size": batch_size}
         arguments = {"max_epochs": 1, "accumulate_grad_batches": 8 // batch_size, "limit_val_batches": 0}
         reports = pool.run(
-            jobs.fit, str(folder), "| ep2", module, data, {**arguments, "gradient_clip_val": 0.5}, ranks=2
+            jobs_module.fit, str(folder), "| ep2", module, data, {**arguments, "gradient_clip_val": 0.5}, ranks=2
         )
         found[batch_size, per_token] = assemble(report.weights for report in reports)
     assert_close_by_name(found[4, True], found[8, True], 1e-8, "weights")

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_moefold.recipes import FineTuneModule, InputError
 from lightning_moefold.recipes.optimizer import run_length
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.recipes import streams
+from tests.recipes import jobs_run_length
 
 STAGED = GradientAccumulationScheduler({0: 4, 2: 1})
 
@@ -74,7 +74,7 @@ def test_learning_rates_of_streams_and_endless_runs(pool: RankPool, tmp_path: Pa
         ({"schedule": "cosine"}, endless, False, "max_epochs=-1 is endless"),
         (falls, {"max_epochs": 2, "accumulate": {0: 3, 1: 1}}, False, linear(8, 8)),
     ]
-    [found] = pool.run(streams.rates, path, "", [case[:3] for case in cases], ranks=1)
+    [found] = pool.run(jobs_run_length.rates, path, "", [case[:3] for case in cases], ranks=1)
     for (*case, expected), (rates, message) in zip(cases, found, strict=True):
         if isinstance(expected, str):
             assert rates == [], case
@@ -89,7 +89,7 @@ def test_learning_rates_of_streams_and_endless_runs(pool: RankPool, tmp_path: Pa
 def test_ranks_with_unequal_numbers_of_steps(pool: RankPool, tmp_path: Path) -> None:
     path = str(make_checkpoint(tmp_path / "model", "qwen3_moe", vocab_size=96))
     cases: list[Any] = [({}, {"max_epochs": 1}, 8), ({}, {"max_epochs": 1, "max_steps": 2}, 8)]
-    for (refused, message), (rates, fine) in pool.run(streams.rates, path, "| ep2", cases, ranks=2):
+    for (refused, message), (rates, fine) in pool.run(jobs_run_length.rates, path, "| ep2", cases, ranks=2):
         assert refused == []
         assert message.startswith("InputError: ranks have from 2 to 6 steps to make")
         assert (len(rates), fine) == (2, "")

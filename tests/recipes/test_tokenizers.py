@@ -12,7 +12,7 @@ from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.cli.main import main
 from lightning_moefold.recipes import FineTuneModule, TextData
 from lightning_moefold.testing import RankPool
-from tests.strategy.plain import trainer
+from tests.strategy.plain_modules import trainer
 
 
 def train(folder: str, tokenizer: str, checkpoint: str, output: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
 from lightning_moefold.parallel import local_part
 from lightning_moefold.testing.pieces import Piece, owned_pieces, piece_of
-from tests.strategy.plain import trainer
+from tests.strategy.plain_modules import trainer
 
 #: Rows of a global batch.
 ROWS = 8

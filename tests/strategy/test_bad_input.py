@@ -12,7 +12,7 @@ import pytest
 
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.quick import quick
-from tests.strategy import bad
+from tests.strategy import jobs_bad_input
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def sentence(message: str) -> None:
 
 @pytest.mark.parametrize("fold", quick(["", "tp2 | ep4", "tp2 | ep2 etp2"], "tp2 | ep2 etp2"))
 def test_one_rank_has_a_bad_batch(pool: RankPool, path: str, fold: str) -> None:
-    outcomes = pool.run(bad.batches, path, fold, ranks=4)
+    outcomes = pool.run(jobs_bad_input.batches, path, fold, ranks=4)
     patterns = {
         "token": "1 token ids .* outside the vocabulary of 96",
         "negative token": "1 token ids .* outside the vocabulary of 96",
@@ -51,7 +51,7 @@ def test_one_rank_has_a_bad_batch(pool: RankPool, path: str, fold: str) -> None:
 
 
 def test_places_that_cannot_be_written(pool: RankPool, path: str, tmp_path: Path) -> None:
-    for messages in pool.run(bad.saves, path, str(tmp_path), ranks=2):
+    for messages in pool.run(jobs_bad_input.saves, path, str(tmp_path), ranks=2):
         assert "holds 'thesis.tex', which is no part of a checkpoint" in messages["foreign"]
         for message in messages.values():
             sentence(message)
@@ -66,7 +66,7 @@ FOLDS = {
 
 
 def test_folds_that_are_illegal(pool: RankPool, path: str) -> None:
-    for messages in pool.run(bad.starts, path, list(FOLDS), ranks=2):
+    for messages in pool.run(jobs_bad_input.starts, path, list(FOLDS), ranks=2):
         for fold, pattern in FOLDS.items():
             sentence(messages[fold])
             assert pattern in messages[fold], messages[fold]
@@ -74,13 +74,13 @@ def test_folds_that_are_illegal(pool: RankPool, path: str) -> None:
 
 def test_folds_that_do_not_suit_the_model(pool: RankPool, tmp_path: Path) -> None:
     odd = make_checkpoint(tmp_path / "odd", "qwen3_moe", num_experts=3, moe_intermediate_size=15)
-    for messages in pool.run(bad.starts, str(odd), ["ep2", "etp2"], ranks=2):
+    for messages in pool.run(jobs_bad_input.starts, str(odd), ["ep2", "etp2"], ranks=2):
         assert "num_experts=3 does not split evenly over ep=2; use ep in 1,3." in messages["ep2"]
         assert "moe_intermediate_size=15 does not divide by etp=2; use etp in 1,3,5." in messages["etp2"]
 
 
 def test_features_that_cannot_work(pool: RankPool, path: str, tmp_path: Path) -> None:
-    for messages in pool.run(bad.features, path, str(tmp_path), ranks=2):
+    for messages in pool.run(jobs_bad_input.features, path, str(tmp_path), ranks=2):
         for name, message in messages.items():
             sentence(message)
             assert name in message, message
@@ -137,21 +137,21 @@ def _damage(path: str, folder: Path) -> dict[str, tuple[Path, str]]:
 
 def test_directories_that_are_no_checkpoints(pool: RankPool, path: str, tmp_path: Path) -> None:
     cases = _damage(path, tmp_path)
-    for messages in pool.run(bad.loads, [str(p) for p, _ in cases.values()], "| ep2", ranks=2):
+    for messages in pool.run(jobs_bad_input.loads, [str(p) for p, _ in cases.values()], "| ep2", ranks=2):
         for (name, (_, pattern)), message in zip(cases.items(), messages, strict=True):
             sentence(message)
             assert pattern in message, f"{name}: {message}"
 
 
 def test_one_rank_cannot_read(pool: RankPool, path: str) -> None:
-    own, peer = sorted(pool.run(bad.damaged_on_one_rank, path, ranks=2), key=lambda m: "rank 1 failed" in m)
+    own, peer = sorted(pool.run(jobs_bad_input.damaged_on_one_rank, path, ranks=2), key=lambda m: "rank 1 failed" in m)
     assert own == "OSError: the disk is gone"
     assert peer == "PeerError: rank 1 failed: OSError: the disk is gone"
 
 
 def test_one_traceback_is_printed(pool: RankPool, path: str) -> None:
     """By the rank that failed, or by rank 0 where all refuse the same; the others print one line each."""
-    [first, second] = pool.run(bad.printed, path, ranks=2)
+    [first, second] = pool.run(jobs_bad_input.printed, path, ranks=2)
     assert first["one rank fails"] == "[rank 0] PeerError: rank 1 failed: OSError: the disk is gone\n"
     assert "Traceback" in second["one rank fails"]
     assert second["one rank fails"].endswith("OSError: the disk is gone\n")
@@ -173,7 +173,7 @@ def test_checkpoints_that_do_not_fit(pool: RankPool, path: str, tmp_path: Path) 
         "empty": "has no meta.pt",
         "absent": "absent.ckpt",
     }
-    for messages in pool.run(bad.foreign_checkpoint, path, str(other), str(tmp_path), ranks=2):
+    for messages in pool.run(jobs_bad_input.foreign_checkpoint, path, str(other), str(tmp_path), ranks=2):
         for name, pattern in patterns.items():
             assert messages[name] != "no error", name
             assert pattern in messages[name], f"{name}: {messages[name]}"

@@ -11,7 +11,8 @@ import torch
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.parallel.compiling import missing_tool
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint
-from tests.strategy import compiled
+from tests.quick import quick
+from tests.strategy import jobs_compile
 
 SPEC = {
     "precision": "bf16-mixed",
@@ -36,12 +37,12 @@ def _assert_same(plain: dict, ours: dict) -> None:
     assert plain["graphs"] == plain["breaks"] == 0
 
 
-@pytest.mark.parametrize("recompute", [None, pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recompute", quick([None, pytest.param("full", marks=pytest.mark.slow)]))
 def test_a_fold_keeps_its_bits(pool: RankPool, path: str, recompute: str | None) -> None:
     """Different data and different loads in each step: graphs break at collectives, and no step makes new ones."""
     batches = {dp: make_batches(3, dp, 4, 16, 96) for dp in (1, 2)}
     folds = ["tp1 | ep2", "tp2 | etp2"]
-    for ranks in pool.run(compiled.beside, path, folds, batches, {**SPEC, "recompute": recompute}, ranks=2):
+    for ranks in pool.run(jobs_compile.beside, path, folds, batches, {**SPEC, "recompute": recompute}, ranks=2):
         for fold, (plain, ours) in zip(folds, ranks, strict=True):
             _assert_same(plain, ours)
             assert ours["graphs"] > 0, fold
@@ -53,7 +54,7 @@ def test_a_fold_keeps_its_bits(pool: RankPool, path: str, recompute: str | None)
 
 @pytest.mark.slow
 def test_a_pipeline_keeps_its_bits(pool: RankPool, path: str) -> None:
-    for ranks in pool.run(compiled.beside, path, ["pp2"], {1: make_batches(2, 1, 4, 16, 96)}, SPEC, ranks=2):
+    for ranks in pool.run(jobs_compile.beside, path, ["pp2"], {1: make_batches(2, 1, 4, 16, 96)}, SPEC, ranks=2):
         for plain, ours in ranks:
             _assert_same(plain, ours)
             assert ours["graphs"] > 0
@@ -61,7 +62,7 @@ def test_a_pipeline_keeps_its_bits(pool: RankPool, path: str) -> None:
 
 def test_one_rank_is_one_graph(pool: RankPool, path: str) -> None:
     batches = {2: make_batches(2, 1, 4, 16, 96)}
-    [[(plain, ours)]] = pool.run(compiled.beside, path, [""], batches, {**SPEC, "precision": "bf16-true"}, ranks=1)
+    [[(plain, ours)]] = pool.run(jobs_compile.beside, path, [""], batches, {**SPEC, "precision": "bf16-true"}, ranks=1)
     _assert_same(plain, ours)
     assert ours["graphs"] == 1
     assert ours["breaks"] == 0
@@ -71,7 +72,7 @@ def test_one_rank_is_one_graph(pool: RankPool, path: str) -> None:
 def test_no_compiler_one_warning(pool: RankPool, path: str, tmp_path: Path) -> None:
     """The run goes on, not compiled."""
     [(said, graphs, losses)] = pool.run(
-        compiled.without_a_compiler, path, make_batches(1, 1, 2, 16, 96), str(tmp_path / "empty"), ranks=1
+        jobs_compile.without_a_compiler, path, make_batches(1, 1, 2, 16, 96), str(tmp_path / "empty"), ranks=1
     )
     assert len(said) == 1
     assert "C++ compiler" in said[0]

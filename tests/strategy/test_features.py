@@ -10,7 +10,7 @@ import pytest
 
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
-from tests.strategy import features
+from tests.strategy import jobs_features
 from tests.strategy.test_bad_input import sentence
 
 FOLD = "tp2 | ep2 etp2"
@@ -23,8 +23,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_features_that_work(pool: RankPool, path: str, tmp_path: Path) -> None:
-    [expected] = pool.run(features.working, path, "", str(tmp_path / "1"), ranks=1)
-    actual = pool.run(features.working, path, FOLD, str(tmp_path / "4"), ranks=4)
+    [expected] = pool.run(jobs_features.working, path, "", str(tmp_path / "1"), ranks=1)
+    actual = pool.run(jobs_features.working, path, FOLD, str(tmp_path / "4"), ranks=4)
     for name, theirs in expected.items():
         for ours in (reports[name] for reports in actual):
             assert ours.losses == pytest.approx(theirs.losses, rel=1e-8), name
@@ -36,12 +36,12 @@ def test_features_that_work(pool: RankPool, path: str, tmp_path: Path) -> None:
 
 
 def test_weights_only(pool: RankPool, path: str, tmp_path: Path) -> None:
-    for before, after in pool.run(features.weights_only, path, FOLD, str(tmp_path), ranks=4):
+    for before, after in pool.run(jobs_features.weights_only, path, FOLD, str(tmp_path), ranks=4):
         assert before == after
 
 
 def test_features_that_are_refused(pool: RankPool, path: str, tmp_path: Path) -> None:
-    for messages in pool.run(features.refused, path, "tp2 | ep2", str(tmp_path), ranks=2):
+    for messages in pool.run(jobs_features.refused, path, "tp2 | ep2", str(tmp_path), ranks=2):
         for name, message in messages.items():
             sentence(message)
             assert name.partition(",")[0].lower() in message.lower(), f"{name}: {message}"
@@ -51,10 +51,14 @@ def test_features_that_are_refused(pool: RankPool, path: str, tmp_path: Path) ->
 def test_every_row_of_the_page_is_tried() -> None:
     """What docs/refusals.md calls refused is named where the tests have it refused."""
     root = Path(__file__).parents[2]
-    files = ["optim/test_optimizers.py", *(f"checkpoint/{name}.py" for name in ("saved", "test_saved", "test_stores"))]
-    jobs = "features bad precisions accumulating uneven hooks test_hooks trees like"
-    files += [f"strategy/{name}.py" for name in jobs.split()]
-    tried = "".join((root / "tests" / name).read_text() for name in files).lower()
+    places = {
+        "optim": "test_optimizers",
+        "checkpoint": "jobs_saved test_saved test_stores",
+        "lifecycle": "jobs_precision jobs_accumulation jobs_even_batches",
+        "strategy": "jobs_features jobs_bad_input jobs_hooks test_hooks jobs_trees jobs_like_lightning",
+    }
+    files = [root / "tests" / folder / f"{name}.py" for folder, names in places.items() for name in names.split()]
+    tried = "".join(file.read_text() for file in files).lower()
     _, _, table = (root / "docs" / "refusals.md").read_text().partition("## What is refused")
     lines = table.partition("## What to know")[0].splitlines()
     rows = [line.split("|")[1] for line in lines if line.startswith("| ")]
@@ -73,14 +77,14 @@ def test_every_row_of_the_page_is_tried() -> None:
 
 
 def test_anomalies_are_looked_for_over_data_ranks(pool: RankPool, path: str) -> None:
-    assert pool.run(features.anomalies, path, "", ranks=2) == ["no error"] * 2
+    assert pool.run(jobs_features.anomalies, path, "", ranks=2) == ["no error"] * 2
 
 
 def test_a_compiled_module(pool: RankPool, path: str) -> None:
-    for message in pool.run(features.compiled, path, ranks=2):
+    for message in pool.run(jobs_features.compiled, path, ranks=2):
         sentence(message)
         assert "compile" in message
 
 
 def test_plain_modules_keep_what_sharded_ones_cannot_have(pool: RankPool, tmp_path: Path) -> None:
-    assert pool.run(features.own_checkpoint_io, str(tmp_path), ranks=2) == [True, True]
+    assert pool.run(jobs_features.own_checkpoint_io, str(tmp_path), ranks=2) == [True, True]

@@ -12,7 +12,7 @@ import torch
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.quick import quick
-from tests.strategy import life
+from tests.strategy import jobs_life_cycle
 
 FOLD = "tp2 | ep2 etp2"
 PIPELINE = "pp2 | ep2"
@@ -34,8 +34,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     ids=["configure_model", "__init__", "pipeline"],
 )
 def test_entry_points(pool: RankPool, path: str, fold: str, early: bool) -> None:
-    [expected] = pool.run(life.entry_points, path, "", False, ranks=1)
-    actual = pool.run(life.entry_points, path, fold, early, ranks=4)
+    [expected] = pool.run(jobs_life_cycle.entry_points, path, "", False, ranks=1)
+    actual = pool.run(jobs_life_cycle.entry_points, path, fold, early, ranks=4)
     for seen in actual:
         for key in ("validated", "tested", "validated again"):
             assert seen[key] == pytest.approx(expected[key], rel=1e-7), key  # Lightning logs in float32
@@ -51,8 +51,8 @@ def test_entry_points(pool: RankPool, path: str, fold: str, early: bool) -> None
 
 
 def test_model_outside_a_trainer(pool: RankPool, path: str) -> None:
-    [losses] = pool.run(life.outside, path, ranks=1)
-    actual = pool.run(life.cases, path, FOLD, [({}, {"max_epochs": 1})], ranks=4)
+    [losses] = pool.run(jobs_life_cycle.outside, path, ranks=1)
+    actual = pool.run(jobs_life_cycle.cases, path, FOLD, [({}, {"max_epochs": 1})], ranks=4)
     assert actual[0][0].losses == pytest.approx(losses, rel=1e-9)
 
 
@@ -61,7 +61,7 @@ def test_model_outside_a_trainer(pool: RankPool, path: str) -> None:
     quick([pytest.param(FOLD, False, marks=pytest.mark.slow), (FOLD, True), (PIPELINE, False)], (PIPELINE, False)),
 )
 def test_best_and_last(pool: RankPool, path: str, tmp_path: Path, fold: str, weights_only: bool) -> None:
-    for seen in pool.run(life.keep_best, path, fold, str(tmp_path), weights_only, ranks=4):
+    for seen in pool.run(jobs_life_cycle.keep_best, path, fold, str(tmp_path), weights_only, ranks=4):
         order = sorted(range(5), key=lambda step: -seen["losses"][step])
         kept = sorted(f"step={step + 1}.ckpt" for step in order[:2])
         assert seen["files"] == sorted(["last.ckpt", *kept])
@@ -82,8 +82,8 @@ RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("fold", [pytest.param(FOLD, marks=pytest.mark.slow), PIPELINE])
 def test_limits_schedules_and_intervals(pool: RankPool, path: str, fold: str) -> None:
-    [expected] = pool.run(life.cases, path, "", RUNS, ranks=1)
-    actual = pool.run(life.cases, path, fold, RUNS, ranks=4)
+    [expected] = pool.run(jobs_life_cycle.cases, path, "", RUNS, ranks=1)
+    actual = pool.run(jobs_life_cycle.cases, path, fold, RUNS, ranks=4)
     for i, (case, theirs) in enumerate(zip(RUNS, expected, strict=True)):
         reports = [runs[i] for runs in actual]
         for ours in reports:
@@ -97,9 +97,9 @@ def test_limits_schedules_and_intervals(pool: RankPool, path: str, fold: str) ->
 
 def test_full_sharding_accumulates_in_pieces(pool: RankPool, path: str) -> None:
     """Gradients of each batch are scattered and added up, to the same weights."""
-    [expected] = pool.run(life.accumulated, path, "", "optimizer", ranks=1)
+    [expected] = pool.run(jobs_life_cycle.accumulated, path, "", "optimizer", ranks=1)
     for sharding in ("full", "optimizer"):
-        actual = pool.run(life.accumulated, path, "| ep2", sharding, ranks=4)
+        actual = pool.run(jobs_life_cycle.accumulated, path, "| ep2", sharding, ranks=4)
         assert actual[0].losses == pytest.approx(expected.losses, rel=1e-9)
         assert_close_by_name(assemble(r.weights for r in actual), assemble([expected.weights]), 1e-8, sharding)
         held = [missing == 0 for missing in actual[0].counters]
@@ -111,8 +111,8 @@ def test_model_beside_own_modules(pool: RankPool, path: str, tmp_path: Path, pee
     """Aliases of parts of the model, running statistics and extra state survive saving under a fold."""
     (tmp_path / "1").mkdir()
     (tmp_path / "4").mkdir()
-    [expected] = pool.run(life.composite, path, "", str(tmp_path / "1"), peek, ranks=1)
-    actual = pool.run(life.composite, path, FOLD, str(tmp_path / "4"), peek, ranks=4)
+    [expected] = pool.run(jobs_life_cycle.composite, path, "", str(tmp_path / "1"), peek, ranks=1)
+    actual = pool.run(jobs_life_cycle.composite, path, FOLD, str(tmp_path / "4"), peek, ranks=4)
     assert actual[0]["losses"] == pytest.approx(expected["losses"], rel=1e-9)
     whole = assemble(s["weights"] for s in actual)
     assert_close_by_name(whole, assemble([expected["weights"]]), 1e-8, "weights")
@@ -125,7 +125,7 @@ def test_model_beside_own_modules(pool: RankPool, path: str, tmp_path: Path, pee
 
 
 def test_hyperparameters_that_cannot_be_read_back(pool: RankPool, path: str, tmp_path: Path) -> None:
-    for message in pool.run(life.callback_state, path, str(tmp_path), ranks=2):
+    for message in pool.run(jobs_life_cycle.callback_state, path, str(tmp_path), ranks=2):
         assert "torch.nn.modules.linear.Linear" in message
         assert "plain data" in message
     assert not list(tmp_path.iterdir())
@@ -133,15 +133,15 @@ def test_hyperparameters_that_cannot_be_read_back(pool: RankPool, path: str, tmp
 
 @pytest.mark.slow
 def test_every_implementation_of_adamw(pool: RankPool, path: str, tmp_path: Path) -> None:
-    actual = pool.run(life.kernels, path, "| ep2", str(tmp_path), ranks=4)
+    actual = pool.run(jobs_life_cycle.kernels, path, "| ep2", str(tmp_path), ranks=4)
     whole = [assemble(runs[i].weights for runs in actual) for i in range(3)]
     for other in whole[1:]:
         assert_close_by_name(other, whole[0], 1e-10, "weights")
 
 
 def test_predict(pool: RankPool, path: str) -> None:
-    [expected] = pool.run(life.predict, path, "", 16, ranks=1)
-    actual = pool.run(life.predict, path, "tp2 | ep4", 16, ranks=4)
+    [expected] = pool.run(jobs_life_cycle.predict, path, "", 16, ranks=1)
+    actual = pool.run(jobs_life_cycle.predict, path, "tp2 | ep4", 16, ranks=4)
     assert actual[0] == actual[1]
     assert actual[2] == actual[3]
     for batch, (even, odd) in zip(expected, zip(actual[0], actual[2], strict=True), strict=True):

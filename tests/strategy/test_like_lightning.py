@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from tests.quick import quick
-from tests.strategy import like
+from tests.strategy import jobs_like_lightning
 from tests.strategy.test_bad_input import sentence
 
 
@@ -31,18 +31,18 @@ def _same(ours: Any, theirs: Any, what: str) -> None:
     assert_close_by_name(ours[1], theirs[1], tolerance, what)
 
 
-@pytest.mark.parametrize("name", quick([n for n in like.CALLBACKS if n != "batch finder"], "unfreezing"))
+@pytest.mark.parametrize("name", quick([n for n in jobs_like_lightning.CALLBACKS if n != "batch finder"], "unfreezing"))
 def test_callbacks_on_two_ranks_like_one_device(pool: RankPool, tmp_path: Path, name: str) -> None:
     """DDP is no measure here: it never sums gradients of what was frozen when it was made."""
-    [theirs] = pool.run(like.with_callback, "auto", name, None, str(tmp_path), ranks=1)
-    first, second = pool.run(like.with_callback, "", name, None, str(tmp_path), ranks=2)
+    [theirs] = pool.run(jobs_like_lightning.with_callback, "auto", name, None, str(tmp_path), ranks=1)
+    first, second = pool.run(jobs_like_lightning.with_callback, "", name, None, str(tmp_path), ranks=2)
     losses = [(a + b) / 2 for a, b in zip(first[0], second[0], strict=True)]
     assert first[0] != second[0]
     for _, weights in (first, second):
         _same((losses, weights), theirs, name)
 
 
-@pytest.mark.parametrize("name", list(like.CALLBACKS))
+@pytest.mark.parametrize("name", list(jobs_like_lightning.CALLBACKS))
 @pytest.mark.parametrize("blocks", quick([False, True], True))
 def test_callbacks_on_one_rank_like_one_device(
     pool: RankPool, path: str, tmp_path: Path, name: str, blocks: bool
@@ -50,24 +50,26 @@ def test_callbacks_on_one_rank_like_one_device(
     if blocks and name == "pruning":  # a mask that is made once and used twice fails on one device as well
         return
     given = path if blocks else None
-    [theirs] = pool.run(like.with_callback, "auto", name, given, str(tmp_path), ranks=1)
-    [ours] = pool.run(like.with_callback, "", name, given, str(tmp_path), ranks=1)
+    [theirs] = pool.run(jobs_like_lightning.with_callback, "auto", name, given, str(tmp_path), ranks=1)
+    [ours] = pool.run(jobs_like_lightning.with_callback, "", name, given, str(tmp_path), ranks=1)
     _same(ours, theirs, name)
 
 
 @pytest.mark.parametrize("blocks", quick([False, True], True))
 def test_searches_on_one_rank(pool: RankPool, path: str, tmp_path: Path, blocks: bool) -> None:
     given = path if blocks else None
-    [theirs] = pool.run(like.tuned, "auto", given, str(tmp_path), ranks=1)
-    [ours] = pool.run(like.tuned, "", given, str(tmp_path), ranks=1)
+    [theirs] = pool.run(jobs_like_lightning.tuned, "auto", given, str(tmp_path), ranks=1)
+    [ours] = pool.run(jobs_like_lightning.tuned, "", given, str(tmp_path), ranks=1)
     assert ours[0] == pytest.approx(theirs[0], rel=1e-5)
     assert ours[1:] == theirs[1:]
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_search_for_a_learning_rate_on_two_ranks(pool: RankPool, tmp_path: Path) -> None:
-    theirs = pool.run(like.tuned, None, None, str(tmp_path), False, ranks=2)
-    for ours, ddp in zip(pool.run(like.tuned, "", None, str(tmp_path), False, ranks=2), theirs, strict=True):
+    theirs = pool.run(jobs_like_lightning.tuned, None, None, str(tmp_path), False, ranks=2)
+    for ours, ddp in zip(
+        pool.run(jobs_like_lightning.tuned, "", None, str(tmp_path), False, ranks=2), theirs, strict=True
+    ):
         assert ours[0] == pytest.approx(ddp[0], rel=1e-5)
         assert ours[1] == ddp[1]
 
@@ -75,30 +77,33 @@ def test_search_for_a_learning_rate_on_two_ranks(pool: RankPool, tmp_path: Path)
 def test_saving_on_an_exception(pool: RankPool, path: str, tmp_path: Path) -> None:
     for given, ranks in ((None, 2), (path, 1)):
         folder = tmp_path / str(ranks)
-        assert pool.run(like.on_exception, "", given, str(folder), ranks=ranks) == [["on_exception.ckpt"]] * ranks
+        assert (
+            pool.run(jobs_like_lightning.on_exception, "", given, str(folder), ranks=ranks)
+            == [["on_exception.ckpt"]] * ranks
+        )
 
 
 @pytest.mark.parametrize("ranks", quick([1, 2], 2))
 def test_a_trainer_that_has_run_can_be_pickled(pool: RankPool, tmp_path: Path, ranks: int) -> None:
-    for told in pool.run(like.copies, str(tmp_path), None, ranks=ranks):
+    for told in pool.run(jobs_like_lightning.copies, str(tmp_path), None, ranks=ranks):
         assert told == ["MoEFoldStrategy", "MoEFoldStrategy", str(8 // ranks)]
 
 
 @pytest.mark.parametrize("ranks", quick([1, 2], 2))
 def test_resuming_like_ddp(pool: RankPool, tmp_path: Path, ranks: int) -> None:
     """The same order of hooks, state of callbacks that is no plain data, names of files, and weights."""
-    theirs = pool.run(like.resumed, None, str(tmp_path), ranks=ranks)
-    for ours, ddp in zip(pool.run(like.resumed, "", str(tmp_path), ranks=ranks), theirs, strict=True):
+    theirs = pool.run(jobs_like_lightning.resumed, None, str(tmp_path), ranks=ranks)
+    for ours, ddp in zip(pool.run(jobs_like_lightning.resumed, "", str(tmp_path), ranks=ranks), theirs, strict=True):
         assert_close_by_name(ours.pop("weights"), ddp.pop("weights"), 1e-6, "weights")
         assert ours == ddp
         assert ours["batches"] == 2 * 8 // ranks
 
 
 def test_saving_before_the_set_up(pool: RankPool, path: str, tmp_path: Path) -> None:
-    [theirs] = pool.run(like.saved_early, None, None, str(tmp_path), ranks=1)
-    [ours] = pool.run(like.saved_early, "", None, str(tmp_path), ranks=1)
+    [theirs] = pool.run(jobs_like_lightning.saved_early, None, None, str(tmp_path), ranks=1)
+    [ours] = pool.run(jobs_like_lightning.saved_early, "", None, str(tmp_path), ranks=1)
     assert_close_by_name(ours, theirs, 0.0, "weights")
-    [message] = pool.run(like.saved_early, "", path, str(tmp_path), ranks=1)
+    [message] = pool.run(jobs_like_lightning.saved_early, "", path, str(tmp_path), ranks=1)
     sentence(message)
     assert "is not saved" in message
 
@@ -111,7 +116,7 @@ def test_what_is_known_before_the_processes_start() -> None:
             strategy=strategy, accelerator="cpu", devices=2, num_nodes=2, max_epochs=3, logger=False,
             enable_checkpointing=False, limit_train_batches=0.5,
         )  # fmt: skip
-        module = like.Learner()
+        module = jobs_like_lightning.Learner()
         run.strategy.connect(module)
         module.trainer = run
         run._data_connector.attach_data(module)

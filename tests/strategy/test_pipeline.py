@@ -10,7 +10,7 @@ import torch
 
 from lightning_moefold.parallel import PipelinePlan
 from lightning_moefold.testing import RankPool, make_checkpoint, relative_error
-from tests.strategy import stages
+from tests.strategy import jobs_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,14 @@ def test_errors_reach_all_ranks(pool: RankPool, path: str) -> None:
         "generate": "generate does not run a pipeline",
         "good again": "no error",
     }
-    for rank, messages in enumerate(pool.run(stages.errors, path, ranks=4)):
+    for rank, messages in enumerate(pool.run(jobs_pipeline.errors, path, ranks=4)):
         for name, pattern in patterns.items():
             assert pattern in messages[name], f"{name}: {messages[name]}"
         assert ("ZeroDivisionError" if rank >= 2 else "loss_fn failed on another rank") in messages["loss_fn"]
 
 
 def test_weights_are_read_by_the_stage_that_holds_them(pool: RankPool, path: str) -> None:
-    first, last = pool.run(stages.names_read, path, ranks=2)
+    first, last = pool.run(jobs_pipeline.names_read, path, ranks=2)
     assert first & last == set()
     assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= first
     assert {"model.norm.weight", "lm_head.weight", "model.layers.1.mlp.gate.weight"} <= last
@@ -44,7 +44,7 @@ def test_weights_are_read_by_the_stage_that_holds_them(pool: RankPool, path: str
 
 def test_what_a_call_leaves_behind(pool: RankPool, path: str) -> None:
     """Gradients of earlier are put back, tokens are counted once, and every rank has the same loss and logits."""
-    seen = pool.run(stages.a_call, path, ranks=2)
+    seen = pool.run(jobs_pipeline.a_call, path, ranks=2)
     for found in seen:
         assert found["grads_kept"]
         assert found["counts"] == [48 * 2]  # tokens times choices, of one layer a stage
@@ -56,8 +56,8 @@ def test_what_a_call_leaves_behind(pool: RankPool, path: str) -> None:
 def test_forward_alone_through_every_kind_of_stages(pool: RankPool, tmp_path: Path) -> None:
     deep = str(make_checkpoint(tmp_path / "deep", "qwen2_moe", num_hidden_layers=4, vocab_size=96))
     plans = [PipelinePlan("gpipe"), PipelinePlan("interleaved_1f1b", 2), PipelinePlan("zbv")]
-    [expected] = pool.run(stages.evaluations, deep, "", plans[:1], ranks=1)
-    for seen in pool.run(stages.evaluations, deep, "pp2", plans, ranks=2):
+    [expected] = pool.run(jobs_pipeline.evaluations, deep, "", plans[:1], ranks=1)
+    for seen in pool.run(jobs_pipeline.evaluations, deep, "pp2", plans, ranks=2):
         for (loss, logits), (right, whole) in zip(seen, expected * len(plans), strict=True):
             assert loss == pytest.approx(right, rel=1e-12)
             assert relative_error(logits, whole) < 1e-12
@@ -65,7 +65,7 @@ def test_forward_alone_through_every_kind_of_stages(pool: RankPool, tmp_path: Pa
 
 @pytest.mark.parametrize(("world", "fold"), [(2, "pp2"), pytest.param(4, "pp2 | ep2", marks=pytest.mark.slow)])
 def test_inference_mode_leaves_nothing_behind(pool: RankPool, path: str, world: int, fold: str) -> None:
-    for (loss, grads), (again, after) in pool.run(stages.after_inference_mode, path, fold, ranks=world):
+    for (loss, grads), (again, after) in pool.run(jobs_pipeline.after_inference_mode, path, fold, ranks=world):
         assert loss == again
         assert grads.keys() == after.keys()
         assert all(torch.equal(grads[name], after[name]) for name in grads)
@@ -73,7 +73,7 @@ def test_inference_mode_leaves_nothing_behind(pool: RankPool, path: str, world: 
 
 def test_refusals(pool: RankPool, path: str, tmp_path: Path) -> None:
     tied = str(make_checkpoint(tmp_path / "tied", "mixtral", tie_word_embeddings=True, num_hidden_layers=4))
-    for messages in pool.run(stages.refused, path, tied, ranks=2):
+    for messages in pool.run(jobs_pipeline.refused, path, tied, ranks=2):
         assert "holds no MoECausalLM to cut into stages" in messages["plain module"]
         assert "a second name for a part of a model that another pipeline stage holds" in messages["second name"]
         assert "does not go with tied embeddings" in messages["tied"]

@@ -12,7 +12,7 @@ import torch
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.strategy import changing
+from tests.strategy import jobs_settings
 
 CAPACITY = {"fold": "| ep2", "capacity_factor": 0.5}
 PIPELINE = {"pipeline_parallel_size": 2, "num_microbatches": 4, "pipeline_schedule": "gpipe"}
@@ -34,8 +34,8 @@ APPLIED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         1, {"accumulate_grad_batches": 2, "compile": True}, {"accumulate_grad_batches": 2, "calculate_per_token_loss": True},
     ),
     "context_parallel_exchange timeout": (
-        2, {"fold": "cp2", "timeout": changing.LONG},
-        {"fold": "cp2", "timeout": changing.SHORT, "context_parallel_exchange": "all_gather"},
+        2, {"fold": "cp2", "timeout": jobs_settings.LONG},
+        {"fold": "cp2", "timeout": jobs_settings.SHORT, "context_parallel_exchange": "all_gather"},
     ),
     "num_microbatches pipeline_schedule": (2, PIPELINE, {**PIPELINE, "num_microbatches": 2, "pipeline_schedule": "1f1b"}),
     "pipeline_schedule": (2, LOOPED, {**LOOPED, "pipeline_schedule": "interleaved_zero_bubble"}),
@@ -54,6 +54,16 @@ REFUSED: list[tuple[int, dict[str, Any], dict[str, dict[str, Any]]]] = [
 ]  # fmt: skip
 #: Of which a module knows nothing: ``auto`` says what ``fold="auto"`` is to plan for, the other takes one value.
 OTHERS = {"auto", "sequence_parallel"}
+#: What ``make test`` changes: one of each kind of refusal, and of each place to which settings go.
+FIRST = {
+    "capacity_factor",
+    "dispatcher",
+    "num_microbatches",
+    "context_parallel_exchange",
+    "fold",
+    "precision",
+    "pipeline_split",
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +80,7 @@ def test_every_argument_is_changed() -> None:
 @pytest.mark.parametrize("names", APPLIED)
 def test_applied(pool: RankPool, path: str, names: str) -> None:
     ranks, first, second = APPLIED[names]
-    for before, changed, fresh in pool.run(changing.change, path, first, second, ranks=ranks):
+    for before, changed, fresh in pool.run(jobs_settings.change, path, first, second, ranks=ranks):
         assert before != changed["told"][1]
         assert changed["told"] == fresh["told"]
         assert changed["losses"] == fresh["losses"]
@@ -80,7 +90,7 @@ def test_applied(pool: RankPool, path: str, names: str) -> None:
 
 @pytest.mark.parametrize(("ranks", "first", "others"), REFUSED, ids=[" ".join(others) for *_, others in REFUSED])
 def test_refused(pool: RankPool, path: str, ranks: int, first: dict[str, Any], others: dict[str, Any]) -> None:
-    for said in pool.run(changing.refusals, path, first, others, ranks=ranks):
+    for said in pool.run(jobs_settings.refusals, path, first, others, ranks=ranks):
         for name, message in said.items():
             assert message.startswith("InputError: "), f"{name}: {message}"
             assert ("fold" if name.endswith("_size") else name) in message
@@ -88,7 +98,7 @@ def test_refused(pool: RankPool, path: str, ranks: int, first: dict[str, Any], o
 
 def test_auto_goes_on_with_what_the_model_has(pool: RankPool, path: str) -> None:
     """Under its fold, with the settings of the first Trainer where none are given, and with those given."""
-    for _, changed, _ in pool.run(changing.change, path, PIPELINE, {"fold": "auto", "recompute": "full"}, ranks=2):
+    for _, changed, _ in pool.run(jobs_settings.change, path, PIPELINE, {"fold": "auto", "recompute": "full"}, ranks=2):
         [validated, _] = changed["told"]
         assert (validated["microbatches"], validated["pipeline"][0]) == (4, "gpipe")
         assert {value[0] for name, value in validated.items() if name.count(".") == 2} == {"full"}

@@ -7,7 +7,7 @@ import pytest
 
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.quick import quick
-from tests.strategy import trees
+from tests.strategy import jobs_trees
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +17,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize(("fold", "ranks"), quick([("", 1), ("tp2 | ep2", 2)], ("tp2 | ep2", 2)))
 def test_changed_models_are_refused(pool: RankPool, path: str, fold: str, ranks: int) -> None:
-    for messages in pool.run(trees.refused, path, fold, ranks=ranks):
-        for case, (_, pattern) in trees.CASES.items():
+    for messages in pool.run(jobs_trees.refused, path, fold, ranks=ranks):
+        for case, (_, pattern) in jobs_trees.CASES.items():
             assert messages[case].startswith("TreeError"), (case, messages[case])
             assert pattern in messages[case], (case, messages[case])
             assert "\n" not in messages[case]
@@ -26,13 +26,13 @@ def test_changed_models_are_refused(pool: RankPool, path: str, fold: str, ranks:
 
 @pytest.mark.slow
 def test_a_part_compiled_in_place(pool: RankPool, path: str) -> None:
-    [(compiled, plain)] = pool.run(trees.compiled_in_place, path, ranks=1)
+    [(compiled, plain)] = pool.run(jobs_trees.compiled_in_place, path, ranks=1)
     assert compiled == pytest.approx(plain, rel=1e-9)
 
 
 def test_a_wrapped_part_of_a_block(pool: RankPool) -> None:
-    for message, losses in pool.run(trees.own_network, "tp2", "wrapped", ranks=2):
+    for message, losses in pool.run(jobs_trees.own_network, "tp2", "wrapped", ranks=2):
         assert "has no parameter 'o_proj.weight' (any more)" in message
         assert not losses
-    for message, losses in pool.run(trees.own_network, "tp2", "", ranks=2):
+    for message, losses in pool.run(jobs_trees.own_network, "tp2", "", ranks=2):
         assert (message, len(losses)) == ("no error", 2)

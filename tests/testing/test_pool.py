@@ -189,6 +189,7 @@ def test_a_closed_pool_refuses() -> None:
         pool.run(total, 0.0, ranks=1)
 
 
+@pytest.mark.more
 def test_lightning_trains_with_ddp(pool: RankPool, tmp_path: Path) -> None:
     assert pool.run(fit_boring_model, str(tmp_path), ranks=2) == [(0, 2, True), (1, 2, True)]
     with pytest.raises(RankError, match="is not the number of ranks"):

@@ -14,7 +14,8 @@ waits for the device twice. Where each row is a token's only one there is nothin
 Weights multiply rows as in :mod:`.experts.kernels`: before the product back to D, with the result in the dtype of the rows.
 
 For Transformer Engine 2.9 and newer. Tested against a stub of the interfaces of 2.9 and 2.20.0.dev0
-(``tests/modules/te_stub.py``), **not run on a GPU yet**. Costs one more wait of the host per layer, for the rows of each expert.
+(``tests/modules/experts/te_stub.py``), **not run on a GPU yet**. Costs one more wait of the host per layer, for the rows of
+each expert.
 
 Legend: A tokens, M rows in expert order, P padded rows, L local experts, D hidden size, F expert width, I and O widths in
 and out.

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs for the ranks of the pool: learning rates of runs whose number of steps is known, or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_moefold import MoEFoldStrategy
+from lightning_moefold.recipes import FineTuneModule
+from tests.strategy.plain_modules import trainer
+
+TOKENS = torch.randint(96, (24, 6), generator=torch.Generator().manual_seed(1))
+ROWS = [{"input_ids": token_S, "labels": token_S} for token_S in TOKENS]
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from ROWS
+
+
+class Rates(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+def rates(
+    path: str, fold: str, cases: list[tuple[dict[str, Any], dict[str, Any], bool | int]]
+) -> list[tuple[list[float], str]]:
+    """For options of module and Trainer, and whether a stream (or on how many rows of rank 0) is trained on.
+
+    Returns:
+        Of each case the learning rates of the steps, and the error.
+    """
+    found = []
+    for module, options, stream in cases:
+        recorder, message = Rates(), ""
+        callbacks: list[Callback] = [recorder]
+        if (factors := options.get("accumulate")) is not None:
+            callbacks.append(GradientAccumulationScheduler(factors))
+        arguments = {name: value for name, value in options.items() if name != "accumulate"}
+        run = trainer(MoEFoldStrategy(fold=fold), callbacks=callbacks, use_distributed_sampler=False, **arguments)
+        rows = ROWS[: int(stream)] if stream > 1 and dist.get_rank() == 0 else ROWS
+        loader = DataLoader(Stream() if stream is True else rows, batch_size=4)
+        try:
+            run.fit(FineTuneModule(path, warmup_steps=1, learning_rate=1.0, **module), loader)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+        found.append((recorder.seen, message))
+    return found
