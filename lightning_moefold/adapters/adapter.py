@@ -65,7 +65,16 @@ class Adapter:
         return self._peft_config | {"base_model_name_or_path": base}
 
     def note_trained(self, model: nn.Module) -> None:
-        """Remembers which parameters of the base train in the step that begins: checkpoints hold them from then on."""
+        """Remembers which parameters of the base train in the step that begins: checkpoints hold them from then on.
+
+        Raises:
+            InputError: If the adapter is one that trains with dropout.
+        """
+        if isinstance(self.source, AdapterFiles) and self.source.dropout:
+            raise InputError(
+                f"the adapter of {self.source.path} trains with lora_dropout={self.source.dropout}, which is not supported here; "
+                "set it to 0 in its adapter_config.json to go on without."
+            )
         self.trained |= {n for n, p in model.named_parameters() if p.requires_grad and n not in self.shapes}
 
     def left_out(self, model: nn.Module) -> set[str]:

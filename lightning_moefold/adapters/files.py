@@ -26,7 +26,17 @@ from lightning_moefold.modules.experts.experts import Experts
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: Fields that change nothing once the tensors are there, and those that :class:`AdapterFiles` reads.
-_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "bias", "init_lora_weights"}
+_READ = {
+    "lora_dropout",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "peft_type",
+    "bias",
+    "init_lora_weights",
+}
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -46,6 +56,7 @@ class AdapterFiles:
 
     Attributes:
         lora: What it is.
+        dropout: With which it was trained. It changes nothing but training.
 
     Raises:
         CheckpointError: If the directory holds no such adapter, or it does not fit the model.
@@ -55,6 +66,7 @@ class AdapterFiles:
         self.path = Path(path)
         self._file = self.path / TENSORS
         config = self._read_config()
+        self.dropout = float(config.get("lora_dropout") or 0.0)
         self._handle: Any = None
         self._shapes = self._read_header()
         self._places = {name: self._name_of(name, module) for name, module in adaptable_modules(model).items()}

@@ -23,6 +23,7 @@ from lightning_moefold.adapters.adapter import Adapter, check_new, merges_of
 from lightning_moefold.adapters.config import LoRA
 from lightning_moefold.adapters.saving import write_adapter
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
+from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.errors import InputError, InputTypeError
 from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE
@@ -175,7 +176,7 @@ class MoECausalLM(ParallelRoot):
         """Reads a directory in Hugging Face format: config.json and safetensors.
 
         Args:
-            path: The directory.
+            path: The directory, or the name of a model on the hub (``"organisation/name"``, ``"organisation/name@revision"``).
             dtype: Of the parameters in memory; torch's default dtype if not given (inside a Trainer that follows the
                 precision: float32 for ``32-true`` and ``bf16-mixed``, bfloat16 for ``bf16-true``).
             **config_overrides: Replace fields of config.json, such as ``output_router_logits=True``.
@@ -184,6 +185,7 @@ class MoECausalLM(ParallelRoot):
             ConfigError: If the architecture or a field is not supported.
             CheckpointError: If a tensor is missing, extra or misshapen, or a file damaged.
         """
+        path = local_directory(path)
         config = MoEConfig.from_pretrained(path, **config_overrides)
         return cls._make(config, CheckpointWeights(HFCheckpoint(path), config), dtype)
 

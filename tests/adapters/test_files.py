@@ -199,7 +199,6 @@ def test_a_tied_head_is_refused(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"lora_dropout": 0.1}, "lora_dropout"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "no LoRA adapter"),
@@ -215,6 +214,17 @@ def test_files_that_are_refused(qwen: Path, tmp_path: Path, change: dict[str, An
     (path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=words):
         MoECausalLM.from_pretrained(qwen).add_adapter(path)
+
+
+def test_dropout_changes_nothing_but_training_which_is_refused(qwen: Path, tmp_path: Path) -> None:
+    path = make_adapter(tmp_path / "adapter", qwen)
+    logits = adapted(qwen, path)(TOKENS).logits
+    config = json.loads((path / "adapter_config.json").read_text()) | {"lora_dropout": 0.1}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    model = adapted(qwen, path).eval()
+    assert torch.equal(model(TOKENS).logits, logits)
+    with pytest.raises(InputError, match="lora_dropout=0.1"):
+        model.train()(TOKENS, labels=TOKENS)
 
 
 def test_an_adapter_of_another_model(qwen: Path, tmp_path: Path) -> None:
