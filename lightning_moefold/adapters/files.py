@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_moefold.adapters.attach import adaptable_modules
 from lightning_moefold.adapters.config import LoRA
 from lightning_moefold.adapters.layout import MIXTRAL, PREFIX, read_fused, read_separate
-from lightning_moefold.errors import CheckpointError
+from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.layout import Box
 from lightning_moefold.modules.base import Linear
 from lightning_moefold.modules.experts.experts import Experts
@@ -295,3 +295,41 @@ def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str,
         "target_parameters": parameters or None, "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }  # fmt: skip
+
+
+def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, mixtral: bool) -> dict[str, Any]:
+    """The same for a file with an adapter for each matrix of an expert, whose readers know modules only.
+
+    Args:
+        config: What :func:`peft_config` gave.
+        lora: The adapter.
+        experts: Of a layer.
+        mixtral: Whether the model is a Mixtral, whose modules had other names.
+
+    Raises:
+        InputError: If gate and up of an expert share an A that is not of either.
+    """
+    if lora.separate_gate_up:
+        raise InputError(
+            "gate and up of an expert share an A of twice the rank, which has no form with an adapter for each matrix; leave "
+            "separate_experts out."
+        )
+    names = MIXTRAL if mixtral else {name: name for name in MIXTRAL}
+    others, matrices = list(config["target_modules"]), []
+    for parameter in config["target_parameters"] or []:
+        owner, _, leaf = parameter.rpartition(".")
+        if leaf == "weight":
+            others.append(owner)
+        elif leaf == "down_proj":
+            matrices += [f"{owner}.{e}.{name}" for e in range(experts) for name in names.values()]
+    modules = [name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name for name in (*others, *matrices)]
+    rank = lora.down_rank if matrices else lora.rank
+    pattern = {re.escape(name): lora.rank for name in modules[: len(others)]} if rank != lora.rank else {}
+    changed = {
+        "r": rank,
+        "target_modules": modules,
+        "target_parameters": None,
+        "rank_pattern": pattern,
+        "alpha_pattern": {},
+    }
+    return {**config, **changed}

@@ -21,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from lightning_moefold import comm
 from lightning_moefold.adapters.adapter import Adapter, check_new, merges_of
 from lightning_moefold.adapters.config import LoRA
+from lightning_moefold.adapters.files import separate_config
+from lightning_moefold.adapters.layout import MIXTRAL
 from lightning_moefold.adapters.saving import write_adapter
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
 from lightning_moefold.checkpoint.hub import local_directory
@@ -541,11 +543,13 @@ class MoECausalLM(ParallelRoot):
             tokenizer_from=self.tokenizer_path, merges=merges,
         )  # fmt: skip
 
-    def save_adapter(self, path: str | Path) -> None:
+    def save_adapter(self, path: str | Path, separate_experts: bool = False) -> None:
         """Writes the adapter alone, as PEFT loads it. Collective: every rank calls it.
 
         Args:
             path: The directory; one that holds an adapter is replaced, one with other files in it is refused.
+            separate_experts: Write an adapter for each matrix of an expert, as older versions read them (PEFT and this model read
+                them back at twice the rank for gate and up).
 
         Raises:
             InputError: If the model has no adapter.
@@ -558,7 +562,12 @@ class MoECausalLM(ParallelRoot):
         world = SINGLE if self.mesh is None else self.mesh.world
         base = None if origin is None else str(origin)
         piece = self._piece(dict(self.named_parameters()))
-        write_adapter(path, self.adapter.peft_config(base), self._adapter_tensors(), piece, world)
+        config, names = self.adapter.peft_config(base), None
+        if separate_experts:
+            mixtral = self.config.model_type == "mixtral"
+            config = separate_config(config, self.adapter.lora, self.config.num_experts, mixtral)
+            names = MIXTRAL if mixtral else {name: name for name in MIXTRAL}
+        write_adapter(path, config, self._adapter_tensors(), piece, world, names)
 
     def _adapter_tensors(self) -> dict[str, OutputTensor]:
         assert self.adapter is not None

@@ -121,6 +121,21 @@ def test_an_adapter_for_each_matrix_of_an_expert(base: Path, tmp_path: Path) -> 
 
 
 @torch.no_grad()
+def test_files_for_older_readers(base: Path, tmp_path: Path) -> None:
+    ours = adapted(base, LoRA(rank=4, alpha=6, targets=TARGETS, expert_rank=3), torch.float64)
+    ours.save_adapter(tmp_path / "adapter", separate_experts=True)
+    logits = ours(TOKENS).logits
+    again = adapted(base, tmp_path / "adapter", torch.float64)
+    assert again.adapter.lora.separate_gate_up
+    torch.testing.assert_close(again(TOKENS).logits, logits, rtol=1e-9, atol=1e-9)
+    theirs = hf_reference(base)
+    PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    torch.testing.assert_close(theirs(input_ids=TOKENS).logits, logits, rtol=1e-9, atol=1e-9)
+    with pytest.raises(InputError, match="leave separate_experts out"):
+        again.save_adapter(tmp_path / "again", separate_experts=True)
+
+
+@torch.no_grad()
 def test_merging_is_exact_to_the_rounding(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_adapter(tmp_path / "adapter", qwen)
     arguments = ["--checkpoint", str(qwen), "--adapter", str(path), "--output", str(tmp_path / "merged")]
