@@ -41,6 +41,7 @@ class Adapter:
         lora: What it is.
         shapes: Global shape of each A and B, by name.
         source: Where their values come from.
+        base: A hash of the model that it was added to; None where the model has no source of weights.
         trained: Names of parameters of the base that have been trainable in a step.
 
     Raises:
@@ -56,6 +57,7 @@ class Adapter:
         self.source: _Source = SeededAdapter(self.lora.seed, self.shapes) if files is None else files
         if files is not None:
             files.adopt(self.shapes)
+        self.base: str | None = None
         self.trained: set[str] = set()
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.shapes)
         self._peft_config = peft_config(self.lora, owners, model)

@@ -236,6 +236,7 @@ class MoECausalLM(ParallelRoot):
         """
         check_new(self.adapter, self.mesh)
         self.adapter = Adapter(self, adapter)
+        self.adapter.base = None if self.source is None else self.source.fingerprint()
         self.layouts |= {name: ParameterLayout(shape, ParameterPlan()) for name, shape in self.adapter.shapes.items()}
         if self.weights_pending or next(self.parameters()).is_meta:
             return
@@ -617,10 +618,9 @@ class MoECausalLM(ParallelRoot):
         if self.adapter is None:
             return None
         seed = self.source.seed if isinstance(self.source, SeededWeights) else None
-        base = None if self.source is None else self.source.fingerprint()
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         path = None if origin is None else str(origin.resolve())
-        return {"lora": self.adapter.lora.as_dict(), "base": base, "seed": seed, "path": path}
+        return {"lora": self.adapter.lora.as_dict(), "base": self.adapter.base, "seed": seed, "path": path}
 
     def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
         if name in bias_entries(self.config):
