@@ -147,11 +147,10 @@ class AdapterFiles:
 
     def _describe_linear(self, name: str, module: nn.Module, config: dict[str, Any]) -> tuple[int, float]:
         out_features, in_features = module.weight.shape  # type: ignore[union-attr, operator, misc]
-        key = name if isinstance(module, Linear) else f"{name}.weight"
-        rank = self._rank_of(key, config)
-        self._expect(f"{self._places[name]}.lora_A.weight", (rank, in_features), key)
-        self._expect(f"{self._places[name]}.lora_B.weight", (out_features, rank), key)
-        return rank, self._scale_of(key, rank, config)
+        rank = self._rank_of(name, config)
+        self._expect(f"{self._places[name]}.lora_A.weight", (rank, in_features), name)
+        self._expect(f"{self._places[name]}.lora_B.weight", (out_features, rank), name)
+        return rank, self._scale_of(name, rank, config)
 
     def _describe_experts(self, name: str, module: Experts, config: dict[str, Any]) -> tuple[int, float]:
         (e, f, d), place = module.gate_proj.shape, self._places[name]
@@ -244,9 +243,9 @@ class AdapterFiles:
 
 
 def _pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a name, as PEFT looks it up."""
+    """The value of the first pattern that matches the end of a name, as PEFT looks it up: of a module or of its weight."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (key, f"{key}.weight")):
             return value
     return default
 
@@ -324,7 +323,8 @@ def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, mixtral
             matrices += [f"{owner}.{e}.{name}" for e in range(experts) for name in names.values()]
     modules = [name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name for name in (*others, *matrices)]
     rank = lora.down_rank if matrices else lora.rank
-    pattern = {re.escape(name): lora.rank for name in modules[: len(others)]} if rank != lora.rank else {}
+    # A router is a module to older readers, and its weight to newer ones.
+    pattern = {f"{re.escape(name)}(\\.weight)?": lora.rank for name in modules[: len(others)] if rank != lora.rank}
     changed = {
         "r": rank,
         "target_modules": modules,

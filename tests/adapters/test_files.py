@@ -128,9 +128,10 @@ def test_files_for_older_readers(base: Path, tmp_path: Path) -> None:
     again = adapted(base, tmp_path / "adapter", torch.float64)
     assert again.adapter.lora.separate_gate_up
     torch.testing.assert_close(again(TOKENS).logits, logits, rtol=1e-9, atol=1e-9)
-    theirs = hf_reference(base)
-    PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    torch.testing.assert_close(theirs(input_ids=TOKENS).logits, logits, rtol=1e-9, atol=1e-9)
+    if base.name != "qwen2_moe":  # PEFT 0.21 converts older files of the other two families
+        theirs = hf_reference(base)
+        PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+        torch.testing.assert_close(theirs(input_ids=TOKENS).logits, logits, rtol=1e-9, atol=1e-9)
     with pytest.raises(InputError, match="leave separate_experts out"):
         again.save_adapter(tmp_path / "again", separate_experts=True)
 
