@@ -30,6 +30,7 @@ PAGES = [
         "inference",
         "dispatch",
         "balance",
+        "adapters",
     )
 ]
 
@@ -39,6 +40,8 @@ def names_of(page: str, folder: Path) -> dict[str, Any]:
     if page == "docs/data.md":
         chat_tokenizer(folder / "path" / "to" / "checkpoint", "qwen2")
         write(folder / "chats.jsonl", [{"messages": TALK[: 2 * n + 3]} for n in (0, 1) for _ in range(10)])
+    if page == "docs/adapters.md":
+        make_checkpoint(folder / "model", "mixtral")
     if page != "docs/inference.md":
         return {"__name__": "docs"}
     model = MoECausalLM.from_pretrained(make_checkpoint(folder / "model", "mixtral"), output_router_logits=True)

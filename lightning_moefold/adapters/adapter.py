@@ -41,6 +41,7 @@ class Adapter:
         lora: What it is.
         shapes: Global shape of each A and B, by name.
         source: Where their values come from.
+        base: A hash of the model that it was added to; None where the model has no source of weights.
         trained: Names of parameters of the base that have been trainable in a step.
 
     Raises:
@@ -56,6 +57,7 @@ class Adapter:
         self.source: _Source = SeededAdapter(self.lora.seed, self.shapes) if files is None else files
         if files is not None:
             files.adopt(self.shapes)
+        self.base: str | None = None
         self.trained: set[str] = set()
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.shapes)
         self._peft_config = peft_config(self.lora, owners, model)
@@ -65,7 +67,16 @@ class Adapter:
         return self._peft_config | {"base_model_name_or_path": base}
 
     def note_trained(self, model: nn.Module) -> None:
-        """Remembers which parameters of the base train in the step that begins: checkpoints hold them from then on."""
+        """Remembers which parameters of the base train in the step that begins: checkpoints hold them from then on.
+
+        Raises:
+            InputError: If the adapter is one that trains with dropout.
+        """
+        if isinstance(self.source, AdapterFiles) and self.source.dropout:
+            raise InputError(
+                f"the adapter of {self.source.path} trains with lora_dropout={self.source.dropout}, which is not supported here; "
+                "set it to 0 in its adapter_config.json to go on without."
+            )
         self.trained |= {n for n, p in model.named_parameters() if p.requires_grad and n not in self.shapes}
 
     def left_out(self, model: nn.Module) -> set[str]:

@@ -19,14 +19,24 @@ from torch import Tensor, nn
 from lightning_moefold.adapters.attach import adaptable_modules
 from lightning_moefold.adapters.config import LoRA
 from lightning_moefold.adapters.layout import MIXTRAL, PREFIX, read_fused, read_separate
-from lightning_moefold.errors import CheckpointError
+from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.layout import Box
 from lightning_moefold.modules.base import Linear
 from lightning_moefold.modules.experts.experts import Experts
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: Fields that change nothing once the tensors are there, and those that :class:`AdapterFiles` reads.
-_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "bias", "init_lora_weights"}
+_READ = {
+    "lora_dropout",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "peft_type",
+    "bias",
+    "init_lora_weights",
+}
 _WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -46,6 +56,7 @@ class AdapterFiles:
 
     Attributes:
         lora: What it is.
+        dropout: With which it was trained. It changes nothing but training.
 
     Raises:
         CheckpointError: If the directory holds no such adapter, or it does not fit the model.
@@ -55,6 +66,7 @@ class AdapterFiles:
         self.path = Path(path)
         self._file = self.path / TENSORS
         config = self._read_config()
+        self.dropout = float(config.get("lora_dropout") or 0.0)
         self._handle: Any = None
         self._shapes = self._read_header()
         self._places = {name: self._name_of(name, module) for name, module in adaptable_modules(model).items()}
@@ -135,11 +147,10 @@ class AdapterFiles:
 
     def _describe_linear(self, name: str, module: nn.Module, config: dict[str, Any]) -> tuple[int, float]:
         out_features, in_features = module.weight.shape  # type: ignore[union-attr, operator, misc]
-        key = name if isinstance(module, Linear) else f"{name}.weight"
-        rank = self._rank_of(key, config)
-        self._expect(f"{self._places[name]}.lora_A.weight", (rank, in_features), key)
-        self._expect(f"{self._places[name]}.lora_B.weight", (out_features, rank), key)
-        return rank, self._scale_of(key, rank, config)
+        rank = self._rank_of(name, config)
+        self._expect(f"{self._places[name]}.lora_A.weight", (rank, in_features), name)
+        self._expect(f"{self._places[name]}.lora_B.weight", (out_features, rank), name)
+        return rank, self._scale_of(name, rank, config)
 
     def _describe_experts(self, name: str, module: Experts, config: dict[str, Any]) -> tuple[int, float]:
         (e, f, d), place = module.gate_proj.shape, self._places[name]
@@ -232,9 +243,9 @@ class AdapterFiles:
 
 
 def _pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a name, as PEFT looks it up."""
+    """The value of the first pattern that matches the end of a name, as PEFT looks it up: of a module or of its weight."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
+        if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (key, f"{key}.weight")):
             return value
     return default
 
@@ -283,3 +294,42 @@ def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str,
         "target_parameters": parameters or None, "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
     }  # fmt: skip
+
+
+def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, mixtral: bool) -> dict[str, Any]:
+    """The same for a file with an adapter for each matrix of an expert, whose readers know modules only.
+
+    Args:
+        config: What :func:`peft_config` gave.
+        lora: The adapter.
+        experts: Of a layer.
+        mixtral: Whether the model is a Mixtral, whose modules had other names.
+
+    Raises:
+        InputError: If gate and up of an expert share an A that is not of either.
+    """
+    if lora.separate_gate_up:
+        raise InputError(
+            "gate and up of an expert share an A of twice the rank, which has no form with an adapter for each matrix; leave "
+            "separate_experts out."
+        )
+    names = MIXTRAL if mixtral else {name: name for name in MIXTRAL}
+    others, matrices = list(config["target_modules"]), []
+    for parameter in config["target_parameters"] or []:
+        owner, _, leaf = parameter.rpartition(".")
+        if leaf == "weight":
+            others.append(owner)
+        elif leaf == "down_proj":
+            matrices += [f"{owner}.{e}.{name}" for e in range(experts) for name in names.values()]
+    modules = [name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name for name in (*others, *matrices)]
+    rank = lora.down_rank if matrices else lora.rank
+    # A router is a module to older readers, and its weight to newer ones.
+    pattern = {f"{re.escape(name)}(\\.weight)?": lora.rank for name in modules[: len(others)] if rank != lora.rank}
+    changed = {
+        "r": rank,
+        "target_modules": modules,
+        "target_parameters": None,
+        "rank_pattern": pattern,
+        "alpha_pattern": {},
+    }
+    return {**config, **changed}

@@ -103,3 +103,22 @@ def fuse(experts: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         f"{experts}.lora_A.weight": parts["down_lora_A"].flatten(0, 1),
         f"{experts}.lora_B.weight": parts["down_lora_B"].permute(1, 2, 0).flatten(1).contiguous(),
     }
+
+
+def separate(experts: str, parts: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """Expert parameters of one layer, as a file with an adapter for each matrix of an expert holds them.
+
+    Gate and up have the same A.
+
+    Args:
+        experts: Name of the experts in the file.
+        parts: The whole parameters by the keys of :data:`FUSED`.
+        names: What the file calls the expert's matrices.
+    """
+    stored = {}
+    for matrix, leaf in (("gate_proj", "gate_up"), ("up_proj", "gate_up"), ("down_proj", "down")):
+        pairs = zip(parts[f"{leaf}_lora_A"], parts[f"{matrix.removesuffix('_proj')}_lora_B"], strict=True)
+        for expert, (a, b) in enumerate(pairs):
+            stored[f"{experts}.{expert}.{names[matrix]}.lora_A.weight"] = a.clone()
+            stored[f"{experts}.{expert}.{names[matrix]}.lora_B.weight"] = b.clone()
+    return stored

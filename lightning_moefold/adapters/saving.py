@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moefold.adapters.files import CONFIG, TENSORS
-from lightning_moefold.adapters.layout import FUSED, PREFIX, fuse
+from lightning_moefold.adapters.layout import FUSED, MIXTRAL, PREFIX, fuse, separate
 from lightning_moefold.checkpoint.hf_writer import OutputTensor, gather_whole, on_first_rank, replace_directory
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.mesh import Axis
@@ -27,6 +27,7 @@ def write_adapter(
     tensors: Mapping[str, OutputTensor],
     piece: Callable[[str], Tensor],
     world: Axis,
+    separate_names: Mapping[str, str] | None = None,
 ) -> None:
     """Writes ``path`` with configuration and tensors. Collective: every rank calls it.
 
@@ -36,6 +37,7 @@ def write_adapter(
         tensors: Every A and B, by our names, the same on every rank.
         piece: Gives this rank's piece of a parameter.
         world: All ranks.
+        separate_names: What an expert's matrices are called, to write an adapter for each; None for fused experts.
 
     Raises:
         CheckpointError: If ``path`` is in a store.
@@ -51,7 +53,7 @@ def write_adapter(
         whole = {name: gather_whole(tensor, piece(name), 0, world) for name, tensor in tensors.items()}
 
         def write() -> None:
-            stored = _as_stored({name: tensor for name, tensor in whole.items() if tensor is not None})
+            stored = _as_stored({name: tensor for name, tensor in whole.items() if tensor is not None}, separate_names)
             save_file(stored, str(work / TENSORS), metadata={"format": "pt"})
             (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             replace_directory(work, target)
@@ -71,7 +73,7 @@ def _prepare(target: Path, work: Path) -> None:
     work.mkdir(parents=True)
 
 
-def _as_stored(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_stored(whole: Mapping[str, Tensor], separate_names: Mapping[str, str] | None) -> dict[str, Tensor]:
     """By the names of PEFT's file."""
     stored: dict[str, Tensor] = {}
     experts: dict[str, dict[str, Tensor]] = {}
@@ -82,5 +84,8 @@ def _as_stored(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             stored[f"{PREFIX}{name}.weight"] = tensor
     for owner, parts in experts.items():
-        stored |= fuse(f"{PREFIX}{owner}", parts)
+        place = f"{PREFIX}{owner}"
+        stored |= fuse(place, parts) if separate_names is None else separate(place, parts, dict(separate_names))
+    if separate_names == MIXTRAL:
+        stored = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in stored.items()}
     return stored

@@ -102,7 +102,7 @@ class ExpertRebalancer(pl.Callback):
                 f"ExpertRebalancer has nothing to move under {strategy.fold}, because with ep=1 every rank holds all experts; use "
                 "expert_parallel_size=2 or more, or leave it out."
             )
-        copies = strategy.dispatch.copies
+        copies = strategy.settings.dispatch.copies
         self._loop.expect_copies(0 if copies is None else copies.max_copies_per_rank)
         error: Exception | None = None
         try:
@@ -217,7 +217,7 @@ class ExpertRebalancer(pl.Callback):
                 row_ps=max(1, round(6 * weights / flops * 1e12)), product_ps=0, near_copy_ps=copied * byte_ps,
                 far_copy_ps=copied * byte_ps, exchange_ps=0, near_move_ps=held * byte_ps, far_move_ps=held * byte_ps,
                 copy_bytes=copied, move_bytes=held, parts_per_node=strategy.fold.ep,
-                passes=strategy.num_microbatches * trainer.accumulate_grad_batches,
+                passes=strategy.settings.num_microbatches * trainer.accumulate_grad_batches,
             )  # fmt: skip
         return self._costs
 

@@ -4,13 +4,15 @@
 Each weight takes part in three products: forward, and in backward the gradients of its input and of itself. A frozen
 weight needs no gradient of itself. The gradient of an input is needed only where something trains before it on a
 token's way; below, *moving* says that the input depends on such a parameter. What is recomputed in backward is made once more
-where there is a backward: where its output moves.
+where there is a backward: where its output moves. An adapter's A and B take part in products of their own, which model FLOPs
+know nothing of: they are negative savings.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.names import parameter_entries
@@ -26,6 +28,7 @@ class Savings:
         config: Of the model.
         frozen: Names of its frozen parameters.
         recompute: What the decoder layers make again in backward.
+        adapter: Shapes of an adapter's A and B by name.
 
     Attributes:
         weights: FLOPs per token saved on products with weights, less those made twice.
@@ -33,13 +36,19 @@ class Savings:
         repeated_attention: Layers whose scores and values are made twice.
     """
 
-    def __init__(self, config: MoEConfig, frozen: Collection[str], recompute: Recompute | None = None) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        frozen: Collection[str],
+        recompute: Recompute | None = None,
+        adapter: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> None:
         self.config, self.frozen, self.recompute = config, frozenset(frozen), recompute
         self.weights = 0.0
         self.still_attention: list[int] = []
         self.repeated_attention: list[int] = []
-        if self.frozen or recompute is not None:
-            self._shapes = {name: entry.shape for name, entry in parameter_entries(config).items()}
+        if self.frozen or recompute is not None or adapter:
+            self._shapes = {name: entry.shape for name, entry in parameter_entries(config).items()} | dict(adapter)
             self._trainable: dict[str, list[str]] = defaultdict(list)  # by layer: models are long
             for name in self._shapes.keys() - self.frozen:
                 self._trainable[_place(name)].append(name)
@@ -76,6 +85,17 @@ class Savings:
     def _multiply(self, name: str, moving: bool) -> None:
         """Adds what one weight saves."""
         self.weights += self._product(name) * ((name in self.frozen) + (not moving))
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            self._adapt([f"{owner}.lora_A"], [f"{owner}.lora_B"], moving)
+
+    def _adapt(self, first: list[str], second: list[str], moving: bool) -> None:
+        """Takes off the products of an adapter: of the input with A, and of that with B, or with several."""
+        if first[0] not in self._shapes:
+            return
+        moves = moving or first[0] not in self.frozen
+        for names, moved in ((first, moving), (second, moves)):
+            self.weights -= sum(self._product(n) * (1 + moved + (n not in self.frozen)) for n in names)
 
     def _product(self, name: str) -> float:
         """FLOPs of a token's product with one weight."""
@@ -124,7 +144,9 @@ class Savings:
             for name in inner:
                 self._multiply(name + tail, moving)
             if routed:  # its weights are multiplied in before the last product
-                inner.append(f"{layer}mlp.gate.")
+                inner += [f"{layer}mlp.gate.", f"{block}gate_", f"{block}up_"]
+                self._adapt([f"{block}gate_up_lora_A"], [f"{block}gate_lora_B", f"{block}up_lora_B"], moving)
+                self._adapt([f"{block}down_lora_A"], [f"{block}down_lora_B"], moving or self._trains(*inner))
             self._multiply(f"{block}down_proj{tail}", moving or self._trains(*inner))
         return moving or self._trains(f"{layer}mlp.")
 

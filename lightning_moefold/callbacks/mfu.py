@@ -60,7 +60,8 @@ class MFUMonitor(pl.Callback):
     training batch. The sanity check comes before the first batch.
 
     Model FLOPs are three times those of forward for the experts a token visits and causal attention at the rows'
-    length; frozen parameters do not change them. Hardware FLOPs leave out the gradients that frozen parameters make
+    length; frozen parameters do not change them, but an adapter does: then they are those of its products and of what its
+    gradients need of the frozen model. Hardware FLOPs leave out the gradients that frozen parameters make
     unnecessary, and count what is recomputed in backward. The peak is the dense one of the
     device for the Trainer's precision, times the ranks. On CPU there is no datasheet: a matrix product in the same
     dtype is measured at the start of training, on all ranks at the same time.

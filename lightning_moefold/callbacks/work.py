@@ -4,7 +4,8 @@
 Model FLOPs are those of forward and backward (three times forward: backward makes two products for each one of
 forward), without anything recomputed, as in PaLM (arXiv 2204.02311, appendix B). Only the experts a token visits count.
 Hardware FLOPs are those of the products that are really made: without the gradients that frozen parameters spare, and
-with what is recomputed in backward.
+with what is recomputed in backward. With an adapter, model FLOPs are what its training takes: the adapter's own products, and no
+gradients of frozen weights.
 
 Legend: B rows of a batch.
 """
@@ -117,7 +118,7 @@ class WorkModel:
         self._states_flops = getattr(module, "flops_per_batch", None) is not None
         # Cached: the sum over layers is asked for again with every batch.
         self._per_token = lru_cache(maxsize=4096)(self._flops_per_token)
-        self._savings = lru_cache(maxsize=1)(self._savings_of)
+        self._savings = lru_cache(maxsize=2)(self._savings_of)
 
     @property
     def knows_flops(self) -> bool:
@@ -173,7 +174,8 @@ class WorkModel:
 
     def _savings_of(self, frozen: frozenset[str], recompute: Recompute | None) -> Savings:
         assert self._model is not None
-        return Savings(self._model.config, frozen, recompute)
+        adapter = self._model.adapter
+        return Savings(self._model.config, frozen, recompute, {} if adapter is None else adapter.shapes)
 
     def _flops_per_token(self, length: int, frozen: frozenset[str]) -> tuple[float, float]:
         """Model and hardware FLOPs of a token in a row of ``length``."""
@@ -185,4 +187,7 @@ class WorkModel:
         config = self._model.config
         flops = BACKWARD_AND_FORWARD * config.forward_flops_per_token(length)
         recompute = next(iter(self._model.model.layers.values())).recompute  # the strategy sets it for all layers
-        return flops, flops - self._savings(frozen, recompute).per_token(length)
+        hardware = flops - self._savings(frozen, recompute).per_token(length)
+        if self._model.adapter is not None:
+            flops -= self._savings(frozen, None).per_token(length)
+        return flops, hardware

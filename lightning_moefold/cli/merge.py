@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_moefold.adapters.adapter import merges_of
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
+from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import SINGLE
@@ -24,7 +25,7 @@ from lightning_moefold.models.weights import CheckpointWeights, WeightSource, re
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``moefold merge``."""
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="DIR", help="the model, in Hugging Face format")
+    add("--checkpoint", required=True, metavar="DIR", help="the model, in Hugging Face format, or its name on the hub")
     add("--adapter", required=True, type=Path, metavar="DIR", help="its adapter, in PEFT's format")
     add("--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced")
     add("--dtype", choices=DTYPES, help="of the weights on disk (default: that of the model)")
@@ -53,6 +54,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, dtype
         CheckpointError: If model or adapter is damaged, or they do not belong together.
         OSError: If ``output`` cannot be written.
     """
+    checkpoint = local_directory(checkpoint)
     config = MoEConfig.from_pretrained(checkpoint)
     source = CheckpointWeights(HFCheckpoint(checkpoint), config)
     with torch.device("meta"):
@@ -85,7 +87,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, dtype
         written = {k: v for k, v in written.items() if k != "torch_dtype"} | {"dtype": dtype}
     merges = merges_of(added.lora, tensors, parts, stored.__getitem__)
     write_hf_checkpoint(
-        local_path(output, "output"), written, tensors, piece, SINGLE, side_files_from=Path(checkpoint), merges=merges
+        local_path(output, "output"), written, tensors, piece, SINGLE, side_files_from=checkpoint, merges=merges
     )
     source.close()
     added.source.close()

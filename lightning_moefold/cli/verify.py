@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.testing.verification import TOLERANCE, verify
@@ -13,7 +12,7 @@ from lightning_moefold.testing.verification import TOLERANCE, verify
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``moefold verify``."""
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="model in Hugging Face format")
+    add("--checkpoint", required=True, metavar="DIR", help="model in Hugging Face format, or its name on the hub")
     add("--fold", required=True, help='such as "tp2 | ep4"')
     add("--ranks", type=int, required=True, help="CPU ranks to start")
     add(

@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_moefold import comm
-from lightning_moefold.adapters.adapter import Adapter, check_new, merges_of
-from lightning_moefold.adapters.config import LoRA
-from lightning_moefold.adapters.saving import write_adapter
+from lightning_moefold.adapters.adapter import merges_of
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
+from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.errors import InputError, InputTypeError
-from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan, split_boxes
+from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE
+from lightning_moefold.models.adapted import AdaptedModel, piece_of
 from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.generation import Sampling, generate
@@ -37,7 +36,7 @@ from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, W
 from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RMSNorm
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
-from lightning_moefold.modules.base import ParallelRoot, wide
+from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
@@ -124,7 +123,7 @@ def _make_layer(config: MoEConfig, index: int) -> DecoderLayer:
     return DecoderLayer(config.hidden_size, attention, mlp, config.rms_norm_eps)
 
 
-class MoECausalLM(ParallelRoot):
+class MoECausalLM(AdaptedModel):
     """A decoder-only MoE language model.
 
     In one process it is an ordinary module. In a LightningModule's ``configure_model`` under
@@ -136,7 +135,6 @@ class MoECausalLM(ParallelRoot):
 
     Attributes:
         tokenizer_path: Directory whose tokenizer exports carry instead of that of the model's checkpoint. TextData sets it.
-        adapter: What :meth:`add_adapter` has added; None without.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -154,10 +152,7 @@ class MoECausalLM(ParallelRoot):
             name: ParameterLayout(entry.shape, ParameterPlan())
             for name, entry in (parameter_entries(config) | bias_entries(config)).items()
         }
-        self.source: WeightSource | None = None
         self.tokenizer_path: Path | None = None
-        self.adapter: Adapter | None = None
-        self.weights_pending = False
         biased = config.router.bias_update_rate is not None  # instead of the loss
         if config.router_aux_loss_coef > 0 and not config.wants_aux_loss and config.num_moe_layers and not biased:
             warnings.warn(
@@ -175,7 +170,7 @@ class MoECausalLM(ParallelRoot):
         """Reads a directory in Hugging Face format: config.json and safetensors.
 
         Args:
-            path: The directory.
+            path: The directory, or the name of a model on the hub (``"organisation/name"``, ``"organisation/name@revision"``).
             dtype: Of the parameters in memory; torch's default dtype if not given (inside a Trainer that follows the
                 precision: float32 for ``32-true`` and ``bf16-mixed``, bfloat16 for ``bf16-true``).
             **config_overrides: Replace fields of config.json, such as ``output_router_logits=True``.
@@ -184,6 +179,7 @@ class MoECausalLM(ParallelRoot):
             ConfigError: If the architecture or a field is not supported.
             CheckpointError: If a tensor is missing, extra or misshapen, or a file damaged.
         """
+        path = local_directory(path)
         config = MoEConfig.from_pretrained(path, **config_overrides)
         return cls._make(config, CheckpointWeights(HFCheckpoint(path), config), dtype)
 
@@ -215,40 +211,6 @@ class MoECausalLM(ParallelRoot):
             model.load_weights()
         return model
 
-    def add_adapter(self, adapter: LoRA | Mapping[str, Any] | str | Path) -> None:
-        """Freezes the model and adds an adapter to it, which trains in its place; for ``configure_model``.
-
-        Names of the model's own parameters stay. The bias of routers with ``bias_update_rate`` stays as it is from then on,
-        unless the adapter has ``update_expert_bias``.
-
-        Args:
-            adapter: What to add (:class:`~lightning_moefold.LoRA`, or its fields as a mapping), with A drawn at random and B
-                zero; or a directory in PEFT's format, whose values go on training.
-
-        Raises:
-            InputError: If a target names nothing that can have an adapter (the message lists what can), the model has one
-                already, or the strategy has cut it.
-            CheckpointError: If the directory is damaged, or its adapter is that of another model.
-        """
-        check_new(self.adapter, self.mesh)
-        self.adapter = Adapter(self, adapter)
-        self.layouts |= {name: ParameterLayout(shape, ParameterPlan()) for name, shape in self.adapter.shapes.items()}
-        if self.weights_pending or next(self.parameters()).is_meta:
-            return
-        with torch.no_grad():
-            for name in self.adapter.shapes:
-                self._fill(name, self.get_parameter(name))
-        self.adapter.source.close()
-
-    def _fill(self, name: str, parameter: Tensor) -> None:
-        mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        of_adapter = self.adapter is not None and name in self.adapter.shapes
-        source = self.adapter.source if of_adapter and self.adapter is not None else self.source
-        assert source is not None, "a model made by its constructor has no source of weights"
-        boxes = self.layouts[name].boxes(self.fold, self.rank)
-        for box, part in zip(boxes, split_boxes(mine, boxes), strict=True):
-            source.fill(name, box, part)
-
     @torch.no_grad()
     def load_weights(self) -> None:
         """Fills this rank's pieces from the model's source. Local: no rank waits for another.
@@ -262,7 +224,7 @@ class MoECausalLM(ParallelRoot):
             if self.source.holds(name):
                 self.source.fill(name, Box((0,) * buffer.dim(), tuple(buffer.shape)), buffer)
         for name, parameter in self.named_parameters():
-            self._fill(name, parameter)
+            self.fill(name, parameter)
         self.source.close()
         if self.adapter is not None:
             self.adapter.source.close()
@@ -527,7 +489,7 @@ class MoECausalLM(ParallelRoot):
         if self.adapter is not None:
             rank_zero_info(f"{path} has the adapter merged into its weights; save_adapter writes the adapter alone.")
             stored = next(self.parameters()).dtype
-            merges = merges_of(self.adapter.lora, tensors, self._adapter_tensors(), lambda _: stored)
+            merges = merges_of(self.adapter.lora, tensors, self.adapter_tensors(), lambda _: stored)
 
         config = written_config(self.config)
         if dtype is not None:
@@ -537,46 +499,9 @@ class MoECausalLM(ParallelRoot):
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         world = SINGLE if self.mesh is None else self.mesh.world
         write_hf_checkpoint(
-            path, config, tensors, self._piece(held), world, max_shard_size=max_shard_size, side_files_from=origin,
+            path, config, tensors, piece_of(held), world, max_shard_size=max_shard_size, side_files_from=origin,
             tokenizer_from=self.tokenizer_path, merges=merges,
         )  # fmt: skip
-
-    def save_adapter(self, path: str | Path) -> None:
-        """Writes the adapter alone, as PEFT loads it. Collective: every rank calls it.
-
-        Args:
-            path: The directory; one that holds an adapter is replaced, one with other files in it is refused.
-
-        Raises:
-            InputError: If the model has no adapter.
-            OSError: If the directory cannot be written; raised on every rank, with nothing left half-written.
-        """
-        if self.adapter is None:
-            raise InputError("the model has no adapter; save_pretrained writes it as it is.")
-        self.release_gathered_weights()
-        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
-        world = SINGLE if self.mesh is None else self.mesh.world
-        base = None if origin is None else str(origin)
-        piece = self._piece(dict(self.named_parameters()))
-        write_adapter(path, self.adapter.peft_config(base), self._adapter_tensors(), piece, world)
-
-    def _adapter_tensors(self) -> dict[str, OutputTensor]:
-        assert self.adapter is not None
-        ranks, dtype = list(range(self.fold.world_size)), next(self.parameters()).dtype
-        return {
-            name: OutputTensor(shape, dtype, (name,), False, tuple(self.layouts[name].owners(self.fold, ranks)))
-            for name, shape in self.adapter.shapes.items()
-        }
-
-    @staticmethod
-    def _piece(held: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
-        """Gives this rank's pieces of tensors; nothing of what another pipeline stage holds."""
-
-        def piece(name: str) -> Tensor:
-            tensor = held[name].detach() if name in held else torch.empty(0)
-            return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-        return piece
 
     def describe(self) -> dict[str, Any]:
         """What :meth:`save_pretrained` would write besides the weights, as plain data.
@@ -597,21 +522,6 @@ class MoECausalLM(ParallelRoot):
             "tokenizer": None if self.tokenizer_path is None else str(self.tokenizer_path.resolve()),
             "adapter": self.describe_adapter(),
         }
-
-    def describe_adapter(self) -> dict[str, Any] | None:
-        """What checkpoints say of the adapter, as plain data; None without one.
-
-        Returns:
-            ``lora``, its fields; ``base``, a hash of what it was added to (None for a model without source); ``seed`` of random
-            weights, and ``path`` of a checkpoint, whichever the base has.
-        """
-        if self.adapter is None:
-            return None
-        seed = self.source.seed if isinstance(self.source, SeededWeights) else None
-        base = None if self.source is None else self.source.fingerprint()
-        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
-        path = None if origin is None else str(origin.resolve())
-        return {"lora": self.adapter.lora.as_dict(), "base": base, "seed": seed, "path": path}
 
     def _disk_dtype(self, name: str, dtype: torch.dtype | None) -> torch.dtype:
         if name in bias_entries(self.config):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.errors import ConfigError
 from lightning_moefold.models.fields import (
     ABOVE_ZERO,
@@ -294,12 +295,12 @@ class MoEConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **overrides: Any) -> MoEConfig:
-        """Reads ``config.json`` in the directory ``path``.
+        """Reads ``config.json`` in the directory ``path``, or of the model of this name on the hub.
 
         Raises:
             ConfigError: If the file is missing or unreadable, or a field cannot be honoured.
         """
-        file = Path(path) / "config.json"
+        file = local_directory(path, "config") / "config.json"
         if not file.is_file():
             raise ConfigError(f"{file} does not exist; give a directory in Hugging Face format.")
         try:

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
@@ -159,7 +160,8 @@ class TextData(pl.LightningDataModule):
             raise InputError(f"processes={processes} must be at least 1.")
         if weights is not None:
             check_weights(weights, len(files))
-        self.tokenizer, self.length, self.packing = local_path(tokenizer, "tokenizer"), sequence_length, packing
+        self.tokenizer = local_path(local_directory(tokenizer, "tokenizer"), "tokenizer")
+        self.length, self.packing = sequence_length, packing
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.weights, self.processes = weights, processes
         self.val_fraction = 0.0 if val_files else val_fraction

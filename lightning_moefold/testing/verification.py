@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_moefold.checkpoint import HFCheckpoint
+from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.errors import ConfigError, InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM, MoEConfig
@@ -164,6 +165,7 @@ def verify(
         ConfigError: If its routers are none that ``transformers`` has.
         RankError: If a rank failed.
     """
+    path = local_directory(path)
     arguments = {**(strategy or {}), "fold": fold}
     microbatches = arguments.get("num_microbatches") or 1
     parsed = Fold.parse(fold, ranks)

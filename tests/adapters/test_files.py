@@ -121,6 +121,22 @@ def test_an_adapter_for_each_matrix_of_an_expert(base: Path, tmp_path: Path) -> 
 
 
 @torch.no_grad()
+def test_files_for_older_readers(base: Path, tmp_path: Path) -> None:
+    ours = adapted(base, LoRA(rank=4, alpha=6, targets=TARGETS, expert_rank=3), torch.float64)
+    ours.save_adapter(tmp_path / "adapter", separate_experts=True)
+    logits = ours(TOKENS).logits
+    again = adapted(base, tmp_path / "adapter", torch.float64)
+    assert again.adapter.lora.separate_gate_up
+    torch.testing.assert_close(again(TOKENS).logits, logits, rtol=1e-9, atol=1e-9)
+    if base.name != "qwen2_moe":  # PEFT 0.21 converts older files of the other two families
+        theirs = hf_reference(base)
+        PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+        torch.testing.assert_close(theirs(input_ids=TOKENS).logits, logits, rtol=1e-9, atol=1e-9)
+    with pytest.raises(InputError, match="leave separate_experts out"):
+        again.save_adapter(tmp_path / "again", separate_experts=True)
+
+
+@torch.no_grad()
 def test_merging_is_exact_to_the_rounding(qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make_adapter(tmp_path / "adapter", qwen)
     arguments = ["--checkpoint", str(qwen), "--adapter", str(path), "--output", str(tmp_path / "merged")]
@@ -199,7 +215,6 @@ def test_a_tied_head_is_refused(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"lora_dropout": 0.1}, "lora_dropout"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "no LoRA adapter"),
@@ -215,6 +230,17 @@ def test_files_that_are_refused(qwen: Path, tmp_path: Path, change: dict[str, An
     (path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=words):
         MoECausalLM.from_pretrained(qwen).add_adapter(path)
+
+
+def test_dropout_changes_nothing_but_training_which_is_refused(qwen: Path, tmp_path: Path) -> None:
+    path = make_adapter(tmp_path / "adapter", qwen)
+    logits = adapted(qwen, path)(TOKENS).logits
+    config = json.loads((path / "adapter_config.json").read_text()) | {"lora_dropout": 0.1}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    model = adapted(qwen, path).eval()
+    assert torch.equal(model(TOKENS).logits, logits)
+    with pytest.raises(InputError, match="lora_dropout=0.1"):
+        model.train()(TOKENS, labels=TOKENS)
 
 
 def test_an_adapter_of_another_model(qwen: Path, tmp_path: Path) -> None:

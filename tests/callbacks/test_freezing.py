@@ -9,12 +9,14 @@ from __future__ import annotations
 import fnmatch
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_moefold import MoECausalLM, MoEConfig
 from lightning_moefold.callbacks.freezing import Savings
+from lightning_moefold.callbacks.work import WorkModel
 from lightning_moefold.testing import make_checkpoint
 from tests.quick import quick
 
@@ -68,6 +70,38 @@ def test_products_of_a_step(model: MoECausalLM, what: str, recompute: Any, monke
     head *= 3 - ("lm_head.weight" in frozen) - (what == "everything but the head")
     unlabelled = 3 * head  # the last token of each row has no label, and skips the head
     assert counter.get_total_flops() == per_token * ids.numel() - unlabelled
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "o_proj"], ["experts"], ["k_proj", "v_proj", "gate", "experts"]], ids=str
+)
+def test_products_of_an_adapter(
+    model: MoECausalLM, targets: list[str], recompute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model.config
+    model = MoECausalLM.from_config(config, dtype=torch.float64)
+    model.add_adapter({"rank": 4, "expert_rank": 2, "targets": targets})
+    for layer in model.model.layers.values():
+        layer.recompute = recompute
+    monkeypatch.setattr(MoEConfig, "attended_keys", lambda *_: 0.0)
+    ids = torch.randint(1, config.vocab_size, (3, LENGTH))
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        model(ids, labels=ids).loss.backward()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    savings = Savings(config, frozen, recompute, model.adapter.shapes)
+    per_token = 3 * config.forward_flops_per_token(LENGTH) - savings.per_token(LENGTH)
+    unlabelled = 3 * 2 * 2 * config.vocab_size * config.hidden_size  # the last token of each row skips the head
+    assert counter.get_total_flops() == per_token * ids.numel() - unlabelled
+
+    # MFU counts the same, and not what is made a second time.
+    module = pl.LightningModule()
+    module.model = model
+    work = WorkModel(module, None, False)
+    found = work.count([work.read({"input_ids": ids})])
+    assert found.hardware_flops == pytest.approx(per_token * ids.numel())
+    once = Savings(config, frozen, None, model.adapter.shapes).per_token(LENGTH)
+    assert found.flops == pytest.approx((3 * config.forward_flops_per_token(LENGTH) - once) * ids.numel())
 
 
 def test_attention_by_hand(model: MoECausalLM) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -24,6 +25,7 @@ from lightning_moefold.testing import PoolEnvironment
 from tests.exactness.runs import BatchList
 
 EXPERTS, TOP = 8, 2
+ADAPTED = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "shared_expert_gate", "gate", "experts"]
 
 
 @dataclasses.dataclass
@@ -35,7 +37,8 @@ class Found:
             the backward of every rank r gives 2 ** r.
         norm: The global norm if every gradient is one.
         clipped: The same after clipping to one.
-        parameters: Of the whole model.
+        parameters: Of the whole model with its adapter.
+        adapter: Shapes of A and B by name.
         identity: Largest difference between tokens and what comes back from experts that change nothing.
     """
 
@@ -43,6 +46,7 @@ class Found:
     norm: float = 0.0
     clipped: float = 0.0
     parameters: int = 0
+    adapter: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     identity: float = 0.0
 
 
@@ -56,6 +60,8 @@ class Probed(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is None:
             self.model = MoECausalLM.from_pretrained(self.path, output_router_logits=True)
+            self.model.add_adapter({"rank": 3, "targets": ADAPTED})
+            self.model.requires_grad_(True)  # the base as well
 
     def on_train_start(self) -> None:
         # In a pipeline backward is over when the model returns its loss, and what its schedule has computed goes on as it is.
@@ -136,7 +142,9 @@ def _probe(path: str, fold: str, sharding: str) -> Found:
     tokens = torch.arange(16).view(2, 8) * 5 % 96
     trainer.fit(module, DataLoader(BatchList([{"input_ids": tokens, "labels": tokens}]), batch_size=None))
     assert module.model is not None
-    found.parameters = module.model.config.num_parameters()
+    assert module.model.adapter is not None
+    found.adapter = module.model.adapter.shapes
+    found.parameters = module.model.config.num_parameters() + sum(map(math.prod, found.adapter.values()))
     found.identity = _identity(strategy.mesh)
     return found
 

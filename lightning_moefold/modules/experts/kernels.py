@@ -12,7 +12,7 @@ the two products before the activation and the tokens, ``A * D + 2 * M * F`` num
 a token per expert, and ``M * D + 2 * M * F`` on the second.
 
 With an adapter each of the three weights becomes ``W + s B A``. Rows are multiplied by A and then by B, so that no expert's
-``B A`` is ever made; kept besides is the product of each row with the A that gate and up share, ``M * R`` numbers.
+``B A`` is ever made; kept besides are the products of each row with the two A's, ``2 * M * R`` numbers.
 
 Legend: A tokens, M rows in expert order, L local experts, D hidden size, F expert width, c rows of one expert, R rank of an
 adapter.
@@ -129,15 +129,17 @@ class _AtOnce(torch.autograd.Function):
             up_MF.add_(products.forward(z_MR, up_B))
         inner_MF = gated_forward(activation, gate_MF, up_MF, weight_M)
         y_MD = products.forward(inner_MF, down_LDF)
+        v_MR = None
         if adapter:
-            y_MD.add_(products.forward(products.forward(inner_MF, down_A).mul_(scale), down_B))
-        ctx.save_for_backward(x_MD, weight_M, gate_MF, up_MF, z_MR, gate_LFD, up_LFD, down_LDF, *adapter)
+            v_MR = products.forward(inner_MF, down_A).mul_(scale)
+            y_MD.add_(products.forward(v_MR, down_B))
+        ctx.save_for_backward(x_MD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
         ctx.products, ctx.activation, ctx.scale = products, activation, scale
         return y_MD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_MD, weight_M, gate_MF, up_MF, z_MR, gate_LFD, up_LFD, down_LDF, *adapter = ctx.saved_tensors
+        x_MD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter = ctx.saved_tensors
         products, scale = ctx.products, ctx.scale
         need_x, need_weight, _, _, _, need_gate, need_up, need_down, *need_adapter = ctx.needs_input_grad
         grad_MD = grads[0].contiguous()
@@ -172,7 +174,7 @@ class _AtOnce(torch.autograd.Function):
                 products.weight_gradient(through.gate_MF, z_MR, gate_B),
                 products.weight_gradient(through.up_MF, z_MR, up_B),
                 products.weight_gradient(q_MR, through.inner_MF, down_A),
-                products.weight_gradient(grad_MD, products.forward(through.inner_MF, down_A).mul_(scale), down_B),
+                products.weight_gradient(grad_MD, v_MR, down_B),
             ]
         return grad_x, through.weight_M, None, None, None, grad_gate, grad_up, grad_down, *of_adapter
 
@@ -281,7 +283,9 @@ class _ExpertByExpert(torch.autograd.Function):
         *adapter: Tensor,
     ) -> Tensor:
         gate_MF, up_MF = (FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2))
-        z_MR = x_AD.new_empty(weight_M.shape[0], adapter[0].shape[1]) if adapter else None
+        z_MR = v_MR = None
+        if adapter:
+            z_MR, v_MR = (x_AD.new_empty(weight_M.shape[0], adapter[a].shape[1]) for a in (0, 3))
         total_AD = job.total(x_AD)
         for expert, rows, tokens in job.blocks():
             x_cD, gate, up = job.read(x_AD, tokens), gate_MF[rows], up_MF[rows]
@@ -294,16 +298,16 @@ class _ExpertByExpert(torch.autograd.Function):
                 up.addmm_(z_cR, up_B.t(), alpha=job.scale)
             inner_cF = job.activation(gate).mul_(up)
             y_cD = inner_cF @ down_LDF[expert].t()
-            if z_MR is not None:
-                y_cD.addmm_(inner_cF @ down_A.t(), down_B.t(), alpha=job.scale)
+            if v_MR is not None:
+                y_cD.addmm_(torch.mm(inner_cF, down_A.t(), out=v_MR[rows]), down_B.t(), alpha=job.scale)
             job.add(total_AD, tokens, y_cD.mul_(weight_M[rows].unsqueeze(1)))
-        ctx.save_for_backward(x_AD, weight_M, gate_MF, up_MF, z_MR, gate_LFD, up_LFD, down_LDF, *adapter)
+        ctx.save_for_backward(x_AD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
         ctx.job = job
         return total_AD.to(x_AD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_AD, weight_M, gate_MF, up_MF, z_MR, gate_LFD, up_LFD, down_LDF, *adapter = ctx.saved_tensors
+        x_AD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter = ctx.saved_tensors
         job: _Job = ctx.job
         need_x, need_weight, _, *need_stacks = ctx.needs_input_grad
         grad_AD, total_AD = grads[0], job.total(x_AD) if need_x else None
@@ -331,7 +335,7 @@ class _ExpertByExpert(torch.autograd.Function):
             if trains_adapter:  # the weight of a row and s multiply what is short
                 factor_c1 = weight_c1 * job.scale
                 torch.mm(q_cR.mul_(factor_c1).t(), inner, out=of_adapter[3][expert])
-                torch.mm(grad_cD.t(), (inner @ down_A.t()).mul_(factor_c1), out=of_adapter[4][expert])
+                torch.mm(grad_cD.t(), v_MR[rows].clone().mul_(factor_c1), out=of_adapter[4][expert])
             grad_inner.mul_(weight_c1)
             grad_up_cF = active.mul_(grad_inner)
             grad_gate_cF = through_activation(job.activation, gate_MF[rows], grad_inner.mul_(up_MF[rows]))

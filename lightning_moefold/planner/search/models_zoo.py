@@ -7,6 +7,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.errors import ConfigError
 from lightning_moefold.models.config import MoEConfig
 
@@ -113,7 +114,7 @@ def find_model(name_or_directory: str) -> MoEConfig:
     key = name_or_directory.lower().rsplit("/", 1)[-1]
     if key in MODELS and not Path(name_or_directory).is_dir():
         return MODELS[key]
-    path = Path(name_or_directory)
+    path = local_directory(name_or_directory, "config")
     if path.name == "config.json":
         path = path.parent
     if not path.is_dir():

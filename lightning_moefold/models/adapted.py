@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a language model does with an adapter: gets one, fills it, writes it and describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_moefold.adapters.adapter import Adapter, check_new
+from lightning_moefold.adapters.config import LoRA
+from lightning_moefold.adapters.files import separate_config
+from lightning_moefold.adapters.layout import MIXTRAL
+from lightning_moefold.adapters.saving import write_adapter
+from lightning_moefold.checkpoint import OutputTensor
+from lightning_moefold.errors import InputError
+from lightning_moefold.layout import ParameterLayout, ParameterPlan, split_boxes
+from lightning_moefold.mesh import SINGLE
+from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource
+from lightning_moefold.modules.base import ParallelRoot
+
+
+class AdaptedModel(ParallelRoot):
+    """A model that can have an adapter.
+
+    Attributes:
+        config: The model's configuration.
+        source: Where its weights come from; None for a model made by its constructor.
+        weights_pending: Whether they are still to be filled in.
+        adapter: What :meth:`add_adapter` has added; None without.
+    """
+
+    config: MoEConfig
+    source: WeightSource | None = None
+    weights_pending: bool = False
+    adapter: Adapter | None = None
+
+    def add_adapter(self, adapter: LoRA | Mapping[str, Any] | str | Path) -> None:
+        """Freezes the model and adds an adapter to it, which trains in its place; for ``configure_model``.
+
+        Names of the model's own parameters stay. The bias of routers with ``bias_update_rate`` stays as it is from then on,
+        unless the adapter has ``update_expert_bias``.
+
+        Args:
+            adapter: What to add (:class:`~lightning_moefold.LoRA`, or its fields as a mapping), with A drawn at random and B
+                zero; or a directory in PEFT's format, whose values go on training.
+
+        Raises:
+            InputError: If a target names nothing that can have an adapter (the message lists what can), the model has one
+                already, or the strategy has cut it.
+            CheckpointError: If the directory is damaged, or its adapter is that of another model.
+        """
+        check_new(self.adapter, self.mesh)
+        self.adapter = Adapter(self, adapter)
+        self.adapter.base = None if self.source is None else self.source.fingerprint()
+        self.layouts |= {name: ParameterLayout(shape, ParameterPlan()) for name, shape in self.adapter.shapes.items()}
+        if self.weights_pending or next(self.parameters()).is_meta:
+            return
+        with torch.no_grad():
+            for name in self.adapter.shapes:
+                self.fill(name, self.get_parameter(name))
+        self.adapter.source.close()
+
+    def fill(self, name: str, parameter: Tensor) -> None:
+        """Fills this rank's piece of a parameter from where its values come from."""
+        mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        of_adapter = self.adapter is not None and name in self.adapter.shapes
+        source = self.adapter.source if of_adapter and self.adapter is not None else self.source
+        assert source is not None, "a model made by its constructor has no source of weights"
+        boxes = self.layouts[name].boxes(self.fold, self.rank)
+        for box, part in zip(boxes, split_boxes(mine, boxes), strict=True):
+            source.fill(name, box, part)
+
+    def save_adapter(self, path: str | Path, separate_experts: bool = False) -> None:
+        """Writes the adapter alone, as PEFT loads it. Collective: every rank calls it.
+
+        Args:
+            path: The directory; one that holds an adapter is replaced, one with other files in it is refused.
+            separate_experts: Write an adapter for each matrix of an expert, as older versions read them (PEFT and this model read
+                them back at twice the rank for gate and up).
+
+        Raises:
+            InputError: If the model has no adapter.
+            OSError: If the directory cannot be written; raised on every rank, with nothing left half-written.
+        """
+        if self.adapter is None:
+            raise InputError("the model has no adapter; save_pretrained writes it as it is.")
+        self.release_gathered_weights()
+        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
+        world = SINGLE if self.mesh is None else self.mesh.world
+        base = None if origin is None else str(origin)
+        piece = piece_of(dict(self.named_parameters()))
+        config, names = self.adapter.peft_config(base), None
+        if separate_experts:
+            mixtral = self.config.model_type == "mixtral"
+            config = separate_config(config, self.adapter.lora, self.config.num_experts, mixtral)
+            names = MIXTRAL if mixtral else {name: name for name in MIXTRAL}
+        write_adapter(path, config, self.adapter_tensors(), piece, world, names)
+
+    def adapter_tensors(self) -> dict[str, OutputTensor]:
+        """Where the pieces of every A and B are."""
+        assert self.adapter is not None
+        ranks, dtype = list(range(self.fold.world_size)), next(self.parameters()).dtype
+        return {
+            name: OutputTensor(shape, dtype, (name,), False, tuple(self.layouts[name].owners(self.fold, ranks)))
+            for name, shape in self.adapter.shapes.items()
+        }
+
+    def describe_adapter(self) -> dict[str, Any] | None:
+        """What checkpoints say of the adapter, as plain data; None without one.
+
+        Returns:
+            ``lora``, its fields; ``base``, a hash of what it was added to (None for a model without source); ``seed`` of random
+            weights, and ``path`` of a checkpoint, whichever the base has.
+        """
+        if self.adapter is None:
+            return None
+        seed = self.source.seed if isinstance(self.source, SeededWeights) else None
+        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
+        path = None if origin is None else str(origin.resolve())
+        return {"lora": self.adapter.lora.as_dict(), "base": self.adapter.base, "seed": seed, "path": path}
+
+
+def piece_of(held: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+    """Gives this rank's pieces of tensors; nothing of what another pipeline stage holds."""
+
+    def piece(name: str) -> Tensor:
+        tensor = held[name].detach() if name in held else torch.empty(0)
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    return piece

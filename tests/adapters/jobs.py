@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shipped module with an adapter, on a rank of the pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tests.strategy.plain import trainer
+from torch import Tensor
+
+from lightning_moefold import MoEFoldStrategy
+from lightning_moefold.recipes import FineTuneModule
+from tests.strategy.finetune import ROWS, Steps, rows
+
+
+class Recorded(FineTuneModule):
+    """Remembers its losses, and in what dtype the adapter of a router and of attention computes."""
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.losses: list[float] = []
+        self.dtypes: dict[str, torch.dtype] = {}
+        layer = self.model.model.layers["0"]
+        for name, module in (("router", layer.mlp.gate), ("attention", layer.self_attn.q_proj)):
+            module.register_forward_hook(lambda m, *_, name=name: self.dtypes.update({name: m.lora_A.dtype}))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
+
+    def train_dataloader(self) -> Steps:
+        return Steps(rows(5 * ROWS).repeat(4, 1), self.trainer.strategy.dp_rank, self.trainer.strategy.dp_size)
+
+
+def fit(path: str, fold: str, lora: Any) -> tuple[list[float], dict[str, torch.dtype], int]:
+    """Losses of a run in bf16-mixed, dtypes, and for how many parameters the optimizer holds state."""
+    module = Recorded(path, lora=lora, learning_rate=2e-2, warmup_steps=1, schedule="constant")
+    run = trainer(MoEFoldStrategy(fold=fold), precision="bf16-mixed", max_epochs=1)
+    run.fit(module)
+    return module.losses, module.dtypes, len(run.optimizers[0].state)
