@@ -66,8 +66,6 @@ class Fixed:
             dispatchers: Those that can do what is asked for.
         """
         looped = self.schedule is not None and self.schedule.startswith("interleaved")
-        if self.dispatch.copies is not None:
-            dispatchers = ("alltoall",)
         return Space(
             schedules=tuple(s for s in SCHEDULES if s != "gpipe") if self.schedule is None else (self.schedule,),
             recomputes=RECOMPUTES if self.recompute is None else (self.recompute,),
@@ -132,6 +130,7 @@ def choose_for(
         model, fixed.world_size, hardware, total or rows or 1, length,
         fixed.precision, fixed.sharding, fixed.dispatch.capacity_factor, find_routing(auto.routing),
         fixed.dispatch.drop_scope, fixed.dispatch.pad_to_capacity, fixed.dispatch.chunks,
+        fixed.dispatch.copies.max_copies_per_rank if fixed.dispatch.copies else 0,
     )  # fmt: skip
     return choose(job, fixed.space(job.dispatchers), rows_per_rank=None if total else rows)
 
