@@ -153,6 +153,8 @@ class Handle:
     Args:
         routes: The route of each tensor.
         axis: The ranks that exchange them.
+        yields: Whether another pass may take its turn at this wait. False where the data decide whether there is a wait: passes
+            take turns alike on all ranks of a stage, which have other data.
 
     Attributes:
         before_waiting: Called when a pass is about to wait, so that another pass can compute meanwhile
@@ -161,8 +163,8 @@ class Handle:
 
     before_waiting: Callable[[], None] = staticmethod(_nothing)
 
-    def __init__(self, routes: Sequence[Route], axis: Axis) -> None:
-        self.routes, self.axis = tuple(routes), axis
+    def __init__(self, routes: Sequence[Route], axis: Axis, *, yields: bool = True) -> None:
+        self.routes, self.axis, self.yields = tuple(routes), axis, yields
         self._pending: list[tuple[Route, dist.Work, Tensor, Tensor]] = []
         self._stream: Any = None
 
@@ -187,7 +189,8 @@ class Handle:
 
     def wait(self) -> list[Tensor]:
         """Waits for the latest start and returns the received tensors. On CUDA the current stream waits, not the host."""
-        Handle.before_waiting()
+        if self.yields:
+            Handle.before_waiting()
         arrived = []
         for way, work, x_ND, out in self._pending:
             work.wait()
@@ -236,13 +239,16 @@ class _Wait(torch.autograd.Function):
         return None, *(x if needed else None for x, needed in zip(stand_ins, ctx.needed, strict=True))
 
 
-def start(tensors: Sequence[Tensor], routes: Sequence[Route], axis: Axis) -> tuple[tuple[Tensor, ...], Handle | None]:
+def start(
+    tensors: Sequence[Tensor], routes: Sequence[Route], axis: Axis, *, yields: bool = True
+) -> tuple[tuple[Tensor, ...], Handle | None]:
     """Starts collectives that :func:`wait` ends.
 
     Args:
         tensors: Tensors to send; their gradients travel back.
         routes: The collective for each tensor.
         axis: The ranks that exchange them.
+        yields: See :class:`Handle`.
 
     Returns:
         Tensors that must not be read yet, and the handle to pass to :func:`wait` with them. On an axis of one rank, the
@@ -250,7 +256,7 @@ def start(tensors: Sequence[Tensor], routes: Sequence[Route], axis: Axis) -> tup
     """
     if axis.size == 1:
         return tuple(tensors), None
-    handle = Handle(routes, axis)
+    handle = Handle(routes, axis, yields=yields)
     return _Start.apply(handle, *tensors), handle
 
 

@@ -68,6 +68,7 @@ class ChunkPlan:
         counts_PSL: Rows for each expert of the chunk, from each source of each peer.
         counts: Rows of each expert, where the host knows.
         experts: Which experts have copies in this pass; None without.
+        optional: Whether this is the chunk of copies, which is there in some passes and not in others.
     """
 
     copies: Copies
@@ -77,6 +78,7 @@ class ChunkPlan:
     counts_PSL: Tensor
     counts: list[int] | None = None
     experts: CopyPlan | None = None
+    optional: bool = False
 
 
 class AllToAllDispatcher(TokenDispatcher):
@@ -131,12 +133,11 @@ class AllToAllDispatcher(TokenDispatcher):
         travel = travel_of(known_SE, plan, self._sizes, self.ep.index, self.etp.index)
         ordered = _in_travelling_order(ordered, travel)
         copies = Copies.of_choices(ordered, int(travel.rows_B.sum()), x_TD.shape[0])
-        plans = [
-            ChunkPlan(
-                copies, part.send, part.receive, part.arrived, torch.from_numpy(part.counts_PSX).to(x_TD.device), part.counts, plan,
-            )
-            for part in travel.parts
-        ]  # fmt: skip
+        plans = []
+        for number, part in enumerate(travel.parts):
+            counts_PSL = torch.from_numpy(part.counts_PSX).to(x_TD.device)
+            sizes, optional = (part.send, part.receive, part.arrived), number == len(self._sizes)
+            plans.append(ChunkPlan(copies, *sizes, counts_PSL, part.counts, plan, optional))
         return _parcels(permute(x_TD, copies), choices.weight_TK, ordered.slot_S, plans)
 
     def copy_plan(self, parcels: list[Parcel]) -> CopyPlan | None:
@@ -204,7 +205,8 @@ class AllToAllDispatcher(TokenDispatcher):
         """``[R, D]`` to the ep ranks of their experts."""
         plan: ChunkPlan = parcel.plan
         there = Exchange(plan.send, plan.receive)
-        (x_AD, weight_A), handle = start((parcel.x, parcel.weight), (there, there), self.ep)
+        travelling = (parcel.x, parcel.weight)
+        (x_AD, weight_A), handle = start(travelling, (there, there), self.ep, yields=not plan.optional)
         return Parcel(x_AD, weight_A, plan, handle)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
@@ -228,7 +230,7 @@ class AllToAllDispatcher(TokenDispatcher):
 
     def token_combine(self, y_AD: Tensor, plan: ChunkPlan) -> Return:
         """Every row goes home."""
-        (y_RD,), handle = start((y_AD,), (Exchange(plan.receive, plan.send),), self.ep)
+        (y_RD,), handle = start((y_AD,), (Exchange(plan.receive, plan.send),), self.ep, yields=not plan.optional)
         return Return(y_RD, handle)
 
     def combine_postprocess(self, returns: list[Return], plans: list[ChunkPlan]) -> Tensor:

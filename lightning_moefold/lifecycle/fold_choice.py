@@ -61,8 +61,6 @@ class Fixed:
         """
         plan, recompute, dispatcher = self.settings.plan, self.settings.recompute, self.settings.dispatch.dispatcher
         looped = plan.schedule.startswith("interleaved")
-        if self.settings.dispatch.copies is not None:
-            dispatchers = ("alltoall",)
         return Space(
             schedules=tuple(s for s in SCHEDULES if s != "gpipe") if plan == PipelinePlan() else (plan.schedule,),
             recomputes=RECOMPUTES if recompute is None else (recompute,),
@@ -155,6 +153,7 @@ def choose_for(
         model, fixed.world_size, hardware, total or rows or 1, length,
         fixed.precision, fixed.settings.sharding.mode, dispatch.capacity_factor, find_routing(auto.routing),
         dispatch.drop_scope, dispatch.pad_to_capacity, dispatch.chunks,
+        dispatch.copies.max_copies_per_rank if dispatch.copies else 0,
     )  # fmt: skip
     return choose(job, fixed.space(job.dispatchers), rows_per_rank=None if total else rows)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_moefold.async_comm import Handle
 from lightning_moefold.balance.copies import CopyPlan
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
@@ -119,6 +120,16 @@ def test_copies_change_nothing(case: str, size: int) -> None:
 
 def test_greedy_on_one_hot_expert() -> None:
     assert _both(4, ExpertCopies(), {"hot": True}) < 1e-12
+
+
+def test_turns_do_not_depend_on_the_plan() -> None:
+    """Two passes on a rank take turns at waits: as often whether there are copies or not, as other ranks may have other plans."""
+    turns: dict[bool, int] = {}
+    for copies in (None, ExpertCopies(plans.drawn, 3)):
+        with mock.patch.object(Handle, "before_waiting", turn := mock.Mock()):
+            threads.run(lambda axes, copies=copies: _results(axes, DispatchConfig(copies=copies, chunks=2)), 2)
+        turns[copies is None] = turn.call_count
+    assert turns[True] == turns[False] > 0
 
 
 # ---- planted bugs ----------------------------------------------------------------------------------------------------

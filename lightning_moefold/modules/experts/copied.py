@@ -98,7 +98,7 @@ def lend(stacks: tuple[Tensor, ...], plan: CopyPlan | None, ep: Axis) -> tuple[t
         packed.append(packed_NW)
         for i, stack in zip(members, kept, strict=True):
             at_home[i] = stack
-    promised, handle = start(packed, [route] * len(packed), ep)
+    promised, handle = start(packed, [route] * len(packed), ep, yields=False)
     return tuple(at_home), Borrowed(promised, handle, kinds, tuple(stack.shape[1:] for stack in stacks))
 
 

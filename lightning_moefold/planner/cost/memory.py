@@ -162,13 +162,15 @@ class MemoryModel:
         # The router keeps its input in fp32; without a cast or a gather that is the shared expert's input.
         router = (0 if b >= 4 and shared and tp == 1 else t * d * max(b, 4)) + 2 * t * model.num_experts * 4
         # The gated product is made again; a row has its token's number and its weight.
-        experts = t * d * b + router + rows * d * b + 2 * gated + 12 * rows
+        # Copies of experts stay until backward, where they have gradients of their own.
+        copies = (self.job.copies_per_rank if ep > 1 else 0) * 3 * f * d * b
+        experts = t * d * b + router + rows * d * b + 2 * gated + 12 * rows + copies
         if shared:
             experts += n * d * b + 3 * n * shared * b + t * d * b
         dense = t * d * b + n * d * b + 3 * n * ceil(model.intermediate_size / tp) * b
         everything = attention + experts, attention + dense
         exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
-        live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f))
+        live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f) + copies)
         if recompute == "full":
             return t * d * b, t * d * b, live + max(everything[0] if self.costs.num_moe else 0.0, everything[1])
         if recompute == "selective":  # the attention half keeps its input

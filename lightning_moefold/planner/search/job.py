@@ -49,6 +49,7 @@ class Job:
         drop_scope: Of whose tokens the capacity is a share: ``"full_sequence"``, a row's, or ``"sub_sequence"``, a rank's.
         pad_to_capacity: Every rank sends every expert as many rows as it may serve.
         dispatch_chunks: Parts in which tokens travel, behind the experts of one another.
+        copies_per_rank: Experts of a layer of which a rank may have copies for one pass; they count as memory.
     """
 
     model: MoEConfig
@@ -63,6 +64,7 @@ class Job:
     drop_scope: str = "full_sequence"
     pad_to_capacity: bool = False
     dispatch_chunks: int = 1
+    copies_per_rank: int = 0
 
     def __post_init__(self) -> None:
         for name in ("world_size", "global_batch_size", "sequence_length", "dispatch_chunks"):
@@ -84,8 +86,9 @@ class Job:
 
     @property
     def dispatchers(self) -> tuple[str, ...]:
-        """Those that can do what is asked for: only the all-to-all pads, and sends in parts."""
-        return ("alltoall",) if self.pad_to_capacity or self.dispatch_chunks > 1 else DISPATCHERS
+        """Those that can do what is asked for: only the all-to-all pads, sends in parts, and to copies of experts."""
+        limited = self.pad_to_capacity or self.dispatch_chunks > 1 or self.copies_per_rank
+        return ("alltoall",) if limited else DISPATCHERS
 
     @property
     def dtype(self) -> str:

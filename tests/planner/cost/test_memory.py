@@ -118,3 +118,13 @@ def test_gathered_weights_are_padded_to_equal_pieces():
     gathered = 2 * (local.dense - 7 * 8 * 6144 + local.expert) + 4 * routers
     assert weights == pytest.approx(4 * (dense + expert) + gathered)
     assert gradients == 4 * (local.dense + local.expert)
+
+
+def test_copies_of_experts_are_kept_for_backward():
+    plain, copied = (costs("mixtral-8x7b", copies_per_rank=n).memory for n in (0, 2))
+    config = MODELS["mixtral-8x7b"]
+    expert = 3 * config.hidden_size * config.moe_intermediate_size * 2  # bytes, in bfloat16
+    for fold, copies in (("| ep8", 2), ("", 0)):
+        plan = Plan(Fold.parse(fold, 64))
+        more = copied.estimate(plan).activations - plain.estimate(plan).activations
+        assert more == pytest.approx(copies * expert * config.num_hidden_layers)
