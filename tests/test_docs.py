@@ -18,7 +18,7 @@ from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
 ROOT = Path(__file__).parents[1]
 PAGES = [
     f"docs/{name}.md"
-    for name in ("networks", "routers", "folds", "training", "pipeline", "planner", "inference", "dispatch")
+    for name in ("networks", "routers", "folds", "training", "pipeline", "planner", "inference", "dispatch", "balance")
 ]
 
 
