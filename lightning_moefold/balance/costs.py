@@ -43,6 +43,8 @@ class BalanceCosts:
         move_bytes: Bytes that a move sends.
         parts_per_node: Neighbouring ranks of an expert group that share a node.
         passes: Passes of a layer in one optimizer step (micro-batches).
+        pass_rows: Rows of a pass of a layer on all ranks of an expert group, to which past loads are scaled; 0 where these are
+            loads of a pass already.
         horizon: Optimizer steps over which a move must pay for itself.
         margin_ppm: Part of a layer's time that a move must gain at least, in millionths.
 
@@ -61,8 +63,9 @@ class BalanceCosts:
     move_bytes: int
     parts_per_node: int
     passes: int = 1
+    pass_rows: int = 0
     horizon: int = 1000
-    margin_ppm: int = 12_500
+    margin_ppm: int = 15_000
 
     def __post_init__(self) -> None:
         for field in fields(self):

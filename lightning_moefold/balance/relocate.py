@@ -51,7 +51,7 @@ def relocated(load_NE: Counts, current: Placement, costs: BalanceCosts, slots: i
     if not eager and not judge.could_gain():
         return current
     load_E = predicted(load_NE)
-    candidates = [_candidate(load_E, here_E, parts, sixty_fourths) for sixty_fourths in _LEVELS]
+    candidates = [_candidate(load_E, here_E, costs, parts, sixty_fourths) for sixty_fourths in _LEVELS]
     best = max(range(len(_LEVELS)), key=lambda i: judge.latest_gain(candidates[i]))
     if not judge.latest_gain(candidates[best]):
         return current
@@ -59,7 +59,7 @@ def relocated(load_NE: Counts, current: Placement, costs: BalanceCosts, slots: i
         return placed(candidates[best], current)
     if not judge.is_clear(candidates[best]):
         return current
-    older_E = _candidate(predicted(load_NE[:-1]), here_E, parts, _LEVELS[best])
+    older_E = _candidate(predicted(load_NE[:-1]), here_E, costs, parts, _LEVELS[best])
     part_E = judge.with_fewer_moves(candidates[best], load_E)
     return placed(part_E, current) if judge.latest_gain(older_E) and judge.pays(part_E) else current
 
@@ -148,9 +148,9 @@ class _Judge:
         return best_E
 
 
-def _candidate(load_E: Counts, here_E: Counts, parts: int, sixty_fourths: int) -> Counts:
+def _candidate(load_E: Counts, here_E: Counts, costs: BalanceCosts, parts: int, sixty_fourths: int) -> Counts:
     total = int(load_E.sum())
-    return settled(load_E, here_E, parts, -(-total // parts) + total * sixty_fourths // (64 * parts))
+    return settled(load_E, here_E, costs, parts, -(-total // parts) + total * sixty_fourths // (64 * parts))
 
 
 def least_score(rows_E: Counts, parts: int, costs: BalanceCosts) -> int:
@@ -173,12 +173,13 @@ def least_score(rows_E: Counts, parts: int, costs: BalanceCosts) -> int:
     return best
 
 
-def settled(load_E: Counts, here_E: Counts, parts: int, level: int) -> Counts:
+def settled(load_E: Counts, here_E: Counts, costs: BalanceCosts, parts: int, level: int) -> Counts:
     """Rank of each expert such that few copies bring all ranks to ``level``, and few experts move.
 
     Args:
         load_E: Predicted rows.
         here_E: Rank of each expert now.
+        costs: Which ranks share a node: copies of an expert stay in that of its home if they can.
         parts: R.
         level: Rows that a rank is to compute at most.
     """
@@ -191,7 +192,7 @@ def settled(load_E: Counts, here_E: Counts, parts: int, level: int) -> Counts:
         rows, here = int(load_E[expert]), int(here_E[expert])
         if rows > level:
             home = here if free[here] and room[here] == level else _emptiest(room, free, stays)
-            rows = _fill_whole_ranks(rows, home, level, room, stays)
+            rows = _fill_whole_ranks(rows, home, level, room, stays, costs)
         elif free[here] and rows <= room[here]:
             home = here
         else:
@@ -205,13 +206,13 @@ def settled(load_E: Counts, here_E: Counts, parts: int, level: int) -> Counts:
     return part_E
 
 
-def _fill_whole_ranks(rows: int, home: int, level: int, room: list[int], stays: list[int]) -> int:
+def _fill_whole_ranks(rows: int, home: int, level: int, room: list[int], stays: list[int], costs: BalanceCosts) -> int:
     """Keeps ranks free for the copies of an expert with more rows than a rank takes; returns the rows left for its home."""
     while rows > level:
         others = [p for p in range(len(room)) if p != home and room[p] == level]
         if not others:
             break
-        helper = min(others, key=lambda p: (stays[p], p))
+        helper = min(others, key=lambda p: (costs.node(p) != costs.node(home), stays[p], p))
         room[helper] = 0
         rows -= level
     return rows
