@@ -13,7 +13,7 @@ than ``copy / row`` rows off the busiest rank (:attr:`BalanceCosts.break_even_ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 
 from lightning_moefold.errors import InputError
@@ -136,6 +136,10 @@ class BalanceCosts:
     def break_even_rows(self) -> int:
         """Rows that a copy within a node must take off the busiest rank to be worth its bytes."""
         return -(-self.near_copy_ps // self.row_ps)
+
+    def known_early(self) -> BalanceCosts:
+        """Prices of copies that are known before the pass: weights travel while something else runs, gradients still return."""
+        return replace(self, near_copy_ps=self.near_copy_ps // 2, far_copy_ps=self.far_copy_ps // 2)
 
     def node(self, part: int) -> int:
         """Node of a rank of ep."""

@@ -51,7 +51,7 @@ class Joint(Policy):
     def replicas(self, load_NE: Counts, held_RE: Counts, owner_E: Counts, costs: BalanceCosts) -> Counts:
         """See :meth:`.Policy.replicas`."""
         load_E = predicted(of_a_pass(load_NE, costs))
-        return plan_copies(load_E, owner_E, len(held_RE), costs, self.max_copies_per_rank)
+        return plan_copies(load_E, owner_E, len(held_RE), costs.known_early(), self.max_copies_per_rank)
 
     def divide(self, rows_E: Counts, share_RE: Counts, owner_E: Counts) -> Counts:
         """See :meth:`.Policy.divide`."""
