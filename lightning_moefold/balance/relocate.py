@@ -112,7 +112,11 @@ class _Judge:
 
     def is_clear(self, part_E: Counts) -> bool:
         """Whether it gains more than the margin in every interval."""
-        return all(self._above_margin(gain, self._score(n, self.here_E)) for n, gain in enumerate(self._gains(part_E)))
+        return all(self._gains_in(n, part_E) for n in reversed(range(len(self.load_NE))))
+
+    def _gains_in(self, interval: int, part_E: Counts) -> bool:
+        now = self._score(interval, self.here_E)
+        return self._above_margin(now - self._score(interval, part_E), now)
 
     def worth(self, part_E: Counts) -> int:
         """Picoseconds that a placement saves within the horizon, moves paid."""
