@@ -33,7 +33,7 @@ lint: setup-test ## check the style and the layout of the code (ruff)
 types: setup-test ## check the types of the package (mypy)
 	$(PYTHON) -m mypy
 
-bench: setup-test ## run a benchmark: BENCH=run (training steps), moe_layer, expert_parallel, dispatch, overlap, loading, memory, context, bubble, scale
+bench: setup-test ## run a benchmark: BENCH=run (training steps), moe_layer, expert_parallel, dispatch, overlap, loading, memory, context, bubble, scale, balance
 	$(PYTHON) benchmarks/$(BENCH).py $(ARGS)
 
 gpu: ## on one GPU, without set-up and network: tests, correctness, speed, in 9 minutes; ARGS="--rehearse" in small on CPU

@@ -79,7 +79,7 @@ def run_replay(arguments: argparse.Namespace) -> None:
 
 def run_workloads(arguments: argparse.Namespace) -> None:
     print(HEADER)
-    for workload in WORKLOADS:
+    for workload in arguments.names or WORKLOADS:
         long = workload == "training"
         trace = generate(workload, records=101 if long else 20, every=50 if long else 10)
         for parts in arguments.ep:
@@ -133,6 +133,8 @@ def main() -> None:
         if name == "replay":
             part.add_argument("trace")
             part.add_argument("--every-layer", type=int, default=1, metavar="N", help="take every Nth layer only")
+        if name == "workloads":
+            part.add_argument("names", nargs="*", help="some of the workloads; all by default")
         if name == "planner":
             part.add_argument("--layers", type=int, default=16)
         else:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.balance.costs import BalanceCosts
-from lightning_moefold.balance.placement import Placement
 
 Counts = NDArray[np.int64]
 
@@ -104,9 +103,3 @@ def imbalance(quota_RE: Counts) -> float:
     """Rows of the busiest rank over the mean; 1 without rows."""
     rows_R = quota_RE.sum(1)
     return float(rows_R.max() * len(rows_R) / rows_R.sum()) if rows_R.sum() else 1.0
-
-
-def placed(part_E: Counts, current: Placement) -> Placement:
-    """The placement with these ranks; experts that stay on theirs keep their slots."""
-    order = np.argsort(part_E, kind="stable")
-    return Placement(tuple(int(expert) for expert in order), current.parts).renumbered(current)

@@ -13,7 +13,7 @@ than ``copy / row`` rows off the busiest rank (:attr:`BalanceCosts.break_even_ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from math import ceil
 
 from lightning_moefold.errors import InputError
@@ -43,6 +43,8 @@ class BalanceCosts:
         move_bytes: Bytes that a move sends.
         parts_per_node: Neighbouring ranks of an expert group that share a node.
         passes: Passes of a layer in one optimizer step (micro-batches).
+        pass_rows: Rows of a pass of a layer on all ranks of an expert group, to which past loads are scaled; 0 where these are
+            loads of a pass already.
         horizon: Optimizer steps over which a move must pay for itself.
         margin_ppm: Part of a layer's time that a move must gain at least, in millionths.
 
@@ -61,8 +63,9 @@ class BalanceCosts:
     move_bytes: int
     parts_per_node: int
     passes: int = 1
+    pass_rows: int = 0
     horizon: int = 1000
-    margin_ppm: int = 12_500
+    margin_ppm: int = 15_000
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -133,6 +136,10 @@ class BalanceCosts:
     def break_even_rows(self) -> int:
         """Rows that a copy within a node must take off the busiest rank to be worth its bytes."""
         return -(-self.near_copy_ps // self.row_ps)
+
+    def known_early(self) -> BalanceCosts:
+        """Prices of copies that are known before the pass: weights travel while something else runs, gradients still return."""
+        return replace(self, near_copy_ps=self.near_copy_ps // 2, far_copy_ps=self.far_copy_ps // 2)
 
     def node(self, part: int) -> int:
         """Node of a rank of ep."""

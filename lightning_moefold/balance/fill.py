@@ -7,8 +7,8 @@ Ranks above a level hand rows to ranks below it, one expert for each pair of ran
 balance whatever the loads (McNaughton's wrap-around rule, in a line of ranks): a helper is always filled to the level, even
 where that takes its donor below the level, for the donor then is one more rank to be filled; the last donor, the one with the
 most to give, fills what is left. Where the level is above the mean there is slack, and donors need not go below it, which
-saves copies. So a few levels are tried, and the plan with the best predicted time is kept; then copies without which the time
-is no worse are dropped.
+saves copies. So a few levels are tried, and some between the best and the next below; the plan with the best predicted time
+is kept, without those copies that do not make it better.
 
 Legend: R ranks of ep, E experts.
 """
@@ -24,8 +24,10 @@ from lightning_moefold.balance.costs import BalanceCosts
 
 #: Levels that are tried, above the mean, in parts of 64.
 _LEVELS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 64)
+#: So often the interval below the best of them is halved.
+_HALVINGS, _HALVINGS_OF_MANY = 4, 1
 #: Above so many ranks, fewer are.
-_MANY, _LEVELS_OF_MANY = 24, (0, 4, 16)
+_MANY, _LEVELS_OF_MANY = 24, (0, 8)
 
 
 class Copy(NamedTuple):
@@ -65,15 +67,16 @@ class Layout:
     def best_copies(self) -> list[Copy]:
         """The copies of the best plan found; none where none pays."""
         best: list[Copy] = []
-        least = self.score(best)
+        best_far, least = True, self.score(best)
         mean = -(-self.total // self.parts)
         costs = self.costs
         cheapest = costs.near_copy_ps + costs.exchange_ps + costs.near_copy_ps // self.parts
         excess = max(self.load) - mean
         if not self.slots or excess * costs.row_ps <= cheapest:
             return best
-        reaches = self._reaches(mean)
-        for sixty_fourths in _LEVELS if self.parts <= _MANY else _LEVELS_OF_MANY:
+        reaches, many = self._reaches(mean), self.parts > _MANY
+        lower, between = mean, (mean, mean)
+        for sixty_fourths in _LEVELS_OF_MANY if many else _LEVELS:
             level = mean + self.total * sixty_fourths // (64 * self.parts)
             if level >= mean + excess:
                 break
@@ -82,10 +85,22 @@ class Layout:
                 copies = self.filled(level, far)
                 scores.append((self.score(copies), far))
                 if scores[-1][0] < least:
-                    best, least = copies, scores[-1][0]
-            if self.parts > _MANY:
+                    best, least, between, best_far = copies, scores[-1][0], (lower, level), far
+            lower = level
+            if many:
                 reaches = (min(scores)[1],)
-        return self.pruned(best) if best else best
+        if not best:
+            return best
+        low, high = between
+        for _ in range(_HALVINGS_OF_MANY if many else _HALVINGS):
+            level = (low + high) // 2
+            copies = self.filled(level, best_far)
+            score = self.score(copies)
+            if score < least:
+                best, least, high = copies, score, level
+            else:
+                low = level
+        return self.pruned(best)
 
     def _reaches(self, mean: int) -> tuple[bool, ...]:
         """Whether to try copies within nodes only, and between nodes: these only where the busiest node has rows for one."""
@@ -174,23 +189,31 @@ def _fill(
     group: range, room: list[int], left: list[int], experts: list[list[tuple[int, int]]], copies: list[Copy]
 ) -> None:
     """Hands rows of ranks with negative room to ranks of the same group with room and a free slot; see the module."""
+    donors = sorted((p for p in group if room[p] < 0), key=lambda p: -room[p])
+    if not donors:
+        return
     rooms = sorted((room[p], p) for p in group if room[p] > 0 and left[p])
     slack = sum(room[p] for p in group if room[p] < 0 or left[p])
-    for donor in sorted((p for p in group if room[p] < 0), key=lambda p: -room[p]):
+    for donor in donors:
         own = experts[donor]
         while room[donor] < 0 and rooms and own:
             excess, most = -room[donor], own[-1][0]
-            place = min(bisect_left(rooms, (min(excess, most), -1)), len(rooms) - 1)
-            wasted = rooms[place][0] - min(excess, most)
-            if place and rooms[place][0] > most and wasted > slack and left[rooms[place][1]] == 1:
+            wanted = excess if excess < most else most
+            place = bisect_left(rooms, (wanted, -1))
+            if place == len(rooms):
+                place -= 1
+            space, helper = rooms[place]
+            if place and space > most and space - wanted > slack and left[helper] == 1:
                 place -= 1  # its only slot would be spent before it is full: rather fill a smaller one
-            space, helper = rooms.pop(place)
+                space, helper = rooms[place]
+            del rooms[place]
             wasted = space - excess
             rows = excess if wasted >= 0 and (wasted <= slack or left[helper] > 1) else space
-            index = min(bisect_left(own, (rows, -1)), len(own) - 1)
-            held, expert = own.pop(index)
-            rows = min(rows, held)
-            if held > rows:
+            index = bisect_left(own, (rows, -1))
+            held, expert = own.pop(index if index < len(own) else -1)
+            if held < rows:
+                rows = held
+            elif held > rows:
                 insort(own, (held - rows, expert))
             copies.append(Copy(expert, donor, helper, rows))
             room[donor] += rows

@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_moefold.balance.assignment import Counts, placed
+from lightning_moefold.balance.assignment import Counts
 from lightning_moefold.balance.costs import BalanceCosts
 from lightning_moefold.balance.fill import Layout
+from lightning_moefold.balance.packing import greedy_parts, placed
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.predict import predicted
 
 #: Intervals that a placement is judged by at most, and at least.
 _MOST, _LEAST = 8, 4
 #: Levels above the mean (in parts of 64) for which candidates are made.
-_LEVELS = (0, 1, 4)
+_LEVELS = (0, 1, 4, None)
 #: A move must save so many times what it takes: forecasts are wrong at times.
 _SAFETY = 2
+#: So many moves are tried to be taken back.
+_MOST_TRIES = 32
 #: Levels of a bound, in parts of 64 of the mean.
 _BOUNDS = (65, 66, 68, 72, 80, 96, 128, 192)
 
@@ -51,7 +54,7 @@ def relocated(load_NE: Counts, current: Placement, costs: BalanceCosts, slots: i
     if not eager and not judge.could_gain():
         return current
     load_E = predicted(load_NE)
-    candidates = [_candidate(load_E, here_E, parts, sixty_fourths) for sixty_fourths in _LEVELS]
+    candidates = [_candidate(load_E, here_E, costs, parts, level) for level in _LEVELS]
     best = max(range(len(_LEVELS)), key=lambda i: judge.latest_gain(candidates[i]))
     if not judge.latest_gain(candidates[best]):
         return current
@@ -59,7 +62,7 @@ def relocated(load_NE: Counts, current: Placement, costs: BalanceCosts, slots: i
         return placed(candidates[best], current)
     if not judge.is_clear(candidates[best]):
         return current
-    older_E = _candidate(predicted(load_NE[:-1]), here_E, parts, _LEVELS[best])
+    older_E = _candidate(predicted(load_NE[:-1]), here_E, costs, parts, _LEVELS[best])
     part_E = judge.with_fewer_moves(candidates[best], load_E)
     return placed(part_E, current) if judge.latest_gain(older_E) and judge.pays(part_E) else current
 
@@ -112,11 +115,11 @@ class _Judge:
 
     def is_clear(self, part_E: Counts) -> bool:
         """Whether it gains more than the margin in every interval."""
-        return all(self._above_margin(gain, self._score(n, self.here_E)) for n, gain in enumerate(self._gains(part_E)))
+        return all(self._gains_in(n, part_E) for n in reversed(range(len(self.load_NE))))
 
-    def worth(self, part_E: Counts) -> int:
-        """Picoseconds that a placement saves within the horizon, moves paid."""
-        return self.gain(part_E) * self.costs.passes * self.costs.horizon - _SAFETY * self._move(part_E)
+    def _gains_in(self, interval: int, part_E: Counts) -> bool:
+        now = self._score(interval, self.here_E)
+        return self._above_margin(now - self._score(interval, part_E), now)
 
     def pays(self, part_E: Counts) -> bool:
         """Whether it is worth its moves, and still gains more than the margin."""
@@ -129,28 +132,38 @@ class _Judge:
         return self.costs.move_ps(self.here_E.tolist(), part_E.tolist(), self.parts)
 
     def with_fewer_moves(self, part_E: Counts, load_E: Counts) -> Counts:
-        """Takes moves back, the smallest experts first, where that is worth it.
+        """Takes moves back, the smallest experts first, where that is worth it in the latest interval.
 
         An expert goes home again in exchange for the one there whose load is nearest to its own.
         """
-        best_E, best = part_E, self.worth(part_E)
+        best_E, best, tries = part_E, self._worth(part_E), 0
         for expert in np.argsort(load_E, kind="stable").tolist():
             home, away = int(self.here_E[expert]), int(best_E[expert])
             guests = [e for e in np.flatnonzero(best_E == home).tolist() if self.here_E[e] != home]
-            if home == away or not guests:
+            if home == away or not guests or tries == _MOST_TRIES:
                 continue
             guest = min(guests, key=lambda e: (abs(int(load_E[e]) - int(load_E[expert])), e))
             tried_E = best_E.copy()
             tried_E[expert], tried_E[guest] = home, away
-            worth = self.worth(tried_E)
+            tries += 1
+            worth = self._worth(tried_E)
             if worth >= best:
                 best_E, best = tried_E, worth
         return best_E
 
+    def _worth(self, part_E: Counts) -> int:
+        """Picoseconds that a placement would have saved within the horizon, moves paid, by the latest interval."""
+        last = len(self.load_NE) - 1
+        gain = self._score(last, self.here_E) - self._score(last, part_E)
+        return gain * self.costs.passes * self.costs.horizon - _SAFETY * self._move(part_E)
 
-def _candidate(load_E: Counts, here_E: Counts, parts: int, sixty_fourths: int) -> Counts:
+
+def _candidate(load_E: Counts, here_E: Counts, costs: BalanceCosts, parts: int, sixty_fourths: int | None) -> Counts:
+    """A placement for a level above the mean; without one, the greedy packing, which relies on no copy."""
+    if sixty_fourths is None:
+        return greedy_parts(load_E, here_E, parts)
     total = int(load_E.sum())
-    return settled(load_E, here_E, parts, -(-total // parts) + total * sixty_fourths // (64 * parts))
+    return settled(load_E, here_E, costs, parts, -(-total // parts) + total * sixty_fourths // (64 * parts))
 
 
 def least_score(rows_E: Counts, parts: int, costs: BalanceCosts) -> int:
@@ -173,12 +186,13 @@ def least_score(rows_E: Counts, parts: int, costs: BalanceCosts) -> int:
     return best
 
 
-def settled(load_E: Counts, here_E: Counts, parts: int, level: int) -> Counts:
+def settled(load_E: Counts, here_E: Counts, costs: BalanceCosts, parts: int, level: int) -> Counts:
     """Rank of each expert such that few copies bring all ranks to ``level``, and few experts move.
 
     Args:
         load_E: Predicted rows.
         here_E: Rank of each expert now.
+        costs: Which ranks share a node: copies of an expert stay in that of its home if they can.
         parts: R.
         level: Rows that a rank is to compute at most.
     """
@@ -191,7 +205,7 @@ def settled(load_E: Counts, here_E: Counts, parts: int, level: int) -> Counts:
         rows, here = int(load_E[expert]), int(here_E[expert])
         if rows > level:
             home = here if free[here] and room[here] == level else _emptiest(room, free, stays)
-            rows = _fill_whole_ranks(rows, home, level, room, stays)
+            rows = _fill_whole_ranks(rows, home, level, room, stays, costs)
         elif free[here] and rows <= room[here]:
             home = here
         else:
@@ -205,13 +219,13 @@ def settled(load_E: Counts, here_E: Counts, parts: int, level: int) -> Counts:
     return part_E
 
 
-def _fill_whole_ranks(rows: int, home: int, level: int, room: list[int], stays: list[int]) -> int:
+def _fill_whole_ranks(rows: int, home: int, level: int, room: list[int], stays: list[int], costs: BalanceCosts) -> int:
     """Keeps ranks free for the copies of an expert with more rows than a rank takes; returns the rows left for its home."""
     while rows > level:
         others = [p for p in range(len(room)) if p != home and room[p] == level]
         if not others:
             break
-        helper = min(others, key=lambda p: (stays[p], p))
+        helper = min(others, key=lambda p: (costs.node(p) != costs.node(home), stays[p], p))
         room[helper] = 0
         rows -= level
     return rows

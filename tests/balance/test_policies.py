@@ -193,3 +193,28 @@ def test_joint_copies_from_past_loads_when_fast_is_off() -> None:
     share_RE = joint.replicas(np.array([[900, 40, 30, 30]]), np.zeros((4, 4), dtype=np.int64), owner_E, COSTS)
     quota_RE = joint.divide(np.array([1000, 40, 30, 30]), share_RE, owner_E)
     assert quota_RE.sum(1).max() <= 276  # the mean is 275
+
+
+def test_joint_scales_past_loads_to_a_pass() -> None:
+    """Intervals of a thousand steps say the same as one pass does, at the price of a pass."""
+    load_NE = np.tile(np.array([1000, 1000, 20, 20, 20, 20, 20, 20]), (4, 1))
+    costs = replace(COSTS, horizon=10)
+    of_one = Joint(1).place(load_NE, Placement.contiguous(8, 4), costs)
+    long = load_NE * np.array([[1000], [500], [2000], [1000]])
+    assert Joint(1).place(long, Placement.contiguous(8, 4), replace(costs, pass_rows=int(load_NE[0].sum()))) == of_one
+    # Loads of a small pass move nothing, however many passes were counted.
+    small = replace(costs, pass_rows=40)
+    assert Joint(1).place(long, Placement.contiguous(8, 4), small) == Placement.contiguous(8, 4)
+
+
+def test_joint_keeps_copies_within_a_node() -> None:
+    """Of two nodes with two ranks each, the one with the hot expert is kept free for its copies, and no copy leaves it."""
+    load_NE = np.tile(np.array([1000, 20, 500, 480, 20, 20, 20, 20]), (4, 1))
+    costs = replace(COSTS, parts_per_node=2, horizon=10**6)
+    joint = Joint(1)
+    new = joint.place(load_NE, Placement.contiguous(8, 4), costs)
+    owner_E = np.asarray(new.part_of_expert)
+    quota_RE = joint.plan(from_sources(load_NE[0], 4), owner_E, costs, 1)
+    helpers, experts = np.nonzero(copies_of(quota_RE, owner_E))
+    assert (helpers // 2 == owner_E[experts] // 2).all()
+    assert quota_RE.sum(1).max() < 560  # the mean is 520

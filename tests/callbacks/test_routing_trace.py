@@ -45,7 +45,7 @@ def recorded_fit(path: str, fold: str, root: str, spec: dict[str, Any]) -> tuple
         strategy=MoEFoldStrategy(fold=fold, num_microbatches=2 if parsed.pp > 1 else None),
         callbacks=[LoadBalanceMonitor(1), recorder, *([saver] if "save" in spec else [])],
         accumulate_grad_batches=spec.get("accumulate", 1), max_steps=spec.get("steps", -1),
-        enable_checkpointing="save" in spec, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, enable_checkpointing="save" in spec, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     module = Case(path, RankRun(), {"root": root, "lr": 0.0, "optimizer": "sgd"})
     loader = DataLoader(BatchList([join_rows(step[first : first + share]) for step in batches]), batch_size=None)
@@ -117,7 +117,7 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="every_n_steps=0 of RoutingTraceRecorder must be at least 1"):
         RoutingTraceRecorder(0)
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        accelerator="cpu", max_steps=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
         callbacks=[RoutingTraceRecorder(path=tmp_path / "a.npz")],
     )  # fmt: skip
     with pytest.raises(InputError, match="RoutingTraceRecorder found no MoELayer"):

@@ -5,7 +5,8 @@ Two loops ask it. The *slow* one, between steps, knows the loads of past interva
 (:meth:`Policy.place`) and, where the policy copies by history, say which share of an expert's rows each rank is to compute
 (:meth:`Policy.replicas`). The *fast* one, in each pass, knows the exact rows of the pass (:meth:`Policy.plan`).
 
-Every rank asks for itself and must hear the same, so all of it is integer arithmetic on the same numbers, without chance.
+Every rank asks for itself and must hear the same, so all of it is arithmetic on the same whole numbers in a fixed order, without
+chance. Past loads are rows of an interval of any length; see ``pass_rows`` of :class:`.BalanceCosts`.
 
 Legend: S source ranks, R ranks of ep, E experts, N past intervals, the latest last.
 """

@@ -17,8 +17,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from lightning_moefold.balance.assignment import Counts, placed
+from lightning_moefold.balance.assignment import Counts
 from lightning_moefold.balance.costs import BalanceCosts
+from lightning_moefold.balance.packing import placed
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.policies.base import CopiesFrom, Policy
 

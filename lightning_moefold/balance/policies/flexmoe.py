@@ -60,7 +60,7 @@ def _adjusted(
     replicas_E = held.sum(0)
     each_E = rows_E / replicas_E
     hot = int(np.argmax(each_E))
-    load_R = (held * each_E).sum(1)
+    load_R = even_split(rows_E, held).sum(1)
     new, used_R = held.copy(), (held & ~homes).sum(1)
     by_load = np.argsort(load_R, kind="stable")
     for rank in by_load:  # expand

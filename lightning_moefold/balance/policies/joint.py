@@ -17,7 +17,7 @@ from lightning_moefold.balance.costs import BalanceCosts
 from lightning_moefold.balance.fill import plan_copies
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.policies.base import CopiesFrom, Policy
-from lightning_moefold.balance.predict import predicted
+from lightning_moefold.balance.predict import of_a_pass, predicted
 from lightning_moefold.balance.relocate import relocated
 from lightning_moefold.balance.split import split_exactly
 
@@ -44,11 +44,14 @@ class Joint(Policy):
 
     def place(self, load_NE: Counts, current: Placement, costs: BalanceCosts) -> Placement:
         """See :meth:`.Policy.place`."""
-        return relocated(load_NE, current, costs, self.max_copies_per_rank) if self.slow else current
+        if not self.slow:
+            return current
+        return relocated(of_a_pass(load_NE, costs), current, costs, self.max_copies_per_rank)
 
     def replicas(self, load_NE: Counts, held_RE: Counts, owner_E: Counts, costs: BalanceCosts) -> Counts:
         """See :meth:`.Policy.replicas`."""
-        return plan_copies(predicted(load_NE), owner_E, len(held_RE), costs, self.max_copies_per_rank)
+        load_E = predicted(of_a_pass(load_NE, costs))
+        return plan_copies(load_E, owner_E, len(held_RE), costs.known_early(), self.max_copies_per_rank)
 
     def divide(self, rows_E: Counts, share_RE: Counts, owner_E: Counts) -> Counts:
         """See :meth:`.Policy.divide`."""

@@ -13,8 +13,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from lightning_moefold.balance.assignment import Counts, placed
+from lightning_moefold.balance.assignment import Counts
 from lightning_moefold.balance.costs import BalanceCosts
+from lightning_moefold.balance.packing import greedy_parts, placed
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.policies.base import Policy
 
@@ -37,21 +38,3 @@ class SmartMoEGreedy(Policy):
         new_E = greedy_parts(load_E, here_E, current.parts)
         before, after = (np.bincount(parts_E, load_E, current.parts).max() for parts_E in (here_E, new_E))
         return placed(new_E, current) if before > after else current
-
-
-def greedy_parts(load_E: Counts, here_E: Counts, parts: int) -> Counts:
-    """Rank of each expert: in falling load, each to the least loaded rank with a free slot, where it is if that ties."""
-    room, load = [len(load_E) // parts] * parts, [0] * parts
-    new_E = here_E.copy()
-    for expert in np.argsort(-load_E, kind="stable"):
-        least = min(load[p] for p in range(parts) if room[p])
-        here = int(here_E[expert])
-        part = (
-            here
-            if room[here] and load[here] == least
-            else next(p for p in range(parts) if room[p] and load[p] == least)
-        )
-        new_E[expert] = part
-        room[part] -= 1
-        load[part] += int(load_E[expert])
-    return new_E
