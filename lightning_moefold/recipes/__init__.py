@@ -6,5 +6,6 @@ from lightning_moefold.recipes.data import TextData
 from lightning_moefold.recipes.module import FineTuneModule
 from lightning_moefold.recipes.pairs import PreferenceData
 from lightning_moefold.recipes.preference import PreferenceModule
+from lightning_moefold.recipes.stream import StreamData
 
-__all__ = ["FineTuneModule", "InputError", "PreferenceData", "PreferenceModule", "TextData", "is_users"]
+__all__ = ["FineTuneModule", "InputError", "PreferenceData", "PreferenceModule", "StreamData", "TextData", "is_users"]
