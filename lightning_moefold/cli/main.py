@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lightning_moefold.cli import evaluate as eval_command
 from lightning_moefold.cli import plan as plan_command
 from lightning_moefold.cli import plot as plot_command
 from lightning_moefold.models import export
@@ -37,6 +38,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "calibrate": Command("measure this machine for the planner", calibrate.configure, calibrate.run),
+    "eval": Command("run tasks of lm-eval on a checkpoint", eval_command.configure, eval_command.run),
     "export": Command("write a checkpoint of a run as a Hugging Face directory", export.configure, export.run),
     "plan": Command("rank the folds of a model on a machine", plan_command.configure, plan_command.run),
     "plot": Command("draw the loss, speed, memory and expert load of a run", plot_command.configure, plot_command.run),
