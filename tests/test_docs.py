@@ -36,6 +36,8 @@ PAGES = [
 
 def names_of(page: str, folder: Path) -> dict[str, Any]:
     """What a page's code takes as given."""
+    for name in ("teacher", "student") if page == "docs/distillation.md" else ():
+        make_checkpoint(folder / name, "mixtral")
     if page in ("docs/data.md", "docs/preference.md"):
         pairs = [{"prompt": "Hi", "chosen": f"Ho {n}", "rejected": "No"} for n in range(20)]
         write(folder / "pairs.jsonl", pairs)
