@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory and time of a large file of conversations: tokenised, packed, and dealt out.
+"""Memory and time of a large file of texts and conversations: tokenised, packed, and dealt out.
 
     python benchmarks/data.py --rows 1000000
 
@@ -23,11 +23,14 @@ from tests.recipes.chats import chat_tokenizer
 WORDS = """what is one and two or three I think so add them all please answer is no yes""".split()  # noqa: SIM905
 
 
-def make_file(path: Path, rows: int) -> None:
+def make_file(path: Path, rows: int, chats: float) -> None:
     draw = random.Random(0)
     with path.open("w") as file:
         for _ in range(rows):
             asked, said = (" ".join(draw.choices(WORDS, k=draw.randint(3, 20))) for _ in range(2))
+            if draw.random() > chats:
+                file.write(json.dumps({"text": f"{asked}? {said}."}) + "\n")
+                continue
             talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
             file.write(json.dumps({"messages": talk}) + "\n")
 
@@ -67,13 +70,14 @@ class Peak:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--chats", type=float, default=0.05, help="share of conversations; the others are texts")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--batches", type=int, default=2_000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = chat_tokenizer(folder / "tokenizer", "qwen2")
-        make_file(folder / "chats.jsonl", args.rows)
+        make_file(folder / "chats.jsonl", args.rows, args.chats)
         size = (folder / "chats.jsonl").stat().st_size
         data = TextData(
             [str(folder / "chats.jsonl")], str(tokenizer), 1024, 8, cache_dir=str(folder / "cache"),

@@ -21,6 +21,7 @@ PAGES = [
     f"docs/{name}.md"
     for name in (
         "data",
+        "preference",
         "networks",
         "routers",
         "folds",
@@ -37,7 +38,11 @@ PAGES = [
 
 def names_of(page: str, folder: Path) -> dict[str, Any]:
     """What a page's code takes as given."""
-    if page == "docs/data.md":
+    for name in ("teacher", "student") if page == "docs/distillation.md" else ():
+        make_checkpoint(folder / name, "mixtral")
+    if page in ("docs/data.md", "docs/preference.md"):
+        pairs = [{"prompt": "Hi", "chosen": f"Ho {n}", "rejected": "No"} for n in range(20)]
+        write(folder / "pairs.jsonl", pairs)
         chat_tokenizer(folder / "path" / "to" / "checkpoint", "qwen2")
         write(folder / "chats.jsonl", [{"messages": TALK[: 2 * n + 3]} for n in (0, 1) for _ in range(10)])
     if page == "docs/adapters.md":

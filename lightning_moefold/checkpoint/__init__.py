@@ -4,8 +4,22 @@
 This floor knows files, names and boxes of tensors; it knows no models.
 """
 
-from lightning_moefold.checkpoint.hf_reader import HFCheckpoint
-from lightning_moefold.checkpoint.hf_writer import OutputTensor, write_hf_checkpoint
-from lightning_moefold.errors import CheckpointError
+from typing import TYPE_CHECKING
+
+from lightning_moefold.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lightning_moefold.checkpoint.hf_reader import HFCheckpoint
+    from lightning_moefold.checkpoint.hf_writer import OutputTensor, write_hf_checkpoint
+    from lightning_moefold.errors import CheckpointError
 
 __all__ = ["CheckpointError", "HFCheckpoint", "OutputTensor", "write_hf_checkpoint"]
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "CheckpointError": "hf_reader",
+        "HFCheckpoint": "hf_reader",
+        "OutputTensor": "hf_writer",
+        "write_hf_checkpoint": "hf_writer",
+    },
+)

@@ -30,6 +30,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "balance": Command("compare policies of expert balance on recorded routing", "lightning_moefold.cli.balance"),
     "calibrate": Command("measure this machine for the planner", "lightning_moefold.cli.calibrate"),
+    "eval": Command("run tasks of lm-eval on a checkpoint", "lightning_moefold.cli.evaluate"),
     "export": Command("write a checkpoint of a run as a Hugging Face directory", "lightning_moefold.cli.export"),
     "merge": Command("add an adapter to the weights of its model", "lightning_moefold.cli.merge"),
     "plan": Command("rank the folds of a model on a machine", "lightning_moefold.cli.plan"),

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from lightning_moefold.errors import InputError
+from lightning_moefold.models.masks import IGNORED
 from lightning_moefold.recipes.mixture import Mixture
 
 #: Stands for a row without any token that counts.
@@ -128,3 +131,39 @@ class RowLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from a position, under any number of ranks and batch size."""
         self.sampler.go_on(Position(**state))
+
+
+class DatasetLoader(RowLoader):
+    """Batches of a map-style dataset of the user's own, in the order of :class:`RowOrder`.
+
+    What is read depends on the seed and on the rows read so far alone. Its state is kept by Lightning, so that a run goes on
+    with the first row not yet read, under any number of data ranks with the same ``batch_size``. Make it in
+    ``train_dataloader`` with ``rank=strategy.dp_rank, ranks=strategy.dp_size``, and turn the Trainer's
+    ``use_distributed_sampler`` off.
+
+    Args:
+        dataset: Of mappings with tensors ``labels``; where rows run out, a rank is given row 0 with all labels ignored.
+        batch_size: Rows of a batch over all data ranks.
+        rank: This data rank.
+        ranks: Number of data ranks.
+        shuffle: Whether the order is drawn anew each epoch.
+        seed: Of the order.
+        collate_fn: Makes a batch of a list of rows; by default PyTorch's.
+
+    Raises:
+        InputError: If the ranks do not divide the batch.
+    """
+
+    def __init__(
+        self, dataset: Any, batch_size: int, rank: int = 0, ranks: int = 1, *, shuffle: bool = True, seed: int = 0,
+        collate_fn: Callable[[list[Any]], Any] = default_collate,
+    ) -> None:  # fmt: skip
+        def collate(index_B: Tensor) -> dict[str, Tensor]:
+            batch = collate_fn([dataset[max(number, 0)] for number in index_B.tolist()])
+            empty_B = index_B == EMPTY
+            if bool(empty_B.any()):
+                batch["labels"] = batch["labels"].clone()
+                batch["labels"][empty_B] = IGNORED
+            return batch
+
+        super().__init__(RowOrder(len(dataset), batch_size, rank, ranks, shuffle=shuffle, seed=seed), collate)

@@ -12,7 +12,7 @@ Legend: N rows, L tokens of a row, P pieces, B rows of a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -66,6 +66,19 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.last_N)
+
+    def reordered(self, order_N: np.ndarray) -> Plan:
+        """The same rows in another order."""
+        pieces = [np.array(self.pieces(row)) for row in order_N.tolist()]
+        order_P = np.concatenate(pieces)
+        last_N = np.cumsum([len(part) for part in pieces])
+        return replace(
+            self,
+            begin_P=self.begin_P[order_P],
+            size_P=self.size_P[order_P],
+            document_P=self.document_P[order_P],
+            last_N=last_N,
+        )
 
     def pieces(self, row: int) -> range:
         """Those of a row."""

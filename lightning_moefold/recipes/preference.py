@@ -148,7 +148,7 @@ class PreferenceModule(FineTuneModule):
                     real_R = held_R & (number_R >= 0)
                     half_R = torch.arange(len(number_R), device=self.device) % 2
                     table_N2[number_R[real_R], half_R[real_R]] = found_R[real_R]
-            self._reference[name] = _over_ranks(model, table_N2).cpu()
+            self._reference[name] = sum_over_ranks(model, table_N2).cpu()
         if len(self._reference[name]) != count:
             raise InputError(
                 f"the checkpoint holds the reference of {len(self._reference[name])} examples, but {name} has {count}; resume "
@@ -226,7 +226,7 @@ class PreferenceModule(FineTuneModule):
 
         inputs = {key: batch[key][rows] for key in ("input_ids", "labels", "attention_mask")}
         output = model(**inputs, loss_fn=loss_fn, reference=reference_R, place=place_R, valid=valid_R, **extras)
-        return output, _over_ranks(model, table_P4.sum(0))
+        return output, sum_over_ranks(model, table_P4.sum(0))
 
     def _losses(self, ratio_R: Tensor, count_R: Tensor, **extras: Any) -> tuple[Tensor, Tensor]:
         """The loss of each pair or answer, and its margin."""
@@ -244,7 +244,7 @@ class PreferenceModule(FineTuneModule):
         with _measuring(model):
             found_P, held_P = self._log_probabilities(batch, slice(1, None, 2))
         valid_P = (batch["pair"] >= 0) & held_P
-        sums = _over_ranks(model, torch.stack([((found_P - reference_P) * valid_P).sum(), valid_P.double().sum()]))
+        sums = sum_over_ranks(model, torch.stack([((found_P - reference_P) * valid_P).sum(), valid_P.double().sum()]))
         point = (sums[0] / sums[1].clamp(min=1)).clamp(min=0)
         if name == "train":
             self.log("train/kl", point)
@@ -291,7 +291,7 @@ def _measuring(model: MoECausalLM) -> Iterator[None]:
         model.train(training)
 
 
-def _over_ranks(model: MoECausalLM, x: Tensor) -> Tensor:
+def sum_over_ranks(model: MoECausalLM, x: Tensor) -> Tensor:
     """Sums what ranks have found where their logits are; tp and cp ranks have found the same. Collective."""
     mesh = model.mesh
     if mesh is None:

@@ -92,6 +92,22 @@ class TokenStore:
         return Document(self.tokens_T[begin:end].tolist(), trained, Kind(int(self.origins_N3[number, 2])))
 
     @classmethod
+    def of(cls, documents: Sequence[Document], origins: Sequence[tuple[int, int]], files: Sequence[Path]) -> TokenStore:
+        """Documents in memory.
+
+        Args:
+            documents: The documents.
+            origins: File and row of each.
+            files: The files.
+        """
+        sizes = [len(document.tokens) for document in documents]
+        tokens = np.array([token for document in documents for token in document.tokens], np.int32)
+        trained = np.array([on for d in documents for on in d.trained or [True] * len(d.tokens)], np.bool_)
+        origins_N3 = np.array([(*o, d.kind) for o, d in zip(origins, documents, strict=True)], np.int64).reshape(-1, 3)
+        counts = Counts(documents=len(documents), tokens=len(tokens), trained=int(trained.sum()))
+        return cls(tokens, trained, np.cumsum(sizes, dtype=np.int64), origins_N3, files, counts)
+
+    @classmethod
     def open(cls, folder: Path, files: Sequence[Path]) -> TokenStore:
         """Maps a folder into memory.
 

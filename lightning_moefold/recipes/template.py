@@ -142,14 +142,14 @@ class ChatTemplate:
             self._check_whole(talk, end, tagged.text, where, turns)
             return [tagged]
         whole = self._render(talk.messages[:end], talk.tools, False)
-        spans = [self._span(talk, turn, whole) for turn in turns]
+        spans = [self._span(talk, turn, whole, turn == end - 1) for turn in turns]
         if None not in spans:
             self._check_whole(talk, end, whole, where, turns)
             return [_Rendered(whole, [span for span in spans if span is not None])]
         made = []
         for turn in turns:
             text = self._render(talk.messages[: turn + 1], talk.tools, False)
-            span = self._span(talk, turn, text)
+            span = self._span(talk, turn, text, True)
             if span is None:
                 raise InputError(
                     f"{where}: what the chat template of {self._name} writes before turn {turn + 1} is no beginning of what it "
@@ -160,10 +160,10 @@ class ChatTemplate:
             made.append(_Rendered(text, [span]))
         return made
 
-    def _span(self, talk: Conversation, turn: int, whole: str) -> tuple[int, int] | None:
-        """The characters of a turn in a text that holds it; None where prefixes do not tell."""
+    def _span(self, talk: Conversation, turn: int, whole: str, last: bool) -> tuple[int, int] | None:
+        """The characters of a turn in a text that holds it, as its last turn maybe; None where prefixes do not tell."""
         before = self._render(talk.messages[:turn], talk.tools, True)
-        after = self._render(talk.messages[: turn + 1], talk.tools, False)
+        after = whole if last else self._render(talk.messages[: turn + 1], talk.tools, False)
         if not (whole.startswith(after) and after.startswith(before)) or len(before) >= len(after):
             return None
         # White space that a template puts after the token that ends a turn is never said by the model.
@@ -231,28 +231,24 @@ class ChatTemplate:
         """
         text, spans = rendered
         try:
-            tokens = self._encode(text)
             if spans is None:
-                return Document(tokens, None, Kind.CHAT)
+                return Document(self._encode([text])[0], None, Kind.CHAT)
+            places = sorted({place for span in spans for place in span} - {len(text)})
+            tokens, *befores = self._encode([text, *(text[:place] for place in places)])
+            counts = dict(zip(places, map(len, befores), strict=True)) | {len(text): len(tokens)}
+            across = {place for place, before in zip(places, befores, strict=True) if tokens[: len(before)] != before}
             trained = [False] * len(tokens)
             for begin, end in spans:
-                first, last = (self._border(text, tokens, place) for place in (begin, end))
-                if first is None or last is None:
+                first, last = counts[begin], counts[end]
+                if begin in across or end in across:
                     first, last = self._inside(text, begin, end, where)
                 trained[first:last] = [True] * (last - first)
         except UnicodeError:  # half of a surrogate pair, which JSON can spell
             raise InputError(f"{where} holds characters that are no Unicode text; remove them.") from None
         return Document(tokens, trained, Kind.CHAT)
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _border(self, text: str, tokens: list[int], place: int) -> int | None:
-        """How many tokens make the first characters of a text; None if a token lies across the border."""
-        if place == len(text):
-            return len(tokens)
-        before = self._encode(text[:place])
-        return len(before) if tokens[: len(before)] == before else None
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
     def _inside(self, text: str, begin: int, end: int, where: str) -> tuple[int, int]:
         """The tokens that lie whole between two characters."""

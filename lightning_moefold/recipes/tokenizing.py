@@ -169,7 +169,7 @@ def tokenize(files: Sequence[Path], reading: Reading, folder: Path, processes: i
                 bar.update()
         else:
             _share(files, reading, writer, processes, bar.update)
-    _check_vocabulary(reading, writer.counts.largest)
+    check_vocabulary(reading, writer.counts.largest)
     if not writer.counts.documents:
         raise InputError(
             f"nothing of the {writer.counts.rows} rows of {', '.join(map(str, files))} is trained on; "
@@ -193,7 +193,12 @@ def _add(writer: StoreWriter, encoder: Encoder, files: Sequence[Path], raw: Raw)
     writer.add([d for d in documents if d.tokens], raw.file, raw.number, chat)
 
 
-def _check_vocabulary(reading: Reading, largest: int) -> None:
+def check_vocabulary(reading: Reading, largest: int) -> None:
+    """Refuses tokens that the model beside the tokenizer does not have.
+
+    Raises:
+        InputError: If ``largest`` is one.
+    """
     size = _vocabulary(Path(reading.tokenizer) / "config.json")
     if size is not None and largest >= size:
         raise InputError(

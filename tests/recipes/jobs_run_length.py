@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_moefold import MoEFoldStrategy
-from lightning_moefold.recipes import FineTuneModule
+from lightning_moefold.recipes import FineTuneModule, StreamData
 from tests.strategy.plain_modules import trainer
 
 TOKENS = torch.randint(96, (24, 6), generator=torch.Generator().manual_seed(1))
@@ -57,3 +57,30 @@ def rates(
             message = f"{type(error).__name__}: {error}"
         found.append((recorder.seen, message))
     return found
+
+
+class _Rows(FineTuneModule):
+    """Notes the rows that count in each batch."""
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.rows: list[list[list[int]]] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        real = (batch["labels"] != -100).any(1)
+        self.rows.append(batch["input_ids"][real].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+def streamed(
+    path: str, tokenizer: str, file: str, fold: str, steps: int, save: str | None = None, resume: str | None = None
+) -> list[list[list[int]]]:
+    """Trains on a stream; returns the rows of each batch of this rank."""
+    data = StreamData(tokenizer, [file], 20, sequence_length=64, batch_size=4, seed=3)
+    callbacks = [ModelCheckpoint(save, filename="{step}", save_top_k=-1, every_n_train_steps=1)] if save else []
+    module = _Rows(path, schedule="constant")
+    run = trainer(
+        MoEFoldStrategy(fold=fold), callbacks=callbacks, enable_checkpointing=bool(save), max_steps=steps, max_epochs=-1
+    )
+    run.fit(module, data, ckpt_path=resume)
+    return module.rows

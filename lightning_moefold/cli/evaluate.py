@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moefold eval``: tasks of lm-eval on a checkpoint, under a fold."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_moefold.checkpoint.tokenizers import load_tokenizer
+from lightning_moefold.errors import InputError
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.strategy import MoEFoldStrategy
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="model and tokenizer in Hugging Face format")
+    add("--tasks", required=True, help="tasks of lm-eval, with commas between them")
+    add("--include-path", type=Path, metavar="DIR", help="folder with tasks of your own (.yaml)")
+    add("--fold", default="", help='parallel sizes, such as "tp2 | ep4"; the rest is data parallel')
+    add("--devices", type=int, default=1, help="ranks on this node")
+    add("--num-nodes", type=int, default=1, help="nodes")
+    add("--accelerator", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where there is one")
+    add("--precision", default="bf16-true", choices=["bf16-true", "bf16-mixed", "32-true", "64-true"])
+    add("--batch-size", type=int, default=8, help="rows of a call on each data rank")
+    add("--num-fewshot", type=int, help="examples in a context, if not as the task says")
+    add("--limit", type=float, help="examples of each task, or below 1 a share of them")
+    add("--chat", action="store_true", help="write contexts with the tokenizer's chat template")
+    add("--output", type=Path, metavar="FILE", help="results as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluates and prints a table; returns the exit status."""
+    from lightning_moefold.cli.fit import launched
+    from lightning_moefold.cli.terminal import peers_end_too, quiet
+
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size} must be at least 1.")
+    need_lm_eval()
+    quiet()
+    places = {"devices": arguments.devices, "num_nodes": arguments.num_nodes} | launched()
+    trainer = pl.Trainer(
+        strategy=MoEFoldStrategy(fold=arguments.fold), accelerator=arguments.accelerator, precision=arguments.precision,
+        logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        use_distributed_sampler=False, **places,
+    )  # fmt: skip
+    with peers_end_too(trainer):
+        results = evaluate(trainer, arguments)
+    if trainer.is_global_zero:
+        from lm_eval.utils import make_table
+
+        print(make_table(results))
+        if arguments.output is not None:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(results["results"], indent=2, default=str) + "\n")
+    return 0
+
+
+def need_lm_eval() -> None:
+    """Refuses to go on without lm-eval.
+
+    Raises:
+        InputError: If it is not installed.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "tasks are those of lm-eval, which is not installed; pip install 'lightning-moefold[eval]'."
+        ) from None
+
+
+def evaluate(trainer: pl.Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs the tasks on all ranks of a Trainer, each of which has the results."""
+    evaluation = Evaluation(arguments)
+    trainer.predict(evaluation, DataLoader([0], batch_size=1), return_predictions=False)
+    assert evaluation.results is not None
+    return evaluation.results
+
+
+class Evaluation(pl.LightningModule):
+    """The whole evaluation as one step of prediction: there the ranks have their weights, and no gradients.
+
+    Args:
+        arguments: Of the command.
+
+    Attributes:
+        results: Of lm-eval.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__()
+        self._arguments = arguments
+        self.model: MoECausalLM | None = None
+        self.results: dict[str, Any] | None = None
+
+    @override
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = MoECausalLM.from_pretrained(
+                self._arguments.checkpoint, output_router_logits=False, router_aux_loss_coef=0.0
+            )
+
+    @override
+    def predict_step(self, batch: Tensor, batch_idx: int) -> None:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        from lightning_moefold.recipes.evaluation import FoldLM
+
+        assert self.model is not None
+        given, path = self._arguments, self._arguments.include_path
+        tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
+        manager = TaskManager(include_path=None if path is None else str(path))
+        unknown = [name for name in tasks if name not in manager.all_tasks]
+        if unknown or not tasks:
+            raise InputError(
+                f"lm-eval knows no task {', '.join(map(repr, unknown)) or 'without a name'}; `lm-eval ls tasks` lists them, and "
+                "--include-path adds a folder of your own."
+            )
+        model = FoldLM(self.model, load_tokenizer(given.checkpoint), given.batch_size, str(given.checkpoint))
+        limit = given.limit if given.limit is None or given.limit < 1 else int(given.limit)
+        self.results = simple_evaluate(
+            model, tasks=tasks, num_fewshot=given.num_fewshot, limit=limit, task_manager=manager, log_samples=True,
+            apply_chat_template=given.chat, bootstrap_iters=1000,
+        )  # fmt: skip

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moefold eval`` finds what lm-eval's own ``hf`` finds on the same checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_moefold.cli.main import main
+from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.recipes import evaluated
+from tests.recipes.chats import chat_tokenizer
+
+lm_eval = pytest.importorskip("lm_eval")
+TASKS = "next_choice,next_text,next_said"
+
+
+def flat(x: Any) -> list[Any]:
+    return [leaf for part in x for leaf in flat(part)] if isinstance(x, (list, tuple)) else [x]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    chat_tokenizer(folder / "checkpoint", "qwen2")
+    made = make_checkpoint(folder / "model", "qwen2_moe", vocab_size=420)
+    for file in made.iterdir():
+        file.rename(folder / "checkpoint" / file.name)
+    evaluated.make_tasks(folder / "tasks")
+    return folder
+
+
+def by_hugging_face(folder: Path) -> dict[str, list[Any]]:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    model = HFLM(pretrained=str(folder / "checkpoint"), device="cpu", dtype="float32", batch_size=2)
+    manager = TaskManager(include_path=str(folder / "tasks"))
+    results = lm_eval.simple_evaluate(model, tasks=TASKS.split(","), task_manager=manager, bootstrap_iters=10)
+    return evaluated.found(results), results["results"]
+
+
+@pytest.mark.slow  # lm-eval and datasets on every rank
+def test_tasks_under_folds_are_those_of_hugging_face(pool: RankPool, folder: Path):
+    wanted, metrics = by_hugging_face(folder)
+    for ranks, fold, tasks in ((2, "| ep2", TASKS), (4, "tp2 pp2 | ep2", "next_choice,next_text")):
+        for answers, found in pool.run(evaluated.run, str(folder), fold, tasks, ranks=ranks):
+            for name in tasks.split(","):
+                assert (
+                    flat(answers[name]) == pytest.approx(flat(wanted[name]), rel=1e-4, abs=1e-4)
+                    if name != "next_said"
+                    else True
+                )
+                for key, value in found[name].items():
+                    if isinstance(value, float):
+                        assert value == pytest.approx(metrics[name][key], rel=1e-4)
+            if "next_said" in tasks:
+                assert flat(answers["next_said"]) == flat(wanted["next_said"])
+
+
+def test_wrong_arguments(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    words = ["eval", "--checkpoint", str(folder / "checkpoint"), "--tasks", "next_choice"]
+    assert main([*words, "--batch-size", "0"]) == 2
+    assert "--batch-size 0 must be at least 1" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert main(words) == 2
+    assert "lm-eval, which is not installed; pip install 'lightning-moefold[eval]'" in capsys.readouterr().err

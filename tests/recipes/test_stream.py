@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that are tokenised while they are read: their order, and where a run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_moefold.recipes import InputError, StreamData, TextData
+from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.recipes import jobs_run_length as streams
+from tests.recipes.chats import TALK, chat_tokenizer, write
+
+TEXTS = [{"text": f"What is {n} and one? " * (1 + n % 5)} for n in range(83)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_tokenizer(tmp_path_factory.mktemp("tokenizer"), "qwen2")
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    return write(tmp_path / "a.jsonl", TEXTS)
+
+
+def made(tokenizer: Path, ranks: int = 1, rank: int = 0, batch: int = 4, **changes: Any) -> StreamData:
+    data = StreamData(str(tokenizer), sequence_length=64, batch_size=batch, seed=3, buffer=20, **changes)
+    data.prepare_data()
+    data.setup("fit")
+    if ranks > 1:
+
+        class Trainer:
+            distributed_sampler_kwargs = {"num_replicas": ranks, "rank": rank}
+            lightning_module = torch.nn.Module()
+
+        data.trainer = Trainer()
+    return data
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
+    return [
+        tuple(row)
+        for row, label in zip(batch["input_ids"].tolist(), batch["labels"], strict=True)
+        if (label >= 0).any()
+    ]
+
+
+def test_an_epoch_reads_every_document_once_in_an_order_of_its_own(tokenizer, file, tmp_path):
+    whole = TextData(
+        [str(file)], str(tokenizer), 64, 4, "documents", val_fraction=0.0, cache_dir=str(tmp_path / "cache")
+    )
+    whole.prepare_data()
+    whole.setup("fit")
+    store = whole.part("train").rows.store
+    wanted = sorted(tuple(store.document(n).tokens) for n in range(len(store)))
+    loader = made(tokenizer, files=[str(file)]).train_dataloader()
+    epochs = []
+    for _ in range(2):
+        found = []
+        for batch in loader:
+            for ids, document in zip(batch["input_ids"], batch["document_ids"], strict=True):
+                found += [tuple(ids[document == d].tolist()) for d in document.unique() if d >= 0]
+        assert sorted(piece[:20] for piece in found if len(piece) < 64) == sorted(p[:20] for p in wanted if len(p) < 64)
+        epochs.append(found)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_a_run_goes_on_under_another_number_of_ranks(tokenizer, file, stop):
+    wanted = [row for batch in made(tokenizer, files=[str(file)]).train_dataloader() for row in rows_of(batch)]
+    loaders = [made(tokenizer, 2, r, files=[str(file)]).train_dataloader() for r in range(2)]
+    seen = []
+    iterators = [iter(loader) for loader in loaders]
+    for _ in range(stop):
+        dealt = [rows_of(next(iterator)) for iterator in iterators]
+        seen += [row for pair in zip(*dealt, strict=True) for row in pair]
+    assert loaders[0].position() == loaders[1].position()
+    rest = made(tokenizer, files=[str(file)], batch=6)
+    rest.load_state_dict(asdict(loaders[0].position()))
+    seen += [row for batch in rest.train_dataloader() for row in rows_of(batch)]
+    assert seen == wanted
+
+
+def test_ranks_have_as_many_batches_and_rows(tokenizer, file):
+    numbers = [
+        [len(b["input_ids"]) for b in made(tokenizer, 4, r, files=[str(file)]).train_dataloader()] for r in range(4)
+    ]
+    assert numbers[0] == numbers[1] == numbers[2] == numbers[3]
+    assert set(numbers[0]) == {1}
+
+
+def test_a_stream_of_datasets(tokenizer, file):
+    datasets = pytest.importorskip("datasets")
+    source = datasets.load_dataset("json", data_files=str(file), split="train", streaming=True)
+    first = [rows_of(b) for b in made(tokenizer, source=source).train_dataloader()]
+    assert first == [rows_of(b) for b in made(tokenizer, files=[str(file)]).train_dataloader()]
+    rest = made(tokenizer, source=source)
+    rest.load_state_dict({"epoch": 0, "block": 2, "rows": 1, "batches": 5})
+    plain = made(tokenizer, source=list(TEXTS))
+    plain.load_state_dict({"epoch": 0, "block": 2, "rows": 1, "batches": 5})
+    assert [rows_of(b) for b in rest.train_dataloader()] == [rows_of(b) for b in plain.train_dataloader()]
+
+
+def test_conversations_and_small_blocks(tokenizer, tmp_path):
+    rows = [{"messages": TALK}, {"messages": TALK[:2]}, {"messages": TALK[:3]}]
+    data = StreamData(str(tokenizer), source=rows, buffer=1, sequence_length=256, batch_size=2)
+    data.setup("fit")
+    [batch] = data.train_dataloader()
+    assert [(labels >= 0).any().item() for labels in batch["labels"]] == [True, True]
+    text = write(tmp_path / "b.jsonl", [{"text": "one"}])
+    short = StreamData(str(tokenizer), [str(text)], packing="blocks", sequence_length=64)
+    short.setup("fit")
+    with pytest.raises(InputError, match="nothing that is trained on"):
+        list(short.train_dataloader())
+
+
+def test_a_trainer_goes_on_with_the_first_row_not_trained_on(pool: RankPool, tokenizer, file, tmp_path):
+    """Lightning takes a batch ahead where there is no length."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "mixtral", vocab_size=420)
+    common = {"path": str(checkpoint), "tokenizer": str(tokenizer), "file": str(file)}
+    [whole] = pool.run(streams.streamed, **common, fold="", steps=18, ranks=1)
+    assert len(whole) == 18  # more than an epoch
+    for stop in (3, 12):
+        folder = tmp_path / str(stop)
+        first = pool.run(streams.streamed, **common, fold="| ep2", steps=stop, save=str(folder), ranks=2)
+        assert [sorted(a + b) for a, b in zip(*first, strict=True)] == [sorted(rows) for rows in whole[:stop]]
+        [rest] = pool.run(
+            streams.streamed, **common, fold="", steps=18, resume=str(folder / f"step={stop}.ckpt"), ranks=1
+        )
+        assert rest == whole[stop:]
+
+
+def test_wrong_settings(tokenizer, tmp_path):
+    for changes, message in [
+        ({}, "either files or a source"),
+        ({"files": ["a"], "source": [1]}, "either files or a source"),
+        ({"source": iter([1])}, "can be read only once"),
+        ({"source": [{}], "buffer": 0}, "buffer=0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            StreamData(str(tokenizer), **changes)
+    with pytest.raises(InputError, match=r"nowhere.jsonl is no file"):
+        StreamData(str(tokenizer), [str(tmp_path / "nowhere.jsonl")]).setup("fit")
+    data = StreamData(str(tokenizer), source=[{"nothing": 1}])
+    data.setup("fit")
+    with pytest.raises(InputError, match="source, row 1 is not a JSON object"):
+        list(data.train_dataloader())
