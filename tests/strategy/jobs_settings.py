@@ -10,7 +10,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from tests.strategy.jobs_bad_input import told
 from torch import Tensor
 
 import lightning_moefold.strategy as strategy
@@ -18,6 +17,7 @@ from lightning_moefold import AutoFold, MoEFoldStrategy
 from lightning_moefold.modules import DecoderLayer, MoELayer
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.strategy.finetune import Finetune, Steps
+from tests.strategy.jobs_bad_input import told
 from tests.strategy.plain_modules import trainer
 
 #: What a Trainer is told rather than its strategy.
