@@ -24,6 +24,7 @@ from lightning_moefold.modules import (
     load_balancing_loss,
 )
 from lightning_moefold.parallel import Settings, parallelize
+from lightning_moefold.parallel.network.runner import runner_of
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.balance.moving import MoveEverything
@@ -137,7 +138,8 @@ class Module(pl.LightningModule):
         self.run.grads.append(owned_pieces(self.network, "grad"))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        learning = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(learning, lr=self.spec.get("lr", 1e-2), weight_decay=0.1)
 
 
 def reversed_(batch: Batch) -> Batch:
@@ -174,6 +176,26 @@ def train(fold: str, data: list[list[Batch]], spec: dict[str, Any]) -> tuple[Run
         trainer.validate(module, loader, verbose=False)
         module.outputs += trainer.predict(module, loader) if spec.get("predict") else []
     return run, module.outputs, [n for n, _ in module.network.named_parameters()]
+
+
+def changed(fold: str, data: list[list[Batch]], first: dict[str, Any], second: dict[str, Any]) -> list[Any]:
+    """A network that has been trained (without learning) under ``first``, then a fresh one, both under ``second``."""
+    found, used = [], Module({"head": "pair", "balance": True, "lr": 0.0})
+    trainer, loader = make_trainer(fold, data, first)
+    trainer.fit(used, loader)
+    for module in (used, Module({"head": "pair", "balance": True})):
+        module.spec, module.run = {**module.spec, "lr": 1e-2}, Run()
+        trainer, loader = make_trainer(fold, data, second)
+        trainer.fit(module, loader)
+        trainer.validate(module, loader, verbose=False)
+        runner = runner_of(module.network)
+        cuts = [block.rows for block in runner.network.blocks()]
+        seen: dict[str, Any] = {"settings": runner.settings, "exchanges": [cut and cut.exchange for cut in cuts]}
+        if runner.pipeline is not None:
+            schedule = runner.pipeline.runner._schedule
+            seen |= {"schedule": type(schedule).__name__, "microbatches": schedule._n_microbatches}
+        found.append((seen, module.run.losses, module.run.balance, owned_pieces(module.network), module.outputs))
+    return found
 
 
 def stop_and_resume(folds: list[str], data: list[list[Batch]], path: str) -> Run:

@@ -195,3 +195,16 @@ def test_errors_reach_all_ranks(pool: RankPool, fold: str) -> None:
             if name == "no result" and rank < world // 2:
                 pattern = "failed on another rank"
             assert pattern in said[name], f"{name} on rank {rank}: {said[name]}"
+
+
+@pytest.mark.parametrize(("fold", "first", "second"), [
+    ("pp2", {"microbatches": 4, "schedule": "gpipe"}, {"microbatches": 2, "schedule": "1f1b"}),
+    ("cp2", {"exchange": "ring"}, {"exchange": "all_gather"}),
+])  # fmt: skip
+def test_settings_of_a_second_trainer(pool: RankPool, fold: str, first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Apply as to a fresh network."""
+    data = jobs_layered.make_data(2, 1, 4)
+    for used, fresh in pool.run(jobs_layered.changed, fold, data, first, second, ranks=2):
+        assert used[:3] == fresh[:3]
+        assert all(torch.equal(piece[2], fresh[3][name][2]) for name, piece in used[3].items())
+        assert all(torch.equal(*outputs) for outputs in zip(used[4], fresh[4], strict=True))
