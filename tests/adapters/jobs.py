@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tests.strategy.plain import trainer
 from torch import Tensor
 
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.recipes import FineTuneModule
 from tests.strategy.finetune import ROWS, Steps, rows
+from tests.strategy.plain_modules import trainer
 
 
 class Recorded(FineTuneModule):

@@ -117,8 +117,8 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="every_n_steps=0 of RoutingTraceRecorder must be at least 1"):
         RoutingTraceRecorder(0)
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False, enable_progress_bar=False,
-        callbacks=[RoutingTraceRecorder(path=tmp_path / "a.npz")],
+        accelerator="cpu", max_steps=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False,
+        enable_progress_bar=False, callbacks=[RoutingTraceRecorder(path=tmp_path / "a.npz")],
     )  # fmt: skip
     with pytest.raises(InputError, match="RoutingTraceRecorder found no MoELayer"):
         trainer.fit(_Plain(), DataLoader(torch.zeros(2, 2)))
