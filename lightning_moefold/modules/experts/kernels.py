@@ -36,6 +36,10 @@ from lightning_moefold.modules.experts.stack import gradient_like
 
 Activation = Callable[[Tensor], Tensor]
 
+#: Rows that the CPU takes at a time of an expert with many more, whose intermediate results would be its peak of memory. Not of
+#: 16-bit numbers: a sum over rows is then one product, and rounded once.
+ROWS_AT_A_TIME = 1024
+
 ExpertKernel = Literal["auto", "loop", "grouped_mm", "fp8", "transformer_engine"]
 EXPERT_KERNELS = ("auto", "loop", "grouped_mm", "fp8", "transformer_engine")
 
@@ -231,14 +235,15 @@ class _Job:
         self.token_M, self.distinct, self.counts, self.activation = token_M, distinct, counts, activation
         self.scale = scale
 
-    def blocks(self) -> Iterator[tuple[int, slice, Tensor | slice]]:
-        """Experts that have rows, their rows, and the tokens these read."""
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor | slice, bool]]:
+        """Experts that have rows, some of their rows, the tokens these read, and whether they are an expert's first."""
         start = 0
         for expert, count in enumerate(self.counts):
-            if count:
-                rows = slice(start, start + count)
-                yield expert, rows, rows if self.token_M is None else self.token_M[rows]
-            start += count
+            end, size = start + count, count if dtype.itemsize < 4 else ROWS_AT_A_TIME
+            for first in range(start, end, max(size, 1)):
+                rows = slice(first, min(first + size, end))
+                yield expert, rows, rows if self.token_M is None else self.token_M[rows], first == start
+            start = end
 
     def read(self, x_AD: Tensor, tokens: Tensor | slice) -> Tensor:
         return x_AD[tokens] if isinstance(tokens, slice) else x_AD.index_select(0, tokens)
@@ -268,6 +273,14 @@ class _Job:
             total_AD.index_copy_(0, tokens, total_AD.index_select(0, tokens).add_(y_cD))
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Adds ``a b`` to ``total``, or writes it there, whatever stood there, if it is the first."""
+    if first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
+
+
 class _ExpertByExpert(torch.autograd.Function):
     """Gradients go straight into the stacks: indexing a stack under autograd would write a full-size one per expert."""
 
@@ -287,7 +300,7 @@ class _ExpertByExpert(torch.autograd.Function):
         if adapter:
             z_MR, v_MR = (x_AD.new_empty(weight_M.shape[0], adapter[a].shape[1]) for a in (0, 3))
         total_AD = job.total(x_AD)
-        for expert, rows, tokens in job.blocks():
+        for expert, rows, tokens, _ in job.blocks(x_AD.dtype):
             x_cD, gate, up = job.read(x_AD, tokens), gate_MF[rows], up_MF[rows]
             torch.mm(x_cD, gate_LFD[expert].t(), out=gate)
             torch.mm(x_cD, up_LFD[expert].t(), out=up)
@@ -318,7 +331,7 @@ class _ExpertByExpert(torch.autograd.Function):
         )
         trains_adapter = any(need_stacks[3:])
         of_adapter = [job.stack_like(w) if trains_adapter else None for w in adapter]
-        for expert, rows, tokens in job.blocks():
+        for expert, rows, tokens, first in job.blocks(x_AD.dtype):
             grad_cD, weight_c1 = job.read(grad_AD, tokens), weight_M[rows].unsqueeze(1)
             grad_inner = grad_cD @ down_LDF[expert]
             if adapter:
@@ -331,27 +344,27 @@ class _ExpertByExpert(torch.autograd.Function):
                 grad_weight[rows] = torch.linalg.vecdot(inner.to(weight_M.dtype), grad_inner.to(weight_M.dtype))
             if grad_down is not None:
                 weighted_cD = torch.mul(grad_cD, weight_c1, out=torch.empty_like(grad_cD))
-                torch.mm(weighted_cD.t(), inner, out=grad_down[expert])
+                _add_product(grad_down[expert], weighted_cD.t(), inner, first)
             if trains_adapter:  # the weight of a row and s multiply what is short
                 factor_c1 = weight_c1 * job.scale
-                torch.mm(q_cR.mul_(factor_c1).t(), inner, out=of_adapter[3][expert])
-                torch.mm(grad_cD.t(), v_MR[rows].clone().mul_(factor_c1), out=of_adapter[4][expert])
+                _add_product(of_adapter[3][expert], q_cR.mul_(factor_c1).t(), inner, first)
+                _add_product(of_adapter[4][expert], grad_cD.t(), v_MR[rows].clone().mul_(factor_c1), first)
             grad_inner.mul_(weight_c1)
             grad_up_cF = active.mul_(grad_inner)
             grad_gate_cF = through_activation(job.activation, gate_MF[rows], grad_inner.mul_(up_MF[rows]))
             if grad_gate is not None or grad_up is not None or trains_adapter:
                 x_cD = job.read(x_AD, tokens)
             if grad_gate is not None:
-                torch.mm(grad_gate_cF.t(), x_cD, out=grad_gate[expert])
+                _add_product(grad_gate[expert], grad_gate_cF.t(), x_cD, first)
             if grad_up is not None:
-                torch.mm(grad_up_cF.t(), x_cD, out=grad_up[expert])
+                _add_product(grad_up[expert], grad_up_cF.t(), x_cD, first)
             if adapter:
                 grad_z_cR = torch.mm(grad_gate_cF, gate_B).addmm_(grad_up_cF, up_B).mul_(job.scale)
             if trains_adapter:
                 z_cR = z_MR[rows] * job.scale
-                torch.mm(grad_z_cR.t(), x_cD, out=of_adapter[0][expert])
-                torch.mm(grad_gate_cF.t(), z_cR, out=of_adapter[1][expert])
-                torch.mm(grad_up_cF.t(), z_cR, out=of_adapter[2][expert])
+                _add_product(of_adapter[0][expert], grad_z_cR.t(), x_cD, first)
+                _add_product(of_adapter[1][expert], grad_gate_cF.t(), z_cR, first)
+                _add_product(of_adapter[2][expert], grad_up_cF.t(), z_cR, first)
             if total_AD is not None:
                 grad_x_cD = torch.mm(grad_gate_cF, gate_LFD[expert]).addmm_(grad_up_cF, up_LFD[expert])
                 job.add(total_AD, tokens, grad_x_cD.addmm_(grad_z_cR, up_A) if adapter else grad_x_cD)

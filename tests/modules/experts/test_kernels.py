@@ -49,6 +49,25 @@ def test_expert_by_expert(activation: str, kind: str, counts: list[int]) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_expert_with_many_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes some of them at a time; 16-bit numbers are summed in one product all the same."""
+    tokens, rows = make_rows([0, 9, 4, 0, 2], kind)
+    outcomes: dict[torch.dtype, list[list[torch.Tensor]]] = {torch.float64: [], torch.bfloat16: []}
+    for most in (2, 4, 1024):
+        monkeypatch.setattr(kernels, "ROWS_AT_A_TIME", most)
+        for dtype, found in outcomes.items():
+            torch.manual_seed(1)
+            x = torch.randn(tokens, 16, dtype=torch.float64).to(dtype).requires_grad_()
+            inputs = [x, rows.weight_M.requires_grad_(), *_weights(5, dtype)]
+            y = kernels.gated_experts(x, rows, ACTIVATIONS["silu"], *inputs[2:])
+            found.append([y.detach(), *torch.autograd.grad(y.square().sum(), inputs)])
+    for dtype, (*parts, whole) in outcomes.items():
+        for part in parts:
+            for a, b in zip(part, whole, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0 if dtype == torch.bfloat16 else 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_at_once(dtype: torch.dtype, kind: str) -> None:
     """The way that a GPU takes is the same."""
