@@ -135,7 +135,7 @@ def main() -> None:
         if name == "replay":
             part.add_argument("trace")
             part.add_argument(
-                "--every-layer", type=int, default=1, metavar="N", help="take every Nth layer only, from the second on"
+                "--every-layer", type=int, default=1, metavar="N", help="every Nth layer only, from the second on"
             )
         if name == "workloads":
             part.add_argument("names", nargs="*", help="some of the workloads; all by default")
