@@ -70,7 +70,9 @@ HEADER = """| trace | ep | copies a rank | policy | max/mean | from 1,000 on | c
 
 def run_replay(arguments: argparse.Namespace) -> None:
     trace = read_trace(arguments.trace)
-    trace = RoutingTrace(trace.iterations_N, trace.counts_NLSE[:, :: arguments.every_layer], "real")
+    trace = RoutingTrace(
+        trace.iterations_N, trace.counts_NLSE[:, 1 % arguments.every_layer :: arguments.every_layer], "real"
+    )
     print(HEADER)
     for parts in arguments.ep:
         for slots in arguments.copies:
@@ -132,7 +134,9 @@ def main() -> None:
         part.add_argument("--hardware", default="dgx-h100")
         if name == "replay":
             part.add_argument("trace")
-            part.add_argument("--every-layer", type=int, default=1, metavar="N", help="take every Nth layer only")
+            part.add_argument(
+                "--every-layer", type=int, default=1, metavar="N", help="every Nth layer only, from the second on"
+            )
         if name == "workloads":
             part.add_argument("names", nargs="*", help="some of the workloads; all by default")
         if name == "planner":
