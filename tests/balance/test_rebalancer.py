@@ -15,7 +15,7 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.models.export import export
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
-from tests.balance import rebalanced
+from tests.balance import jobs_rebalancer as jobs
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def whole(seen: list[Any], what: str) -> dict[str, torch.Tensor]:
 def test_checkpoints_hold_experts_by_number(pool: RankPool, path: str, tmp_path: Path) -> None:
     """Saved after moves, resumed under the same fold with the placement, under others without, and exported."""
     folders = {name: str(tmp_path / name) for name in ("stays", "moves", "stays_hf", "moves_hf", "exported")}
-    stays = pool.run(rebalanced.fit, path, "tp2 | ep2", None, folders["stays"], None, folders["stays_hf"], ranks=2)
-    moves = pool.run(rebalanced.fit, path, "tp2 | ep2", {}, folders["moves"], None, folders["moves_hf"], ranks=2)
+    stays = pool.run(jobs.fit, path, "tp2 | ep2", None, folders["stays"], None, folders["stays_hf"], ranks=2)
+    moves = pool.run(jobs.fit, path, "tp2 | ep2", {}, folders["moves"], None, folders["moves_hf"], ranks=2)
     assert moves[0].report.losses == pytest.approx(stays[0].report.losses, rel=1e-9)
     for part in ("weights", "state"):
         assert_close_by_name(whole(moves, part), whole(stays, part), 1e-9, part)
@@ -49,7 +49,7 @@ def test_checkpoints_hold_experts_by_number(pool: RankPool, path: str, tmp_path:
 
     checkpoint = str(Path(folders["moves"], "step=3.ckpt"))
     for ranks, folds in ((2, ["tp2 | ep2"]), (1, [""]), (4, ["| ep4", "tp2 | etp2 ep2", "pp2 | ep2"])):
-        outcome = pool.run(rebalanced.resume, path, folds, checkpoint, {"seed": 1}, ranks=ranks)
+        outcome = pool.run(jobs.resume, path, folds, checkpoint, {"seed": 1}, ranks=ranks)
         for i, fold in enumerate(folds):
             seen, what = [one[i] for one in outcome], f"{fold!r} on {ranks}"
             begins = seen[0].placements[0]
@@ -68,7 +68,7 @@ def test_checkpoints_hold_experts_by_number(pool: RankPool, path: str, tmp_path:
 
 def test_the_base_of_an_adapter_moves_with_it(pool: RankPool, path: str, tmp_path: Path) -> None:
     """A checkpoint with an adapter does not hold the base: what is made anew from it follows the placement."""
-    run, folder = (rebalanced.fit, path, "tp2 | ep2"), str(tmp_path)
+    run, folder = (jobs.fit, path, "tp2 | ep2"), str(tmp_path)
     stays = pool.run(*run, None, None, None, None, False, True, ranks=2)
     moves = pool.run(*run, {"seed": 2}, folder, None, None, False, True, ranks=2)
     checkpoint = str(tmp_path / "step=3.ckpt")
@@ -83,7 +83,7 @@ def test_the_base_of_an_adapter_moves_with_it(pool: RankPool, path: str, tmp_pat
 
 def test_another_trainer_finds_experts_where_they_are(pool: RankPool, path: str) -> None:
     """Also where it makes other dispatchers."""
-    for losses, kept, kinds in pool.run(rebalanced.two_trainers, path, ranks=2):
+    for losses, kept, kinds in pool.run(jobs.two_trainers, path, ranks=2):
         assert kept
         assert kinds == {"DeduplicatedDispatcher"}
         assert losses[2:] == pytest.approx(losses[:2], rel=1e-12)
@@ -91,7 +91,7 @@ def test_another_trainer_finds_experts_where_they_are(pool: RankPool, path: str)
 
 @pytest.mark.more
 def test_masters_move_with_their_weights(pool: RankPool, path: str) -> None:
-    run = (rebalanced.fit, path, "| ep2")
+    run = (jobs.fit, path, "| ep2")
     stays, moves = (
         pool.run(*run, given, None, None, None, True, ranks=2) for given in (None, {"renumber": True, "keep": True})
     )
@@ -105,8 +105,8 @@ def test_masters_move_with_their_weights(pool: RankPool, path: str) -> None:
 @pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 2), pytest.param("pp2 | ep2", 4, marks=pytest.mark.more)])
 def test_rebalancing_a_run(pool: RankPool, path: str, fold: str, ranks: int) -> None:
     """Experts move, every rank knows it, and the run stays what it was."""
-    stays = pool.run(rebalanced.rebalance, path, fold, None, ranks=ranks)
-    moves = pool.run(rebalanced.rebalance, path, fold, {"interval": 1, "margin": 0.0}, ranks=ranks)
+    stays = pool.run(jobs.rebalance, path, fold, None, ranks=ranks)
+    moves = pool.run(jobs.rebalance, path, fold, {"interval": 1, "margin": 0.0}, ranks=ranks)
     assert moves[0].moves > 0
     assert any(not placement.is_contiguous for placement in moves[0].placements.values())
     for one in moves:
@@ -133,7 +133,7 @@ def test_rebalancing_a_run(pool: RankPool, path: str, fold: str, ranks: int) -> 
 
 def test_leaving_alone_says_why_once(pool: RankPool, path: str) -> None:
     seen = pool.run(
-        rebalanced.rebalance, path, "| ep2", {"policy": "smartmoe_greedy", "interval": 1, "margin": 0.99}, ranks=2
+        jobs.rebalance, path, "| ep2", {"policy": "smartmoe_greedy", "interval": 1, "margin": 0.99}, ranks=2
     )
     assert seen[0].moves == 0
     kinds = ["knows nothing that is better" in line for line in seen[0].said]
@@ -143,7 +143,7 @@ def test_leaving_alone_says_why_once(pool: RankPool, path: str) -> None:
 
 
 def test_what_is_refused(pool: RankPool) -> None:
-    first, second = pool.run(rebalanced.refusals, ranks=2)
+    first, second = pool.run(jobs.refusals, ranks=2)
     words = {
         "ep = 1": "InputError: ExpertRebalancer has nothing to move under tp2",
         "random numbers": "UnsupportedFeature: experts of layer cannot move to other ranks: Sequential draws random numbers",
@@ -159,7 +159,7 @@ def test_what_is_refused(pool: RankPool) -> None:
 
 
 def test_moves_by_hand_are_checked(pool: RankPool) -> None:
-    for messages in pool.run(rebalanced.refused_moves, ranks=2):
+    for messages in pool.run(jobs.refused_moves, ranks=2):
         assert "no rank has a MoE layer 'other'" in messages[0]
         assert "4 experts on 4 parts cannot follow one of 4 experts on 2" in messages[1]
         assert "ranks were given different placements" in messages[2]
