@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.strategy import finetune
 from tests.strategy.finetune import Finetune, Report, make
@@ -45,7 +46,7 @@ def entry_points(path: str, fold: str, early: bool) -> dict[str, Any]:
     seen["first"] = first
     try:
         make(fold, {"max_epochs": 1, "precision": "bf16-mixed"}).fit(module)
-    except RuntimeError as error:
+    except InputError as error:
         seen["other precision"] = str(error)
     return seen
 
