@@ -22,6 +22,7 @@ PAGES = [
     for name in (
         "data",
         "preference",
+        "distillation",
         "networks",
         "routers",
         "folds",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -94,7 +94,7 @@ class TokenCache:
         path = self.path(files)
         if path.exists():
             return path
-        draft = path.with_suffix(f".{os.getpid()}")
+        draft = path.with_suffix(f".{secrets.token_hex(4)}")  # nodes that share a folder may have the same process ids
         try:
             tokenize(files, self.reading, draft, processes)
             draft.rename(path)
@@ -169,7 +169,7 @@ def _unpacked(saved: dict[str, Any], length: int) -> Plan:
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Complete or not at all."""
-    draft = path.with_suffix(f".{os.getpid()}")
+    draft = path.with_suffix(f".{secrets.token_hex(4)}")
     write(draft)
     draft.replace(path)
 

@@ -144,7 +144,11 @@ def _parquet(path: Path) -> _Found:
             for batch in file.iter_batches(256):
                 for row in range(batch.num_rows):
                     number += 1
-                    yield number, f"row {number}", lambda batch=batch, row=row: batch.slice(row, 1).to_pylist()[0]
+                    yield (
+                        number,
+                        f"row {number}",
+                        lambda batch=batch, row=row: _given(batch.slice(row, 1).to_pylist()[0]),
+                    )
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}).") from None
 
@@ -164,9 +168,16 @@ def _directory(path: Path) -> _Found:
     try:
         found = datasets.load_from_disk(str(path))
         for number in range(len(found)):
-            yield number + 1, f"row {number + 1}", lambda number=number: found[number]
+            yield number + 1, f"row {number + 1}", lambda number=number: _given(found[number])
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read by datasets ({str(error).splitlines()[0]}).") from None
+
+
+def _given(value: Any) -> Any:
+    """A row of a table without the fields that it does not have: there, what one row has, all others have as null."""
+    if isinstance(value, dict):
+        return {key: _given(part) for key, part in value.items() if part is not None}
+    return [_given(part) for part in value] if isinstance(value, list) else value
 
 
 def dataset_files(path: Path) -> list[Path]:

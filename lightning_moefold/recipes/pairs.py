@@ -145,6 +145,11 @@ class PreferenceData(TextData):
         self.kind = kind
         self.cache = TokenCache(self.cache.folder, replace(self.cache.reading, form=kind))
 
+    @property
+    def global_batch_size(self) -> int:
+        """Rows that a step trains on over all data ranks together, for ``fold="auto"``."""
+        return self.batch_size * (2 if self.kind == "preference" else 1)
+
     @override
     def _rows(self, name: str) -> tuple[Any, Packing, list[int]]:
         rows = PairRows(self.cache.open(self._files[name]), self.length, self.kind)

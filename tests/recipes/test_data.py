@@ -14,17 +14,22 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_moefold import MoECausalLM
 from lightning_moefold.cli.main import main
 from lightning_moefold.recipes import InputError, TextData
+from lightning_moefold.recipes.documents import read_rows
 from lightning_moefold.recipes.mixture import Mixture
 from lightning_moefold.recipes.order import Position, RowOrder
 from lightning_moefold.recipes.packing import PADDING
 from lightning_moefold.recipes.store import TokenStore
 from lightning_moefold.recipes.template import Document, Kind
 from lightning_moefold.recipes.tokenizing import Reading, tokenize
+from lightning_moefold.testing import hf_reference, make_checkpoint
 from tests.recipes.chats import TALK, chat_tokenizer, write
 from tests.recipes.rows import rows_of
+from tests.recipes.running import ROOT
 
+TOOLS_ROW = {"tools": [{"name": "add"}, {"name": "say", "parameters": {"type": "object"}}]}
 ROWS = [{"messages": TALK}, {"messages": TALK[1:3]}, {"messages": [*TALK[1:3], {"role": "user", "content": "Why?"}]}]
 
 
@@ -76,6 +81,10 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path, tokenizer):
         data = made([tmp_path / name], tokenizer, tmp_path / "cache")
         assert documents(data) == wanted
         assert data.part("train").names[2] == f"{name}:3"
+    [row] = [raw.read() for raw in read_rows([tmp_path / "a.parquet"])][2:]
+    assert row == ROWS[2]
+    parquet.write_table(table.from_pylist([TOOLS_ROW]), tmp_path / "b.parquet")
+    assert [raw.read() for raw in read_rows([tmp_path / "b.parquet"])] == [TOOLS_ROW]
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "b"))
     with pytest.raises(InputError, match=r"b holds several datasets; name one of .*b/train"):
         made([tmp_path / "b"], tokenizer, tmp_path / "cache")
@@ -137,6 +146,23 @@ def test_conversations_are_packed_whole_and_only_answers_are_labels(tmp_path, to
     assert texts == ["Two.<|im_end|>Three, I think.<|im_end|>", "Two.<|im_end|>", "Two.<|im_end|>"]
     with pytest.raises(InputError, match="packing='blocks' cuts conversations anywhere"):
         made([file], tokenizer, tmp_path / "cache", packing="blocks")
+
+
+def test_packed_conversations_do_not_see_each_other(tmp_path, tokenizer):
+    """The loss of a packed batch is that of each conversation by itself in Hugging Face's code."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "qwen2_moe", vocab_size=420)
+    data = made([write(tmp_path / "a.jsonl", ROWS)], tokenizer, tmp_path / "cache", 300)
+    [batch] = data.train_dataloader()
+    assert len(set(batch["document_ids"][0].tolist()) - {PADDING}) == 3
+    model = MoECausalLM.from_pretrained(checkpoint, dtype=torch.float64, output_router_logits=True)
+    found = model(**batch).lm_loss.item()
+    reference, losses = hf_reference(checkpoint), []
+    for tokens, trained in documents(data):
+        with torch.no_grad():
+            logits = reference(torch.tensor([tokens])).logits[0, :-1]
+        each = torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
+        losses += each[torch.tensor(trained[1:])].tolist()
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-9)
 
 
 def data_tokenizer(folder: Path) -> Any:
@@ -259,6 +285,17 @@ def test_preview(tmp_path, tokenizer, capsys, colour):
     assert "1 conversations without anything to train on; 0 cut to a row" in shown
     filled = counts.tokens / (len(data.part("train").rows) * 150)
     assert f"{filled:.1%} filled" in shown
+
+
+@pytest.mark.parametrize("name", ["chat", "dpo"])
+def test_configurations_of_the_examples_are_read(name, capsys):
+    words = ["fit", "--config", str(ROOT / "examples" / f"{name}.yaml"), "--model.aux_loss", "false", "--print_config"]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "aux_loss: false" in shown
+    assert "val_fraction: 0.02" in shown
 
 
 def test_preview_of_wrong_settings_is_one_sentence(tmp_path, capsys):
