@@ -118,12 +118,7 @@ def test_bad_input(tmp_path: Path) -> None:
         RoutingTraceRecorder(0)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=1, logger=False, use_distributed_sampler=False, enable_checkpointing=False,
-<<<<<<< HEAD
-        enable_progress_bar=False,
-        callbacks=[RoutingTraceRecorder(path=tmp_path / "a.npz")],
-=======
         enable_progress_bar=False, callbacks=[RoutingTraceRecorder(path=tmp_path / "a.npz")],
->>>>>>> habits
     )  # fmt: skip
     with pytest.raises(InputError, match="RoutingTraceRecorder found no MoELayer"):
         trainer.fit(_Plain(), DataLoader(torch.zeros(2, 2)))
