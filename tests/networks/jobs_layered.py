@@ -23,7 +23,7 @@ from lightning_moefold.modules import (
     RouterOptions,
     load_balancing_loss,
 )
-from lightning_moefold.parallel import Settings, parallelize
+from lightning_moefold.parallel import Settings, local_part, parallelize
 from lightning_moefold.parallel.network.runner import runner_of
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
@@ -194,7 +194,8 @@ def changed(fold: str, data: list[list[Batch]], first: dict[str, Any], second: d
         if runner.pipeline is not None:
             schedule = runner.pipeline.runner._schedule
             seen |= {"schedule": type(schedule).__name__, "microbatches": schedule._n_microbatches}
-        found.append((seen, module.run.losses, module.run.balance, owned_pieces(module.network), module.outputs))
+        weights = {name: local_part(parameter).clone() for name, parameter in module.network.named_parameters()}
+        found.append((seen, module.run.losses, module.run.balance, weights, module.outputs))
     return found
 
 

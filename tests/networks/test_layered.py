@@ -206,5 +206,5 @@ def test_settings_of_a_second_trainer(pool: RankPool, fold: str, first: dict[str
     data = jobs_layered.make_data(2, 1, 4)
     for used, fresh in pool.run(jobs_layered.changed, fold, data, first, second, ranks=2):
         assert used[:3] == fresh[:3]
-        assert all(torch.equal(piece[2], fresh[3][name][2]) for name, piece in used[3].items())
+        assert all(torch.equal(weight, fresh[3][name]) for name, weight in used[3].items())
         assert all(torch.equal(*outputs) for outputs in zip(used[4], fresh[4], strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 import lightning_moefold.strategy as strategy
 from lightning_moefold import AutoFold, MoEFoldStrategy
 from lightning_moefold.modules import DecoderLayer, MoELayer
-from lightning_moefold.testing.pieces import owned_pieces
+from lightning_moefold.parallel import local_part
 from tests.strategy.finetune import Finetune, Steps
 from tests.strategy.jobs_bad_input import told
 from tests.strategy.plain_modules import trainer
@@ -82,7 +82,8 @@ def _observe(module: Changing, options: dict[str, Any]) -> dict[str, Any]:
     parts = [_describe(module, trained=False)]
     _trainer(options, max_steps=2, limit_val_batches=0).fit(module)
     parts.append(_describe(module, trained=True))
-    weights = {name: piece[2] for name, piece in owned_pieces(module).items()}
+    module.model.release_gathered_weights()
+    weights = {name: local_part(parameter).clone() for name, parameter in module.named_parameters()}
     return {"told": parts, "losses": [*report.validation, *report.losses], "weights": weights}
 
 
