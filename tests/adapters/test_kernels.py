@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_moefold.modules.experts import kernels
 from lightning_moefold.modules.experts.kernels import ExpertLoRA, _at_once, gated_experts
 from lightning_moefold.modules.experts.products import ExpertProducts, GroupedProducts
 from lightning_moefold.modules.mlp import ACTIVATIONS
@@ -36,8 +37,10 @@ def materialised(x: Tensor, rows: object, *tensors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("frozen", [(), (2, 3, 4), (0, 2, 3, 4), (2, 3, 4, 5, 8), (2, 3, 4, 5, 6, 7, 8, 9)], ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
-@pytest.mark.parametrize("way", ["one by one", "at once"])
-def test_both_ways(way: str, counts: list[int], frozen: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("way", ["one by one", "few rows at a time", "at once"])
+def test_both_ways(way: str, counts: list[int], frozen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "few rows at a time":
+        monkeypatch.setattr(kernels, "ROWS_AT_A_TIME", 2)
     tokens, rows = make_rows(counts, "often or never")
     inputs = [torch.randn(tokens, 16, dtype=torch.float64, requires_grad=True), rows.weight_M.requires_grad_()]
     inputs += stacks(len(counts))
