@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_moefold.checkpoint.tokenizers import load_tokenizer
@@ -83,7 +84,7 @@ def need_lm_eval() -> None:
 def evaluate(trainer: pl.Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the tasks on all ranks of a Trainer, each of which has the results."""
     evaluation = Evaluation(arguments)
-    trainer.predict(evaluation, DataLoader([0], batch_size=1), return_predictions=False)
+    trainer.predict(evaluation, DataLoader(TensorDataset(torch.zeros(1)), batch_size=1), return_predictions=False)
     assert evaluation.results is not None
     return evaluation.results
 

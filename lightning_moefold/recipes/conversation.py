@@ -223,7 +223,7 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
             raise InputError(f"{where} holds something else than text; images and sound are not trained on.")
-        content = "".join(parts)
+        content = "".join(map(str, parts))
     if not isinstance(content, str):
         raise InputError(f"{where} has no string content.")
     made["content"] = content

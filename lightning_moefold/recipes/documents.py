@@ -19,6 +19,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def read_rows(files: Iterable[Path]) -> Iterator[Raw]:
         else:
             ending, packed = _ending(path)
             if ending in _WHOLE:
-                rows = iter([(0, "", lambda path=path, packed=packed: _whole(path, packed))])
+                rows = iter([(0, "", partial(_whole, path, packed))])
             elif ending in _LINES:
                 rows = _lines(path, packed)
             elif ending in _JSON:
@@ -93,7 +94,7 @@ def _open(path: Path, packed: bool) -> Iterator[str]:
     """The lines of a file, without the byte-order mark that some editors put first, and with line feeds alone as line ends."""
     number = 0
     try:
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as file:  # type: ignore[operator]
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 yield line
     except UnicodeDecodeError as error:
@@ -111,7 +112,7 @@ def _lines(path: Path, packed: bool) -> _Found:
     for number, line in enumerate(_open(path, packed), start=1):
         line = line.removeprefix("\ufeff")  # of a file that was joined to another
         if line.strip():
-            yield number, f"line {number}", lambda line=line, number=number: _parse(path, line, number)
+            yield number, f"line {number}", partial(_parse, path, line, number)
 
 
 def _parse(path: Path, line: str, number: int) -> Any:
@@ -128,7 +129,7 @@ def _objects(path: Path, packed: bool) -> _Found:
         yield from _lines(path, packed)
         return
     for number, item in enumerate(found if isinstance(found, list) else [found], start=1):
-        yield number, f"entry {number}", lambda item=item: item
+        yield number, f"entry {number}", partial(_given_as_is, item)
 
 
 def _parquet(path: Path) -> _Found:
@@ -147,7 +148,7 @@ def _parquet(path: Path) -> _Found:
                     yield (
                         number,
                         f"row {number}",
-                        lambda batch=batch, row=row: _given(batch.slice(row, 1).to_pylist()[0]),
+                        partial(_table_row, batch, row),
                     )
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}).") from None
@@ -168,9 +169,21 @@ def _directory(path: Path) -> _Found:
     try:
         found = datasets.load_from_disk(str(path))
         for number in range(len(found)):
-            yield number + 1, f"row {number + 1}", lambda number=number: _given(found[number])
+            yield number + 1, f"row {number + 1}", partial(_dataset_row, found, number)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read by datasets ({str(error).splitlines()[0]}).") from None
+
+
+def _given_as_is(item: Any) -> Any:
+    return item
+
+
+def _table_row(batch: Any, row: int) -> Any:
+    return _given(batch.slice(row, 1).to_pylist()[0])
+
+
+def _dataset_row(found: Any, number: int) -> Any:
+    return _given(found[number])
 
 
 def _given(value: Any) -> Any:

@@ -86,7 +86,7 @@ class ChatTemplate:
 
     def _check_roles(self) -> None:
         """Refuses a template that writes what a user says as it writes what an assistant says."""
-        said = []
+        said: list[object] = []
         for roles in (("user", "assistant"), ("assistant", "user")):
             messages = [{"role": role, "content": text} for role, text in zip(roles, ("one", "two"), strict=True)]
             try:
