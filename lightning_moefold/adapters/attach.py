@@ -54,11 +54,11 @@ def attach(model: nn.Module, lora: LoRA) -> None:
     places = targeted(model, lora)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for module in places.values():
-        if isinstance(module, Experts):
-            module.adapt(lora.gate_up_rank, lora.down_rank, lora.scale(lora.down_rank))
+    for place in places.values():
+        if isinstance(place, Experts):
+            place.adapt(lora.gate_up_rank, lora.down_rank, lora.scale(lora.down_rank))
         else:
-            module.adapt(lora.rank, lora.scale(lora.rank))
+            place.adapt(lora.rank, lora.scale(lora.rank))
     for module in model.modules():
         if isinstance(module, Router):
             module.bias_is_held = not lora.update_expert_bias

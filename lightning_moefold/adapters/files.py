@@ -146,7 +146,7 @@ class AdapterFiles:
     _separate_gate_up = False
 
     def _describe_linear(self, name: str, module: nn.Module, config: dict[str, Any]) -> tuple[int, float]:
-        out_features, in_features = module.weight.shape  # type: ignore[union-attr, operator, misc]
+        out_features, in_features = module.weight.shape  # type: ignore[misc]
         rank = self._rank_of(name, config)
         self._expect(f"{self._places[name]}.lora_A.weight", (rank, in_features), name)
         self._expect(f"{self._places[name]}.lora_B.weight", (out_features, rank), name)

@@ -85,9 +85,11 @@ class RoutingTraceRecorder(pl.Callback):
         stages = trainer.strategy.fold.pp if isinstance(trainer.strategy, MoEFoldStrategy) else 1
         self._sources = self._world.size // stages
         folder = trainer.log_dir  # asks rank zero: every rank has to call it
-        if self.path is None and folder is None:
+        here = None if folder is None else stores.join(stores.parse_path(folder), ROUTING_TRACE)
+        path = self.path or here
+        if path is None:
             raise InputError("RoutingTraceRecorder needs a path, as this Trainer has no logger and so no folder.")
-        self._target = stores.parse_path(self.path or stores.join(stores.parse_path(folder), ROUTING_TRACE))
+        self._target = stores.parse_path(path)
         if trainer.is_global_zero:
             self.records = self._earlier(trainer.global_step)
         self._schedule.start(trainer)
@@ -151,12 +153,12 @@ class RoutingTraceRecorder(pl.Callback):
             return
         counts = np.stack([counts_LSE for _, counts_LSE in self.records])
         file = io.BytesIO()
-        np.savez_compressed(
-            file,
-            iterations=np.array([step for step, _ in self.records], dtype=np.int64),
-            counts=counts.astype(np.min_scalar_type(int(counts.max()))),
+        arrays: dict[str, Any] = {
+            "iterations": np.array([step for step, _ in self.records], dtype=np.int64),
+            "counts": counts.astype(np.min_scalar_type(int(counts.max()))),
             **_sizes(self._layers()),
-        )
+        }
+        np.savez_compressed(file, **arrays)
         stores.write(self._target, file.getvalue())
 
     def _earlier(self, step: int) -> list[tuple[int, NDArray[np.int64]]]:

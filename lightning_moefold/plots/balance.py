@@ -138,9 +138,9 @@ def _draw_times(axes: Any, replays: Mapping[str, Replay]) -> None:
     left = np.zeros(len(names))
     for color, (part, seconds) in zip(COLORS, parts.items(), strict=False):
         axes.barh(names, np.array(seconds) * 1e3, left=left * 1e3, color=color, label=part)
-        left += seconds
-    for row, seconds in enumerate(left):
-        axes.text(seconds * 1e3, row, f" {seconds * 1e3:.3g}", va="center", fontsize="small")
+        left += np.array(seconds)
+    for row, end in enumerate(left):
+        axes.text(end * 1e3, row, f" {end * 1e3:.3g}", va="center", fontsize="small")
     axes.set_title("Experts' part of a step, all layers, predicted", loc="left", fontsize=10)
     axes.set(xlabel="milliseconds", xlim=(0, 1.1e3 * float(left.max())))
     axes.grid(visible=False, axis="y")

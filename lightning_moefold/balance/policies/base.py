@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_moefold.balance.assignment import Counts, at_home, shared_out
 from lightning_moefold.balance.costs import BalanceCosts
@@ -96,7 +97,7 @@ class Policy:
         return at_home(counts_SE.sum(0), owner_E, len(counts_SE))
 
 
-def even_split(rows_E: Counts, held_RE: Counts) -> Counts:
+def even_split(rows_E: Counts, held_RE: NDArray[Any]) -> Counts:
     """Every expert's rows in equal parts on the ranks that hold it, lower ranks first where they do not divide."""
     held_RE = held_RE.astype(np.int64)
     each_E, more_E = np.divmod(rows_E, np.maximum(held_RE.sum(0), 1))

@@ -36,7 +36,7 @@ class EPLB(Policy):
     def place(self, load_NE: Counts, current: Placement, costs: BalanceCosts) -> Placement:
         """See :meth:`.Policy.place`."""
         replicas_RE = pack_replicas(load_NE[-1], current.parts, self.max_copies_per_rank)
-        part_E = homes(replicas_RE > 0, np.asarray(current.part_of_expert))
+        part_E = homes(replicas_RE, np.asarray(current.part_of_expert))
         return current if (part_E == np.asarray(current.part_of_expert)).all() else placed(part_E, current)
 
     def replicas(self, load_NE: Counts, held_RE: Counts, owner_E: Counts, costs: BalanceCosts) -> Counts:

@@ -226,7 +226,10 @@ class Experts(RoutedExperts):
             x_AD, *stacks = (t.to(dtype) for t in (x_AD, *stacks))
         (gate_LFD, up_LFD, down_LDF), adapter = stacks[:3], stacks[3:]
         if self.kernel != "transformer_engine":
-            lora = None if self.lora_scale is None else ExpertLoRA(*adapter, self.lora_scale)
+            lora = None
+            if self.lora_scale is not None:
+                up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR = adapter
+                lora = ExpertLoRA(up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR, self.lora_scale)
             return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, self.kernel, lora)
         if x_AD.dtype == torch.float64:  # which Transformer Engine does not have
             return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, "loop")

@@ -330,7 +330,8 @@ class _ExpertByExpert(torch.autograd.Function):
             for w, needed in zip((gate_LFD, up_LFD, down_LDF), need_stacks[:3], strict=True)
         )
         trains_adapter = any(need_stacks[3:])
-        of_adapter = [job.stack_like(w) if trains_adapter else None for w in adapter]
+        of_adapter = [job.stack_like(w) for w in adapter] if trains_adapter else []
+        no_adapter: list[Tensor | None] = [None] * len(adapter)
         for expert, rows, tokens, first in job.blocks(x_AD.dtype):
             grad_cD, weight_c1 = job.read(grad_AD, tokens), weight_M[rows].unsqueeze(1)
             grad_inner = grad_cD @ down_LDF[expert]
@@ -369,4 +370,4 @@ class _ExpertByExpert(torch.autograd.Function):
                 grad_x_cD = torch.mm(grad_gate_cF, gate_LFD[expert]).addmm_(grad_up_cF, up_LFD[expert])
                 job.add(total_AD, tokens, grad_x_cD.addmm_(grad_z_cR, up_A) if adapter else grad_x_cD)
         grad_x = None if total_AD is None else total_AD.to(x_AD.dtype)
-        return grad_x, grad_weight, None, grad_gate, grad_up, grad_down, *of_adapter
+        return grad_x, grad_weight, None, grad_gate, grad_up, grad_down, *(of_adapter or no_adapter)
