@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files: reading and writing Hugging Face checkpoints, and layout-free training checkpoints.
 
-This floor knows files, names and boxes of tensors; it knows no models.
+This package deals with files, names and boxes of tensors; it does not know models.
 """
 
 from typing import TYPE_CHECKING

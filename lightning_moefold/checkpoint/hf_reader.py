@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads slices of a Hugging Face checkpoint (safetensors, one file or several with an index).
 
-Headers are checked as a whole before anything is read: file by file against the index, tensor by tensor against the
-shapes that the model expects. Only safetensors is ever read, only files inside the directory, and nothing in them is
-left out without having been looked at: a directory in which other weights lie that ``transformers`` would read is refused.
+All headers are checked before any tensor is read: each file against the index, and each tensor against the shape that
+the model expects. Only safetensors files inside the directory are read. No tensor is ignored silently: a directory with
+other weights that ``transformers`` would read is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies."""
+    """The file that holds a tensor, with the tensor's dtype and shape."""
 
     file: Path
     shape: tuple[int, ...]
@@ -43,7 +43,7 @@ class StoredTensor:
 
 
 class HFCheckpoint:
-    """A checkpoint directory, its headers read and checked, its tensors not yet.
+    """A checkpoint directory whose headers have been read and checked; tensors are read on demand.
 
     Args:
         path: Directory with ``model.safetensors``, or with shards and ``model.safetensors.index.json``.
@@ -82,7 +82,7 @@ class HFCheckpoint:
             raise CheckpointError(f"{index} has a weight_map that does not map names to files.")
         root = self.path.resolve()
         for name, file in weight_map.items():
-            # A shard may be a symbolic link (the hub's cache is made of them), but its name must not leave the
+            # A shard may be a symbolic link (the hub's cache uses them), but its name must not point outside of the
             # directory.
             plain = Path(file)
             if plain.is_absolute() or ".." in plain.parts or plain.suffix != ".safetensors":
@@ -117,14 +117,15 @@ class HFCheckpoint:
     def check(
         self, expected: Mapping[str, tuple[int, ...]], optional: Mapping[str, tuple[int, ...]] | None = None
     ) -> None:
-        """Checks names and shapes against those of a model.
+        """Checks the names and shapes of all tensors against those that a model expects.
 
         Args:
-            expected: Shape of every tensor that must be there.
-            optional: Shapes of those that may be there as well; whoever names them compares what they hold.
+            expected: Shapes of the tensors that must exist, by name.
+            optional: Shapes of tensors that may exist as well; the caller compares their values.
 
         Raises:
-            CheckpointError: Naming the first missing, extra or misshapen tensor and how many more there are.
+            CheckpointError: If a tensor is missing, unexpected or of the wrong shape; the message names the first and
+                counts the others.
         """
         known = {**(optional or {}), **expected}
         missing = [name for name in expected if name not in self.tensors]
@@ -169,14 +170,14 @@ class HFCheckpoint:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Closes the files that reading left open."""
+        """Closes the files that :meth:`read` opened."""
         for handle in self._handles.values():
             handle.__exit__(None, None, None)
         self._handles.clear()
 
 
 class _Opened:
-    """safe_open with errors in our words."""
+    """Opens a file with ``safe_open`` and turns its errors into CheckpointErrors."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

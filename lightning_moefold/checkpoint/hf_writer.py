@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a Hugging Face checkpoint from parameters that are spread over ranks.
 
-Files are planned first, the same on every rank; each file is written by one rank, and the ranks take turns, so that
-writing is spread and no rank ever holds more than one file's tensors. A save appears under its name only when complete.
+Every rank first computes the same plan of files. Each file is then written by one rank, and ranks take turns, so that
+writing is spread and no rank holds the tensors of more than one file. A save appears under its name only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lightning_moefold.mesh import Axis
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One parameter to write: where its pieces are, and under which names it goes to disk.
+    """One parameter to write: where its pieces are, and its names on disk.
 
     Args:
         shape: Global shape.
@@ -50,7 +51,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Number of bytes on disk."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -81,10 +82,11 @@ def write_hf_checkpoint(
     tokenizer_from: Path | None = None,
     merges: Mapping[str, Merge] | None = None,
 ) -> None:
-    """Writes ``path`` with config, safetensors shards and index. Collective: every rank calls it.
+    """Writes the directory ``path`` with config, safetensors shards and index. Collective: every rank calls it.
 
     Args:
-        path: Directory to make. One that holds a checkpoint is replaced; one with other files in it is refused.
+        path: Directory to create. A directory that holds a checkpoint is replaced; one that holds other files is
+            refused.
         config: Content of ``config.json``.
         tensors: What to write, by our names, the same on every rank.
         piece: Gives this rank's piece of a parameter.
@@ -96,7 +98,7 @@ def write_hf_checkpoint(
 
     Raises:
         CheckpointError: If ``path`` is in a store.
-        OSError: If the directory holds foreign files or cannot be written; raised on every rank.
+        OSError: If the directory holds other files or cannot be written; raised on every rank.
     """
     target = local_path(path, "the model's directory")
     names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
@@ -187,7 +189,7 @@ def gather_whole(tensor: OutputTensor, mine: Tensor, writer: int, world: Axis) -
         if rank == world.index == writer and whole is not None:
             _put(whole, mine.to(tensor.dtype).cpu(), boxes)
         elif rank == world.index:
-            # From and to the CPU, hence over gloo: NCCL would make a communicator for every pair of ranks.
+            # Between CPUs, and so over gloo: NCCL would create a communicator for every pair of ranks.
             dist.send(mine.to(tensor.dtype).cpu().contiguous(), dst=world.ranks[writer], group=world.group)
         elif whole is not None:
             rows = [sum(box.sizes[0] for box in boxes)] if boxes[0].sizes else []
@@ -230,10 +232,10 @@ def _finish(
 
 
 def replace_directory(work: Path, target: Path) -> None:
-    """Puts the complete directory ``work`` in the place of ``target``, whose name always leads to one of the two.
+    """Replaces the directory ``target`` by the complete directory ``work``.
 
-    Where the system cannot exchange two names in one step (it is not Linux, or a network file system), the old one lies
-    beside under a hidden name for a moment, and is put back if the new one cannot take its place.
+    On Linux the two names are exchanged in one step, so ``target`` always exists. On other systems and network file
+    systems, the old directory has a hidden name for a moment, and is renamed back if the new one cannot take its place.
     """
     if not target.exists() and not target.is_symlink():
         os.replace(work, target)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads torch.distributed.checkpoint's files without running code from them.
+"""Reads checkpoints of torch.distributed.checkpoint without running code from them.
 
-Two doors stand open in torch: ``.metadata`` is a pickle, and what the metadata calls bytes is unpickled as well. Here the
-pickle may name the classes of metadata alone, and everything in it has to be a tensor in a file of the same directory.
+torch unpickles two things: the file ``.metadata``, and every entry that the metadata declares as bytes. Here the pickle
+may use only the classes of metadata, and every entry must be a tensor in a file of the same directory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from lightning_moefold.errors import InputError
 
-#: Constructors without effect: plain values, and what torch's metadata is made of.
+#: Constructors without side effects: those of plain values and of torch's metadata.
 _HARMLESS = frozenset(
     {
         ("collections", "OrderedDict"),
@@ -46,19 +46,19 @@ _HARMLESS = frozenset(
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ("pathlib", "pathlib._local") and name.endswith("Path") and name.isidentifier():
-            return PurePath  # where it was saved; Python versions have the classes in different places
+            return PurePath  # the path of the save; Python versions define path classes in different modules
         if (module, name) not in _HARMLESS:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a list of tensors")
         return super().find_class(module, name)
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Torch's reader of a checkpoint directory, which reads tensors and nothing else.
+    """torch's reader of a checkpoint directory, restricted to tensors.
 
     The list of tensors, which may be long, is read once.
 
     Args:
-        path: The checkpoint.
+        path: Directory of the checkpoint.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -66,11 +66,11 @@ class SafeReader(dcp.FileSystemReader):
         self._list: Metadata | None = None
 
     def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
-        """The list of tensors.
+        """Reads and checks the list of tensors.
 
         Raises:
-            pickle.UnpicklingError: If the file names anything that could run code.
-            ValueError: If it is no list of tensors in this directory.
+            pickle.UnpicklingError: If the file names a class that could run code.
+            ValueError: If the file is not a list of tensors in this directory.
         """
         if self._list is None:
             path = self.fs.concat_path(self.path, ".metadata")
@@ -82,7 +82,7 @@ class SafeReader(dcp.FileSystemReader):
         return self._list
 
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Shape and dtype of each tensor by name; raises as :meth:`read_metadata`."""
+        """Returns shape and dtype of each tensor by name; raises the errors of :meth:`read_metadata`."""
         listed = self.read_metadata().state_dict_metadata
         return {name: item for name, item in listed.items() if isinstance(item, TensorStorageMetadata)}
 

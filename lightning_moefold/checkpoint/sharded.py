@@ -3,9 +3,10 @@
 
 A checkpoint is a directory. Tensors are stored under global names with global shapes; each rank writes the boxes it
 owns and reads the boxes it needs, whatever fold wrote them. Everything that is not a tensor of the model or the
-optimizer is in ``meta.pt``, read with ``weights_only=True``; reading runs no code of a checkpoint. A save appears under its
-name only when it is complete: a folder of this machine gets its name at the end. A store has no such step; there each save
-writes its tensors into a folder of its own below the checkpoint, and ``meta.pt``, written last and at once, says in which.
+optimizer is in ``meta.pt``, read with ``weights_only=True``; reading runs no code from a checkpoint. A save appears
+under its name only when it is complete. A local folder is renamed at the end. A store cannot rename, so each save
+writes its tensors into a new folder below the checkpoint, and finally ``meta.pt``, in one request, which names that
+folder.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ from lightning_moefold.layout import Box, split_boxes
 from lightning_moefold.mesh import Axis
 
 META = "meta.pt"
-#: Where it describes its models: by name, ``{"config": of Hugging Face, "dtypes": on disk, "path": or None}``.
+#: Key of the models' descriptions: by name, a mapping of ``config`` (Hugging Face's), ``dtypes`` (on disk) and ``path``
+#: (of the source, or None).
 MODELS = "moefold_models"
-#: What ``meta.pt`` calls the folder with the tensors, where they are not beside it; and how such folders are named.
+#: Key in ``meta.pt`` of the folder with the tensors, if they are not beside it; and the prefix of such folders.
 FOLDER, _FOLDERS = "moefold_tensors", "tensors-"
-#: What hyper-parameters may hold besides plain data.
+#: Classes that hyperparameters may hold besides plain data.
 _HARMLESS = (PosixPath, PurePosixPath)
 
 
@@ -73,7 +75,7 @@ class TensorPiece(Tensor):
         return described
 
     def size(self, dim: int | None = None) -> Any:
-        """Of the whole tensor, which is what checkpoints compare."""
+        """Returns the size of the global tensor, which checkpoints compare."""
         return torch.Size(self.global_shape) if dim is None else self.global_shape[dim]
 
     def _chunks(self) -> list[ChunkStorageMetadata]:
@@ -105,14 +107,15 @@ def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[
     """Writes a checkpoint. Collective.
 
     Args:
-        path: Directory to make, here or in a store; what is there already (file or directory) is replaced once the new one
-            is complete.
-        tensors: :class:`TensorPiece` for what is spread over ranks, plain tensors for what every rank has.
+        path: Directory to create, local or in a store. An existing file or directory is replaced once the new one is
+            complete.
+        tensors: :class:`TensorPiece` for tensors that are spread over ranks, plain tensors for those that every rank
+            has.
         meta: Everything else; rank 0's is written.
         world: All ranks.
 
     Raises:
-        CheckpointError: If writing fails on any rank; raised on all, and what was there before is still there.
+        CheckpointError: If writing fails on any rank; raised on all ranks. An earlier checkpoint is then unchanged.
     """
     target = stores.parse_path(path)
     names = [uuid.uuid4().hex[:8]]
@@ -156,17 +159,17 @@ def _save_in_store(target: str, tensors: Mapping[str, Tensor], meta: Mapping[str
 
 
 def _clear(target: str, folder: str, complete: bool) -> None:
-    """Removes the tensors of earlier saves, or of this one if it has failed."""
+    """Removes the tensors of earlier saves, or those of this save if it failed."""
     try:
         old = [name for name in stores.folders(target) if name.startswith(_FOLDERS) and name != folder]
         for name in old if complete else [folder]:
             stores.remove(stores.join(target, name))
-    except Exception as failure:  # the checkpoint itself is as it should be
+    except Exception as failure:  # the checkpoint itself is complete
         warnings.warn(f"unneeded folders of {target} could not be removed: {failure}", stacklevel=2)
 
 
 def _write_tensors(work: Path | str, target: Path | str, tensors: Mapping[str, Tensor], world: Axis) -> None:
-    """Writes the tensors, and checks that all files of all ranks lie in one place."""
+    """Writes the tensors, and checks that rank 0 sees the files of all ranks."""
     written: list[Any] = []
     writer = stores.connected(dcp.FileSystemWriter(work), work)
     _collective("write", target, lambda: written.append(dcp.save(dict(tensors), storage_writer=writer)))
@@ -189,10 +192,10 @@ def _check_files(work: Path | str, target: Path | str, metadata: Any) -> None:
 
 
 def pack_meta(meta: Mapping[str, Any]) -> bytes:
-    """The file with everything but the tensors.
+    """Returns the content of ``meta.pt``: everything except the tensors.
 
     Raises:
-        CheckpointError: If it could not be read back; now, rather than when somebody needs the checkpoint.
+        CheckpointError: If it could not be read back. This is reported now, rather than when the checkpoint is needed.
     """
     packed, foreign = _pack(dict(meta))
     if foreign is not None:
@@ -204,7 +207,7 @@ def pack_meta(meta: Mapping[str, Any]) -> bytes:
 
 
 def _pack(value: Any) -> tuple[bytes, str | None]:
-    """A value as it is written, and the name of a class in it that would not be read back."""
+    """Serialises a value; also returns the name of a class in it that could not be read back, or None."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -217,15 +220,15 @@ def check_readable(value: Any, what: str) -> None:
     """Checks that a value that checkpoints will hold can be written and read back.
 
     Args:
-        value: The value.
-        what: What it is, as the subject of a sentence.
+        value: The value to check.
+        what: Description of the value, used as the subject of the error's sentence.
 
     Raises:
-        CheckpointError: If not.
+        CheckpointError: If it cannot.
     """
     try:
         foreign = _pack(value)[1]
-    except Exception as failure:  # of pickle, in many kinds
+    except Exception as failure:  # pickle raises errors of many classes
         raise CheckpointError(f"{what} cannot be saved in a checkpoint ({failure}); leave it out.") from None
     if foreign is not None:
         raise CheckpointError(
@@ -236,10 +239,10 @@ def check_readable(value: Any, what: str) -> None:
 
 
 def load_meta(path: str | Path) -> dict[str, Any]:
-    """Everything but the tensors.
+    """Reads everything except the tensors.
 
     Raises:
-        CheckpointError: If the directory is no complete checkpoint.
+        CheckpointError: If the directory is not a complete checkpoint.
     """
     file = stores.join(stores.parse_path(path), META)
     if not stores.is_file(file):
@@ -253,7 +256,7 @@ def load_meta(path: str | Path) -> dict[str, Any]:
 
 
 def tensors_of(path: str | Path, meta: Mapping[str, Any]) -> Path | str:
-    """Where the tensors of a checkpoint are, whose ``meta`` :func:`load_meta` gave."""
+    """Returns the folder with the tensors of a checkpoint; ``meta`` is the result of :func:`load_meta`."""
     parsed, folder = stores.parse_path(path), str(meta.get(FOLDER, ""))
     if folder and (not folder.startswith(_FOLDERS) or "/" in folder):
         raise CheckpointError(f"{path} is damaged: its tensors are said to be in {folder!r}.")
@@ -261,7 +264,7 @@ def tensors_of(path: str | Path, meta: Mapping[str, Any]) -> Path | str:
 
 
 def stored_tensors(path: str | Path) -> dict[str, TensorStorageMetadata]:
-    """Shapes and dtypes of all tensors in a folder that :func:`tensors_of` gave.
+    """Returns shape and dtype of each tensor by name, for a folder returned by :func:`tensors_of`.
 
     Raises:
         CheckpointError: If the list cannot be read.
@@ -281,10 +284,10 @@ def _listed(reader: SafeReader) -> dict[str, TensorStorageMetadata]:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint, read one at a time by a process on its own.
+    """The tensors of a checkpoint, read one at a time by a single process.
 
     Args:
-        path: Folder that :func:`tensors_of` gave.
+        path: Folder returned by :func:`tensors_of`.
 
     Attributes:
         items: Shape and dtype of each tensor by name.
@@ -299,7 +302,7 @@ class StoredTensors:
         self.items = _listed(self._reader)
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor.
+        """Reads a whole tensor.
 
         Raises:
             CheckpointError: If its file is damaged.
@@ -313,10 +316,10 @@ class StoredTensors:
 
 
 def load_sharded(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills ``tensors`` in place from a folder that :func:`tensors_of` gave. Collective.
+    """Fills ``tensors`` in place from a folder returned by :func:`tensors_of`. Collective.
 
     Raises:
-        CheckpointError: If a tensor is missing or of another shape, or a file damaged; raised on all ranks.
+        CheckpointError: If a tensor is missing or has another shape, or a file is damaged; raised on all ranks.
     """
     reader = _reader(stores.parse_path(path))
     _collective("read", path, lambda: dcp.load(dict(tensors), storage_reader=reader))

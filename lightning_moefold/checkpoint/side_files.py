@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies beside the weights of a model and belongs to it: tokenizer, templates, code, generation settings, license.
+"""Side files: the files of a model besides its weights, such as tokenizer, templates, code, generation settings, license.
 
-Everything in a model's directory is carried into an export of it, except what the export has anew (weights, index,
-config.json) or what describes another form of the model. A tokenizer from another directory replaces the model's as a whole,
-since files of two tokenizers side by side would be read as a third one.
+An export copies all files of the model's directory, except those that it writes itself (weights, index, config.json)
+and those that describe another form of the model. A tokenizer from another directory replaces all tokenizer files of
+the model, since a mixture of two tokenizers' files would be read as a third one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.gguf", "*.ggml", "*.msgpack", "*.h5", "*.onnx",
     "*.onnx_data", "*.tflite", "*.npz", "*.llamafile",
 )  # fmt: skip
-#: Configurations of the model, in this form and in Mistral's, and of an adapter that is not read.
+#: Configurations of the model, in Hugging Face's and in Mistral's format, and of adapters, which are not read.
 _CONFIGS = ("config.json", "params.json", "adapter_config.json", "*.index.json")
-#: What an earlier export may have left in a directory that is to be replaced, whichever model it was of.
+#: Files that an earlier export, of any model, may have left in a directory that is to be replaced.
 _OF_AN_EXPORT = (
     "config.json", "model.safetensors.index.json", "*.safetensors", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*", "special_tokens_map.json", "added_tokens.json",
@@ -34,9 +34,9 @@ _OF_AN_EXPORT = (
 
 
 def side_files(directory: Path) -> dict[str, Path]:
-    """The files of a model's directory that an export carries, by their names relative to it.
+    """Returns the files of a model's directory that an export copies, by relative name.
 
-    Hidden ones are none of the model's, and a folder in which weights lie is another model.
+    Hidden files do not belong to the model, and a folder with weights in it is another model.
     """
     found = {}
     for path in sorted(directory.iterdir()):
@@ -57,11 +57,11 @@ def side_files(directory: Path) -> dict[str, Path]:
 
 
 def files_to_carry(model: Path | None, tokenizer: Path | None) -> dict[str, Path]:
-    """What goes beside the weights of an export, by relative name.
+    """Returns the files that an export copies beside its weights, by relative name.
 
     Args:
-        model: Directory that the model came from, if any.
-        tokenizer: Directory of the tokenizer that it was trained with, where that is known; the model's otherwise.
+        model: Directory of the source model, if any.
+        tokenizer: Directory of the tokenizer used in training; None to use the model's.
     """
     carried = _existing(model, "tokenizer and other files beside the weights")
     if tokenizer is None or not are_apart(model, tokenizer):
@@ -71,18 +71,18 @@ def files_to_carry(model: Path | None, tokenizer: Path | None) -> dict[str, Path
         return carried
     carried = {name: path for name, path in carried.items() if not is_tokenizer_file(_first(name))}
     carried |= {name: path for name, path in others.items() if is_tokenizer_file(_first(name))}
-    if has_own_code(tokenizer):  # which may import other files
+    if has_own_code(tokenizer):  # its code may import other Python files
         carried = {name: path for name, path in others.items() if name.endswith(".py")} | carried
     return carried
 
 
 def are_apart(model: Path | None, tokenizer: Path) -> bool:
-    """Whether a tokenizer is not the one that lies beside the model."""
+    """Whether the tokenizer comes from a directory other than the model's."""
     return model is None or tokenizer.resolve() != model.resolve()
 
 
 def warn_of_end(tokenizer: Path, config: Mapping[str, Any], carried: dict[str, Path]) -> None:
-    """Warns if the model was trained to end texts with another token than those at which generation stops."""
+    """Warns if the training data ended texts with a token at which generation does not stop."""
     fields = dict(config)
     if "generation_config.json" in carried:
         fields |= json.loads(carried["generation_config.json"].read_text(encoding="utf-8"))
@@ -96,11 +96,11 @@ def warn_of_end(tokenizer: Path, config: Mapping[str, Any], carried: dict[str, P
 
 
 def foreign_file(directory: Path, carried: dict[str, Path]) -> str | None:
-    """The first name in a directory that would be lost if an export replaced it, or None.
+    """Returns the first file in a directory that would be lost if an export replaced it, or None.
 
     Args:
-        directory: To be replaced.
-        carried: What the export will have of side files. One of the same name that differs is somebody's own.
+        directory: Directory to be replaced.
+        carried: Side files of the export. A file of the same name with other content would be lost.
     """
     return next(_foreign(directory, "", carried), None)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where files lie: in a folder of this machine, or in a store that fsspec reaches by its scheme (``s3://``, ``memory://``)."""
+"""Access to files in a local folder or in a store that fsspec reaches by its scheme (``s3://``, ``memory://``)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ _Disk = TypeVar("_Disk", bound=FileSystemReader | FileSystemWriter)
 
 
 def parse_path(path: str | os.PathLike[str]) -> Path | str:
-    """Tells folders of this machine from addresses in a store.
+    """Distinguishes local folders from addresses in a store.
 
     Returns:
-        A Path for a local path, with or without ``file://``; the address as it is for any other scheme.
+        A Path for a local path, with or without ``file://``; the unchanged address for any other scheme.
 
     Raises:
-        CheckpointError: For a scheme that fsspec does not know, and for an address that has lost a slash on its way
-            through a Path.
+        CheckpointError: If fsspec does not know the scheme, or the address has lost a slash because it was made a Path.
     """
     text = os.fspath(path)
     if _SCHEME.match(text) is None and not text.startswith("file:/"):
@@ -59,14 +58,14 @@ def _unmangled(path: Path) -> Path:
 
 
 def local_path(path: str | os.PathLike[str], what: str) -> Path:
-    """The path of what is read or written on this machine only.
+    """Returns the path of something that can only be local.
 
     Args:
-        path: As the user gives it.
-        what: What it is, as the subject of a sentence.
+        path: Path given by the user.
+        what: Description of it, used as the subject of the error's sentence.
 
     Raises:
-        CheckpointError: For an address in a store.
+        CheckpointError: If the path is an address in a store.
     """
     parsed = parse_path(path)
     if isinstance(parsed, str):
@@ -77,18 +76,18 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
 
 
 def connected(disk: _Disk, path: Path | str) -> _Disk:
-    """Lets a reader or writer of torch.distributed.checkpoint work in the place of ``path``, wherever that is."""
+    """Makes a reader or writer of torch.distributed.checkpoint use the file system of ``path``."""
     if isinstance(path, str):
         store: Any = FileSystem()
         disk.path, disk.fs = store.init_path(path), store
         store.fs.invalidate_cache()  # other processes write there
         if isinstance(disk, FileSystemWriter):
-            disk.sync_files = False  # or it would flush every disk of the machine
+            disk.sync_files = False  # otherwise it would flush every disk of the machine
     return disk
 
 
 def join(path: Path | str, name: str) -> Path | str:
-    """A place below another."""
+    """Joins a local or store path and a name below it."""
     return path / name if isinstance(path, Path) else f"{path.rstrip('/')}/{name}"
 
 
@@ -99,7 +98,7 @@ def _fs(path: str) -> tuple[Any, str]:
 
 
 def is_file(path: Path | str) -> bool:
-    """Whether a file is there."""
+    """Whether a file exists."""
     if isinstance(path, Path):
         return path.is_file()
     store, inner = _fs(path)
@@ -107,7 +106,7 @@ def is_file(path: Path | str) -> bool:
 
 
 def read(path: Path | str) -> bytes:
-    """A file's content."""
+    """Returns the content of a file."""
     if isinstance(path, Path):
         return path.read_bytes()
     store, inner = _fs(path)
@@ -115,7 +114,7 @@ def read(path: Path | str) -> bytes:
 
 
 def write(path: Path | str, content: bytes) -> None:
-    """Writes a file, complete or not at all: in one request to a store, under another name first on this machine."""
+    """Writes a file atomically: to a store in one request, locally under another name that is then renamed."""
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".partial")
@@ -135,7 +134,7 @@ def remove(path: Path | str) -> None:
 
 
 def folders(path: str) -> list[str]:
-    """Names of the folders in a folder of a store."""
+    """Returns the names of the folders in a folder of a store."""
     store, inner = _fs(path)
     if not store.isdir(inner):
         return []
@@ -147,7 +146,7 @@ def folders(path: str) -> list[str]:
 
 
 def sizes(path: Path | str) -> dict[str, int]:
-    """Bytes of each file in a folder, by name."""
+    """Returns the number of bytes of each file in a folder, by name."""
     if isinstance(path, Path):
         return {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
     store, inner = _fs(path)
@@ -157,10 +156,10 @@ def sizes(path: Path | str) -> dict[str, int]:
 
 
 def check_store(path: str, world: Axis) -> None:
-    """Checks that a store can be written, and that every rank sees what another has written. Collective.
+    """Checks that a store can be written, and that every rank sees a file written by another. Collective.
 
     Raises:
-        CheckpointError: Naming the store; raised on all ranks.
+        CheckpointError: If it cannot be written or is not shared; the message names the store. Raised on all ranks.
     """
     names = [f".{uuid.uuid4().hex[:8]}.trial"]
     if world.size > 1:

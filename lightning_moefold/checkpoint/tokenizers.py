@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers beside checkpoints: which files they consist of, and how they are loaded.
 
-They are those of ``transformers``. None is looked for on a network, and none runs code of its own, or asks at a terminal
-whether it may, unless the caller has allowed it.
+Tokenizers are loaded by ``transformers``, from local files only. A tokenizer's own code runs only if the caller allows
+it; nothing ever asks at a terminal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PATTERNS = (
     "*token*", "vocab*", "merges*", "*.model", "*.vocab", "*.bpe", "*.tiktoken", "tekken.json",
     "chat_template*", "additional_chat_templates", "*.jinja",
 )  # fmt: skip
-#: What reads a file for which there is no tokenizer.json: pattern, module, package.
+#: The package that reads such a file if there is no tokenizer.json: file pattern, module, package.
 _SENTENCEPIECE = ("*.model", "sentencepiece", "sentencepiece")
 _READERS = (
     _SENTENCEPIECE,
@@ -28,49 +28,50 @@ _READERS = (
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Whether a file or folder of this name belongs to a tokenizer; its chat templates do."""
+    """Whether a file or folder of this name belongs to a tokenizer; chat templates do."""
     return any(Path(name).match(pattern) for pattern in _PATTERNS)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a tokenizer, of whatever kind, without its chat templates."""
+    """Returns the files of a tokenizer of any kind, without its chat templates."""
     found = {path for pattern in _PATTERNS for path in directory.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.suffix != ".jinja")
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a directory.
+    """Loads the tokenizer in a directory.
 
     Args:
-        directory: Where its files are.
-        trust_remote_code: Whether Python code among them may be run.
+        directory: Directory with the tokenizer's files.
+        trust_remote_code: Whether Python code among these files may run.
 
     Raises:
-        CheckpointError: If there is none, or it cannot be loaded; the message says which package or setting is missing.
+        CheckpointError: If there is no tokenizer, or it cannot be loaded; the message says which package or setting is
+            missing.
     """
     try:
-        from transformers import AutoTokenizer  # here, as few ranks need it and it takes seconds
+        from transformers import AutoTokenizer  # imported here, because few ranks need it and it takes seconds
     except ImportError:
         raise CheckpointError(
             "text is tokenised by transformers, which is not installed; pip install transformers."
         ) from None
     if not tokenizer_files(directory):
-        # For a directory with a model alone, transformers makes up a tokenizer without any token.
+        # For a directory with only a model, transformers invents a tokenizer without any token.
         raise CheckpointError(f"{directory} holds no tokenizer that transformers can load.")
     if _own_code(directory) is None and not list(directory.glob("vocab*")):
-        _need(directory, _SENTENCEPIECE)  # without it, transformers tries other readers, loudly
+        _need(directory, _SENTENCEPIECE)  # without it, transformers tries other readers and prints warnings
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _reason(directory, error, trust_remote_code) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        # transformers makes one up from the name of its class, too.
+        # transformers also invents one from the name of its class.
         raise CheckpointError(f"the tokenizer of {directory} has no vocabulary; its files are not complete.")
     return tokenizer
 
 
 def _need(directory: Path, reader: tuple[str, str, str]) -> None:
-    """Raises a CheckpointError if there is a file that a missing package reads, and no tokenizer.json instead."""
+    """Raises a CheckpointError if a file needs a package that is not installed, and there is no tokenizer.json."""
     pattern, module, package = reader
     found = sorted(directory.glob(pattern))
     if found and not (directory / "tokenizer.json").is_file() and importlib.util.find_spec(module) is None:
@@ -96,12 +97,12 @@ def _reason(directory: Path, error: Exception, trusted: bool) -> CheckpointError
 
 
 def has_own_code(directory: Path) -> bool:
-    """Whether a tokenizer names a Python class that comes with it."""
+    """Whether a tokenizer uses a Python class from its own files."""
     return _own_code(directory) is not None
 
 
 def end_token(directory: Path) -> int | None:
-    """The token with which a tokenizer ends texts, where its files tell without being loaded."""
+    """Returns the id of the end-of-text token if the tokenizer's files state it, without loading the tokenizer."""
     try:
         end = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
         added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
@@ -112,10 +113,10 @@ def end_token(directory: Path) -> int | None:
 
 
 def _own_code(directory: Path) -> str | None:
-    """The class that a tokenizer names as its own, if it does."""
+    """Returns the name of the tokenizer's own Python class, if it has one."""
     try:
         classes = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["auto_map"]
         classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
-        return next((str(name) for name in reversed(classes or ()) if name), None)  # the fast one before the slow one
+        return next((str(name) for name in reversed(classes or ()) if name), None)  # the fast tokenizer before the slow one
     except (OSError, ValueError, KeyError, TypeError):
         return None

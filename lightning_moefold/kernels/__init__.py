@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory-bound steps of a layer, each with one pass over memory where Triton can run, and in PyTorch's operations elsewhere."""
+"""Memory-bound steps of a layer: one Triton kernel each where Triton can run, PyTorch's operations otherwise."""
 
 from lightning_moefold.kernels.availability import runs_triton
 from lightning_moefold.kernels.gated import gated, gated_backward, gated_forward

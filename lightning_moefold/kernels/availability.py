@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where Triton's kernels can run."""
+"""Tests of whether Triton kernels can run."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether a Triton kernel can take these tensors.
 
-    They must be real CUDA tensors of at most 32 bits (or CPU tensors under ``TRITON_INTERPRET=1``, for tests). While
-    ``torch.compile`` traces, the answer is no: it fuses PyTorch's operations itself.
+    It can if they are real CUDA tensors of at most 32 bits (or CPU tensors under ``TRITON_INTERPRET=1``, for tests).
+    While ``torch.compile`` traces, the answer is no, because the compiler fuses PyTorch's operations itself.
     """
     if torch.compiler.is_compiling() or not all(
         type(x) in (Tensor, torch.nn.Parameter) and (x.dtype in _DTYPES or not x.is_floating_point()) for x in tensors
@@ -37,7 +37,7 @@ def _interprets() -> bool:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed and finds the C compiler and the Python headers with which it builds its launchers.
+    """Whether Triton is installed and finds the C compiler and the Python headers that it needs to build its launchers.
 
     Without them each kernel falls back to PyTorch's operations, and a warning says so once.
     """

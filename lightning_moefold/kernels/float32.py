@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A product in true float32, whatever the process allows elsewhere.
+"""Matrix products in true float32, whatever precision the process allows elsewhere.
 
-``torch.set_float32_matmul_precision("high")``, which Lightning advises, makes CUDA round the factors of float32 products to
-TF32, 10 bits. A router must not: experts that nearly tie would change places.
+``torch.set_float32_matmul_precision("high")``, which Lightning recommends, makes CUDA round the factors of float32
+products to TF32, which has 10 bits. A router must not use it, because experts with nearly equal scores would change
+places.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 def exact_linear(x_ND: Tensor, weight_ED: Tensor) -> Tensor:
-    """``x weight^T`` in the dtype of both, float32 or wider, without TF32; ``[N, D] -> [N, E]``."""
+    """Computes ``x weight^T`` without TF32, ``[N, D] -> [N, E]``; both are float32 or wider, and of the same dtype."""
     if x_ND.is_cuda and (torch.compiler.is_compiling() or _rounds()):
         return _product(x_ND, weight_ED.t())
     return x_ND @ weight_ED.t()
@@ -52,13 +53,13 @@ def _rounds() -> bool:
 
 @contextmanager
 def _without_rounding() -> Iterator[None]:
-    """A context in which float32 products on CUDA are exact, by whichever of PyTorch's two settings the user has chosen."""
+    """Turns TF32 off in the context, by whichever of PyTorch's two settings the user has used."""
     if not _rounds():
         yield
         return
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by the newer setting, which the older one then refuses to read
+    except RuntimeError:  # the user used the newer setting, so the older one cannot be read
         before = "highest"
     if before == "highest":
         torch.backends.cuda.matmul.fp32_precision = "ieee"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``weight * act(gate) * up`` of gated feed-forward layers, forward and backward.
 
-Both directions only move memory. One pass reads 2 and writes 1 number per element forward, and reads 3 and writes 3 backward;
-PyTorch's operations one after the other move about three times as much.
+Both directions are memory-bound. A fused pass reads 2 and writes 1 number per element in forward, and reads 3 and
+writes 3 in backward; PyTorch's separate operations move about three times as much.
 
 Legend: M rows, F width.
 """
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 
 class GatedGradients(NamedTuple):
-    """What backward makes of a gated product.
+    """Gradients of a gated product.
 
     Args:
-        gate_MF: Gradient of the gate.
+        gate_MF: Gradient of the gate, the input of the activation.
         up_MF: Gradient of the other factor.
-        weight_M: Gradient of the weights; None where not asked for.
-        inner_MF: The forward result again, for the gradient of the weight that multiplies it; None where not asked for.
+        weight_M: Gradient of the row weights; None if not requested.
+        inner_MF: The recomputed forward result, which the gradient of the next weight matrix needs; None if not
+            requested.
     """
 
     gate_MF: Tensor
@@ -39,12 +40,12 @@ class GatedGradients(NamedTuple):
 
 
 def gated(activation: Activation, gate_MF: Tensor, up_MF: Tensor, weight_M: Tensor | None = None) -> Tensor:
-    """``weight * act(gate) * up`` in the dtype of ``gate``, differentiable; keeps what it takes and nothing else.
+    """Computes ``weight * act(gate) * up`` in the dtype of ``gate``. Differentiable; keeps only its inputs for backward.
 
     Args:
-        activation: Of the gate.
-        gate_MF: What the activation takes, ``[..., F]``; ``[M, F]`` with weights.
-        up_MF: The other factor.
+        activation: Activation function of the gate.
+        gate_MF: Input of the activation, ``[..., F]``; ``[M, F]`` if there are row weights.
+        up_MF: The other factor, of the same shape.
         weight_M: Weight of each row, in at least float32; None for 1.
     """
     return _Gated.apply(gate_MF, up_MF, weight_M, activation)
@@ -68,7 +69,7 @@ class _Gated(torch.autograd.Function):
 
 
 def gated_forward(activation: Activation, gate_MF: Tensor, up_MF: Tensor, weight_M: Tensor | None = None) -> Tensor:
-    """``weight * act(gate) * up`` in the dtype of ``gate``; without ``weight``, ``act(gate) * up``."""
+    """Computes ``weight * act(gate) * up`` in the dtype of ``gate``; without ``weight``, ``act(gate) * up``."""
     if activation is F.silu and _fuses(gate_MF, up_MF, weight_M):
         from lightning_moefold.kernels import gated_triton
 
@@ -88,17 +89,17 @@ def gated_backward(
     wants_weight: bool = False,
     wants_inner: bool = False,
 ) -> GatedGradients:
-    """Gradients of :func:`gated_forward`.
+    """Computes the gradients of :func:`gated_forward`.
 
     Args:
         activation: As in forward.
         gate_MF: As in forward.
         up_MF: As in forward.
         weight_M: As in forward.
-        grad_MF: Gradient of the result.
-        owns_grad: Whether the caller has no further use for ``grad_MF``, so that its memory can be used again.
-        wants_weight: Make the gradient of ``weight_M``.
-        wants_inner: Make the forward result again.
+        grad_MF: Gradient of the forward result.
+        owns_grad: Whether ``grad_MF`` may be overwritten, because the caller does not use it again.
+        wants_weight: Whether to compute the gradient of ``weight_M``.
+        wants_inner: Whether to recompute the forward result.
     """
     if activation is F.silu and _fuses(gate_MF, up_MF, weight_M) and grad_MF.is_contiguous():
         from lightning_moefold.kernels import gated_triton
@@ -119,7 +120,7 @@ def gated_backward(
 
 
 def through_activation(activation: Activation, gate_MF: Tensor, grad_MF: Tensor) -> Tensor:
-    """The gradient with respect to what the activation took; of SiLU in one pass."""
+    """Computes the gradient with respect to the activation's input; for SiLU in one pass."""
     if activation is F.silu:
         return torch.ops.aten.silu_backward(grad_MF, gate_MF)
     with torch.enable_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's kernels of :mod:`.gated`: a program takes a row, block of columns after block, and computes in float32."""
+"""Triton kernels for :mod:`.gated`: one program per row loops over blocks of columns and computes in float32."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def backward(
     wants_weight: bool,
     wants_inner: bool,
 ) -> GatedGradients:
-    """See :func:`.gated.gated_backward`; the gradient of the gate takes the place of ``grad_MF`` where that may be."""
+    """See :func:`.gated.gated_backward`; the gradient of the gate overwrites ``grad_MF`` if ``owns_grad``."""
     rows, width = gate_MF.shape
     gate = grad_MF if owns_grad else torch.empty_like(gate_MF)
     up, inner = torch.empty_like(up_MF), torch.empty_like(gate_MF) if wants_inner else None

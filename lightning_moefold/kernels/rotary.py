@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turning query and key heads by the angles of their positions (RoFormer, arXiv 2104.09864), in one pass.
+"""Rotary position embedding: rotates query and key heads by angles that depend on position (arXiv 2104.09864), in one pass.
 
 Legend: B rows, S positions, H heads, d head size, h = d / 2.
 """
@@ -15,12 +15,12 @@ from lightning_moefold.kernels.availability import runs_triton
 
 
 def rotate(x_BSHd: Tensor, cos_BSh: Tensor, sin_BSh: Tensor) -> Tensor:
-    """Turns each head's pairs ``(x[i], x[i + h])`` by their position's angle; same shape out.
+    """Rotates each head's pairs ``(x[i], x[i + h])`` by the angle of their position; the shape stays the same.
 
     Args:
-        x_BSHd: Heads.
-        cos_BSh: Cosines, ``[B or 1, S, h]``; they get no gradient.
-        sin_BSh: Sines, likewise.
+        x_BSHd: Query or key heads.
+        cos_BSh: Cosines of the angles, ``[B or 1, S, h]``; they get no gradient.
+        sin_BSh: Sines of the angles, of the same shape; they get no gradient.
     """
     if runs_triton(x_BSHd, cos_BSh, sin_BSh) and x_BSHd.stride(-1) == 1:
         return _Rotate.apply(x_BSHd, cos_BSh, sin_BSh)

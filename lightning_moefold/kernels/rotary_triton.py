@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's kernel of :mod:`.rotary`: a program takes all heads of a position."""
+"""Triton kernel for :mod:`.rotary`: one program per position rotates all of its heads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def turn(x_BSHd: Tensor, cos_BSh: Tensor, sin_BSh: Tensor, *, back: bool) -> Tensor:
-    """``x`` turned forwards or back; its last axis must be contiguous."""
+    """Rotates ``x`` forwards, or back for gradients; its last axis must be contiguous."""
     rows, length, heads, size = x_BSHd.shape
     y_BSHd = torch.empty(x_BSHd.shape, dtype=x_BSHd.dtype, device=x_BSHd.device)
     if y_BSHd.numel():

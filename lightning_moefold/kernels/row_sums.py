@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of rows per token, in at least float32 and in a fixed order, so that two runs agree in every bit.
+"""Sums of rows per token, in at least float32 and in a fixed order, so that two runs are bit-identical.
 
-CUDA's ``index_add_`` adds with atomics, in whatever order threads arrive.
+CUDA's ``index_add_`` uses atomics, so its order of summation depends on the threads.
 
-Legend: R rows, T tokens, J rows of a token at most, D hidden size.
+Legend: R rows, T tokens, J largest number of rows of a token, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from lightning_moefold.kernels.availability import runs_triton
 
 
 def sum_of_copies(x_RD: Tensor, row_TJ: Tensor, complete: bool) -> Tensor:
-    """Sum of the rows ``row_TJ`` of each token, ``[R, D] -> [T, D]``, in the dtype of the rows.
+    """Sums the rows ``row_TJ`` of each token, ``[R, D] -> [T, D]``, in the dtype of the rows.
 
     Args:
         x_RD: Rows.
-        row_TJ: Their numbers; R, one past the last, for none.
+        row_TJ: Row numbers of each token; R, one past the last row, stands for no row.
         complete: Whether none is R.
     """
     tokens, copies = row_TJ.shape
@@ -37,11 +37,11 @@ def sum_of_copies(x_RD: Tensor, row_TJ: Tensor, complete: bool) -> Tensor:
 
 
 def take_rows(x_RD: Tensor, row_T: Tensor, complete: bool = False) -> Tensor:
-    """Rows ``row_T`` of ``x_RD``; zeros for row R, one past the last. No gradient of its own.
+    """Takes the rows ``row_T`` of ``x_RD``, and zeros for row R, one past the last. Not differentiable.
 
     Args:
         x_RD: Rows.
-        row_T: Their numbers.
+        row_T: Numbers of the rows to take.
         complete: Whether none is R.
     """
     if complete:
@@ -54,11 +54,11 @@ def take_rows(x_RD: Tensor, row_T: Tensor, complete: bool = False) -> Tensor:
 
 
 def sum_of_tokens(x_RD: Tensor, token_R: Tensor, tokens: int) -> Tensor:
-    """Sum of the rows of each token, ``[R, D] -> [T, D]``; zero for a token without rows, any number of rows for others.
+    """Sums the rows of each token, ``[R, D] -> [T, D]``. A token may have any number of rows; without rows the sum is zero.
 
     Args:
         x_RD: Rows.
-        token_R: The token of each.
+        token_R: The token of each row.
         tokens: T.
     """
     if x_RD.is_contiguous() and x_RD.is_cuda | runs_triton(x_RD, token_R):
@@ -70,6 +70,6 @@ def sum_of_tokens(x_RD: Tensor, token_R: Tensor, tokens: int) -> Tensor:
             return row_sums_triton.segments(x_RD, order_R, start_T1)
     wide = torch.promote_types(x_RD.dtype, torch.float32)
     total = x_RD.new_zeros(tokens, x_RD.shape[1], dtype=wide)
-    if x_RD.is_cuda:  # sorts, and so does not depend on the order of threads
+    if x_RD.is_cuda:  # index_put_ sorts, so the sum does not depend on the order of threads
         return total.index_put_((token_R,), x_RD.to(wide), accumulate=True).to(x_RD.dtype)
     return total.index_add_(0, token_R, x_RD.to(wide)).to(x_RD.dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's kernels of :mod:`.row_sums`: a program takes a block of columns of one token."""
+"""Triton kernels for :mod:`.row_sums`: one program sums a block of columns of one token."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two passes of a cross-entropy over logits of which a rank may hold a part of the vocabulary.
+"""The two passes of a cross-entropy over logits that may be cut over ranks along the vocabulary.
 
-Legend: C rows, v local part of the vocabulary.
+Legend: C rows, v size of this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from lightning_moefold.kernels.availability import runs_triton
 
 
 def row_statistics(logits_Cv: Tensor, target_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What each row contributes to its loss, and what :func:`softmax_slope` goes on from.
+    """Computes each row's terms of the loss, and the tensor from which :func:`softmax_slope` continues.
 
     Args:
-        logits_Cv: Logits; their memory may be used again.
-        target_C: Column of each row's target; outside of ``0..v-1`` where another rank holds it, and its logit is then 0.
-        dtype: Of the computation.
+        logits_Cv: Logits; they may be overwritten.
+        target_C: Column of each row's target. Outside of ``0..v-1`` another rank holds it, and the target's logit is 0
+            here.
+        dtype: Data type of the computation.
 
     Returns:
         The maximum, the sum of ``exp(logit - maximum)`` and the target's logit of each row, ``[3, C]``; and either the
-        logits (fused) or these exponentials, so that they are made once.
+        logits (fused) or the exponentials, so that these are computed once.
     """
     if fuses_softmax(logits_Cv, dtype):
         from lightning_moefold.kernels import softmax_triton
 
         return softmax_triton.statistics(logits_Cv, target_C), logits_Cv
     wide_Cv, size = logits_Cv.to(dtype), logits_Cv.shape[1]
-    if size == 0:  # a tp rank beyond the end of a small vocabulary
+    if size == 0:  # a tp rank without any part of a small vocabulary
         nothing = torch.zeros(target_C.shape, dtype=dtype, device=logits_Cv.device)
         return torch.stack((torch.full_like(nothing, float("-inf")), nothing, nothing)), wide_Cv
     top_C = wide_Cv.amax(-1)
@@ -40,12 +41,12 @@ def row_statistics(logits_Cv: Tensor, target_C: Tensor, dtype: torch.dtype) -> t
 
 
 def softmax_slope(kept_Cv: Tensor, target_C: Tensor, top_C: Tensor, log_sum_C: Tensor, scale_C: Tensor) -> Tensor:
-    """The gradient of ``scale * loss`` with respect to the logits, ``scale * (softmax - target)``.
+    """Computes the gradient of ``scale * loss`` with respect to the logits, ``scale * (softmax - target)``.
 
     Args:
-        kept_Cv: From :func:`row_statistics`; its memory is used again.
+        kept_Cv: Second result of :func:`row_statistics`; it is overwritten.
         target_C: As in :func:`row_statistics`.
-        top_C: Maximum of each row here.
+        top_C: Maximum of each row on this rank.
         log_sum_C: Logarithm of the sum of exponentials over the whole vocabulary.
         scale_C: Weight of each row, in the dtype of the computation.
     """
@@ -61,7 +62,7 @@ def softmax_slope(kept_Cv: Tensor, target_C: Tensor, top_C: Tensor, log_sum_C: T
 
 
 def fuses_softmax(logits_Cv: Tensor, dtype: torch.dtype) -> bool:
-    """Whether both passes go by Triton's kernels, which compute in float32."""
+    """Whether both passes use Triton kernels, which compute in float32."""
     return dtype == torch.float32 and logits_Cv.shape[1] > 0 and logits_Cv.is_contiguous() and runs_triton(logits_Cv)
 
 

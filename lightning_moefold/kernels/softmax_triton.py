@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's kernels of :mod:`.softmax`: a program takes a row, block of columns after block, and computes in float32."""
+"""Triton kernels for :mod:`.softmax`: one program per row loops over blocks of columns and computes in float32."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers: float32 masters of 16-bit weights, and the watch that keeps optimizers elementwise."""
+"""Optimizers: float32 masters of 16-bit weights, and a check that an optimizer is elementwise."""
 
 from lightning_moefold.optim.master_weights import MasterWeights
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers that treat elements one by one are exact under any fold; this finds those that do not, by what they do."""
+"""Finds optimizers that are not elementwise by the operations of their step; only elementwise ones are exact under a fold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_moefold.errors import UnsupportedFeature
 from lightning_moefold.optim.stepping import step_inside
 
-#: Operations that combine elements of a tensor (without the ``_`` of in-place ones); all of ``linalg`` besides.
+#: Operations that combine elements of a tensor (without the ``_`` of in-place ones); all of ``linalg`` does, too.
 _COMBINING = frozenset(
     {
         "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "addr", "dot", "vdot", "norm",
@@ -55,16 +55,16 @@ def combines(func: Any) -> bool:
 
 @contextmanager
 def elementwise_only(optimizer: Optimizer) -> Iterator[None]:
-    """Watches what ``optimizer.step`` does to tensors; what its closure does (forward, backward, clipping) is not watched.
+    """Watches the tensor operations of ``optimizer.step``, except those of its closure (forward, backward, clipping).
 
     Args:
-        optimizer: Its ``step`` is replaced inside the context.
+        optimizer: The optimizer; its ``step`` is replaced inside the context.
 
     Raises:
-        UnsupportedFeature: From ``step``, if it computes a norm, a mean, a matrix product or the like.
+        UnsupportedFeature: Raised by ``step`` if it combines elements, such as by a norm, a mean or a matrix product.
     """
     watch = _Watch(type(optimizer).__name__)
-    own = "step" in vars(optimizer)  # schedulers put a wrapper there
+    own = "step" in vars(optimizer)  # schedulers replace it by a wrapper
     step = optimizer.step
     optimizer.step = step_inside(step, watch)  # type: ignore[method-assign]
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An optimizer that keeps float32 copies of 16-bit weights and works on those."""
+"""An optimizer that keeps float32 copies of 16-bit weights and updates those."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ _MASTER = "master"
 class MasterWeights(Optimizer):
     """Runs an optimizer on float32 masters of the parameters and rounds them into the parameters after each step.
 
-    For weights stored in bfloat16 (``precision="bf16-true"``), where most updates are smaller than the spacing of
-    numbers and would be lost. Masters are stored like their parameters (each rank has those of its pieces), are part of
-    checkpoints as ``master``, and resume under any fold. Parameters in float32 or wider are their own masters.
+    Use it for weights stored in bfloat16 (``precision="bf16-true"``), where most updates are smaller than the spacing
+    of bfloat16 numbers and would be lost. Masters are stored like their parameters: each rank has those of its pieces.
+    They are saved in checkpoints as ``master`` and resume under any fold. Parameters in float32 or wider are their own
+    masters.
 
-    Per parameter, a rank then holds 2 bytes of weight, 2 of gradient, 4 of master and, with AdamW, 8 of state; during
-    the step 4 more for the gradient in float32.
+    Per parameter, a rank holds 2 bytes of weight, 2 of gradient, 4 of master and, with AdamW, 8 of state. During the
+    step it holds 4 more bytes for the gradient in float32.
 
     Args:
-        optimizer_class: An optimizer that treats elements one by one, such as ``torch.optim.AdamW``.
-        params: Parameters or groups of them, as ``optimizer_class`` takes them.
-        **kwargs: For ``optimizer_class``.
+        optimizer_class: Class of an elementwise optimizer, such as ``torch.optim.AdamW``.
+        params: Parameters or parameter groups, as for ``optimizer_class``.
+        **kwargs: Further arguments of ``optimizer_class``.
 
     Attributes:
-        inner: The optimizer of the masters.
+        inner: The optimizer that updates the masters.
 
     Example::
 
@@ -63,14 +64,14 @@ class MasterWeights(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Schedulers change our groups, and a checkpoint puts its state here.
+        # Schedulers change the groups of this optimizer, and a checkpoint restores its state here.
         for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
             theirs.update({key: value for key, value in ours.items() if key != "params"})
         for parameter, master in self._masters.items():
             self._hand_in(parameter, master)
         self.inner.step()
         for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
-            ours.update({key: value for key, value in theirs.items() if key != "params"})  # some count steps there
+            ours.update({key: value for key, value in theirs.items() if key != "params"})  # some optimizers count steps in their groups
         for parameter, master in self._masters.items():
             self._hand_back(parameter, master)
         return loss
@@ -79,8 +80,8 @@ class MasterWeights(Optimizer):
         state = dict(self.state.get(parameter, {}))
         stored = state.pop(_MASTER, None)
         if master is not parameter:
-            # Without a stored one (at the first step) the master is the weight as it is now, which a checkpoint may
-            # have changed since the optimizer was made.
+            # Without a stored master (at the first step), the master is the current weight, which a checkpoint may have
+            # changed since the optimizer was created.
             source = parameter if stored is None else stored
             if source is not master:
                 local_part(master).copy_(local_part(source))
@@ -102,7 +103,7 @@ class MasterWeights(Optimizer):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # torch has rounded the state to the parameters' dtype.
+        # torch has rounded the state to the parameters' dtype, so it is copied again.
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers that take all parameters in one call, as torch's do by default on CUDA, on parameters of all kinds.
+"""Lets optimizers that pass all parameters to one call, as torch's do by default on CUDA, mix all kinds of parameters.
 
-``torch._foreach_*`` and ``torch._fused_*`` take lists. DTensor refuses a list that holds plain tensors beside DTensors, or
-DTensors of two meshes; a module of the user's own beside a MoE layer has the one, and experts beside dense layers the other.
-What treats elements one by one computes on this rank's pieces what it computes on the whole, so such calls are given the
-pieces, and what they make anew becomes DTensors again. Nothing of torch is replaced: a dispatch mode is active while the
-optimizer steps.
+``torch._foreach_*`` and ``torch._fused_*`` take lists. DTensor refuses a list that mixes plain tensors with DTensors (a
+user's module beside a MoE layer), or DTensors of two meshes (experts beside dense layers). An elementwise operation
+gives the same result on this rank's pieces as on whole tensors. So these calls receive the pieces, and their new
+results become DTensors again. Nothing of torch is replaced: a dispatch mode is active while the optimizer steps.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _MARK = "_moefold_on_pieces"
 
 
 class _OnPieces(TorchDispatchMode):
-    """Gives calls with lists of tensors the pieces of DTensors."""
+    """Replaces the DTensors in calls with lists of tensors by this rank's pieces."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -44,14 +43,14 @@ class _OnPieces(TorchDispatchMode):
 
 
 def _models(lists: Sequence[Sequence[Any]], alone: bool) -> dict[int, DTensor]:
-    """By place in the lists, a DTensor that all tensors at that place are stored like.
+    """Finds, for each index of the lists, a DTensor that is stored like all tensors at that index.
 
     Args:
-        lists: Of one call; the entries of one place belong together.
-        alone: Whether the call treats elements one by one; if not, pieces do only where each is the whole.
+        lists: The lists of one call; entries with the same index belong together.
+        alone: Whether the call is elementwise; if not, pieces are correct only if each is the whole tensor.
 
     Returns:
-        Nothing where the pieces would not do, and DTensor has to decide.
+        The DTensors by index; empty if pieces would be wrong, so that DTensor handles the call.
     """
     models: dict[int, DTensor] = {}
     for values in lists:
@@ -66,7 +65,7 @@ def _models(lists: Sequence[Sequence[Any]], alone: bool) -> dict[int, DTensor]:
             if not alone and value.device_mesh.size() > 1:
                 return {}
     plain = (v for values in lists for i, v in enumerate(values) if i in models and isinstance(v, Tensor))
-    # Beside a DTensor, a plain tensor may be a step counter; of what part of the whole it would be is not known otherwise.
+    # Beside a DTensor, a plain tensor may only be a step counter: of another one, the part it stands for is unknown.
     if any(v.numel() != 1 for v in plain if not isinstance(v, DTensor)):
         return {}
     return models
@@ -79,7 +78,7 @@ def _pieces(value: Any) -> Any:
 
 
 def _whole(found: Any, models: dict[int, DTensor]) -> Any:
-    """What a call has made, stored as its lists are."""
+    """Converts the results of a call to DTensors that are stored like its lists."""
     if not isinstance(found, (list, tuple)):
         return found
     return type(found)(
@@ -89,10 +88,10 @@ def _whole(found: Any, models: dict[int, DTensor]) -> Any:
 
 
 def run_on_pieces(optimizer: Optimizer) -> None:
-    """Lets ``step`` and ``zero_grad`` of this optimizer take lists of parameters of all kinds.
+    """Lets ``step`` and ``zero_grad`` of this optimizer use lists of parameters of all kinds.
 
     Args:
-        optimizer: Its own methods are replaced; its class, and torch, stay as they are.
+        optimizer: The optimizer; its bound methods are replaced, its class and torch are not changed.
     """
     if getattr(optimizer.step, _MARK, False):
         return
@@ -110,7 +109,7 @@ def _on_pieces(optimizer: Optimizer, name: str) -> MethodType:
             with _OnPieces():
                 return method(*args, **kwargs)
 
-    # A bound method, as schedulers expect who wrap it.
+    # A bound method, because schedulers wrap it and expect one.
     def bound(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
         return inside(*args, **kwargs)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch modes that see what an optimizer does in its step, and not what its closure does (forward, backward, clipping)."""
+"""Runs a dispatch mode inside an optimizer's step, but not inside its closure (forward, backward, clipping)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Step = Callable[..., Any]
 
 
 def step_inside(step: Step, mode: TorchDispatchMode) -> Step:
-    """An optimizer's ``step`` that runs inside ``mode``, except for its closure.
+    """Wraps an optimizer's ``step`` to run inside ``mode``, except for its closure.
 
     Args:
-        step: The bound method.
-        mode: Entered anew in each step.
+        step: The bound method ``step`` of the optimizer.
+        mode: The dispatch mode, entered in each step.
 
     Returns:
         A function of the optional closure.
