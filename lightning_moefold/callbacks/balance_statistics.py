@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How even a load is: pure functions of counts.
+"""Statistics of how evenly experts are used, as pure functions of counts.
 
-Names of the aggregates follow NeMo AutoModel where it has one.
+Aggregates that NeMo AutoModel also logs have the same names as there.
 
 Legend: L layers, E experts, R ranks.
 """
@@ -18,7 +18,7 @@ LAYER_STATISTICS = ("max_over_mean", "cv", "dead_expert_frac", "entropy")
 
 
 def layer_statistics(counts_E: ArrayLike) -> dict[str, float]:
-    """How evenly one layer uses its experts.
+    """Computes how evenly one layer uses its experts.
 
     Args:
         counts_E: Load of each expert.
@@ -43,16 +43,17 @@ def layer_statistics(counts_E: ArrayLike) -> dict[str, float]:
 
 
 def balance_statistics(counts_LE: Iterable[ArrayLike]) -> dict[str, float]:
-    """How evenly a model uses its experts.
+    """Computes how evenly a model uses its experts.
 
     Args:
-        counts_LE: Load of each expert, layer by layer; a layer may have a number of experts of its own.
+        counts_LE: Load of each expert, layer by layer; layers may have different numbers of experts.
 
     Returns:
         ``load_imbalance`` and ``load_imbalance_max`` (mean and max over layers of max over mean), ``cv_mean``,
         ``cv_median``, ``cv_min``, ``cv_max``, ``dead_expert_frac_mean``, ``entropy_mean``, ``expert_diversity_mean``
-        and ``expert_diversity_min`` (exp of the entropy over E: the share of experts that an even load would need), and
-        quantiles over all experts of all layers of load over a fair share, ``expert_utilization_min``, ``_p25``,
+        and ``expert_diversity_min`` (exp of the entropy over E: the share of experts that would give the same entropy
+        if evenly loaded), and quantiles, over all experts of all layers, of the load divided by the layer's mean,
+        ``expert_utilization_min``, ``_p25``,
         ``_median``, ``_p75`` and ``_max``. Layers without load are left out; empty if there are no others.
     """
     loaded = [row for row in (np.asarray(counts_E, dtype=np.float64) for counts_E in counts_LE) if row.sum() > 0]
@@ -82,13 +83,13 @@ def balance_statistics(counts_LE: Iterable[ArrayLike]) -> dict[str, float]:
 
 
 def rank_imbalance(rows_LR: NDArray[np.int64]) -> float | None:
-    """Mean over layers of the busiest rank's rows over the ranks' mean; None without load.
+    """Returns the busiest rank's rows over the ranks' mean, averaged over layers; None if there is no load.
 
-    Ranks wait for each other in every layer's exchange, so this is by how much the slowest one prolongs the experts'
-    work.
+    Ranks wait for each other in every layer's exchange, so this is the factor by which the busiest rank prolongs the
+    experts' work.
 
     Args:
-        rows_LR: Rows that each rank's experts compute.
+        rows_LR: Number of rows that each rank's experts compute, per layer.
     """
     loaded_LR = rows_LR[rows_LR.sum(1) > 0]
     return float((loaded_LR.max(1) / loaded_LR.mean(1)).mean()) if len(loaded_LR) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the monitors share: when to log, over which ranks, and how."""
+"""Functions that the monitors share: when to log, over which ranks, and how."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_moefold.strategy import MoEFoldStrategy
 
 
 class LogSchedule:
-    """Counts optimizer steps, and says which of them are to be logged; the same answer on every rank.
+    """Counts optimizer steps and decides which of them are logged; the decision is the same on every rank.
 
     Args:
         every_n_steps: Log after this many optimizer steps; None for the Trainer's ``log_every_n_steps``.
@@ -31,24 +31,24 @@ class LogSchedule:
         self._step = self._previous = 0
 
     def start(self, trainer: pl.Trainer) -> None:
-        """Begins to count where the Trainer stands, which after a restart is not zero."""
+        """Starts to count at the Trainer's current step, which is not zero after a restart."""
         self._step = self._previous = trainer.global_step
 
     def step_ended(self, trainer: pl.Trainer) -> bool:
-        """Whether an optimizer step was made since the last call; to be asked once at the end of each batch."""
+        """Whether an optimizer step was made since the last call. Must be called once at the end of each batch."""
         self._previous, self._step = self._step, trainer.global_step
         return self._step > self._previous
 
     def is_due(self, trainer: pl.Trainer) -> bool:
-        """Whether the step that just ended is to be logged."""
+        """Whether the step that just ended is logged."""
         if self.every_n_steps is None:
-            # Private, but what Lightning's own monitors ask; it holds from the start to the end of a batch.
+            # Private, but Lightning's own monitors use it; it is valid from the start to the end of a batch.
             return trainer._logger_connector.should_update_logs
         return self._step // self.every_n_steps > self._previous // self.every_n_steps
 
 
 def world_axis(trainer: pl.Trainer) -> Axis:
-    """All ranks, under whichever strategy."""
+    """Returns the axis of all ranks, under any strategy."""
     strategy = trainer.strategy
     if isinstance(strategy, MoEFoldStrategy):
         return strategy.mesh.world
@@ -58,16 +58,16 @@ def world_axis(trainer: pl.Trainer) -> Axis:
 
 
 def logged_step(trainer: pl.Trainer) -> int:
-    """The step that Lightning gives its own metrics, for what goes to a logger directly."""
+    """Returns the step under which Lightning logs its own metrics, for values that are passed to a logger directly."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def log_values(trainer: pl.Trainer, module: pl.LightningModule, values: Mapping[str, float]) -> None:
     """Logs values that are the same on every rank, without communication.
 
-    They are CPU tensors: a float would be copied to the device, one by one, only to be read back by the logger.
+    Values are logged as CPU tensors, because each float would be copied to the device and then read back by the logger.
     """
-    if trainer.barebones:  # refuses to log
+    if trainer.barebones:  # a barebones Trainer refuses to log
         return
     for name, value in values.items():
         tensor = torch.tensor(value, dtype=torch.float64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert loads of a whole run: which rows the table has, how it is summed, and the history that is kept.
+"""Expert loads of a run: the rows of the table, its sum over ranks, and the recorded history.
 
 Legend: L MoE layers of the whole model, E experts, P ep ranks of one replica of the experts, R ranks of a pipeline
 stage that hold different experts or replicas (edp * ep), C = E + 1 + R columns.
@@ -47,7 +47,7 @@ class LoadRow:
 
 
 def find_rows(root: pl.LightningModule, world: Axis) -> list[LoadRow]:
-    """The MoE layers of a LightningModule; the same rows on every rank, whichever layers it holds. One collective."""
+    """Finds the MoE layers of the whole model; the rows are the same on every rank. Makes one collective."""
     here = {name: module for name, module in root.named_modules() if isinstance(module, MoELayer)}
     models = [m for m in root.modules() if isinstance(m, MoECausalLM)]
     numbers = {id(layer): i for model in models for i, layer in model.moe_layers().items()}
@@ -62,19 +62,19 @@ def find_rows(root: pl.LightningModule, world: Axis) -> list[LoadRow]:
 
 
 def _natural(layer: tuple[str, int, int | None]) -> list[tuple[int, str]]:
-    """Sorts names as a reader would: ``blocks.2`` before ``blocks.10``."""
+    """Sort key for names that orders numbers by value: ``blocks.2`` before ``blocks.10``."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in layer[0].split(".")]
 
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """Loads of an interval, summed over all ranks.
+    """Expert loads of an interval, summed over all ranks.
 
     Args:
-        rows: The layers.
-        counts_LE: How often each expert was chosen; :data:`NO_EXPERT` where a layer has no such expert.
-        dropped_L: How many of these choices were dropped.
-        rank_rows_LR: Rows that each rank's experts computed.
+        rows: The MoE layers.
+        counts_LE: How often each expert was chosen; :data:`NO_EXPERT` if a layer has fewer experts.
+        dropped_L: Number of these choices that were dropped.
+        rank_rows_LR: Number of rows that each rank's experts computed.
     """
 
     rows: list[LoadRow]
@@ -83,7 +83,7 @@ class ExpertLoad:
     rank_rows_LR: NDArray[np.int64]
 
     def by_layer(self) -> list[NDArray[np.int64]]:
-        """Counts of each layer's experts."""
+        """Returns the counts of each layer's experts."""
         return [counts_E[: row.num_experts] for row, counts_E in zip(self.rows, self.counts_LE, strict=True)]
 
 
@@ -94,7 +94,7 @@ class LoadReader:
     take a barrier and two gathers for what is one all-reduce of one table.
 
     Args:
-        trainer: In a fit.
+        trainer: The Trainer, during a fit.
         root: The LightningModule.
     """
 
@@ -107,7 +107,7 @@ class LoadReader:
 
     @property
     def experts(self) -> int:
-        """E: the most experts of any layer."""
+        """E, the largest number of experts of any layer."""
         return max((row.num_experts for row in self.rows), default=0)
 
     def reset(self) -> None:
@@ -128,8 +128,8 @@ class LoadReader:
     def _totals(self) -> Tensor:
         """This rank's ``[L, C]``: its counts, its drops, and the rows it sends to each part of its own replica's experts.
 
-        Tokens are distinct on every rank of tp, cp and dp, and layers on every stage: sums over the world count each
-        token once.
+        Ranks of tp, cp and dp have different tokens, and stages have different layers, so sums over the world count
+        each token once.
         """
         table_LC = torch.zeros(
             len(self.rows), self.experts + 1 + self.replicas * self.parts, dtype=torch.int64, device=self.device
@@ -144,7 +144,7 @@ class LoadReader:
 
 
 def _expert_grid(trainer: pl.Trainer) -> tuple[int, int, int]:
-    """Replicas of the experts (edp), which of them this rank belongs to, and the parts of each (ep)."""
+    """Returns the number of expert replicas (edp), the index of this rank's replica, and the parts of each (ep)."""
     strategy = trainer.strategy
     if isinstance(strategy, MoEFoldStrategy):
         return strategy.fold.edp, strategy.mesh.place["edp"], strategy.fold.ep
@@ -153,10 +153,10 @@ def _expert_grid(trainer: pl.Trainer) -> tuple[int, int, int]:
 
 @dataclass
 class LoadHistory:
-    """Loads over a run.
+    """Expert loads over a run.
 
     Args:
-        layers: Number of each layer.
+        layers: The layers' numbers in the model.
         entries: Optimizer step and counts ``[L, E]`` of the interval that ended with it.
     """
 
@@ -164,12 +164,12 @@ class LoadHistory:
     entries: list[tuple[int, NDArray[np.int64]]] = field(default_factory=list)
 
     def begin(self, layers: list[int], step: int) -> None:
-        """Starts a fit at ``step``: what an earlier one recorded up to there is kept if the layers are the same."""
+        """Starts a fit at ``step``; entries of an earlier fit up to that step are kept if the layers are the same."""
         self.entries = [entry for entry in self.entries if entry[0] <= step and self.layers == layers]
         self.layers = layers
 
     def save(self, path: Path | str) -> None:
-        """Writes ``steps`` ``[N]``, ``layers`` ``[L]`` and ``counts`` ``[N, L, E]`` (int64), complete or not at all."""
+        """Writes ``steps`` ``[N]``, ``layers`` ``[L]`` and ``counts`` ``[N, L, E]`` (int64), atomically."""
         file = io.BytesIO()
         np.savez_compressed(
             file,

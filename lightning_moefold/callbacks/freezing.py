@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of a training step that frozen parameters spare, and those that recomputation makes twice. Pure Python.
+"""FLOPs of a training step that frozen parameters save, and those that recomputation adds. Pure Python.
 
 Each weight takes part in three products: forward, and in backward the gradients of its input and of itself. A frozen
 weight needs no gradient of itself. The gradient of an input is needed only where something trains before it on a
@@ -22,7 +22,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Savings:
-    """By how much the products that are made differ from the three times forward of model FLOPs.
+    """The difference between model FLOPs (three times forward) and the FLOPs that are really computed.
 
     Args:
         config: Of the model.
@@ -31,9 +31,9 @@ class Savings:
         adapter: Shapes of an adapter's A and B by name.
 
     Attributes:
-        weights: FLOPs per token saved on products with weights, less those made twice.
-        still_attention: Layers whose queries, keys and values need no gradient.
-        repeated_attention: Layers whose scores and values are made twice.
+        weights: FLOPs per token saved on products with weights, less the recomputed ones.
+        still_attention: Number of layers whose queries, keys and values need no gradient.
+        repeated_attention: Number of layers whose products of scores and of values are recomputed.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class Savings:
             self._walk()
 
     def per_token(self, sequence_length: int) -> float:
-        """FLOPs saved on one token of a row of ``sequence_length``; negative where more are made twice."""
+        """FLOPs saved per token of a row of ``sequence_length``; negative if recomputation adds more than is saved."""
         width = self.config.num_attention_heads * self.config.head_dim
         still, repeated = (
             sum(self.config.attended_keys(index, sequence_length) for index in layers)
             for layers in (self.still_attention, self.repeated_attention)
         )
-        # For scores and for values, backward makes two products each, and forward one.
+        # Scores and values take one product each in forward, and two each in backward.
         return self.weights + 2 * 2 * width * (2 * still - repeated)
 
     def _walk(self) -> None:
-        """A token's way through the model."""
+        """Adds up the savings along a token's way through the model."""
         moving = self._trains(_EMBEDDING)
         for index in range(self.config.num_hidden_layers):
             moving = self._attention(index, moving)
@@ -79,11 +79,11 @@ class Savings:
         self._multiply(head, moving or self._trains("model.norm."))
 
     def _trains(self, *prefixes: str) -> bool:
-        """Whether any parameter with such a name trains."""
+        """Whether any parameter whose name starts with one of these prefixes is trainable."""
         return any(name.startswith(prefixes) for name in self._trainable[_place(prefixes[0])])
 
     def _multiply(self, name: str, moving: bool) -> None:
-        """Adds what one weight saves."""
+        """Adds the FLOPs saved on one weight."""
         self.weights += self._product(name) * ((name in self.frozen) + (not moving))
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight":
@@ -98,7 +98,7 @@ class Savings:
             self.weights -= sum(self._product(n) * (1 + moved + (n not in self.frozen)) for n in names)
 
     def _product(self, name: str) -> float:
-        """FLOPs of a token's product with one weight."""
+        """Returns the FLOPs of one token's product with a weight."""
         weights = 1.0
         for length in self._shapes[name]:
             weights *= length
@@ -107,14 +107,14 @@ class Savings:
         return 2 * weights
 
     def _repeat(self, index: int, *parts: str) -> None:
-        """Takes off what parts of a layer, attention among them, make a second time."""
+        """Subtracts the FLOPs that parts of a layer, such as attention, recompute."""
         prefixes = tuple(f"model.layers.{index}.{part}" for part in parts)
         matrices = (n for n, shape in self._shapes.items() if n.startswith(prefixes) and len(shape) > 1)
         self.weights -= sum(map(self._product, matrices))
         self.repeated_attention.append(index)
 
     def _attention(self, index: int, moving: bool) -> bool:
-        """Adds what a layer's attention saves; whether its output moves."""
+        """Adds the FLOPs saved in a layer's attention; returns whether its output is moving."""
         layer = f"model.layers.{index}."
         moving = moving or self._trains(f"{layer}input_layernorm.")
         for name in "qkv":
@@ -126,7 +126,7 @@ class Savings:
         return moving or self._trains(f"{layer}self_attn.o_proj.")
 
     def _feed_forward(self, index: int, moving: bool) -> bool:
-        """Adds what a layer's feed-forward part saves; whether its output moves."""
+        """Adds the FLOPs saved in a layer's feed-forward part; returns whether its output is moving."""
         layer = f"model.layers.{index}."
         moving = moving or self._trains(f"{layer}post_attention_layernorm.")
         if self.config.is_moe_layer(index):
@@ -152,6 +152,6 @@ class Savings:
 
 
 def _place(name: str) -> str:
-    """The layer that a name belongs to, or what the parameters outside the layers have in common."""
+    """Returns the prefix of the layer that a parameter belongs to, or the common prefix of parameters outside of layers."""
     parts = name.split(".")
     return parts[2] if parts[1] == "layers" else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GenerateSamples: what the model writes, after validation."""
+"""GenerateSamples: texts that the model writes after validation."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ from lightning_moefold.models.weights import CheckpointWeights
 class GenerateSamples(Callback):
     """Continues prompts after validation, prints the texts, and logs them as a table to Weights & Biases if that is used.
 
-    The module's first MoECausalLM writes; the prompts are dealt to the data ranks. Training goes on exactly as without it.
+    The module's first MoECausalLM generates; the prompts are dealt to the data ranks. Training continues exactly as
+    without it.
 
     Args:
-        prompts: At least one.
-        tokenizer: A tokenizer of ``transformers``, or the directory of one; by default that of the data, where
-            :class:`~.recipes.TextData` has said which it is, else that of the model's checkpoint.
-        every_n_validations: Generate after every n-th validation run (the sanity check is none).
-        max_new_tokens: Most tokens to add.
-        seed: Of the draws with ``do_sample=True``; the same texts under every fold.
-        **options: For :meth:`~lightning_moefold.MoECausalLM.generate`, such as ``do_sample=True, temperature=0.7``.
+        prompts: The texts to continue, at least one.
+        tokenizer: A tokenizer of ``transformers``, or the directory of one. By default that of the data if it comes
+            from :class:`~.recipes.TextData`, otherwise that of the model's checkpoint.
+        every_n_validations: Generate after every n-th validation run; the sanity check does not count.
+        max_new_tokens: Maximum number of tokens to add.
+        seed: Seed of the draws with ``do_sample=True``, which gives the same texts under every fold.
+        **options: Arguments of :meth:`~lightning_moefold.MoECausalLM.generate`, such as ``do_sample=True,
+            temperature=0.7``.
 
     Attributes:
-        samples: Prompt and continuation of the last time, on every rank.
+        samples: Prompts and continuations of the latest run, on every rank.
 
     Raises:
         ValueError: If there is no prompt, or ``every_n_validations`` is not positive.
@@ -84,14 +86,14 @@ class GenerateSamples(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 columns = ["step", "prompt", "text"]
-                # A copy: wandb writes it later.
+                # A copy, because wandb writes it later.
                 logger.log_table("samples", columns, list(self._table), step=logged_step(trainer))
 
     def _texts(self, model: MoECausalLM, device: torch.device) -> list[str]:
-        """The continuation of each prompt, on every rank."""
+        """Generates the continuation of each prompt, and returns all of them on every rank."""
         axis = SINGLE if model.mesh is None else model.mesh.dp_cp
         mine = self.prompts[axis.index :: axis.size]
-        with model.unequal_calls():  # so that a rank without its tokenizer tells the others
+        with model.unequal_calls():  # so that the others learn of a rank that fails to load its tokenizer
             tokenizer = self._load(model) if mine else None
             rows = [] if tokenizer is None else [list(tokenizer(prompt)["input_ids"]) for prompt in mine]
             ids_BS, mask_BS = (x.to(device) for x in pad_left(rows))
@@ -105,7 +107,7 @@ class GenerateSamples(Callback):
         return [found[i % axis.size][i // axis.size] for i in range(len(self.prompts))]
 
     def _load(self, model: MoECausalLM) -> Any:
-        """The tokenizer, on ranks that need it."""
+        """Loads the tokenizer, on ranks that need it."""
         path = self._tokenizer if self._tokenizer is not None else model.tokenizer_path
         if path is None:
             if not isinstance(model.source, CheckpointWeights):
@@ -117,7 +119,7 @@ class GenerateSamples(Callback):
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids of unequal length as ``input_ids`` and ``attention_mask``, each ``[B, S]``."""
+    """Pads rows of token ids on the left; returns ``input_ids`` and ``attention_mask``, each ``[B, S]``."""
     length = max((len(row) for row in rows), default=0)
     ids_BS = torch.zeros(len(rows), length, dtype=torch.int64)
     mask_BS = torch.zeros_like(ids_BS)

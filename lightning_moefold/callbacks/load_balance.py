@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoadBalanceMonitor: how evenly tokens are spread over experts, and over the ranks that hold them."""
+"""LoadBalanceMonitor: logs how evenly tokens are spread over experts and over the ranks that hold them."""
 
 from __future__ import annotations
 
@@ -22,32 +22,34 @@ from lightning_moefold.plots.files import EXPERT_LOAD
 class LoadBalanceMonitor(pl.Callback):
     """Logs how often each expert is chosen in training, over the global batch; the same values on every rank.
 
-    Each log step covers the training batches since the one before, padding left out. Aggregates over layers and
+    Each log step covers the training batches since the previous log step, without padding. Aggregates over layers and
     experts: ``moe/load_imbalance`` and ``moe/load_imbalance_max`` (mean and max over layers of the busiest expert's
     load over the mean; 1 is balanced), ``moe/cv_{mean,median,min,max}`` (coefficient of variation),
     ``moe/dead_expert_frac_mean``, ``moe/entropy_mean`` (over log E), ``moe/expert_diversity_{mean,min}`` (exp of the
-    entropy over E), ``moe/expert_utilization_{min,p25,median,p75,max}`` (load over a fair share), ``moe/dropped_frac``
-    (choices dropped for want of capacity; 0 while dropless). ``moe/rank_load_max_over_mean`` compares the rows that
-    ranks compute: by how much the busiest rank holds up the others. With ``per_layer``, for each MoE layer i of the
-    whole model ``moe/layer_{i}/max_over_mean``, ``/cv``, ``/dead_expert_frac`` and ``/entropy``. Layers without load are
-    left out. ``docs/callbacks.md`` has the formulas.
+    entropy over E), ``moe/expert_utilization_{min,p25,median,p75,max}`` (load over the layer's mean),
+    ``moe/dropped_frac`` (share of choices dropped because the expert was full; 0 if dropless).
+    ``moe/rank_load_max_over_mean`` compares the rows that ranks compute: how much the busiest rank delays the others.
+    With ``per_layer``, it also logs for each MoE layer i of the whole model ``moe/layer_{i}/max_over_mean``, ``/cv``,
+    ``/dead_expert_frac`` and ``/entropy``. Layers without any load are left out. ``docs/callbacks.md`` has the
+    formulas.
 
     The layers count on the device; there is one collective at each log step and none per batch. Works under any strategy;
     layers may stand anywhere in the LightningModule, differ in their experts, and be spread over ranks.
 
     Args:
-        log_every_n_steps: Optimizer steps between logs; the Trainer's if not given. Figures of a step at which the
-            Trainer does not log reach its loggers with the next one that it does.
-        per_layer: Log each layer's figures. Lightning takes some 0.3 ms of a CPU core to log one value, so four per
-            layer are most of what a log step costs.
-        keep_history: Keep the counts of every interval on rank zero (8 bytes per layer and expert) and write them to
+        log_every_n_steps: Number of optimizer steps between logs; by default the Trainer's. If the Trainer does not log
+            at such a step, the values reach its loggers at the next step at which it does.
+        per_layer: Whether to log four values per layer. Lightning takes some 0.3 ms of a CPU core to log one value, so
+            these are most of the cost of a log step.
+        keep_history: Whether to keep the counts of every interval on rank zero (8 bytes per layer and expert) and write
+            them to
             ``expert_load.npz`` in the Trainer's ``log_dir`` at the end of training, for ``moefold plot``: ``steps``
-            ``[N]``, ``layers`` ``[L]``, ``counts`` ``[N, L, E]``. A second fit that goes on from there adds to it.
+            ``[N]``, ``layers`` ``[L]``, ``counts`` ``[N, L, E]``. A second fit that continues the run adds to it.
             Without a logger nothing is written.
-        heatmap: With a WandbLogger, log ``moe/load_heatmap`` (layers x experts) and ``moe/load_histogram`` too.
+        heatmap: Whether to log ``moe/load_heatmap`` (layers x experts) and ``moe/load_histogram`` to a WandbLogger.
 
     Attributes:
-        latest: The latest figures by name.
+        latest: The latest logged values by name.
     """
 
     def __init__(
@@ -104,13 +106,13 @@ class LoadBalanceMonitor(pl.Callback):
         self._reader = None
         if not self.keep_history or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = trainer.log_dir  # asks rank zero: every rank has to call it
+        folder = trainer.log_dir  # broadcasts from rank zero, so every rank has to call it
         if trainer.is_global_zero and self.history and folder is not None:
             self._history.save(stores.join(stores.parse_path(folder), EXPERT_LOAD))
 
 
 def load_figures(load: ExpertLoad, per_layer: bool = True) -> dict[str, float]:
-    """Figures of an interval by log name."""
+    """Returns the values to log for an interval, by log name."""
     counts = load.by_layer()
     figures = {f"moe/{name}": value for name, value in balance_statistics(counts).items()}
     if figures:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of expert loads for Weights & Biases; optional, so whatever is missing costs one warning and no run."""
+"""Pictures of expert loads for Weights & Biases. They are optional: if a package is missing, one warning says so."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lightning_moefold.plots.style import draw_heatmap, make_figure
 
 
 class LoadImages:
-    """Logs ``moe/load_heatmap`` (layers x experts) and ``moe/load_histogram`` of load over a fair share.
+    """Logs ``moe/load_heatmap`` (layers x experts) and ``moe/load_histogram`` of the load over the layer's mean.
 
-    Needs wandb, and matplotlib and pillow for the heatmap.
+    Logging needs wandb; the heatmap also needs matplotlib and pillow.
     """
 
     def __init__(self) -> None:
         self._broken = False
 
     def log(self, trainer: pl.Trainer, load: ExpertLoad) -> None:
-        """Logs the pictures to every WandbLogger. On rank zero only; never raises."""
+        """Logs the pictures to every WandbLogger. Called on rank zero only; never raises."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         share_LE = fair_shares(load)
         if self._broken or not loggers or not np.isfinite(share_LE).any():
@@ -40,7 +40,7 @@ class LoadImages:
 
 
 def fair_shares(load: ExpertLoad) -> NDArray[np.float64]:
-    """Load of each expert over the layer's mean, ``[L, E]``; NaN for a layer without load, and where no expert is."""
+    """Returns the load of each expert over the layer's mean, ``[L, E]``; NaN if the layer has no load or no such expert."""
     share_LE = np.full(load.counts_LE.shape, np.nan)
     for i, counts_E in enumerate(load.by_layer()):
         if counts_E.sum() > 0:
@@ -54,7 +54,7 @@ def _log(loggers: Iterable[WandbLogger], share_LE: NDArray[np.float64], layers: 
     figure = heatmap(share_LE, layers)
     histogram = np.histogram(share_LE[np.isfinite(share_LE)], bins=32)
     for logger in loggers:
-        # Through the logger and not wandb.log(step=...), which would fight over the x axis with Lightning's own.
+        # Through the logger and not by wandb.log(step=...), whose x axis would conflict with Lightning's.
         values: dict[str, Any] = {
             "moe/load_heatmap": wandb.Image(figure),
             "moe/load_histogram": wandb.Histogram(np_histogram=histogram),
@@ -63,7 +63,7 @@ def _log(loggers: Iterable[WandbLogger], share_LE: NDArray[np.float64], layers: 
 
 
 def heatmap(share_LE: NDArray[np.float64], layers: list[int]) -> Any:
-    """A matplotlib figure of load over a fair share, cut off at 2."""
+    """Draws the load over the layer's mean, cut off at 2, as a matplotlib figure."""
     figure, (axes,) = make_figure("Expert load", [max(1.6, 0.25 * len(layers) + 1)], width=8)
     draw_heatmap(axes, share_LE, layers)
     return figure

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of this rank: of its GPU, or of its process."""
+"""Memory use of this rank's GPU, or of its process on CPU."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _STATM = Path("/proc/self/statm")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes; NaN where there is no such figure.
+    """Memory use in bytes; NaN if a value is not available.
 
     Args:
-        allocated: Held by tensors now; on CPU the resident size of the process.
-        reserved: Taken from the GPU by torch's allocator, tensors included.
-        peak: The most ever allocated.
+        allocated: Bytes held by tensors now; on CPU the resident size of the process.
+        reserved: Bytes that torch's allocator has taken from the GPU, tensors included.
+        peak: Largest value of ``allocated`` so far.
     """
 
     allocated: float
@@ -30,7 +30,7 @@ class Memory:
 
 
 def read_memory(device: torch.device) -> Memory:
-    """Memory of ``device``, or of this process if it is the CPU. Does not wait for the device."""
+    """Reads the memory use of ``device``, or of this process if it is the CPU. Does not wait for the device."""
     if device.type == "cuda":
         return Memory(
             float(torch.cuda.memory_allocated(device)),

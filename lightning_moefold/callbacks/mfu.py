@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MFUMonitor: model FLOPs utilisation, tokens per second, memory.
+"""MFUMonitor: logs model FLOPs utilisation (MFU), tokens per second and memory.
 
     MFU = model FLOPs of the global batch / (step time * sum of the ranks' peaks)
 
-with model FLOPs as in :mod:`.work` (PaLM, arXiv 2204.02311, appendix B), and likewise HFU with hardware FLOPs. Ranks
+Model FLOPs are defined in :mod:`.work` (PaLM, arXiv 2204.02311, appendix B). HFU is the same with hardware FLOPs. Ranks
 that share a batch (tp, cp, pp) count its tokens once.
 
 Legend: W ranks, K columns.
@@ -34,7 +34,7 @@ from lightning_moefold.errors import InputError
 
 @dataclass
 class Step:
-    """One optimizer step on this rank: when it ran, and its batches."""
+    """One optimizer step on this rank: its time spans and its batches."""
 
     spans: list[Span]
     batches: list[BatchShape | None]
@@ -43,21 +43,21 @@ class Step:
 class MFUMonitor(pl.Callback):
     """Logs model FLOPs utilisation, throughput, step time and memory, the same values on every rank.
 
-    Logged at log steps: ``train/mfu`` (0..1), ``train/tokens_per_second``, ``train/tokens_per_second_per_device``,
+    It logs, at log steps: ``train/mfu`` (0..1), ``train/tokens_per_second``, ``train/tokens_per_second_per_device``,
     ``train/tflops_per_device`` (model TFLOP/s), ``train/step_time`` (seconds), memory of the fullest rank in units of
-    10^9 bytes (below), and ``train/grad_norm`` (before clipping; ``_dense`` and ``_expert`` of each family) where the
-    strategy clips gradients. ``train/hfu``, hardware
-    FLOPs utilisation, is logged where it is not the MFU: when frozen parameters spare products, or some are recomputed. What
-    cannot be known is not logged: MFU without a peak or without model FLOPs, tokens without ``input_ids``.
+    10^9 bytes (below), and ``train/grad_norm`` (before clipping; ``_dense`` and ``_expert`` of each family) if the
+    strategy clips gradients. ``train/hfu``, hardware FLOPs utilisation, is logged if it differs from the MFU: if frozen
+    parameters save products, or some are recomputed. Unknown values are not logged: MFU without a peak or without model
+    FLOPs, tokens without ``input_ids``.
 
     ``train/memory_allocated_gb`` is what tensors hold at the log step, ``train/memory_peak_gb`` the most they have ever
     held, ``train/memory_reserved_gb`` what torch's allocator has taken from the GPU. On CPU the first two are the
-    resident size of the process, and there is no third.
+    resident size of the process, and the third is not logged.
 
-    Time is wall-clock time from one optimizer step to the next, data loading included, averaged over ``window`` steps;
-    of the ranks' times the longest counts. On CUDA it is marked by events on the stream that are read only at log time.
-    Left out is what passes between the start of a validation, a checkpoint or an epoch's end and the start of the next
-    training batch. The sanity check comes before the first batch.
+    Step time is wall-clock time from one optimizer step to the next, data loading included, averaged over ``window``
+    steps; the longest time of any rank counts. On CUDA it is marked by events on the stream that are read only at log
+    time. The time from the start of a validation, a checkpoint or an epoch's end to the start of the next training
+    batch is left out, and so is the sanity check, which runs before the first batch.
 
     Model FLOPs are three times those of forward for the experts a token visits and causal attention at the rows'
     length; frozen parameters do not change them, but an adapter does: then they are those of its products and of what its
@@ -66,27 +66,28 @@ class MFUMonitor(pl.Callback):
     device for the Trainer's precision, times the ranks. On CPU there is no datasheet: a matrix product in the same
     dtype is measured at the start of training, on all ranks at the same time.
 
-    There is one collective at the start of training, one at each log step (a few numbers per rank), and none per batch;
-    with pipeline stages one more at the start and where parameters have been frozen or unfrozen since.
+    There is one collective at the start of training, one at each log step (a few numbers per rank), and none per batch.
+    With pipeline stages there is one more at the start, and one after parameters are frozen or unfrozen.
 
     Args:
-        log_every_n_steps: Optimizer steps between logs; the Trainer's if not given. Figures of a step at which the
-            Trainer does not log reach its loggers with the next one that it does.
-        peak_flops: Peak of one device in FLOP/s, instead of the table or the measurement.
-        window: Optimizer steps to average over, at most.
-        warmup_steps: First optimizer steps of a fit that are left out: they allocate, compile and connect.
-        count_padding: Count positions that ``attention_mask`` excludes. By default they are no tokens and no work:
-            under this strategy padding visits no expert.
+        log_every_n_steps: Number of optimizer steps between logs; by default the Trainer's. If the Trainer does not log
+            at such a step, the values reach its loggers at the next step at which it does.
+        peak_flops: Peak of one device in FLOP/s, which replaces the table or the measurement.
+        window: Maximum number of optimizer steps to average over.
+        warmup_steps: Number of first optimizer steps of a fit that are left out, because they allocate, compile and
+            connect.
+        count_padding: Whether positions that ``attention_mask`` excludes count as tokens and as work. By default they
+            do not, because under this strategy padding visits no expert.
         token_count_fn: ``token_count_fn(batch) -> (rows, length)`` for batches without ``input_ids`` ``[rows,
-            length]``. Rows of packed documents count as one sequence unless it says otherwise.
-        clock: Gives the time in seconds instead of ``time.perf_counter`` or CUDA events.
+            length]``. Without this function, a row of packed documents counts as one sequence.
+        clock: Function that returns the time in seconds; it replaces ``time.perf_counter`` or CUDA events.
 
     Attributes:
-        latest: The latest figures by name.
-        peak: Peak of all ranks together in FLOP/s once training has started; NaN if not known.
+        latest: The latest logged values by name.
+        peak: Sum of all ranks' peaks in FLOP/s, set when training starts; NaN if unknown.
 
     Raises:
-        ValueError: For a size below one.
+        ValueError: If an argument is too small; the message names it.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class MFUMonitor(pl.Callback):
             self.latest = self._figures(trainer)
             log_values(trainer, pl_module, self.latest)
 
-    # What is not training: the watch stands still until the next training batch begins.
+    # The stopwatch pauses in these hooks, until the next training batch begins.
 
     def _pause(self, trainer: pl.Trainer) -> None:
         if self._stopwatch is not None:
@@ -168,7 +169,7 @@ class MFUMonitor(pl.Callback):
             self._stopwatch.pause()
 
     def _skip_saves(self, trainer: pl.Trainer) -> None:
-        """Leaves out the time since the step if weights alone were saved in it, which no hook announces."""
+        """Leaves out the time since the step if a checkpoint of weights only was saved in it, which no hook announces."""
         assert self._stopwatch is not None
         if self._saved_at != _latest_saves(trainer):
             self._stopwatch.skip()
@@ -200,7 +201,7 @@ class MFUMonitor(pl.Callback):
             mine_1K = torch.tensor([row], dtype=torch.float64, device=self._device)
             table_WK = comm.all_gather_raw(mine_1K, self._axis).cpu()
             figures = summarize(table_WK, _data_share(trainer), len(self._steps), self.peak)
-            if table_WK[:, -1].any():  # on a pipeline stage; known to all ranks from the next log step on
+            if table_WK[:, -1].any():  # parameters were frozen on a stage; all ranks know of it at the next log step
                 figures.pop("train/hfu", None)
                 self._work.share_frozen(self._axis)
         precision: Any = trainer.precision_plugin
@@ -215,7 +216,7 @@ class MFUMonitor(pl.Callback):
         return figures
 
     def _measure(self, device: torch.device) -> list[float]:
-        """This rank's row: seconds, tokens and FLOPs of the steps of the window, bytes of memory, news of freezing."""
+        """Returns this rank's row: seconds, tokens, FLOPs of the window, bytes of memory, whether freezing has changed."""
         assert self._stopwatch is not None
         seconds = self._stopwatch.clock.seconds([span for step in self._steps for span in step.spans])
         work = self._work.count(batch for step in self._steps for batch in step.batches)
@@ -223,10 +224,10 @@ class MFUMonitor(pl.Callback):
         return [seconds, work.tokens, work.flops, work.hardware_flops, *astuple(read_memory(device)), news]
 
     def _total_peak(self, trainer: pl.Trainer) -> float:
-        """Sum of the ranks' peaks in FLOP/s, NaN if one is not known. Collective."""
+        """Sums the ranks' peaks in FLOP/s; NaN if one is unknown. Collective."""
         measured = self.peak_flops is None and trainer.strategy.root_device.type != "cuda" and self._work.knows_flops
         if measured:
-            trainer.strategy.barrier("peak")  # ranks share cores and memory: all measure at the same time
+            trainer.strategy.barrier("peak")  # ranks share cores and memory, so all measure at the same time
         mine = torch.tensor([self._device_peak(trainer)], dtype=torch.float64, device=self._device)
         total = float(comm.all_reduce_raw(mine, self._axis))
         if measured:
@@ -237,7 +238,7 @@ class MFUMonitor(pl.Callback):
         return total
 
     def _device_peak(self, trainer: pl.Trainer) -> float:
-        """Peak of this rank's device in FLOP/s, NaN if it is not known."""
+        """Returns the peak of this rank's device in FLOP/s; NaN if it is unknown."""
         device, precision = trainer.strategy.root_device, str(trainer.precision)
         if self.peak_flops is not None:
             return self.peak_flops
@@ -254,17 +255,18 @@ class MFUMonitor(pl.Callback):
 
 
 def summarize(table_WK: Tensor, data_share: float, steps: int, peak: float) -> dict[str, float]:
-    """Figures of the world from each rank's row.
+    """Computes the values to log from each rank's row.
 
     Args:
         table_WK: Seconds, tokens, model FLOPs, hardware FLOPs, and bytes allocated, reserved and at the peak, of each
-            rank; NaN where not known. More columns are of no concern here.
-        data_share: Replicas of the data per rank: what several ranks read together counts once.
-        steps: Optimizer steps that the rows cover.
-        peak: Of all ranks together in FLOP/s; NaN if not known.
+            rank; NaN if unknown. Further columns are ignored.
+        data_share: Number of data replicas divided by number of ranks, so that a batch that several ranks share counts
+            once.
+        steps: Number of optimizer steps that the rows cover.
+        peak: Sum of all ranks' peaks in FLOP/s; NaN if unknown.
 
     Returns:
-        Figures by log name; those that are not known, or not finite, are left out.
+        The values by log name, without those that are unknown or not finite.
     """
     world = table_WK.shape[0]
     seconds = float(table_WK[:, 0].max())
@@ -286,11 +288,11 @@ def summarize(table_WK: Tensor, data_share: float, steps: int, peak: float) -> d
 
 
 def _data_share(trainer: pl.Trainer) -> float:
-    """Data replicas per rank: 1 for plain data parallelism, 1 / (tp * cp * pp) under a fold."""
+    """Returns the number of data replicas per rank: 1 for plain data parallelism, 1 / (tp * cp * pp) under a fold."""
     sampler = trainer.distributed_sampler_kwargs
     return 1.0 if sampler is None else sampler["num_replicas"] / trainer.world_size
 
 
 def _latest_saves(trainer: pl.Trainer) -> list[Any]:
-    """Step of each checkpoint callback's latest save. Private to Lightning, and not missed where it is not there."""
+    """Returns the step of each checkpoint callback's latest save. The attribute is private to Lightning and may be missing."""
     return [getattr(callback, "_last_global_step_saved", None) for callback in trainer.checkpoint_callbacks]

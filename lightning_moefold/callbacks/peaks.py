@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak arithmetic rates of devices: what model FLOPs utilisation is measured against.
+"""Peak arithmetic rates of devices, relative to which model FLOPs utilisation is measured.
 
-Figures are *dense*: datasheets print tensor core rates for matrices with 2:4 sparsity, twice what a dense product can
-reach. 16-bit rates are those with accumulation in float32, which is what torch's products use.
+All rates are *dense*. Datasheets print tensor core rates for matrices with 2:4 sparsity, which are twice as high as a
+dense product can reach. 16-bit rates are those with accumulation in float32, which torch's products use.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 
 @dataclass(frozen=True)
 class DevicePeak:
-    """Dense peak rates of one device in TFLOP/s; None where it cannot, or where its datasheet is silent.
+    """Dense peak rates of one device in TFLOP/s; None if the device does not support the dtype or its datasheet has no rate.
 
     Args:
-        half: float16, and bfloat16 unless ``bfloat16`` is off.
-        tf32: float32 matrices multiplied in TensorFloat-32.
-        fp32: float32.
-        fp64: float64, on tensor cores where they can.
+        half: Rate of float16, and of bfloat16 if the device has it.
+        tf32: Rate of float32 matrices multiplied in TensorFloat-32.
+        fp32: Rate of float32.
+        fp64: Rate of float64, on tensor cores if they support it.
         bfloat16: Whether the device has bfloat16.
-        float8: Whether it has float8, which is twice as fast as ``half`` wherever there is one.
+        float8: Whether the device has float8, which is twice as fast as ``half`` on all of them.
     """
 
     half: float
@@ -36,7 +36,7 @@ class DevicePeak:
     float8: bool = False
 
     def flops(self, dtype: torch.dtype, *, tf32: bool = False) -> float | None:
-        """Peak in FLOP/s for products in ``dtype``."""
+        """Returns the peak in FLOP/s for products in ``dtype``; None if unknown."""
         rate: float | None = None
         if dtype is torch.float32:
             rate = self.tf32 if tf32 and self.tf32 is not None else self.fp32
@@ -49,7 +49,7 @@ class DevicePeak:
         return None if rate is None else rate * 1e12
 
 
-#: Patterns of ``torch.cuda.get_device_name`` in lower case; the first that is found counts.
+#: Patterns of ``torch.cuda.get_device_name`` in lower case; the first that matches counts.
 _PEAKS: tuple[tuple[str, DevicePeak], ...] = (
     # NVIDIA GB300 NVL72 specifications (per GPU; FP64 is nearly gone)
     (r"\bgb300\b", DevicePeak(2500, 1250, 80, 1.3, float8=True)),
@@ -118,10 +118,10 @@ _PEAKS: tuple[tuple[str, DevicePeak], ...] = (
 
 
 def device_peak(name: str) -> DevicePeak | None:
-    """Peak rates by device name, or None for a device that is not in the table, or a slice of one (MIG).
+    """Returns the peak rates of a device; None if it is not in the table or is a slice of a device (MIG).
 
     Args:
-        name: As ``torch.cuda.get_device_name`` gives it, such as ``"NVIDIA H100 80GB HBM3"``.
+        name: Name returned by ``torch.cuda.get_device_name``, such as ``"NVIDIA H100 80GB HBM3"``.
     """
     name = name.lower().strip()
     if re.search(r"\bmig\b", name):
@@ -130,15 +130,15 @@ def device_peak(name: str) -> DevicePeak | None:
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype in which a Trainer of this ``precision`` multiplies matrices; float32 for one that is not known."""
+    """Returns the dtype in which a Trainer of this ``precision`` multiplies matrices; float32 if it is unknown."""
     kinds = {"64": torch.float64, "bf16": torch.bfloat16, "16": torch.float16}
     return kinds.get(str(precision).split("-")[0], torch.float32)
 
 
 def cuda_peak_flops(device: torch.device, precision: str) -> float | None:
-    """Dense peak of a GPU for a Trainer's ``precision`` in FLOP/s, or None if it is not known.
+    """Returns the dense peak of a GPU for a Trainer's ``precision`` in FLOP/s, or None if it is unknown.
 
-    float32 counts as TensorFloat-32 where ``torch.set_float32_matmul_precision`` allows it.
+    float32 counts as TensorFloat-32 if ``torch.set_float32_matmul_precision`` allows it.
     """
     peak = device_peak(torch.cuda.get_device_name(device))
     if peak is None:
@@ -147,17 +147,17 @@ def cuda_peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def measured_peak_flops(dtype: torch.dtype, seconds: float = 0.3, size: int = 512) -> float:
-    """Rate of a square matrix product on this process's CPU threads in FLOP/s: the median over ``seconds``.
+    """Measures a square matrix product on this process's CPU threads in FLOP/s: the median over ``seconds``.
 
-    For machines without a datasheet figure. It leaves the random state alone.
+    It is used on machines without a datasheet. It does not change the random state.
 
     Args:
-        dtype: Of the matrices.
-        seconds: How long to measure; at least three products are timed.
-        size: Rows and columns.
+        dtype: Data type of the matrices.
+        seconds: Duration of the measurement; at least three products are timed.
+        size: Number of rows and columns.
     """
     a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-    a @ b  # threads start, memory is touched
+    a @ b  # warm-up: starts the threads and touches the memory
     rates: list[float] = []
     finish = time.perf_counter() + seconds
     while len(rates) < 3 or time.perf_counter() < finish:

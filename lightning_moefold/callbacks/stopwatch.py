@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stopwatch whose reading can be put off: on a GPU time is marked by events, which are read only at log time."""
+"""A stopwatch that can be read later: on a GPU, time is marked by events, which are read only at log time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Span: TypeAlias = tuple[Any, Any]
 
 
 class Clock(Protocol):
-    """Marks moments, and tells later how far they were apart."""
+    """Marks moments, and later returns the time between them."""
 
     def mark(self) -> Any:
         """This moment."""
         ...
 
     def seconds(self, spans: Sequence[Span]) -> float:
-        """Total length of the spans in seconds; the last one ended last."""
+        """Returns the total length of the spans in seconds; the last span must be the one that ended last."""
         ...
 
 
@@ -29,7 +29,7 @@ class HostClock:
     """Wall-clock time of this process.
 
     Args:
-        now: Gives the time in seconds.
+        now: Function that returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -45,7 +45,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Time on a GPU's stream. Marking queues an event and waits for nothing; reading waits for the last event.
+    """Time on a GPU's stream. Marking queues an event without waiting; reading waits for the last event.
 
     Args:
         device: The GPU.
@@ -55,7 +55,7 @@ class CudaClock:
         self.device = device
 
     def mark(self) -> torch.cuda.Event:
-        """The moment at which the stream gets here."""
+        """Marks the moment at which the stream reaches this point."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
@@ -69,10 +69,10 @@ class CudaClock:
 
 
 class Stopwatch:
-    """Laps of running time; what passes while it is paused belongs to no lap.
+    """Measures laps of running time; the time while it is paused belongs to no lap.
 
     Args:
-        clock: Where the time comes from.
+        clock: The clock that marks moments.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -81,12 +81,12 @@ class Stopwatch:
         self._since: Any = None
 
     def resume(self) -> None:
-        """Runs on, if paused."""
+        """Continues if paused."""
         if self._since is None:
             self._since = self.clock.mark()
 
     def pause(self) -> None:
-        """Stops, if running."""
+        """Pauses if running."""
         if self._since is not None:
             self._spans.append((self._since, self.clock.mark()))
             self._since = None
@@ -97,7 +97,7 @@ class Stopwatch:
             self._since = self.clock.mark()
 
     def lap(self) -> list[Span]:
-        """Ends a lap and returns its spans; goes on running if it was."""
+        """Ends a lap and returns its spans; the next lap starts at once if the stopwatch was running."""
         if self._since is not None:
             now = self.clock.mark()
             self._spans.append((self._since, now))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FoldSummary: what a model is made of, and how a fold spreads it. Sizes come from layouts, without communication."""
+"""FoldSummary: prints a model's parameters and how a fold spreads them. Sizes come from layouts, without communication."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ _ORDER = (
     "head",
     "other",
 )
-#: What parameters directly in a module of a type, and below it, are, unless a module further down says otherwise.
+#: Kind of the parameters in modules of a type and below them, unless a module further down has another kind.
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((RoutedExperts,), "experts"),
     ((Router,), "router"),
-    ((MoELayer,), "shared expert"),  # what is neither of the two
+    ((MoELayer,), "shared expert"),  # parameters that are neither router nor experts
     ((GatedMLP,), "dense feed-forward"),
     ((Attention, nn.MultiheadAttention), "attention"),
     ((RMSNorm, nn.RMSNorm, nn.LayerNorm, nn.GroupNorm, _BatchNorm), "norms"),
     ((VocabularyEmbedding, nn.Embedding), "embedding"),
     ((VocabularyHead,), "head"),
 )
-#: Tensors as large as the parameter that an optimizer keeps; its first base class in the list counts.
+#: Number of tensors of the parameter's size that an optimizer keeps; its first base class in the list counts.
 _STATES: tuple[tuple[type[Optimizer], str, int], ...] = (
     (torch.optim.Adam, "Adam", 2),
     (torch.optim.NAdam, "NAdam", 2),
@@ -61,13 +61,13 @@ _STATES: tuple[tuple[type[Optimizer], str, int], ...] = (
 
 @dataclass
 class Size:
-    """Number of parameters of one group.
+    """Numbers of parameters of one group.
 
     Args:
-        total: In the whole model.
-        active: Of those a token passes through.
-        trainable: With a gradient.
-        per_rank: Stored by each rank.
+        total: Number in the whole model.
+        active: Number of those that a token uses.
+        trainable: Number of those with a gradient.
+        per_rank: Number stored by each rank.
     """
 
     total: int = 0
@@ -76,7 +76,7 @@ class Size:
     per_rank: Counter[int] = field(default_factory=Counter)
 
     def range(self, world_size: int) -> tuple[int, int]:
-        """Fewest and most parameters that a rank stores."""
+        """Returns the fewest and most parameters that a rank stores."""
         stored = [self.per_rank[rank] for rank in range(world_size)]
         return min(stored), max(stored)
 
@@ -87,9 +87,9 @@ class ModelSummary:
 
     Args:
         fold: The fold.
-        groups: Sizes by name: each kind of module, then each family, then ``"total"``.
-        weight_bytes: Of the parameters that each rank stores.
-        gradient_bytes: Of those among them that train.
+        groups: Size by group: each kind of module, then each family, then ``"total"``.
+        weight_bytes: Bytes of the parameters that each rank stores.
+        gradient_bytes: Bytes of the trainable ones among them.
     """
 
     fold: Fold
@@ -99,11 +99,11 @@ class ModelSummary:
 
     @property
     def total(self) -> Size:
-        """Of all parameters."""
+        """Size of all parameters together."""
         return self.groups["total"]
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table: name, total, active, trainable, frozen, and per rank."""
+        """Returns the rows of the table: name, total, active, trainable, frozen, per rank."""
         rows = []
         for name, size in self.groups.items():
             low, high = self.size_range(name)
@@ -114,13 +114,13 @@ class ModelSummary:
         return rows
 
     def size_range(self, name: str = "total") -> tuple[int, int]:
-        """Fewest and most parameters of a group that a rank stores."""
+        """Returns the fewest and most parameters of a group that a rank stores."""
         return self.groups[name].range(self.fold.world_size // self.fold.pp)
 
     def memory(self, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:
-        """Bytes that a rank keeps from step to step, fewest and most: weights, gradients, optimizer states, together.
+        """Returns the fewest and most bytes that a rank keeps between steps: weights, gradients, optimizer states, and their sum.
 
-        Gathered weights and activations come on top. An optimizer whose states are not known here is left out.
+        Gathered weights and activations are not included. An optimizer whose states are unknown is left out.
         """
         ranks = range(self.fold.world_size // self.fold.pp)
         parts = {
@@ -140,7 +140,7 @@ class ModelSummary:
         return f"kept by each rank: {summands} = {together}\n(gathered weights and activations come on top)"
 
     def text(self) -> str:
-        """The table as plain text."""
+        """Returns the table as plain text."""
         table = [_HEAD, *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(len(_HEAD))]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
@@ -152,25 +152,25 @@ _HEAD = ("parameters", "total", "active", "trainable", "frozen", "per rank")
 
 
 def summarize_model(module: nn.Module, fold: Fold) -> ModelSummary:
-    """Counts the parameters of a module under ``fold``. Local, so in a pipeline those of this rank's stages.
+    """Counts the parameters of a module under ``fold``, without communication; in a pipeline only those of this rank's stages.
 
     Args:
-        module: Usually a LightningModule. What language models and blocks in it know of their layout counts; all other
-            parameters are the user's own, which every rank stores.
-        fold: The fold under which it has been parallelised, or any if it has not.
+        module: Usually a LightningModule. Parameters of language models and blocks have layouts; every rank stores all
+            other parameters.
+        fold: The fold under which the module has been parallelised, or any fold if it has not.
     """
     layouts = _layouts_of(module)
     kinds: dict[str, Size] = defaultdict(Size)
     families: dict[str, Size] = defaultdict(Size)
     total, weight_bytes, gradient_bytes = Size(), Counter[int](), Counter[int]()
-    stored: dict[ParameterLayout, Counter[int]] = {}  # layers repeat, and there may be thousands of ranks
+    stored: dict[ParameterLayout, Counter[int]] = {}  # cached, because layers repeat and there may be thousands of ranks
     roles = _Roles(module)
     for name, parameter in module.named_parameters():
         layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
         if layout not in stored:
             stored[layout] = Counter({rank: layout.stored_box(fold, rank).numel for rank in range(fold.world_size)})
         kind, active = roles.of(name)
-        # A model that no fold has touched has no families in its layouts yet.
+        # A model that has not been parallelised has no families in its layouts yet.
         family = Family.EXPERT if kind == "experts" else layout.plan.family
         for size in (kinds[kind], families[family.value], total):
             _add(size, layout, active, parameter.requires_grad, stored[layout])
@@ -183,7 +183,7 @@ def summarize_model(module: nn.Module, fold: Fold) -> ModelSummary:
 
 
 def _layouts_of(module: nn.Module) -> dict[int, ParameterLayout]:
-    """By identity: a part of a model may have a second name."""
+    """Returns layouts by the parameter's ``id``, because a part of a model may have a second name."""
     layouts: dict[int, ParameterLayout] = {}
     for _, root in parallel_roots(module):
         root.release_gathered_weights()
@@ -192,7 +192,7 @@ def _layouts_of(module: nn.Module) -> dict[int, ParameterLayout]:
 
 
 class _Roles:
-    """What each parameter is, by the modules that it lies in."""
+    """Determines the kind of each parameter from the modules that contain it."""
 
     def __init__(self, root: nn.Module) -> None:
         self._of_module: dict[str, tuple[str, float]] = {}
@@ -206,7 +206,7 @@ class _Roles:
             self._of_module.setdefault(name, (kind, active))
 
     def of(self, parameter: str) -> tuple[str, float]:
-        """Kind of a parameter, and which part of it is active for a token."""
+        """Returns the kind of a parameter, and the share of it that is active for a token."""
         return self._of_module[parameter.rpartition(".")[0]]
 
 
@@ -221,7 +221,7 @@ def _add(size: Size, layout: ParameterLayout, active: float, trainable: bool, pe
 
 
 def _optimizer_states(optimizer: Optimizer | None) -> tuple[str, int] | None:
-    """Name of an optimizer, and how many tensors it keeps for each parameter; None if that is not known."""
+    """Returns an optimizer's name and how many tensors it keeps per parameter; None if that is unknown."""
     for kind, name, states in _STATES:
         if isinstance(optimizer, kind):
             defaults = optimizer.defaults
@@ -234,7 +234,7 @@ def _range(low: int, high: int, show: Callable[[int], str]) -> str:
 
 
 def _compact(number: int) -> str:
-    """Three or more significant digits: 999, 12.3 K, 46.70 B."""
+    """Formats a number with three or more significant digits: 999, 12.3 K, 46.70 B."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= size:
             return f"{number / size:.2f} {unit}"
@@ -251,15 +251,15 @@ def _compact_bytes(number: int) -> str:
 class FoldSummary(pl.Callback):
     """Prints once, at the start of a fit and on rank zero, how large the model is and how the fold spreads it.
 
-    By kind of module and by family: parameters in total, active for a token, trainable, frozen, and the fewest and most
-    that a rank stores; and what weights, gradients and optimizer states take on each rank. Turn Lightning's own off with
-    ``Trainer(enable_model_summary=False)``. Printed with rich where that is installed.
+    For each kind of module and each family it prints the parameters in total, active per token, trainable, frozen, and
+    the fewest and most that a rank stores; then the memory of weights, gradients and optimizer states per rank. Turn
+    Lightning's own summary off with ``Trainer(enable_model_summary=False)``. The table uses rich if that is installed.
     """
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy, optimizers = trainer.strategy, trainer.optimizers
-        # Under another strategy every rank is taken to hold everything.
+        # Under another strategy every rank is assumed to hold the whole model.
         fold = strategy.fold if isinstance(strategy, MoEFoldStrategy) else Fold(1)
         self._print(summarize_model(pl_module, fold), optimizers[0] if len(optimizers) == 1 else None)
 
@@ -273,7 +273,7 @@ class FoldSummary(pl.Callback):
             console = Console()
         if console is not None and (console.is_terminal or console.is_jupyter):
             _print_rich(summary, console)
-        else:  # rich takes a file for 80 columns wide, and cuts numbers off
+        else:  # rich assumes that a file has 80 columns, and would cut numbers off
             print(summary.text())
         print(summary.memory_text(optimizer))
 

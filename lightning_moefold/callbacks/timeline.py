@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PipelineTimeline: what each pipeline rank does when, in one training step."""
+"""PipelineTimeline: records when each pipeline rank runs which pass, in one training step."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from lightning_moefold.plots.files import PIPELINE_TIMELINE
 class PipelineTimeline(pl.Callback):
     """Records the forward and backward passes of every stage in one optimizer step, for ``moefold plot``.
 
-    Written to ``pipeline_timeline.json`` in the Trainer's ``log_dir`` as a Chrome trace (it opens in ``chrome://tracing`` and
-    Perfetto): the pipeline of the first data replica. What lies between passes is waiting, for other stages above all.
-    One collective over pp after that step; no other step costs anything.
+    The pipeline of the first data replica is written to ``pipeline_timeline.json`` in the Trainer's ``log_dir``, as a
+    Chrome trace (it opens in ``chrome://tracing`` and Perfetto). Gaps between passes are waits, mostly for other
+    stages. There is one collective over pp after that step; other steps cost nothing.
 
     Args:
-        step: The optimizer step to record, from 1 on; the first ones are slow.
+        step: The optimizer step to record, counted from 1; the first steps are slow.
 
     Attributes:
-        timeline: What was recorded, on the ranks of each pipeline; None before, and without a pipeline.
+        timeline: The recorded timeline, on the ranks of each pipeline; None before the step, and without a pipeline.
 
     Raises:
         ValueError: If ``step`` is not positive.
@@ -72,7 +72,7 @@ class PipelineTimeline(pl.Callback):
         if self._recorder is None or not self._recorder.recording:
             return
         self.timeline = self._recorder.finish()
-        folder = trainer.log_dir if trainer.loggers else None  # asks rank zero
+        folder = trainer.log_dir if trainer.loggers else None  # broadcasts from rank zero
         if trainer.is_global_zero and folder is not None:
             stores.write(
                 stores.join(stores.parse_path(folder), PIPELINE_TIMELINE), chrome_trace(self.timeline).encode()
@@ -80,13 +80,13 @@ class PipelineTimeline(pl.Callback):
 
 
 class TimelineRecorder:
-    """Notes when each pass of a pipeline's stages begins and ends.
+    """Records when each pass of a pipeline's stages begins and ends.
 
-    On the CPU by the clock; on CUDA by events in the stream, since the host runs ahead of the device. Ranks are brought
-    together by the time of day, which machines of a cluster agree on to a millisecond or so.
+    On CPU it reads the clock; on CUDA it uses events in the stream, since the host runs ahead of the device. Ranks are
+    aligned by the time of day, on which the machines of a cluster agree to about a millisecond.
 
     Args:
-        runner: Of this rank's stages.
+        runner: The runner of this rank's stages.
     """
 
     def __init__(self, runner: ScheduleRunner) -> None:
@@ -97,12 +97,12 @@ class TimelineRecorder:
         self._origin: Any = None
 
     def start(self) -> None:
-        """Records all that follows. Every rank of the pipeline calls this."""
+        """Starts to record. Every rank of the pipeline must call this."""
         self.recording, self._passes, self._origin = True, [], None
         self.runner.watch = self._watch
 
     def finish(self) -> Timeline:
-        """Stops, and brings together what the ranks of this pipeline have seen. Collective over pp."""
+        """Stops, and merges the records of this pipeline's ranks. Collective over pp."""
         self.runner.watch, self.recording = nullcontext, False
         pp = self._mesh.axis("pp")
         mine = [(op, self._seconds(start), self._seconds(end)) for op, start, end in self._passes]
@@ -130,7 +130,7 @@ class TimelineRecorder:
         finally:
             for stage in stages:
                 for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
-                    delattr(stage, name)  # the method of its class shows again
+                    delattr(stage, name)  # uncovers the method of its class
 
     def _timed(self, stage: Any, name: str) -> Callable[..., Any]:
         function = getattr(stage, name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch asks of a model: tokens, model FLOPs and hardware FLOPs. Never waits for the device before log time.
+"""Counts the work of a batch: tokens, model FLOPs and hardware FLOPs. Waits for the device only at log time.
 
 Model FLOPs are those of forward and backward (three times forward: backward makes two products for each one of
 forward), without anything recomputed, as in PaLM (arXiv 2204.02311, appendix B). Only the experts a token visits count.
@@ -36,13 +36,13 @@ TokenCount: TypeAlias = Callable[[Any], tuple[int, int]]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Rows of a batch on this rank.
+    """Shape of a batch on this rank.
 
     Args:
-        rows: B; 0 where it is not known.
-        length: Tokens of each row.
-        length_B: Tokens of each row on the device where rows are padded, else None.
-        flops: Model FLOPs of the batch where the module states them, else None.
+        rows: Number of rows, B; 0 if unknown.
+        length: Number of tokens per row.
+        length_B: Number of tokens of each row, on the device, if rows are padded; otherwise None.
+        flops: Model FLOPs of the batch if the module states them; otherwise None.
     """
 
     rows: int
@@ -51,19 +51,19 @@ class BatchShape:
     flops: float | None = None
 
     def rows_by_length(self) -> Mapping[int, int]:
-        """How many rows there are of each length. Waits for the device if rows are padded."""
+        """Returns the number of rows of each length. Waits for the device if rows are padded."""
         if self.length_B is None:
             return {self.length: self.rows}
         return Counter(int(n) for n in self.length_B.tolist())
 
 
 def read_shape(batch: Any, token_count_fn: TokenCount | None, count_padding: bool) -> BatchShape | None:
-    """Shape of a batch, or None where nothing is known about it.
+    """Returns the shape of a batch, or None if it is unknown.
 
     Args:
-        batch: As the DataLoader gave it; a mapping with ``input_ids`` ``[B, S]`` unless there is a ``token_count_fn``.
-        token_count_fn: Tells rows and length.
-        count_padding: Count the positions that ``attention_mask`` ``[B, S]`` excludes.
+        batch: The DataLoader's batch; a mapping with ``input_ids`` ``[B, S]`` unless there is a ``token_count_fn``.
+        token_count_fn: Function that returns the number of rows and their length.
+        count_padding: Whether positions that ``attention_mask`` ``[B, S]`` excludes count.
     """
     if token_count_fn is not None:
         return BatchShape(*token_count_fn(batch))
@@ -77,12 +77,12 @@ def read_shape(batch: Any, token_count_fn: TokenCount | None, count_padding: boo
 
 @dataclass(frozen=True)
 class Work:
-    """Work of some batches on this rank; NaN where not known.
+    """Work of several batches on this rank; NaN if unknown.
 
     Args:
-        tokens: Tokens.
+        tokens: Number of tokens.
         flops: Model FLOPs.
-        hardware_flops: Hardware FLOPs; the model's where nothing else is known.
+        hardware_flops: Hardware FLOPs; the model FLOPs if nothing else is known.
     """
 
     tokens: float
@@ -96,13 +96,14 @@ NOT_KNOWN = Work(UNKNOWN, UNKNOWN, UNKNOWN)
 class WorkModel:
     """Counts tokens and FLOPs for one LightningModule.
 
-    FLOPs come from the module's attribute ``flops_per_batch`` (a number: of this rank's batch, as in Lightning's
-    ThroughputMonitor), else from its ``flops_per_token`` (a number, or a function of the row's length), both for
-    forward and backward together; else from its :class:`~lightning_moefold.MoECausalLM`, if it has exactly one.
+    FLOPs come from the module's attribute ``flops_per_batch`` (a number for this rank's batch, as in Lightning's
+    ThroughputMonitor), otherwise from its ``flops_per_token`` (a number, or a function of the row's length); both cover
+    forward and backward together. Otherwise they come from its :class:`~lightning_moefold.MoECausalLM`, if it has
+    exactly one.
 
     Args:
         module: The LightningModule.
-        token_count_fn: Tells rows and length of a batch.
+        token_count_fn: Function that returns rows and length of a batch.
         count_padding: Whether padding counts.
     """
 
@@ -111,22 +112,22 @@ class WorkModel:
         models = [m for m in module.modules() if isinstance(m, MoECausalLM)]
         self._model = models[0] if len(models) == 1 else None
         self._stated = getattr(module, "flops_per_token", None)
-        #: Frozen parameters of this rank as the others know them, where there are pipeline stages; and those of all.
+        #: Frozen parameters of this rank that the other pipeline stages know of, and those of all stages.
         self._shared: frozenset[str] | None = None
         self._elsewhere: frozenset[str] = frozenset()
-        # Asked once: a look-up that fails is slow in a Module.
+        # Read once, because a failing look-up is slow in a Module.
         self._states_flops = getattr(module, "flops_per_batch", None) is not None
-        # Cached: the sum over layers is asked for again with every batch.
+        # Cached, because every batch needs the sum over layers again.
         self._per_token = lru_cache(maxsize=4096)(self._flops_per_token)
         self._savings = lru_cache(maxsize=2)(self._savings_of)
 
     @property
     def knows_flops(self) -> bool:
-        """Whether model FLOPs can be told."""
+        """Whether model FLOPs are known."""
         return self._states_flops or self._stated is not None or self._model is not None
 
     def read(self, batch: Any) -> BatchShape | None:
-        """What is to be remembered of a batch."""
+        """Returns the shape of a batch, to be counted later."""
         shape = read_shape(batch, self.token_count_fn, self.count_padding)
         if not self._states_flops:
             return shape
@@ -134,7 +135,7 @@ class WorkModel:
         return replace(shape or BatchShape(0, 0), flops=float(flops))
 
     def count(self, shapes: Iterable[BatchShape | None]) -> Work:
-        """Work of batches. Waits for the device if rows are padded."""
+        """Counts the work of batches. Waits for the device if rows are padded."""
         tokens = flops = hardware = 0.0
         frozen = self._frozen()
         for shape in shapes:
@@ -152,7 +153,7 @@ class WorkModel:
         return Work(tokens, flops, hardware)
 
     def share_frozen(self, world: Axis) -> None:
-        """Learns which parameters on other pipeline stages are frozen. Collective where the model has stages."""
+        """Exchanges which parameters are frozen on other pipeline stages. Collective if the model has stages."""
         if self._model is None or self._model.pipeline is None:
             return
         found: list[Any] = [None] * world.size
@@ -161,7 +162,7 @@ class WorkModel:
 
     @property
     def frozen_has_changed(self) -> bool:
-        """Whether this rank has frozen or unfrozen anything that other stages do not know of."""
+        """Whether this rank has frozen or unfrozen parameters since the last exchange."""
         return self._shared is not None and self._shared != self._frozen_here()
 
     def _frozen(self) -> frozenset[str]:
@@ -178,7 +179,7 @@ class WorkModel:
         return Savings(self._model.config, frozen, recompute, {} if adapter is None else adapter.shapes)
 
     def _flops_per_token(self, length: int, frozen: frozenset[str]) -> tuple[float, float]:
-        """Model and hardware FLOPs of a token in a row of ``length``."""
+        """Returns model and hardware FLOPs of a token in a row of ``length``."""
         if self._stated is not None:
             flops = float(self._stated(length) if callable(self._stated) else self._stated)
             return flops, flops

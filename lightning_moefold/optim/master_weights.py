@@ -71,7 +71,7 @@ class MasterWeights(Optimizer):
             self._hand_in(parameter, master)
         self.inner.step()
         for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
-            ours.update({key: value for key, value in theirs.items() if key != "params"})  # some optimizers count steps in their groups
+            ours.update({key: value for key, value in theirs.items() if key != "params"})  # some count steps there
         for parameter, master in self._masters.items():
             self._hand_back(parameter, master)
         return loss

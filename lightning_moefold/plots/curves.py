@@ -32,9 +32,9 @@ _MEMORY = (
 
 
 def loss_names(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """Names of training losses, validation losses, and auxiliary losses."""
+    """Selects the names of training, validation and auxiliary losses."""
     losses = [name for name in names if _LOSS.search(name)]
-    # Where a loss is logged by step and by epoch, its steps say more.
+    # If a loss is logged by step and by epoch, the steps show more.
     losses = [n for n in losses if not (n.endswith("_epoch") and n.removesuffix("_epoch") + "_step" in losses)]
     auxiliary = [name for name in losses if _AUXILIARY.search(name)]
     validation = [name for name in losses if _VALIDATION.search(name) and name not in auxiliary]
@@ -42,7 +42,7 @@ def loss_names(names: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def draw_loss(run: Run) -> Any:
-    """Training and validation loss over steps, and auxiliary losses below."""
+    """Draws training and validation loss over steps, and auxiliary losses below."""
     training, validation, auxiliary = loss_names(run.names())
     if not training and not validation and not auxiliary:
         return None
@@ -74,12 +74,12 @@ def _draw_losses(axes: Any, run: Run, training: Sequence[str], validation: Seque
 
 
 def _cut_top(axes: Any, shown: Sequence[Series]) -> None:
-    """Ends the axis below the first points of long curves, and says so."""
+    """Cuts off the first points of long curves at the top of the axis, and says so in the title."""
     tops = {id(series): top for series in shown if (top := top_of(series.values)) is not None}
     long = [series for series in shown if len(series.values) >= LONG]
     if not tops:
         return
-    # Short curves, such as that of the validations, fall as steeply: they do not count.
+    # Short curves, such as the validation loss, also fall steeply at first, so they do not count.
     top = max(tops.get(id(series), series.values.max()) for series in long)
     bottom = min(series.values.min() for series in shown)
     highest = max(series.values.max() for series in shown)
@@ -91,7 +91,7 @@ def _cut_top(axes: Any, shown: Sequence[Series]) -> None:
 
 
 def draw_speed(run: Run) -> Any:
-    """Model FLOPs utilisation, throughput and step time over steps."""
+    """Draws model FLOPs utilisation, throughput and step time over steps."""
     rows = [row for row in _SPEED if run.having(row[0])]
     if not rows:
         return None
@@ -112,14 +112,14 @@ def draw_speed(run: Run) -> Any:
 
 
 def draw_memory(run: Run) -> Any:
-    """Memory of the fullest rank over steps."""
+    """Draws the memory of the fullest rank over steps."""
     rows = [row for row in _MEMORY if run.having(row[0])]
     if not rows:
         return None
-    if not run.having("train/memory_reserved_gb"):  # of a CPU: what the process holds, and the same at its peak
+    if not run.having("train/memory_reserved_gb"):  # a CPU run: current and peak size of the process
         rows = [(rows[-1][0], "resident")]
     figure, (axes,) = make_figure(f"Memory of the fullest rank: {run.title}", [3.6])
-    if len(run.versions) > 1:  # of each one figure, or there are too many lines
+    if len(run.versions) > 1:  # one line per version, or there would be too many
         draw_versions(axes, run, rows[0][0], rows[0][1])
         rows = []
     for index, (name, label) in enumerate(rows):

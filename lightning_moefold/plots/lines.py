@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a metric becomes a line."""
+"""Draws metrics as lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEP = "optimizer step"
 
 
 def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A centred mean over a fiftieth of the points, cut off at both ends."""
+    """Returns the centred moving average over 2% of the points; the window is cut off at both ends."""
     reach, count = max(1, len(values) // 100), len(values)
     sums, index = np.concatenate([[0.0], np.cumsum(values)]), np.arange(count)
     first, last = np.maximum(index - reach, 0), np.minimum(index + reach + 1, count)
@@ -25,7 +25,7 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def top_of(values: NDArray[np.float64]) -> float | None:
-    """Where to end the axis of a long falling curve, so that its first points do not flatten all others; None to not."""
+    """Returns the top of the axis for a long falling curve, so that its first points do not flatten the rest; or None."""
     if len(values) < LONG:
         return None
     rest = values[len(values) // 50 :]
@@ -35,7 +35,7 @@ def top_of(values: NDArray[np.float64]) -> float | None:
 
 
 def draw_series(axes: Any, series: Series, label: str, color: str, scale: float = 1.0, dashed: bool = False) -> None:
-    """One line; points too if there are few, and smoothed if there are many."""
+    """Draws one line: with its points if there are few, smoothed if there are many."""
     values = series.values * scale
     style = "--" if dashed else "-"
     if len(values) >= LONG:
@@ -47,7 +47,7 @@ def draw_series(axes: Any, series: Series, label: str, color: str, scale: float 
 
 
 def draw_versions(axes: Any, run: Run, metric: str, name: str, scale: float = 1.0, dashed: bool = False) -> None:
-    """A metric of every version that has it; each version has its color whatever the metric, the newest the first."""
+    """Draws a metric of every version that has it. A version has the same color in all panels, the newest the first color."""
     newest_first = list(run.versions)[::-1]
     for version, series in run.having(metric).items():
         label = name if len(newest_first) == 1 else f"{name} ({version})" if name else version
@@ -55,7 +55,7 @@ def draw_versions(axes: Any, run: Run, metric: str, name: str, scale: float = 1.
 
 
 def finish(axes: Any, ylabel: str, *, zero: bool = False) -> None:
-    """Label, ticks and legend of a panel, with ``zero`` from zero up."""
+    """Sets label, ticks and legend of a panel; with ``zero`` the y axis starts at zero."""
     axes.set(ylabel=ylabel)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if zero:

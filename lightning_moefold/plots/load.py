@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The expert load of a run.
+"""Pictures of the expert load of a run.
 
 Legend: N intervals, L MoE layers, E experts, R rows of a picture.
 """
@@ -22,13 +22,13 @@ MOST_EXPERTS = 256
 
 
 def imbalance(load: RecordedLoad) -> NDArray[np.float64]:
-    """Busiest expert over the mean, of each layer in each interval, ``[N, L]``; NaN without load."""
+    """Returns the busiest expert's load over the mean, per interval and layer, ``[N, L]``; NaN if there is no load."""
     share_NLE = load.shares()
     return np.where(np.isfinite(share_NLE).any(-1), np.nan_to_num(share_NLE, nan=-np.inf).max(-1), np.nan)
 
 
 def draw_expert_load(run: Run) -> Any:
-    """Load of every expert, in the latest interval and over the run, and how uneven each layer has been."""
+    """Draws the load of every expert, in the latest interval and over the run, and the imbalance of each layer."""
     if run.load is None:
         return None
     load, share_NLE = run.load, run.load.shares()
@@ -55,7 +55,7 @@ def draw_expert_load(run: Run) -> Any:
 
 
 def _most_uneven(share_NLE: NDArray[np.float64]) -> list[int]:
-    """Indices of the layers whose experts have a row each over time: all, or those least even over the run."""
+    """Returns the indices of the layers to draw over time: all, or the most uneven ones of the run."""
     _, layers, experts = share_NLE.shape
     room = max(1, MOST_EXPERTS // experts)
     if layers <= room:
@@ -65,7 +65,7 @@ def _most_uneven(share_NLE: NDArray[np.float64]) -> list[int]:
 
 
 def _draw_over_time(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64], shown: list[int]) -> None:
-    """A row of colors for each expert, those of a layer together."""
+    """Draws one row of colors per expert, grouped by layer."""
     axes.grid(visible=False)
     experts = share_NLE.shape[2]
     share_RN = share_NLE[:, shown].reshape(len(load.steps), -1).T
@@ -83,13 +83,13 @@ def _draw_over_time(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64
 
 
 def _interval_edges(load: RecordedLoad) -> NDArray[np.float64]:
-    """Steps at which intervals begin and end."""
+    """Returns the steps at which intervals begin and end."""
     ends = load.steps.astype(np.float64)
     return np.concatenate([[max(0.0, 2 * ends[0] - ends[1]) if len(ends) > 1 else 0.0], ends])
 
 
 def _draw_imbalance(axes: Any, load: RecordedLoad) -> None:
-    """A line for each layer."""
+    """Draws the imbalance as one line per layer."""
     uneven_NL = imbalance(load)
     marker = "o" if len(load.steps) < 15 else None
     for column, layer in enumerate(load.layers):
@@ -101,7 +101,7 @@ def _draw_imbalance(axes: Any, load: RecordedLoad) -> None:
 
 
 def _draw_imbalance_map(axes: Any, load: RecordedLoad) -> None:
-    """Too many layers for lines: a row of colors for each."""
+    """Draws the imbalance as one row of colors per layer, for many layers."""
     axes.grid(visible=False)
     rows = np.arange(len(load.layers) + 1) - 0.5
     image = axes.pcolormesh(_interval_edges(load), rows, imbalance(load).T, cmap="viridis", vmin=1)
@@ -113,7 +113,7 @@ def _draw_imbalance_map(axes: Any, load: RecordedLoad) -> None:
 
 
 def _draw_distribution(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64]) -> None:
-    """How many experts carry how much, in the first interval and the latest."""
+    """Draws a histogram of experts by load, for the first and the latest interval."""
     first, last = (share[np.isfinite(share)] for share in (share_NLE[0], share_NLE[-1]))
     most = max([1.0, *first, *last])
     edges = np.linspace(0, most * 1.0001, 1 + int(np.clip(2 * last.size**0.5, 8, 40)))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pictures of a run.
+"""The list of pictures of a run.
 
-A picture is one entry of :data:`PICTURES`: a function that draws it from a :class:`~.read.Run`, or returns None where
-the run has nothing to show, and the sentence that then says what was looked for.
+A picture is one entry of :data:`PICTURES`: a function that draws it from a :class:`~.read.Run`, or returns None if the
+run has no data for it, and a sentence that then says what was looked for.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Picture:
     """One picture.
 
     Args:
-        name: Of its file, without ``.png``.
-        draw: Makes the figure; None if the run has nothing for it.
-        missing: What to say then.
+        name: Name of its file, without ``.png``.
+        draw: Function that returns the figure, or None if the run has no data for it.
+        missing: Sentence to print in that case.
     """
 
     name: str
@@ -40,10 +40,10 @@ def write_pictures(run: Run, folder: Path) -> tuple[list[Path], list[str]]:
 
     Args:
         run: The run.
-        folder: Where they go; made if it does not exist.
+        folder: Output folder; created if it does not exist.
 
     Returns:
-        The files, and a sentence for each picture that could not be drawn.
+        The files written, and a sentence for each picture without data.
 
     Raises:
         ValueError: If matplotlib is not installed.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a search: MFU over folds, memory by part, and the DDL roofline of MoE layers. Needs matplotlib.
+"""Pictures of a planner search: MFU over folds, memory by part, and the DDL roofline of MoE layers. Needs matplotlib.
 
-They are drawn from what ``moefold plan --json`` prints, so that a file of it is enough.
+They are drawn from the output of ``moefold plan --json``, so a file with this output is enough.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from lightning_moefold.errors import InputError
 from lightning_moefold.plots.style import make_figure, save_figure
 
-#: Inches that a fold takes in a list of bars.
+#: Height of one fold's bar in inches.
 _ROW = 0.33
 
 
@@ -22,8 +22,8 @@ def write_plots(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Writes ``mfu.png``, ``memory.png`` and ``roofline.png``.
 
     Args:
-        found: As :func:`~.explain.result_json` makes it.
-        folder: Made if it does not exist.
+        found: Result of :func:`~.explain.result_json`.
+        folder: Output folder; created if it does not exist.
 
     Raises:
         ValueError: If matplotlib is not installed.
@@ -46,10 +46,10 @@ def write_plots(found: Mapping[str, Any], folder: str | Path) -> list[Path]:
 
 
 def read_plans(path: Path) -> dict[str, Any]:
-    """A file of ``moefold plan --json``.
+    """Reads a file of ``moefold plan --json``.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the file holds something else.
     """
     try:
         found = json.loads(path.read_text())
@@ -87,7 +87,7 @@ def _draw_memory(axes: Any, found: Mapping[str, Any]) -> None:
 
 
 def _stack(axes: Any, found: Mapping[str, Any], field: str, unit: float) -> None:
-    """Bars of the parts of each plan, side by side."""
+    """Draws one stacked bar per plan from the parts in ``field``."""
     names, plans = _folds(found), found["plans"]
     left = [0.0] * len(names)
     for part in dict.fromkeys(part for plan in plans for part in plan[field]):
@@ -99,12 +99,12 @@ def _stack(axes: Any, found: Mapping[str, Any], field: str, unit: float) -> None
 
 
 def _draw_roofline(axes: Any, found: Mapping[str, Any]) -> None:
-    """FasterMoE's diagram: a layer below the bends waits for its exchange."""
+    """Draws FasterMoE's roofline: a layer below the bends waits for its token exchange."""
     ratios = [2.0 ** (i / 4) for i in range(-12, 33)]
     top = found["job"]["gemm_efficiency"]
     axes.plot(ratios, [top * min(1, r) for r in ratios], label="exchange hidden", color="0.4")
     axes.plot(ratios, [top * r / (1 + r) for r in ratios], label="nothing hidden", color="0.4", linestyle=":")
-    places: dict[tuple[tuple[float, float], ...], list[int]] = {}  # folds with the same mapping of experts are one
+    places: dict[tuple[tuple[float, float], ...], list[int]] = {}  # folds with the same expert mapping share a point
     for number, plan in enumerate(found["plans"], 1):
         points = tuple((min(layer["ratio"] or ratios[-1], ratios[-1]), layer["achieved"]) for layer in plan["roofline"])
         places.setdefault(points, []).append(number)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run has left in its folder: ``metrics.csv`` of Lightning, ``expert_load.npz`` and ``pipeline_timeline.json`` of callbacks.
+"""Reads the files of a run: Lightning's ``metrics.csv``, and ``expert_load.npz`` and ``pipeline_timeline.json`` of callbacks.
 
 Legend: N intervals, L MoE layers, E experts.
 """
@@ -30,9 +30,9 @@ class Series:
     """One metric of one version of a run.
 
     Args:
-        steps: Optimizer steps made, from 1 on; rising.
-        values: What was logged first at each step; finite.
-        left_out: Values that were not finite.
+        steps: Optimizer steps, counted from 1, in ascending order.
+        values: First finite value logged at each step.
+        left_out: Number of values that were not finite.
     """
 
     steps: NDArray[np.float64]
@@ -42,12 +42,12 @@ class Series:
 
 @dataclass(frozen=True)
 class RecordedLoad:
-    """Expert loads over a run.
+    """Recorded expert loads of a run.
 
     Args:
-        steps: Optimizer step with which each interval ended, ``[N]``.
+        steps: Optimizer step at which each interval ended, ``[N]``.
         layers: Number of each layer, ``[L]``.
-        counts_NLE: How often each expert was chosen; negative where a layer has no such expert.
+        counts_NLE: How often each expert was chosen; negative if a layer has fewer experts.
     """
 
     steps: NDArray[np.int64]
@@ -55,7 +55,7 @@ class RecordedLoad:
     counts_NLE: NDArray[np.int64]
 
     def shares(self) -> NDArray[np.float64]:
-        """Load of each expert over the mean of its layer, ``[N, L, E]``; NaN without load, and where no expert is."""
+        """Returns the load of each expert over its layer's mean, ``[N, L, E]``; NaN if there is no load or no such expert."""
         counts = np.where(self.counts_NLE == NO_EXPERT, np.nan, self.counts_NLE.astype(np.float64))
         experts = np.isfinite(counts).sum(-1, keepdims=True)
         total = np.nansum(counts, axis=-1, keepdims=True)
@@ -64,14 +64,14 @@ class RecordedLoad:
 
 @dataclass
 class Run:
-    """All that was found.
+    """The files of a run, as read.
 
     Args:
-        folder: The run's.
-        versions: Metrics by name for each version of the run (a folder with a ``metrics.csv``), oldest first.
-        load: The latest record of expert loads.
-        timeline: The latest record of a pipeline.
-        notes: What a reader should know about the files, each in a sentence.
+        folder: Folder of the run.
+        versions: Metrics by name of each version of the run (a folder with a ``metrics.csv``), oldest first.
+        load: The latest recorded expert loads, if any.
+        timeline: The latest recorded pipeline, if any.
+        notes: Remarks about the files to print, one sentence each.
     """
 
     folder: Path
@@ -82,15 +82,15 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The folder's name and its parent's."""
+        """The name of the run: its folder's name and the parent folder's."""
         return "/".join(self.folder.resolve().parts[-2:])
 
     def having(self, name: str) -> dict[str, Series]:
-        """A metric of each version that has it."""
+        """Returns a metric of each version that has it."""
         return {label: metrics[name] for label, metrics in self.versions.items() if name in metrics}
 
     def names(self) -> list[str]:
-        """All metrics of all versions."""
+        """Returns the names of all metrics of all versions."""
         return sorted({name for metrics in self.versions.values() for name in metrics})
 
 
@@ -98,7 +98,7 @@ def read_run(folder: str | Path) -> Run:
     """Finds and reads the files of a run, in ``folder`` or anywhere below it.
 
     Raises:
-        ValueError: If there is no such folder, or nothing in it that can be read.
+        ValueError: If the folder does not exist or holds no file that can be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -135,13 +135,13 @@ def _read_versions(run: Run) -> None:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """The metrics in a file of Lightning's CSVLogger by name; those without any finite value are left out.
+    """Reads the metrics in a file of Lightning's CSVLogger by name; metrics without any finite value are left out.
 
-    Lightning calls the first optimizer step 0; here, as in all that is printed, it is step 1. A metric may be logged
-    twice at a step, as when a model is validated once more after training; the first counts.
+    Lightning calls the first optimizer step 0; here, and in everything that is printed, it is step 1. If a metric was
+    logged twice at a step, for example by a validation after training, the first value counts.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If the file has another format.
     """
     found: dict[str, dict[float, float]] = {}
     left_out: dict[str, int] = {}
@@ -188,10 +188,10 @@ def _read_load(run: Run) -> None:
 
 
 def read_timeline(path: Path) -> Timeline:
-    """A pipeline from a Chrome trace, as :func:`~lightning_moefold.planner.cost.simulate.write_chrome_trace` writes it.
+    """Reads a pipeline from a Chrome trace written by :func:`~lightning_moefold.planner.cost.simulate.write_chrome_trace`.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If the file has another format.
     """
     try:
         rows = json.loads(path.read_text())["traceEvents"]

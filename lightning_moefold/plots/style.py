@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One style for all pictures. Needs matplotlib, which is imported when a picture is made."""
+"""The style of all pictures. Needs matplotlib, which is imported when a picture is drawn."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ COLORS = (
 def make_figure(
     title: str, heights: Sequence[float] = (4.5,), *, width: float = 9.0, share_x: bool = False
 ) -> tuple[Any, list[Any]]:
-    """A figure with panels below each other.
+    """Creates a figure with panels below each other.
 
     Args:
-        title: Above all panels.
-        heights: Of each panel in inches.
-        width: In inches.
-        share_x: Whether the panels have one x axis.
+        title: Title above all panels.
+        heights: Height of each panel in inches.
+        width: Width of the figure in inches.
+        share_x: Whether the panels share one x axis.
 
     Returns:
         The figure and its axes from top to bottom.
@@ -52,14 +52,14 @@ def make_figure(
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Writes a PNG, making its folder if need be; returns its path."""
+    """Writes a PNG and creates its folder if needed; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return path
 
 
 def draw_heatmap(axes: Any, share_LE: NDArray[np.float64], layers: Sequence[int]) -> None:
-    """Load over a fair share of each layer's experts, cut off at 2; NaN stays white."""
+    """Draws the load of each expert over its layer's mean, cut off at 2; NaN stays white."""
     axes.grid(visible=False)
     image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", vmin=0, vmax=2, interpolation="nearest")
     shown = range(0, len(layers), -(-len(layers) // 32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pipeline of a step: which rank does what when, and how long each waits."""
+"""A picture of a step's pipeline: when each rank runs which pass, and how long it waits."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lightning_moefold.planner.cost.simulate import Timeline
 from lightning_moefold.plots.read import Run
 from lightning_moefold.plots.style import COLORS, make_figure
 
-#: Kind of a pass to color and name.
+#: Color and name of each kind of pass.
 KINDS = {"F": (COLORS[0], "forward"), "B": (COLORS[1], "backward"), "W": (COLORS[4], "gradients of weights")}
 _MOST_NUMBERED = 400
 
 
 def idle_shares(timeline: Timeline) -> list[float]:
-    """Part of the time from the first pass to the end of the last in which each pipeline rank runs none."""
+    """Returns each pipeline rank's idle share of the time from the start of the first pass to the end of the last."""
     return [1 - timeline.busy(rank) / timeline.seconds for rank in range(timeline.ranks)]
 
 
 def _lanes(timeline: Timeline) -> dict[int, tuple[float, float]]:
-    """Height and place of each event's bar, by its identity, from the middle of its rank's row: passes of a pair share the row."""
+    """Returns height and offset of each event's bar in its rank's row, by ``id``; two passes of a pair share the row."""
     lanes = {id(e): (0.8, 0.0) for e in timeline.events}
     for rank in range(timeline.ranks):
         events = sorted((e for e in timeline.events if e.rank == rank), key=lambda e: e.start)
@@ -32,12 +32,12 @@ def _lanes(timeline: Timeline) -> dict[int, tuple[float, float]]:
 
 
 def draw_timeline(run: Run) -> Any:
-    """A row for each pipeline rank; None where the run has recorded no pipeline."""
+    """Draws one row per pipeline rank; returns None if the run has recorded no pipeline."""
     return None if run.timeline is None else draw(run.timeline, f"Pipeline: {run.title}")
 
 
 def draw(timeline: Timeline, title: str) -> Any:
-    """A row for each pipeline rank, numbered by micro-batch; later stages of a rank are darker at the edge."""
+    """Draws one row per pipeline rank, with micro-batch numbers; later stages of a rank have a darker edge."""
     figure, (axes,) = make_figure(title, [0.55 * timeline.ranks + 1.4], width=11)
     axes.grid(visible=False)
     numbered = len(timeline.events) <= _MOST_NUMBERED
