@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner: which fold, how fast, how much memory, before anything runs. Pure Python and numpy."""
+"""The planner: predicts speed and memory of folds before anything runs. Pure Python and numpy."""
 
 from lightning_moefold.errors import HardwareError, PlanError
 from lightning_moefold.planner.cost.cost import CostModel, Estimate

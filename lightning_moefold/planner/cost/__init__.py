@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan costs in time and memory. Pure Python and numpy."""
+"""Predicts the time and memory of a plan. Pure Python and numpy."""

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The time of one training step under a plan, by what it goes to. Pure Python.
+"""Predicts the time of one training step under a plan, by kind of work. Pure Python.
 
 A step is the sum of
 
-- M micro-batches on the slowest pipeline rank (compute, tp, cp, ep, etp), and what of full sharding's weight gathers
-  and gradient scatters does not hide under each of them,
+- M micro-batches on the slowest pipeline rank (compute, tp, cp, ep, etp), and the exposed part of full sharding's
+  weight gathers and gradient scatters in each of them,
 - the pipeline bubble, and messages between stages,
-- what does not hide of the gradient reduction under the last backward and of the weight gather under the first forward,
+- the exposed part of the gradient reduction (overlapped with the last backward) and of the weight gather (overlapped
+  with the first forward),
 - the optimizer.
 """
 
@@ -22,7 +23,7 @@ from lightning_moefold.planner.cost.schedules import RankLayers, bubble, pipelin
 from lightning_moefold.planner.machine.links import axis_shape
 from lightning_moefold.planner.search.job import PRECISIONS, SPLIT_BACKWARD, Job, Plan
 
-#: What a person is told bounds a plan, and the parts of the time that belong to it.
+#: Names of what can bound a plan, with the kinds of time that belong to each.
 BOUNDS: dict[str, tuple[str, ...]] = {
     "compute": ("gemm", "experts", "attention", "head"),
     "memory bandwidth": ("elementwise", "optimizer"),
@@ -40,17 +41,17 @@ BOUNDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan is predicted to do.
+    """Predicted time and memory of a plan.
 
     Args:
         plan: The plan.
         step_time: Seconds per optimizer step.
         mfu: Model FLOPs over the dense peak of all ranks, 0 to 1.
-        times: Seconds by what they go to; their sum is ``step_time``.
-        memory: Of the fullest rank.
-        limit: Bytes that a rank may fill.
-        microbatches: Per step and data-parallel rank.
-        load: Rows on the busiest expert-parallel rank over the mean.
+        times: Seconds by kind of work; their sum is ``step_time``.
+        memory: Memory of the fullest rank.
+        limit: Bytes that a rank may use.
+        microbatches: Number of micro-batches per step and data-parallel rank.
+        load: Rows on the busiest expert-parallel rank divided by the mean.
     """
 
     plan: Plan
@@ -64,29 +65,29 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits the memory."""
+        """Whether the plan fits into memory."""
         return self.memory.total <= self.limit
 
     @property
     def bounds(self) -> dict[str, float]:
-        """Seconds by kind of bound, largest first."""
+        """Returns seconds by kind of bound, largest first."""
         kinds = {kind: sum(self.times.get(part, 0.0) for part in parts) for kind, parts in BOUNDS.items()}
         return dict(sorted(((k, s) for k, s in kinds.items() if s > 0), key=lambda item: -item[1]))
 
     @property
     def bound_by(self) -> str:
-        """What takes most of the time; ``"memory"`` if it does not fit."""
+        """The bound that takes most of the time; ``"memory"`` if the plan does not fit."""
         return next(iter(self.bounds)) if self.fits else "memory"
 
     @property
     def overhead(self) -> str:
-        """What costs most apart from the compute that any plan needs."""
+        """The kind of time that is largest, apart from the compute that any plan needs."""
         return next((kind for kind in self.bounds if kind != "compute"), "compute")
 
 
 @dataclass(frozen=True)
 class RankTimes:
-    """A micro-batch on one pipeline rank: seconds forward and backward, by what they go to."""
+    """Seconds of a micro-batch on one pipeline rank, forward and backward, by kind of work."""
 
     block: Block
     recompute: float
@@ -95,20 +96,20 @@ class RankTimes:
 
     @property
     def forward(self) -> float:
-        """F."""
+        """Seconds of the forward pass, F."""
         return self.block.forward_total + self.sharding_forward
 
     @property
     def backward(self) -> float:
-        """B."""
+        """Seconds of the backward pass, B."""
         return self.block.backward_total + self.recompute + self.sharding_backward
 
 
 class CostModel:
-    """Step times of plans of one job.
+    """Predicts step times of a job's plans.
 
     Args:
-        job: What is to be trained.
+        job: The training job: model, machine and batch.
     """
 
     def __init__(self, job: Job) -> None:
@@ -119,7 +120,7 @@ class CostModel:
         self._cache: dict[tuple[object, ...], RankTimes] = {}
 
     def estimate(self, plan: Plan) -> Estimate:
-        """Time and memory of a plan."""
+        """Predicts time and memory of a plan."""
         job, fold = self.job, plan.fold
         microbatches = plan.num_microbatches(job)
         ranks = self.ranks(plan)
@@ -146,9 +147,9 @@ class CostModel:
         return Estimate(plan, step, mfu, dict(times), memory, job.hardware.usable_bytes, microbatches, load)
 
     def lower_bound(self, fold: Fold, micro_batch: int, dispatcher: str) -> float:
-        """Seconds that no schedule and no recomputation setting of this fold can beat.
+        """Returns a lower bound of the step's seconds over all schedules and recomputation settings of this fold.
 
-        The layers are shared as evenly as real numbers allow, and nothing is counted but them and the head.
+        It counts only the layers and the head, and divides the layers over stages as evenly as real numbers allow.
         """
         job = self.job
         moe, dense = self.layers.layers(fold.tp, fold.cp, fold.ep, fold.etp, micro_batch, dispatcher)
@@ -164,12 +165,12 @@ class CostModel:
     # ---- a micro-batch -----------------------------------------------------------------------------------------
 
     def ranks(self, plan: Plan) -> list[RankTimes]:
-        """A micro-batch on each pipeline rank of a plan."""
+        """Returns the times of a micro-batch on each pipeline rank of a plan."""
         layout = pipeline_layout(self.job.model, plan.fold.pp, plan.num_stages_per_rank, plan.schedule)
         return [self.chunk(plan, held) for held in layout]
 
     def chunk(self, plan: Plan, held: RankLayers) -> RankTimes:
-        """A micro-batch through some layers of the model."""
+        """Returns the times of a micro-batch in the given layers of the model."""
         fold = plan.fold
         key = (fold, plan.micro_batch_size, plan.recompute, plan.dispatcher, held)
         if key not in self._cache:
@@ -204,7 +205,7 @@ class CostModel:
     # ---- data parallel -----------------------------------------------------------------------------------------
 
     def _sharded_traffic(self, fold: Fold, held: RankLayers) -> tuple[float, float]:
-        """Seconds to gather the weights of a rank, and to scatter their gradients, layer by layer."""
+        """Returns the seconds to gather a rank's weights and to scatter their gradients, layer by layer."""
         _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
         local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
         per_node, units = self.job.hardware.gpus_per_node, max(held.layers, 1)
@@ -216,18 +217,18 @@ class CostModel:
         return gather, scatter
 
     def gradients(self, fold: Fold, held: RankLayers, rank: RankTimes) -> float:
-        """Exposed seconds per step of reducing gradients and of gathering weights again."""
+        """Returns the exposed seconds per step of reducing gradients and of gathering updated weights."""
         if self.job.sharding == "full":
             return 0.0
         gather, scatter = self._sharded_traffic(fold, held)
         _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
         if self.job.sharding == "none":
-            again = gather * reduced / gathered  # an all-reduce gathers what it has scattered
+            again = gather * reduced / gathered  # an all-reduce is a reduce-scatter and an all-gather
             return self._links.hidden(scatter + again, rank.backward)
         return self._links.hidden(scatter, rank.backward) + self._links.hidden(gather, rank.forward)
 
     def optimizer(self, fold: Fold, held: RankLayers) -> float:
-        """Adam on the local shard: reads gradient, weight, moments; writes weight, moments, and the working copy."""
+        """Returns the seconds of Adam: it reads gradient, weight, moments; it writes weight, moments and the working copy."""
         _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
         local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
         sharded = self.job.sharding != "none"
@@ -240,9 +241,9 @@ class CostModel:
     # ---- pipeline ----------------------------------------------------------------------------------------------
 
     def messages(self, plan: Plan, microbatches: int) -> float:
-        """Exposed seconds of messages between stages.
+        """Returns the exposed seconds of messages between stages.
 
-        1F1B waits for its neighbours; schedules with several chunks have other chunks to compute meanwhile.
+        With 1F1B a rank waits for its neighbours; with several chunks per rank it computes another chunk meanwhile.
         """
         fold, job = plan.fold, self.job
         tokens = self.layers.tokens(plan.micro_batch_size, fold.cp) / fold.tp

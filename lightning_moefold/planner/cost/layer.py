@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one decoder layer costs on the busiest rank, forward and backward, by what the time goes to. Pure Python.
+"""Predicts the time of one decoder layer on the busiest rank, forward and backward, by kind of work. Pure Python.
 
 Legend: N tokens of a micro-batch on a tp group (rows * sequence / cp), T = N / tp tokens of this rank, K experts per
 token, M = T * K * etp * load rows that this rank computes, D hidden size, F expert width, b bytes per activation.
@@ -22,25 +22,25 @@ from lightning_moefold.planner.machine.kernels import Compute
 from lightning_moefold.planner.machine.links import GroupShape, Links, group_shape
 from lightning_moefold.planner.search.job import Job
 
-#: What time goes to, in the order in which it is shown.
+#: Kinds of compute time, in the order in which they are shown.
 COMPUTE = ("gemm", "experts", "attention", "elementwise", "head", "launch")
 COMMUNICATION = ("tp", "cp", "a2a", "etp")
-#: Backward over forward bytes of element-wise work: a norm reads one tensor more, a gated activation two.
+#: Bytes of element-wise work in backward divided by forward: a norm reads one more tensor, a gated activation two.
 _ELEMENTWISE_BACKWARD = 1.5
-#: Kernels in the forward pass of a layer's two halves; backward launches about twice as many.
-#: A further chunk of tokens is sorted, computed and summed on its own.
+#: Kernel launches in the forward pass of a layer's parts; backward launches about twice as many. Each further chunk of
+#: tokens is sorted, computed and summed by its own kernels.
 _LAUNCHES = {"attention": 15, "experts": 30, "chunk": 15, "mlp": 6}
 
 
 @dataclass(frozen=True)
 class Block:
-    """Seconds of one pass through a part of the model.
+    """Seconds of a part of the model, forward and backward.
 
     Args:
-        forward: By what they go to.
-        backward: The same, gradients of weights included.
-        weight: Part of ``backward`` that computes gradients of weights and that nobody waits for.
-        attention_half: What selective recomputation repeats.
+        forward: Seconds of forward by kind of work.
+        backward: Seconds of backward by kind of work, gradients of weights included.
+        weight: The part of ``backward`` that computes gradients of weights, for which no other rank waits.
+        attention_half: Seconds of the forward pass that selective recomputation repeats.
     """
 
     forward: Mapping[str, float]
@@ -56,7 +56,7 @@ class Block:
 
 
 def combine(parts: list[tuple[float, Block]]) -> Block:
-    """The sum of blocks, each as often as its number says."""
+    """Adds blocks, each multiplied by its number."""
     forward: dict[str, float] = {}
     backward: dict[str, float] = {}
     weight = attention_half = 0.0
@@ -73,10 +73,10 @@ def combine(parts: list[tuple[float, Block]]) -> Block:
 
 
 class LayerCosts:
-    """Blocks of a job's model, memoised.
+    """Computes the blocks of a job's model, memoised.
 
     Args:
-        job: What is to be trained; its routing decides the load of the busiest rank.
+        job: The training job; its routing profile decides the load of the busiest rank.
     """
 
     def __init__(self, job: Job) -> None:
@@ -95,11 +95,11 @@ class LayerCosts:
         self.mean_window = sum(windows) / len(windows)
 
     def load(self, ep: int, spread: int = 1) -> float:
-        """Rows on the busiest rank over the balanced number without drops.
+        """Returns the rows on the busiest rank divided by the balanced number without drops.
 
-        Padded, every rank sends each expert as many rows as it may serve, and no rank is busier than another. What an
-        expert may serve of a row may all lie on one of the ``spread`` ranks, tp times cp, over which the row is cut: so
-        each of them sends so many, unless it has fewer tokens.
+        With padding, every rank sends each expert as many rows as the expert may serve, so all ranks are equally busy.
+        A row is cut over ``spread`` = tp x cp ranks, and all its tokens that chose an expert may lie on one of them. So
+        each of these ranks sends the full number, unless it has fewer tokens.
         """
         model, job = self.model, self.job
         if job.pad_to_capacity and job.capacity_factor is not None:
@@ -108,26 +108,26 @@ class LayerCosts:
         return job.routing.load_factor(model.num_experts, model.num_experts_per_tok, ep, job.capacity_factor)
 
     def pairs(self, places: int) -> Pairs:
-        """Of a token and a place (ranks of ep, or nodes) that holds some of its experts."""
+        """Returns the expected pairs of a token and a place (a rank of ep, or a node) that holds some of its experts."""
         model, job = self.model, self.job
         return pairs_of(job.routing, model.num_experts, model.num_experts_per_tok, places, job.capacity_factor)
 
     def nodes(self, ep: int, etp: int, dispatcher: str) -> int:
-        """Nodes between which tokens travel first, and then within each; 1 where they travel in one step."""
+        """Returns the number of nodes between which tokens travel in a first step; 1 if tokens travel in a single step."""
         return expert_nodes(ep, etp, self.job.hardware.gpus_per_node) if dispatcher == "hierarchical" else 1
 
     def tokens(self, micro_batch: int, cp: int) -> int:
-        """N, with the padding of lengths that 2 cp does not divide."""
+        """Returns N, including the padding of lengths that are not a multiple of 2 cp."""
         return micro_batch * padded_length(self.job.sequence_length, cp) // cp
 
     def shape(self, size: int, stride: int) -> GroupShape:
-        """How a group lies on the nodes."""
+        """Returns how a group lies on the nodes."""
         return group_shape(size, stride, self.job.hardware.gpus_per_node)
 
     # ---- blocks ------------------------------------------------------------------------------------------------
 
     def _attention(self, tp: int, cp: int, micro_batch: int) -> Block:
-        """Norm, all-gather, q k v, attention, o, reduce-scatter, residual."""
+        """Computes the attention half: norm, all-gather, q k v, attention, o, reduce-scatter, residual."""
         model, b = self.model, self.job.activation_bytes
         n, d = self.tokens(micro_batch, cp), model.hidden_size
         q = ceil(model.num_attention_heads / tp) * model.head_dim
@@ -153,7 +153,7 @@ class LayerCosts:
         return self._with_launches("attention", forward, backward, gemm)
 
     def context_exchange(self, tp: int, cp: int, micro_batch: int) -> str:
-        """What the strategy's ``context_parallel_exchange="auto"`` takes (:func:`~.attention.context.exchange_for`)."""
+        """Returns the exchange that ``context_parallel_exchange="auto"`` chooses (:func:`~.attention.context.exchange_for`)."""
         if cp == 1:
             return "none"
         heads, kv = ceil(self.model.num_attention_heads / tp), self.local_kv_heads(tp)
@@ -163,40 +163,40 @@ class LayerCosts:
     def _meet(
         self, exchange: str, group: GroupShape, queries: float, pair: float, core: float, core_backward: float
     ) -> tuple[float, float]:
-        """Exposed seconds forward and backward in which queries and keys of a row meet over cp.
+        """Returns the exposed seconds, forward and backward, of the exchange of a row's queries and keys over cp.
 
         Args:
-            exchange: How.
+            exchange: Name of the exchange.
             group: The cp group.
             queries: Bytes of a rank's queries.
             pair: Bytes of a rank's keys and values.
-            core: Seconds of attention forward, under which a ring's messages travel.
-            core_backward: The same backward.
+            core: Seconds of attention forward, which overlaps with a ring's messages.
+            core_backward: Seconds of attention backward.
         """
         if (
             exchange == "all_to_all"
-        ):  # queries, keys, values there and the output back; backward the gradients the other way
+        ):  # sends queries, keys, values, and returns the output; backward sends the gradients the other way
             seconds = self.links.exchange(group, queries + pair) + self.links.exchange(group, queries)
             return seconds, seconds
-        if exchange == "all_gather":  # backward gathers again, and scatters gradients in fp32
+        if exchange == "all_gather":  # backward gathers again and reduce-scatters gradients in fp32
             gather = self.links.gather(group, group.size * pair)
             return gather, gather + self.links.scatter(group, group.size * pair * max(4 / self.job.activation_bytes, 1))
-        # Backward, gradients of k and v travel along, in fp32.
+        # In backward, gradients of k and v travel with them, in fp32.
         both = pair * (1 + max(4 / self.job.activation_bytes, 1))
         return self._ring(group, pair, core), self._ring(group, both, core_backward)
 
     def _ring(self, ring: GroupShape, step_bytes: float, compute: float) -> float:
-        """Ring attention: each of cp - 1 messages travels under the attention of one step."""
+        """Returns the exposed seconds of a ring, in which each of cp - 1 messages overlaps with the attention of one step."""
         message = self.links.neighbour(ring, step_bytes)
         return (ring.size - 1) * self.links.hidden(message, compute / ring.size)
 
     def local_kv_heads(self, tp: int) -> int:
-        """Key/value heads that a rank computes: its share, or those its queries need where tp does not divide them."""
+        """Returns the key/value heads that a rank computes: its share, or those its queries need if tp does not divide them."""
         kv, heads = self.model.num_key_value_heads, self.model.num_attention_heads
         return kv // tp if kv % tp == 0 else min(kv, ceil(ceil(heads / tp) * kv / heads) + (heads % tp > 0))
 
     def _experts(self, ep: int, etp: int, tokens: int, dispatcher: str, spread: int = 1) -> Block:
-        """Norm, router, dispatch, experts, combine, residual, for ``tokens`` = T of rows cut over ``spread`` ranks."""
+        """Computes the expert half: norm, router, dispatch, experts, combine, residual; ``spread`` ranks share a row."""
         model, b, k = self.model, self.job.activation_bytes, self.model.num_experts_per_tok
         d, f, local = model.hidden_size, ceil(model.moe_intermediate_size / etp), model.num_experts // ep
         load = self.load(ep, spread)
@@ -222,11 +222,11 @@ class LayerCosts:
         return self._with_launches("experts", forward, backward, experts + router, more)
 
     def chunks(self, ep: int) -> int:
-        """Parts in which tokens travel; at most as many as a rank has experts."""
+        """Returns the number of parts of the token exchange; at most the number of experts per rank."""
         return min(self.job.dispatch_chunks, self.model.num_experts // ep) if ep > 1 else 1
 
     def _router(self, tokens: int) -> float:
-        """Scores in fp32: arithmetic on the wide units, and never faster than the tokens are read."""
+        """Returns the seconds of the router's scores in fp32; never faster than reading the tokens."""
         model = self.model
         busy = 2 * tokens * model.hidden_size * model.num_experts / (self.job.hardware.peak("fp32") * 0.7)
         return max(busy, self.compute.stream(4 * tokens * (model.hidden_size + model.num_experts)))
@@ -234,18 +234,19 @@ class LayerCosts:
     def _dispatch(
         self, ep: int, etp: int, tokens: int, load: float, dispatcher: str, experts: float
     ) -> tuple[dict[str, float], dict[str, float], float]:
-        """Seconds of the communication forward and backward, and numbers moved in memory to sort tokens.
+        """Returns the communication's seconds, forward and backward, and how many numbers are moved in memory to sort tokens.
 
-        In C parts, the first part's way there and the last one's way back are seen, and of the others what does not fit
-        behind (C - 1) / C of the experts' products, which take twice as long backward. Every part pays a message's
-        latency. Parts are cut between experts: each product is as large as in one part.
+        With C parts, sending the first part and returning the last one is exposed. The other transfers overlap with (C
+        - 1) / C of the experts' products, which take twice as long in backward; only what does not fit is exposed.
+        Every part costs a message's latency. Parts are cut between experts, so each product is as large as with one
+        part.
 
         Args:
             ep: Ranks among which tokens are exchanged.
             etp: Ranks that share an expert.
             tokens: T.
-            load: Of the busiest rank.
-            dispatcher: How tokens travel.
+            load: Load of the busiest rank.
+            dispatcher: Name of the dispatcher.
             experts: Seconds of the experts' products, forward.
         """
         model, b = self.model, self.job.activation_bytes
@@ -271,18 +272,18 @@ class LayerCosts:
     def _once_to_each(
         self, ep: int, etp: int, tokens: int, nodes: int
     ) -> tuple[dict[str, float], dict[str, float], float]:
-        """Deduplicated exchange: seconds of the communication forward and backward, and rows moved in memory.
+        """Returns seconds, forward and backward, of a deduplicated exchange, and the rows that it moves in memory.
 
         A token travels once to each rank that holds some of its experts; with several nodes, once to each node and from there
-        to its ranks. Then the second step adds what `docs/dispatch.md` counts: its tokens there and back, the sizes, and the
-        choices, whose gradients return backward. (What the sizes and choices of one step cost is left out under every
-        dispatcher.)
+        to its ranks. The second step adds the collectives that `docs/dispatch.md` counts: its tokens there and back,
+        the sizes, and the choices, whose gradients return in backward. (The sizes and choices of the first step are
+        ignored for every dispatcher.)
 
         Args:
             ep: Ranks among which tokens are exchanged.
             etp: Ranks that share an expert.
             tokens: T.
-            nodes: Over which ep lies, to be taken in two steps; 1 for one.
+            nodes: Number of nodes of ep if the exchange has two steps; 1 if it has one.
         """
         ranks, row = self.pairs(ep), self.model.hidden_size * self.job.activation_bytes
         inside = self.shape(ep // nodes, etp)
@@ -296,12 +297,12 @@ class LayerCosts:
                 self.shape(nodes, self.job.hardware.gpus_per_node), tokens * pairs.busiest * row
             )
             forward, backward = forward + 2 * between + 2 * small, backward + 2 * between + small
-            # What reaches the busiest node is spread over its ranks, and comes back.
+            # The rows that reach the busiest node are passed on to its ranks, and return.
             moved = 2 * tokens * (1 + pairs.mean) + 2 * tokens * pairs.busiest * (1 + ranks.mean / pairs.mean)
         return {"a2a": forward, "etp": widen}, {"a2a": backward, "etp": widen}, moved
 
     def _mlp(self, tp: int, cp: int, micro_batch: int, width: int, own_norm: bool) -> Block:
-        """Gated feed-forward cut over tp: a dense layer's, or the shared expert's."""
+        """Computes a gated feed-forward block cut over tp: that of a dense layer, or the shared expert."""
         b, d = self.job.activation_bytes, self.model.hidden_size
         n, f = self.tokens(micro_batch, cp), ceil(width / tp)
         gemm = 2 * self.compute.gemm(n, f, d) + self.compute.gemm(n, d, f)
@@ -313,21 +314,21 @@ class LayerCosts:
         return self._with_launches("mlp", forward, backward, gemm)
 
     def _ends(self, tp: int, cp: int, micro_batch: int) -> tuple[Block, Block]:
-        """Embedding; and final norm, head and loss."""
+        """Computes the ends of the model: the embedding; and the final norm, head and loss."""
         model, b = self.model, self.job.activation_bytes
         n, d, v = self.tokens(micro_batch, cp), model.hidden_size, ceil(model.vocab_size / tp)
         gather, scatter = (move(self.shape(tp, 1), n * d * b) for move in (self.links.gather, self.links.scatter))
         look_up = self.compute.stream(3 * b * n * d)
         embedding = Block({"head": look_up, "tp": scatter}, {"head": 2 * look_up, "tp": gather})
         gemm = self.compute.gemm(n, v, d)
-        loss = self.compute.stream(n * v * (b + 3 * 4))  # logits are read once and softmax runs in fp32
+        loss = self.compute.stream(n * v * (b + 3 * 4))  # logits are read once, and softmax runs in fp32
         head = Block({"head": gemm + loss, "tp": gather}, {"head": 2 * gemm + loss, "tp": scatter}, gemm)
         return embedding, head
 
     def _add_casts(
         self, forward: dict[str, float], backward: dict[str, float], rows: float, inputs: int, outputs: int
     ) -> None:
-        """In fp8, inputs of products forward and gradients backward are read, and written twice (one transposed)."""
+        """Adds fp8 casts: inputs of products and gradients are read once and written twice, one copy transposed."""
         if self.job.dtype == "fp8":
             forward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * inputs)
             backward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * outputs)
@@ -335,7 +336,7 @@ class LayerCosts:
     def _with_launches(
         self, kind: str, forward: dict[str, float], backward: dict[str, float], weight: float, more: int = 0
     ) -> Block:
-        """Adds what is missing to the time that the host needs to launch the kernels, ``more`` than usual."""
+        """Raises the time of a block to the time the host needs to launch its kernels, plus ``more`` launches."""
         floor = (_LAUNCHES[kind] + more) * self.job.hardware.kernels.launch
         for seconds, least in ((forward, floor), (backward, 2 * floor)):
             missing = least - sum(seconds.values())
@@ -346,7 +347,7 @@ class LayerCosts:
     # ---- layers ------------------------------------------------------------------------------------------------
 
     def _layers(self, tp: int, cp: int, ep: int, etp: int, micro_batch: int, dispatcher: str) -> tuple[Block, Block]:
-        """A layer with experts, and a dense one."""
+        """Computes a layer with experts and a dense layer."""
         model = self.model
         attention = self.attention(tp, cp, micro_batch)
         tokens = ceil(self.tokens(micro_batch, cp) / tp)

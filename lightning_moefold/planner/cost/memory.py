@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of one rank at its fullest, from the shapes. Pure Python.
+"""Predicts the peak memory of one rank from shapes. Pure Python.
 
-Legend: as in ``layer.py``; s bytes of a stored weight, g of a gathered one, r of a reduced gradient, o of both moments.
+Legend: as in ``layer.py``; per number, s bytes of a stored weight, g of a gathered weight, r of a reduced gradient, o
+    of both moments.
 
 Weights are stored, and optimizer states kept, in the shard of the family's data axis (dense: dp x cp, experts: edp).
-Shards are gathered in equal pieces, padded where the data ranks do not divide a weight's first dimension: the 8 rows of a
-router over 256 ranks as 256, in float32 as it computes.
-``"optimizer"`` keeps the gathered weights and, while micro-batches accumulate, whole gradients; ``"full"`` has gathered
-only two layers at a time and scatters the gradients of each micro-batch; ``"none"`` shards nothing. Activations are the
+Shards are gathered in equal pieces, which are padded if the data ranks do not divide a weight's first dimension: for
+example, the 8 rows of a router over 256 ranks are gathered as 256 rows, in float32 as the router computes.
+``"optimizer"`` keeps the gathered weights and, while micro-batches accumulate, whole gradients. ``"full"`` gathers only
+two layers at a time and scatters the gradients of each micro-batch. ``"none"`` shards nothing. Activations are the
 tensors that autograd saves between forward and backward, times the chunks in flight of the pipeline schedule.
 """
 
@@ -30,13 +31,13 @@ class Memory:
     """Bytes on the fullest rank.
 
     Args:
-        weights: Stored and gathered weights.
-        gradients: At their fullest.
-        optimizer: Both moments (the fp32 copy is the stored weight).
-        activations: Saved for backward.
-        buffers: What is live inside one layer: rows under way, or the experts' backward pass.
-        logits: A chunk of them, with the gradients of head and hidden states that are made beside it, as far as the
-            memory of the buffers, free at that moment, does not do.
+        weights: Bytes of stored and gathered weights.
+        gradients: Bytes of gradients at their peak.
+        optimizer: Bytes of both moments (the fp32 copy is the stored weight).
+        activations: Bytes saved for backward.
+        buffers: Temporary bytes inside one layer: rows being exchanged, or the experts' backward pass.
+        logits: Bytes of one chunk of logits with the gradients of head and hidden states, beyond the memory of
+            ``buffers``, which is free at that moment.
     """
 
     weights: float
@@ -48,21 +49,21 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum of all parts in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.logits
 
     def as_dict(self) -> dict[str, float]:
-        """By part."""
+        """Returns the bytes of each part."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 @dataclass(frozen=True)
 class LocalParameters:
-    """Parameters of one rank before data-parallel sharding.
+    """Numbers of parameters on one rank before data-parallel sharding.
 
     Args:
-        dense: Attention, norms, routers, shared experts, dense layers, embedding, head.
-        expert: Routed experts.
+        dense: Number in attention, norms, routers, shared experts, dense layers, embedding, head.
+        expert: Number in routed experts.
     """
 
     dense: int
@@ -70,10 +71,10 @@ class LocalParameters:
 
 
 class MemoryModel:
-    """Memory of plans of one job.
+    """Predicts the memory of a job's plans.
 
     Args:
-        costs: Of the same job.
+        costs: Layer costs of the same job.
     """
 
     def __init__(self, costs: LayerCosts) -> None:
@@ -92,27 +93,27 @@ class MemoryModel:
         )
 
     def _shards(self, tp: int, ep: int, etp: int, layers: RankLayers, ranks: int, edp: int) -> tuple[int, int]:
-        """Numbers of both families that a rank stores where ``fully_shard`` cuts them over ``ranks`` and ``edp``."""
+        """Returns how many numbers of both families a rank stores after ``fully_shard`` over ``ranks`` and ``edp``."""
         return (
             shard(dense_shapes(self.model, tp, layers), ranks),
             shard(expert_shapes(self.model, ep, etp, layers.moe), edp, experts=True),
         )
 
     def _gathered_bytes(self, tp: int, ep: int, etp: int, layers: RankLayers, ranks: int, edp: int) -> tuple[int, int]:
-        """Of both families: ``fully_shard`` gathers equal pieces, and the router's weight as it is stored."""
+        """Returns the gathered bytes of both families: equal pieces, and the router's weight in its stored dtype."""
         _, _, stored, gathered, _, _ = PRECISIONS[self.job.precision]
         dense, expert = self.shards(tp, ep, etp, layers, ranks, edp)
         routers = shard(router_shapes(self.model, layers.moe), ranks)
         return ranks * (gathered * dense + (stored - gathered) * routers), edp * gathered * expert
 
     def _states(self, fold: Fold, layers: RankLayers, accumulates: bool) -> tuple[float, float, float]:
-        """Bytes of weights, gradients and moments on a rank; of its data ranks, the first, which stores most.
+        """Returns the bytes of weights, gradients and moments on the first data rank of a pipeline rank, which stores most.
 
         Args:
             fold: The sizes.
-            layers: What the rank holds.
-            accumulates: Whether gradients of several micro-batches meet before they are reduced; in a pipeline, which
-                reduces once, they do in any case.
+            layers: The layers that the pipeline rank holds.
+            accumulates: Whether gradients of several micro-batches are added before they are reduced. In a pipeline,
+                which reduces once, they always are.
         """
         _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
         cut, sharding = (fold.tp, fold.ep, fold.etp), self.job.sharding
@@ -124,7 +125,7 @@ class MemoryModel:
         for i, (number, spread) in enumerate(zip((held.dense, held.expert), spreads, strict=True)):
             mine, largest = self.shards(*cut, layers, *spreads)[i], self._largest(cut, kinds, spreads, i)
             layer = spread * self.shards(*cut, largest, *spreads)[i] if spread > 1 else 0
-            if sharding == "full":  # two layers are gathered at a time, and the ends from forward to backward
+            if sharding == "full":  # two layers at a time, and the ends from forward to backward
                 live = 2 * self.gathered(*cut, largest, *spreads)[i] + self.gathered(*cut, ends, *spreads)[i]
                 reducing = number - mine if fold.pp > 1 else layer
             else:
@@ -138,7 +139,7 @@ class MemoryModel:
     def _largest(
         self, cut: tuple[int, int, int], kinds: list[RankLayers], spreads: tuple[int, int], family: int
     ) -> RankLayers:
-        """The kind of layer of which most is gathered."""
+        """Returns the kind of layer with the most gathered bytes."""
         return max(kinds, key=lambda kind: self.gathered(*cut, kind, *spreads)[family], default=RankLayers(0, 0))
 
     # ---- activations -------------------------------------------------------------------------------------------
@@ -146,20 +147,20 @@ class MemoryModel:
     def _saved_per_layer(
         self, tp: int, cp: int, ep: int, etp: int, micro_batch: int, recompute: str, dispatcher: str
     ) -> tuple[float, float, float]:
-        """Bytes that autograd keeps of a layer with experts and of a dense one, and the live peak inside one."""
+        """Returns the bytes that autograd keeps of a layer with experts, of a dense one, and the temporary peak inside one."""
         model, b = self.model, self.job.activation_bytes
         d, n = model.hidden_size, self.costs.tokens(micro_batch, cp)
         t = ceil(n / tp)
         q = ceil(model.num_attention_heads / tp) * model.head_dim
         kv = self.costs.local_kv_heads(tp) * model.head_dim
         norm = n * d * b  # the gathered output of the norm feeds q, k, v
-        heads = (2 + model.qk_norm) * q + (2 + model.qk_norm) * kv  # q, k, v and the output; before their norms too
+        heads = (2 + model.qk_norm) * q + (2 + model.qk_norm) * kv  # q, k, v and the output; with q/k norms also their inputs
         attention = t * d * b + norm + n * heads * b + n * ceil(model.num_attention_heads / tp) * 4
         f, shared = ceil(model.moe_intermediate_size / etp), ceil(model.shared_expert_intermediate_size / tp)
         sent = t * model.num_experts_per_tok
         rows = sent * self.costs.load(ep, tp * cp) * etp
         gated = rows * f * b
-        # The router keeps its input in fp32; without a cast or a gather that is the shared expert's input.
+        # The router keeps its input in fp32. Without a cast or a gather, it shares this tensor with the shared expert.
         router = (0 if b >= 4 and shared and tp == 1 else t * d * max(b, 4)) + 2 * t * model.num_experts * 4
         # The gated product is made again; a row has its token's number and its weight.
         # Copies of experts stay until backward, where they have gradients of their own.
@@ -179,9 +180,10 @@ class MemoryModel:
         return everything[0], everything[1], live
 
     def _under_way(self, spread: int, ep: int, etp: int, dispatcher: str) -> float:
-        """Rows for each of a rank's tokens that live while it exchanges them: sent, and arrived at the busiest rank.
+        """Returns the rows per token of a rank that exist during the exchange: rows sent, and rows received by the busiest rank.
 
-        In two steps, what has reached the node stays while it is spread there; what was sent to it has left.
+        With two steps, the rows received by the node stay while they are passed on within it; the rows sent to other
+        nodes are freed.
         """
         if dispatcher == "allgather":
             return 2 * ep * etp
@@ -195,11 +197,12 @@ class MemoryModel:
         return pairs.busiest * (1 + ranks.mean / pairs.mean) + ranks.busiest
 
     def _experts_backward(self, ep: int, rows: float, f: int) -> float:
-        """Live bytes in the backward pass of a layer's experts, at the fuller of two moments.
+        """Returns the temporary bytes in the backward pass of a layer's experts, at the fuller of two moments.
 
-        At the router weights' gradient: that of the outputs, the activation, its product and their gradient, and two of
-        these in at least fp32. At the end: gradients of both products and three times of their inputs (of each product and
-        their sum), and the experts' gradients, which are added to fp32 sums where products run in less.
+        The first moment is the gradient of the router weights: it needs the outputs' gradient, the activation, its
+        product and their gradient, and two of these in at least fp32. The second is the end: it needs the gradients of
+        both products, three gradients of their inputs (of each product, and their sum), and the experts' gradients,
+        which are added to fp32 sums if products run in a narrower dtype.
         """
         _, b, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
         d = self.model.hidden_size
@@ -208,17 +211,17 @@ class MemoryModel:
         return max(rows * d * b + rows * f * (3 * b + 2 * wide), rows * f * 2 * b + 3 * rows * d * b + weights)
 
     def estimate(self, plan: Plan) -> Memory:
-        """The fullest rank of a plan."""
+        """Predicts the memory of a plan's fullest rank."""
         fold = plan.fold
         layout = pipeline_layout(self.model, fold.pp, plan.num_stages_per_rank, plan.schedule)
-        # The first rank has most in flight, the first of those with most layers most of each, the last one logits.
+        # Candidates: the first rank (most in flight), the first rank with most layers, and the last rank (logits).
         most = max(range(fold.pp), key=lambda r: layout[r].layers)
         ranks = {0, most, fold.pp - 1} | {r for r, layers in enumerate(layout) if layers.last}
         candidates = [self.on_rank(plan, rank, layout[rank]) for rank in sorted(ranks)]
         return max(candidates, key=lambda memory: memory.total)
 
     def on_rank(self, plan: Plan, rank: int, layers: RankLayers) -> Memory:
-        """A pipeline rank of a plan that holds ``layers``; of its data ranks, the first, which stores most."""
+        """Predicts the memory of a pipeline rank with ``layers``, on its first data rank, which stores most."""
         fold, microbatches, chunks = plan.fold, plan.num_microbatches(self.job), plan.num_stages_per_rank
         saved = self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
         weights, gradients, optimizer = self.states(fold, layers, microbatches > 1)
@@ -226,7 +229,8 @@ class MemoryModel:
         one = layers.moe * saved[0] + layers.dense * saved[1]
         activations = flight * one
         if fold.pp > 1 and plan.schedule in ("gpipe", "1f1b") and flight >= microbatches:
-            # No forward pass follows a backward pass, so whole gradients never meet the activations they came from.
+            # No forward follows a backward, so whole gradients never exist together with the activations they came
+            # from.
             activations -= min(gradients, one)
         logits = 0.0
         if layers.last:
@@ -235,14 +239,15 @@ class MemoryModel:
         return Memory(weights, gradients, optimizer, activations, saved[2], logits)
 
     def _loss(self, fold: Fold, n: int) -> tuple[float, float]:
-        """Bytes at the head, whose gradients are made together with the loss, a chunk of logits at a time; and kept bytes.
+        """Returns the peak bytes at the head, and the bytes that the head keeps for backward.
 
-        Those gradients, of the weight and of the hidden states, are kept for backward; the sum of the former over chunks is
-        in at least fp32, as logits and their slopes are.
+        The head computes its gradients together with the loss, one chunk of logits at a time. The gradients of the
+        weight and of the hidden states are kept for backward. The sum of the former over chunks is in at least fp32,
+        like logits and their gradients.
         """
         b, d, v = self.job.activation_bytes, self.model.hidden_size, ceil(self.model.vocab_size / fold.tp)
         wide = max(4, b)
-        both = wide + b if b < wide else wide  # wide, and as products take or give it
+        both = wide + b if b < wide else wide  # in fp32, and in the products' dtype
         rows = min(n, chunk_rows(self.model.vocab_size, fold.tp, self.job.hardware.device))
-        # Hidden states gathered, those of them that have a label, and their gradient.
+        # Gathered hidden states, those with a label, and their gradient.
         return rows * v * both + v * d * both + 3 * n * d * b, (v + n) * d * b

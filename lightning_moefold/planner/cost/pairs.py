@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of a token and a place (a rank, a node) that holds some of its experts: what travels where a token goes there once.
+"""Expected number of pairs of a token and a place (a rank, a node) that holds some of the token's experts.
 
-A routing profile says how often each expert is chosen, not which experts are chosen together. So tokens are taken to
-choose as freely as those frequencies allow: each k experts with a probability proportional to the product of their weights
-(the distribution of largest entropy, "conditional Poisson sampling"). Under balanced routing all weights are alike and all
-sets of k experts as well, which is exact. With the weights, what a place is not chosen for is a coefficient of a polynomial::
+This is what travels if each token goes to each place once. A routing profile says how often each expert is chosen, not
+which experts are chosen together. So the model assumes the distribution of largest entropy with these frequencies
+("conditional Poisson sampling"): a set of k experts has a probability proportional to the product of their weights.
+Under balanced routing all weights are equal and so are all sets, which is exact. The probability that a place is not
+chosen is a ratio of polynomial coefficients::
 
     P(no choice in S) = [x^k] prod_{e not in S} (1 + w_e x) / [x^k] prod_e (1 + w_e x)
 
-and a choice that the expert's capacity drops, part ``1 - q_e`` of them, whichever these are, is none:
-``1 + (1 - q_e) w_e x`` for e in S.
+If an expert's capacity drops a share ``1 - q_e`` of its choices, at random, then a dropped choice does not count, and
+the factor of e in S is ``1 + (1 - q_e) w_e x``.
 
 Legend: Y layers of the profile, E experts, S places with L experts each, K experts per token.
 """
@@ -24,18 +25,18 @@ import numpy as np
 
 from lightning_moefold.planner.cost.routing import RoutingProfile, Shares
 
-#: How nearly weights meet the odds, and how often that is tried.
+#: Relative tolerance of the fitted odds, and the maximum number of iterations.
 _CLOSE, _ROUNDS = 1e-8, 100
-#: An expert is chosen by this part of the tokens at least, and by all but this part at most.
+#: Smallest share of tokens that choose an expert; the largest share is 1 minus this.
 _LEAST = 1e-6
 
 
 class Pairs(NamedTuple):
-    """Pairs of a token and a place.
+    """Number of pairs of a token and a place, per token.
 
     Args:
-        mean: Places of a token, on average.
-        busiest: The same if every place had as many pairs as the busiest one; mean over layers.
+        mean: Average number of places of a token.
+        busiest: The number if every place had as many pairs as the busiest place; mean over layers.
     """
 
     mean: float
@@ -46,14 +47,14 @@ class Pairs(NamedTuple):
 def pairs_of(
     profile: RoutingProfile, num_experts: int, top_k: int, places: int, capacity_factor: float | None = None
 ) -> Pairs:
-    """Expected pairs of a token, experts lying on places in blocks.
+    """Computes the expected pairs of a token; each place holds a block of consecutive experts.
 
     Args:
-        profile: How unevenly tokens choose.
+        profile: Routing profile.
         num_experts: E.
         top_k: K.
         places: S, a divisor of E.
-        capacity_factor: As of :meth:`.RoutingProfile.load_factor`: an expert serves at most so many times the mean.
+        capacity_factor: An expert serves at most this many times the mean, as in :meth:`.RoutingProfile.load_factor`.
     """
     limit = np.inf if capacity_factor is None else capacity_factor
     if not profile.shares and profile.sigma == 0:
@@ -67,7 +68,7 @@ def pairs_of(
 
 
 def _used_alike(num_experts: int, top_k: int, local: int, served: float) -> float:
-    """Part of the tokens with a served choice among ``local`` of the experts, all of which are chosen equally often."""
+    """Returns the share of tokens with a served choice among ``local`` experts, if all experts are chosen equally often."""
     sets = comb(num_experts, top_k)
     there = range(min(local, top_k) + 1)
     missed = (comb(local, j) * comb(num_experts - local, top_k - j) * (1 - served) ** j for j in there)
@@ -81,7 +82,7 @@ def _weights(profile: RoutingProfile, num_experts: int, top_k: int) -> tuple[Sha
 
 
 def chosen_part(shares_YE: Shares, top_k: int) -> Shares:
-    """Part of the tokens that choose each expert; where a trace says more than all, the others share what is over."""
+    """Returns the share of tokens that choose each expert; if a trace gives more than 1, the excess goes to other experts."""
     most = 1 - _LEAST
     if top_k >= shares_YE.shape[1]:
         return np.full_like(shares_YE, most)
@@ -96,10 +97,10 @@ def chosen_part(shares_YE: Shares, top_k: int) -> Shares:
 
 
 def fit_weights(chosen_YE: Shares, top_k: int) -> Shares:
-    """Weights under which each expert is chosen by ``chosen_YE`` of the tokens.
+    """Computes weights with which a share ``chosen_YE`` of the tokens chooses each expert.
 
-    Each weight is corrected until the odds of being chosen are what they should be (as Chen, Dempster and Liu, Biometrika
-    1994, do with probabilities).
+    Each weight is corrected until its expert's odds are right (Chen, Dempster and Liu, Biometrika 1994, do this with
+    probabilities).
     """
     if top_k >= chosen_YE.shape[1]:
         return np.ones_like(chosen_YE)
@@ -115,9 +116,9 @@ def fit_weights(chosen_YE: Shares, top_k: int) -> Shares:
 
 
 def odds_under(weight_YE: Shares, top_k: int) -> Shares:
-    """Odds of each expert to be chosen: sets of K - 1 others with it, over sets of K others without it; K < E.
+    """Returns the odds of each expert: the weight of sets with it and K - 1 others, over that of sets of K others; K < E.
 
-    Sums of positive numbers, so that they are exact for an expert that nearly every token chooses.
+    Only positive numbers are added, so the odds are exact even for an expert that nearly every token chooses.
     """
     layers, experts = weight_YE.shape
     before_YEK = np.zeros((layers, experts, top_k + 1))
@@ -133,7 +134,7 @@ def odds_under(weight_YE: Shares, top_k: int) -> Shares:
 
 
 def used_places(weight_YE: Shares, served_YE: Shares, top_k: int, places: int) -> Shares:
-    """Part of the tokens with a served choice at each place, ``[Y, S]``; see the module."""
+    """Returns the share of tokens with a served choice at each place, ``[Y, S]``, by the formula above."""
     layers = len(weight_YE)
     whole_YSK = _products(weight_YE.reshape(layers, places, -1), top_k)
     dropped_YSK = _products((weight_YE * (1 - served_YE)).reshape(layers, places, -1), top_k)
@@ -148,7 +149,7 @@ def used_places(weight_YE: Shares, served_YE: Shares, top_k: int, places: int) -
 
 
 def _products(weight_YSL: Shares, top_k: int) -> Shares:
-    """Coefficients of ``prod_l (1 + w_l x)`` up to x^K, ``[Y, S, K + 1]``."""
+    """Computes the coefficients of ``prod_l (1 + w_l x)`` up to x^K, ``[Y, S, K + 1]``."""
     found = np.zeros((*weight_YSL.shape[:2], top_k + 1))
     found[..., 0] = 1.0
     for expert in range(weight_YSL.shape[2]):
@@ -157,7 +158,7 @@ def _products(weight_YSL: Shares, top_k: int) -> Shares:
 
 
 def _times(a: Shares, b: Shares, top_k: int) -> Shares:
-    """Products of polynomials up to x^K, coefficients in the last dimension."""
+    """Multiplies polynomials up to x^K; coefficients are in the last dimension."""
     out = np.zeros(np.broadcast_shapes(a.shape, b.shape))
     for j in range(top_k + 1):
         out[..., j:] += a[..., j : j + 1] * b[..., : top_k + 1 - j]

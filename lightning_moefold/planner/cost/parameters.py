@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameters of one rank as a list of local shapes, and what ``fully_shard`` leaves of each. Pure Python.
+"""Lists the shapes of one rank's parameters, and their sizes after ``fully_shard``. Pure Python.
 
-The same cuts as the modules' own ``plans``, without making modules: a search asks for thousands of folds.
+The cuts equal those of the modules' own ``plans``, but no module is created, since a search examines thousands of
+folds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Shapes = dict[tuple[int, ...], int]
 
 
 def attention_shapes(model: MoEConfig, tp: int) -> Shapes:
-    """Attention and both norms of a layer; projections whose heads tp does not divide are stored whole."""
+    """Returns the shapes of attention and both norms of a layer. Projections whose heads tp does not divide are whole."""
     d, size = model.hidden_size, model.head_dim
     q = model.num_attention_heads * size // (tp if model.num_attention_heads % tp == 0 else 1)
     kv = model.num_key_value_heads * size // (tp if model.num_key_value_heads % tp == 0 else 1)
@@ -34,13 +35,13 @@ def attention_shapes(model: MoEConfig, tp: int) -> Shapes:
 
 
 def gated_shapes(model: MoEConfig, width: int, tp: int) -> Shapes:
-    """A dense gated feed-forward layer."""
+    """Returns the shapes of a dense gated feed-forward layer."""
     f, d = ceil(width / tp), model.hidden_size
     return {(f, d): 2, (d, f): 1}
 
 
 def dense_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
-    """Everything but routed experts of the layers of a pipeline rank, with its ends."""
+    """Returns the shapes of a pipeline rank's layers and ends, without routed experts."""
     shapes: Shapes = {}
     d = model.hidden_size
     _merge(shapes, attention_shapes(model, tp), layers.layers)
@@ -54,12 +55,12 @@ def dense_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
 
 
 def router_shapes(model: MoEConfig, layers: int) -> Shapes:
-    """The routers of ``layers`` layers with experts."""
+    """Returns the shapes of the routers of ``layers`` layers with experts."""
     return {(model.num_experts, model.hidden_size): layers} if layers else {}
 
 
 def end_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
-    """Embedding, head and final norm, where the rank holds them."""
+    """Returns the shapes of embedding, head and final norm, if the rank holds them."""
     shapes: Shapes = {}
     matrices = layers.first + layers.last - (layers.first and layers.last and model.tie_word_embeddings)
     _add(shapes, (ceil(model.vocab_size / tp), model.hidden_size), matrices)
@@ -68,7 +69,7 @@ def end_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
 
 
 def expert_shapes(model: MoEConfig, ep: int, etp: int, layers: int) -> Shapes:
-    """The stacks of routed experts of ``layers`` layers."""
+    """Returns the shapes of the stacks of routed experts in ``layers`` layers."""
     local, f, d = model.num_experts // ep, ceil(model.moe_intermediate_size / etp), model.hidden_size
     shapes: Shapes = {}
     _add(shapes, (local, f, d), 2 * layers)
@@ -77,15 +78,15 @@ def expert_shapes(model: MoEConfig, ep: int, etp: int, layers: int) -> Shapes:
 
 
 def count(shapes: Shapes) -> int:
-    """Numbers in them."""
+    """Returns how many numbers the parameters have."""
     return sum(prod(shape) * times for shape, times in shapes.items())
 
 
 def shard(shapes: Shapes, ranks: int, experts: bool = False) -> int:
-    """Numbers that the first of ``ranks`` data ranks stores of them, which has the largest pieces.
+    """Returns how many numbers the first of ``ranks`` data ranks stores, which has the largest pieces.
 
     ``fully_shard`` cuts the first dimension into equal pieces, the last ones shorter; stacks of experts are cut along
-    the second where the first does not divide and the second does.
+    the second dimension if ``ranks`` divides it but not the first.
     """
     total = 0
     for shape, times in shapes.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a plan's MoE layers lie in the DDL roofline of FasterMoE (PPoPP 2022). Pure Python."""
+"""Points of a plan's MoE layers in the DDL roofline of FasterMoE (PPoPP 2022). Pure Python."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class RooflinePoint:
     """A MoE layer on its busiest rank, forward and backward.
 
     Args:
-        layer: Of the routing profile.
-        load: Rows of the busiest rank over the mean.
-        ratio: Seconds of the experts' products over seconds of their exchange; None without an exchange.
+        layer: Index of the layer in the routing profile.
+        load: Rows on the busiest rank divided by the mean.
+        ratio: Seconds of the experts' products divided by seconds of their exchange; None without an exchange.
         achieved: FLOP/s of the balanced experts over the dense peak, exchange included.
     """
 
@@ -29,7 +29,7 @@ class RooflinePoint:
 
 
 def roofline(job: Job, estimate: Estimate) -> list[RooflinePoint]:
-    """A point for each layer of the routing profile; one where routing is balanced, as all layers are alike."""
+    """Returns one point per layer of the routing profile; a single point if routing is balanced, since all layers are equal."""
     plan, fold, model = estimate.plan, estimate.plan.fold, job.model
     tokens = ceil(LayerCosts(job).tokens(plan.micro_batch_size, fold.cp) / fold.tp)
     flops = 3 * 2 * 3 * tokens * model.num_experts_per_tok * model.hidden_size * model.moe_intermediate_size * job.kept

@@ -2,9 +2,10 @@
 """Routing profiles: how unevenly tokens choose experts, and the load of the busiest rank. numpy only.
 
 A layer's expert popularity is log-normal: every layer draws scores ``z_e ~ N(0, sigma^2)``, and each token takes the
-top k of ``z + Gumbel noise``. One number, sigma, spans what is seen in training: about 0.4 for a fine-tuned Mixtral
-without an auxiliary loss (busiest of 8 ranks at 1.6 of the mean), 1.5 for training without balancing, 2.5 for its
-collapsed end. A MoE layer is as slow as its busiest rank, since the exchange waits for it; so a layer costs the *mean
+top k of ``z + Gumbel noise``. The single number sigma covers what is seen in training: about 0.4 for a fine-tuned
+Mixtral without an auxiliary loss (busiest of 8 ranks at 1.6 times the mean), 1.5 for training without balancing, and
+2.5 if the router collapses. A MoE layer is as slow as its busiest rank, since the exchange waits for it; so a layer
+costs the *mean
 over layers of the maximum over ranks*.
 """
 
@@ -29,7 +30,7 @@ class RoutingProfile:
     """Expert popularity of a run.
 
     Args:
-        name: ``balanced``, ``mild``, ``skewed``, or what a trace is called.
+        name: ``balanced``, ``mild``, ``skewed``, or the name of a trace.
         sigma: Spread of the log-popularity; 0 is perfect balance.
         shares: Recorded popularity ``[layers][experts]``, each row summing to 1; replaces ``sigma``.
     """
@@ -39,15 +40,16 @@ class RoutingProfile:
     shares: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
 
     def expert_shares(self, num_experts: int, top_k: int) -> Shares:
-        """Part of all token slots that each expert takes, ``[layers, experts]``."""
+        """Returns the share of all choices that each expert gets, ``[layers, experts]``."""
         if self.shares:
             return _resampled(self.shares, num_experts)
         return _sampled(self.sigma, num_experts, top_k)
 
     def load_factor(self, num_experts: int, top_k: int, ep: int, capacity_factor: float | None = None) -> float:
-        """Rows on the busiest of ``ep`` ranks over the balanced number, mean over layers.
+        """Returns the rows on the busiest of ``ep`` ranks divided by the balanced number, averaged over layers.
 
-        Experts lie on ranks in blocks; with a capacity an expert keeps at most ``capacity_factor`` times the mean.
+        Each rank holds a block of consecutive experts. With a capacity, an expert serves at most ``capacity_factor``
+        times the mean.
         """
         return _load_factor(self, num_experts, top_k, ep, capacity_factor)
 
@@ -56,7 +58,7 @@ class RoutingProfile:
         """Reads recorded counts: ``.npz`` (array ``counts``), ``.npy`` or ``.json``; the last axis counts experts.
 
         Axes are ``[layers, experts]``, ``[steps, layers, experts]`` or ``[steps, layers, ranks, experts]``; the last
-        quarter of the steps is used, since routing early in training says little about the rest of it.
+        quarter of the steps is used, since routing early in training says little about later routing.
 
         Raises:
             ValueError: If the file does not hold such an array.
@@ -107,7 +109,7 @@ def _sampled(sigma: float, num_experts: int, top_k: int) -> Shares:
 
 @lru_cache(maxsize=64)
 def _resampled(shares: tuple[tuple[float, ...], ...], num_experts: int) -> Shares:
-    """The recorded popularity, by quantile where the trace has another number of experts."""
+    """Returns the recorded popularity, resampled by quantile if the trace has a different number of experts."""
     recorded = np.asarray(shares)
     if recorded.shape[1] == num_experts:
         return recorded
@@ -141,9 +143,9 @@ PROFILES: dict[str, RoutingProfile] = {
 
 
 def find_routing(name: str) -> RoutingProfile:
-    """A profile by name, or a recorded trace by path.
+    """Returns a profile by name, or reads a recorded trace by path.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If the name is neither a profile nor a file.
     """
     return PROFILES.get(name.lower()) or RoutingProfile.from_trace(name)

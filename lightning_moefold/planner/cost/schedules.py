@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipeline schedules: who holds which layers, how long ranks wait, how many micro-batches are in flight. Pure Python.
+"""Pipeline schedules: which rank holds which layers, how long ranks wait, and how many micro-batches are in flight. Pure Python.
 
-Times per micro-batch and rank: F forward, B backward in all, W the part of B that computes weight gradients. For p
-equal stages, M micro-batches and v chunks a rank, a step takes ``M (F + B) + bubble`` with
+Times per micro-batch and rank: F forward, B whole backward, W the part of B that computes weight gradients. For p equal
+stages, M micro-batches and v chunks per rank, a step takes ``M (F + B) + bubble`` with
 
     ==========================  =========================================  =====================================
     schedule                    bubble                                     micro-batches in flight, first rank
@@ -30,11 +30,11 @@ from lightning_moefold.parallel.pipeline.plan import V_SHAPED, PipelinePlan, sta
 
 @dataclass(frozen=True)
 class RankLayers:
-    """What one pipeline rank holds.
+    """The part of the model that one pipeline rank holds.
 
     Args:
-        moe: Layers with experts.
-        dense: Layers without.
+        moe: Number of layers with experts.
+        dense: Number of layers without experts.
         first: Whether it holds the embedding.
         last: Whether it holds the final norm and the head.
     """
@@ -46,19 +46,19 @@ class RankLayers:
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return self.moe + self.dense
 
 
 @lru_cache(maxsize=4096)
 def stage_layers(model: MoEConfig, pp: int, chunks: int, schedule: str) -> tuple[range, ...]:
-    """The layers of every stage, cut as the strategy cuts them: by cost, the head included."""
+    """Returns the layers of every stage, cut as by the strategy: by cost, the head included."""
     return tuple(PipelinePlan(schedule, chunks).layers(model, pp))
 
 
 @lru_cache(maxsize=4096)
 def pipeline_layout(model: MoEConfig, pp: int, chunks: int, schedule: str) -> tuple[RankLayers, ...]:
-    """What each of the ``pp`` ranks holds, with ``chunks`` chunks a rank."""
+    """Returns the layers that each of the ``pp`` ranks holds, with ``chunks`` chunks per rank."""
     if pp == 1:
         return (RankLayers(model.num_moe_layers, model.num_hidden_layers - model.num_moe_layers, True, True),)
     moe, dense = [0] * pp, [0] * pp
@@ -71,11 +71,11 @@ def pipeline_layout(model: MoEConfig, pp: int, chunks: int, schedule: str) -> tu
 
 
 def bubble(schedule: str, chunks: int, forward: list[float], backward: list[float], weight: list[float]) -> float:
-    """Seconds that the slowest rank of the pipeline waits in a step.
+    """Returns the seconds that the slowest rank of the pipeline waits in a step.
 
     Args:
-        schedule: Its name.
-        chunks: Chunks a rank.
+        schedule: Name of the schedule.
+        chunks: Number of chunks per rank.
         forward: F of every rank, seconds per micro-batch.
         backward: B of every rank.
         weight: W of every rank.
@@ -94,7 +94,7 @@ def bubble(schedule: str, chunks: int, forward: list[float], backward: list[floa
 
 
 def chunks_in_flight(schedule: str, pp: int, chunks: int, microbatches: int, rank: int) -> float:
-    """Most model chunks of ``rank`` whose activations are held at once; ``chunks`` of them are one micro-batch."""
+    """Returns how many model chunks' activations ``rank`` holds at most; ``chunks`` of them are one micro-batch."""
     if pp == 1:
         return chunks
     if schedule == "gpipe":
@@ -110,7 +110,7 @@ def chunks_in_flight(schedule: str, pp: int, chunks: int, microbatches: int, ran
 def legal(
     schedule: str, pp: int, chunks: int, microbatches: int, model: MoEConfig, sharding: str, recompute: str = "none"
 ) -> str | None:
-    """Why the strategy cannot run a schedule, or None."""
+    """Returns the reason why the strategy cannot run a schedule, or None."""
     if pp == 1:
         return None if schedule == "1f1b" and chunks == 1 else "there is no pipeline at pp=1"
     if schedule in V_SHAPED and chunks != 2:

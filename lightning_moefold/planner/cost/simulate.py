@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A discrete-event simulator of pipeline schedules, and its Chrome trace. numpy only.
 
-A *virtual stage* s is a model chunk: with p ranks and v chunks there are p * v of them. Forward of (s, j) waits for
-forward of (s - 1, j), backward for backward of (s + 1, j), the first backward for its own forward; a message between
+A *virtual stage* s is a model chunk: with p ranks and v chunks per rank there are p * v of them. The forward of (s, j)
+waits for the forward of (s - 1, j), its backward for the backward of (s + 1, j), and the last stage's backward for its
+own forward; a message between
 ranks takes ``latency``. GPipe, 1F1B and interleaved 1F1B run in their fixed order; schedules that split backward are
-list-scheduled: a free rank takes input gradients first, then forwards while activations are under the limit of the
-schedule, and fills what is left with weight gradients.
+list-scheduled: a free rank runs input gradients first, then forwards while activations are below the schedule's limit,
+and fills the remaining time with weight gradients.
 
-For equal stages and no latency the makespan of the fixed orders is the closed form of ``schedules.py``, exactly.
+For equal stages without latency, the makespan of the fixed orders equals the closed form of ``schedules.py``.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from lightning_moefold.planner.cost.schedules import RankLayers, chunks_in_fligh
 from lightning_moefold.planner.machine.links import axis_shape
 from lightning_moefold.planner.search.job import SPLIT_BACKWARD, Job, Plan
 
-#: Kind (F, B or W), virtual stage, micro-batch.
+#: An operation: kind (F, B or W), virtual stage, micro-batch.
 Op = tuple[str, int, int]
-#: Seconds of an operation.
+#: Function that returns the seconds of an operation.
 Durations = Callable[[Op], float]
 
 
 @dataclass(frozen=True)
 class Event:
-    """An operation on a rank, in seconds from the start."""
+    """An operation on a rank; times are in seconds from the start."""
 
     rank: int
     op: Op
@@ -43,11 +44,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What ran when.
+    """The operations of a step with their times.
 
     Args:
-        events: In the order in which they were placed.
-        ranks: Pipeline ranks.
+        events: The operations in the order in which they were placed.
+        ranks: Number of pipeline ranks.
     """
 
     events: tuple[Event, ...]
@@ -55,17 +56,17 @@ class Timeline:
 
     @property
     def seconds(self) -> float:
-        """When the last operation ends."""
+        """Time at which the last operation ends, in seconds."""
         return max((event.end for event in self.events), default=0.0)
 
     @property
     def idle_fraction(self) -> float:
-        """Part of the time that ranks wait, on average."""
+        """Share of the time that ranks wait, averaged over ranks."""
         busy = sum(self.busy(rank) for rank in range(self.ranks))
         return 1 - busy / (self.seconds * self.ranks) if self.events else 0.0
 
     def busy(self, rank: int) -> float:
-        """Seconds in which some operation of a rank is running; those of a pair take turns."""
+        """Returns the seconds in which at least one operation of a rank runs; the two of a pair take turns."""
         found = until = 0.0
         for event in sorted((e for e in self.events if e.rank == rank), key=lambda e: e.start):
             found += max(0.0, event.end - max(event.start, until))
@@ -73,7 +74,7 @@ class Timeline:
         return found
 
     def most_in_flight(self, rank: int) -> int:
-        """Most chunks of a rank that ran forward and not yet backward."""
+        """Returns the largest number of chunks of a rank that have run forward but not yet backward."""
         held = most = 0
         for event in sorted((e for e in self.events if e.rank == rank), key=lambda e: e.start):
             held += {"F": 1, "B": -1}.get(event.op[0], 0)
@@ -85,7 +86,7 @@ class Timeline:
 
 
 def fixed_order(schedule: str, pp: int, chunks: int, microbatches: int, rank: int) -> list[Op]:
-    """Operations of a rank under GPipe, 1F1B or interleaved 1F1B; backward is one operation."""
+    """Returns the operations of a rank under GPipe, 1F1B or interleaved 1F1B; backward is one operation."""
     total = microbatches * chunks
     forwards = [_place("F", k, pp, chunks, rank) for k in range(total)]
     backwards = [_place("B", k, pp, chunks, rank) for k in range(total)]
@@ -100,7 +101,7 @@ def fixed_order(schedule: str, pp: int, chunks: int, microbatches: int, rank: in
 
 
 def _place(kind: str, step: int, pp: int, chunks: int, rank: int) -> Op:
-    """The step-th forward or backward of a rank: micro-batches in groups of pp, each through all chunks in turn."""
+    """Returns the step-th forward or backward of a rank: groups of pp micro-batches pass through all chunks in turn."""
     if chunks == 1:
         return kind, rank, step
     turn, place = divmod(step, pp * chunks)
@@ -153,7 +154,7 @@ def run_fixed(
 
 
 class _ListScheduler:
-    """Split-backward schedules: each rank decides when it is free."""
+    """Runs schedules that split backward; each rank chooses its next operation when it is free."""
 
     def __init__(
         self, schedule: str, pp: int, chunks: int, microbatches: int, duration: Durations, latency: float
@@ -177,13 +178,13 @@ class _ListScheduler:
     def _next(self, rank: int) -> tuple[float, int, Op]:
         allowed = {op: at for op, at in self.ready[rank].items() if op[0] != "F" or self._room(rank, op)}
         if not allowed:
-            allowed = self.ready[rank]  # the limit would block for ever: let the earliest forward pass
+            allowed = self.ready[rank]  # the limit would block forever, so it is ignored for the earliest forward
         start = max(self.free[rank], min(allowed.values()))
         now = [op for op, at in allowed.items() if at <= start]
         return start, rank, min(now, key=self._urgency)
 
     def _room(self, rank: int, op: Op) -> bool:
-        """Whether a forward may start: a later chunk always, a first one while there is room for the way back."""
+        """Whether a forward may start: always for later chunks; for the first chunk while activations are below the limit."""
         return self.held[rank] < self.limit[rank] if op[1] < self.pp else True
 
     @staticmethod
@@ -214,7 +215,7 @@ class _ListScheduler:
 def run_split(
     schedule: str, pp: int, chunks: int, microbatches: int, duration: Durations, latency: float = 0.0
 ) -> Timeline:
-    """Runs a schedule that computes input (B) and weight (W) gradients apart."""
+    """Runs a schedule that computes input gradients (B) and weight gradients (W) separately."""
     return _ListScheduler(schedule, pp, chunks, microbatches, duration, latency).run()
 
 
@@ -222,12 +223,12 @@ def run_split(
 
 
 def simulate(job: Job, plan: Plan, seed: int = 0) -> Timeline:
-    """Runs the pipeline of a plan, each micro-batch with a load of its own drawn from the routing profile.
+    """Runs the pipeline of a plan; the load of each micro-batch is drawn from the routing profile.
 
     Args:
-        job: What is trained.
-        plan: How.
-        seed: Of the loads.
+        job: The training job.
+        plan: The plan to simulate.
+        seed: Seed of the loads.
     """
     costs, fold = CostModel(job), plan.fold
     chunks, microbatches = plan.num_stages_per_rank, plan.num_microbatches(job)
@@ -266,13 +267,13 @@ def _stages(costs: CostModel, plan: Plan) -> list[RankTimes]:
 
 
 def _by_rows(times: RankTimes, way: str) -> float:
-    """Seconds in proportion to the rows that the busiest rank computes, exchanges and widens."""
+    """Returns the seconds that grow in proportion to the busiest rank's rows: expert products, exchange, etp collectives."""
     seconds = getattr(times.block, way)
     return sum(seconds.get(part, 0.0) for part in ("experts", "a2a", "etp"))
 
 
 def _loads(job: Job, plan: Plan, mean: float, stages: int, microbatches: int, seed: int) -> np.ndarray:
-    """Load of the busiest rank of every stage and micro-batch, relative to the mean that the cost model has."""
+    """Returns the busiest rank's load for every stage and micro-batch, relative to the cost model's mean."""
     model, ep = job.model, plan.fold.ep
     if job.pad_to_capacity:
         return np.ones((stages, microbatches))
@@ -291,7 +292,7 @@ def write_chrome_trace(timeline: Timeline, path: Path) -> None:
 
 
 def chrome_trace(timeline: Timeline) -> str:
-    """Events for ``chrome://tracing`` or Perfetto as JSON, one row per pipeline rank; times in microseconds."""
+    """Returns events as JSON for ``chrome://tracing`` or Perfetto, one row per pipeline rank; times in microseconds."""
     colours = {"F": "good", "B": "bad", "W": "yellow"}
     events = [
         {

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a machine can do: constants with their sources, and how they are measured."""
+"""Describes machines by constants, with their sources, and measures them."""

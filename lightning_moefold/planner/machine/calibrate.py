@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures this machine and writes the planner's hardware file.
 
-All ranks measure at the same time, each on its own device (or its share of the cores), because that is how they will
-train. Each constant comes from the measurement that shows it best:
+All ranks measure at the same time, each on its own device (or its share of the cores), because they will also train at
+the same time. Each constant comes from the measurement that determines it best:
 
-- ``gemm_efficiency``, ``gemm_half_size``: the two that describe a list of matrix products with least error in log time;
+- ``gemm_efficiency``, ``gemm_half_size``: a fit of a list of matrix products with the least error in log time;
 - attention: long and short sequences, forward and backward;
 - ``memory_bandwidth``: a large copy; ``launch``: a tiny operation;
 - links: all-gather, all-to-all and reduce-scatter by size; the smallest message is the latency, the largest the bandwidth.
@@ -34,7 +34,7 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import Axis
 from lightning_moefold.planner.machine.hardware import GIB, Hardware, Kernels, Link
 
-#: Sides of the measured products: cubes, and the flat ones that experts make.
+#: Sides of the measured products: cubes, and flat ones as in experts.
 _PRODUCTS = [
     (64, 64, 64),
     (128, 128, 128),
@@ -44,21 +44,21 @@ _PRODUCTS = [
     (128, 512, 256),
     (256, 128, 512),
 ]
-#: As much larger are products on a GPU, and the sides of copies.
+#: Factor by which the sides of products and copies are larger on a GPU.
 _SCALE_ON_GPU = 8
-#: Relative error of the fit above which the machine was not left alone.
+#: Relative error of the fit above which other programs are assumed to have disturbed the measurement.
 DISTURBED = 0.3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured of attention and links: as large as models make them, since small ones fill no device.
+    """Sizes at which attention and links are measured: as large as in real models, since small ones do not fill a device.
 
     Args:
-        lengths: Tokens of the short and the long row.
-        heads: Of attention.
-        head_size: Of each.
-        messages: Bytes.
+        lengths: Number of tokens of the short and the long row.
+        heads: Number of attention heads.
+        head_size: Size of each head.
+        messages: Sizes of messages in bytes.
     """
 
     lengths: tuple[int, int]
@@ -68,25 +68,26 @@ class Sizes:
 
 
 ON_CPU = Sizes((64, 256), 8, 64, (2**12, 2**16, 2**20, 2**23))
-#: NVLink is at its rate from some 100 MB on, and a fused kernel fills a GPU with blocks of rows of several dozen heads.
+#: NVLink reaches its rate from some 100 MB on, and a fused kernel needs blocks of rows from several dozen heads to fill
+#: a GPU.
 ON_GPU = Sizes((1024, 8192), 32, 128, (2**12, 2**16, 2**20, 2**23, 2**26, 2**28, 2**30))
 
-#: m, n, k, seconds.
+#: A measured product: sides m, n, k, and seconds.
 Product = tuple[int, int, int, float]
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What one rank saw, in seconds, bytes and bytes/s.
+    """Measurements of one rank, in seconds, bytes and bytes/s.
 
     Args:
-        products: Matrix products.
-        attention: Sequence length, forward FLOP/s, backward FLOP/s.
-        copy: Bytes/s read and written.
+        products: Measured matrix products.
+        attention: For each row, its length, forward FLOP/s and backward FLOP/s.
+        copy: Bytes/s read and written by a large copy.
         launch: Seconds of a tiny operation.
-        gather: Bytes of the gathered tensor, seconds.
-        exchange: Bytes sent by a rank, seconds.
-        reduce: Bytes of the tensor that is reduced and scattered, seconds.
+        gather: For each all-gather, bytes of the gathered tensor and seconds.
+        exchange: For each all-to-all, bytes sent by a rank and seconds.
+        reduce: For each reduce-scatter, bytes of its input and seconds.
     """
 
     products: list[Product]
@@ -102,10 +103,10 @@ class Measurements:
 
 
 def fit_products(products: list[Product]) -> tuple[float, float, float]:
-    """Rate without borders, half size, and the typical relative error of the fit.
+    """Fits the rate of a very large product, the half size, and the typical relative error of the fit.
 
-    For a given half size h the best rate is the geometric mean of what each product implies, so one search over h is
-    enough.
+    For a given half size h, the best rate is the geometric mean of the rates that the products imply, so one search
+    over h is enough.
     """
     best = (math.inf, 0.0, 0.0)
     for step in range(120):
@@ -123,7 +124,7 @@ def _borders(m: int, n: int, k: int, half: float) -> float:
 
 
 def fit_link(samples: list[tuple[int, float]], part: float) -> tuple[float, float]:
-    """Seconds of an empty message and bytes/s of a large one, of which ``part`` travels."""
+    """Returns the seconds of an empty message and the bytes/s of a large one, of which the share ``part`` travels."""
     start = min(seconds for _, seconds in samples)
     size, seconds = max(samples)
     return start, part * size / max(seconds - start, 1e-9)
@@ -132,7 +133,7 @@ def fit_link(samples: list[tuple[int, float]], part: float) -> tuple[float, floa
 def describe(
     measured: Measurements, ranks: int, dtype: str, memory: float, name: str, cores: int | None = None
 ) -> Hardware:
-    """The hardware that the measurements describe; ``cores`` is the number that CPU ranks share, None for GPUs."""
+    """Turns measurements into a Hardware; ``cores`` is the number of cores that CPU ranks share, None for GPUs."""
     rate, half, _ = fit_products(measured.products)
     _, short_forward, _ = min(measured.attention)
     length, forward, backward = max(measured.attention)
@@ -169,7 +170,7 @@ def describe(
 
 
 def seconds_of(action: Callable[[], Any], synchronize: Callable[[], None], budget: float = 0.15) -> float:
-    """Time of ``action``, repeated for ``budget`` seconds and five times at least; other load is to be left out."""
+    """Times ``action``, repeated for ``budget`` seconds but at least five times, without the effect of other programs."""
     action()
     synchronize()
     times: list[float] = []
@@ -183,9 +184,9 @@ def seconds_of(action: Callable[[], Any], synchronize: Callable[[], None], budge
 
 
 def _undisturbed(times: list[float]) -> float:
-    """The lower decile: what the machine does when nothing else asks for it, without trusting the one best time.
+    """Returns the lower decile: the time on an undisturbed machine, without relying on the single best time.
 
-    Where ranks share cores, the best times are those of a rank that had a core to itself, and the mean is what counts.
+    If ranks share cores, it is the mean, because the best times are those of a rank that had a core to itself.
     """
     if dist.is_initialized() and dist.get_backend() == "gloo" and dist.get_world_size() > (os.cpu_count() or 1):
         return statistics.fmean(times)
@@ -193,7 +194,7 @@ def _undisturbed(times: list[float]) -> float:
 
 
 def _collective_seconds(action: Callable[[], Any], synchronize: Callable[[], None]) -> float:
-    """The same with a fixed number of repetitions, which all ranks must share."""
+    """Times a collective with a fixed number of repetitions, which must be equal on all ranks."""
     for _ in range(2):
         action()
     synchronize()
@@ -250,7 +251,7 @@ def _attention(
 def _messages(
     sizes: tuple[int, ...], device: torch.device, synchronize: Callable[[], None]
 ) -> list[list[tuple[int, float]]]:
-    """All-gather, all-to-all and reduce-scatter, as the strategy calls them."""
+    """Times all-gather, all-to-all and reduce-scatter by size, called as by the strategy."""
     ranks = dist.get_world_size()
     world = Axis("world", tuple(range(ranks)), dist.get_rank(), dist.group.WORLD)
     found: list[list[tuple[int, float]]] = [[], [], []]
@@ -268,7 +269,7 @@ def _messages(
 
 
 def _nothing() -> None:
-    """On CPU there is nothing to wait for."""
+    """Does nothing: on CPU there is no device to wait for."""
 
 
 def _rank_main(rank: int, ranks: int, folder: str, use_gpu: bool) -> None:
@@ -291,12 +292,12 @@ def calibrate(ranks: int, name: str, use_gpu: bool | None = None) -> tuple[Hardw
     """Measures with ``ranks`` processes on this machine.
 
     Args:
-        ranks: Processes; on GPUs one each.
-        name: Of the hardware.
-        use_gpu: None for GPUs where there are enough.
+        ranks: Number of processes; on GPUs one per GPU.
+        name: Name of the hardware.
+        use_gpu: Whether to measure GPUs; None uses them if there are enough.
 
     Raises:
-        ValueError: For fewer than two ranks, or more than there are GPUs.
+        ValueError: If there are fewer than two ranks, or more ranks than GPUs.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     use_gpu = gpus >= ranks if use_gpu is None else use_gpu

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that a GPU's name stands for. Pure Python.
+"""Finds the machine that a GPU belongs to by the GPU's name. Pure Python.
 
-A preset speaks of a whole machine: rates of a GPU, and the links between GPUs. So a name is taken only where it says both. Cards
-(PCIe, NVL) are linked as whoever built the machine saw fit, a slice of a GPU (MIG) has no link at all, and superchips come in
-racks of several kinds: those are to be measured.
+A preset describes a whole machine: the rates of a GPU and the links between GPUs. So a name is accepted only if it
+determines both. The links of cards (PCIe, NVL) depend on the machine's builder, a slice of a GPU (MIG) has no link, and
+superchips come in several kinds of racks: these must be measured.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from lightning_moefold.planner.machine.hardware import PRESETS, Hardware, Link
 #: NVLink of the H800 and the A800: 400 GB/s both ways (NVIDIA H800 and A800 datasheets, SXM columns).
 _NVLINK_400 = Link(200e9, 2e-6, 0.80)
 
-#: Patterns of ``torch.cuda.get_device_name`` in lower case, the preset, and what differs from it; the first found counts.
+#: Patterns of ``torch.cuda.get_device_name`` in lower case, the preset, and the fields that differ; the first match
+#: counts.
 _MACHINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     # NVIDIA H100 datasheet, SXM column: "NVIDIA H100 80GB HBM3"
     (r"\bh100\b.*\b(hbm3|sxm5?)\b", "dgx-h100", {}),
     # NVIDIA H200 datasheet, SXM column
     (r"\bh200$", "dgx-h200", {}),
-    # The H100 with slower NVLink
+    # NVIDIA H800: an H100 with slower NVLink
     (r"\bh800$", "dgx-h100", {"name": "h800", "intra": _NVLINK_400}),
     # NVIDIA A100 datasheet, SXM columns: 1,555 GB/s at 40 GB, 2,039 GB/s at 80 GB
     (r"\ba100-sxm4-40gb$", "a100", {"name": "a100-40gb", "memory_bandwidth": 1.555e12}),
@@ -41,13 +42,13 @@ _REASONS = (
 
 
 def find_device(name: str) -> Hardware:
-    """The preset of the machines in which a GPU of this name comes.
+    """Returns the preset of the machines with a GPU of this name.
 
     Args:
-        name: As ``torch.cuda.get_device_name`` gives it, such as ``"NVIDIA H100 80GB HBM3"``.
+        name: Name returned by ``torch.cuda.get_device_name``, such as ``"NVIDIA H100 80GB HBM3"``.
 
     Raises:
-        HardwareError: For a device of which no preset speaks; says how to measure it.
+        HardwareError: If no preset describes the device; the message says how to measure it.
     """
     lower = name.lower().strip()
     reason = next((why for pattern, why in _REASONS if re.search(pattern, lower)), None)

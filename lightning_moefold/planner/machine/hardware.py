@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hardware: what a machine can do, as a handful of constants with their sources. Pure Python.
+"""Hardware: a machine described by a few constants, with their sources. Pure Python.
 
-Datasheet values (peak, memory, bandwidths) stand in the presets. What a kernel or a collective *reaches* of them are
-the efficiencies below: few, shared by all presets of a kind, and to be replaced by measured ones where they are known
+The presets hold datasheet values (peak, memory, bandwidths). The efficiencies below say which share of them a kernel or
+a collective *reaches*. They are shared by all presets of a kind; replace them by measured ones if you have them
 (``Hardware.from_toml``). Units are SI: bytes, bytes/s, FLOP/s, seconds.
 
 Two of the efficiencies are calibrated on the ten published runs in ``published.py``: ``gemm_efficiency`` and ``overlap``.
-Measured by others, on machines that those runs do not come from:
+These were measured by others, on other machines than those of the published runs:
 
 - attention: cuDNN on an H100, FlashAttention-3 (arXiv 2407.08608), figures 5 and 6, head size 128. Causal forward reaches
-  315, 410, 484, 518, 529, 539 TFLOP/s at 512 to 16,384 tokens, which ``0.56 L / (L + 385)`` of the peak meets within 4%;
-  backward is to forward (both without mask, 16,384 tokens) as 516 to 595.
+  315, 410, 484, 518, 529, 539 TFLOP/s at 512 to 16,384 tokens, which ``0.56 L / (L + 385)`` of the peak meets within
+  4%; the ratio of backward to forward (both without mask, 16,384 tokens) is 516 to 595.
 - network: an all-reduce over 256 H100 moves 340 of the 400 GB/s of a node's eight ports (NVIDIA/nccl issue 1218); NVLink,
   about 360 of 450 GB/s in all-gathers of nccl-tests.
-- all-to-all: it cannot use more ports than its own but fills that one (NVIDIA/nccl-tests issue 267); Megatron-Core's
+- all-to-all: a rank uses only its own port, but fills it (NVIDIA/nccl-tests issue 267); Megatron-Core's
   dispatch over 8 ranks of a node (arXiv 2603.07685: 1,265 us) runs at 0.9 of an all-gather's rate.
 
 The rest (launch and collective start-up, memory efficiency, half size of a product, host waits, split backward) are round
@@ -43,12 +43,12 @@ DEVICES = ("cuda", "cpu")
 
 @dataclass(frozen=True)
 class Link:
-    """The way from one rank to others.
+    """A link from one rank to others.
 
     Args:
         bandwidth: Bytes/s of one rank in one direction (datasheet).
         latency: Seconds of one hop of a ring.
-        efficiency: Part of ``bandwidth`` that a large all-gather reaches.
+        efficiency: Share of ``bandwidth`` that a large all-gather reaches.
     """
 
     bandwidth: float
@@ -63,24 +63,27 @@ class Link:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What kernels reach of the peaks. Defaults: a Hopper GPU.
+    """Which share of the peaks kernels reach. Defaults: a Hopper GPU.
 
     Args:
-        gemm_efficiency: Part of the peak that an infinitely large matrix product reaches (power and clocks included).
-        gemm_half_size: Length d of a side of a product at which half of that is left; each side counts as d/(d+half).
-        attention_efficiency: Part of the peak of a fused attention kernel, forward, on long sequences.
-        attention_backward_ratio: Backward over forward efficiency of that kernel (five products, not two, and atomics).
-        attention_half_length: Keys at which attention reaches half of its efficiency (causal tiles on the diagonal).
-        memory_efficiency: Part of the memory bandwidth that element-wise kernels reach.
-        launch: Seconds of one kernel launch by the host; a layer is never faster than its launches.
+        gemm_efficiency: Share of the peak that an infinitely large matrix product reaches (power and clocks included).
+        gemm_half_size: Length d of a product's side at which the product reaches half of that; each side counts as
+            d/(d+half).
+        attention_efficiency: Share of the peak that a fused attention kernel reaches, forward, on long sequences.
+        attention_backward_ratio: Efficiency of that kernel in backward (five products instead of two, and atomics) over
+            that in forward.
+        attention_half_length: Number of keys at which attention reaches half of its efficiency (causal tiles on the
+            diagonal).
+        memory_efficiency: Share of the memory bandwidth that element-wise kernels reach.
+        launch: Seconds of one kernel launch by the host. A layer is never faster than its launches.
         collective: Seconds that one collective costs before a byte moves.
         alltoall_efficiency: Bandwidth of an all-to-all relative to that of an all-gather on the same link.
-        reduce_efficiency: Bandwidth of a reduce-scatter relative to that of an all-gather (gloo adds up on the CPU).
-        overlap: Part of the shorter of two overlapped activities (communication under compute) that disappears.
+        reduce_efficiency: Bandwidth of a reduce-scatter relative to that of an all-gather (gloo sums on the CPU).
+        overlap: Share of the shorter of two overlapped activities (communication under compute) that is hidden.
         host_sync: Seconds lost when the host waits for token counts (dropless routing only).
         split_backward: Relative extra time of a backward cut into input and weight gradients.
-        waiting: Part of a pipeline's bubble that is lost: 0 where ranks share cores, and one that waits leaves its core to
-            others.
+        waiting: Share of a pipeline's bubble that costs time: 0 if ranks share cores, so that a waiting rank leaves its
+            core to others.
     """
 
     gemm_efficiency: float = 0.70
@@ -104,15 +107,15 @@ class Hardware:
     """A cluster of equal nodes.
 
     Args:
-        name: What people call it.
-        gpus_per_node: Ranks that share the fast link.
-        peak_flops: Dense FLOP/s by dtype: ``bf16``, ``fp32``, and where there are any ``fp8``, ``fp64``.
-        memory_bytes: Of one rank.
+        name: Name to print.
+        gpus_per_node: Number of ranks that share the fast link.
+        peak_flops: Dense FLOP/s by dtype: ``bf16``, ``fp32``, and ``fp8``, ``fp64`` if supported.
+        memory_bytes: Memory of one rank in bytes.
         memory_bandwidth: Bytes/s of one rank.
         intra: Link between ranks of a node.
-        inter: Link between nodes, the share of one rank.
-        reserved_bytes: Memory that the model cannot have: driver context, communication buffers, 5% fragmentation.
-        kernels: What kernels reach.
+        inter: Link between nodes; its bandwidth is the share of one rank.
+        reserved_bytes: Memory that the model cannot use: driver context, communication buffers, 5% fragmentation.
+        kernels: Efficiencies of kernels.
         device: Kind of device that a rank is: ``"cuda"`` or ``"cpu"``.
     """
 
@@ -139,7 +142,7 @@ class Hardware:
             raise HardwareError(f"hardware {self.name!r} gives no peak for bf16 or fp32; add one to [peak_tflops].")
 
     def peak(self, dtype: str) -> float:
-        """Dense FLOP/s for ``dtype``; where the machine has no such unit, that of the next wider one it has."""
+        """Returns the dense FLOP/s for ``dtype``; if the machine does not support it, that of the next wider dtype."""
         ladder = ("fp8", "bf16", "fp32", "fp64")
         for candidate in ladder[ladder.index(dtype) :]:
             if self.peak_flops.get(candidate, 0) > 0:
@@ -148,7 +151,7 @@ class Hardware:
 
     @property
     def usable_bytes(self) -> float:
-        """Memory of a rank that a plan may fill."""
+        """Bytes of a rank's memory that a plan may use."""
         return self.memory_bytes - self.reserved_bytes
 
     # ---- reading and writing -----------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ class Hardware:
             raise HardwareError(f"{file}: {error}") from None
 
     def to_toml(self) -> str:
-        """The text that :meth:`from_toml` reads."""
+        """Returns the hardware as a TOML text that :meth:`from_toml` reads."""
         lines = [
             f'name = "{self.name}"',
             f'device = "{self.device}"',
@@ -279,7 +282,7 @@ def _checked(table: str, raw: Any, known: set[str]) -> dict[str, float]:
     return dict(raw)
 
 
-#: Ring hops and achievable fractions of NCCL on NVLink and InfiniBand. One rank has one 400 Gb/s port of its own.
+#: Ring hops and achievable fractions of NCCL on NVLink and InfiniBand. Each rank has its own 400 Gb/s port.
 _NVLINK4 = Link(450e9, 2e-6, 0.80)
 _NDR400 = Link(50e9, 6e-6, 0.85)
 
@@ -295,8 +298,8 @@ PRESETS: dict[str, Hardware] = {
         "dgx-h200", 8, _HOPPER_PEAKS, 141e9, 4.8e12, _NVLINK4, _NDR400
     ),
     # NVIDIA A100 SXM 80 GB datasheet: 312 TFLOP/s bf16, 2.04 TB/s, NVLink 600 GB/s both ways; DGX A100: 8 x 200 Gb/s.
-    # Its smaller matrix units are filled by smaller products, and it throttles less. FlashAttention-2 reaches 50 to 73% of
-    # its peak (arXiv 2307.08691).
+    # Smaller products fill its smaller matrix units, and it throttles less. FlashAttention-2 reaches 50 to 73% of its
+    # peak (arXiv 2307.08691).
     "a100": Hardware(
         "a100", 8, {"bf16": 312e12, "fp32": 19.5e12, "fp64": 19.5e12}, 80 * GIB, 2.04e12,
         Link(300e9, 2e-6, 0.80), Link(25e9, 6e-6, 0.85),
@@ -307,7 +310,8 @@ PRESETS: dict[str, Hardware] = {
         "b200", 8, {"fp8": 4500e12, "bf16": 2250e12, "fp32": 75e12, "fp64": 37e12}, 180e9, 8e12,
         Link(900e9, 2e-6, 0.80), _NDR400, kernels=Kernels(gemm_half_size=192.0),
     ),
-    # A small CPU box: 8 ranks of one core, AVX2 (about 50 GFLOP/s fp32 each), gloo over loopback. Calibrate your own.
+    # A small CPU machine: 8 ranks of one core, AVX2 (about 50 GFLOP/s fp32 each), gloo over loopback. Calibrate your
+    # own.
     "cpu": Hardware(
         "cpu", 8, {"fp32": 50e9, "fp64": 25e9}, 4 * GIB, 5e9, Link(1e9, 200e-6, 0.80), Link(1e9, 500e-6, 0.80),
         reserved_bytes=0.5 * GIB,
@@ -320,7 +324,7 @@ _ALIASES = {"h100": "dgx-h100", "h200": "dgx-h200", "dgx-a100": "a100", "dgx-b20
 
 
 def find_hardware(name: str) -> Hardware:
-    """A preset by name, or a TOML file by path.
+    """Returns a preset by name, or reads a TOML file by path.
 
     Raises:
         HardwareError: If there is neither.

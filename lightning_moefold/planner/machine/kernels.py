@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a matrix product, attention and element-wise work cost on one rank. Pure Python.
+"""Predicts the time of matrix products, attention and element-wise work on one rank. Pure Python.
 
-A product of sides m, n, k reaches ``e * m/(m+h) * n/(n+h) * k/(k+h)`` of the peak: tiles at the borders are part empty,
-and a tile's start and end are paid once per k. It is never faster than its operands come from memory. So the many small
-products of fine-grained experts, and every product that tp or etp cuts, are slower than their FLOPs say.
+A product of sides m, n, k reaches ``e * m/(m+h) * n/(n+h) * k/(k+h)`` of the peak: tiles at the borders are partly
+empty, and each tile has a start and an end that do not depend on k. It is never faster than its operands can be read
+from memory. So the many small products of fine-grained experts, and every product that tp or etp cuts, are slower than
+their FLOPs suggest.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ class Compute:
 
     Args:
         hardware: The machine.
-        dtype: Of matrix products.
-        width: Bytes of an operand.
+        dtype: Data type of matrix products.
+        width: Bytes per number of an operand.
     """
 
     hardware: Hardware
@@ -28,11 +29,11 @@ class Compute:
     width: int
 
     def gemm(self, m: float, n: float, k: float, groups: int = 1) -> float:
-        """``groups`` products of [m, k] and [k, n]. The products of backward have the same sides in another order."""
+        """Returns the seconds of ``groups`` products of [m, k] and [k, n]; backward has the same sides in another order."""
         if min(m, n, k, groups) <= 0:
             return 0.0
         kernels = self.hardware.kernels
-        # What a tile costs besides its products does not shrink with the products: faster units need longer sides.
+        # The overhead of a tile does not shrink with its product's time, so faster units need longer sides.
         half = kernels.gemm_half_size
         if self.dtype == "fp8":
             half *= self.hardware.peak("fp8") / self.hardware.peak("bf16")
@@ -42,13 +43,13 @@ class Compute:
         return groups * max(busy, moved)
 
     def attention(self, queries: float, keys: float, dim: float, longest: float) -> tuple[float, float]:
-        """Forward and backward of fused attention.
+        """Returns the seconds of fused attention, forward and backward.
 
         Args:
-            queries: Tokens.
-            keys: Keys that a query sees, on average.
-            dim: Heads times head size on this rank.
-            longest: Keys in a kernel call, which decides how well it is filled.
+            queries: Number of query tokens.
+            keys: Average number of keys that a query sees.
+            dim: Number of heads times head size on this rank.
+            longest: Number of keys in a kernel call, which decides the kernel's efficiency.
         """
         kernels = self.hardware.kernels
         dtype = "bf16" if self.dtype == "fp8" else self.dtype
@@ -62,7 +63,7 @@ class Compute:
         return 2 * product, 5 * product / kernels.attention_backward_ratio
 
     def stream(self, moved_bytes: float) -> float:
-        """Element-wise work that reads and writes ``moved_bytes``."""
+        """Returns the seconds of element-wise work that reads and writes ``moved_bytes`` in total."""
         return moved_bytes / self._stream
 
     @property

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a group's ranks are, and what a collective over them costs. Pure Python.
+"""Predicts the time of a collective from the places of its group's ranks on the nodes. Pure Python.
 
-The same collective is fast or slow by whether its group leaves the node: that is what folding is about. A group of an
-axis is ``size`` ranks at distance ``stride`` (:func:`axis_shape`), so its place on the nodes follows from the fold.
+A collective is much slower if its group leaves the node, which is why folding matters. A group of an axis consists of
+``size`` ranks at distance ``stride`` (:func:`axis_shape`), so its place on the nodes follows from the fold.
 
 Costs are alpha-beta. With n ranks, l of them on each node, N nodes, S bytes of the gathered tensor::
 
@@ -25,12 +25,12 @@ from lightning_moefold.planner.machine.hardware import Hardware, Link
 
 @dataclass(frozen=True)
 class GroupShape:
-    """How a group lies on the nodes.
+    """How the ranks of a group are spread over nodes.
 
     Args:
-        size: Ranks n.
-        nodes: Nodes N that the widest group of the axis touches.
-        local: Fewest ranks l that such a group has on a node it touches (all n if it stays inside).
+        size: Number of ranks n.
+        nodes: Number of nodes N that the widest group of the axis touches.
+        local: Fewest ranks l that such a group has on a node it touches; n if it stays within one node.
     """
 
     size: int
@@ -45,9 +45,9 @@ class GroupShape:
 
 @cache
 def group_shape(size: int, stride: int, per_node: int) -> GroupShape:
-    """The worst place of the groups of ``size`` ranks at distance ``stride``, on nodes of ``per_node`` ranks.
+    """Returns the worst placement of a group of ``size`` ranks at distance ``stride`` on nodes of ``per_node`` ranks.
 
-    Groups start at ``block * size * stride + offset``; only the start's place within a node matters.
+    Groups start at ``block * size * stride + offset``; only the start's position within a node matters.
     """
     if size == 1:
         return GroupShape(1, 1, 1)
@@ -67,7 +67,7 @@ def group_shape(size: int, stride: int, per_node: int) -> GroupShape:
 
 
 def axis_stride(fold: Fold, axis: str) -> int:
-    """Distance of neighbours on an axis of a fold (``dp_cp`` and ``etp_ep`` are contiguous products)."""
+    """Returns the distance of neighbouring ranks on an axis of a fold (``dp_cp`` and ``etp_ep`` are contiguous products)."""
     return {
         "tp": 1, "cp": fold.tp, "dp": fold.tp * fold.cp, "dp_cp": fold.tp, "tp_cp": 1,
         "etp": 1, "ep": fold.etp, "edp": fold.etp * fold.ep, "etp_ep": 1, "pp": fold.world_size // fold.pp,
@@ -75,22 +75,22 @@ def axis_stride(fold: Fold, axis: str) -> int:
 
 
 def axis_shape(fold: Fold, axis: str, per_node: int) -> GroupShape:
-    """How the groups of an axis of ``fold`` lie on nodes."""
+    """Returns how the groups of an axis of ``fold`` are spread over nodes."""
     return group_shape(fold.size(axis), axis_stride(fold, axis), per_node)
 
 
 @dataclass(frozen=True)
 class Links:
-    """Costs of collectives on a machine, in seconds."""
+    """Predicts collectives on a machine; all results are in seconds."""
 
     hardware: Hardware
 
     def gather(self, shape: GroupShape, total_bytes: float) -> float:
-        """All-gather of ``total_bytes`` (the result)."""
+        """Returns the time of an all-gather whose result has ``total_bytes``."""
         return self._ring(shape, total_bytes, 1.0)
 
     def scatter(self, shape: GroupShape, total_bytes: float) -> float:
-        """Reduce-scatter of ``total_bytes`` on each rank."""
+        """Returns the time of a reduce-scatter of ``total_bytes`` on each rank."""
         return self._ring(shape, total_bytes, self.hardware.kernels.reduce_efficiency)
 
     def _ring(self, shape: GroupShape, total_bytes: float, reach: float) -> float:
@@ -101,11 +101,11 @@ class Links:
         return (shape.size - 1) / shape.size * total_bytes / (rate * reach) + self._hops(shape)
 
     def reduce(self, shape: GroupShape, total_bytes: float) -> float:
-        """All-reduce of ``total_bytes``: a reduce-scatter and an all-gather."""
+        """Returns the time of an all-reduce of ``total_bytes``: a reduce-scatter and an all-gather."""
         return self.gather(shape, total_bytes) + self.scatter(shape, total_bytes)
 
     def exchange(self, shape: GroupShape, sent_bytes: float) -> float:
-        """All-to-all in which the busiest rank sends or receives ``sent_bytes``, its own part included."""
+        """Returns the time of an all-to-all whose busiest rank sends or receives ``sent_bytes``, including its part for itself."""
         if shape.size == 1 or sent_bytes <= 0:
             return 0.0
         reach = self.hardware.kernels.alltoall_efficiency
@@ -118,14 +118,14 @@ class Links:
         return max(far, near) + self._hops(shape)
 
     def neighbour(self, shape: GroupShape, sent_bytes: float) -> float:
-        """A message to the next rank of the group, by its slowest hop."""
+        """Returns the time of a message to the next rank of the group, over the slowest hop."""
         if shape.size == 1:
             return 0.0
         link: Link = self.hardware.inter if shape.crosses else self.hardware.intra
         return sent_bytes / link.rate + link.latency + self.hardware.kernels.collective
 
     def empty(self, shape: GroupShape) -> float:
-        """A collective over the group whose bytes do not count."""
+        """Returns the time of a collective over the group with negligible bytes."""
         return 0.0 if shape.size == 1 else self._hops(shape)
 
     def _hops(self, shape: GroupShape) -> float:
@@ -133,6 +133,6 @@ class Links:
         return self.hardware.kernels.collective + hops
 
     def hidden(self, cost: float, window: float) -> float:
-        """What is left to be seen of a communication of ``cost`` seconds under ``window`` seconds of compute."""
+        """Returns the exposed seconds of a communication of ``cost`` seconds that overlaps with ``window`` seconds of compute."""
         lost = 1 - self.hardware.kernels.overlap
         return max(cost - window, 0.0) + lost * min(cost, window)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a search: tables, explanations, advice, pictures."""
+"""Printed output of a search: tables, explanations and advice."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to tell a person beyond the ranking: what fails first, what would make it fit, what is left on the table."""
+"""Advice beyond the ranking: which limit fails first, what would make a plan fit, and which settings cost speed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lightning_moefold.planner.search.job import Job
 from lightning_moefold.planner.search.search import Planner, Result, Space
 
 _MOST_RANKS_TIMES = 64
-#: A hint is given for a gain above this.
+#: A hint is given if it gains more than this factor.
 _WORTH_SAYING = 1.05
-#: Tokens below which a shorter sequence is no advice.
+#: Shortest sequence, in tokens, that is offered as advice.
 _SHORTEST = 512
 
 
 def why_not(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
-    """For a job of which no plan fits: the limit that fails first, and what would make it fit.
+    """Says, for a job without a plan that fits, which limit fails first and what would make it fit.
 
     Args:
-        result: Of a search, or of the evaluation of one fold.
-        space: What could be chosen.
-        fold: The fold that was asked for, if it was one.
+        result: Result of a search, or of the evaluation of one fold.
+        space: The settings that could be chosen.
+        fold: The requested fold, if one was requested.
     """
     smallest, job = result.best, result.job
     limit, memory = smallest.limit, smallest.memory
@@ -47,7 +47,7 @@ def why_not(result: Result, space: Space, fold: Fold | None = None) -> list[str]
 
 
 def _ways_out(job: Job, space: Space) -> list[str]:
-    """Each change of one thing that makes a plan fit, cheapest first."""
+    """Returns the single changes that make a plan fit, cheapest first."""
     ways = []
     if job.sharding != "full" and _fits(replace(job, sharding="full"), space):
         ways.append("with --sharding full")
@@ -78,7 +78,7 @@ def _ways_out(job: Job, space: Space) -> list[str]:
 
 
 def _larger_batches(job: Job) -> list[int]:
-    """The next batch that the number of ranks divides, where this one is not such."""
+    """Returns the next larger batch that the number of ranks divides, unless the job's batch is divisible already."""
     return (
         []
         if job.global_batch_size % job.world_size == 0
@@ -99,7 +99,7 @@ def _best_that_fits(job: Job, space: Space) -> Estimate | None:
 
 
 def _batch_hint(job: Job) -> list[str]:
-    """What a batch that does not divide keeps out."""
+    """Says which folds are excluded because dp must divide the batch."""
     out = [n for n in divisors(job.world_size) if job.global_batch_size % n and n < job.global_batch_size]
     if not out:
         return []
@@ -113,7 +113,7 @@ def _batch_hint(job: Job) -> list[str]:
 
 
 def hints(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
-    """What a better plan would need, where the job's own settings stand in its way; of ``fold`` if one is given."""
+    """Says which settings of the job rule out a better plan (of ``fold``, if given)."""
     job, best = result.job, result.best
     lines = [] if fold is not None else _batch_hint(job)
     if job.precision == "fp8-mixed":

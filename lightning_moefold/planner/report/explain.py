@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees: a table of plans with bars, one plan line by line, and the same as JSON."""
+"""Prints plans: as a table with bars, and as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_moefold.planner.cost.routing import PROFILES
 from lightning_moefold.planner.search.job import Job
 from lightning_moefold.planner.search.search import Result, under_each
 
-#: Letter and colour of each kind of time in a bar.
+#: Letter and colour of each kind of time in the bars.
 STYLES: dict[str, tuple[str, str]] = {
     "compute": ("C", "green"),
     "memory bandwidth": ("m", "cyan"),
@@ -34,7 +34,7 @@ assert set(STYLES) == set(BOUNDS)
 
 
 def plan_json(job: Job, estimate: Estimate) -> dict[str, Any]:
-    """One plan as plain values; seconds, bytes, and fractions between 0 and 1."""
+    """Returns a plan as plain values, in seconds, bytes, and fractions between 0 and 1."""
     plan = estimate.plan
     tokens = job.global_batch_size * job.sequence_length
     return {
@@ -67,7 +67,7 @@ def plan_json(job: Job, estimate: Estimate) -> dict[str, Any]:
 
 
 def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
-    """Arguments of ``MoEFoldStrategy`` that run the plan; see :func:`trainer_arguments` for what goes with them."""
+    """Returns the arguments of ``MoEFoldStrategy`` that run the plan, together with :func:`trainer_arguments`."""
     plan, fold = estimate.plan, estimate.plan.fold
     arguments: dict[str, Any] = {
         "tensor_parallel_size": fold.tp,
@@ -82,7 +82,7 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
         arguments["pipeline_schedule"] = plan.schedule
         if plan.num_stages_per_rank > 1:
             arguments["num_stages_per_rank"] = plan.num_stages_per_rank
-    elif estimate.microbatches > 1:  # accumulated; a label weighs what it weighs in the batch that was asked for
+    elif estimate.microbatches > 1:  # accumulated batches: every label weighs as in the one planned batch
         arguments["calculate_per_token_loss"] = True
     by_node = expert_nodes(fold.ep, fold.etp, job.hardware.gpus_per_node) > 1 and plan.dispatcher == "hierarchical"
     optional = (
@@ -99,7 +99,7 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
 
 
 def trainer_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
-    """What of the plan is not the strategy's: the Trainer's precision, and batches accumulated without a pipeline."""
+    """Returns the Trainer's arguments that run the plan: its precision, and accumulation if there is no pipeline."""
     arguments: dict[str, Any] = {"precision": job.precision}
     if estimate.plan.fold.pp == 1 and estimate.microbatches > 1:
         arguments["accumulate_grad_batches"] = estimate.microbatches
@@ -107,13 +107,13 @@ def trainer_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
 
 
 def rows_per_batch(job: Job, estimate: Estimate) -> int:
-    """Rows of a batch on each data rank."""
+    """Returns the number of rows of a batch on each data rank."""
     accumulated = trainer_arguments(job, estimate).get("accumulate_grad_batches", 1)
     return job.global_batch_size // (estimate.plan.fold.dp * accumulated)
 
 
 def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, Any]:
-    """Everything a search found."""
+    """Returns the whole result of a search as plain values."""
     job = result.job
     return {
         "plans": [plan_json(job, e) for e in result.plans],
@@ -146,7 +146,7 @@ def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, A
 
 
 def segments(estimate: Estimate, width: int = 24) -> list[tuple[str, int]]:
-    """Kinds of time and how many of ``width`` cells each gets, largest remainder first; the cells add up."""
+    """Divides ``width`` cells among the kinds of time by largest remainder, so that the cells add up."""
     kinds = [(kind, estimate.bounds.get(kind, 0.0) / estimate.step_time * width) for kind in STYLES]
     cells = {kind: int(exact) for kind, exact in kinds}
     rest = sorted(kinds, key=lambda item: item[1] - int(item[1]), reverse=True)
@@ -156,19 +156,19 @@ def segments(estimate: Estimate, width: int = 24) -> list[tuple[str, int]]:
 
 
 def time_bar(estimate: Estimate, width: int = 24) -> str:
-    """A bar in letters: C compute, m memory bandwidth, a a2a, ..."""
+    """Returns a bar of letters: C compute, m memory bandwidth, a all-to-all, ..."""
     return "".join(STYLES[kind][0] * count for kind, count in segments(estimate, width))
 
 
 def memory_bar(estimate: Estimate, width: int = 10) -> str:
-    """How full the fullest rank is."""
+    """Returns a bar that shows how full the fullest rank is."""
     share = estimate.memory.total / estimate.limit
     filled = min(round(share * width), width)
     return "#" * filled + "-" * (width - filled) + ("!" if share > 1 else "")
 
 
 def header(job: Job) -> str:
-    """What was planned, in a line."""
+    """Returns one line that describes the job."""
     total, active = job.model.num_parameters() / 1e9, job.model.num_parameters(active=True) / 1e9
     dropping = "dropless" if job.capacity_factor is None else f"capacity factor {job.capacity_factor:g}"
     dropping += ", padded" * job.pad_to_capacity
@@ -201,7 +201,7 @@ def _row(estimate: Estimate) -> tuple[str, ...]:
 
 
 def table_text(estimates: list[Estimate], labels: list[str] | None = None) -> str:
-    """The table without colours."""
+    """Returns the table as plain text, without colours."""
     names = labels or [str(i + 1) for i in range(len(estimates))]
     rows = [("#", *_COLUMNS)] + [(name, *_row(e)) for name, e in zip(names, estimates, strict=True)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -210,7 +210,7 @@ def table_text(estimates: list[Estimate], labels: list[str] | None = None) -> st
 
 
 def pool_text(result: Result) -> str:
-    """The plans of the pool against the routing profiles: seconds per step, ``-`` where a plan does not fit."""
+    """Returns the pool as text: seconds per step of each plan under each routing profile, ``-`` if it does not fit."""
     profiles = PROFILES | {result.job.routing.name: result.job.routing}
     names = [name for name in profiles if name in result.pool]
     plans = list(dict.fromkeys(result.pool[name].plan for name in names))
@@ -225,14 +225,14 @@ def pool_text(result: Result) -> str:
 
 
 def legend() -> str:
-    """What the letters of a time bar mean."""
+    """Returns the meaning of the letters in a time bar."""
     return "mbs: rows of a micro-batch x micro-batches of a data rank; time: " + ", ".join(
         f"{letter} {kind}" for kind, (letter, _) in STYLES.items()
     )
 
 
 def table_rich(estimates: list[Estimate], labels: list[str] | None = None) -> Any:
-    """The table for a terminal, as a rich renderable.
+    """Returns the table for a terminal, as a rich renderable.
 
     Raises:
         ImportError: If rich is not installed.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--explain``: one plan line by line, each number with the sizes it comes from."""
+"""Explains one plan line by line (``--explain``), each number with the sizes it comes from."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _WHAT = {
 
 
 def walk(job: Job, estimate: Estimate) -> Iterator[str]:
-    """The lines of an explanation: the result, where groups lie, a layer's sizes, time, memory, and how to run it."""
+    """Yields the lines of an explanation: the result, groups, sizes of a layer, time, memory, and how to run the plan."""
     costs = CostModel(job)
     yield f"{estimate.plan}"
     yield (
@@ -117,7 +117,7 @@ def _sizes(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
 
 
 def _exchange(job: Job, estimate: Estimate, costs: CostModel, tokens: int) -> Iterator[str]:
-    """How the tokens of a rank reach their experts."""
+    """Yields lines about how the tokens of a rank reach their experts."""
     layers, plan, fold = costs.layers, estimate.plan, estimate.plan.fold
     one = tokens * job.model.hidden_size * job.activation_bytes / 2**20
     if plan.dispatcher == "allgather":

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be trained, which plans there are, and which is best."""
+"""Training jobs, their possible plans, and the search for the best one."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fold="auto"``: the fold for the ranks at hand, with the reason in a sentence."""
+"""``fold="auto"``: chooses the fold for the available ranks, and says why in one sentence."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from lightning_moefold.planner.search.search import Planner, Result, Space
 
 @dataclass(frozen=True)
 class AutoFold:
-    """What ``fold="auto"`` is to plan for, where the strategy cannot see it for itself.
+    """Describes the job for ``fold="auto"``, where the strategy cannot find it out itself.
 
     Args:
-        model: A known model, or a directory with a ``config.json``; that of the LightningModule if not given.
-        global_batch_size: Rows of a batch over all data ranks together; read from the data module's attribute of that
-            name if not given.
-        batch_size: Instead of it, rows of a batch on each data rank, as a ``DataLoader`` has them; read from a
-            ``DataLoader`` given to ``fit`` if not given.
-        sequence_length: Tokens of a row; read from the data module's attribute of that name, or from the first row.
-        hardware: A preset or TOML file of the planner; that of the devices at hand if not given.
+        model: A known model, or a directory with a ``config.json``. By default the model of the LightningModule.
+        global_batch_size: Rows of a batch over all data ranks together. By default the data module's attribute of that
+            name.
+        batch_size: Rows of a batch on each data rank, as in a ``DataLoader``; replaces ``global_batch_size``. By
+            default that of the ``DataLoader`` given to ``fit``.
+        sequence_length: Tokens of a row. By default the data module's attribute of that name, or the length of the
+            first row.
+        hardware: A preset or TOML file of the planner. By default the preset of the available devices.
         routing: ``"balanced"``, ``"mild"``, ``"skewed"``, or a recorded trace.
     """
 
@@ -52,12 +53,12 @@ class AutoFold:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """The chosen plan.
 
     Args:
-        estimate: The plan and its prediction.
-        reason: A sentence for the log.
-        record: Plain values to store with a checkpoint.
+        estimate: The plan with its predicted time and memory.
+        reason: The choice and its reason, as a sentence for the log.
+        record: The choice as plain values, to be stored in checkpoints.
     """
 
     estimate: Estimate
@@ -66,16 +67,16 @@ class Choice:
 
 
 def choose(job: Job, space: Space | None = None, rows_per_rank: int | None = None) -> Choice:
-    """The best fold of a job.
+    """Chooses the best fold of a job.
 
     Args:
-        job: Model, ranks, machine and batch.
-        space: What may be chosen; a strategy passes what it can run.
-        rows_per_rank: Rows of the batch on each data rank where those are fixed, and not those of the job together; the
-            plan with most tokens per second is then the best.
+        job: The training job: model, ranks, machine and batch.
+        space: The settings that may be chosen; a strategy passes those that it can run.
+        rows_per_rank: Rows of the batch on each data rank, if these are fixed instead of the job's global batch. The
+            best plan is then the one with the most tokens per second.
 
     Raises:
-        PlanError: If nothing fits; the message says what would help.
+        PlanError: If no plan fits; the message says what would help.
     """
     results = _searches(job, space or Space(), rows_per_rank)
     best_first = sorted(results, key=_merit)
@@ -102,7 +103,7 @@ def _searches(job: Job, space: Space, rows_per_rank: int | None) -> list[Result]
         try:
             mine = replace(job, global_batch_size=rows_per_rank * dp)
             results.append(Planner(mine, replace(space, data_parallel_size=dp)).search(keep=2))
-        except PlanError as error:  # no fold has this dp
+        except PlanError as error:  # there is no fold with this dp
             refusals.append(error)
     if not results:
         raise refusals[0]
@@ -110,7 +111,7 @@ def _searches(job: Job, space: Space, rows_per_rank: int | None) -> list[Result]
 
 
 def _merit(result: Result) -> tuple[bool, float]:
-    """Sorting key: what fits by speed, what does not by memory."""
+    """Sorting key: plans that fit by speed, others by memory."""
     best = result.best
     return not best.fits, -_speed(result.job, best) if best.fits else best.memory.total
 
@@ -125,15 +126,15 @@ def _seconds(value: float) -> str:
 
 
 def machine_for(device_name: str | None, ranks_per_node: int, memory_bytes: float | None = None) -> Hardware:
-    """The preset for an accelerator, by its name, on nodes of ``ranks_per_node``.
+    """Returns the preset of a device by its name, on nodes of ``ranks_per_node`` ranks.
 
     Args:
-        device_name: As the driver gives it, such as ``"NVIDIA H100 80GB HBM3"``; None for CPU ranks.
-        ranks_per_node: Ranks that share a node.
-        memory_bytes: Of the device, where it is known to differ.
+        device_name: Name given by the driver, such as ``"NVIDIA H100 80GB HBM3"``; None for CPU ranks.
+        ranks_per_node: Number of ranks in a node.
+        memory_bytes: Memory of the device in bytes, if it differs from the preset's.
 
     Raises:
-        PlanError: For a device of which no preset speaks.
+        PlanError: If no preset describes the device.
     """
     try:
         preset = PRESETS["cpu"] if device_name is None else find_device(device_name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Job: what is to be trained, on what. Plan: one way to do it. Pure Python."""
+"""Job: a training job (model, machine, batch). Plan: one way to run it. Pure Python."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning_moefold.parallel.pipeline.plan import SCHEDULES, SPLIT_BACKWARD, 
 from lightning_moefold.planner.cost.routing import BALANCED, RoutingProfile
 from lightning_moefold.planner.machine.hardware import Hardware
 
-#: dtype of matrix products, bytes of an activation, of a stored weight, of a gathered weight, of a gradient as it is
-#: reduced, and of both Adam moments: per number.
+#: For each precision, the dtype of matrix products, and bytes per number of an activation, a stored weight, a gathered
+#: weight, a reduced gradient, and both Adam moments.
 PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
     "bf16-mixed": ("bf16", 2, 4, 2, 4, 8),
     "bf16-true": ("bf16", 2, 2, 2, 4, 4),
@@ -37,11 +37,11 @@ class Job:
     """A training step to be planned.
 
     Args:
-        model: Its configuration.
-        world_size: Ranks.
+        model: Configuration of the model.
+        world_size: Number of ranks.
         hardware: The machine.
-        global_batch_size: Sequences per optimizer step.
-        sequence_length: Tokens per sequence.
+        global_batch_size: Number of sequences per optimizer step.
+        sequence_length: Number of tokens per sequence.
         precision: A key of :data:`PRECISIONS`.
         sharding: ``"none"``, ``"optimizer"`` or ``"full"`` (``data_parallel_sharding`` of the strategy).
         capacity_factor: Tokens an expert takes, relative to the mean; None drops nothing.
@@ -81,7 +81,7 @@ class Job:
             raise PlanError("pad_to_capacity needs a capacity_factor, which says how far to pad; give one.")
 
     def with_routing(self, routing: RoutingProfile) -> Job:
-        """The same job under another routing."""
+        """Returns the same job with another routing profile."""
         return replace(self, routing=routing)
 
     @property
@@ -92,20 +92,20 @@ class Job:
 
     @property
     def dtype(self) -> str:
-        """Of matrix products."""
+        """Data type of matrix products."""
         return PRECISIONS[self.precision][0]
 
     @property
     def activation_bytes(self) -> int:
-        """Of one number that travels between layers."""
+        """Bytes per number of the hidden states between layers."""
         return PRECISIONS[self.precision][1]
 
     @cached_property
     def model_flops(self) -> float:
-        """FLOPs of one step that MFU counts.
+        """Model FLOPs of one step, which MFU counts.
 
-        Forward and twice that for backward; active experts only, no recomputation, and causal attention at the half of
-        the square that it computes. What a capacity drops is not counted.
+        They are forward plus twice that for backward, of active experts only, without recomputation. Causal attention
+        counts the half of the square that it computes, and dropped choices do not count.
         """
         tokens, model = self.global_batch_size * self.sequence_length, self.model
         expert = 2 * 3 * model.hidden_size * model.moe_intermediate_size * model.num_experts_per_tok
@@ -114,13 +114,13 @@ class Job:
 
     @cached_property
     def kept(self) -> float:
-        """Part of the token slots that no capacity drops."""
+        """Share of the choices that are not dropped."""
         model = self.model
         return self.routing.load_factor(model.num_experts, model.num_experts_per_tok, 1, self.capacity_factor)
 
     @property
     def peak_flops(self) -> float:
-        """Dense peak of one rank that MFU divides by (of bf16 where products run in fp8)."""
+        """Dense peak of one rank by which MFU divides (that of bf16 if products run in fp8)."""
         return self.hardware.peak("bf16" if self.dtype == "fp8" else self.dtype)
 
 
@@ -130,12 +130,12 @@ class Plan:
 
     Args:
         fold: The sizes.
-        micro_batch_size: Sequences in a micro-batch of one data-parallel rank.
-        schedule: Pipeline schedule; of no effect at pp = 1.
-        num_stages_per_rank: Model chunks per rank of the interleaved and V-shaped schedules.
-        recompute: ``"none"``; ``"selective"``: the attention half of a layer; ``"full"``: whole layers. As the
-            strategy's.
-        dispatcher: How tokens travel.
+        micro_batch_size: Number of sequences in a micro-batch of one data-parallel rank.
+        schedule: Pipeline schedule; it has no effect at pp = 1.
+        num_stages_per_rank: Number of model chunks per rank in interleaved and V-shaped schedules.
+        recompute: ``"none"``, ``"selective"`` (the attention half of each layer) or ``"full"`` (whole layers), as in
+            the strategy.
+        dispatcher: Name of the dispatcher.
     """
 
     fold: Fold
@@ -146,7 +146,7 @@ class Plan:
     dispatcher: str = "alltoall"
 
     def num_microbatches(self, job: Job) -> int:
-        """Micro-batches of a step on one data-parallel rank."""
+        """Returns the number of micro-batches per step on one data-parallel rank."""
         return max(job.global_batch_size // (self.fold.dp * self.micro_batch_size), 1)
 
     def __str__(self) -> str:

@@ -106,7 +106,7 @@ MODELS: dict[str, MoEConfig] = {
 
 
 def find_model(name_or_directory: str) -> MoEConfig:
-    """A known model by name, or the ``config.json`` of a directory in Hugging Face format.
+    """Returns a known model by name, or reads the ``config.json`` of a directory in Hugging Face format.
 
     Raises:
         ConfigError: If there is neither, or the configuration cannot be honoured.

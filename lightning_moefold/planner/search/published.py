@@ -3,8 +3,8 @@
 
 MoE Parallel Folding (arXiv 2504.14960), tables 1 and 3: DGX H100, bf16, 256 sequences of 4,096 tokens, capacity factor
 1.
-Micro-batch, schedule and recomputation are not stated there; each run gets the best of them, as ``moefold plan --fold``
-does, except that the FSDP runs gather weights for every sequence (see :func:`~.search.micro_batches`).
+The paper does not state micro-batch size, schedule and recomputation. Each run gets the best of them, as in ``moefold
+plan --fold``, except that the FSDP runs gather weights for every sequence (see :func:`~.search.micro_batches`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_moefold.planner.search.job import Job
 from lightning_moefold.planner.search.models_zoo import MODELS
 from lightning_moefold.planner.search.search import Planner, Space, micro_batches
 
-#: Of one in bf16, as the product gives it, and in fp32, with its gradient.
+#: Bytes per logit: bf16 as the product returns it, fp32, and its gradient in fp32.
 _LOGIT_BYTES = 2 + 4 + 4
 
 
@@ -29,11 +29,11 @@ class PublishedRun:
 
     Args:
         model: A known model.
-        method: What the paper calls it.
-        gpus: Ranks.
+        method: Name of the method in the paper.
+        gpus: Number of ranks.
         fold: The mapping; baselines have etp = tp.
         sharding: Data-parallel sharding.
-        mfu: As published, 0 to 1.
+        mfu: Published MFU, 0 to 1.
     """
 
     model: str
@@ -44,15 +44,15 @@ class PublishedRun:
     mfu: float
 
     def job(self, hardware: Hardware | None = None) -> Job:
-        """The run as a job."""
+        """Returns the run as a job of the planner."""
         machine = hardware or PRESETS["dgx-h100"]
         return Job(MODELS[self.model], self.gpus, machine, 256, 4096, sharding=self.sharding, capacity_factor=1.0)
 
     def predict(self, hardware: Hardware | None = None) -> Estimate:
-        """What the planner says of it, less the memory of whole logits.
+        """Predicts the run, with memory reserved for whole logits.
 
-        Megatron-Core makes those of a micro-batch at once, where this system takes some rows after the others. In a
-        pipeline they lie on the last stage, and the first one is fuller.
+        Megatron-Core computes the logits of a whole micro-batch at once; this system computes them in chunks. In a
+        pipeline nothing is reserved, because logits are on the last stage and the first stage is fuller.
         """
         job, fold, found = self.job(hardware), Fold.parse(self.fold, self.gpus), []
         for size in micro_batches(job, Space(), fold):
@@ -78,7 +78,7 @@ RUNS = (
 
 
 def compare(hardware: Hardware | None = None) -> list[tuple[PublishedRun, Estimate]]:
-    """Every published run beside its prediction."""
+    """Returns every published run with its prediction."""
     return [(run, run.predict(hardware)) for run in RUNS]
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The search: every legal fold x micro-batch x schedule x recomputation x dispatcher, best first. Pure Python.
 
-It is exhaustive up to bounds that cannot discard a better plan than those already kept: a fold whose layers alone,
-without any waiting or sharding, take longer than the worst plan kept, and a fold whose weights and states alone do not
-fit.
-Recomputation is tried from none upwards and stops at the first that fits, since more of it only costs more time.
+The search is exhaustive, except that two bounds discard folds that cannot be better than those already kept: a fold
+whose layers alone, without any waiting or sharding, take longer than the worst plan kept, and a fold whose weights and
+states alone do not fit.
+Recomputation is tried from none upwards and stops at the first setting that fits, since more recomputation only costs
+time.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from lightning_moefold.planner.search.job import DISPATCHERS, RECOMPUTES, SCHEDU
 
 @dataclass(frozen=True)
 class Space:
-    """What the search may choose from.
+    """The settings from which the search may choose.
 
     Args:
-        micro_batch_sizes: Sequences per micro-batch; None for the job's own choice (:func:`micro_batches`).
-        schedules: Pipeline schedules.
-        recomputes: Recomputation settings.
-        dispatchers: Token dispatchers.
-        largest_micro_batch: Of the micro-batch sizes that are tried if none are given.
-        num_microbatches: Micro-batches of a step of a pipeline; None for any.
-        accumulates: Whether batches may be accumulated where there is no pipeline; otherwise a rank computes its share
-            at once.
-        num_stages_per_rank: Stages on each rank of interleaved schedules; None for what divides the layers.
-        data_parallel_size: dp of the folds; None for any.
+        micro_batch_sizes: Sequences per micro-batch to try; None for the default (:func:`micro_batches`).
+        schedules: Pipeline schedules to try.
+        recomputes: Recomputation settings to try.
+        dispatchers: Token dispatchers to try.
+        largest_micro_batch: Largest micro-batch size tried if ``micro_batch_sizes`` is None.
+        num_microbatches: Number of micro-batches per step of a pipeline; None for any.
+        accumulates: Whether batches may be accumulated if there is no pipeline; otherwise a rank computes its share at
+            once.
+        num_stages_per_rank: Number of stages per rank in interleaved schedules; None for any that divides the layers.
+        data_parallel_size: Required dp of the folds; None for any.
     """
 
     micro_batch_sizes: tuple[int, ...] | None = None
@@ -61,7 +62,7 @@ class Space:
 
     @property
     def free(self) -> Space:
-        """The same with any micro-batch size, whatever the sharding."""
+        """Returns the same space with any micro-batch size, whatever the sharding."""
         return replace(self, micro_batch_sizes=_powers_of_two(self.largest_micro_batch))
 
 
@@ -70,11 +71,11 @@ def _powers_of_two(largest: int) -> tuple[int, ...]:
 
 
 def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
-    """Micro-batch sizes to try under ``fold``.
+    """Returns the micro-batch sizes to try under ``fold``.
 
-    Where neither they nor their number is given: powers of two that divide a rank's share of the batch. Under
-    ``sharding="full"`` it is one sequence: the published FSDP baselines are explained by gathering weights for every
-    sequence, and nothing else; a larger micro-batch amortises the gathers and is offered as a hint.
+    If neither sizes nor their number is given, they are the powers of two that divide a rank's share of the batch.
+    Under ``sharding="full"`` it is one sequence, because the published FSDP baselines can be explained only by
+    gathering weights for every sequence. A larger micro-batch amortises the gathers and is offered as a hint.
     """
     share = job.global_batch_size // fold.dp
     if fold.pp == 1 and not space.accumulates:
@@ -87,14 +88,14 @@ def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
 
 @dataclass(frozen=True)
 class Result:
-    """What a search found.
+    """The result of a search.
 
     Args:
-        job: What was planned.
-        plans: Best first; those that do not fit are left out unless nothing fits.
-        plain: Plain expert parallelism (ep alone) at its best, whether it fits or not.
-        examined: Folds looked at.
-        pool: By routing profile, the plan that is best under it.
+        job: The planned job.
+        plans: The plans, best first. Plans that do not fit are left out unless none fits.
+        plain: The best plan of plain expert parallelism (only ep), whether it fits or not.
+        examined: Number of folds examined.
+        pool: For each routing profile, the plan that is best under it.
     """
 
     job: Job
@@ -110,9 +111,10 @@ class Result:
 
 
 def legal_folds(job: Job, space: Space | None = None) -> Iterator[Fold]:
-    """Every fold of ``Fold.enumerate`` whose data-parallel size divides the batch, in order of pp.
+    """Yields every fold of ``Fold.enumerate`` whose data-parallel size divides the batch, in order of pp.
 
-    The same laws, written as divisor lists: enumerating first and refusing later takes seconds for 16,384 ranks.
+    It applies the same rules as lists of divisors, because enumerating first and refusing later takes seconds for
+    16,384 ranks.
     """
     model, world, only = job.model, job.world_size, space.data_parallel_size if space else None
     dense, expert = gcd(0, *model.dense_widths.values()), gcd(0, *model.expert_widths.values())
@@ -137,12 +139,8 @@ class Planner:
     """Evaluates and searches plans of a job.
 
     Args:
-        job: What is to be trained.
-        space: What may be chosen.
-
-    Example::
-
-        >>> job = Job(MODELS["mixtral-8x22b"], 128, PRESETS["dgx-h100"], 256, 4096, capacity_factor=1.0)
+        job: The training job. space: The settings that may be chosen. Example:: >>> job = Job(MODELS["mixtral-8x22b"],
+            128, PRESETS["dgx-h100"], 256, 4096, capacity_factor=1.0)
         >>> str(Planner(job).search().best.plan.fold)
     """
 
@@ -158,7 +156,7 @@ class Planner:
     # ---- one fold ----------------------------------------------------------------------------------------------
 
     def plans(self, fold: Fold, micro_batch: int, dispatcher: str) -> Iterator[Iterator[Plan]]:
-        """Plans of a fold: for each schedule, one for each recomputation setting, cheapest in time first."""
+        """Yields, for each schedule, the plans with each recomputation setting, fastest first."""
         microbatches = Plan(fold, micro_batch).num_microbatches(self.job)
         model, sharding = self.job.model, self.job.sharding
         for schedule, chunks in self._schedules(fold.pp):
@@ -183,11 +181,11 @@ class Planner:
                 yield schedule, chunks
 
     def evaluate(self, fold: Fold) -> list[Estimate]:
-        """The best plan of a fold for each micro-batch size, best first; those that fit before those that do not.
+        """Returns the best plan of a fold for each micro-batch size, best first; plans that fit come before others.
 
         Raises:
-            FoldError: If the fold does not suit the model.
-            PlanError: If the batch does not divide by dp.
+            FoldError: If the fold cannot cut the model.
+            PlanError: If dp does not divide the batch.
         """
         fold.validate(cast(FoldableConfig, self.job.model))
         if fold.world_size != self.job.world_size:
@@ -204,7 +202,7 @@ class Planner:
         return sorted(found, key=_rank)
 
     def _best(self, fold: Fold, micro_batch: int, slowest: float = float("inf")) -> list[Estimate]:
-        """The best plan of a fold and micro-batch size; none where every dispatcher is bound to exceed ``slowest``."""
+        """Returns the best plans of a fold and micro-batch size; empty if no dispatcher can beat ``slowest``."""
         best: Estimate | None = None
         for dispatcher in self._dispatchers(fold):
             if slowest < float("inf") and self.costs.lower_bound(fold, micro_batch, dispatcher) >= slowest:
@@ -216,7 +214,7 @@ class Planner:
         return [best] if best else []
 
     def _first_that_fits(self, ladder: Iterable[Plan]) -> Estimate:
-        """The first plan of a ladder that fits, else its last."""
+        """Returns the first plan that fits, otherwise the last."""
         plans = list(ladder)
         limit = self.job.hardware.usable_bytes
         chosen = next((plan for plan in plans if self.costs.memory.estimate(plan).total <= limit), plans[-1])
@@ -228,7 +226,7 @@ class Planner:
         """Ranks all folds, each by its best plan.
 
         Args:
-            keep: How many to keep.
+            keep: Number of folds to keep.
 
         Raises:
             PlanError: If no fold is legal for the batch.
@@ -255,7 +253,7 @@ class Planner:
         return Result(self.job, [self._smallest(folds)], plain, len(folds))
 
     def _bounded(self) -> Iterator[tuple[float, Fold, int]]:
-        """Folds and micro-batch sizes whose weights and states fit, with a lower bound of their step time."""
+        """Yields folds and micro-batch sizes whose weights and states fit, with a lower bound of their step time."""
         for fold in legal_folds(self.job, self.space):
             if self._states(fold) > self.job.hardware.usable_bytes:
                 continue
@@ -264,19 +262,19 @@ class Planner:
                 yield min(self.costs.lower_bound(fold, size, dispatcher) for dispatcher in dispatchers), fold, size
 
     def _dispatchers(self, fold: Fold) -> tuple[str, ...]:
-        """Those of the space that differ under a fold: by node, where there is one step, is deduplicated."""
+        """Returns the dispatchers that differ under a fold: hierarchical equals deduplicated if there is one step."""
         names = self.space.dispatchers
         if "deduplicated" not in names or self.costs.layers.nodes(fold.ep, fold.etp, "hierarchical") > 1:
             return names
         return tuple(name for name in names if name != "hierarchical")
 
     def _states(self, fold: Fold) -> float:
-        """Bytes of weights, gradients and moments of the last pipeline rank: a lower bound of the memory."""
+        """Returns a lower bound of the memory: bytes of weights, gradients and moments on the last pipeline rank."""
         accumulates = self.job.global_batch_size // fold.dp > self.space.largest_micro_batch
         return sum(self.costs.memory.states(fold, pipeline_layout(self.job.model, fold.pp, 1, "1f1b")[-1], accumulates))
 
     def plain(self) -> Estimate | None:
-        """Plain expert parallelism at its best ep: data parallel attention, no tp, cp, pp or etp."""
+        """Returns the best plan of plain expert parallelism: data parallel attention, no tp, cp, pp or etp."""
         job, found = self.job, []
         for ep in divisors(gcd(job.model.num_experts, job.world_size)):
             if self.space.data_parallel_size not in (None, job.world_size):
@@ -288,7 +286,7 @@ class Planner:
         return min(found, key=_rank, default=None)
 
     def _smallest(self, folds: list[Fold]) -> Estimate:
-        """The plan that needs least memory, for when none fits, among folds in order of their weights and states.
+        """Returns the plan that needs the least memory, if none fits; folds are tried in order of their weights and states.
 
         Raises:
             PlanError: If no fold is legal for the batch.
@@ -309,7 +307,7 @@ class Planner:
 
 
 def _rank(estimate: Estimate) -> tuple[bool, float]:
-    """Sorting key: what fits first, then the fastest; what does not fit by memory."""
+    """Sorting key: plans that fit first, by speed; then others, by memory."""
     return (not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total)
 
 
@@ -319,8 +317,8 @@ def search(job: Job, space: Space | None = None, keep: int = 10, pool: bool = Tr
     Args:
         job: What is to be trained.
         space: What may be chosen.
-        keep: How many folds to keep.
-        pool: Whether to search under the other profiles too (SmartMoE's offline stage).
+        keep: Number of folds to keep.
+        pool: Whether to search under the other routing profiles too (SmartMoE's offline stage).
 
     Raises:
         PlanError: If no fold is legal for the batch.
@@ -336,7 +334,7 @@ def search(job: Job, space: Space | None = None, keep: int = 10, pool: bool = Tr
 
 
 def under_each(plans: Iterable[Plan], job: Job, profiles: Iterable[RoutingProfile]) -> dict[str, list[Estimate]]:
-    """Every plan under every profile: what it costs to keep a plan when routing changes."""
+    """Evaluates every plan under every profile, to show the cost of keeping a plan when routing changes."""
     costs = {profile.name: CostModel(job.with_routing(profile)) for profile in profiles}
     plans = list(plans)
     return {name: [model.estimate(plan) for plan in plans] for name, model in costs.items()}
