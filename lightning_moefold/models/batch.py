@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language-model batch, read once: labels shifted, documents found, padding marked, errors noted.
+"""Reads a language-model batch once: shifts labels, finds documents, marks padding and records errors.
 
-Errors in the data, such as a token id outside the vocabulary, are only *noted* here: all ranks agree on them before one
-raises (:mod:`.losses`), or its peers would wait for it forever.
+Errors in the data, such as a token id outside the vocabulary, are only *recorded* here. All ranks agree on them before
+any raises (:mod:`.losses`); a rank that raised alone would leave its peers waiting forever.
 
 Legend: B rows, S positions, L positions of this cp rank, N = B * L tokens, T tokens of this tp rank, V vocabulary, M
 micro-batches.
@@ -32,14 +32,14 @@ from lightning_moefold.modules.sequence import SequenceBatch
 
 @dataclass
 class CausalLMBatch:
-    """What the model needs of a batch on this rank.
+    """A batch on this rank, in the form that the model needs.
 
     Args:
-        token_N: Token ids, each within the vocabulary (bad ones replaced).
-        sequence: What the layers need.
-        true_length: S as given; rows may be padded.
-        labels: The labels as given, ``[B, S]``, for a custom loss.
-        target_N: The label each position predicts; ``IGNORED`` where none.
+        token_N: Token ids; ids outside the vocabulary have been replaced.
+        sequence: Description of the rows for the layers.
+        true_length: S as passed by the caller; rows may be padded beyond it.
+        labels: The labels as passed by the caller, ``[B, S]``, for a custom loss.
+        target_N: The label that each position predicts; ``IGNORED`` if none.
         weight_N: Weight of each position's loss.
         labelled_index: Positions that have a target.
         fingerprint: A number below :data:`~.agreement.PRIME` for the data of all cp ranks, on the device.
@@ -68,20 +68,20 @@ class CausalLMBatch:
     is_empty: bool = False
 
     def place(self, dtype: torch.dtype) -> None:
-        """Makes the rotary tables, once the dtype of the hidden states is known."""
+        """Computes the rotary tables in the dtype of the hidden states."""
         config = self._config
         tables = rotary_tables(self._position_BL, config.head_dim, config.rope_theta, dtype, config.rope_scaling_factor)
         self.sequence.cos_BLh, self.sequence.sin_BLh = tables
 
 
 class BatchAxes(NamedTuple):
-    """Over which ranks a batch is spread, and how attention brings it together again.
+    """The axes over which a batch is spread, and the exchange of attention over cp.
 
     Args:
-        tp: Tokens.
-        cp: Positions of each row.
-        exchange: How attention works over cp.
-        data_rank: Of this rank, and how many there are.
+        tp: Axis over which tokens are spread.
+        cp: Axis over which the positions of each row are cut.
+        exchange: Name of the context parallel exchange.
+        data_rank: This rank's data rank, and the number of data ranks.
     """
 
     tp: Axis = SINGLE
@@ -108,16 +108,16 @@ def read_batch(
 
     Args:
         config: The model's configuration.
-        axes: Over which rows are cut and tokens spread.
+        axes: The axes over which rows are cut and tokens spread.
         num_microbatches: M.
-        input_ids: ``[B, S]``.
-        labels: ``[B, S]`` or None; likewise the others.
-        attention_mask: ``[B, S]``, 0 for padding; see :func:`~.masks.read_mask`.
-        position_ids: ``[B, S]`` or ``[1, S]``.
-        document_ids: ``[B, S]``.
-        loss_weights: ``[B, S]``.
-        keep_all: Every position's output is needed, padding included.
-        rows_before: Rows of this data rank's batch that come before these.
+        input_ids: Token ids, ``[B, S]``.
+        labels: Labels at the positions of ``input_ids``, ``[B, S]``, or None.
+        attention_mask: Mask, ``[B, S]``, 0 for padding, or None; see :func:`~.masks.read_mask`.
+        position_ids: Positions, ``[B, S]`` or ``[1, S]``, or None.
+        document_ids: Document of each token, ``[B, S]``, or None.
+        loss_weights: Weight of each label, ``[B, S]``, or None.
+        keep_all: Whether the output of every position is needed, padding included.
+        rows_before: Number of rows of this data rank's batch that come before these.
     """
     check_shapes(input_ids, labels, attention_mask, position_ids, document_ids, loss_weights)
     input_ids, (rows, length) = input_ids.long(), input_ids.shape
@@ -171,9 +171,9 @@ class _Cut:
     """Takes this cp rank's positions of whole rows.
 
     Args:
-        layout: Which they are.
-        length: S as given.
-        device: Of the rows.
+        layout: Layout of the row's positions over cp.
+        length: Number of positions S before padding.
+        device: Device of the rows.
     """
 
     def __init__(self, layout: ContextLayout, length: int, device: torch.device) -> None:
@@ -181,7 +181,7 @@ class _Cut:
         self.index = layout.positions(device) if layout.cp.size > 1 else None
 
     def pad(self, x_BS: Tensor, value: Tensor | float) -> Tensor:
-        """Whole rows, padded."""
+        """Pads whole rows at the end with ``value``."""
         if self.padding == 0:
             return x_BS
         if not isinstance(value, Tensor):
@@ -189,20 +189,20 @@ class _Cut:
         return torch.cat([x_BS, value.expand(-1, self.padding)], dim=1)
 
     def cut(self, x_BS: Tensor, value: float) -> Tensor:
-        """``[B, S] -> [B, L]``."""
+        """Pads whole rows and takes this rank's positions, ``[B, S] -> [B, L]``."""
         return x_BS if self.index is None else self.pad(x_BS, value).index_select(1, self.index)
 
 
 def _padding(real_BS: Tensor | None, target_BS: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
-    """What of a batch is padding; the host waits for the device once.
+    """Determines the padding of a batch; the host waits for the device once.
 
     Args:
         real_BS: False for padding, or None.
-        target_BS: Targets, or None where every position's output is needed.
+        target_BS: Targets, or None if the output of every position is needed.
 
     Returns:
-        The mask, or None without padding; positions that are asked for, or None for all; and whether causality alone
-        keeps padding away from every position that is asked for, since it follows all of them.
+        The mask, or None without padding; the positions whose output is needed, or None for all; and whether the causal
+        mask suffices, because padding comes after every needed position.
     """
     if real_BS is None:
         return None, None, False
@@ -214,14 +214,14 @@ def _padding(real_BS: Tensor | None, target_BS: Tensor | None) -> tuple[Tensor |
 
 
 def _filled(value: int, device: torch.device) -> Tensor:
-    """A number on the device; copied from the host, it would wait for the device to get there."""
+    """Creates a number on the device, because copying it from the host would wait for the device."""
     return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def stand_in(
     config: MoEConfig, axes: BatchAxes, num_microbatches: int, device: torch.device, error: ValueError
 ) -> CausalLMBatch:
-    """A batch without labels for a rank whose own cannot be read, so that its peers do not wait for it before all raise."""
+    """Makes a batch without labels for a rank whose batch cannot be read, so that it takes part until all ranks raise."""
     input_ids = torch.zeros(num_microbatches, 2, dtype=torch.int64, device=device)
     batch = read_batch(
         config, axes, num_microbatches, input_ids=input_ids, labels=None, attention_mask=None, position_ids=None,
@@ -234,12 +234,12 @@ def stand_in(
 
 
 def empty_batch(config: MoEConfig, axes: BatchAxes, like: Tensor) -> CausalLMBatch:
-    """A micro-batch of one row in which nothing counts, for a rank whose rows are too few to fill all of them.
+    """Makes a micro-batch of one row in which no token counts, for a rank with fewer rows than micro-batches.
 
     Args:
         config: The model's configuration.
         axes: See :func:`read_batch`.
-        like: Token ids of the rows, ``[B, S]``.
+        like: Token ids that give shape and device, ``[B, S]``.
     """
     token_1S = torch.zeros_like(like[:1])
     batch = read_batch(
@@ -258,7 +258,7 @@ def check_shapes(
     document_ids: Tensor | None,
     loss_weights: Tensor | None,
 ) -> None:
-    """Raises a ValueError unless the arguments of a forward pass have kinds and shapes that go together."""
+    """Raises a ValueError unless the arguments of a forward pass have the right dtypes and matching shapes."""
     if input_ids.dim() != 2 or not _is_whole(input_ids):
         raise InputError(
             f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}."
@@ -286,7 +286,7 @@ def check_shapes(
 
 
 def check_kinds(tensors: Mapping[str, Tensor | None]) -> None:
-    """Raises a ValueError unless labels, masks, positions and documents, by name, are integers; a mask may be bool."""
+    """Raises a ValueError unless labels, masks, positions and documents are integers; a mask may be bool."""
     for name, tensor in tensors.items():
         if tensor is None or _is_whole(tensor) or (name == "attention_mask" and tensor.dtype == torch.bool):
             continue
@@ -299,11 +299,12 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def label_weight(batch: Mapping[str, Tensor | None], window: int | None) -> Tensor:
-    """Weight of the labels that a loss is made of, as the model counts them; scalar, float64.
+    """Sums the weights of the labels that count in a loss; returns a float64 scalar.
 
     Args:
-        batch: ``labels`` and, where given, ``attention_mask``, ``document_ids`` and ``loss_weights``, ``[B, S]`` each.
-        window: See :func:`~.masks.shortest_window`.
+        batch: Mapping with ``labels`` and optionally ``attention_mask``, ``document_ids`` and ``loss_weights``, each
+            ``[B, S]``.
+        window: Shortest attention window of any layer; see :func:`~.masks.shortest_window`.
 
     Raises:
         ValueError: See :func:`~.masks.find_targets`.
@@ -318,7 +319,7 @@ def label_weight(batch: Mapping[str, Tensor | None], window: int | None) -> Tens
 def _document_runs(
     document_ids: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None
 ) -> Tensor | None:
-    """Number of the document each token belongs to, or None where each row is one."""
+    """Returns the number of each token's document, or None if each row is one document."""
     if document_ids is not None:
         starts = document_ids[:, 1:] != document_ids[:, :-1]
     elif position_ids is not None and attention_mask is None:
@@ -344,9 +345,9 @@ def _positions(position_ids: Tensor | None, run_BS: Tensor | None, length: int, 
 
 
 def _mark_tokens(sequence: SequenceBatch, here: _Cut, mask: Tensor | None, needed_BS: Tensor | None) -> None:
-    """Which of this rank's tokens are routed, and which are counted.
+    """Marks which of this rank's tokens are routed, and which are counted.
 
-    Padding whose output nobody asks for is routed nowhere: exact, and it saves the experts' work.
+    Padding whose output is not needed is not routed, which does not change the result and saves the experts' work.
     """
     device = here.device
     true_BS = torch.ones(sequence.rows, here.length, dtype=torch.bool, device=device)
@@ -360,13 +361,13 @@ def _mark_tokens(sequence: SequenceBatch, here: _Cut, mask: Tensor | None, neede
 
 
 def _mark_groups(sequence: SequenceBatch, config: MoEConfig, device: torch.device) -> None:
-    """Among which of this rank's tokens balance is asked for."""
+    """Numbers the groups of this rank's tokens within which the load-balancing loss is computed."""
     if config.aux_loss == "global_batch":
         return
     groups = sequence.rows if config.aux_loss == "sequence" else sequence.num_microbatches
     if groups > 1:
         most, larger = max(even_split(sequence.rows, groups)), sequence.rows % groups or groups
-        # The first groups have one row more than the others, if not all are alike.
+        # If the rows do not divide evenly, the first groups have one row more.
         row_B = torch.arange(sequence.rows, device=device)
         rest_B = larger + (row_B - larger * most) // max(most - 1, 1)
         group_B = torch.where(row_B < larger * most, row_B // most, rest_B)

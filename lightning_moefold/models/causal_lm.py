@@ -43,18 +43,18 @@ LossFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
 class CausalLMOutput(NamedTuple):
-    """What a forward pass returns.
+    """The result of a forward pass.
 
-    A tuple, because FSDP2 (in torch 2.11) sees the tensors in tuples but not in dataclasses.
+    It is a tuple, because FSDP2 (in torch 2.11) finds the tensors in tuples but not in dataclasses.
 
     Args:
-        loss: Language-model loss plus weighted auxiliary loss over the *global* batch; the same on every rank, bit by
-            bit. None without labels.
+        loss: Language-model loss plus weighted auxiliary losses over the *global* batch, bit-identical on every rank.
+            None without labels.
         lm_loss: Mean loss of all label tokens on all ranks.
-        aux_loss: Load-balancing loss, unweighted; None unless ``output_router_logits`` is on, or an ``aux_loss`` is named
+        aux_loss: Unweighted load-balancing loss. None unless ``output_router_logits`` is on, or ``aux_loss`` is one
             that ``transformers`` does not have.
-        logits: ``[B, S, V]``; None where this rank does not hold them (see :meth:`MoECausalLM.forward`).
-        z_loss: z-loss of the routers, unweighted; None without ``router_z_loss_coef``.
+        logits: Logits, ``[B, S, V]``; None if this rank does not hold them (see :meth:`MoECausalLM.forward`).
+        z_loss: Unweighted z-loss of the routers; None without ``router_z_loss_coef``.
     """
 
     loss: Tensor | None = None
@@ -65,7 +65,7 @@ class CausalLMOutput(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Embedding, decoder layers and final norm. Layers are named by their number in the whole model.
+    """Embedding, decoder layers and final norm. A layer's name is its number in the whole model.
 
     Args:
         config: The model's configuration.
@@ -78,7 +78,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, batch: CausalLMBatch) -> Tensor:
-        """Hidden states after the final norm, ``[T, D]``."""
+        """Returns the hidden states after the final norm, ``[T, D]``."""
         x_TD = self.embed_tokens(batch.token_N, batch.sequence)
         batch.place(x_TD.dtype)
         for layer in self.layers.values():
@@ -126,9 +126,9 @@ def _make_layer(config: MoEConfig, index: int) -> DecoderLayer:
 class MoECausalLM(AdaptedModel):
     """A decoder-only MoE language model.
 
-    In one process it is an ordinary module. In a LightningModule's ``configure_model`` under
-    :class:`~lightning_moefold.MoEFoldStrategy` it is made without storage, and each rank then reads only its own
-    slices.
+    In one process it is an ordinary module. If it is made in a LightningModule's ``configure_model`` under
+    :class:`~lightning_moefold.MoEFoldStrategy`, its parameters have no storage at first, and each rank then reads only
+    its own slices.
 
     Args:
         config: The model's configuration.
@@ -177,7 +177,7 @@ class MoECausalLM(AdaptedModel):
 
         Raises:
             ConfigError: If the architecture or a field is not supported.
-            CheckpointError: If a tensor is missing, extra or misshapen, or a file damaged.
+            CheckpointError: If a tensor is missing, unexpected or of the wrong shape, or a file is damaged.
         """
         path = local_directory(path)
         config = MoEConfig.from_pretrained(path, **config_overrides)
@@ -187,12 +187,12 @@ class MoECausalLM(AdaptedModel):
     def from_config(
         cls, config: MoEConfig | Mapping[str, Any] | str | Path, seed: int = 0, dtype: torch.dtype | None = None
     ) -> MoECausalLM:
-        """Makes a model with random weights that depend on seed and names only, not on the fold.
+        """Makes a model with random weights, which depend only on the seed and the parameters' names, not on the fold.
 
         Args:
             config: A configuration, Hugging Face's dictionary, or a directory with config.json.
-            seed: Of the weights.
-            dtype: Of the parameters in memory; torch's default dtype if not given.
+            seed: Seed of the random weights.
+            dtype: Data type of the parameters in memory; by default torch's default dtype.
         """
         if isinstance(config, (str, Path)):
             config = MoEConfig.from_pretrained(config)
@@ -213,7 +213,7 @@ class MoECausalLM(AdaptedModel):
 
     @torch.no_grad()
     def load_weights(self) -> None:
-        """Fills this rank's pieces from the model's source. Local: no rank waits for another.
+        """Fills this rank's pieces from the model's checkpoint or seed, without communication.
 
         Raises:
             CheckpointError: If a file cannot be read.
@@ -233,7 +233,7 @@ class MoECausalLM(AdaptedModel):
     # ---- the fold ----------------------------------------------------------------------------------------------
 
     def units(self) -> list[nn.Module]:
-        """The layers, then the model with what is left (embedding, final norm, head)."""
+        """Returns the modules to shard: the layers, then the model with its remaining parameters (embedding, final norm, head)."""
         return [*self.model.layers.values(), self]
 
     def use(self, settings: Any) -> None:
@@ -244,7 +244,7 @@ class MoECausalLM(AdaptedModel):
             self.pipeline.runner.use(settings.plan)
 
     def moe_layers(self) -> dict[int, MoELayer]:
-        """The MoE layers on this rank by their number in the whole model."""
+        """Returns the MoE layers on this rank, by their number in the whole model."""
         return {int(i): m.mlp for i, m in self.model.layers.items() if isinstance(m.mlp, MoELayer)}
 
     # ---- running -----------------------------------------------------------------------------------------------
@@ -265,29 +265,30 @@ class MoECausalLM(AdaptedModel):
         """Runs the model on this data rank's rows. Collective: all ranks call it together.
 
         Args:
-            input_ids: ``[B, S]``, int64.
-            labels: ``[B, S]``, at the positions of ``input_ids`` (shifted inside), -100 is ignored.
-            attention_mask: ``[B, S]`` integers or bool, 0 for padding; numbers above 1 are those of documents, in place of
+            input_ids: Token ids, ``[B, S]``, int64.
+            labels: Labels, ``[B, S]``, at the positions of ``input_ids``; the model shifts them, and -100 is ignored.
+            attention_mask: ``[B, S]`` integers or bool, 0 for padding; numbers above 1 number documents and replace
                 ``document_ids``.
-            position_ids: ``[B, S]`` or ``[1, S]``; 0, 1, ... by default. Where they jump and there is neither mask nor
-                document ids, a new document begins, as in ``transformers``.
-            document_ids: ``[B, S]``; attention and positions restart where they change, and no label crosses a border.
-            loss_weights: ``[B, S]``, weight of each label's loss, at the positions of ``labels``; the loss is then
-                ``sum(w * l) / sum(w)``.
-            loss_fn: ``loss_fn(logits, labels, **extras) -> (sum, weight)`` in place of cross-entropy, with whole logits
+            position_ids: Positions, ``[B, S]`` or ``[1, S]``; 0, 1, ... by default. Without mask and document ids, a
+                new document begins where positions do not increase by 1, as in ``transformers``.
+            document_ids: Document of each token, ``[B, S]``; attention and positions restart where it changes, and no
+                label crosses the border.
+            loss_weights: Weight of each label, ``[B, S]``, at the positions of ``labels``; the loss is then ``sum(w *
+                l) / sum(w)``.
+            loss_fn: ``loss_fn(logits, labels, **extras) -> (sum, weight)`` replaces cross-entropy and gets whole logits
                 ``[B, S, V]``; the loss is the sum over all ranks divided by the weight over all ranks.
-            gather_logits: Return whole logits on every rank even with tensor parallelism, or beside labels.
-            cache: Keys and values of the positions before ``input_ids``, to which those of ``input_ids`` are added; the
-                logits are then ``[B, 1, V]``, of the last position, on every rank. For :meth:`generate`.
-            **extras: Passed to ``loss_fn``; without one, an unknown argument is an error.
+            gather_logits: Whether to return whole logits on every rank, even with tensor parallelism and with labels.
+            cache: Keys and values of the positions before ``input_ids``; those of ``input_ids`` are added. The logits
+                are then those of the last position, ``[B, 1, V]``, on every rank. Used by :meth:`generate`.
+            **extras: Further arguments of ``loss_fn``; without a ``loss_fn`` they are an error.
 
         Returns:
-            The losses, with labels; the logits without labels where tp is 1, or with ``gather_logits``.
+            The losses if there are labels; the logits with ``gather_logits``, or if there are no labels and tp is 1.
 
         Raises:
             ValueError: If shapes disagree, a mask holds floats or negative numbers, or a token id or label lies outside the
                 vocabulary on any rank (raised on all).
-            TypeError: For an argument that nobody takes.
+            TypeError: If an argument is unknown and there is no ``loss_fn``.
         """
         if extras and loss_fn is None:
             raise InputTypeError(
@@ -308,7 +309,7 @@ class MoECausalLM(AdaptedModel):
                 attention_mask=attention_mask, position_ids=position_ids, document_ids=document_ids,
                 loss_weights=loss_weights, keep_all=gather_logits or loss_fn is not None,
             )  # fmt: skip
-        except ValueError as error:  # raised below, together with all ranks
+        except ValueError as error:  # raised below, on all ranks together
             batch = stand_in(self.config, axes, self.num_microbatches, input_ids.device, error)
             cache = None
         batch.sequence.cache, batch.sequence.call = cache, self.next_call()
@@ -322,17 +323,17 @@ class MoECausalLM(AdaptedModel):
         return self.make_output(losses, logits if wants_logits else None, labels is not None)
 
     def batch_axes(self) -> BatchAxes:
-        """Over which ranks batches are spread."""
+        """The axes over which batches are spread."""
         if self.mesh is None:
             return BatchAxes()
         data_rank = self.mesh.place["dp"], self.mesh.fold.dp
         return BatchAxes(self.tp, self.mesh.axis("cp"), self.context_parallel_exchange, data_rank)
 
     def take_step_labels(self, labels: Tensor | None, loss_fn: LossFunction | None) -> StepLabels | None:
-        """The labels of the optimizer step, where a loss that is trained on is to be divided by them.
+        """Returns the label weights of the optimizer step, if the training loss is divided by them; None otherwise.
 
         Raises:
-            ValueError: With a ``loss_fn``.
+            ValueError: If a ``loss_fn`` is given.
         """
         if self.step_labels is None or labels is None or not torch.is_grad_enabled():
             return None
@@ -344,13 +345,13 @@ class MoECausalLM(AdaptedModel):
         return self.step_labels()
 
     def next_call(self) -> Tensor | None:
-        """The number of this call for routers with noise, the same for all micro-batches; None where there are none."""
+        """Returns the number of this call for routers with noise, the same for all micro-batches; None if no router has noise."""
         return next((call for call in [layer.gate.next_call() for layer in self.moe_layers().values()]), None)
 
     def whole_logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
         """Logits of whole rows, ``[B, S, V]``, on every rank of a data replica; cp ranks' gradients are summed.
 
-        With a cache, those of the last position alone.
+        With a cache, they are those of the last position only.
         """
         rows, layout = batch.sequence.rows, batch.sequence.layout
         if batch.sequence.cache is not None:
@@ -369,14 +370,14 @@ class MoECausalLM(AdaptedModel):
         loss_fn: LossFunction | None,
         extras: dict[str, Any],
     ) -> tuple[Tensor, Tensor] | None:
-        """This data rank's sum of losses and its weight."""
+        """Returns this data rank's sum of losses and sum of weights; None without labels."""
         if batch.labels is None:
             return None
         if loss_fn is not None:
             total, weight = loss_fn(logits, batch.labels, **extras)
             total = total.to(wide(total.dtype))
             weight = torch.as_tensor(weight, device=total.device, dtype=torch.float64).detach()
-            # cp ranks have computed the same, and gradients are summed over them: each has an equal share of it.
+            # All cp ranks have computed the same sum, and gradients are summed over them, so each takes an equal share.
             return total / batch.sequence.layout.cp.size, weight / batch.sequence.layout.cp.size
         labelled = batch.labelled_index
         weight_N = batch.weight_N[labelled].to(wide(x_ND.dtype))
@@ -395,15 +396,15 @@ class MoECausalLM(AdaptedModel):
         return CausalLMOutput(loss, losses.lm, losses.aux, logits, losses.z)
 
     def stand_in(self) -> None:
-        """Takes part in a call of ranks that have data, with rows in which nothing counts. Collective."""
+        """Takes part in a call of ranks that have data, with rows in which no token counts. Collective."""
         token_M1 = torch.zeros(self.num_microbatches, 1, dtype=torch.int64, device=next(self.parameters()).device)
         self(token_M1, labels=torch.full_like(token_M1, -100), attention_mask=torch.zeros_like(token_M1))
 
     def unequal_calls(self) -> AbstractContextManager[Any]:
-        """A context in which ranks may call this model a different number of times, without gradients.
+        """Returns a context in which ranks may call this model a different number of times, without gradients.
 
-        Collective: every rank enters and leaves it; leaving waits for the ranks that still call. Inside another one, such
-        as that of ``Trainer.predict``, it does nothing of its own.
+        Collective: every rank enters and leaves it; leaving waits for the ranks that still call. Inside another such
+            context, for example that of ``Trainer.predict``, it has no effect.
         """
         return JoinCalls([self]) if self.unequal is None else nullcontext()
 
@@ -420,33 +421,36 @@ class MoECausalLM(AdaptedModel):
         pad_token_id: int | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Continues prompts, as ``transformers``' method of this name does. Collective: all ranks call it together.
+        """Continues prompts, like the method of this name in ``transformers``. Collective: all ranks call it together.
 
-        Each data rank gives its own prompts, as many as it likes (zero too); the ranks of a tp group give the same ones.
-        The model is in evaluation mode meanwhile, without gradients.
+        Each data rank passes its own prompts, any number of them or none; the ranks of a tp group pass the same ones.
+        During the call the model is in evaluation mode, without gradients.
 
         Args:
-            input_ids: ``[B, S]``, shorter prompts padded on the left.
-            attention_mask: ``[B, S]``, 0 for padding. Without one, ``pad_token_id`` marks it, unless that ends texts too.
-            max_new_tokens: Most tokens to add.
-            do_sample: Draw the next token instead of taking the most probable one. The rest is without effect otherwise.
+            input_ids: Prompts, ``[B, S]``, shorter ones padded on the left.
+            attention_mask: ``[B, S]``, 0 for padding. Without it, ``pad_token_id`` marks padding, unless it is also an
+                end-of-text token.
+            max_new_tokens: Maximum number of tokens to add.
+            do_sample: Whether to draw the next token instead of taking the most probable one. Without it, the next
+                three arguments and ``seed`` have no effect.
             temperature: Divides the logits.
-            top_k: Draw from this many most probable tokens.
-            top_p: Draw from the fewest most probable tokens that have at least this probability together.
-            eos_token_id: Ends a text, one or several; by default the checkpoint's, ``()`` for none.
-            pad_token_id: Follows the end of a text while others go on; by default the checkpoint's, else the first
+            top_k: Number of most probable tokens to draw from.
+            top_p: Draw from the smallest set of most probable tokens whose total probability reaches this value.
+            eos_token_id: One or several tokens that end a text; by default the checkpoint's, ``()`` for none.
+            pad_token_id: Token that fills a row after its end of text; by default the checkpoint's, otherwise the first
                 ``eos_token_id``.
-            seed: Of the draws. Row b of data rank r of R draws as row ``b * R + r``, so prompts dealt in turn to the data
-                ranks get the same texts under every fold. By default from torch's generator.
+            seed: Seed of the draws. Row b of data rank r of R draws the numbers of row ``b * R + r``, so prompts dealt
+                in turn to the data ranks get the same texts under every fold. By default torch's generator gives the
+                seed.
 
         Returns:
-            ``[B, S + new]``, prompts included; ``new`` is what this rank's longest text needed. The same on all ranks of a
-            tp group.
+            Prompts and new tokens, ``[B, S + new]``, where ``new`` is the length of this rank's longest new text; equal
+            on all ranks of a tp group.
 
         Raises:
             ValueError: If a prompt is empty, padded on the right, longer than ``max_position_embeddings`` or holds a
                 token outside the vocabulary, or an argument is out of range.
-            PeerError: If that happened on another rank.
+            PeerError: If another rank raised such an error.
         """
         sampling = Sampling(temperature, top_k, top_p, seed) if do_sample else None
         return generate(self, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, pad_token_id)
@@ -463,11 +467,12 @@ class MoECausalLM(AdaptedModel):
 
         Args:
             path: The directory; one that holds a checkpoint is replaced, one with other files in it is refused.
-            dtype: On disk; by default that of the source, else that of the configuration, else that in memory.
-            max_shard_size: Bytes after which a new file is begun.
+            dtype: Data type on disk; by default that of the source, otherwise that of the configuration, otherwise that
+                in memory.
+            max_shard_size: Maximum size of a file in bytes.
 
         Raises:
-            OSError: If the directory cannot be written; raised on every rank, with nothing left half-written.
+            OSError: If the directory cannot be written; raised on every rank, and no incomplete files remain.
         """
         self.release_gathered_weights()
         held: dict[str, Tensor] = dict(self.named_parameters()) | dict(self.stored_buffers())
@@ -504,7 +509,7 @@ class MoECausalLM(AdaptedModel):
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
-        """What :meth:`save_pretrained` would write besides the weights, as plain data.
+        """Describes what :meth:`save_pretrained` would write besides the weights, as plain data.
 
         Returns:
             ``config`` in Hugging Face's form, ``dtypes`` of the parameters on disk, by name, ``path`` of the

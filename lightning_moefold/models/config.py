@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoEConfig: what a Mixtral, Qwen2-MoE or Qwen3-MoE ``config.json`` means. Pure Python.
+"""MoEConfig: the configuration of a Mixtral, Qwen2-MoE or Qwen3-MoE model, read from ``config.json``. Pure Python.
 
 Old and new spellings are read (``rope_theta`` or ``rope_parameters``, ``num_experts`` or ``num_local_experts``,
 ``torch_dtype`` or ``dtype``). A field that changes the result is honoured or refused by name; defaults are those of
@@ -54,7 +54,7 @@ NEUTRAL = frozenset(
     )
 )  # fmt: skip
 
-#: What each field of :class:`MoEConfig` may hold.
+#: The kind of value that each field of :class:`MoEConfig` may hold.
 _KINDS = {
     **dict.fromkeys(
         (
@@ -78,44 +78,46 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A decoder-only MoE language model. Field names are those of ``transformers`` where it has one.
+    """Configuration of a decoder-only MoE language model. Fields that ``transformers`` also has bear its names.
 
     Args:
         model_type: ``"mixtral"``, ``"qwen2_moe"`` or ``"qwen3_moe"``.
-        vocab_size: V.
-        hidden_size: D.
-        num_hidden_layers: Decoder layers.
-        num_attention_heads: Query heads.
-        num_key_value_heads: Key/value heads.
-        head_dim: Length of a head.
-        intermediate_size: Width of *dense* feed-forward layers (0 where the family has none).
+        vocab_size: Number of tokens in the vocabulary, V.
+        hidden_size: Size of hidden states, D.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key/value heads.
+        head_dim: Size of a head.
+        intermediate_size: Width of *dense* feed-forward layers; 0 if the family has none.
         moe_intermediate_size: Width of one routed expert.
         shared_expert_intermediate_size: Width of the shared expert; 0 for none.
-        num_experts: Routed experts per MoE layer.
-        num_experts_per_tok: Experts per token.
-        norm_topk_prob: Divide a token's weights by their sum.
+        num_experts: Number of routed experts per MoE layer.
+        num_experts_per_tok: Number of experts per token.
+        norm_topk_prob: Whether a token's weights are divided by their sum.
         decoder_sparse_step: Layer i is MoE only if ``(i + 1) % decoder_sparse_step == 0``.
-        mlp_only_layers: Layers that are dense whatever the step says.
-        qkv_bias: Biases on q, k, v.
-        output_bias: Bias on o.
-        qk_norm: RMSNorm on every query and key head.
-        rms_norm_eps: Of every norm.
-        rope_theta: Rotary base.
-        rope_scaling_factor: Linear position interpolation; 1 for none.
-        sliding_windows: Window of each layer, None where it sees everything.
-        tie_word_embeddings: Head and embedding are one parameter.
+        mlp_only_layers: Layers that are dense whatever ``decoder_sparse_step`` says.
+        qkv_bias: Whether the projections q, k, v have biases.
+        output_bias: Whether the projection o has a bias.
+        qk_norm: Whether RMSNorm is applied to every query and key head.
+        rms_norm_eps: Epsilon of every norm.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling_factor: Factor of linear position interpolation; 1 for none.
+        sliding_windows: Attention window of each layer; None if the layer sees all positions.
+        tie_word_embeddings: Whether head and embedding are one parameter.
         pad_token_id: Token whose embedding gets no gradient.
         hidden_act: Activation of all feed-forward layers.
         router_aux_loss_coef: Weight of the load-balancing loss.
-        output_router_logits: The load-balancing loss is part of the loss only if this is on, as in ``transformers``.
-        aux_loss: Over which tokens the load-balancing loss asks for balance. ``"huggingface"``: each micro-batch's, pooled
-            over all layers, as in ``transformers``, and only with ``output_router_logits``. In each layer by itself:
-            ``"microbatch"`` each micro-batch's, ``"sequence"`` each row's, ``"global_batch"`` all of a batch.
+        output_router_logits: Whether the load-balancing loss is added to the loss, as in ``transformers``.
+        aux_loss: Tokens over which the load-balancing loss is computed. ``"huggingface"``: those of a micro-batch,
+            pooled over all layers, as in ``transformers`` and only with ``output_router_logits``. The others treat each
+            layer by itself: ``"microbatch"`` the tokens of a micro-batch, ``"sequence"`` those of a row,
+            ``"global_batch"`` those of the whole batch.
         router_z_loss_coef: Weight of the z-loss; 0 for none.
-        router: How experts are chosen.
+        router: Options of the router, which chooses experts.
         initializer_range: Standard deviation of initial weights.
-        dtype: Of the stored weights, as a name such as ``"bfloat16"``; None if the file does not say.
-        raw: The configuration as read, without overrides; see :func:`~.hf_config.written_config` for what is written.
+        dtype: Data type of the stored weights, as a name such as ``"bfloat16"``; None if the file does not say.
+        raw: The configuration dictionary as read, without overrides; :func:`~.hf_config.written_config` returns what is
+            written.
     """
 
     model_type: str
@@ -186,13 +188,13 @@ class MoEConfig:
             raise ConfigError(
                 f"pad_token_id={self.pad_token_id} lies outside the vocabulary of vocab_size={self.vocab_size}."
             )
-        if self.pad_token_id is not None and self.pad_token_id < 0:  # counted from the end, as in torch.nn.Embedding
+        if self.pad_token_id is not None and self.pad_token_id < 0:  # a negative id counts from the end, as in torch.nn.Embedding
             object.__setattr__(self, "pad_token_id", self.vocab_size + self.pad_token_id)
         if self.hidden_act not in _ACTIVATIONS:
             raise ConfigError(f"hidden_act={self.hidden_act!r} is not supported; use one of {', '.join(_ACTIVATIONS)}.")
         if all(
             window is None for window in self.sliding_windows
-        ):  # for however many layers: dataclasses.replace keeps it
+        ):  # for any number of layers, because dataclasses.replace keeps this field
             object.__setattr__(self, "sliding_windows", (None,) * self.num_hidden_layers)
         if len(self.sliding_windows) != self.num_hidden_layers:
             raise ConfigError(
@@ -209,12 +211,12 @@ class MoEConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers with experts."""
+        """Number of layers with experts."""
         return sum(self.is_moe_layer(i) for i in range(self.num_hidden_layers))
 
     @property
     def wants_aux_loss(self) -> bool:
-        """Whether the load-balancing loss is computed: where it is switched on, or one is named that only exists here."""
+        """Whether the load-balancing loss is computed: if it is on, or ``aux_loss`` is one that ``transformers`` does not have."""
         return self.num_moe_layers > 0 and (self.output_router_logits or self.aux_loss != "huggingface")
 
     @property
@@ -224,7 +226,7 @@ class MoEConfig:
 
     @property
     def dense_widths(self) -> dict[str, int]:
-        """Feed-forward widths that are cut over tp, by config field."""
+        """Widths of dense feed-forward layers, which are cut over tp, by config field."""
         widths = {}
         if self.num_moe_layers < self.num_hidden_layers:
             widths["intermediate_size"] = self.intermediate_size
@@ -234,7 +236,7 @@ class MoEConfig:
 
     @property
     def expert_widths(self) -> dict[str, int]:
-        """Feed-forward widths that are cut over etp, by config field."""
+        """Widths of experts, which are cut over etp, by config field."""
         name = "intermediate_size" if self.model_type == "mixtral" else "moe_intermediate_size"
         return {name: self.moe_intermediate_size} if self.num_moe_layers else {}
 
@@ -242,14 +244,14 @@ class MoEConfig:
 
     @property
     def attention_parameters(self) -> int:
-        """Parameters of one layer's attention block, biases and head norms included."""
+        """Number of parameters in one layer's attention block, including biases and head norms."""
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         total = self.hidden_size * (q + 2 * kv) + q * self.hidden_size
         total += (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.output_bias + 2 * self.head_dim * self.qk_norm
         return total
 
     def layer_parameters(self, index: int, *, active: bool = False) -> int:
-        """Parameters of one decoder layer; with ``active``, only those a token passes through."""
+        """Returns the number of parameters in a decoder layer; with ``active``, only those that a token uses."""
         total = self.attention_parameters + 2 * self.hidden_size
         if not self.is_moe_layer(index):
             return total + 3 * self.hidden_size * self.intermediate_size
@@ -260,16 +262,16 @@ class MoEConfig:
         return total
 
     def num_parameters(self, *, active: bool = False) -> int:
-        """Parameters of the model; with ``active``, only those a token passes through (embedding and head included)."""
+        """Returns the model's number of parameters; with ``active``, only those that a token uses (with embedding and head)."""
         ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
         return ends + sum(self.layer_parameters(i, active=active) for i in range(self.num_hidden_layers))
 
     def forward_flops_per_token(self, sequence_length: int) -> float:
-        """Matrix-product FLOPs of one token's forward pass: 2 per active weight, plus attention.
+        """Returns the matrix-product FLOPs of one token's forward pass: 2 per active weight, plus attention.
 
         Attention counts the keys that a causal query sees, on average half the sequence (or its window). The embedding
-        is a look-up and counts nothing; norms, activations and softmax are left out, as is customary for MFU. Backward
-        costs twice as much again.
+        is a look-up and does not count. Norms, activations and softmax are left out, as is usual for MFU. Backward
+        costs twice as many FLOPs.
         """
         weights, keys = 0.0, 0.0
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -287,7 +289,7 @@ class MoEConfig:
         return 2 * weights + 2 * 2 * q * keys
 
     def attended_keys(self, index: int, sequence_length: int) -> float:
-        """Keys that a causal query of layer ``index`` sees, on average over a sequence."""
+        """Returns how many keys a causal query of layer ``index`` sees, on average over a sequence."""
         window = min(self.sliding_windows[index] or sequence_length, sequence_length)
         return window * (1 - (window - 1) / (2 * sequence_length)) if window else 0.0
 
@@ -317,7 +319,7 @@ class MoEConfig:
 
         Args:
             raw: The dictionary; not changed.
-            **overrides: Replace fields of it, such as ``output_router_logits=True``.
+            **overrides: Values that replace its fields, such as ``output_router_logits=True``.
 
         Raises:
             ConfigError: If the architecture is not supported or a field cannot be honoured.

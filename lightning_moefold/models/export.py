@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint of a run as a Hugging Face directory, by one process and without the fold.
+"""Exports a run's checkpoint as a Hugging Face directory, in one process and without the fold.
 
 A checkpoint holds tensors under global names and the configuration of each model in it, so it says by itself what it is.
 Tensors are read and written file by file: no more than one output file's are in memory at a time. That of a run with an adapter
@@ -35,11 +35,11 @@ def export(checkpoint: str | Path, output: str | Path, model: Path | None = None
     """Writes the model of a checkpoint as ``transformers`` loads it.
 
     Args:
-        checkpoint: Directory that a Trainer with this strategy has saved, here or in a store.
-        output: Directory to make; one that holds a model is replaced, one with other files in it is refused.
-        model: Directory of which everything but the weights is copied along. By default that of the model with which
-            training began, and the tokenizer of the data, where :class:`~.recipes.TextData` has said which it is.
-        dtype: On disk; that of the model from which training began by default.
+        checkpoint: Directory saved by a Trainer with this strategy, local or in a store.
+        output: Directory to create. A directory that holds a model is replaced; one that holds other files is refused.
+        model: Directory whose files other than weights are copied. By default the directory that training started from,
+            and the tokenizer of the data if it comes from :class:`~.recipes.TextData`.
+        dtype: Data type on disk; by default that of the model that training started from.
 
     Returns:
         Whether an adapter is merged into the weights.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a field of a configuration may hold, and by which names it goes. Pure Python."""
+"""The kinds of values and the names of configuration fields. Pure Python."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from lightning_moefold.errors import ConfigError
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of value.
+    """A kind of value.
 
     Args:
         words: Completes the sentence "the field must be ...".
-        accepts: Whether a value is of this type.
+        accepts: Function that says whether a value is of this kind.
     """
 
     words: str
     accepts: Callable[[Any], bool]
 
     def check(self, name: str, value: Any) -> None:
-        """Raises a :class:`ConfigError` that names the field if the value is of another type."""
+        """Raises a :class:`ConfigError` that names the field if the value is of another kind."""
         if not self.accepts(value):
             raise ConfigError(f"{name}={value!r} must be {self.words}.")
 
     @property
     def or_null(self) -> Kind:
-        """The same type, or null."""
+        """Returns the kind that also accepts null."""
         return Kind(f"{self.words}, or null", lambda value: value is None or self.accepts(value))
 
 
@@ -65,7 +65,7 @@ _READ_AS_WELL = {
     ("qwen3_moe", "num_experts"): ("num_local_experts",),
     **{(family, "dtype"): ("torch_dtype",) for family in ("mixtral", "qwen2_moe", "qwen3_moe")},
 }
-#: Names that other families, or other programs, have for a field, and that ``transformers`` does not read in these ones.
+#: Names that other families or programs use for a field, and that ``transformers`` does not read in these families.
 _FOREIGN = {
     "vocab_size": ("n_vocab",),
     "hidden_size": ("d_model", "n_embd"),
@@ -91,13 +91,13 @@ _FOREIGN = {
 
 
 def spellings(family: str, field: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of a field that ``transformers`` reads, its own first, and those that it does not."""
+    """Returns the names of a field that ``transformers`` reads, its own first, and the names that it does not read."""
     read = (field, *_READ_AS_WELL.get((family, field), ()))
     return read, tuple(name for name in _FOREIGN.get(field, ()) if name not in read)
 
 
 def names_beside(family: str, field: str) -> set[str]:
-    """Every name that says what ``field`` says, itself included."""
+    """Returns all names of ``field``, including itself."""
     groups = ((of, others) for (known, of), others in _READ_AS_WELL.items() if known == family)
     own = next((of for of, others in groups if field in others), field)
     read, foreign = spellings(family, own)
@@ -108,10 +108,10 @@ _MISSING = object()
 
 
 class FieldReader:
-    """Takes fields out of a configuration, checks them, and remembers which were looked at.
+    """Reads and checks fields of a configuration, and remembers which were read.
 
     Args:
-        raw: The configuration.
+        raw: The configuration dictionary.
         family: Its ``model_type``.
     """
 
@@ -120,11 +120,11 @@ class FieldReader:
         self.seen: set[str] = set()
 
     def get(self, field: str, kind: Kind, default: Any = _MISSING) -> Any:
-        """The value of a field, under whatever name ``transformers`` reads it.
+        """Returns the value of a field, under any name that ``transformers`` reads.
 
         Raises:
-            ConfigError: If the value is of another kind, if two names disagree, or if the field is missing and there is
-                no default.
+            ConfigError: If the value is of another kind, two names disagree, or the field is missing and there is no
+                default.
         """
         read, foreign = spellings(self.family, field)
         self.seen.update(read + foreign)

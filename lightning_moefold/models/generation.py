@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text generation: which token comes next, and the loop around it.
+"""Text generation: how the next token is chosen, and the loop over tokens.
 
 Legend: B rows, S positions of the prompts, V vocabulary, n new tokens.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; see :meth:`.causal_lm.MoECausalLM.generate`."""
+    """Options for drawing tokens; see :meth:`.causal_lm.MoECausalLM.generate`."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -41,7 +41,7 @@ class Sampling:
     seed: int | None = None
 
     def check(self) -> None:
-        """Raises a ValueError where a number is out of range."""
+        """Raises a ValueError if an option is out of range."""
         if not self.temperature > 0:
             raise InputError(
                 f"temperature={self.temperature} must be positive; for the most probable token, do not sample."
@@ -52,7 +52,7 @@ class Sampling:
             raise InputError(f"top_p={self.top_p} must lie above 0 and at most at 1, or be None.")
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
-        """What the next token is drawn from, ``[B, V]``: temperature, then top-k, then top-p."""
+        """Returns the probabilities of the next token, ``[B, V]``, after temperature, top-k and top-p."""
         logits_BV = logits_BV.to(wide(logits_BV.dtype)) / self.temperature
         if self.top_k is not None:
             least_B1 = logits_BV.topk(min(self.top_k, logits_BV.shape[1])).values[:, -1:]
@@ -66,17 +66,17 @@ class Sampling:
 
 
 def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token at which the cumulated probability passes a uniform number, ``[B]``."""
+    """Returns the token at which the cumulative probability exceeds a uniform number, ``[B]``."""
     sum_BV = probability_BV.double().cumsum(-1)
     total_B1 = sum_BV[:, -1:]
     token_B = (sum_BV <= uniform_B.unsqueeze(1) * total_B1).sum(-1)
-    return token_B.minimum((sum_BV < total_B1).sum(-1))  # where rounding led past the last token of any probability
+    return token_B.minimum((sum_BV < total_B1).sum(-1))  # rounding may lead past the last token with any probability
 
 
 def _uniforms(model: MoECausalLM, seed: int | None, rows: int, count: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 1) for all rows and new tokens, ``[n, B]``; each row has a generator of its own.
+    """Draws numbers in [0, 1) for all rows and new tokens, ``[n, B]``; each row has its own generator.
 
-    So a row's text depends neither on the fold nor on the rows beside it.
+    So a row's text depends neither on the fold nor on the other rows.
     """
     data = (0, 1) if model.mesh is None else (model.mesh.dp_cp.index, model.mesh.dp_cp.size)
     if seed is None:
@@ -97,7 +97,7 @@ def _uniforms(model: MoECausalLM, seed: int | None, rows: int, count: int, devic
 def _special_tokens(
     model: MoECausalLM, eos: int | Sequence[int] | None, pad: int | None
 ) -> tuple[list[int], int | None]:
-    """The tokens that end a text, and the one that pads it, by default those of the checkpoint."""
+    """Returns the end-of-text tokens and the padding token, by default those of the checkpoint."""
     fields = dict(model.config.raw)
     if isinstance(model.source, CheckpointWeights):
         file = model.source.checkpoint.path / "generation_config.json"
@@ -108,7 +108,7 @@ def _special_tokens(
 
 
 def _read_mask(input_ids: Tensor, attention_mask: Tensor | None, ends: list[int], pad: int | None) -> Tensor:
-    """Which positions of the prompts are no padding, ``[B, S]`` bool.
+    """Returns which positions of the prompts are not padding, ``[B, S]`` bool.
 
     Raises:
         ValueError: If the prompts cannot be continued.
@@ -167,7 +167,7 @@ def generate(
         raise InputError(f"generate does not cut rows over ranks; use context_parallel_size=1, not {model.fold.cp}.")
     if model.fold.pp > 1:
         raise InputError(f"generate does not run a pipeline; use pipeline_parallel_size=1, not {model.fold.pp}.")
-    # Inside the context, so that a rank with a bad prompt tells the others.
+    # Inside the context, so that the other ranks learn of a bad prompt on one rank.
     with _evaluating(model), model.unequal_calls():
         if input_ids.dim() == 2 and not input_ids.shape[0]:
             return input_ids
@@ -216,7 +216,7 @@ def _continue(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode it was in."""
+    """Sets evaluation mode in the context; afterwards every module is in its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -31,7 +31,7 @@ from lightning_moefold.modules.routers.registry import router_options
 _KV_HEADS = {"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _DTYPE = Kind("the name of a dtype", lambda value: isinstance(value, str) or str(value).startswith("torch."))
-#: Fields that only say what a call returns: what is written has the source's, whatever a run has set.
+#: Fields that only change what a call returns. The source's value is written, whatever a run has set.
 _OF_CALLS = ("output_router_logits",)
 
 
@@ -39,7 +39,7 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
     """Builds a :class:`MoEConfig`; see :meth:`MoEConfig.from_hf`.
 
     Returns:
-        The configuration, and the names of fields that nobody here has heard of.
+        The configuration, and the names of unknown fields.
     """
     family = overrides.get("model_type", raw.get("model_type"))
     if family not in FAMILIES:
@@ -92,14 +92,14 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
 
 
 def _override(raw: Mapping[str, Any], overrides: Mapping[str, Any], family: str) -> dict[str, Any]:
-    """The fields with the overrides in place of whatever says the same under another name."""
+    """Returns the fields with overrides applied; an override replaces every other name of its field."""
     replaced = {name for field in overrides for name in names_beside(family, field)}
     kept = {name: value for name, value in rope.replace_rope(raw, overrides).items() if name not in replaced}
     return kept | dict(overrides)
 
 
 def _refuse(reader: FieldReader) -> None:
-    """Refuses what would change the result and cannot be honoured."""
+    """Refuses fields that would change the result and are not supported."""
     reader.refuse_unless("attention_dropout", (0.0, None), "dropout would differ from rank to rank")
     reader.refuse_unless(
         "router_jitter_noise", (0.0, None), "it disturbs what experts compute, too; see input_jitter of RouterOptions"
@@ -111,7 +111,7 @@ def _refuse(reader: FieldReader) -> None:
 
 
 def _check_neutral(reader: FieldReader) -> None:
-    """Checks fields that do not change a step of training, but texts and warnings."""
+    """Checks fields that do not change training, but generation and warnings."""
     for field, kind in (
         ("max_position_embeddings", POSITIVE.or_null),
         ("eos_token_id", TOKENS.or_null),
@@ -202,7 +202,7 @@ def _layer_types(reader: FieldReader, layers: int) -> list[str] | None:
 
 
 def _check_layer_types(reader: FieldReader, layers: int, window: int | None) -> None:
-    """Refuses layer types that say something else than a family whose layers are all alike."""
+    """Refuses layer types that differ, in a family whose layers all have the same type."""
     kind = "full_attention" if window is None else "sliding_attention"
     for index, other in enumerate(_layer_types(reader, layers) or ()):
         if other != kind:
@@ -213,10 +213,10 @@ def _check_layer_types(reader: FieldReader, layers: int, window: int | None) -> 
 
 
 def written_config(config: MoEConfig) -> dict[str, Any]:
-    """What ``config.json`` of a saved model holds: the source's fields, and those that change the function as they are now.
+    """Returns the ``config.json`` of a saved model: the source's fields, updated where they change what the model computes.
 
-    Fields that only say what a call returns, such as ``output_router_logits``, stay the source's, since generation in
-    ``transformers`` follows them.
+    Fields that only change what a call returns, such as ``output_router_logits``, keep the source's value, because they
+    affect generation in ``transformers``.
 
     Raises:
         ConfigError: If a field of the configuration has no place in the family's ``config.json``.
@@ -229,7 +229,7 @@ def written_config(config: MoEConfig) -> dict[str, Any]:
         try:
             written = make()
             read = read_hf_config(written, {})[0]
-        except ConfigError:  # of a source that can only be read with overrides
+        except ConfigError:  # a source that can only be read with overrides
             continue
         unused = () if config.num_moe_layers < config.num_hidden_layers else ("intermediate_size",)
         same = replace(read, **{name: getattr(config, name) for name in (*_OF_CALLS, *unused)})
@@ -242,7 +242,7 @@ def written_config(config: MoEConfig) -> dict[str, Any]:
 
 
 def _replace_changed(config: MoEConfig, now: dict[str, Any]) -> dict[str, Any]:
-    """The source with the fields in which the configuration is no longer the source's."""
+    """Returns the source's fields, with those replaced in which the configuration differs from the source."""
     source = to_hf_config(read_hf_config(config.raw, {})[0])
     changed = {name: value for name, value in now.items() if name not in source or source[name] != value}
     gone = set(source) - set(now) | {name for field in changed for name in names_beside(config.model_type, field)}
@@ -251,7 +251,7 @@ def _replace_changed(config: MoEConfig, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_hf_config(config: MoEConfig) -> dict[str, Any]:
-    """A Hugging Face configuration dictionary for a model that was not read from one."""
+    """Makes a Hugging Face configuration dictionary for a model that was not read from one."""
     architecture = {"mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}[config.model_type]
     same = (
         "model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok "

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model calls whose number differs between ranks: prediction with unequal batch counts, texts of unequal length.
+"""Lets ranks call a model a different number of times, for prediction with unequal batches and texts of unequal length.
 
 A forward pass is collective, so a rank with nothing left to compute would leave its peers waiting. Inside
 :class:`JoinCalls` every call begins with one small all-reduce in which each rank says which model it is about to call.
 A rank that has left takes part in the calls of the others with a *stand-in*, a batch in which no token is labelled,
-counted or sent to an expert (a block in a network of the user's own: no row), until nobody calls any more. So code around
-the calls runs for real data only.
+counted or sent to an expert (for a block in a custom network: zero rows), until no rank calls any more. So the code
+around the calls runs only for real data.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 
 class JoinCalls:
-    """A context in which ranks call models as often as each of them likes, without gradients.
+    """A context in which each rank may call models any number of times, without gradients.
 
-    Collective: every rank enters it and leaves it, and calls nothing collective inside but these models.
+    Collective: every rank enters and leaves it. Inside, these models are the only collective calls.
     Leaving waits for the ranks that still call. If a rank leaves it with an error, the others raise
     a :class:`~.errors.PeerError` at their next call, unless the error came from the middle of a call, when they are inside it too.
 
     Args:
-        models: Language models, or blocks in a network of the user's own, parallelised over the same mesh; all that are
-            called inside, in the same order on every rank.
+        models: All language models, or blocks of a custom network, that are called inside, in the same order on every
+            rank; they must be parallelised over the same mesh.
     """
 
     def __init__(self, models: Sequence[ParallelRoot]) -> None:
@@ -54,7 +54,7 @@ class JoinCalls:
         for index, model in enumerate(self._models):
             model.unequal = self
             if self._world.size > 1:
-                # Before FSDP2's own hook, which gathers weights; always, so that errors are seen.
+                # Before FSDP2's own hook, which gathers weights; registered even if unneeded, so that errors are seen.
                 before = model.register_forward_pre_hook(partial(self._before_call, index), prepend=True)
                 after = model.register_forward_hook(self._after_call, always_call=True)
                 self._handles += [before, after]
@@ -68,14 +68,14 @@ class JoinCalls:
                 while (called := self._agree(None)) is not None:
                     self._stand_in(called)
             elif isinstance(error, Exception) and not self._inside_call and not self._over:
-                with suppress(Exception):  # peers may be gone; the error that is being raised tells more
+                with suppress(Exception):  # peers may be gone; the error being raised says more
                     self._agree(None, failed=True)
         finally:
             for handle in self._handles:
                 handle.remove()
             for model in self._models:
                 model.unequal = None
-                # Here and not earlier: all ranks must gather them again in the same call.
+                # Only here, because all ranks must gather them again in the same call.
                 model.release_gathered_weights()
 
     def _before_call(self, index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -95,7 +95,7 @@ class JoinCalls:
         self._inside_call = output is None and not isinstance(sys.exc_info()[1], BatchError)
 
     def _agree(self, index: int | None, failed: bool = False) -> int | None:
-        """The first model that any rank is about to call; None if nobody calls any more.
+        """Agrees on the first model that any rank is about to call; None if no rank calls any more.
 
         Raises:
             PeerError: If another rank has failed.
@@ -111,12 +111,12 @@ class JoinCalls:
         return next((i for i, count in enumerate(callers) if count), None)
 
     def _stand_in(self, index: int) -> None:
-        """Takes part in a call of the others."""
+        """Takes part in a call of the other ranks."""
         self._standing_in = True
         try:
             with torch.no_grad():
                 self._models[index].stand_in()
-        except BatchError as error:  # about the data of the rank whose call it is, which may go on after it
+        except BatchError as error:  # an error in the calling rank's data, after which that rank may continue
             self._heard = error
         finally:
             self._standing_in = self._inside_call = False

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From each rank's share to the loss of the whole batch: the same bits on every rank.
+"""Reduces each rank's share of the losses to those of the whole batch, bit-identical on every rank.
 
     lm   = sum over all ranks of loss sums / sum over all ranks of weights
 
-and what the routers add (:mod:`.router_losses`). One collective, and one more over tp and cp each for load balance by rows.
-Backward needs no communication: the gradient of the global value with respect to this rank's tokens depends on the others
-only through counts and weights, which are known.
+and the losses of routers (:mod:`.router_losses`). This takes one collective, and for load balance by rows one more each
+over tp and cp. Backward needs no communication: the gradient of the global value with respect to this rank's tokens
+depends on the other ranks only through counts and weights, which are known.
 
 Legend: G groups of tokens, L layers, S = 2 G + 1 rows of a routing table, E experts.
 """
@@ -31,7 +31,7 @@ from lightning_moefold.modules.routers.statistics import filled_groups, split_ta
 
 @dataclass
 class Losses:
-    """Global losses, unweighted; None where there are no labels, or where they are not asked for."""
+    """Global losses, unweighted; None if there are no labels or the loss is off."""
 
     lm: Tensor | None
     aux: Tensor | None
@@ -39,13 +39,14 @@ class Losses:
 
 
 class StepLabels(NamedTuple):
-    """Weights of the labels of an optimizer step that accumulates several batches, on this data rank.
+    """Label weights of an optimizer step that accumulates several batches, on this data rank.
 
     Args:
-        batch: Of this batch; scalar.
-        step: Of all batches of the step; scalar.
-        batches: How many these are.
-        divisor: By what Lightning divides the loss of each: as many, but in a short last step.
+        batch: Total label weight of this batch, a scalar.
+        step: Total label weight of all batches of the step, a scalar.
+        batches: Number of batches in the step.
+        divisor: Number by which Lightning divides the loss of each batch. It differs from ``batches`` in a short last
+            step.
     """
 
     batch: Tensor
@@ -54,16 +55,16 @@ class StepLabels(NamedTuple):
     divisor: int
 
     def numbers(self, device: torch.device) -> Tensor:
-        """What is summed over data ranks, ``[2]`` float64."""
+        """Returns the two weights to be summed over data ranks, ``[2]`` float64."""
         return torch.stack([self.batch.to(device), self.step.to(device)])
 
 
 class Factors(NamedTuple):
-    """By what the gradients of a batch's losses are multiplied; the values stay those of the batch.
+    """Factors of the gradients of a batch's losses; the values of the losses stay those of the batch.
 
     Args:
-        lm: Of the language-model loss.
-        routers: Of the losses of routers.
+        lm: Factor of the language-model loss.
+        routers: Factor of the losses of routers.
     """
 
     lm: float = 1.0
@@ -71,16 +72,16 @@ class Factors(NamedTuple):
 
     @classmethod
     def of(cls, step: StepLabels, weight: float, batch: float, total: float) -> Factors:
-        """So that the step's language-model loss is the mean over its labels, and the others the mean over its batches.
+        """Computes factors that make the step's language-model loss a mean over labels, and router losses means over batches.
 
         Args:
-            step: The step.
-            weight: Of the labels in this call of the model, on all ranks.
-            batch: As counted ahead.
-            total: Of the step.
+            step: Label weights of the step.
+            weight: Label weight in this call of the model, summed over all ranks.
+            batch: Label weight of the batch as counted in advance, summed over all ranks.
+            total: Label weight of the step, summed over all ranks.
 
         Raises:
-            BatchError: If they were counted wrongly, or could not be.
+            BatchError: If the labels were counted wrongly or could not be counted.
         """
         if not abs(weight - batch) <= 1e-5 * max(weight, 1.0):
             raise BatchError(
@@ -101,8 +102,8 @@ class GlobalLoss:
     Args:
         config: The model's configuration.
         mesh: The folded mesh, or None on one rank.
-        dtype: Of the losses of routers.
-        step: The optimizer step whose labels the loss is divided by; None for those of the batch.
+        dtype: Data type of the losses of routers.
+        step: The optimizer step by whose labels the loss is divided; None to divide by those of the batch.
     """
 
     def __init__(
@@ -113,24 +114,24 @@ class GlobalLoss:
         self._routers = RouterLosses(config, mesh)
 
     def reduce(self, local: tuple[Tensor, Tensor] | None, batch: CausalLMBatch) -> Losses:
-        """Collective over the stage.
+        """Reduces the losses of a batch. Collective over the stage.
 
         Args:
             local: Sum of losses and weight on this data rank (equal on its tp ranks), or None without labels.
-            batch: For routing tables and faults.
+            batch: The batch, for its routing tables and faults.
 
         Raises:
             BatchError: On every rank, if any rank's data is at fault.
         """
         zero = batch.faults.new_zeros(2)
         sums = zero if local is None else torch.stack([local[0].detach().double(), local[1].detach().double()])
-        # tp ranks computed the same sums, and cp ranks, too, found the same faults: one of them contributes. The tokens,
-        # hence statistics, of all ranks are distinct.
+        # tp ranks computed the same sums, and cp ranks found the same faults, so only the first of them contributes.
+        # The tokens, and so the statistics, of all ranks are distinct.
         first_tp = self.mesh is None or self.mesh.tp.index == 0
         first_cp = self.mesh is None or self.mesh.axis("cp").index == 0
         faults, sizes = batch.faults.clone(), batch.sizes.clone()
         if not (first_tp and first_cp):
-            faults[:2] = 0  # but a batch that this rank cannot read may be this rank's alone
+            faults[:2] = 0  # except a batch that only this rank cannot read
             sizes[1] = 0
         tables_LSE, slope_LGE, known = self._routing(batch)
         prints = self._same_batch(batch)
@@ -153,7 +154,7 @@ class GlobalLoss:
         return Losses(lm, *self._router_losses(tables_LSE, slope_LGE, known, sizes))
 
     def _routing(self, batch: CausalLMBatch) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """The tables of all layers, where groups are rows the slope of their loss, and what all ranks are to know."""
+        """Returns the tables of all layers, the slope of their loss if groups are rows, and the values to sum over ranks."""
         if not batch.routing:
             return None, None, batch.faults.new_zeros(0)
         tables_LSE, routers = self._routers.join(batch.routing), self._routers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attention mask says, and which labels have a prediction.
+"""Reads attention masks, and finds which labels are predicted.
 
 Legend: B rows, S positions.
 """
@@ -17,19 +17,20 @@ IGNORED = -100
 
 
 def read_mask(attention_mask: Tensor | None, document_ids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Padding and documents.
+    """Splits an attention mask into padding and documents.
 
-    A mask of more values than 0 and 1 numbers the documents of a row: 1, 1, 1, 2, 2, 0.
+    A mask with values above 1 numbers the documents of a row: 1, 1, 1, 2, 2, 0.
 
     Args:
         attention_mask: ``[B, S]`` integers or bool, 0 for padding.
-        document_ids: ``[B, S]``, as the caller gave them.
+        document_ids: Document of each token as passed by the caller, ``[B, S]``, or None.
 
     Returns:
-        False for padding, ``[B, S]`` bool, or None where there is none; and the ids of documents, or None.
+        A mask that is False for padding, ``[B, S]`` bool, or None if there is no padding; and the ids of documents, or
+        None.
 
     Raises:
-        ValueError: For a negative number, or documents that are numbered twice.
+        ValueError: If a number is negative, or both the mask and ``document_ids`` number documents.
     """
     if attention_mask is None:
         return None, document_ids
@@ -51,9 +52,9 @@ def read_mask(attention_mask: Tensor | None, document_ids: Tensor | None) -> tup
 
 
 def _with_padding(number_BS: Tensor, real_BS: Tensor) -> Tensor:
-    """Padding counted to the document before it, or after it at the beginning of a row.
+    """Assigns padding to the document before it, or at the beginning of a row to the one after it.
 
-    So a row with the numbers 0 and 1 means the same among rows with more documents as it does alone.
+    So a row with only 0 and 1 means the same whether or not other rows hold more documents.
     """
     place_S = torch.arange(number_BS.shape[1], device=number_BS.device)
     first_B1 = real_BS.long().argmax(1, keepdim=True)
@@ -62,32 +63,32 @@ def _with_padding(number_BS: Tensor, real_BS: Tensor) -> Tensor:
 
 
 def shift(x_BS: Tensor, last: float) -> Tensor:
-    """Position t takes the value of position t + 1."""
+    """Shifts by one: position t gets the value of position t + 1, and the last one gets ``last``."""
     return torch.cat([x_BS[:, 1:], torch.full_like(x_BS[:, :1], last)], dim=1)
 
 
 def shortest_window(config: MoEConfig) -> int | None:
-    """The fewest keys that a query sees in any layer, itself included; None where it sees all before it."""
+    """Returns the shortest attention window of any layer, in keys including the query's own; None if no layer has one."""
     return min((window for window in config.sliding_windows if window is not None), default=None)
 
 
 def find_targets(
     labels: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, window: int | None
 ) -> Tensor:
-    """The label that each position predicts, ``[B, S]`` int64; :data:`IGNORED` where it predicts none.
+    """Returns the label that each position predicts, ``[B, S]`` int64; :data:`IGNORED` if none.
 
-    Those are the labels of ``transformers``, which shifts them by one, without two kinds: a label across the border of
-    two documents, and one that padding would predict which has no token before it, such as the label of the first token
-    after padding on the left. What such a position computes is up to the attention kernel.
+    These are the labels that ``transformers`` uses, shifted by one, except two kinds. A label across the border of two
+    documents is ignored. So is a label that would be predicted by padding without a token before it, such as the first
+    label after padding on the left: the output of such a position depends on the attention kernel.
 
     Args:
-        labels: ``[B, S]``, at the positions of the tokens.
-        attention_mask: As the model is given it, or as :func:`read_mask` returns it.
-        document_ids: Likewise.
-        window: See :func:`shortest_window`.
+        labels: Labels at the positions of the tokens, ``[B, S]``.
+        attention_mask: The mask passed to the model, or the mask returned by :func:`read_mask`.
+        document_ids: The document ids passed to the model, or returned by :func:`read_mask`.
+        window: Result of :func:`shortest_window`.
 
     Raises:
-        ValueError: See :func:`read_mask`.
+        ValueError: If the mask is wrong; see :func:`read_mask`.
     """
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask, document_ids = read_mask(attention_mask, document_ids)

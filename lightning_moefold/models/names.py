@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and shapes of every parameter, ours and Hugging Face's on disk. Pure Python.
+"""Names and shapes of all parameters, in the model and on disk. Pure Python.
 
-Ours follow transformers' module paths, except that the experts of a layer are three stacks with an expert axis::
+Names in the model follow transformers' module paths, except that the experts of a layer are three stacks with an expert
+axis::
 
     model.layers.3.mlp.experts.gate_proj  [E, F, D]   <- model.layers.3.mlp.experts.{0..E-1}.gate_proj.weight  [F, D]
 
-On disk Mixtral says ``block_sparse_moe`` for ``mlp``, and ``w1 w3 w2`` for gate, up and down. ``transformers`` 5 can also
-write experts as they are in its memory, the experts of a layer in one tensor::
+On disk, Mixtral's names have ``block_sparse_moe`` for ``mlp``, and ``w1 w3 w2`` for gate, up and down. ``transformers``
+5 can also write the experts of a layer in one tensor, as it holds them in memory::
 
     model.layers.3.mlp.experts.gate_up_proj  [E, 2F, D]
     model.layers.3.mlp.experts.down_proj     [E, D, F]
@@ -24,14 +25,15 @@ _MIXTRAL_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 @dataclass(frozen=True)
 class ParameterEntry:
-    """One of our parameters and where it comes from.
+    """A parameter of the model, and the tensors on disk that hold it.
 
     Args:
-        shape: Its global shape.
-        sources: Names on disk: one, or one for each index of the first dimension.
-        stacked: Whether the first dimension counts ``sources``.
-        halves: Of how many parts beside each other in the second dimension of the source it is one.
-        half: Which of them.
+        shape: Global shape of the parameter.
+        sources: Names on disk: one name, or one for each index of the first dimension.
+        stacked: Whether each index of the first dimension has its own source.
+        halves: Number of equal parts into which the second dimension of the source is divided; the parameter is one of
+            them.
+        half: Index of the parameter's part.
     """
 
     shape: tuple[int, ...]
@@ -42,13 +44,13 @@ class ParameterEntry:
 
     @property
     def source_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor on disk."""
+        """Shape of each source on disk."""
         if self.halves > 1:
             return (self.shape[0], self.halves * self.shape[1], *self.shape[2:])
         return self.shape[1:] if self.stacked else self.shape
 
     def source_slices(self, slices: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Where a part of the parameter lies in a source that is not stacked."""
+        """Converts slices of the parameter to slices of its source, if it is not stacked."""
         if self.halves == 1:
             return slices
         start = self.half * self.shape[1]
@@ -56,9 +58,9 @@ class ParameterEntry:
 
 
 def parameter_entries(config: MoEConfig) -> dict[str, ParameterEntry]:
-    """Every parameter of a model of ``config`` by our name, in the order of the layers.
+    """Lists all parameters of a model of ``config`` by their names in the model, in the order of the layers.
 
-    A tied head is not listed: it is the embedding.
+    A tied head is not listed, because it is the embedding.
     """
     d = config.hidden_size
     entries = {"model.embed_tokens.weight": _single("model.embed_tokens.weight", config.vocab_size, d)}
@@ -71,9 +73,9 @@ def parameter_entries(config: MoEConfig) -> dict[str, ParameterEntry]:
 
 
 def bias_entries(config: MoEConfig) -> dict[str, ParameterEntry]:
-    """The buffers of routers that have a bias for each expert; named as DeepSeek-V3's, on disk as well.
+    """Lists the expert biases of routers, which are buffers, under DeepSeek-V3's name, on disk too.
 
-    ``transformers`` has none of them in these families, so a checkpoint may hold them or not.
+    ``transformers`` does not have them in these families, so a checkpoint may lack them.
     """
     if config.router.bias_update_rate is None:
         return {}
@@ -134,9 +136,10 @@ def _moe_entries(config: MoEConfig, layer: str) -> dict[str, ParameterEntry]:
 
 
 def entries_on_disk(config: MoEConfig, stored: Collection[str]) -> dict[str, ParameterEntry]:
-    """Every parameter as the checkpoint with the tensors ``stored`` holds it, which need not be as it is written.
+    """Lists all parameters with the sources that a checkpoint with the tensors ``stored`` has for them.
 
-    Experts may be stored in one tensor for each layer, and Mixtral's blocks be called ``mlp``.
+    Sources may differ from those that are written: the experts of a layer may be in one tensor, and Mixtral's blocks
+    may be called ``mlp``.
     """
     entries = parameter_entries(config)
     for index in filter(config.is_moe_layer, range(config.num_hidden_layers)):

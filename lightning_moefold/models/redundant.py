@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors of a checkpoint that say again what others, or the configuration, say: they are compared, not believed.
+"""Checks redundant tensors of a checkpoint against the tensors or configuration fields that they repeat.
 
 Legend: V vocabulary, D hidden size, h half a head.
 """
@@ -14,15 +14,15 @@ from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.models.config import MoEConfig
 
-_ROWS = 8192  # that are compared at a time
+_ROWS = 8192  # number of rows compared at a time
 
 
 def compare_redundant(checkpoint: HFCheckpoint, config: MoEConfig, rotary: Iterable[str]) -> None:
     """Compares a tied head with the embedding, and stored rotary frequencies with the configuration's.
 
     Args:
-        checkpoint: With all shapes checked.
-        config: The model's.
+        checkpoint: The checkpoint; its shapes have been checked.
+        config: Configuration of the model.
         rotary: Names of the stored frequencies.
 
     Raises:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rotary fields of a configuration, which have several spellings. Pure Python.
+"""Reads the rotary fields of a configuration, which have several spellings. Pure Python.
 
     "rope_theta": 1e6                                       beside the rest
     "rope_scaling": {"type": "linear", "factor": 4.0}       transformers 4; ``rope_type`` later
     "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}     transformers 5
 
-``transformers`` 5 takes ``rope_scaling``, if it is not empty, in the place of ``rope_parameters``, looks for a missing base
-beside it, and has a default for one that is nowhere. Every spelling in a file has to say what is read in this way.
+``transformers`` 5 prefers ``rope_scaling`` to ``rope_parameters`` unless it is empty, looks for a missing base beside
+it, and otherwise uses a default base. All spellings in a file must agree with what is read in this way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAMES = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor
 _DICTS = ("rope_scaling", "rope_parameters")
 _DEFAULT_THETA = {"mixtral": 1e6, "qwen2_moe": 1e4, "qwen3_moe": 1e4}
 _READ = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor")
-#: Of rope types that are refused; without effect on the others.
+#: Fields of rope types that are refused; the other types ignore them.
 _OF_OTHER_TYPES = (
     "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
     "truncate", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "finetuned",
@@ -29,7 +29,7 @@ _OF_OTHER_TYPES = (
 
 
 def read_rope(reader: FieldReader) -> tuple[float, float]:
-    """Base and divisor of the rotary frequencies.
+    """Reads base and divisor of the rotary frequencies.
 
     Raises:
         ConfigError: If two spellings disagree, a value is of the wrong type, or a rope type is not supported.
@@ -52,9 +52,9 @@ def read_rope(reader: FieldReader) -> tuple[float, float]:
 
 
 def replace_rope(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration in which the rotary fields of ``overrides`` take the place of the file's, whatever their spelling.
+    """Returns a configuration in which the rotary fields of ``overrides`` replace the file's, whatever their spelling.
 
-    A base that the overrides do not give stays that of the file.
+    If the overrides give no base, the file's base remains.
     """
     given = {name: overrides[name] for name in NAMES if name in overrides}
     if not given:
@@ -73,7 +73,7 @@ def replace_rope(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
 
 
 def unknown_keys(raw: Mapping[str, Any]) -> set[str]:
-    """Keys of the rotary dictionaries that nobody here has heard of, with the dictionary's name."""
+    """Returns unknown keys of the rotary dictionaries, with the dictionary's name."""
     known = (*_READ, *_OF_OTHER_TYPES)
     return {f"{name}.{key}" for name in _DICTS for key in raw.get(name) or {} if key not in known}
 
@@ -106,7 +106,7 @@ def _check_kinds(raw: Mapping[str, Any]) -> None:
 
 
 def _refuse_others(raw: Mapping[str, Any], read: Mapping[str, Any]) -> None:
-    """Refuses what a spelling says other than what is read."""
+    """Refuses spellings that disagree with what is read."""
     for where, said in (("beside", raw), *((name, raw.get(name, {})) for name in _DICTS)):
         prefix = "" if where == "beside" else f" in {where}"
         if said.get("partial_rotary_factor") not in (1.0, None):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model's weights come from: a checkpoint, or a seed. Either way a rank asks for boxes, never for whole models."""
+"""Sources of a model's weights: a checkpoint or a seed. A rank reads only the boxes that it stores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DEFERRED: ContextVar[bool] = ContextVar("moefold_deferred_weights", default=Fal
 
 @contextmanager
 def deferred_weights() -> Iterator[None]:
-    """Models made inside are left without storage; whoever opened the context gives them their weights later."""
+    """Makes models in the context without storage; the code that opens the context loads their weights later."""
     token = _DEFERRED.set(True)
     try:
         yield
@@ -41,18 +41,18 @@ def weights_are_deferred() -> bool:
 
 
 class WeightSource(Protocol):
-    """Gives pieces of parameters."""
+    """A source of pieces of parameters."""
 
     def fill(self, name: str, box: Box, out: Tensor) -> None:
-        """Copies the part ``box`` of parameter ``name`` (our name) into ``out``, whatever its dtype and device."""
+        """Copies the part ``box`` of parameter ``name`` (its name in the model) into ``out``, whatever its dtype and device."""
         ...
 
     def holds(self, name: str) -> bool:
-        """Whether there is anything for the buffer ``name``; it starts at zero otherwise."""
+        """Whether the source has values for the buffer ``name``; otherwise the buffer starts at zero."""
         ...
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """The dtype in which the parameter is stored, if it is stored."""
+        """Returns the dtype in which the parameter is stored; None if it is not stored."""
         ...
 
     def fingerprint(self) -> str:
@@ -60,7 +60,7 @@ class WeightSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Lets go of files."""
+        """Closes files."""
         ...
 
 
@@ -83,7 +83,7 @@ class CheckpointWeights:
         self._entries = entries_on_disk(config, checkpoint.tensors)
         expected = {source: entry.source_shape for entry in self._entries.values() for source in entry.sources}
         biases = bias_entries(config)
-        if any(name in checkpoint.tensors for name in biases):  # of some layers alone: something is missing
+        if any(name in checkpoint.tensors for name in biases):  # if only some layers have one, the check reports the missing ones
             self._entries |= biases
             expected |= {name: entry.shape for name, entry in biases.items()}
         head: dict[str, tuple[int, ...]] = (
@@ -105,7 +105,7 @@ class CheckpointWeights:
         entry, slices = self._entries[name], box.slices()
         if box.numel == 0:
             return
-        # What the checkpoint gives are views of the mapped file, so each element is copied once.
+        # The checkpoint returns views of the mapped file, so each element is copied once.
         if not entry.stacked:
             out.copy_(self.checkpoint.read(entry.sources[0], entry.source_slices(slices)))
             return
@@ -117,7 +117,7 @@ class CheckpointWeights:
         return name in self._entries
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """The widest of its tensors' dtypes, since one parameter may hold many of them."""
+        """Returns the widest dtype of the parameter's tensors, since a stack consists of several."""
         return reduce(torch.promote_types, (self.checkpoint.tensors[s].dtype for s in self._entries[name].sources))
 
     def fingerprint(self) -> str:
@@ -130,10 +130,10 @@ class CheckpointWeights:
 
 
 class SeededWeights:
-    """Random initial weights: each tensor as on disk is drawn whole from its own name and the seed, then cut.
+    """Random initial weights: each tensor on disk is drawn whole from its name and the seed, and then cut.
 
-    So they do not depend on the fold, nor on which parameters a rank holds. Norms start at one, biases at zero, all
-    else is normal with ``initializer_range``; the padding token's embedding is zero.
+    So the weights depend neither on the fold nor on which parameters a rank holds. Norms start at one and biases at
+    zero. All other weights are normal with ``initializer_range``, and the padding token's embedding is zero.
     """
 
     def __init__(self, config: MoEConfig, seed: int) -> None:
@@ -166,11 +166,11 @@ class SeededWeights:
         return drawn
 
     def holds(self, name: str) -> bool:
-        """Buffers start at zero."""
+        """Returns False: buffers start at zero."""
         return False
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Nothing is stored."""
+        """Returns None: no parameter is stored."""
         return None
 
     def fingerprint(self) -> str:
@@ -179,4 +179,4 @@ class SeededWeights:
         return hashlib.blake2b(f"{self.seed} {written}".encode(), digest_size=16).hexdigest()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""
