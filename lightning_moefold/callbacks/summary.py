@@ -163,7 +163,7 @@ def summarize_model(module: nn.Module, fold: Fold) -> ModelSummary:
     kinds: dict[str, Size] = defaultdict(Size)
     families: dict[str, Size] = defaultdict(Size)
     total, weight_bytes, gradient_bytes = Size(), Counter[int](), Counter[int]()
-    stored: dict[ParameterLayout, Counter[int]] = {}  # cached, because layers repeat and there may be thousands of ranks
+    stored: dict[ParameterLayout, Counter[int]] = {}  # layers repeat, and there may be thousands of ranks
     roles = _Roles(module)
     for name, parameter in module.named_parameters():
         layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())

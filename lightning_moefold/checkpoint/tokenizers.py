@@ -117,6 +117,6 @@ def _own_code(directory: Path) -> str | None:
     try:
         classes = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))["auto_map"]
         classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
-        return next((str(name) for name in reversed(classes or ()) if name), None)  # the fast tokenizer before the slow one
+        return next((str(name) for name in reversed(classes or ()) if name), None)  # prefers the fast one
     except (OSError, ValueError, KeyError, TypeError):
         return None

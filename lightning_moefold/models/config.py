@@ -188,7 +188,7 @@ class MoEConfig:
             raise ConfigError(
                 f"pad_token_id={self.pad_token_id} lies outside the vocabulary of vocab_size={self.vocab_size}."
             )
-        if self.pad_token_id is not None and self.pad_token_id < 0:  # a negative id counts from the end, as in torch.nn.Embedding
+        if self.pad_token_id is not None and self.pad_token_id < 0:  # counts from the end, as in torch.nn.Embedding
             object.__setattr__(self, "pad_token_id", self.vocab_size + self.pad_token_id)
         if self.hidden_act not in _ACTIVATIONS:
             raise ConfigError(f"hidden_act={self.hidden_act!r} is not supported; use one of {', '.join(_ACTIVATIONS)}.")

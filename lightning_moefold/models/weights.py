@@ -83,7 +83,7 @@ class CheckpointWeights:
         self._entries = entries_on_disk(config, checkpoint.tensors)
         expected = {source: entry.source_shape for entry in self._entries.values() for source in entry.sources}
         biases = bias_entries(config)
-        if any(name in checkpoint.tensors for name in biases):  # if only some layers have one, the check reports the missing ones
+        if any(name in checkpoint.tensors for name in biases):  # the check reports layers without one
             self._entries |= biases
             expected |= {name: entry.shape for name, entry in biases.items()}
         head: dict[str, tuple[int, ...]] = (

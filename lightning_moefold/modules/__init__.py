@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of MoE transformers, usable in any LightningModule; plain modules outside a strategy."""
+"""Blocks of MoE transformers. They work in any LightningModule, and are plain modules outside of a strategy."""
 
 from typing import TYPE_CHECKING
 

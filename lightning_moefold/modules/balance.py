@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of routers in networks of the user's own, and losses of all ranks' data in general.
+"""Losses of routers in custom networks, and losses over all ranks' data in general.
 
-Both are means over the MoE layers of a network, over the tokens of all ranks: of the load-balancing loss
-(:func:`~.routers.statistics.balance_slope`) and of the z-loss (ST-MoE, arXiv 2202.08906, equation 5), the mean of
-``logsumexp(logits)^2``.
+The load-balancing loss (:func:`~.routers.statistics.balance_slope`) and the z-loss (the mean of
+``logsumexp(logits)^2``; ST-MoE, arXiv 2202.08906, equation 5) are means over the MoE layers of a network and over the
+tokens of all ranks.
 
 Legend: E experts, L layers, S rows of a layer's routing table.
 """
@@ -24,13 +24,13 @@ from lightning_moefold.modules.routers.statistics import balance_slope, split_ta
 
 @dataclass
 class Routing:
-    """What a layer keeps of its latest forward pass.
+    """The routing statistics that a layer keeps of its latest forward pass.
 
     Args:
         table_SE: Statistics of this rank's tokens (:mod:`.routers.statistics`).
-        top_k: Experts per token.
+        top_k: Number of experts per token.
         mesh: The folded mesh; None on one rank.
-        dtype: Of the probabilities.
+        dtype: Data type of the probabilities.
     """
 
     table_SE: Tensor
@@ -40,13 +40,13 @@ class Routing:
 
 
 def load_balancing_loss(network: nn.Module) -> Tensor:
-    """Mean load-balancing loss of the MoE layers in a network, over the tokens of all ranks.
+    """Computes the mean load-balancing loss of the MoE layers in a network, over the tokens of all ranks.
 
-    To be called after a forward pass in training, and added to the loss with a coefficient. One collective: every rank
-    calls it. Its value is the same on every rank, and its gradient that of this global value.
+    Call it after a forward pass in training mode and add it to the loss with a coefficient. It makes one collective, so
+    every rank must call it. Its value is the same on every rank, and its gradient is that of this global value.
 
     Args:
-        network: Holds layers made with ``keep_routing=True``, each called since the last optimizer step.
+        network: Network with layers made with ``keep_routing=True``, each called since the last optimizer step.
 
     Returns:
         A scalar, in at least float32.
@@ -57,7 +57,7 @@ def load_balancing_loss(network: nn.Module) -> Tensor:
     for module in network.modules():
         run = module.__dict__.get("_moefold_runner")
         if run is not None and (spread := run.load_balancing_loss()) is not None:
-            return spread  # over pipeline stages
+            return spread  # the layers are spread over pipeline stages
     routings, totals = _reduced(network)
     shares, values = [], []
     for routing, total_SE in zip(routings, totals, strict=True):
@@ -69,16 +69,16 @@ def load_balancing_loss(network: nn.Module) -> Tensor:
 
 
 def router_z_loss(network: nn.Module) -> Tensor:
-    """Mean z-loss of the MoE layers in a network, over the tokens of all ranks; used as :func:`load_balancing_loss` is.
+    """Computes the mean z-loss of a network's MoE layers, over the tokens of all ranks. Use it like :func:`load_balancing_loss`.
 
     Args:
-        network: See there.
+        network: As for :func:`load_balancing_loss`.
 
     Returns:
         A scalar, in at least float32.
 
     Raises:
-        ValueError: See there.
+        ValueError: As for :func:`load_balancing_loss`.
     """
     routings, totals = _reduced(network)
     shares, values = [], []
@@ -91,7 +91,7 @@ def router_z_loss(network: nn.Module) -> Tensor:
 
 
 def _reduced(network: nn.Module) -> tuple[list[Routing], list[Tensor]]:
-    """What the layers have kept, and their tables for the tokens of all ranks. Collective."""
+    """Returns the routing that the layers have kept, and their tables summed over all ranks. Collective."""
     routings = [r for m in network.modules() if isinstance(r := getattr(m, "routing", None), Routing)]
     if not routings:
         raise InputError(
@@ -123,16 +123,17 @@ class _GlobalValue(torch.autograd.Function):
 def global_value(
     share: Tensor, value: Tensor, mesh: FoldedMesh | None, copies: int = 1, factor: Tensor | float = 1.0
 ) -> Tensor:
-    """A loss with the value for all ranks' data and the gradient of this rank's share of it.
+    """Returns a loss that has the value for all ranks' data and the gradient of this rank's share.
 
-    A loss that ``training_step`` returns means the average over data ranks, whose gradients are summed: the strategy
-    multiplies it by 1 / (dp * cp). This one is the global value already, so its backward undoes that.
+    Gradients are summed over data ranks. So that the loss returned by ``training_step`` means the average over data
+    ranks, the strategy multiplies it by 1 / (dp * cp). This loss is a global value already, so its backward undoes the
+    factor.
 
     Args:
-        share: The part of the value that depends on this rank's data; scalar.
+        share: The part of the value that depends on this rank's data, a scalar.
         value: The sum of all shares.
         mesh: The folded mesh; None on one rank.
-        copies: How many of these ranks have computed the same share (of a group that shares its rows).
-        factor: By which its gradient is multiplied.
+        copies: Number of ranks that have computed the same share, because they share rows.
+        factor: Factor of the gradient.
     """
     return _GlobalValue.apply(share, value, factor * (1.0 if mesh is None else mesh.dp_cp.size / copies))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every block has in common: it states how its parameters are cut, and learns the axes it computes over."""
+"""Base classes of all blocks. A block declares how its parameters are cut, and receives the axes it computes over."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ParallelModule(nn.Module):
     """A block with parallel parameters. Outside a strategy it is a plain module on one rank.
 
     Attributes:
-        mesh: The folded mesh once the strategy has parallelised what the block belongs to, else None.
+        mesh: The folded mesh once the strategy has parallelised the block; None before.
     """
 
     mesh: FoldedMesh | None = None
@@ -42,10 +42,10 @@ class ParallelModule(nn.Module):
         return 0 if self.mesh is None else self.mesh.rank
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
-        """How ``fold`` treats each parameter of this block, by name relative to it.
+        """Returns how ``fold`` cuts each parameter of this block, by name relative to it.
 
-        A parameter that is not listed (here or in a nested block) is replicated, with gradients summed over tp: right
-        for everything that acts on a token at a time under sequence parallelism.
+        A parameter that is not listed (here or in a nested block) is replicated, and its gradients are summed over tp.
+        This is right for everything that acts on one token at a time under sequence parallelism.
 
         Raises:
             FoldError: If the fold cannot cut the block.
@@ -53,15 +53,15 @@ class ParallelModule(nn.Module):
         return {}
 
     def make_groups(self, mesh: FoldedMesh) -> None:
-        """Makes the process groups that only this block needs. All ranks call it, also those of other pipeline stages."""
+        """Creates the process groups that only this block needs. All ranks call it, including those of other pipeline stages."""
 
     def bind(self, mesh: FoldedMesh) -> None:
-        """Hands the block its axes; called once, when the strategy parallelises what it belongs to."""
+        """Gives the block its axes; called once, when the strategy parallelises the block."""
         self.mesh = mesh
 
 
 class ParallelRoot(ParallelModule):
-    """What the strategy parallelises as one: a language model, or a block in a network of the user's own.
+    """A module that the strategy parallelises as one unit: a language model, or a block in a custom network.
 
     A root inside another root is a part of it.
 
@@ -87,11 +87,11 @@ class ParallelRoot(ParallelModule):
         self.layouts: dict[str, ParameterLayout] = {}
 
     def units(self) -> list[nn.Module]:
-        """The modules whose dense weights are gathered together, inner ones first."""
+        """Returns the modules whose dense weights are gathered together, inner modules first."""
         return [self]
 
     def stored_buffers(self) -> list[tuple[str, Tensor]]:
-        """Buffers that belong into checkpoints, by name. They are whole on every rank that holds them."""
+        """Returns the buffers that are saved in checkpoints, by name. They are whole on every rank that holds them."""
         return [
             (f"{prefix}.{name}".lstrip("."), buffer)
             for prefix, module in self.named_modules()
@@ -104,7 +104,7 @@ class ParallelRoot(ParallelModule):
         self.settings = settings
 
     def stand_in(self) -> None:
-        """Takes part in a call of ranks that have data, without any. Collective."""
+        """Takes part, without data, in a call of ranks that have data. Collective."""
         parameter = next(self.parameters())
         self(torch.empty(0, 1, self.hidden_size, dtype=parameter.dtype, device=parameter.device))
 
@@ -116,7 +116,7 @@ class ParallelRoot(ParallelModule):
 
 
 def parallel_roots(module: nn.Module) -> list[tuple[str, ParallelRoot]]:
-    """The roots in a module that are in no other root, by name; one that has several names comes once."""
+    """Returns the outermost roots in a module, by name. A root with several names is listed once."""
     roots = [(name, m) for name, m in module.named_modules() if isinstance(m, ParallelRoot)]
     inner = {id(m) for _, root in roots for m in root.modules() if m is not root}
     return [(name, root) for name, root in roots if id(root) not in inner]
@@ -185,11 +185,11 @@ def _part(tensor: Tensor, rows: slice | None, columns: slice | None) -> Tensor:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter as a plain tensor.
+    """Returns this rank's part of a parameter as a plain tensor.
 
-    The gradient takes the placements of the parameter itself. For a replicated parameter with a *partial* gradient this
-    leaves the sum over tp undone on purpose: all of them are summed in one collective after backward
-    (:class:`~lightning_moefold.parallel.gradients.GradientSum`) instead of one small one each.
+    The gradient has the same placements as the parameter. For a replicated parameter with a *partial* gradient, the sum
+    over tp is deliberately left out: all such gradients are summed in one collective after backward
+    (:class:`~lightning_moefold.parallel.gradients.GradientSum`) instead of one small collective each.
     """
     if isinstance(parameter, DTensor):
         return parameter.to_local(grad_placements=parameter.placements)
@@ -197,5 +197,5 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype for numerically delicate steps: float32, or wider if the input is."""
+    """Returns the dtype for numerically delicate steps: float32, or the input's dtype if that is wider."""
     return torch.promote_types(torch.float32, dtype)

@@ -22,7 +22,7 @@ Output = Tensor | tuple[Tensor, Tensor]
 
 
 class _Halves(NamedTuple):
-    """What a layer computes, and its two halves, each ``(hidden, batch)`` to hidden states."""
+    """The functions of a layer: the whole layer and its two halves, each from ``(hidden, batch)`` to hidden states."""
 
     whole: Callable[[Tensor, SequenceBatch], Output]
     attend: Callable[[Tensor, SequenceBatch], Tensor]
@@ -33,20 +33,20 @@ class DecoderLayer(ParallelRoot):
     """Attention and a feed-forward block (MoE or dense), each behind an RMSNorm and a residual.
 
     Args:
-        hidden_size: D.
+        hidden_size: Size of hidden states, D.
         attention: The attention block.
         mlp: The MoE layer, or a dense gated feed-forward layer.
         norm_eps: Epsilon of both norms.
 
     Attributes:
-        recompute: What runs again in backward instead of being kept: ``"full"`` the whole layer, ``"selective"`` its
-            attention half (the other half communicates, and experts make their activations again in any case); None for
-            nothing.
+        recompute: The part that is recomputed in backward instead of keeping activations: ``"full"`` for the whole
+            layer, ``"selective"`` for its attention half (the other half communicates, and experts recompute their
+            activations anyway), None for nothing.
     """
 
     recompute: Recompute | None = None
     _compiled: _Halves | None = None
-    _broken: _Halves | None = None  # the same, for batches that break graphs
+    _broken: _Halves | None = None  # compiled for batches whose attention breaks the graph
 
     def __init__(
         self, hidden_size: int, attention: Attention, mlp: MoELayer | GatedMLP, norm_eps: float = 1e-6
@@ -59,11 +59,11 @@ class DecoderLayer(ParallelRoot):
         self.mlp = mlp
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Output:
-        """``[T, D] -> [T, D]`` with a batch description; ``[B, S, D] -> [B, S, D]`` without, at positions 0, 1, ...
+        """Runs the layer: ``[T, D] -> [T, D]`` with a batch description; without, ``[B, S, D] -> [B, S, D]`` at positions 0, 1, ...
 
-        Where the batch asks for routing statistics, an MoE layer's table of them (:mod:`.routers.statistics`) comes with
-        the hidden states: FSDP2 watches what a layer returns, and backward through anything else could reach weights that
-        it has let go of.
+        If the batch asks for routing statistics, a layer with experts also returns its table
+        (:mod:`.routers.statistics`). It must be a return value, because FSDP2 hooks the outputs of a layer; backward
+        through any other tensor could use weights that FSDP2 has already freed.
         """
         if batch is None:
             return run_standalone(self, hidden, self.self_attn.batch_of(hidden, self.compute_dtype))
@@ -75,15 +75,15 @@ class DecoderLayer(ParallelRoot):
         return halves.feed(recomputed(halves.attend, hidden, batch), batch)
 
     def compile(self, *args: Any, fullgraph: bool = False, **kwargs: Any) -> None:
-        """Compiles what the layer computes, in place: names of parameters, checkpoints and hooks stay as they are.
+        """Compiles the layer in place: names of parameters, checkpoints and hooks do not change.
 
-        Layers of one kind share a graph. What is recomputed is compiled as a part of its own and called again in backward,
-        so that every rank runs the same collectives again, as it does without compilation.
+        Layers of the same kind share a graph. The recomputed part is compiled separately and called again in backward,
+        so that every rank runs the same collectives again, as without compilation.
 
         Args:
-            *args: As :func:`torch.compile` takes them.
-            fullgraph: Raise an error where a graph breaks, on batches whose attention needs no mask.
-            **kwargs: Likewise.
+            *args: Positional arguments of :func:`torch.compile`.
+            fullgraph: Whether a graph break is an error, on batches whose attention needs no mask.
+            **kwargs: Keyword arguments of :func:`torch.compile`.
         """
 
         def compiled(whole: bool) -> _Halves:
@@ -93,18 +93,19 @@ class DecoderLayer(ParallelRoot):
         self._compiled, self._broken = compiled(fullgraph), compiled(False)
 
     def uncompile(self) -> None:
-        """Runs what the layer computes as it is again."""
+        """Makes the layer run without compiled code again."""
         self._compiled = self._broken = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickle, is not compiled."""
+        """Leaves compiled code out of copies and pickles."""
         return {name: value for name, value in super().__getstate__().items() if name not in ("_compiled", "_broken")}
 
     def _halves(self, hidden: Tensor, batch: SequenceBatch) -> _Halves:
-        """What runs: nothing compiled where text is generated, or where a rank without tokens stands in for others."""
+        """Chooses the functions to run; generation, and stand-in calls without tokens, use no compiled code."""
         if self._compiled is None or self._broken is None or batch.cache is not None or hidden.shape[0] == 0:
             return self._eager
-        # Made inside a graph, these would make a graph of its own for the first layer of a batch, and for its second run.
+        # Computed here, because inside a graph they would cause separate graphs for a batch's first layer and for
+        # recomputation.
         batch.visibility(self.self_attn.sliding_window)
         if isinstance(self.mlp, MoELayer):
             self.mlp.prepare(batch, hidden.device)

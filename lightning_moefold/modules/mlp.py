@@ -25,12 +25,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class GatedMLP(ParallelRoot):
-    """``down(act(gate(x)) * up(x))``; the width F is cut over tp.
+    """Computes ``down(act(gate(x)) * up(x))``; the width F is cut over tp.
 
     Args:
-        hidden_size: D.
-        ffn_hidden_size: F.
-        activation: A name in :data:`ACTIVATIONS`.
+        hidden_size: Size of hidden states, D.
+        ffn_hidden_size: Width of the layer, F.
+        activation: Activation function, a name in :data:`ACTIVATIONS`.
     """
 
     def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str = "silu") -> None:
@@ -42,7 +42,7 @@ class GatedMLP(ParallelRoot):
         self.down_proj = Linear(ffn_hidden_size, hidden_size)
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
-        """Rows of gate and up, columns of down."""
+        """Cuts rows of gate and up, and columns of down."""
         fold.check_width("tp", "ffn_hidden_size", self.ffn_hidden_size)
         sizes = even_split(self.ffn_hidden_size, fold.tp)
         rows, columns = (
@@ -61,9 +61,9 @@ class GatedMLP(ParallelRoot):
 
         Args:
             x: Tokens ``[T, D]``; without ``batch``, ``[..., D]``, the same on every tp rank.
-            batch: How they are cut.
-            halfway: Called before the product back to the hidden size. What it computes is differentiated between the two
-                halves, too.
+            batch: Description of how the tokens are spread.
+            halfway: Function called before the product back to the hidden size. In backward, its computations are also
+                differentiated between the two halves.
 
         Returns:
             A tensor of the shape of ``x``.

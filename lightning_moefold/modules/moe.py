@@ -37,21 +37,22 @@ class MoELayer(ParallelRoot):
     """Router, dispatcher, experts, and an optional shared expert; takes and returns ``[..., hidden_size]``.
 
     Args:
-        hidden_size: D.
-        num_experts: E.
-        top_k: Experts per token.
+        hidden_size: Size of hidden states, D.
+        num_experts: Number of experts, E.
+        top_k: Number of experts per token.
         ffn_hidden_size: Width of each gated expert.
-        expert: Makes one expert, in place of gated ones: any module from ``[rows, D]`` to ``[rows, D]``
+        expert: Function that makes one expert, instead of gated experts: any module from ``[rows, D]`` to ``[rows, D]``
             (:class:`~.module_experts.ModuleExperts`).
-        router: How experts are chosen: :class:`~.routers.RouterOptions`, the name of a registered router, a mapping of
+        router: The router that chooses experts: :class:`~.routers.RouterOptions`, the name of a registered router, a
+            mapping of
             options, or a function that makes a router from D, E and K.
-        shared_ffn_hidden_size: Width of a shared expert that every token visits; 0 for none.
-        shared_gate: Scale the shared expert by ``sigmoid(shared_expert_gate(x))`` (Qwen2-MoE).
-        activation: Of all gated experts.
-        dispatch: How tokens travel to experts, and how many an expert serves; by default as the strategy says (its
-            arguments ``dispatcher``, ``capacity_factor`` and those after them), and dropless without one.
-        keep_routing: In training, keep what :func:`~.balance.load_balancing_loss` needs of the latest forward pass (a
-            language model takes care of this itself).
+        shared_ffn_hidden_size: Width of the shared expert, which every token uses; 0 for none.
+        shared_gate: Whether to scale the shared expert by ``sigmoid(shared_expert_gate(x))`` (Qwen2-MoE).
+        activation: Activation function of all gated experts.
+        dispatch: How tokens travel to experts, and how many tokens an expert serves. By default the strategy's
+            arguments ``dispatcher``, ``capacity_factor`` and those after them; dropless without a strategy.
+        keep_routing: Whether to keep the statistics of the latest training forward pass for
+            :func:`~.balance.load_balancing_loss` (a language model does not need this).
 
     Attributes:
         routing: Of the latest forward pass, with ``keep_routing``; None if that was in evaluation.
@@ -102,7 +103,7 @@ class MoELayer(ParallelRoot):
         self.dispatcher = make_dispatcher(dispatch or DispatchConfig(), num_experts, top_k)
         self.keep_routing = keep_routing
         self.routing: Routing | None = None
-        # Not buffers: those are made alike on all ranks before each step, and counters are each rank's own.
+        # Not buffers, which the strategy makes equal on all ranks before each step; each rank has its own counters.
         self.load_E = torch.zeros(num_experts, dtype=torch.int64)
         self.dropped = torch.zeros((), dtype=torch.int64)
         self.copies = CopyCounter()
@@ -112,7 +113,7 @@ class MoELayer(ParallelRoot):
         self._earlier_rows_P: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
-        """Moves the counters with the layer; they begin anew."""
+        """Moves the counters with the layer and resets them."""
         super()._apply(fn, recurse)
         self.load_E, self.dropped = (
             torch.zeros_like(fn(counter), dtype=torch.int64) for counter in (self.load_E, self.dropped)
@@ -123,7 +124,7 @@ class MoELayer(ParallelRoot):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, or a pickle, begins without routing, which is part of a graph."""
+        """Leaves the routing out of copies and pickles, because it is part of an autograd graph."""
         return self.__dict__ | {"routing": None}
 
     def place(self, placement: Placement) -> None:
@@ -158,26 +159,26 @@ class MoELayer(ParallelRoot):
         self._earlier_rows_P = self._load_then_E = None
 
     def make_groups(self, mesh: FoldedMesh) -> None:
-        """Those of an exchange by node."""
+        """Creates the groups of a hierarchical exchange."""
         ExpertAxes.of(mesh, self.settled(mesh))
 
     def use_dispatch(self, config: DispatchConfig) -> None:
-        """Has tokens travel as ``config`` says from the next :meth:`bind` on, where the layer has no choice of its own.
+        """Sets the dispatch of the strategy, used from the next :meth:`bind` on if the layer has no dispatch of its own.
 
         Args:
-            config: Whose ``node_size`` is also that of a choice without one.
+            config: The strategy's dispatch. Its ``node_size`` also applies to a layer's own dispatch without one.
         """
         self._dispatch_by_default = config
 
     def settled(self, mesh: FoldedMesh) -> DispatchConfig:
-        """How tokens travel under a fold: the layer's own choice, or the strategy's, with what ``"auto"`` stands for."""
+        """Returns the dispatch under a fold: the layer's own or the strategy's, with ``"auto"`` resolved."""
         default = self._dispatch_by_default
         config = self.dispatch or default
         config = replace(config, node_size=config.node_size or default.node_size)
         return settle(config, self.num_experts, self.top_k, mesh.fold)
 
     def bind(self, mesh: FoldedMesh) -> None:
-        """Makes the dispatcher of this fold."""
+        """Creates the dispatcher for this fold."""
         super().bind(mesh)
         config = self.settled(mesh)
         if config.copies is not None:
@@ -213,7 +214,7 @@ class MoELayer(ParallelRoot):
         choices = Choices(routed.weight_TK, slot_TK, kept_TK, served, capacity)
         if self.dispatcher.etp_ep.size == 1:
             y_TD = self._routed(hidden, choices, batch)
-        else:  # sizes of what arrives differ from step to step
+        else:  # the number of received rows differs from step to step
             y_TD = comm.uncompiled(self._routed, hidden, choices, batch)
         if batch.wants_routing:
             return y_TD, routing_table(routed, counts_GE, batch)
@@ -226,7 +227,7 @@ class MoELayer(ParallelRoot):
         return y_TD
 
     def prepare(self, batch: SequenceBatch, device: torch.device) -> None:
-        """Makes what the layers of a batch share, before compiled code asks for it."""
+        """Computes what the layers of a batch share, before compiled code needs it."""
         if self.dispatcher.config.capacity_factor is not None:
             batch.places(device)
         if self.training and self.gate.call is not None:
@@ -245,7 +246,7 @@ class MoELayer(ParallelRoot):
     def _served(
         self, expert_TK: Tensor, probability_TE: Tensor, batch: SequenceBatch
     ) -> tuple[Tensor | None, int | None]:
-        """Which choices are served, ``[T, K]`` or ``[T, 1]``, and how many where the host knows."""
+        """Returns which choices are served, ``[T, K]`` or ``[T, 1]``, and their number if the host knows it."""
         config = self.dispatcher.config
         if config.capacity_factor is None:
             routed_T, k = batch.routed_T, self.top_k
@@ -260,11 +261,11 @@ class MoELayer(ParallelRoot):
         return kept_TK, None
 
     def _routed(self, x_TD: Tensor, choices: Choices, batch: SequenceBatch) -> Tensor:
-        """Routed experts plus the shared one, half of which computes while tokens travel there, half while they come back."""
+        """Runs routed and shared experts. One half of the shared expert overlaps with dispatch, the other half with combine."""
         dispatcher = self.dispatcher
         returns: list[Return] = []
         parcels = dispatcher.dispatch_preprocess(x_TD, choices)
-        parcels[0] = dispatcher.token_dispatch(parcels[0])  # nobody holds what was sent, once it has left
+        parcels[0] = dispatcher.token_dispatch(parcels[0])  # drops the list's reference to the sent rows
 
         def visit_experts() -> None:
             returns.extend(self.experts(parcels, dispatcher))
@@ -277,7 +278,7 @@ class MoELayer(ParallelRoot):
         return y_TD if shared_TD is None else y_TD + shared_TD
 
     def _shared(self, x_TD: Tensor, batch: SequenceBatch, halfway: Callable[[], None]) -> Tensor | None:
-        """The shared expert, ``halfway`` in its middle; None where there is no shared expert."""
+        """Runs the shared expert, with ``halfway`` called in its middle; returns None if there is no shared expert."""
         if self.shared_expert is None:
             halfway()
             return None
@@ -287,9 +288,10 @@ class MoELayer(ParallelRoot):
         return shared_TD
 
     def _padded_capacity(self, tokens: int, batch: SequenceBatch) -> int | None:
-        """Rows that an expert may serve of a rank's tokens at most, from shapes alone; None to send what there is.
+        """Returns how many rows of a rank's tokens an expert serves at most, from shapes only; None if nothing is padded.
 
-        Without gradients ranks may have batches of different shapes, or none (:class:`~.models.join.JoinCalls`).
+        Without gradients nothing is padded, because ranks may have batches of different shapes, or none
+        (:class:`~.models.join.JoinCalls`).
         """
         config = self.dispatcher.config
         if not config.pad_to_capacity or not torch.is_grad_enabled():

@@ -13,7 +13,7 @@ from lightning_moefold.modules.base import ParallelModule, local, wide
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps the input and one number per token; the normalised tensor is made again in backward."""
+    """Keeps the input and one number per token; backward recomputes the normalised tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,11 +39,11 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(ParallelModule):
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, statistics in at least float32.
+    """Computes ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, with statistics in at least float32.
 
     Args:
         size: Length of the last dimension.
-        eps: Added to the mean square.
+        eps: Number added to the mean square.
     """
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
@@ -52,7 +52,7 @@ class RMSNorm(ParallelModule):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., size] -> [..., size]``."""
+        """Normalises ``[..., size]``; the shape stays the same."""
         weight = local(self.weight)
         if x.is_cuda and x.dtype == weight.dtype:  # PyTorch's own kernel: one pass, statistics in float32
             return F.rms_norm(x, weight.shape, weight, self.eps)

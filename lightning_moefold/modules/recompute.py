@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activation recomputation: parts of a layer keep only their input, and run again in backward."""
+"""Activation recomputation: parts of a layer keep only their input and run again in backward."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _AGAIN: ContextVar[bool] = ContextVar("moefold_recomputing", default=False)
 
 
 def is_recomputing() -> bool:
-    """Whether this is the second time that the same tokens come by: whoever counts them has counted them.
+    """Whether this is the second run over the same tokens, which have then been counted already.
 
-    Compiled code is the same both times, so there this is False, and what is counted goes through :func:`counted_once`.
+    Compiled code is the same in both runs, so there this is False, and counts must go through :func:`counted_once`.
     """
     return not torch.compiler.is_compiling() and _AGAIN.get()
 
@@ -38,19 +38,19 @@ def _(count: Tensor) -> Tensor:
 
 
 def counted_once(count: Tensor) -> Tensor:
-    """``count``, or zeros where the same tokens come by again.
+    """Returns ``count``, or zeros in the second run over the same tokens.
 
-    For compiled code, which asks when it runs: one graph for both times keeps the same tensors for backward, and makes no
-    second compilation. Elsewhere ask :func:`is_recomputing`, which costs no kernel.
+    Compiled code needs this function, which is evaluated when it runs: a single graph serves both runs, keeps the same
+    tensors for backward and needs no second compilation. Other code uses :func:`is_recomputing`, which costs no kernel.
     """
     return _counted_once(count) if torch.compiler.is_compiling() else count
 
 
 class _Again(AbstractContextManager[None]):
-    """Around what runs again; entered once more by every backward of a graph that is kept.
+    """The context of the second run; entered again by every backward of a retained graph.
 
     Args:
-        recipe: Makes the context of the first time.
+        recipe: Function that makes the context of the first run.
     """
 
     def __init__(self, recipe: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -71,17 +71,18 @@ def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[No
 
 
 class _RunAgainFirst(torch.autograd.Function):
-    """The identity, of all outputs at once, with something saved.
+    """The identity on all outputs at once, which saves a tensor for backward.
 
-    A function runs again when backward first asks for something that it saved. Which that is may differ between ranks: the
-    mask of a padded micro-batch in the routing statistics of one, an expert's input, behind a collective, of another. Then
-    collectives of the second forward and of backward would meet. This one is asked first, on every rank.
+    A function is recomputed when backward first reads one of its saved tensors. Which tensor this is may differ between
+    ranks: on one rank the mask of a padded micro-batch in the routing statistics, on another an expert's input after a
+    collective. Then collectives of the recomputation on one rank would meet those of backward on another. The tensor
+    saved here is read first, on every rank.
     """
 
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(torch.empty(0, dtype=torch.uint8))  # the default dtype may be another later
+        ctx.save_for_backward(torch.empty(0, dtype=torch.uint8))  # the default dtype may change before backward
         return tuple(output.view_as(output) for output in outputs)
 
     @staticmethod
@@ -91,12 +92,12 @@ class _RunAgainFirst(torch.autograd.Function):
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``, a tensor or a tuple of tensors, of which only the arguments are kept for backward."""
+    """Calls ``function(*args)``, which returns a tensor or tuple of tensors, and keeps only the arguments for backward."""
 
     def outputs(*args: Any) -> Any:
         found = function(*args)
         return _RunAgainFirst.apply(*found) if isinstance(found, tuple) else _RunAgainFirst.apply(found)[0]
 
-    # Without the early stop: it would leave out the last collectives, on some ranks perhaps and on others not.
+    # No early stop: it could leave out the last collectives on some ranks and not on others.
     with set_checkpoint_early_stop(False):
         return checkpoint(outputs, *args, use_reentrant=False, context_fn=_contexts)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SequenceBatch: what the layers must know about a batch besides its hidden states.
+"""SequenceBatch: describes a batch to the layers, besides its hidden states.
 
-Between blocks the hidden states are just tokens: of each row a context parallel rank holds L positions; they are
-flattened to N = B * L tokens, padded to a multiple of tp, and each tensor parallel rank holds T of them (sequence
-parallelism). Nothing but attention cares where a row ends, so nothing is communicated between attention and MoE.
+Between blocks the hidden states are just tokens. A context parallel rank holds L positions of each row. They are
+flattened to N = B * L tokens and padded to a multiple of tp, and each tensor parallel rank holds T of them (sequence
+parallelism). Only attention needs to know where a row ends, so nothing is communicated between attention and MoE.
 
 Legend: B rows, S positions per row, L = S / cp (rows padded as :mod:`.context` says), N = B * L, P = N padded to a
 multiple of tp, T = P / tp, D hidden size.
@@ -26,24 +26,24 @@ from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 class SequenceBatch:
     """Shape, positions and masks of a batch on this rank.
 
-    Not a dataclass, on purpose: FSDP2 copies dataclasses that pass through a wrapped module, and statistics put into a
-    copy would be lost.
+    It is not a dataclass, because FSDP2 copies dataclasses that pass through a wrapped module, and statistics put into
+    a copy would be lost.
 
     Args:
-        rows: B.
-        length: S, padded; L positions of each row are here.
-        cos_BLh: Rotary table, or None where positions are not used.
-        sin_BLh: Likewise.
+        rows: Number of rows, B.
+        length: Padded length S of a row; this rank holds L positions of each row.
+        cos_BLh: Cosines of the rotary embedding, or None if positions are not used.
+        sin_BLh: Sines of the rotary embedding, or None.
         tp: Tensor parallel axis over which the tokens are spread.
         cp: Context parallel axis over which rows are cut.
 
     Attributes:
-        layout: Which positions are on this rank.
-        document_BS: Number of each position's document, where rows hold several.
+        layout: Layout of the row's positions over cp.
+        document_BS: Number of each position's document; None if each row is one document.
         real_BS: False for padding that queries must not see.
-        exchange: How attention works over cp.
-        routed_T: False for tokens that go to no expert; None if all go.
-        num_routed: How many of ``routed_T`` are True, so that no layer has to ask the device.
+        exchange: Name of the context parallel exchange.
+        routed_T: False for tokens that go to no expert; None if all tokens are routed.
+        num_routed: Number of True entries in ``routed_T``, so that no layer has to wait for the device.
         counted_T: False for tokens that routing statistics leave out; None if all count.
         num_microbatches: M.
         group_T: Of the tokens over which balance is asked for (:mod:`.routers.statistics`); None where there is one group.
@@ -52,7 +52,7 @@ class SequenceBatch:
         wants_z_loss: Whether they are to include what the z-loss needs.
         row_numbers: Of the rows, among those of all data ranks: row b of rank r of R is ``b * R + r``, as rows are dealt.
         call: Number of the training call, for routers with noise.
-        cache: Keys and values of earlier positions, while text is generated; else None.
+        cache: Keys and values of earlier positions during generation; None otherwise.
     """
 
     def __init__(
@@ -81,22 +81,22 @@ class SequenceBatch:
 
     @property
     def tokens(self) -> int:
-        """N, without the padding over tp."""
+        """Number of tokens N, without the padding over tp."""
         return self.rows * self.length
 
     @property
     def padding(self) -> int:
-        """P - N."""
+        """Number of padded tokens over tp, P - N."""
         return -self.tokens % self.tp.size
 
     def pad(self, x_ND: Tensor, value: float = 0) -> Tensor:
-        """``[N, ...] -> [P, ...]``."""
+        """Pads tokens to a multiple of tp, ``[N, ...] -> [P, ...]``."""
         if self.padding == 0:
             return x_ND
         return F.pad(x_ND, [0, 0] * (x_ND.dim() - 1) + [0, self.padding], value=value)
 
     def shard(self, x_ND: Tensor, value: float = 0) -> Tensor:
-        """This rank's tokens, ``[N, ...] -> [T, ...]`` (a cut: every rank already holds all of them)."""
+        """Takes this rank's tokens, ``[N, ...] -> [T, ...]``, from a tensor that every tp rank holds."""
         if self.tp.size == 1:
             return x_ND
         x_PD = self.pad(x_ND, value)
@@ -104,19 +104,19 @@ class SequenceBatch:
         return x_PD.narrow(0, self.tp.index * part, part)
 
     def gather(self, x_TD: Tensor) -> Tensor:
-        """All tokens of the tp group, ``[T, D] -> [N, D]``; gradients of the ranks are summed."""
+        """Gathers all tokens of the tp group, ``[T, D] -> [N, D]``; backward sums the gradients of the ranks."""
         return self._cut(comm.all_gather(x_TD, self.tp))
 
     def enter(self, x_ND: Tensor) -> Tensor:
-        """From tokens that every tp rank has to this rank's, ``[N, D] -> [T, D]``; gradients come back whole."""
+        """Takes this rank's tokens of those that every tp rank has, ``[N, D] -> [T, D]``; backward gathers the gradients."""
         return comm.split_identical(self.pad(x_ND), self.tp)
 
     def leave(self, x_TD: Tensor) -> Tensor:
-        """The inverse of :meth:`enter`, ``[T, D] -> [N, D]``: all tp ranks go on to compute the same."""
+        """Inverts :meth:`enter`, ``[T, D] -> [N, D]``; all tp ranks must then compute the same."""
         return self._cut(comm.gather_identical(x_TD, self.tp))
 
     def _cut(self, x_PD: Tensor) -> Tensor:
-        """``[P, D] -> [N, D]``; backward of a slice is a copy, even of a slice of everything."""
+        """Removes padding, ``[P, D] -> [N, D]``. No slice is made without padding, because its backward would be a copy."""
         return x_PD if x_PD.shape[0] == self.tokens else x_PD[: self.tokens]
 
     def reduce_scatter(self, x_ND: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class SequenceBatch:
         return comm.reduce_scatter(self.pad(x_ND), self.tp)
 
     def token_places(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The row number and the position in its row of each of this rank's tokens, ``[T]`` int64 each."""
+        """Returns the row number and the position in the row of each of this rank's tokens, each ``[T]`` int64."""
         if self._token_places is None:
             numbers = self.row_numbers
             row_B = numbers.start + numbers.step * torch.arange(len(numbers), device=device)
@@ -133,10 +133,10 @@ class SequenceBatch:
         return self._token_places
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor, int]:
-        """Row and position of every token of the cp x tp group, in the order of a gather over tp and then over cp.
+        """Returns row and position of every token of the cp x tp group, in the order of a gather over tp and then over cp.
 
         Returns:
-            Rows ``[cp * P]`` and positions ``[cp * P]`` (int64; of padding, any), and the number of rows.
+            Rows ``[cp * P]`` and positions ``[cp * P]`` (int64; arbitrary for padding), and the number of rows.
         """
         if self._places is None:
             number_P = torch.arange(self.tokens + self.padding, device=device)
@@ -146,7 +146,7 @@ class SequenceBatch:
         return *self._places, self.rows
 
     def visibility(self, window: int | None) -> Visibility:
-        """What queries see of their row.
+        """Returns which keys of their row the queries see.
 
         Args:
             window: A query sees at most this many keys, itself included; None for all.

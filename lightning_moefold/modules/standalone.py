@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A block on its own in a user's network: tokens whole outside, spread over tp inside.
+"""Runs a single block in a custom network: tokens are whole outside of it and spread over tp inside.
 
-Outside, every tensor parallel rank computes the same on all tokens, so a gradient that leaves the block must be whole
-on each of them; inside, the block works as between the layers of a language model.
+Outside, every tensor parallel rank computes the same on all tokens, so the gradient that leaves the block must be whole
+on each of them. Inside, the block works as in a language model.
 
 Legend: N tokens of this data rank, T tokens of this tp rank, D hidden size.
 """
@@ -19,12 +19,13 @@ from lightning_moefold.modules.sequence import SequenceBatch
 
 
 def run_standalone(block: ParallelRoot, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
-    """Runs ``block.forward(tokens, batch)`` on tensors of the user's network.
+    """Runs ``block.forward(tokens, batch)`` on tensors of a custom network.
 
     Args:
-        block: With or without a strategy.
-        hidden: ``[..., D]``, the same on every tp rank.
-        batch: Where rows and positions matter; by default the tokens are one row, or this cp rank's part of some.
+        block: The block, parallelised or not.
+        hidden: Input ``[..., D]``, the same on every tp rank.
+        batch: Description of the rows, if rows and positions matter. By default the tokens are one row, or this cp
+            rank's part of rows.
 
     Returns:
         A tensor of the shape and dtype of ``hidden``.
@@ -47,8 +48,8 @@ def run_standalone(block: ParallelRoot, hidden: Tensor, batch: SequenceBatch | N
         batch.routed_T = batch.counted_T = batch.shard(real_N, value=False)
         batch.num_routed = int(batch.routed_T.sum())
     dtype = block.compute_dtype
-    # FSDP2 casts the weights; autocast, which covers the user's network, would cast once more.
+    # FSDP2 casts the weights; autocast, which covers the custom network, would cast them again.
     with nullcontext() if dtype is None else torch.autocast(hidden.device.type, enabled=False):
         y_ND = batch.leave(block.forward(batch.enter(x_ND.to(dtype or x_ND.dtype)), batch))
-    # A copy, where FSDP2 wraps: it would lose its hook if the network changed a view in place (``y = block(x); y += x``).
+    # A copy if FSDP2 wraps the block: changing a view in place (``y = block(x); y += x``) would remove FSDP2's hook.
     return y_ND.view_as(hidden).to(hidden.dtype, copy=block.settings is not None)

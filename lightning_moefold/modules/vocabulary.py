@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embedding and output head, cut over the vocabulary, and a cross-entropy that never holds all logits.
 
-The vocabulary is split as ``torch.chunk`` splits it, so tp need not divide it and nothing is padded in storage.
+The vocabulary is split like ``torch.chunk``, so tp need not divide it and nothing is padded in storage.
 
 Legend: N tokens of the rows on this rank, T tokens of this tp rank, C rows of a chunk, D hidden size, V vocabulary, v
 local part of it, G tp ranks.
@@ -49,12 +49,12 @@ class _VocabularyParallel(ParallelModule):
 
 
 class VocabularyEmbedding(_VocabularyParallel):
-    """Token embedding ``[V, D]``.
+    """Token embedding with a weight ``[V, D]``.
 
     Args:
         vocab_size: V.
         hidden_size: D.
-        padding_idx: A token whose row gets no gradient (as in ``torch.nn.Embedding``).
+        padding_idx: Token whose row gets no gradient (as in ``torch.nn.Embedding``).
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, padding_idx: int | None = None) -> None:
@@ -81,30 +81,30 @@ class VocabularyEmbedding(_VocabularyParallel):
 
 
 class VocabularyHead(_VocabularyParallel):
-    """Output projection ``[V, D]``, and the losses over it.
+    """Output projection with a weight ``[V, D]``, and its cross-entropy.
 
     Args:
         vocab_size: V.
         hidden_size: D.
-        tied: An embedding whose weight is the head's; the head then has no parameter of its own.
+        tied: Embedding whose weight is also the head's; the head then has no parameter of its own.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tied: VocabularyEmbedding | None = None) -> None:
         super().__init__(vocab_size, hidden_size)
         if tied is not None:
             self.register_parameter("weight", None)
-        # In a tuple, so that the embedding is not registered a second time.
+        # In a tuple, so that torch does not register the embedding a second time.
         self._tied = (tied,)
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
-        """Rows of the vocabulary; nothing where the weight is the embedding's."""
+        """Cuts rows of the vocabulary; empty if the weight is the embedding's."""
         return super().plans(fold) if self._tied[0] is None else {}
 
     def _local_weight(self) -> Tensor:
         return local(self.weight if self._tied[0] is None else self._tied[0].weight)
 
     def logits(self, x_ND: Tensor) -> Tensor:
-        """Logits over the whole vocabulary, ``[N, D] -> [N, V]``, on every tp rank; every rank must go on alike."""
+        """Returns logits over the whole vocabulary, ``[N, D] -> [N, V]``, on every tp rank; all must then compute the same."""
         local_Nv = F.linear(x_ND, self._local_weight())
         if self.tp.size == 1:
             return local_Nv
@@ -114,19 +114,19 @@ class VocabularyHead(_VocabularyParallel):
         return torch.cat([part[:size] for part, size in zip(parts, self._sizes, strict=True)]).t()
 
     def cross_entropy(self, x_ND: Tensor, label_N: Tensor, weight_N: Tensor) -> Tensor:
-        """Weighted sum of the negative log-likelihoods; the same value on every tp rank.
+        """Computes the weighted sum of negative log-likelihoods; the value is equal on every tp rank.
 
         Args:
             x_ND: Hidden states of the tokens that have a label.
-            label_N: Their labels, each within the vocabulary.
+            label_N: Labels of these tokens, each within the vocabulary.
             weight_N: Weight of each token's loss, in at least float32.
 
         Returns:
-            A scalar in the dtype of ``weight_N``. Gradients are made together with the value, chunk by chunk, so the
-            logits are computed once and only ``C x v`` of them exist at a time.
+            A scalar in the dtype of ``weight_N``. Gradients are computed together with the value, chunk by chunk, so
+            the logits are computed once and only ``C x v`` of them exist at a time.
         """
         rows = chunk_rows(self.vocab_size, self.tp.size, x_ND.device.type)
-        # Whether gradients are wanted is not visible inside the function when they are switched off around it.
+        # Read here, because inside an autograd function gradients are always off.
         wanted = torch.is_grad_enabled()
         return _CrossEntropy.apply(x_ND, self._local_weight(), label_N, weight_N, self._first, self.tp, rows, wanted)
 
@@ -174,7 +174,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``total = a @ b`` if this is the first one, else ``total += a @ b``; in the dtype of ``total``."""
+    """Computes ``total = a @ b`` for the first product, otherwise ``total += a @ b``; in the dtype of ``total``."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif total.is_cuda and total.dtype == torch.float32:  # cuBLAS multiplies in 16 bits and adds in 32
@@ -192,7 +192,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 @cache
 def _adds_in_float32(device: torch.device) -> bool:
-    """Whether ``addmm`` adds a product of 16 bits to a float32 tensor; older PyTorch wants all three of one dtype."""
+    """Whether ``addmm`` can add a 16-bit product to a float32 tensor; older PyTorch requires one dtype for all three."""
     total, factor = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
     try:
         torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
@@ -204,9 +204,10 @@ def _adds_in_float32(device: torch.device) -> bool:
 def _loss_and_slope(
     logits_Cv: Tensor, target_C: Tensor, scale_C: Tensor, tp: Axis
 ) -> tuple[Tensor, Callable[[], Tensor]]:
-    """Each row's loss over the whole vocabulary, and what makes the gradient of ``scale * loss`` in the place of the logits.
+    """Returns each row's loss over the whole vocabulary, and a function that overwrites the logits by their gradient.
 
-    Each rank contributes (maximum, sum of exponentials, target's logit), exchanged in one all-gather.
+    The gradient is that of ``scale * loss``. Each rank contributes (maximum, sum of exponentials, target's logit),
+    exchanged in one all-gather.
     """
     mine_3C, kept_Cv = row_statistics(logits_Cv, target_C, scale_C.dtype)
     top_GC, sum_GC, picked_GC = comm.all_gather_raw(mine_3C, tp).view(tp.size, 3, -1).unbind(1)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grouped-query attention, cut over tensor parallel ranks at head borders.
 
-Query heads are split as evenly as possible. Where tp divides the query (or the key/value) heads, so are the weights of
-their projections. Where it does not, those weights are replicated: each rank uses just the rows of its own query heads,
-or of the key/value heads that they need, and the gradients are partial (summed over tp).
+Query heads are split as evenly as possible. If tp divides the query (or the key/value) heads, the weights of their
+projections are cut too. Otherwise these weights are replicated: each rank uses only the rows of its own query heads, or
+of the key/value heads that they need, and the gradients are partial (summed over tp).
 
 Legend: N tokens, B rows, S positions, D hidden size, d head size, Q local query heads, V local key/value heads.
 """
@@ -29,7 +29,7 @@ from lightning_moefold.modules.norm import RMSNorm
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.modules.standalone import run_standalone
 
-#: The longest row for which a mask is built whole; longer ones go block by block.
+#: The longest row for which a whole mask is built; longer rows are computed block by block.
 _WHOLE_MASK = 4096
 
 
@@ -37,22 +37,23 @@ class Attention(ParallelRoot):
     """Multi-head attention with fewer key/value heads than query heads.
 
     Args:
-        hidden_size: D.
-        num_heads: Query heads of the whole layer.
-        num_kv_heads: Key/value heads of the whole layer; divides ``num_heads``.
-        head_dim: d; ``hidden_size / num_heads`` by default.
-        qkv_bias: Biases on the three input projections.
-        output_bias: Bias on the output projection.
-        qk_norm_eps: RMS-normalise each query and key head (Qwen3) with this epsilon; None for no normalisation.
-        sliding_window: A query sees at most this many keys, itself included.
-        rope_theta: Rotary base used where :meth:`forward` is called without a batch description; None for no rotary
-            embedding.
-        causal: A query sees no later keys. Attention that sees all (of a vision transformer) is for networks of your
-            own and takes no masks.
+        hidden_size: Size of hidden states, D.
+        num_heads: Number of query heads of the whole layer.
+        num_kv_heads: Number of key/value heads of the whole layer, a divisor of ``num_heads``; by default
+            ``num_heads``.
+        head_dim: Size of a head, d; by default ``hidden_size / num_heads``.
+        qkv_bias: Whether the three input projections have biases.
+        output_bias: Whether the output projection has a bias.
+        qk_norm_eps: Epsilon of the RMSNorm of each query and key head (Qwen3); None for no normalisation.
+        sliding_window: Number of keys that a query sees at most, itself included; None for all.
+        rope_theta: Base of the rotary frequencies if :meth:`forward` is called without a batch description; None for no
+            rotary embedding.
+        causal: Whether a query sees only keys up to its own position. Non-causal attention (as in a vision transformer)
+            is for custom networks and takes no masks.
 
     Raises:
-        ValueError: If the key/value heads do not divide the query heads, a window is asked for without causality, or rotary
-            positions for heads of odd size.
+        ValueError: If the key/value heads do not divide the query heads, a window is combined with ``causal=False``, or
+            rotary positions with an odd head size.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Attention(ParallelRoot):
         self._place_heads()
 
     def _place_heads(self) -> None:
-        """Which query and key/value heads are computed on this rank."""
+        """Determines which query and key/value heads this rank computes."""
         split = even_split(self.num_heads, self.tp.size)
         first = sum(split[: self.tp.index])
         share = self.num_heads // self.num_kv_heads
@@ -101,22 +102,23 @@ class Attention(ParallelRoot):
         self.local_heads = len(heads)
         self.kv_heads = len(needed)
         d = self.head_dim
-        # The rows of the weights stored on this rank that it uses; None for all of them.
+        # The rows of the stored weights that this rank uses; None for all.
         self._q_rows = None if self.num_heads % self.tp.size == 0 else slice(first * d, (first + self.local_heads) * d)
         self._kv_rows = None if self.num_kv_heads % self.tp.size == 0 else slice(needed[0] * d, (needed[-1] + 1) * d)
-        # The kernel's own grouping needs each key/value head to serve the same number of consecutive local queries.
+        # The kernel's own grouping requires that each key/value head serves the same number of consecutive local
+        # queries.
         kv_of_head = [head // share - needed[0] for head in heads]
         grouped = self.local_heads % self.kv_heads == 0
         regular = grouped and kv_of_head == [i // (self.local_heads // self.kv_heads) for i in range(self.local_heads)]
         self.kv_of_head: list[int] | None = None if regular else kv_of_head
 
     def bind(self, mesh: FoldedMesh) -> None:
-        """Takes the tensor parallel axis, and finds out which heads are computed here."""
+        """Receives the tensor parallel axis, and determines which heads this rank computes."""
         super().bind(mesh)
         self._place_heads()
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
-        """Rows of q, k, v and columns of o, each where tp divides its heads."""
+        """Cuts rows of q, k, v and columns of o, each if tp divides its heads."""
         fold.check_heads("num_heads", self.num_heads)
         plans: dict[str, ParameterPlan] = {}
         for names, heads in ((("q_proj",), self.num_heads), (("k_proj", "v_proj"), self.num_kv_heads)):
@@ -133,12 +135,12 @@ class Attention(ParallelRoot):
         return plans
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
-        """Attention over each row.
+        """Computes attention over each row.
 
         Args:
             hidden: This rank's tokens ``[T, D]``; without ``batch``, whole rows ``[B, S, D]`` at positions 0, 1, ..., the
                 same on every tp rank.
-            batch: Shape, positions and masks.
+            batch: Description of shape, positions and masks.
 
         Returns:
             A tensor of the shape of ``hidden``.
@@ -157,15 +159,15 @@ class Attention(ParallelRoot):
         return y_TD if self.o_proj.bias is None else y_TD + local(self.o_proj.bias)
 
     def is_one_kernel(self, batch: SequenceBatch) -> bool:
-        """Whether a kernel without masks, chosen by shapes alone, does it all, so that compiled code need not stop here."""
+        """Whether a single kernel without masks, chosen only by shapes, suffices, so that a compiled graph need not break."""
         return batch.cache is None and batch.layout.cp.size == 1 and batch.visibility(self.sliding_window).is_causal
 
     def batch_of(self, x_BSD: Tensor, compute_dtype: torch.dtype | None = None) -> SequenceBatch:
-        """Describes whole rows of a user's own network, at positions 0, 1, ...
+        """Describes whole rows of a custom network, at positions 0, 1, ...
 
         Args:
             x_BSD: The rows.
-            compute_dtype: Of the computation, if not that of the rows.
+            compute_dtype: Data type of the computation; by default that of the rows.
 
         Raises:
             ValueError: If the tensor is not ``[B, S, D]``.
@@ -204,7 +206,7 @@ class Attention(ParallelRoot):
         return x_BSHd
 
     def _attend(self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch) -> Tensor:
-        earlier = None  # which of the keys kept so far each row sees, when text is generated
+        earlier = None  # during generation, the cached keys that each row sees
         if batch.cache is not None:
             k_BLVd, v_BLVd, earlier = batch.cache.extend(self, self.sliding_window, k_BLVd, v_BLVd)
         elif (y_BLQd := self._attend_within_runs(q_BLQd, k_BLVd, v_BLVd, batch)) is not None:
@@ -218,27 +220,27 @@ class Attention(ParallelRoot):
         elif layout.cp.size == 1 and (visibility.is_causal or layout.length <= _WHOLE_MASK or not self.causal):
             y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
         else:
-            if torch.is_autocast_enabled(q.device.type):  # outside a language model; autocast knows no custom function
+            if torch.is_autocast_enabled(q.device.type):  # autocast does not cover custom functions
                 q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
             y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)
         return y_BQLd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
 
     def _for_each_group(self, k_BLVd: Tensor, v_BLVd: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values such that each serves the same number of consecutive query heads."""
+        """Returns keys and values such that each head serves the same number of consecutive query heads."""
         if self.kv_of_head is None:
             return k_BLVd, v_BLVd
-        # By slices: an index would have to be copied to the device, for which the host waits.
+        # By slices, because an index tensor would be copied to the device, and the host would wait.
         k, v = (torch.stack([x[:, :, head] for head in self.kv_of_head], dim=2) for x in (k_BLVd, v_BLVd))
         return k, v
 
     def _attend_within_runs(
         self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch
     ) -> Tensor | None:
-        """Attention of whole rows with documents, padding or a window, where one fused kernel takes them; else None."""
+        """Computes attention of whole rows with documents, padding or a window in one fused kernel; None if it cannot."""
         visibility = batch.visibility(self.sliding_window)
         if not self.causal or batch.layout.cp.size > 1 or visibility.is_causal:
             return None
-        if torch.is_autocast_enabled(q_BLQd.device.type):  # outside a language model; autocast knows no custom function
+        if torch.is_autocast_enabled(q_BLQd.device.type):  # autocast does not cover custom functions
             dtype = torch.get_autocast_dtype(q_BLQd.device.type)
             q_BLQd, k_BLVd, v_BLVd = (x.to(dtype) for x in (q_BLQd, k_BLVd, v_BLVd))
         if not takes_runs(q_BLQd) or (runs := visibility.runs(batch.rows, batch.length, q_BLQd.device)) is None:
@@ -247,11 +249,12 @@ class Attention(ParallelRoot):
 
 
 def _attend_to_row(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor, causal: bool) -> Tensor:
-    """Attention of whole rows in one kernel, ``[B, Q, S, d]``."""
+    """Computes attention of whole rows in one kernel, ``[B, Q, S, d]``."""
     mask = seen if isinstance(seen, Tensor) and causal else None
     flash = mask is None and q.dtype in (torch.bfloat16, torch.float16)
     if q.is_cuda and not flash and q.shape[1] != k.shape[1]:
-        # Of CUDA's kernels only flash takes groups of heads (and the one that makes all scores); the next best does not.
+        # On CUDA only the flash kernel (and the one that computes all scores) supports grouped heads; the next best
+        # does not.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
@@ -259,9 +262,9 @@ def _attend_to_row(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor, causal:
 
 
 def _attend_to_all_ranks(q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch) -> Tensor:
-    """Attention that sees all positions of rows cut over cp, ``[B, Q, L, d]``; the order of keys does not matter to it."""
+    """Computes non-causal attention of rows cut over cp, ``[B, Q, L, d]``, for which the order of keys does not matter."""
     layout = batch.layout
-    pair = comm.all_gather(torch.stack([k, v]).unsqueeze(0), layout.cp)  # one rank's keys after the other's
+    pair = comm.all_gather(torch.stack([k, v]).unsqueeze(0), layout.cp)  # keys of all ranks, one rank after the other
     k, v = pair.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
     if batch.real_BS is None:
         return _attend_to_row(q, k, v, Seen.ALL, causal=False)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention block by block, exactly: masks are never built whole, and keys may arrive in parts.
+"""Exact attention block by block: no whole mask is built, and keys may arrive in parts.
 
-For a block of queries and a block of keys a fused kernel gives the output and the log-sum-exp of its scores; results for
-more keys are merged by weights ``exp(lse_block - lse)``. Backward calls the same kernels with the final output and
-log-sum-exp, so each block's gradient is its share of the whole one (FlashAttention, arXiv 2205.14135; over ranks: Ring
-Attention, arXiv 2310.01889).
+For a block of queries and a block of keys, a fused kernel returns the output and the log-sum-exp of the scores. The
+results of several key blocks are merged with weights ``exp(lse_block - lse)``. Backward calls the kernels with the
+final output and log-sum-exp, so each block's gradient is its share of the whole gradient (FlashAttention, arXiv
+2205.14135; over ranks: Ring Attention, arXiv 2310.01889).
 
 Legend: B rows, H query heads, V key/value heads, L queries, K keys, S positions of a row, d head size.
 """
@@ -25,12 +25,12 @@ from lightning_moefold.modules.base import wide
 
 _ATEN = torch.ops.aten
 _ON_CPU = "cpu"
-#: Queries and keys per block where masks are built.
+#: Number of queries and keys per block if masks are built.
 BLOCK = 1024
-#: Positions of a document, on average, from which a row is cut where documents begin and not into blocks with masks.
+#: Average number of positions per document from which a row is cut at documents instead of into blocks with masks.
 SHORTEST = 128
-#: Score of a masked pair: no infinity, so that a block in which a query sees nothing has a finite (and, once merged,
-#: negligible) result.
+#: Score of a masked pair. It is finite, so that a block in which a query sees nothing has a finite result, which is
+#: negligible once merged.
 _MASKED = {torch.float16: -3e4}
 
 
@@ -43,33 +43,34 @@ class Span:
 
     @property
     def end(self) -> int:
-        """The position after the last."""
+        """The position after the last one."""
         return self.start + self.length
 
     def cut(self, longest: int) -> list[Span]:
-        """Spans of at most ``longest`` positions."""
+        """Cuts into spans of at most ``longest`` positions."""
         return [Span(at, min(longest, self.end - at)) for at in range(self.start, self.end, longest)]
 
 
 class Seen(Enum):
-    """What the queries of a block see of a block of keys, where no mask is needed to say it."""
+    """What the queries of a block see of a block of keys, if no mask is needed."""
 
     NOTHING = 0
     ALL = 1
-    #: The blocks are the same positions, and a query sees those up to its own.
+    #: Both blocks are the same positions, and a query sees keys up to its own position.
     CAUSAL = 2
 
 
 def sees_nothing(real_BS: Tensor, document_BS: Tensor | None, window: int | None) -> Tensor:
-    """Positions that have no token to see, themselves included, ``[B, S]`` bool; they are padding.
+    """Returns the positions that see no token, not even themselves, ``[B, S]`` bool; all of them are padding.
 
     Args:
         real_BS: False for padding.
-        document_BS: Of each position; a new document begins where it changes. None where each row is one.
-        window: How many positions are seen, itself included; None for all.
+        document_BS: Document of each position; a new document begins where it changes. None if each row is one
+            document.
+        window: Number of positions that a query sees, itself included; None for all.
     """
     place_S = torch.arange(real_BS.shape[1], device=real_BS.device)
-    first_BS = torch.zeros_like(real_BS, dtype=torch.int64)  # that is seen
+    first_BS = torch.zeros_like(real_BS, dtype=torch.int64)  # the first position that is seen
     if document_BS is not None:
         begins = torch.ones_like(real_BS)
         begins[:, 1:] = document_BS[:, 1:] != document_BS[:, :-1]
@@ -81,20 +82,20 @@ def sees_nothing(real_BS: Tensor, document_BS: Tensor | None, window: int | None
 
 
 class Visibility:
-    """Which keys a query sees: none after it, and of those before it perhaps not all.
+    """Which keys a query sees: none after its own position, and not necessarily all before it.
 
     Args:
-        window: A query sees at most this many keys, itself included.
-        document_BS: Number of each position's document, ascending along a row; a query sees its own document only.
-        real_BS: False for padding, which no position sees, as in ``transformers``; but padding that has no token before
-            it sees itself, since a query must see something.
+        window: Number of keys that a query sees at most, itself included; None for all.
+        document_BS: Number of each position's document, ascending along a row; a query sees only its own document.
+        real_BS: False for padding, which no position sees, as in ``transformers``. As an exception, padding without a
+            token before it sees itself, since a query must see something.
     """
 
     def __init__(
         self, window: int | None = None, document_BS: Tensor | None = None, real_BS: Tensor | None = None
     ) -> None:
         self.window, self._document_BS, self._real_BS = window, document_BS, real_BS
-        # What decides how blocks are treated is asked of the host's copies, once per batch and not once per block.
+        # Copies on the host, made once per batch, decide how blocks are treated, so that no block waits for the device.
         self._documents = None if document_BS is None else document_BS.cpu()
         self._hidden = None if real_BS is None else (~real_BS).cpu()
         self._alone_BS = None if real_BS is None else sees_nothing(real_BS, document_BS, window)
@@ -104,26 +105,27 @@ class Visibility:
 
     @property
     def is_causal(self) -> bool:
-        """Whether causality is all there is."""
+        """Whether causality is the only restriction."""
         return self.window is None and self._document_BS is None and self._real_BS is None
 
     def runs(self, rows: int, length: int, device: torch.device) -> Runs | None:
-        """Tokens of whole rows that see each other and lie together (:func:`.varlen.find_runs`); None where they do not.
+        """Returns runs of adjacent tokens that see each other (:func:`.varlen.find_runs`); None if runs cannot express this.
 
         Args:
-            rows: B.
-            length: S.
-            device: Of the result.
+            rows: Number of rows, B.
+            length: Number of positions per row, S.
+            device: Device of the result.
         """
         if (rows, length) not in self._runs:
             self._runs[rows, length] = find_runs(rows, length, self._documents, self._hidden, device)
         return self._runs[rows, length]
 
     def pieces(self, span: Span) -> list[Span]:
-        """A span as the blocks in which it is best computed; neighbouring spans of a row give blocks that fit together.
+        """Cuts a span into the blocks in which it is computed; blocks of neighbouring spans of a row fit together.
 
-        All at once where causality is all there is. A single row is cut where its documents and its padding begin, since no
-        pair of such blocks needs a mask, which no fused kernel of CUDA takes; else blocks are of one size.
+        If causality is the only restriction, the span is one block. A single row is cut where its documents and its
+        padding begin: pairs of such blocks need no mask, which no fused CUDA kernel would accept. Otherwise blocks have
+        a fixed size.
         """
         if self.is_causal:
             return [span]
@@ -137,7 +139,7 @@ class Visibility:
         return span.cut(BLOCK)
 
     def of(self, q: Span, k: Span) -> Seen | Tensor:
-        """What queries ``q`` see of keys ``k``: all, nothing, or a mask ``[B or 1, 1, L, K]`` (bool)."""
+        """Returns what queries ``q`` see of keys ``k``: a :class:`Seen`, or a mask ``[B or 1, 1, L, K]`` (bool)."""
         if k.start >= q.end or (self.window is not None and q.start - (k.end - 1) >= self.window):
             return Seen.NOTHING
         crosses = k.end - 1 > q.start
@@ -146,7 +148,7 @@ class Visibility:
         if q == k and self._alone is not None and self._is_padding(k):
             alone = self._alone[:, k.start : k.end]
             if bool(alone.all()):
-                return Seen.CAUSAL  # no token precedes it, and nobody asks what it sees
+                return Seen.CAUSAL  # padding before any token, whose output is not used
             if not bool(alone.any()):
                 return Seen.NOTHING
         if not self._needs_mask(q, k):
@@ -194,9 +196,9 @@ class Visibility:
 def _pairs(
     q_spans: Sequence[Span], k_spans: Sequence[Span], visibility: Visibility
 ) -> Iterator[tuple[slice, slice, Seen | Tensor]]:
-    """Blocks of queries and keys, as slices of tensors that hold the spans one after the other.
+    """Yields pairs of query and key blocks, as slices of tensors that hold the spans one after the other.
 
-    Neighbouring blocks of keys that are seen whole are taken together.
+    Neighbouring blocks of keys that are seen completely are joined.
     """
     q_at = 0
     for q in q_spans:
@@ -218,12 +220,12 @@ def _pairs(
 
 
 class PartialAttention:
-    """Output and log-sum-exp of some queries over the keys that have come so far.
+    """Output and log-sum-exp of queries over the keys added so far.
 
     Args:
         q_BHLd: The queries.
-        spans: Their positions.
-        visibility: What they may see.
+        spans: Positions of the queries.
+        visibility: Which keys the queries see.
     """
 
     def __init__(self, q_BHLd: Tensor, spans: Sequence[Span], visibility: Visibility) -> None:
@@ -233,7 +235,7 @@ class PartialAttention:
         self.lse = torch.full(q_BHLd.shape[:3], -torch.inf, dtype=dtype, device=q_BHLd.device)
 
     def add(self, k_BVKd: Tensor, v_BVKd: Tensor, spans: Sequence[Span]) -> None:
-        """Attends to more keys, at the positions ``spans``."""
+        """Adds keys and values at the positions ``spans``."""
         for rows, keys, seen in _pairs(self.spans, spans, self.visibility):
             out, lse = block_forward(self.q[:, :, rows], k_BVKd[:, :, keys], v_BVKd[:, :, keys], seen)
             before, total = self.lse[:, :, rows], torch.logaddexp(self.lse[:, :, rows], lse)
@@ -243,15 +245,15 @@ class PartialAttention:
 
 
 class PartialGradient:
-    """Gradients of some queries, and of whichever keys come by.
+    """Gradients of queries, and of the keys and values that are added.
 
     Args:
-        grad_BHLd: Of the output.
+        grad_BHLd: Gradient of the output.
         q_BHLd: The queries.
         out_BHLd: Final output, in the dtype of the queries.
         lse_BHL: Final log-sum-exp.
         spans: Positions of the queries.
-        visibility: What they may see.
+        visibility: Which keys the queries see.
     """
 
     def __init__(
@@ -263,7 +265,7 @@ class PartialGradient:
         self.grad_q = torch.zeros(q_BHLd.shape, dtype=wide(q_BHLd.dtype), device=q_BHLd.device)
 
     def add(self, k_BVKd: Tensor, v_BVKd: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Gradients of these keys and values from these queries, ``[2, B, V, K, d]``, in at least float32."""
+        """Returns the gradients of these keys and values from these queries, ``[2, B, V, K, d]``, in at least float32."""
         grads = torch.zeros((2, *k_BVKd.shape), dtype=self.grad_q.dtype, device=k_BVKd.device)
         for rows, keys, seen in _pairs(self.spans, spans, self.visibility):
             grad_q, grad_k, grad_v = block_backward(
@@ -280,7 +282,7 @@ class PartialGradient:
 
 
 def block_forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of a block: output ``[B, H, L, d]`` and log-sum-exp ``[B, H, L]``; heads may be grouped."""
+    """Computes attention of a block: output ``[B, H, L, d]`` and log-sum-exp ``[B, H, L]``; heads may be grouped."""
     causal = seen is Seen.CAUSAL
     if q.device.type == _ON_CPU:
         return _ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=_bias(seen, q.dtype))
@@ -294,14 +296,14 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor) -> tuple
 def block_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Seen | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a block's queries, keys and values, given the final output and log-sum-exp."""
+    """Computes gradients of a block's queries, keys and values from the final output and log-sum-exp."""
     causal = seen is Seen.CAUSAL
     if q.device.type == _ON_CPU:
         return _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse.contiguous(), 0.0, causal, attn_mask=_bias(seen, q.dtype)
         )
     if _flash_takes(q, seen):
-        none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that there is not
+        none = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random state, unused without dropout
         return _ATEN._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, none, none[0]
         )
@@ -315,7 +317,7 @@ def block_backward(
 
 
 def _flash_takes(q: Tensor, seen: Seen | Tensor) -> bool:
-    """The flash kernel on CUDA takes no mask, and neither float32 nor odd head sizes."""
+    """Whether CUDA's flash kernel can be used; it takes no mask, no float32 and no odd head sizes."""
     narrow = q.dtype in (torch.bfloat16, torch.float16)
     return q.is_cuda and isinstance(seen, Seen) and narrow and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 

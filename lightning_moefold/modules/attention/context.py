@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over a row that is cut over context parallel ranks (cp), and over long rows with masks on one rank.
+"""Attention over rows that are cut over context parallel ranks (cp), and over long rows with masks on one rank.
 
 A row of S positions (padded to a multiple of 2 * cp) is cut into 2 * cp chunks; rank i holds chunks i and 2 * cp - 1 - i
-("zig-zag"), so that under causality every rank has the same work. Three exchanges bring queries and keys together::
+("zig-zag"), so that with a causal mask every rank has the same work. Three exchanges bring queries and keys together::
 
     ring         keys and values travel around the ranks, each step hidden behind the attention to what is there
     all_gather   keys and values of the whole row on every rank, in one collective
@@ -28,16 +28,17 @@ from lightning_moefold.modules.attention.blockwise import PartialAttention, Part
 from lightning_moefold.modules.attention.exchanges import Exchange, exchange_for
 from lightning_moefold.modules.base import wide
 
-#: Keys and values of one message: large enough for a link's bandwidth, small beside what attention keeps of a long row.
+#: Bytes of keys and values in one message: large enough for a link's bandwidth, and small compared with what attention
+#: keeps of a long row.
 MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class ContextLayout:
-    """Where the positions of a row lie.
+    """How the positions of a row are spread over cp ranks.
 
     Args:
-        length: S, divisible by ``2 * cp`` where there is more than one rank.
+        length: Number of positions S; divisible by ``2 * cp`` if there is more than one rank.
         cp: Context parallel axis.
     """
 
@@ -45,7 +46,7 @@ class ContextLayout:
     cp: Axis = SINGLE
 
     def spans(self, rank: int) -> list[Span]:
-        """The positions of a rank in the order in which it holds them."""
+        """Returns the positions of a rank in the order in which it holds them."""
         size = self.cp.size
         if size == 1:
             return [Span(0, self.length)]
@@ -53,18 +54,18 @@ class ContextLayout:
         return [Span(rank * chunk, chunk), Span((2 * size - 1 - rank) * chunk, chunk)]
 
     def positions(self, device: torch.device | None = None, rank: int | None = None) -> Tensor:
-        """Positions of a rank of the axis, by default this one, ``[L]``."""
+        """Returns the positions of a rank of the axis, by default this rank, ``[L]``."""
         spans = self.spans(self.cp.index if rank is None else rank)
         return torch.cat([torch.arange(s.start, s.end, device=device) for s in spans])
 
     def order(self, device: torch.device | None = None) -> Tensor:
-        """Where each position of the row lies in the concatenation of all ranks, ``[S]``."""
+        """Returns the index of each position of the row in the concatenation of all ranks, ``[S]``."""
         held = [torch.arange(s.start, s.end, device=device) for r in range(self.cp.size) for s in self.spans(r)]
         return torch.argsort(torch.cat(held))
 
 
 def choose_exchange(layout: ContextLayout, q: Tensor, k: Tensor) -> Exchange:
-    """Which exchange ``"auto"`` takes for queries ``[B, H, L, d]`` and keys ``[B, V, L, d]``."""
+    """Returns the exchange that ``"auto"`` chooses for queries ``[B, H, L, d]`` and keys ``[B, V, L, d]``."""
     size = layout.cp.size
     return exchange_for(size, q.shape[1], k.shape[1], 2 * k.numel() * k.element_size() * size)
 
@@ -72,21 +73,21 @@ def choose_exchange(layout: ContextLayout, q: Tensor, k: Tensor) -> Exchange:
 def context_attention(
     q_BHLd: Tensor, k_BVLd: Tensor, v_BVLd: Tensor, layout: ContextLayout, visibility: Visibility, exchange: Exchange
 ) -> Tensor:
-    """Causal attention over whole rows, of which each rank holds its positions. Collective over cp.
+    """Computes causal attention over whole rows, of which each rank holds its positions. Collective over cp.
 
     Args:
         q_BHLd: Queries of this rank's positions.
-        k_BVLd: Keys; V divides H.
-        v_BVLd: Values.
-        layout: Which positions those are.
-        visibility: What a query sees, in positions of the row.
-        exchange: How keys and queries meet.
+        k_BVLd: Keys of this rank's positions; V divides H.
+        v_BVLd: Values of this rank's positions.
+        layout: Layout of the row's positions over cp.
+        visibility: Which keys a query sees, by positions in the row.
+        exchange: Name of the exchange.
 
     Returns:
         ``[B, H, L, d]``.
 
     Raises:
-        ValueError: If ``"all_to_all"`` is asked for and the heads do not divide by cp.
+        ValueError: If the exchange is ``"all_to_all"`` and cp does not divide the heads.
     """
     if layout.cp.size > 1 and exchange == "auto":
         exchange = choose_exchange(layout, q_BHLd, k_BVLd)
@@ -106,7 +107,7 @@ def context_attention(
 
 
 def _rows_of_some_heads(x_BHLd: Tensor, cp: Axis, order: Tensor) -> Tensor:
-    """``[B, H, L, d] -> [B, H / G, S, d]``, positions in the order of the row."""
+    """Exchanges positions for heads, ``[B, H, L, d] -> [B, H / G, S, d]``, with positions in the order of the row."""
     rows, heads, length, size = x_BHLd.shape
     x_GBhLd = x_BHLd.view(rows, cp.size, heads // cp.size, length, size).transpose(0, 1)
     x_GBhLd = comm.all_to_all(x_GBhLd.contiguous(), [1] * cp.size, [1] * cp.size, cp)
@@ -114,14 +115,14 @@ def _rows_of_some_heads(x_BHLd: Tensor, cp: Axis, order: Tensor) -> Tensor:
 
 
 def _positions_of_all_heads(x_BhSd: Tensor, cp: Axis, order: Tensor) -> Tensor:
-    """The inverse, ``[B, H / G, S, d] -> [B, H, L, d]``."""
+    """Inverts :func:`_rows_of_some_heads`, ``[B, H / G, S, d] -> [B, H, L, d]``."""
     x_BhGLd = x_BhSd.index_select(2, torch.argsort(order)).unflatten(2, (cp.size, -1))
     x_GBhLd = comm.all_to_all(x_BhGLd.permute(2, 0, 1, 3, 4).contiguous(), [1] * cp.size, [1] * cp.size, cp)
     return x_GBhLd.transpose(0, 1).flatten(1, 2)
 
 
 class _Attention(torch.autograd.Function):
-    """Ring or all-gather, some heads after the others: what a rank holds of other ranks is bounded by these heads."""
+    """Ring or all-gather by groups of heads, so that a rank holds keys and values of other ranks for one group only."""
 
     @staticmethod
     def forward(
@@ -146,7 +147,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _head_groups(q_BHLd: Tensor, k_BVLd: Tensor, layout: ContextLayout) -> list[tuple[slice, slice]]:
-    """Query and key/value heads that go together: as many as one message of ``MESSAGE_BYTES`` holds, at least one."""
+    """Returns groups of query and key/value heads: as many as fit into a message of ``MESSAGE_BYTES``, but at least one."""
     kv_heads, ratio = k_BVLd.shape[1], q_BHLd.shape[1] // k_BVLd.shape[1]
     a_head = 2 * k_BVLd[:, :1].numel() * k_BVLd.element_size()
     some = kv_heads if layout.cp.size == 1 else max(1, min(kv_heads, MESSAGE_BYTES // max(a_head, 1)))
@@ -186,14 +187,14 @@ def _backward(
 
 
 def _stacked(k: Tensor, v: Tensor, layout: ContextLayout) -> Tensor | tuple[Tensor, Tensor]:
-    """As one message, if there is anybody to send it to."""
+    """Stacks keys and values into one message, unless there is only one rank."""
     return (k, v) if layout.cp.size == 1 else torch.stack([k, v])
 
 
 def _ring_backward(
     partial: PartialGradient, pair: Tensor | tuple[Tensor, Tensor], layout: ContextLayout, visibility: Visibility
 ) -> Tensor:
-    """Keys travel as in forward; their gradients follow one step behind, and come home after the last."""
+    """Sends keys around as in forward; their gradients follow one step behind and return home after the last step."""
     size, rank = layout.cp.size, layout.cp.index
     if not isinstance(pair, Tensor):
         return partial.add(*pair, _pieces(layout, visibility, rank))
@@ -210,18 +211,18 @@ def _ring_backward(
 
 
 def _pieces(layout: ContextLayout, visibility: Visibility, rank: int) -> list[Span]:
-    """The positions of a rank, in the order in which it holds them, as blocks that are computed at once."""
+    """Returns the positions of a rank, in the order in which it holds them, as the blocks in which they are computed."""
     return [piece for span in layout.spans(rank) for piece in visibility.pieces(span)]
 
 
 def _pieces_of_row(layout: ContextLayout, visibility: Visibility) -> list[Span]:
-    """All positions of a row in their order, in the blocks of :func:`_pieces`."""
+    """Returns all positions of a row, in order, as the blocks of :func:`_pieces`."""
     chunks = Span(0, layout.length).cut(layout.length // (2 * layout.cp.size))
     return [piece for chunk in chunks for piece in visibility.pieces(chunk)]
 
 
 def _gather_keys(k_BVLd: Tensor, v_BVLd: Tensor, layout: ContextLayout) -> tuple[Tensor, Tensor]:
-    """Keys and values of the whole row, in its order."""
+    """Gathers keys and values of the whole row, in its order."""
     pair = torch.stack([k_BVLd, v_BVLd])
     pairs_G2BVLd = comm.all_gather_raw(pair.unsqueeze(0), layout.cp)
     whole = pairs_G2BVLd.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).index_select(3, layout.order(pair.device))
@@ -249,7 +250,7 @@ class _Rotation:
         )
 
     def wait(self) -> Tensor:
-        """What has arrived."""
+        """Waits, and returns the received tensor."""
         for work in self._work:
             work.wait()
         return self._received

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which exchange brings queries and keys of a cut row together, by sizes alone. Pure Python: the planner asks, too."""
+"""Chooses the context parallel exchange by sizes only. Pure Python, because the planner uses it too."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from typing import Literal
 
 Exchange = Literal["auto", "ring", "all_gather", "all_to_all"]
 EXCHANGES = ("auto", "ring", "all_gather", "all_to_all")
-#: Below this, gathered keys and values of a row are not worth a ring's many messages.
+#: Up to this size of gathered keys and values, one all-gather is better than a ring's many messages.
 SMALL_BYTES = 32 * 1024 * 1024
 
 
 def padded_length(length: int, cp: int) -> int:
-    """The positions to which a row of ``length`` is padded, so that it can be cut into ``2 * cp`` equal chunks."""
+    """Returns the length to which a row is padded, so that it can be cut into ``2 * cp`` equal chunks."""
     return length if cp == 1 else -(-length // (2 * cp)) * 2 * cp
 
 
 def exchange_for(cp: int, heads: int, kv_heads: int, row_bytes: int) -> Exchange:
-    """Which exchange ``"auto"`` takes.
+    """Returns the exchange that ``"auto"`` chooses.
 
-    All-to-all moves ``2 H + 2 V`` heads' worth of a rank's positions once, less what stays; the others ``2 V`` heads'
-    worth ``cp - 1`` times. So all-to-all where the heads divide by cp and ``(H + V) / cp < V``; else one all-gather where
-    keys and values of the whole row are small (32 MB), else a ring, which never holds those of a whole row.
+    All-to-all moves a rank's positions of ``2 H + 2 V`` heads once, less what stays on the rank; the others move those
+    of ``2 V`` heads ``cp - 1`` times. So it is all-to-all if cp divides the heads and ``(H + V) / cp < V``. Otherwise
+    it is an all-gather if keys and values of the whole rows are small (32 MB), or else a ring, which never holds those
+    of a whole row.
 
     Args:
-        cp: Ranks over which rows are cut.
-        heads: H of a tp rank.
-        kv_heads: V of a tp rank.
-        row_bytes: Of the keys and values of whole rows.
+        cp: Number of ranks over which rows are cut.
+        heads: Number of query heads H of a tp rank.
+        kv_heads: Number of key/value heads V of a tp rank.
+        row_bytes: Bytes of the keys and values of whole rows.
     """
     if heads % cp == 0 and kv_heads % cp == 0 and heads + kv_heads < cp * kv_heads:
         return "all_to_all"

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of earlier positions, kept while text is generated a token at a time.
+"""The key/value cache: keys and values of earlier positions, kept during generation.
 
-Each layer has as many slots as its queries can see keys: a layer with a sliding window writes the newest key over the
-oldest. Softmax does not mind the order of the keys, and their rotary positions are in them.
+Each layer has as many slots as its queries can see keys. A layer with a sliding window overwrites the oldest key by the
+newest. The order of keys does not matter to softmax, and keys already contain their rotary positions.
 
-Legend: B rows, S positions of the prompt, L positions in all, K slots in use, V local key/value heads, d head size.
+Legend: B rows, S positions of the prompt, L maximum number of positions, K slots in use, V local key/value heads, d
+    head size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class _Slots:
         return self.key.shape[1]
 
     def write(self, k_BSVd: Tensor, v_BSVd: Tensor) -> None:
-        """Position p goes to slot ``p % count``; of more positions than slots, the last are kept."""
+        """Writes position p to slot ``p % count``; if there are more positions than slots, the last ones are kept."""
         length = k_BSVd.shape[1]
         kept = min(length, self.count)
         slot = torch.arange(self.seen + length - kept, self.seen + length, device=k_BSVd.device) % self.count
@@ -35,18 +36,18 @@ class _Slots:
         self.seen += length
 
     def positions(self) -> Tensor:
-        """The position that lies in each slot in use, ``[K]``."""
+        """Returns the position in each used slot, ``[K]``."""
         last = self.seen - 1
         slot_K = torch.arange(min(self.seen, self.count), device=self.key.device)
         return last - (last - slot_K) % self.count
 
 
 class KeyValueCache:
-    """What the local heads of a tensor parallel rank keep of a batch.
+    """Keys and values of a batch for the local heads of a tensor parallel rank.
 
     Args:
-        real_BS: False where the prompt is padding.
-        max_length: L, positions that may come in all.
+        real_BS: False for padding of the prompts.
+        max_length: Maximum number of positions in total, L.
     """
 
     def __init__(self, real_BS: Tensor, max_length: int) -> None:
@@ -56,17 +57,17 @@ class KeyValueCache:
     def extend(
         self, layer: Hashable, window: int | None, k_BSVd: Tensor, v_BSVd: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keeps the keys and values of new positions.
+        """Adds the keys and values of new positions.
 
         Args:
-            layer: Whose they are.
+            layer: Identifies the layer.
             window: A query sees at most this many keys, itself included; None for all.
-            k_BSVd: Of the prompt at first, then of one position at a time.
-            v_BSVd: Likewise.
+            k_BSVd: Keys: of the whole prompt in the first call, then of one position per call.
+            v_BSVd: Values of the same positions.
 
         Returns:
-            The keys and values that the new positions attend to, and which of them each row may see, ``[B, 1, 1, K]``;
-            None for the prompt, which sees itself as in training.
+            The keys and values that the new positions attend to, and a mask of those that each row may see, ``[B, 1, 1,
+            K]``. The mask is None for the prompt, which is masked as in training.
         """
         if layer not in self._layers:
             longest = self._real_BL.shape[1]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of packed, padded or windowed rows in one fused kernel on CUDA: no mask is built, nothing masked is computed.
+"""Attention of packed, padded or windowed rows in one fused CUDA kernel, which builds no mask and skips masked pairs.
 
-Tokens that see each other lie next to each other: a document, a row without its padding. FlashAttention's kernel for
-sequences of different lengths takes these runs as they lie (``torch.nn.attention.varlen``).
+Tokens that see each other are adjacent: a document, or a row without its padding. FlashAttention's kernel for sequences
+of different lengths (``torch.nn.attention.varlen``) takes these runs without copying.
 
 Legend: B rows, S positions, Q query heads, V key/value heads, d head size, N runs.
 """
@@ -20,11 +20,11 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Runs(NamedTuple):
-    """Tokens that see each other, as causality and a window allow.
+    """Runs of adjacent tokens that see each other, within causality and a window.
 
     Args:
-        start_N1: Where each begins in the flattened ``[B * S]``, and where the last one ends, int32.
-        longest: Tokens of the longest.
+        start_N1: Start of each run in the flattened ``[B * S]``, and the end of the last run, int32.
+        longest: Number of tokens in the longest run.
     """
 
     start_N1: Tensor
@@ -34,17 +34,19 @@ class Runs(NamedTuple):
 def find_runs(
     rows: int, length: int, document_BS: Tensor | None, hidden_BS: Tensor | None, device: torch.device
 ) -> Runs | None:
-    """The runs of a batch; padding before a document is one by itself.
+    """Finds the runs of a batch; padding before a document is a run by itself.
 
     Args:
-        rows: B.
-        length: S.
-        document_BS: Number of each position's document, ascending along a row, on the host; None for one in each row.
-        hidden_BS: True for padding, on the host; None for none.
-        device: Of the result.
+        rows: Number of rows, B.
+        length: Number of positions per row, S.
+        document_BS: Number of each position's document, ascending along a row, on the host; None if each row is one
+            document.
+        hidden_BS: True for padding, on the host; None if there is no padding.
+        device: Device of the result.
 
     Returns:
-        None where padding follows a token of its document: it sees what no run can say, tokens and not padding.
+        The runs; None if padding follows a token of its document, because such padding sees the tokens but not itself,
+        which runs cannot express.
     """
     begins_BS = torch.zeros(rows, length, dtype=torch.bool)
     begins_BS[:, :1] = True
@@ -61,18 +63,18 @@ def find_runs(
 
 
 def takes_runs(q: Tensor) -> bool:
-    """Whether the kernel takes queries like these (heads last but one): 16 bits, on CUDA, heads of at most 256."""
+    """Whether the kernel takes these queries (heads second to last): 16-bit, on CUDA, head size at most 256."""
     return q.is_cuda and q.dtype in _DTYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and q.shape[0] > 0
 
 
 def attend_within_runs(q_BSQd: Tensor, k_BSVd: Tensor, v_BSVd: Tensor, runs: Runs, window: int | None) -> Tensor:
-    """Causal attention within each run, ``[B, S, Q, d]``.
+    """Computes causal attention within each run, ``[B, S, Q, d]``.
 
     Args:
         q_BSQd: Queries.
-        k_BSVd: Keys; V divides Q, and each serves consecutive query heads.
+        k_BSVd: Keys; V divides Q, and each key/value head serves consecutive query heads.
         v_BSVd: Values.
-        runs: Of the flattened batch.
+        runs: Runs of the flattened batch.
         window: A query sees at most this many keys, itself included; None for all.
     """
     attend, grouped = _kernel()
@@ -85,7 +87,7 @@ def attend_within_runs(q_BSQd: Tensor, k_BSVd: Tensor, v_BSVd: Tensor, runs: Run
 
 @cache
 def _kernel() -> tuple[Any, dict[str, Any]]:
-    """PyTorch's function, and what it wants to be told where heads are grouped (2.11 takes them without a word)."""
+    """Returns PyTorch's function, and its arguments for grouped heads (2.11 needs none)."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}

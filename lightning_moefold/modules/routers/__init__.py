@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routers, their registry, and what losses and biases are made from."""
+"""Routers, their registry, and the statistics for their losses and biases."""
 
 from typing import TYPE_CHECKING
 

@@ -11,13 +11,13 @@ from lightning_moefold.modules.routers.router import Router
 
 
 def update_expert_bias(network: nn.Module) -> None:
-    """Moves the biases of all routers in ``network`` by what was chosen on all ranks since the last time.
+    """Moves the biases of all routers in ``network`` according to the choices of all ranks since the last call.
 
-    The strategy does this after each optimizer step; in a training loop of your own, call it there. One collective over
-    the ranks of a pipeline stage, of integers: the biases are the same, bit by bit, under every fold.
+    The strategy calls this after each optimizer step; call it there in your own training loop. It makes one collective
+    of integers over the ranks of a pipeline stage, so the biases are bit-identical under every fold.
 
     Args:
-        network: Holds routers with ``bias_update_rate``; without any, nothing happens.
+        network: Network with routers that have a ``bias_update_rate``; if there are none, nothing happens.
     """
     routers = [m for m in network.modules() if isinstance(m, Router) and m.learns_bias]
     if not routers:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random numbers that depend on what they are for, and not on which rank draws them or what was drawn before.
+"""Random numbers that depend only on their coordinates, not on the rank that draws them or on earlier draws.
 
-Each number is a hash of its coordinates (seed, call, layer, row, position, component), so any rank can make exactly those
-of its own tokens. The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+Each number is a hash of its coordinates (seed, call, layer, row, position, component), so a rank can compute those of
+its own tokens. The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 
 Legend: T tokens of this rank, D components.
 """
@@ -17,7 +17,7 @@ _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def hashed(*coordinates: Tensor | int) -> Tensor:
-    """A hash of integer coordinates, int64; the tensors among them are broadcast."""
+    """Hashes integer coordinates to int64; tensors among them are broadcast."""
     value = torch.zeros((), dtype=torch.int64)
     for coordinate in coordinates:
         if isinstance(coordinate, Tensor):
@@ -27,19 +27,19 @@ def hashed(*coordinates: Tensor | int) -> Tensor:
 
 
 def uniform(key_T: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """``[T, D]`` numbers in [0, 1), multiples of 2^-24, from one hash for each token."""
+    """Returns ``[T, D]`` numbers in [0, 1), multiples of 2^-24, from one hash per token."""
     component_D = torch.arange(1, size + 1, device=key_T.device) * _STEP
     bits_TD = _shift(_mix(key_T.unsqueeze(-1) + component_D), 40)
     return bits_TD.to(dtype) * 2.0**-24
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Integer products wrap around, which is what the hash wants."""
+    """Applies the finalizer of SplitMix64; integer products wrap around, as the hash requires."""
     x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
     x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in from the left (``>>`` would repeat the sign)."""
+    """Shifts to the right and fills with zeros (``>>`` would repeat the sign)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

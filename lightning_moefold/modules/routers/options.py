@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options: how a router scores, chooses and weighs experts. Pure Python."""
+"""Options of routers: how they score, choose and weigh experts. Pure Python."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from lightning_moefold.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class RouterOptions:
-    """Options of the built-in routers; one of your own may add fields in a subclass.
+    """Options of the built-in routers. A router of your own may add fields in a subclass.
 
-    The defaults are what Mixtral, Qwen2-MoE and Qwen3-MoE do. Names are those of ``transformers`` where it has one.
+    The defaults are those of Mixtral, Qwen2-MoE and Qwen3-MoE. Fields that ``transformers`` also has bear its names.
 
     Args:
-        name: Of the router, as it is registered (:func:`~.registry.register_router`): ``"top_k"``, ``"swipe"``,
-            ``"topology_aware"``, ``"force_balanced"``, or one of your own. The second and third have options of their own.
+        name: Registered name of the router (:func:`~.registry.register_router`): ``"top_k"``, ``"swipe"``,
+            ``"topology_aware"``, ``"force_balanced"``, or that of your own router. The second and third have their own
+            options classes.
         score_function: ``"softmax"`` over all experts, or ``"sigmoid"`` of each expert's logit (DeepSeek-V3).
-        softmax_after_topk: Weights are a softmax over the logits of the chosen experts only; equal to a softmax over all,
-            normalised. Experts are chosen alike either way.
-        norm_topk_prob: Divide a token's K weights by their sum. None means what the model's configuration says, and True
-            in a layer of its own.
-        routed_scaling_factor: Multiplies the weights, last of all.
-        n_group: Groups of neighbouring experts; a token's experts come from ``topk_group`` of them. With one group for
-            each node this limits the nodes that a token travels to.
-        topk_group: Groups that a token may choose from.
-        group_score_topk: How many of its best experts' scores make the score of a group: 2 in DeepSeek-V3, 1 in
+        softmax_after_topk: Whether weights are a softmax over the logits of the chosen experts only, which equals a
+            normalised softmax over all. The choice of experts is the same.
+        norm_topk_prob: Whether a token's K weights are divided by their sum. None means the value of the model's
+            configuration, and True in a ``MoELayer`` by itself.
+        routed_scaling_factor: Factor of the weights, applied last.
+        n_group: Number of groups of neighbouring experts; a token's experts come from ``topk_group`` of them. With one
+            group per node this limits the nodes that a token travels to.
+        topk_group: Number of groups from which a token's experts come.
+        group_score_topk: Number of a group's best scores whose sum is the score of the group: 2 in DeepSeek-V3, 1 in
             DeepSeek-V2.
-        bias_update_rate: Gives each expert a bias that takes part in the choice but not in the weights, and that moves by
-            this much after each optimizer step: up for experts with less than the mean load, down for those with more
-            (arXiv 2408.15664). 0 keeps the bias as it is; None for no bias.
-        input_jitter: In training, multiplies the router's input by noise between ``1 - input_jitter`` and ``1 +
-            input_jitter``. The experts see the input as it is.
-        seed: Of the noise.
+        bias_update_rate: Step of the expert biases. A bias affects which experts are chosen but not their weights, and
+            moves by this step after each optimizer step: up for experts with less than the mean load, down for those
+            with more (arXiv 2408.15664). 0 keeps the biases unchanged; None means no bias.
+        input_jitter: Strength of noise in training: the router's input is multiplied by numbers between ``1 -
+            input_jitter`` and ``1 + input_jitter``. The experts get the input without noise.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: For values that contradict each other.
     """
 
-    #: Fields of no effect on the prediction of a trained model, or on none that ``transformers`` does not know of.
+    #: Fields that do not change the prediction of a trained model, or whose effect ``transformers`` also implements.
     NOT_IN_PREDICTION: ClassVar[frozenset[str]] = frozenset({"norm_topk_prob", "input_jitter", "seed"})
 
     name: str = "top_k"
@@ -77,7 +78,7 @@ class RouterOptions:
             raise InputError(f"input_jitter={self.input_jitter} must lie between 0 and 1, 1 excluded.")
 
     def check(self, num_experts: int, top_k: int) -> None:
-        """Raises a ValueError unless a layer with ``num_experts`` experts, ``top_k`` of them per token, can be so routed."""
+        """Raises a ValueError unless these options fit a layer with ``num_experts`` experts, ``top_k`` of them per token."""
         if not 1 <= top_k <= num_experts:
             raise InputError(f"top_k={top_k} must lie between 1 and num_experts={num_experts}.")
         if self.n_group == 1:
@@ -97,23 +98,23 @@ class RouterOptions:
 
     @property
     def changes_prediction(self) -> bool:
-        """Whether a trained model computes something else than with the default options (normalisation aside)."""
+        """Whether a trained model computes a different result than with default options (except for normalisation)."""
         return bool(set(self.as_dict()) - self.NOT_IN_PREDICTION)
 
     @property
     def changes_training(self) -> bool:
-        """Whether training computes something else than with the default options (normalisation aside)."""
+        """Whether training computes a different result than with default options (except for normalisation)."""
         return bool(set(self.as_dict()) - {"norm_topk_prob", "seed"})
 
     def as_dict(self) -> dict[str, Any]:
-        """The name, unless it is the default router's, and the fields that differ from their defaults; plain data."""
+        """Returns, as plain data, the fields that differ from their defaults, and the name unless it is the default router's."""
         named = {} if self.name == RouterOptions.name else {"name": self.name}
         return named | {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwipeOptions(RouterOptions):
-    """Options of :class:`~.swipe.SwipeRouter`: those of all routers, but for groups.
+    """Options of :class:`~.swipe.SwipeRouter`: those of all routers except groups.
 
     Raises:
         ValueError: For values that contradict each other.
@@ -130,16 +131,16 @@ class SwipeOptions(RouterOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TopologyAwareOptions(RouterOptions):
-    """Options of :class:`~.topology_aware.TopologyAwareRouter`: those of all routers, but for groups, and three more.
+    """Options of :class:`~.topology_aware.TopologyAwareRouter`: those of all routers except groups, and three more.
 
-    Nodes are logical, so that training is the same under every fold; docs/routers.md says under which folds they are the
-    machines.
+    Nodes are logical, so that training is the same under every fold. docs/routers.md says under which folds they are
+    the real machines.
 
     Args:
-        nodes: Over which the experts are spread, in blocks of neighbours. Must be given.
-        far_fraction: Share of a row's choices that may be experts of other nodes, from 0 to 1.
-        data_ranks: Rows are dealt to that many ranks in turn, of which equally many, neighbours, lie on each node; by
-            default ``nodes``.
+        nodes: Number of nodes over which the experts are spread in blocks of neighbours. Required.
+        far_fraction: Largest share of a row's choices that may be experts on other nodes, from 0 to 1.
+        data_ranks: Number of ranks to which rows are dealt in turn; each node holds an equal block of neighbouring
+            ranks. By default ``nodes``.
 
     Raises:
         ValueError: For values that contradict each other.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry of routers: whatever is in it can be asked for by name, in a layer, a model or a configuration file."""
+"""The registry of routers. A registered router can be selected by name in a layer, a model or a configuration file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_moefold.modules.routers.options import RouterOptions, SwipeOption
 if TYPE_CHECKING:
     from lightning_moefold.modules.routers.router import Router
 
-#: Router classes by name; those of this package once they are imported, at first use.
+#: Router classes by name. Those of this package are imported, and so registered, at first use.
 ROUTERS: dict[str, type[Router]] = {}
 
-#: Routers of this package: the module of each, and its options, which need no PyTorch.
+#: Routers of this package: module and options class by name. Options classes need no PyTorch.
 _OURS: dict[str, tuple[str, type[RouterOptions]]] = {
     "force_balanced": ("lightning_moefold.modules.routers.force_balanced", RouterOptions),
     "swipe": ("lightning_moefold.modules.routers.swipe", SwipeOptions),
@@ -25,22 +25,22 @@ _OURS: dict[str, tuple[str, type[RouterOptions]]] = {
     "topology_aware": ("lightning_moefold.modules.routers.topology_aware", TopologyAwareOptions),
 }
 
-#: What a router is asked for with: a name, options, or options as a mapping (``name`` is one of them).
+#: Specification of a router: a name, options, or options as a mapping (with the key ``name``).
 RouterSpec = str | RouterOptions | Mapping[str, Any]
 
 _R = TypeVar("_R", bound="Router")
 
 
 def register_router(name: str) -> Callable[[type[_R]], type[_R]]:
-    """Class decorator that puts a router into the registry; a second one of the same name replaces the first.
+    """Class decorator that registers a router; a second router of the same name replaces the first.
 
     Args:
-        name: By which it is asked for: ``MoELayer(..., router=name)``.
+        name: Name of the router, as in ``MoELayer(..., router=name)``.
     """
 
     def register(router: type[_R]) -> type[_R]:
         if name in _OURS and router.__module__ != _OURS[name][0]:
-            importlib.import_module(_OURS[name][0])  # imported later, it would replace this one
+            importlib.import_module(_OURS[name][0])  # if imported later, it would replace this one
         ROUTERS[name] = router
         return router
 
@@ -48,10 +48,10 @@ def register_router(name: str) -> Callable[[type[_R]], type[_R]]:
 
 
 def router_options(spec: RouterSpec) -> RouterOptions:
-    """The options that ``spec`` means.
+    """Converts a specification to options.
 
     Raises:
-        ValueError: For a name that is not registered, or a field that the router does not have.
+        ValueError: If the name is not registered, or the router does not have a field.
     """
     if isinstance(spec, RouterOptions):
         if type(spec) is not (kind := _find_options(spec.name)):
@@ -72,13 +72,13 @@ def make_router(spec: RouterSpec, hidden_size: int, num_experts: int, top_k: int
     """Makes a router.
 
     Args:
-        spec: Which.
-        hidden_size: D.
-        num_experts: E.
-        top_k: K.
+        spec: Specification of the router.
+        hidden_size: Size of hidden states, D.
+        num_experts: Number of experts, E.
+        top_k: Number of experts per token, K.
 
     Raises:
-        ValueError: See :func:`router_options`; or if the options do not go with the sizes.
+        ValueError: See :func:`router_options`; also if the options do not fit the sizes.
     """
     options = router_options(spec)
     return _find(options.name)(hidden_size, num_experts, top_k, options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The router: which experts a token goes to, and with what weight.
+"""The router decides which experts a token goes to, and with what weight.
 
     logits  ->  scores  ->  chosen experts  ->  weights
 
@@ -26,15 +26,15 @@ from lightning_moefold.modules.sequence import SequenceBatch
 
 
 class RouterOutput(NamedTuple):
-    """What a router decides; all but the experts in at least float32.
+    """The decisions of a router. All tensors except the expert numbers are in at least float32.
 
-    A tuple, because FSDP2 (in torch 2.11) sees the tensors in tuples but not in dataclasses.
+    It is a tuple, because FSDP2 (in torch 2.11) finds the tensors in tuples but not in dataclasses.
 
     Args:
         weight_TK: Weight of each chosen expert.
-        expert_TK: The chosen experts, int64; K different ones for each token.
-        probability_TE: What load-balancing losses take for the share of each expert; sums to 1 over the experts.
-        logits_TE: Before any score function.
+        expert_TK: Numbers of the chosen experts, int64; K different ones per token.
+        probability_TE: Probability of each expert for load-balancing losses; sums to 1 over the experts.
+        logits_TE: Logits, before the score function.
     """
 
     weight_TK: Tensor
@@ -48,22 +48,23 @@ class Router(ParallelModule):
     """Scores all experts and takes the best K, in at least float32 whatever the precision of the model.
 
     Args:
-        hidden_size: D.
-        num_experts: E.
-        top_k: K.
-        options: How; the defaults are a softmax over all experts, then top-k, then weights that sum to 1.
+        hidden_size: Size of hidden states, D.
+        num_experts: Number of experts, E.
+        top_k: Number of experts per token, K.
+        options: How experts are scored and chosen. The default is a softmax over all experts, then top-k, then weights
+            that sum to 1.
 
     Attributes:
-        layer: Number of the layer in its model, which tells the noise of one layer from that of another.
-        e_score_correction_bias: ``[E]``, added to the scores where experts are chosen; None without
-            ``bias_update_rate``. At least float32 whatever the precision of the model.
+        layer: Number of the layer in its model, which makes the noise of layers different.
+        e_score_correction_bias: Expert biases ``[E]``, added to the scores when experts are chosen, in at least float32
+            whatever the precision of the model; None without ``bias_update_rate``.
         counts_E: How often each expert was chosen on this rank since the bias was last updated (int64).
         call: Number of training calls so far (int64 scalar), from which the noise of a call is made; None without noise.
         lora_scale: s of an adapter, with which ``logits = x W^T + s (x A^T) B^T``; None without one (:meth:`adapt`).
         bias_is_held: Whether the bias stays as it is, in spite of ``bias_update_rate``.
     """
 
-    #: The dataclass of its options.
+    #: The options dataclass of the router.
     Options: ClassVar[type[RouterOptions]] = RouterOptions
 
     e_score_correction_bias: Tensor | None
@@ -89,7 +90,7 @@ class Router(ParallelModule):
         self.register_buffer("call", torch.zeros((), dtype=torch.int64) if has_noise else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Keeps the bias in float32: in 16 bits most of its small steps would be lost."""
+        """Keeps the bias in float32, because in 16 bits most of its small steps would be lost."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         now = self.e_score_correction_bias
@@ -108,7 +109,7 @@ class Router(ParallelModule):
 
         Args:
             x_TD: Tokens of this rank.
-            batch: Where they lie in their rows; one row from position 0 if not given.
+            batch: Description of their rows and positions. By default the tokens are one row from position 0.
         """
         batch = batch or SequenceBatch(1, x_TD.shape[0])
         dtype = wide(x_TD.dtype)
@@ -128,45 +129,45 @@ class Router(ParallelModule):
     # ---- the steps -------------------------------------------------------------------------------------------------
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """What experts are chosen by and weighed with, ``[T, E] -> [T, E]``, between 0 and 1."""
+        """Computes the scores by which experts are chosen and weighed, ``[T, E] -> [T, E]``, between 0 and 1."""
         return logits_TE.softmax(-1) if self.options.score_function == "softmax" else logits_TE.sigmoid()
 
     def choose(self, score_TE: Tensor, batch: SequenceBatch) -> Tensor:
-        """K different experts for each token, ``[T, K]`` int64.
+        """Chooses K different experts for each token, ``[T, K]`` int64.
 
         Args:
-            score_TE: Without gradient.
-            batch: Where the tokens lie, for routers that want to know.
+            score_TE: Scores, without gradient.
+            batch: Description of rows and positions, for routers that need it.
         """
         return self.preferences(score_TE).topk(self.top_k, dim=-1).indices
 
     def preferences(self, score_TE: Tensor) -> Tensor:
-        """By what experts are compared, ``[T, E]``: scores with the experts' biases, -inf outside of a token's groups."""
+        """Returns the values that compare experts, ``[T, E]``: scores plus biases, -inf outside of a token's groups."""
         if self.e_score_correction_bias is not None:
             score_TE = score_TE + self.e_score_correction_bias
         return self._within_groups(score_TE) if self.options.n_group > 1 else score_TE
 
     def weights(self, logits_TE: Tensor, score_TE: Tensor, expert_TK: Tensor) -> Tensor:
-        """Weights of the chosen experts, ``[T, K]``."""
+        """Computes the weights of the chosen experts, ``[T, K]``."""
         options = self.options
         if options.softmax_after_topk:
             weight_TK = logits_TE.gather(1, expert_TK).softmax(-1)
         else:
             weight_TK = score_TE.gather(1, expert_TK)
-            if options.norm_topk_prob is not False:  # sigmoids may all be zero
+            if options.norm_topk_prob is not False:  # clamped, because all sigmoids may be zero
                 weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(weight_TK.dtype).tiny)
         return weight_TK if options.routed_scaling_factor == 1 else weight_TK * options.routed_scaling_factor
 
     def probabilities(self, logits_TE: Tensor, score_TE: Tensor) -> Tensor:
-        """Scores that sum to 1 over the experts, for load-balancing losses.
+        """Returns probabilities that sum to 1 over the experts, for load-balancing losses.
 
-        Sigmoids are normalised by way of their logarithms: divided by a sum that is kept from zero by some epsilon they
-        could lower the loss by all becoming small.
+        Sigmoids are normalised through their logarithms. If they were divided by a sum plus an epsilon, the loss could
+        be lowered by making all of them small.
         """
         return score_TE if self.options.score_function == "softmax" else F.logsigmoid(logits_TE).softmax(-1)
 
     def _within_groups(self, score_TE: Tensor) -> Tensor:
-        """Leaves to each token the experts of its best groups; the others' scores become -inf."""
+        """Keeps the scores of experts in each token's best groups; the others become -inf."""
         options = self.options
         score_TNe = score_TE.unflatten(-1, (options.n_group, -1))
         group_TN = score_TNe.topk(options.group_score_topk, dim=-1).values.sum(-1)
@@ -177,7 +178,7 @@ class Router(ParallelModule):
     # ---- noise -----------------------------------------------------------------------------------------------------
 
     def next_call(self) -> Tensor | None:
-        """The number of this training call, where there is noise; one further each time that gradients are enabled."""
+        """Returns the number of this training call, if there is noise; it advances in each call with gradients."""
         if self.call is None or not self.training:
             return None
         number = self.call.clone()
@@ -186,7 +187,7 @@ class Router(ParallelModule):
         return number
 
     def _noise(self, batch: SequenceBatch, x_TD: Tensor) -> Tensor:
-        if batch.call is None:  # a layer by itself; kept, so that recomputation makes the same noise
+        if batch.call is None:  # a MoELayer by itself; stored, so that recomputation uses the same noise
             batch.call = self.next_call()
         assert batch.call is not None
         row_T, position_T = batch.token_places(x_TD.device)
@@ -202,16 +203,17 @@ class Router(ParallelModule):
 
     @torch.no_grad()
     def count(self, counts_E: Tensor) -> None:
-        """Adds choices of tokens that are learned from (int64) to those that the next update of the bias goes by."""
+        """Adds the choices of training tokens (int64) to the counts for the next update of the bias."""
         if self.learns_bias:
             self.counts_E += counts_E
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor) -> None:
-        """Moves the bias against the load, ``b += rate * sign(mean - count)``, and begins to count anew.
+        """Moves the bias against the load, ``b += rate * sign(mean - count)``, and resets the counts.
 
         Args:
-            counts_E: Choices of all ranks. Integers, compared as such: a mean in floating point may round to the wrong side.
+            counts_E: Number of choices of each expert on all ranks. They are compared as integers, because a
+                floating-point mean may be rounded to the wrong side.
         """
         bias_E = self.e_score_correction_bias
         assert bias_E is not None

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the losses of routers need to know of a layer, for this rank's tokens: one small table.
+"""The routing statistics of a layer for this rank's tokens: one small table, from which the losses of routers are computed.
 
-A *group* is a set of tokens over which balance is asked for: a micro-batch, a row, or all tokens (which one, the batch
-says). The table of a layer has for each group a row with the choices of each expert and one with the sum of its
+A *group* is a set of tokens over which the load-balancing loss is computed: a micro-batch, a row, or all tokens (the
+batch says which). The table has two rows for each group, with the choices of each expert and the sums of their
 probabilities, and a last row that begins with the sum of ``logsumexp(logits)^2``::
 
     [counts; probabilities; z]    [2 G + 1, E]
 
-It is float64, in which counts are exact, and differentiable but for the counts.
+It is float64, in which counts are exact, and differentiable except for the counts.
 
 Legend: T tokens, E experts, K experts per token, G groups, S = 2 G + 1 rows of a table.
 """
@@ -23,7 +23,7 @@ from lightning_moefold.modules.sequence import SequenceBatch
 
 
 def count_choices(expert_TK: Tensor, num_experts: int, batch: SequenceBatch) -> Tensor:
-    """How often each expert is chosen by tokens that count, ``[G, E]`` int64; never waits for the device."""
+    """Counts how often each expert is chosen by tokens that count, ``[G, E]`` int64; never waits for the device."""
     bin_TK = expert_TK
     if batch.group_T is not None:
         bin_TK = expert_TK + batch.group_T.unsqueeze(-1) * num_experts
@@ -35,7 +35,7 @@ def count_choices(expert_TK: Tensor, num_experts: int, batch: SequenceBatch) -> 
 
 
 def routing_table(routed: RouterOutput, counts_GE: Tensor, batch: SequenceBatch) -> Tensor:
-    """The table of a layer, ``[2 G + 1, E]``."""
+    """Computes the table of a layer, ``[2 G + 1, E]``."""
     probability_TE = routed.probability_TE
     if batch.counted_T is not None:
         probability_TE = probability_TE * batch.counted_T.unsqueeze(-1)
@@ -53,34 +53,34 @@ def routing_table(routed: RouterOutput, counts_GE: Tensor, batch: SequenceBatch)
 
 
 def split_table(table_SE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts ``[..., G, E]``, probabilities ``[..., G, E]`` and the sum of z ``[...]`` of one or several tables."""
+    """Splits tables into counts ``[..., G, E]``, probabilities ``[..., G, E]`` and the sum of z ``[...]``."""
     groups = table_SE.shape[-2] // 2
     counts_GE, probability_GE, z_1E = table_SE.split([groups, groups, 1], dim=-2)
     return counts_GE, probability_GE, z_1E[..., 0, 0]
 
 
 def filled_groups(counts_LGE: Tensor) -> Tensor:
-    """Number of groups in which any token counts.
+    """Returns the number of groups in which any token counts.
 
-    A short last batch may leave micro-batches without one; these are no part of a mean over groups.
+    A short last batch may leave micro-batches without such tokens; these are left out of means over groups.
 
     Args:
-        counts_LGE: Choices of all tokens of the groups, whatever ranks hold them.
+        counts_LGE: Choices of all tokens of the groups, summed over ranks.
     """
     return (counts_LGE.sum((0, 2)) > 0).sum()
 
 
 def balance_slope(counts_GE: Tensor, top_k: int) -> Tensor:
-    """``E f_e / n`` for each group of n tokens: times the summed probabilities it is the group's balancing loss.
+    """Returns ``E f_e / n`` for each group of n tokens; times the summed probabilities, this is the group's balancing loss.
 
         loss of a group = E * sum_e f_e * P_e
 
-    with ``f_e`` the choices of expert e and ``P_e`` its summed probability, each divided by n (Switch Transformer, arXiv
-    2101.03961, equation 4, for top-k). The balanced value is K. An empty group has no loss.
+    where ``f_e`` are the choices of expert e and ``P_e`` is its summed probability, each divided by n (Switch
+    Transformer, arXiv 2101.03961, equation 4, for top-k). The balanced value is K. An empty group has no loss.
 
     Args:
-        counts_GE: Of all tokens of the groups, whatever ranks hold them; float64.
-        top_k: K.
+        counts_GE: Choices of all tokens of the groups, summed over ranks; float64.
+        top_k: Number of experts per token, K.
     """
     tokens_G1 = (counts_GE.sum(-1, keepdim=True) / top_k).clamp(min=1)
     return counts_GE / tokens_G1.square() * counts_GE.shape[-1]

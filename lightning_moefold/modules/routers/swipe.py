@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strict balance: every expert serves as many tokens as any other (SWIPE, of BaGuaLu, PPoPP 2022, and FastMoE).
+"""Strict balance: all experts serve equally many tokens (SWIPE of BaGuaLu, PPoPP 2022, and FastMoE).
 
 Legend: T tokens of this rank, B rows, S positions, N = B * S, E experts, K experts per token.
 """
@@ -21,23 +21,24 @@ from lightning_moefold.modules.sequence import SequenceBatch
 class SwipeRouter(Router):
     """In training, deals the tokens of each row evenly to the experts.
 
-    The K experts of the tokens are found one after the other, and once each token of a row of L (padding left out) has k
-    of them, no expert has more than ``ceil(k * L / E)`` tokens of it:
+    The K experts of the tokens are found one after the other. Once each token of a row of L tokens (without padding)
+    has k experts, no expert has more than ``ceil(k * L / E)`` tokens of the row:
 
-    1. Each token that waits for its k-th expert asks the one of the highest score (with bias) that has room and that it
-       does not have, ties by number. An expert with more askers than room takes those of the highest score, ties by
-       position. The others ask again, until nobody can.
-    2. Who has all experts with room already (in the order of positions) makes room for itself. Of the tokens that do not
-       have the first expert with room, the one that scores it highest takes it, and gives up the one of its own that the
-       waiting token scores highest among those it does not have. There always is one: the giver has as many experts as
-       the waiting token will have, and one that has room is not among them.
+    1. Each token that waits for its k-th expert asks, of the experts that it does not have and that have room, the one
+       with the highest score (with bias), ties by number. An expert with more askers than room takes those with the
+       highest scores, ties by position. The others ask again, until no token can.
+    2. A waiting token that already has all experts with room swaps with another token; such tokens do so in the order
+       of positions. Take the first expert with room. Of the tokens that do not have it, the one with the highest score
+       for it (the giver) takes it. In exchange, the giver gives up one of its experts to the waiting token: among those
+       that the waiting token lacks, the one that the waiting token scores highest. There always is one, because the
+       giver has as many experts as the waiting token will have, and the expert with room is not among them.
 
-    Where tokens are compared, scores that differ by rounding alone are equal (:func:`~.capacity.comparable`). The weights are
-    the router's for the experts that a token came to. In evaluation all tokens go to their best experts; so
-    does padding in training, which takes nobody's room.
+    When tokens are compared, scores that differ only by rounding count as equal (:func:`~.capacity.comparable`). The
+    weights are the router's weights for the experts that a token got. In evaluation all tokens go to their best
+    experts. So does padding in training, which takes no room.
 
-    FastMoE balances ranks, not experts, in the order in which tokens arrive, and moves what is too much to the next rank
-    with room. That depends on the layout, and may send a token to one expert twice.
+    FastMoE balances ranks instead of experts, in the order in which tokens arrive, and moves the excess to the next
+    rank with room. Its result depends on the layout, and a token may get the same expert twice.
     """
 
     Options = SwipeOptions
@@ -54,14 +55,14 @@ class SwipeRouter(Router):
 
 
 def balanced(score_BSE: Tensor, real_BS: Tensor, k: int) -> Tensor:
-    """Which experts each token has, ``[B, S, E]``: k of them each token that counts, none the others.
+    """Returns which experts each token gets, ``[B, S, E]`` bool: k for each token that counts, none for others.
 
-    The host waits for the device once in each round of asking, of which there are at most E for each of the k.
+    The host waits for the device once in each round of asking. There are at most E rounds for each of the k experts.
 
     Args:
-        score_BSE: Finite.
+        score_BSE: Finite scores.
         real_BS: Which tokens count.
-        k: K.
+        k: Number of experts per token, K.
     """
     rows, _, experts = score_BSE.shape
     length_B1 = real_BS.sum(1, keepdim=True)
@@ -77,11 +78,11 @@ def balanced(score_BSE: Tensor, real_BS: Tensor, k: int) -> Tensor:
 
 
 def _ask(score_BSE: Tensor, has_BSE: Tensor, room_BE: Tensor, waiting_BS: Tensor) -> None:
-    """Rounds of asking; changes all but the scores."""
+    """Runs rounds of asking (step 1); changes all arguments except the scores."""
     rows, length, experts = score_BSE.shape
     row_BS = torch.arange(rows, device=score_BSE.device).unsqueeze(1).expand(rows, length)
     position_N = torch.arange(rows * length, device=score_BSE.device)
-    for _ in range(experts):  # in each, a row is done, or one more of its experts is full
+    for _ in range(experts):  # in each round, a row is done or another of its experts gets full
         open_BSE = ~has_BSE & (room_BE > 0).unsqueeze(1) & waiting_BS.unsqueeze(-1)
         asks_BS = open_BSE.any(-1)
         if not bool(asks_BS.any()):
@@ -97,7 +98,7 @@ def _ask(score_BSE: Tensor, has_BSE: Tensor, room_BE: Tensor, waiting_BS: Tensor
 
 
 def _make_room(score_SE: Tensor, has_SE: Tensor, room_E: Tensor, real_S: Tensor, position: int) -> None:
-    """Finds an expert for a token that has all those with room; changes what tokens have, and the room."""
+    """Finds an expert for a token that has all experts with room (step 2); changes ``has_SE`` and ``room_E``."""
     free = (room_E > 0).long().argmax()
     giver = comparable(score_SE[:, free]).masked_fill(~real_S | has_SE[:, free], float("-inf")).argmax()
     given_E = has_SE[giver] & ~has_SE[position]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Few choices cross the slow links between nodes (the topology-aware gate of FasterMoE, PPoPP 2022).
+"""A router that limits choices across the slow links between nodes (the topology-aware gate of FasterMoE, PPoPP 2022).
 
 Legend: T tokens of this rank, B rows, S positions, E experts, K experts per token, N nodes, R data ranks.
 """
@@ -19,20 +19,20 @@ from lightning_moefold.modules.sequence import SequenceBatch
 
 @register_router("topology_aware")
 class TopologyAwareRouter(Router):
-    """In training, lets a part of a row's choices be experts of other nodes, and replaces the rest by near ones.
+    """In training, limits how many of a row's choices are experts on other nodes, and replaces the rest by near experts.
 
-    Every row has a node, and every expert has one, by their numbers alone:
+    The numbers of rows and experts determine their nodes:
 
         node of row i    = floor((i mod R) * N / R)        R data ranks, N nodes
         node of expert e = floor(e * N / E)
 
-    Of the ``K * L`` best choices of a row (L tokens, padding left out) at most ``floor(far_fraction * K * L)`` may lie on
-    another node than the row's: those of the highest scores (with bias), ties by position, then by rank among the token's
-    choices; scores that differ by rounding alone are equal (:func:`~.capacity.comparable`). For each of the others a token
-    takes the best expert on its own node that it does not have. In evaluation all tokens go to their best experts; so
-    does padding in training, which uses up nothing.
+    Of the ``K * L`` best choices of a row (L tokens, without padding) at most ``floor(far_fraction * K * L)`` may be
+    experts on another node: those with the highest scores (with bias), ties by position, then by rank among the token's
+    choices. Scores that differ only by rounding count as equal (:func:`~.capacity.comparable`). Each other far choice
+    is replaced by the best expert on the row's node that the token does not have. In evaluation all tokens go to their
+    best experts. So does padding in training, which does not use up the limit.
 
-    FasterMoE has K = 2 and limits the first choice only; once over the limit, there all tokens choose anew.
+    FasterMoE has K = 2 and limits only the first choice; if the limit is exceeded, all tokens choose again.
     """
 
     Options = TopologyAwareOptions
@@ -54,7 +54,7 @@ class TopologyAwareRouter(Router):
         return best_experts(score_TE.masked_fill(~open_TE, float("-inf")), self.top_k)
 
     def _far(self, batch: SequenceBatch, device: torch.device) -> Tensor:
-        """Which experts lie on another node than each token, ``[T, E]``."""
+        """Returns which experts are on another node than each token, ``[T, E]`` bool."""
         nodes = self.options.nodes
         ranks = self.options.data_ranks or nodes
         row_T, _ = batch.token_places(device)
@@ -63,12 +63,12 @@ class TopologyAwareRouter(Router):
 
 
 def within_budget(score_BSK: Tensor, real_BS: Tensor, fraction: float) -> Tensor:
-    """Which choices may go far, ``[B, S, K]``: of each row, at most ``floor(fraction * K * L)``.
+    """Returns which choices may go to other nodes, ``[B, S, K]``: at most ``floor(fraction * K * L)`` in each row.
 
     Args:
-        score_BSK: By which they go first; -inf for those that do not ask.
-        real_BS: Which tokens count; the L of a row.
-        fraction: As in :class:`~.options.TopologyAwareOptions`.
+        score_BSK: Scores of the choices, which decide who goes; -inf for choices on the row's own node.
+        real_BS: Which tokens count; their number in a row is L.
+        fraction: ``far_fraction`` of :class:`~.options.TopologyAwareOptions`.
     """
     _, length, k = score_BSK.shape
     budget_B = (fraction * k * real_BS.sum(1).double()).floor().long()

@@ -154,7 +154,7 @@ class MemoryModel:
         q = ceil(model.num_attention_heads / tp) * model.head_dim
         kv = self.costs.local_kv_heads(tp) * model.head_dim
         norm = n * d * b  # the gathered output of the norm feeds q, k, v
-        heads = (2 + model.qk_norm) * q + (2 + model.qk_norm) * kv  # q, k, v and the output; with q/k norms also their inputs
+        heads = (2 + model.qk_norm) * q + (2 + model.qk_norm) * kv  # q, k, v, output; with norms their inputs too
         attention = t * d * b + norm + n * heads * b + n * ceil(model.num_attention_heads / tp) * 4
         f, shared = ceil(model.moe_intermediate_size / etp), ceil(model.shared_expert_intermediate_size / tp)
         sent = t * model.num_experts_per_tok
