@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``moefold`` command: one file a subcommand, and what a terminal shows."""
+"""The ``moefold`` command: one file per subcommand, and the terminal output."""

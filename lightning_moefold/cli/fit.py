@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moefold fit``, ``validate``, ``test`` and ``predict``: LightningCLI with our module and data as defaults."""
+"""``moefold fit``, ``validate``, ``test`` and ``predict``: LightningCLI with this package's module and data as defaults."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ try:
 except ImportError:  # Lightning's own file needs yaml
     LightningArgumentParser, LightningCLI = object, object  # type: ignore[assignment, misc]
 
-#: Defaults of a run; a configuration may replace each.
+#: Defaults of a run, which a configuration may replace.
 SEED = 1
 
 
 def run(subcommand: str, arguments: list[str]) -> int:
-    """Runs a subcommand and returns its exit status: 0, or 2 for an error of the user.
+    """Runs a subcommand and returns its exit status: 0, or 2 for a mistake in the user's input.
 
     Args:
         subcommand: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        arguments: What follows it on the command line.
+        arguments: Arguments after the subcommand on the command line.
     """
     quiet()
     try:
@@ -60,10 +60,10 @@ def _need_jsonargparse() -> None:
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong in one sentence, without the list of all arguments."""
+    """Argument parser that reports errors in one sentence, without the list of all arguments."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises the sentence.
+        """Raises an error with the sentence.
 
         Raises:
             InputError: Always.
@@ -72,7 +72,7 @@ class Parser(LightningArgumentParser):
 
 
 def launched() -> dict[str, int]:
-    """Ranks per node and nodes, where torchrun or SLURM has started the processes."""
+    """Returns the Trainer's ``devices`` and ``num_nodes`` if torchrun or SLURM has started the processes."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
@@ -83,7 +83,7 @@ def launched() -> dict[str, int]:
 
 
 def _short(path: str | Path) -> str:
-    """A path as it is shortest to type here."""
+    """Returns the shortest form of a path, relative or absolute."""
     parsed = parse_path(path)
     return parsed if isinstance(parsed, str) else os.path.relpath(parsed)
 
@@ -92,7 +92,7 @@ class MoEFoldCLI(LightningCLI):
     """LightningCLI whose Trainer has the strategy ``moefold``, and whose module and data may be replaced by class path.
 
     Args:
-        args: The subcommand and what follows it.
+        args: The subcommand and its arguments.
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -118,25 +118,25 @@ class MoEFoldCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Without Lightning's advice to leave the arguments to it: ``moefold`` has other subcommands beside."""
+        """Parses the arguments without Lightning's warning about ``args``, which does not apply to ``moefold``."""
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Our module and data, unless a configuration names others."""
+        """Adds this package's module and data as defaults."""
         for key, kind in (("model", FineTuneModule), ("data", TextData)):
             parser.set_defaults({key: {"class_path": f"{kind.__module__}.{kind.__qualname__}"}})
 
     def instantiate_classes(self) -> None:
-        """Makes module, data and Trainer; what their constructors say of wrong values reaches the user as it is."""
+        """Makes module, data and Trainer; errors of their constructors reach the user unchanged."""
         try:
             super().instantiate_classes()
         except ValueError as error:
-            if not str(error).startswith("Does not validate"):  # not jsonargparse's words
+            if not str(error).startswith("Does not validate"):  # not an error of jsonargparse
                 raise
             raise InputError(one_sentence(str(error))) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The Trainer, with a display of progress unless the configuration has one or wants none."""
+        """Makes the Trainer, with a progress display unless the configuration has one or turns it off."""
         given = self._get(self.config_init, "trainer", default={})
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
@@ -145,13 +145,14 @@ class MoEFoldCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_fit(self) -> None:
-        """Says where the checkpoints are."""
+        """Prints the paths of the checkpoints."""
         saved = [
             c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c._last_checkpoint_saved
         ]
         if not saved or not self.trainer.is_global_zero:
             return
-        # Private, as no public name tells which was written last where some are kept by their metric.
+        # A private attribute, because no public one says which checkpoint is the newest if some are kept by their
+        # metric.
         newest = max(saved, key=lambda c: c._last_global_step_saved)._last_checkpoint_saved
         measured = [c.best_model_path for c in saved if c.monitor and c.best_model_path]
         best = measured[0] if measured else newest
@@ -161,7 +162,7 @@ class MoEFoldCLI(LightningCLI):
         print(f"for transformers    moefold export --checkpoint {_short(best)} --output DIR")
 
     def after_predict(self) -> None:
-        """Says where the predictions are."""
+        """Prints the path of the predictions."""
         if written := getattr(self.model, "predicted", None):
             path, documents = written
             print(f"predictions  {_short(path)}  ({documents} document{'s' * (documents != 1)})")

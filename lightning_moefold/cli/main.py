@@ -19,8 +19,8 @@ class Command(NamedTuple):
     """A subcommand.
 
     Args:
-        help: One line.
-        module: Defines ``configure(parser)`` and ``run(arguments)``, which returns the exit status.
+        help: One line of help.
+        module: Module that defines ``configure(parser)`` and ``run(arguments)``, which returns the exit status.
     """
 
     help: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What jsonargparse says of a configuration, in one sentence."""
+"""Shortens jsonargparse's messages about a configuration to one sentence."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _UNKNOWN_OPTION = r"([\w.]+): Option '(\w+)' is not accepted$|unrecognized argum
 
 
 def one_sentence(message: str) -> str:
-    """The reason, and the name that is most like the unknown one in it."""
+    """Returns the reason of an error, with the known name that is most similar to an unknown one."""
     sentence = _reason(message)
     close = _closest(sentence)
     return f"{sentence}; did you mean {close}?" if close else sentence
 
 
 def _closest(sentence: str) -> str | None:
-    """What an unknown option, key or class should perhaps have been."""
+    """Returns the known option, key or class that is most similar to an unknown one in the sentence; or None."""
     if unknown := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", sentence):
         return _most_like(unknown[2], dir(importlib.import_module(unknown[1])))
     if unknown := re.fullmatch(r"Subcommand '\w+' does not accept option '(\w+)(?:\.(\w+))?.*'", sentence):
@@ -51,9 +51,9 @@ def _most_like(name: str, known: Iterable[str]) -> str | None:
 
 
 def _reason(message: str) -> str:
-    """The reason in a message of jsonargparse, which lists every type that a value is not, each over several lines."""
+    """Extracts the reason from a message of jsonargparse, which lists every possible type over several lines."""
     text = re.sub(r"\s+", " ", message.replace("typing.", "")).strip()
-    text = re.sub(r"- Not a valid subclass of .*?\(implicit class_path\) ?", "", text)  # what any class path may be
+    text = re.sub(r"- Not a valid subclass of .*?\(implicit class_path\) ?", "", text)  # applies to any class path
     text = re.sub(r"Problem with given class_path '[^']*': ", "", text)
     key = ""
     while True:
@@ -63,7 +63,7 @@ def _reason(message: str) -> str:
             break
         reasons, _, value = text.partition("Errors: ")[2].rpartition(" Given value: ")
         reasons = reasons.rpartition(" Given value type: ")[0]
-        # What is left when "Expected a <class 'str'>" and the like are taken away says more than they do.
+        # What remains without "Expected a <class 'str'>" and the like is more informative.
         special = re.sub(rf"^({_WRONG_TYPE} )*|( {_WRONG_TYPE})*$", "", reasons)
         if re.fullmatch(_WRONG_TYPE, special):
             text = f"{value} is not {_kinds(reasons)}"

@@ -68,7 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs ``moefold plan``; 0 if the best plan fits, 1 if nothing does."""
+    """Runs ``moefold plan``; returns 0 if the best plan fits, 1 if none does."""
     job = read_job(arguments)
     space = read_space(arguments, job)
     started = time.perf_counter()
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_job(arguments: argparse.Namespace) -> Job:
-    """The job that the arguments describe."""
+    """Returns the job that the arguments describe."""
     return Job(
         find_model(arguments.model),
         arguments.gpus,
@@ -110,7 +110,7 @@ def read_job(arguments: argparse.Namespace) -> Job:
 
 
 def read_space(arguments: argparse.Namespace, job: Job) -> Space:
-    """What the arguments leave free."""
+    """Returns the settings that the arguments leave free."""
     space = Space(dispatchers=job.dispatchers if arguments.dispatcher == "any" else (arguments.dispatcher,))
     if arguments.schedule:
         space = replace(space, schedules=tuple(arguments.schedule))
@@ -170,7 +170,7 @@ def _print_pool(result: Result, show: Callable[[Any], None]) -> None:
 
 
 def _printer() -> Callable[[Any], None]:
-    """A rich console on a terminal that has it, else plain print."""
+    """Returns the print function of a rich console if there is a terminal and rich is installed; plain print otherwise."""
     if sys.stdout.isatty():
         try:
             from rich.console import Console

@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs ``moefold plot``; 0 if there was anything to draw, else 1."""
+    """Runs ``moefold plot``; returns 0 if there was anything to draw, otherwise 1."""
     if arguments.run.is_file():
         for path in write_plots(read_plans(arguments.run), arguments.output or arguments.run.parent / "plots"):
             print(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person sees of a run: progress, and no advice that does not apply."""
+"""Terminal output of a run: shows progress, and silences advice that does not apply."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 
 
 def quiet() -> None:
-    """Silences what tells the reader of a training run nothing: tips, device lists, advice on data loading."""
+    """Silences messages that do not help the user: tips, device lists, advice on data loading."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
@@ -28,10 +28,10 @@ def quiet() -> None:
         ".*smaller than the logging interval",
         ".*Using `DistributedSampler` with the dataloaders",
         ".*sync_dist=True",  # the loss is that of all ranks already
-        ".*isinstance.treespec, LeafSpec",  # between Lightning and torch, as the next
+        ".*isinstance.treespec, LeafSpec",  # a matter between Lightning and torch, like the next one
         ".*nn.functional.all_gather is deprecated",
         "Checkpoint directory .* exists and is not empty",
-        "The dirpath has changed from",  # a resumed run writes into a folder of its own
+        "The dirpath has changed from",  # a resumed run writes into a new folder
         "predict returned None",  # losses of documents are written at the end
         ".*router_aux_loss_coef",  # aux_loss=False says so
     ):
@@ -40,7 +40,7 @@ def quiet() -> None:
 
 @contextmanager
 def peers_end_too(trainer: pl.Trainer) -> Iterator[None]:
-    """If this rank fails, the ranks that it started do not go on waiting for it."""
+    """Ends the ranks that this rank has started if this rank fails, so that they do not wait for it."""
     try:
         yield
     except BaseException:
@@ -51,27 +51,27 @@ def peers_end_too(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def progress_display() -> Callback:
-    """A bar in a terminal, lines elsewhere."""
+    """Returns a progress bar in a terminal, and progress lines otherwise."""
     return Bar() if sys.stdout.isatty() else ProgressLines()
 
 
 class Bar(TQDMProgressBar):
-    """Lightning's bar without the number of the log's version."""
+    """Lightning's progress bar without the version number of the log."""
 
     def get_metrics(self, *args: Any) -> dict[str, Any]:
-        """What is shown beside the bar."""
+        """Returns the metrics that are shown beside the bar."""
         return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
 
 
 class ProgressLines(ProgressBar):
-    """A line every few steps where there is no terminal to draw a bar in."""
+    """Progress as one line every few steps, for output that is not a terminal."""
 
     def __init__(self) -> None:
         super().__init__()
         self.enabled, self.shown = True, 0
 
     def disable(self) -> None:
-        """Lightning calls it on all ranks but the first."""
+        """Turns the display off; Lightning calls it on all ranks except the first."""
         self.enabled = False
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

@@ -40,7 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs ``moefold verify``: 0 only if the fold computes what one process does."""
+    """Runs ``moefold verify``; returns 0 only if the fold computes the same as one process."""
     strategy = {
         "num_microbatches": arguments.num_microbatches, "data_parallel_sharding": arguments.sharding,
         "recompute": arguments.recompute, "context_parallel_exchange": arguments.exchange,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said when a run fails: which rank, which stage, which collective."""
+"""Reports about a failed run: which rank failed, in which stage and which collective."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which collective an error comes from, read off its traceback: nothing is recorded while all is well."""
+"""Finds the collective in which an error was raised from its traceback, so nothing is recorded in a healthy run."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ _REDUCING = ("foreach_reduce", "post_backward", "finalize_backward")
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective, for a reader.
+    """A description of a collective, for a person.
 
     Args:
-        kind: Such as ``"all-to-all"``.
-        purpose: What it was for; may be empty.
-        axis: Name of the axis of the fold; empty if it is not known.
-        ranks: Of its group; empty if they are not known.
+        kind: Kind of collective, such as ``"all-to-all"``.
+        purpose: The function that called it; may be empty.
+        axis: Name of the fold's axis; empty if unknown.
+        ranks: Ranks of its group; empty if unknown.
     """
 
     kind: str
@@ -67,11 +67,11 @@ def _shorten(ranks: tuple[int, ...]) -> str:
 
 
 def find_collective(error: BaseException, mesh: FoldedMesh | None = None) -> Collective | None:
-    """The collective in which ``error`` was raised, or None where its traceback shows none.
+    """Finds the collective in which ``error`` was raised, or None if its traceback shows none.
 
     Args:
-        error: With its traceback.
-        mesh: To name the group.
+        error: The error, with its traceback.
+        mesh: The folded mesh, to name the group.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     for index, frame in enumerate(frames):
@@ -82,13 +82,13 @@ def find_collective(error: BaseException, mesh: FoldedMesh | None = None) -> Col
             return _fsdp(frames[index:], mesh)
         if module.startswith(_PIPELINING):
             return _of_axis("exchange", "pipeline stages", None if mesh is None else mesh.axis("pp"))
-        if module.startswith("lightning_moefold."):  # waits for something that was begun earlier
+        if module.startswith("lightning_moefold."):  # waits for a collective that was started earlier
             return _waiting(frames[index:], mesh)
     return None
 
 
 def _called(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective:
-    """A function of torch.distributed; ``frames`` begin with the innermost one of its module."""
+    """Describes a function of torch.distributed; ``frames`` begin with the innermost frame of its module."""
     outermost = 0
     for index, frame in enumerate(frames):
         if not frame.f_globals.get("__name__", "").startswith("torch.distributed.") or _is(frame, _FSDP, _PIPELINING):
@@ -146,7 +146,7 @@ def _of_group(kind: str, purpose: str, group: Any, mesh: FoldedMesh | None) -> C
     if dist.is_initialized():
         try:
             ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
-        except (KeyError, RuntimeError, ValueError):  # of a group that exists no longer
+        except (KeyError, RuntimeError, ValueError):  # the group no longer exists
             return Collective(kind, purpose)
     name = "world"
     if mesh is not None and ranks != mesh.world.ranks:
@@ -179,6 +179,6 @@ def _purpose(frames: list[FrameType]) -> str:
         elif _is(frame, "lightning_moefold."):
             name: str = getattr(
                 frame.f_code, "co_qualname", frame.f_code.co_name
-            )  # Python 3.10 has the short one alone
+            )  # Python 3.10 has only the short name
             return name.partition(".<locals>")[0]
     return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which ranks still run, and what those that failed have said; asked only once something has gone wrong.
+"""Finds out which ranks still run, and the errors of those that failed. Used only after a failure.
 
 Each rank keeps a listening socket and leaves its address in the store of the process group. While the process lives, its
 kernel completes every connection; when it is gone, however it ended, new connections are refused and old ones are reset.
@@ -39,14 +39,14 @@ _ANSWER_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a group after a failure.
+    """What is known about a group's ranks after a failure.
 
     Args:
         ended: Ranks whose process is gone.
-        silent: Ranks that cannot be reached at all, such as those of a machine that is down.
-        words: What ranks said before they ended.
-        waits: In what ranks waited that have lost contact as well, and do not know why.
-        store_lost: The store does not answer: the process that holds it has ended.
+        silent: Ranks that cannot be reached, for example because their machine is down.
+        words: Errors that ranks published before they ended, by rank.
+        waits: Collectives in which other ranks that have also lost contact waited, by rank.
+        store_lost: Whether the store does not answer, because the process that holds it has ended.
     """
 
     ended: tuple[int, ...] = ()
@@ -57,15 +57,15 @@ class Report:
 
     @property
     def explains(self) -> bool:
-        """Whether it says why contact was lost."""
+        """Whether the report explains why contact was lost."""
         return bool(self.ended or self.silent or self.words or self.store_lost)
 
 
 class RollCall:
-    """One rank's part in it: its socket, and its questions.
+    """One rank's socket, its published texts, and its probes of other ranks.
 
     Args:
-        store: Of the default process group.
+        store: Store of the default process group.
         rank: This rank.
     """
 
@@ -88,7 +88,7 @@ class RollCall:
             self.store.set(f"{_PREFIX}/{subject}/{self._rank}", "")
 
     def publish(self, text: str, subject: Literal["words", "waits"] = "words") -> None:
-        """Leaves last words, or in what this rank has waited; without effect where the store is gone."""
+        """Publishes last words, or the collective in which this rank waited; no effect if the store is gone."""
         if self._store_answers():
             with suppress(RuntimeError):
                 self.store.set(f"{_PREFIX}/{subject}/{self._rank}", text[:1000])
@@ -115,7 +115,7 @@ class RollCall:
                 time.sleep(0.1)
 
     def _store_answers(self) -> bool:
-        """Asked first, because torch logs a page for each request to a store that is gone."""
+        """Whether the store answers. Asked first, because torch logs a page per request to a store that is gone."""
         store = self.store
         while isinstance(store, dist.PrefixStore):
             store = store.underlying_store
@@ -177,7 +177,7 @@ def _state_of(connection: socket.socket) -> State:
 
 
 def _closer(listening: socket.socket) -> Callable[[], None]:
-    """Closes the socket if it still exists; hooks at forks stay for ever and must not keep it."""
+    """Returns a function that closes the socket if it still exists; fork hooks are permanent and must not keep it alive."""
     reference = weakref.ref(listening)
 
     def close() -> None:
@@ -188,7 +188,7 @@ def _closer(listening: socket.socket) -> Callable[[], None]:
 
 
 def _reachable_address() -> tuple[socket.AddressFamily, str]:
-    """The address of this machine as the others see it: that of the way to the master. Nothing is sent."""
+    """Returns this machine's address as seen by others: that of the route to the master. Nothing is sent."""
     try:
         master = os.environ.get("MASTER_ADDR", "localhost")
         family, kind, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]

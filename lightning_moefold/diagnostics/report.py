@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user reads when all ranks stop: one traceback, and one line from each other rank."""
+"""Error reports when all ranks stop: one traceback, and one line from each other rank."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from lightning_moefold.errors import CheckpointError, FoldError, PeerError, Unsu
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.parallel import PipelinePlan
 
-#: Errors whose message says everything and that every rank raises for the same reason.
+#: Errors with a complete message, which every rank raises for the same reason.
 _SENTENCES = (UnsupportedFeature, FoldError, CheckpointError)
-#: What gloo and NCCL say on ranks whose peer has ended or does not answer.
+#: Messages of gloo and NCCL on ranks whose peer has ended or does not answer.
 _LOST = re.compile(
     "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|remote process exited|"
     "Watchdog caught collective operation timeout"
 )
-#: The place in gloo's source, and its advice to look elsewhere.
+#: The source position in gloo's messages, and its advice to look elsewhere.
 _BEFORE_AND_AFTER = re.compile(r"^\[/\S*\] | This is typically caused by.*")
-#: What torch says of two ranks that call different things at the same time.
+#: Messages of torch about two ranks that call different collectives at the same time.
 _MISMATCHED = re.compile("Detected mismatch between collectives|op.preamble.length <= op.nbytes|invalid tensor size")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands.
+    """The place of a rank in the run.
 
     Args:
         mesh: The folded mesh.
-        plan: Which stages each pipeline rank holds.
-        roll: To ask after others.
+        plan: Pipeline plan, which says which stages each pipeline rank holds.
+        roll: Probes other ranks.
     """
 
     mesh: FoldedMesh
@@ -51,17 +51,17 @@ class Place:
     roll: RollCall | None = None
 
     def stage(self, rank: int) -> str:
-        """``stage 1``, or ``stages 0 and 3``."""
+        """Returns the stages of a rank as text: ``stage 1``, or ``stages 0 and 3``."""
         fold = self.mesh.fold
         stages = self.plan.local_stages(fold.pp, fold.coordinates(rank)["pp"]) if fold.pp > 1 else [0]
         return f"stage{'s' * (len(stages) > 1)} {' and '.join(map(str, stages))}"
 
 
 def lost_contact(error: BaseException, place: Place | None = None) -> str | None:
-    """A sentence for an error that says no more than that another rank is gone or does not answer; None for any other.
+    """Returns a sentence for an error that only says that another rank is gone or silent; None for other errors.
 
-    It names the line of the user's code that waited, without which a rank that hangs would be hard to find; and with
-    ``place`` the stage, the collective, and the rank that is gone.
+    The sentence names the line of the user's code that waited, which helps to find a hanging rank. With ``place`` it
+    also names the stage, the collective, and the rank that is gone.
     """
     inner = _unwrapped(error)
     text = str(inner)
@@ -84,7 +84,7 @@ def lost_contact(error: BaseException, place: Place | None = None) -> str | None
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """What failed in a pipeline stage; torch puts the stage's inputs around it."""
+    """Returns the error that failed in a pipeline stage; torch wraps it in one that lists the stage's inputs."""
     while error.__cause__ is not None and "failed to run" in str(error):
         error = error.__cause__
     return error
@@ -95,7 +95,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _missing(place: Place, collective: Collective | None) -> str:
-    """Who is gone, as far as it can be known, and why."""
+    """Says which ranks are gone and why, as far as this is known."""
     if place.roll is None:
         return "the rank that ended first says why."
     ranks = place.mesh.world.ranks if collective is None or not collective.ranks else collective.ranks
@@ -112,7 +112,7 @@ def _missing(place: Place, collective: Collective | None) -> str:
 
 
 def _tell(place: Place, report: Report) -> str:
-    """Those that have ended without a word, then what the others said."""
+    """Lists the ranks that ended without last words, and then the last words of others."""
     speakers = {rank for rank, _ in report.words}
     gone = [(rank, "has ended") for rank in report.ended] + [(rank, "cannot be reached") for rank in report.silent]
     told = [(rank, f"said: {text.rstrip('.')}") for rank, text in report.words]
@@ -121,7 +121,7 @@ def _tell(place: Place, report: Report) -> str:
 
 
 def _waited(error: BaseException) -> str:
-    """The innermost line that lies neither in Python's library or an installed package nor in ours."""
+    """Returns the innermost line of the user's code: not in Python's library, an installed package or this package."""
     libraries = (Path(__file__).parents[1], Path(sysconfig.get_path("stdlib")))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
@@ -131,15 +131,16 @@ def _waited(error: BaseException) -> str:
 
 
 def print_without_traceback(error: BaseException, rank: int, place: Place | None = None) -> None:
-    """Has ``error`` printed as one line if it ends this process, where its traceback tells nothing more.
+    """Prints ``error`` as one line if it ends this process and its traceback adds nothing.
 
-    That is on ranks that only quote the one that failed, on ranks other than 0 for what all refuse alike, and on ranks
-    that have lost contact with another. A rank that failed by itself keeps its traceback, and so do all other errors.
+    This applies to ranks that only quote another rank's error, to ranks other than 0 if all refuse the same thing, and
+    to ranks that lost contact with another. All other errors keep their traceback, including that of the rank that
+    failed.
 
     Args:
-        error: On its way out of the Trainer.
+        error: The error that leaves the Trainer.
         rank: This rank.
-        place: Where it stands, once that is known.
+        place: The rank's place in the run; None before set-up.
     """
     sentence = lost_contact(error, place)
     if sentence is None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens when in a run: settings, set-up, precision, checkpoints, signals, the end. The strategy delegates to it."""
+"""Parts of a run to which the strategy delegates: settings, set-up, precision, checkpoints, signals, the end."""

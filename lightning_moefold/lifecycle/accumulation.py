@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accumulated batches whose loss is divided by the labels of the whole optimizer step.
+"""Divides the loss of accumulated batches by the labels of the whole optimizer step.
 
-Lightning averages the losses of accumulated batches, so that a label in a batch with few of them weighs more than one in a
-batch with many. Weighed alike, a batch's share in the step is that of its labels, which is known once those of the batches
-to come are. So at the first batch of a step the others are read from the loader, counted, and held until Lightning asks for
-them. No gradient has to be rescaled: those of auxiliary losses, which are averaged over the batches, could not be told from
-the others any more.
+Lightning averages the losses of accumulated batches, so a label in a batch with few labels weighs more than one in a
+batch with many. If all labels weigh the same, a batch's share of the step is its share of the labels, which requires
+the labels of the later batches. So at the first batch of a step the others are read from the loader, counted, and held
+until Lightning requests them. The alternative, rescaling gradients at the end, is impossible: the gradients of
+auxiliary losses, which are averaged over batches, could no longer be separated from the others.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lightning_moefold.models.masks import shortest_window
 
 
 class StepAhead:
-    """Tells the language models of a module, batch by batch, the labels of their optimizer step.
+    """Gives the language models of a module, batch by batch, the label weights of their optimizer step.
 
     Args:
-        trainer: In a fit.
-        module: The module.
+        trainer: The Trainer, during a fit.
+        module: The LightningModule.
 
     Raises:
-        UnsupportedFeature: Where nothing has labels that could be counted ahead.
+        UnsupportedFeature: If there are no labels that could be counted in advance.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -55,7 +55,7 @@ class StepAhead:
             )
 
     def begin(self, batch: Any) -> None:
-        """Takes note of the batch that is to be trained on; at the first one of a step, looks ahead to the others."""
+        """Registers the next training batch; at the first batch of a step, reads and counts the others."""
         loop, divisor = self._trainer.fit_loop, self._trainer.accumulate_grad_batches
         self._step = None
         if divisor == 1:
@@ -66,7 +66,7 @@ class StepAhead:
                 "that takes the dataloader_iter does not let it do; take the batch instead, or leave the option out."
             )
         place = (loop.epoch_loop.batch_progress.current.ready - 1) % divisor
-        if place == 0 or not self._weights:  # it is empty, too, where a run is resumed in the middle of a step
+        if place == 0 or not self._weights:  # also empty if a run resumes in the middle of a step
             weights = [_weight(b, self._window) for b in (batch, *self._look_ahead(divisor - 1 - place))]
             weights = [w.to(weights[0].device) for w in weights]
             self._weights, self._total, self._count = deque(weights), torch.stack(weights).sum(), len(weights)
@@ -74,10 +74,10 @@ class StepAhead:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """A context for the ``training_step``, in which the models know.
+        """The context of ``training_step``, in which the models know the label weights.
 
         Raises:
-            UnsupportedFeature: If none of them was asked for a loss.
+            UnsupportedFeature: If no model was called with labels.
         """
         if self._step is None:
             yield
@@ -102,7 +102,7 @@ class StepAhead:
         return self._step
 
     def correct(self, checkpoint: dict[str, Any]) -> None:
-        """Puts into a checkpoint where the data stands without the batches that are held."""
+        """Replaces the data position in a checkpoint by the one before the held batches."""
         if self._held is not None and self._held.positions:
             loaders, data = self._held.positions[0]
             if loaders and "loops" in checkpoint:
@@ -111,31 +111,31 @@ class StepAhead:
                 checkpoint[self._trainer.datamodule.__class__.__qualname__] = data  # type: ignore[attr-defined]
 
     def _look_ahead(self, count: int) -> list[Any]:
-        """The next batches, as many as there are; Lightning gets them from here when it asks."""
+        """Reads up to ``count`` further batches, which Lightning later receives from here."""
         fetcher = self._trainer.fit_loop._data_fetcher
         assert fetcher is not None
         assert fetcher.iterator is not None
         if not isinstance(fetcher.iterator, _Held):
             fetcher.iterator = _Held(fetcher.iterator, self._position)
         self._held = fetcher.iterator
-        fetched = list(getattr(fetcher, "batches", ()))[:count]  # where the length is unknown, Lightning is one ahead
+        fetched = list(getattr(fetcher, "batches", ()))[:count]  # if the length is unknown, Lightning is one ahead
         return [item[0] for item in (*fetched, *self._held.hold(count - len(fetched)))]
 
     def _position(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Where the loaders and the data module stand."""
+        """Returns the position of the loaders and the data module."""
         loader, data = self._trainer.fit_loop._combined_loader, self._trainer.datamodule  # type: ignore[attr-defined]
         return ([] if loader is None else loader._state_dicts()), ({} if data is None else data.state_dict())
 
 
 class _Held:
-    """An iterator of batches some of which have been looked at already.
+    """An iterator over batches that can read ahead and hold batches.
 
     Args:
-        iterator: Gives the batches.
-        position: Where the data stands.
+        iterator: Iterator over the batches.
+        position: Function that returns the position of the data.
 
     Attributes:
-        positions: Where it stood before each batch that is held.
+        positions: Position of the data before each held batch.
     """
 
     def __init__(self, iterator: Iterator[Any], position: Any) -> None:
@@ -156,7 +156,7 @@ class _Held:
         return next(self._iterator)
 
     def hold(self, count: int) -> list[Any]:
-        """The next ``count`` batches, or fewer at the end, which remain to be given."""
+        """Returns the next ``count`` batches, or fewer at the end, and holds them for later iteration."""
         while len(self._batches) < count and not self._over:
             position = self._position()
             try:
@@ -169,11 +169,11 @@ class _Held:
 
 
 def _weight(batch: Any, window: int | None) -> Tensor:
-    """Weight of the labels in a batch; NaN, of which all ranks hear in the model's call, if it has none to count."""
+    """Returns the label weight of a batch; NaN if it cannot be counted, which all ranks learn in the model's call."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor) and labels.dim() == 2:
         try:
             return label_weight(batch, window)
-        except ValueError:  # of which the model's call says more, on all ranks
+        except ValueError:  # the model's call reports it on all ranks
             pass
     return torch.tensor(float("nan"), dtype=torch.float64)

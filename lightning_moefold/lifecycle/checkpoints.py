@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The half of the strategy that saves and loads: directories that all ranks write, or Lightning's files without a model."""
+"""The part of the strategy that saves and loads checkpoints: directories by all ranks, or Lightning's files."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from lightning_moefold.parallel.parameters import ParameterRegistry
 
 
 class SharedCheckpoints(ParallelStrategy):
-    """A strategy whose checkpoints are layout-free directories where models are stored in pieces.
+    """A strategy whose checkpoints are layout-free directories if a model is stored in pieces.
 
     A module without such a model is saved and loaded as under any strategy.
     """
 
     _registry: ParameterRegistry | None = None
     _mesh: FoldedMesh | None = None
-    #: What ``fold="auto"`` has chosen, as it is stored.
+    #: The choice of ``fold="auto"``, as it is stored in checkpoints.
     _choice: dict[str, Any] | None = None
-    #: Knows the batches of the optimizer step, where its loss is divided by their labels.
+    #: Counts the labels of the optimizer step, if its loss is divided by them.
     _step_ahead: StepAhead | None = None
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
-        self._registry = None  # of an earlier entry point, maybe of another module
+        self._registry = None  # belongs to an earlier entry point, perhaps of another module
         super().connect(model)
 
     @property
@@ -68,21 +68,21 @@ class SharedCheckpoints(ParallelStrategy):
 
     @property
     def _spreads(self) -> bool:
-        """Whether the module will be stored in pieces; known once it has configured its model."""
+        """Whether the module will be stored in pieces; known after ``configure_model``."""
         return bool(self._roots()) or (self._mesh is not None and self._mesh.fold.pp > 1)
 
     @abstractmethod
     def _convert(self) -> None:
-        """Brings the module into the dtype in which it will be stored."""
+        """Converts the module to the dtype in which it will be stored."""
 
     def _roots(self) -> list[ParallelRoot]:
         return [] if self.lightning_module is None else [root for _, root in parallel_roots(self.lightning_module)]
 
     def _check_places(self, trainer: pl.Trainer, world: Axis) -> None:
-        """Where checkpoints will go, tried before training. Collective.
+        """Tries the places of checkpoints before training. Collective.
 
         Raises:
-            CheckpointError: For a place that cannot be written or that not all ranks see.
+            CheckpointError: If a place cannot be written, or not all ranks see it.
         """
         stores.parse_path(trainer.default_root_dir)
         for callback in trainer.checkpoint_callbacks:
@@ -91,7 +91,7 @@ class SharedCheckpoints(ParallelStrategy):
                 stores.check_store(place, world)
 
     def _check_saveable(self, trainer: pl.Trainer) -> None:
-        """What checkpoints will hold, checked before training. Collective."""
+        """Checks the content of checkpoints before training. Collective."""
         if not self._sharded:
             return
         assert self._registry is not None
@@ -100,7 +100,7 @@ class SharedCheckpoints(ParallelStrategy):
             check_saveable(trainer, self.lightning_module)
 
     def _check_state(self, optimizer: Optimizer) -> None:
-        """What an optimizer's first step has shown of its state, where checkpoints will be saved. Collective."""
+        """Checks an optimizer's state after its first step, if checkpoints will be saved. Collective."""
         assert self._registry is not None
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -135,7 +135,7 @@ class SharedCheckpoints(ParallelStrategy):
                 raise CheckpointError(
                     f"{reason}; save after trainer.fit has started, or export the model with save_pretrained."
                 )
-            rank_zero_warn(f"{reason}.")  # by a callback that saves on exceptions, and must not hide this one
+            rank_zero_warn(f"{reason}.")  # a callback that saves on exceptions must not hide the exception
             return
         if self._step_ahead is not None:
             self._step_ahead.correct(checkpoint)
@@ -154,7 +154,7 @@ class SharedCheckpoints(ParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         given = self.broadcast(checkpoint_path)
-        path = given if str(given).startswith("http") else stores.parse_path(given)  # Lightning reads http by itself
+        path = given if str(given).startswith("http") else stores.parse_path(given)  # Lightning itself reads http
         if not self._sharded:
             if not str(path).startswith("http") and stores.is_file(stores.join(path, META)):
                 raise UnsupportedFeature(f"{path} was saved by a model with MoE layers; this module has none.")
@@ -178,7 +178,7 @@ class SharedCheckpoints(ParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if not self._sharded:
-            self._convert()  # a stored float64 would lose digits in a parameter that becomes one later
+            self._convert()  # before loading, or a stored float64 would be rounded
             super().load_model_state_dict(checkpoint, strict)
 
     @override

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All ranks have equally many batches, or all of them say at once who has not.
+"""Checks that all ranks have the same number of batches; if not, all of them report the difference at once.
 
-Ranks of a fold compute every batch together, so one that has none left would end the loop and leave the others waiting. Where
-all dataloaders draw rows of a dataset by number, their numbers of batches are compared once, before the first. Otherwise, in
-one small sum before each batch, every rank says that it has it, and whether it is its last, as Lightning knows. A rank whose
-data ends without that having been known takes part in the sum once more when it has left the loop, before validation, saving
-or teardown: it then meets the others in theirs, or all of them, if the data has ended everywhere.
+Ranks of a fold compute every batch together, so a rank whose data ends would leave the loop and the others waiting. If
+all dataloaders draw rows of a dataset by number, their numbers of batches are compared once, before the first batch.
+Otherwise there is one small sum before each batch, in which every rank says that it has a batch and whether Lightning
+knows it to be the last. A rank whose data ends unexpectedly takes part in one more sum after it has left the loop,
+before validation, saving or teardown. In this sum it meets the other ranks' next sum, or the other ranks that have also
+left the loop.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from lightning_moefold.mesh import FoldedMesh
 
 
 class UnevenBatches(BatchError):
-    """Ranks have been given different numbers of batches; all of them raise it together."""
+    """Ranks have different numbers of batches. All ranks raise this error together."""
 
 
 class _Said(NamedTuple):
-    """What a rank says before a batch.
+    """A rank's contribution to the sum before a batch.
 
     Args:
-        left: It has left the loop.
-        ends: This is its last batch.
-        steps: The optimizer steps with it.
-        loader: Number of the dataloader it comes from.
+        left: Whether the rank has left the loop.
+        ends: Whether this is the rank's last batch.
+        steps: Whether the optimizer steps with this batch.
+        loader: Number of the dataloader that the batch comes from.
     """
 
     left: bool = False
@@ -48,22 +49,22 @@ class _Said(NamedTuple):
 
 
 class EvenBatches(Callback):
-    """Watches over one entry point of a Trainer; comes before all other callbacks meanwhile.
+    """Checks one entry point of a Trainer; during it, this callback comes before all others.
 
     Args:
         trainer: The Trainer; it has this callback until :meth:`finish`.
-        mesh: Of the fold.
-        evaluation: Whether ranks need each other in evaluation, too.
+        mesh: The folded mesh.
+        evaluation: Whether ranks also need each other in evaluation.
     """
 
     def __init__(self, trainer: pl.Trainer, mesh: FoldedMesh, *, evaluation: bool) -> None:
         self._trainer, self._mesh, self._evaluation = trainer, mesh, evaluation
-        self._trains_on = self._evaluates_on = False  # so this rank has said last in the loop
-        self._asks_training = self._asks_evaluation = True  # whether ranks speak before each batch
+        self._trains_on = self._evaluates_on = False  # what this rank last said in the loop
+        self._asks_training = self._asks_evaluation = True  # whether there is a sum before each batch
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
 
     def finish(self) -> None:
-        """Goes."""
+        """Removes this callback from the Trainer."""
         self._trainer.callbacks.remove(self)  # type: ignore[attr-defined]
 
     # ---- before a loop -----------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ class EvenBatches(Callback):
             self._refuse_numbers(everyone)
 
     def begin_training(self) -> None:
-        """Raises on all ranks if they know of different numbers of batches. Collective."""
+        """Raises on all ranks if their known numbers of training batches differ. Collective."""
         self._trains_on = True
         trainer, steps = self._trainer, self._trainer.max_steps - self._trainer.global_step
         number = trainer.num_training_batches
@@ -89,10 +90,10 @@ class EvenBatches(Callback):
         self._trains_on = self._asks_training
 
     def begin_evaluation(self, numbers: Sequence[float]) -> None:
-        """Likewise.
+        """Raises on all ranks if their known numbers of evaluation batches differ. Collective.
 
         Args:
-            numbers: Of the batches of each dataloader.
+            numbers: Number of batches of each dataloader.
         """
         if not self._evaluation:
             return
@@ -113,45 +114,45 @@ class EvenBatches(Callback):
     # ---- batches -----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Before a batch is trained on. Collective where dataloaders may end at any batch."""
+        """Runs the check before a training batch. Collective if dataloaders may end at any batch."""
         if not self._asks_training:
             return
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         steps = trainer.lightning_module.automatic_optimization and not loop._should_accumulate()
-        # Then nobody asks for more, and there is no validation, which Lightning makes where an epoch ends.
+        # Then no rank reads further batches, and Lightning runs no validation at the end of the epoch.
         finishes = steps and 0 < trainer.max_steps <= trainer.global_step + 1 and not trainer.enable_validation
         self._trains_on = self._say(_Said(ends=loop._num_ready_batches_reached() and not finishes, steps=steps))
 
     def evaluate(self, loader: int) -> None:
-        """Before a batch is evaluated. Collective where dataloaders may end at any batch.
+        """Runs the check before an evaluation batch. Collective if dataloaders may end at any batch.
 
         Args:
-            loader: Number of the dataloader that it comes from.
+            loader: Number of the dataloader that the batch comes from.
         """
         if self._evaluation and self._asks_evaluation:
             loop = self._trainer._evaluation_loop
             self._evaluates_on = self._say(_Said(ends=loop.batch_progress.is_last_batch, loader=loader))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Another epoch, another end."""
+        """Resets the state at the start of an epoch."""
         self._trains_on = self._asks_training
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tells the others, if the data has ended before it was known to."""
+        """Informs the other ranks if this rank's data ended unexpectedly."""
         if self._trains_on and not trainer.fit_loop.epoch_loop.done:
             self._trains_on = self._say(_Said(left=True))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Likewise."""
+        """Informs the other ranks if this rank's validation data ended unexpectedly."""
         if self._evaluates_on:
             self._evaluates_on = self._say(_Said(left=True))
 
     on_test_epoch_end = on_validation_epoch_end
 
     def _say(self, said: _Said) -> bool:
-        """Whether this rank has more to say; raises if ranks say what does not go together."""
+        """Sums the contributions of all ranks and raises if they contradict each other; returns whether to continue."""
         numbers = [said.left, said.ends, said.steps, said.loader, said.loader**2]
-        votes = torch.tensor(numbers, dtype=torch.int64)  # on the host: the device need not be waited for
+        votes = torch.tensor(numbers, dtype=torch.int64)  # on the host, so that nothing waits for the device
         left, ends, steps, loader, square = comm.all_reduce_raw(votes, self._mesh.world).tolist()
         size = self._mesh.world.size
         if any(n not in (0, size) for n in (left, ends, steps)) or size * square != loader * loader:
@@ -201,14 +202,14 @@ class EvenBatches(Callback):
         return self._mesh.fold.coordinates(rank)["dp"]
 
     def _everyone(self, mine: Any) -> list[Any]:
-        """What all ranks say; before a loop, and where a run ends."""
+        """Gathers a value from all ranks; used before a loop and at the end of a run."""
         found: list[Any] = [None] * self._mesh.world.size
         dist.all_gather_object(found, mine, group=self._mesh.world.group)
         return found
 
 
 def _are_counted(loader: CombinedLoader | None) -> bool:
-    """Whether each dataloader gives as many batches as it says: it draws rows by number, with a sampler of PyTorch's."""
+    """Whether each dataloader's length is exact, because it draws rows by number with a sampler of PyTorch."""
     return loader is not None and all(map(_is_counted, loader.flattened))
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``MoEFoldStrategy(fold="auto")``: what the planner must know, read from the module, the data and the devices at hand.
+"""``MoEFoldStrategy(fold="auto")``: reads what the planner must know from the module, the data and the devices.
 
-One rank plans and the others hear of it, so that all have the same fold whatever they see.
+One rank plans and sends the result to the others, so that all have the same fold even if their data or devices differ.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from lightning_moefold.planner.search.models_zoo import find_model
 from lightning_moefold.planner.search.search import Space
 
 Answer = TypeVar("Answer")
-#: What a checkpoint holds of a choice.
+#: Key of the choice in checkpoints.
 RECORD = "moefold_auto"
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """What the strategy's arguments leave to no choice.
+    """The settings that the strategy's arguments fix.
 
     Args:
-        world_size: Ranks.
-        ranks_per_node: Ranks on a node.
-        precision: The Trainer's.
+        world_size: Number of ranks.
+        ranks_per_node: Number of ranks on a node.
+        precision: Precision of the Trainer.
         settings: Of the strategy; a plan or a recomputation other than the default one is given.
-        num_microbatches: None to choose them for a pipeline.
+        num_microbatches: Number of micro-batches; None to choose it for a pipeline.
     """
 
     world_size: int
@@ -99,10 +99,10 @@ def _with_dispatcher(config: DispatchConfig, name: str) -> DispatchConfig:
 
 
 def known_model(auto: AutoFold, module: pl.LightningModule) -> MoEConfig | None:
-    """The model to plan for, or None where ``configure_model`` has yet to make it.
+    """Returns the model to plan for, or None if ``configure_model`` has not made it yet.
 
     Raises:
-        PlanError: For a module whose blocks are in a network of its own.
+        PlanError: If the module's blocks are in a custom network.
     """
     if auto.model is not None:
         return find_model(auto.model)
@@ -113,12 +113,12 @@ def known_model(auto: AutoFold, module: pl.LightningModule) -> MoEConfig | None:
             f'fold="auto" plans language models, and {roots[0][0] or type(roots[0][1]).__name__} is in a network of your own; '
             "give the fold, or AutoFold(model=...) of a language model that is as large."
         )
-    # The largest, if there are several: a teacher is planned for with its student.
+    # The largest, if there are several: for a teacher and its student, the plan is for the teacher.
     return max((model.config for model in models), key=lambda config: config.num_parameters(), default=None)
 
 
 def earlier_root(module: pl.LightningModule) -> ParallelRoot | None:
-    """What an earlier Trainer has spread over the ranks of this one, which has to go on with that."""
+    """Returns a root that an earlier Trainer has parallelised, whose fold this Trainer must keep; or None."""
     spread = [root for _, root in parallel_roots(module) if root.mesh is not None and root.mesh.is_alive]
     return max(spread, key=lambda root: isinstance(root, MoECausalLM), default=None)
 
@@ -126,17 +126,17 @@ def earlier_root(module: pl.LightningModule) -> ParallelRoot | None:
 def choose_for(
     auto: AutoFold, fixed: Fixed, module: pl.LightningModule, device: torch.device, last_call: bool
 ) -> Choice | None:
-    """The choice for a Trainer that is about to run ``module``; None where the model has yet to be made.
+    """Makes the choice for a Trainer that is about to run ``module``; returns None if the model is not made yet.
 
     Args:
-        auto: What was said.
-        fixed: What is left to no choice.
+        auto: The user's description of the job.
+        fixed: The settings that are fixed.
         module: The LightningModule, attached to its Trainer.
-        device: Of this rank.
-        last_call: Whether the model has to be known by now.
+        device: This rank's device.
+        last_call: Whether the model must be known by now.
 
     Raises:
-        PlanError: If the model or the batch is not known, or nothing fits.
+        PlanError: If the model or the batch is unknown, or no plan fits.
     """
     model = known_model(auto, module)
     if model is None:
@@ -159,10 +159,10 @@ def choose_for(
 
 
 def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None:
-    """What is to be said where a resumed run is not laid out as the one that wrote the checkpoint; None for nothing.
+    """Describes how a resumed run's layout differs from that of the run that wrote the checkpoint; None if it does not.
 
     Args:
-        meta: Of the checkpoint.
+        meta: The ``meta`` of the checkpoint.
         choice: The record of this run's choice.
     """
     before = meta.get("fold")
@@ -181,13 +181,13 @@ def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None
 
 
 def machine(auto: AutoFold, ranks_per_node: int, device: torch.device, node_size: int | None = None) -> Hardware:
-    """The machine at hand, or the one that was named, with as many ranks on a node as share fast links.
+    """Returns the machine in use, or the one that the user named, with the number of ranks that share fast links.
 
     Args:
-        auto: What was said.
-        ranks_per_node: Ranks of a machine, which share its memory.
-        device: Of this rank.
-        node_size: Ranks that share fast links, where those are not the ranks of a machine.
+        auto: The user's description of the job.
+        ranks_per_node: Number of ranks on a machine, which share its memory.
+        device: This rank's device.
+        node_size: Number of ranks that share fast links, if it differs from ``ranks_per_node``.
     """
     near = node_size or ranks_per_node
     if auto.hardware is not None:
@@ -203,7 +203,7 @@ def _host_memory() -> float:
 
 
 def _batch(auto: AutoFold, trainer: pl.Trainer) -> tuple[int | None, int | None, int]:
-    """Rows of a batch on each data rank, or on all together; and tokens of a row."""
+    """Returns the rows of a batch on each data rank, or on all together, and the tokens of a row."""
     data, loader = getattr(trainer, "datamodule", None), _given_loader(trainer)
     rows, total, length = auto.batch_size, auto.global_batch_size, auto.sequence_length
     if rows is None and total is None:
@@ -224,7 +224,7 @@ def _batch(auto: AutoFold, trainer: pl.Trainer) -> tuple[int | None, int | None,
 
 
 def _given_loader(trainer: pl.Trainer) -> DataLoader[Any] | None:
-    """A ``DataLoader`` that was given to the entry point; what a hook makes may depend on the fold."""
+    """Returns the ``DataLoader`` given to the entry point; one made by a hook is not used, since it may need the fold."""
     loops: dict[TrainerFn | None, Any] = {
         TrainerFn.FITTING: trainer.fit_loop, TrainerFn.VALIDATING: trainer.validate_loop,
         TrainerFn.TESTING: trainer.test_loop, TrainerFn.PREDICTING: trainer.predict_loop,
@@ -235,7 +235,7 @@ def _given_loader(trainer: pl.Trainer) -> DataLoader[Any] | None:
 
 
 def _row_length(loader: DataLoader[Any]) -> int | None:
-    """Tokens of the first row of a data set of dictionaries or tensors."""
+    """Returns the tokens of the first row of a data set of dictionaries or tensors; None if unknown."""
     try:
         row = loader.dataset[0]
     except (TypeError, NotImplementedError):  # iterable data sets have no first row
@@ -246,20 +246,20 @@ def _row_length(loader: DataLoader[Any]) -> int | None:
 
 @rank_zero_only
 def announce(text: str) -> None:
-    """What a run should show even where Lightning's own remarks are silenced."""
+    """Prints a message that is shown even if Lightning's own messages are silenced."""
     print(text, flush=True)
 
 
 def agreed(answer: Callable[[], Answer], broadcast: Callable[[Any], Any], rank: int) -> Answer:
-    """``answer()`` of rank 0, on every rank; its ``ValueError`` is raised on every rank too. Collective.
+    """Returns ``answer()`` of rank 0 on every rank; its ``ValueError`` is raised on every rank too. Collective.
 
     Args:
-        answer: What rank 0 does.
-        broadcast: From rank 0 to all.
-        rank: This one.
+        answer: Function that rank 0 calls.
+        broadcast: Function that broadcasts from rank 0 to all ranks.
+        rank: This rank.
 
     Raises:
-        ValueError: What rank 0 met.
+        ValueError: The error that rank 0 raised.
     """
     told: tuple[Any, ValueError | None] = (None, None)
     if rank == 0:

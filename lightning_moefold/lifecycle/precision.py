@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The precision plugin: Lightning's own conversions, and what a fold adds around backward and clipping."""
+"""The precision plugin: Lightning's conversions, plus the fold's sums around backward and clipping."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _KINDS = {Precision, MixedPrecision, HalfPrecision, DoublePrecision}
 
 
 class MoEFoldPrecision(Precision):
-    """Wraps one of Lightning's plugins.
+    """Wraps one of Lightning's precision plugins.
 
-    ``bf16-mixed``: a :class:`~lightning_moefold.MoECausalLM` is cast by FSDP2, with autocast off inside it; autocast
+    In ``bf16-mixed``, FSDP2 casts a :class:`~lightning_moefold.MoECausalLM`, and autocast is off inside it; autocast
     covers the user's other modules.
 
     Args:
-        inner: The plugin Lightning chose for the Trainer's ``precision``.
+        inner: The plugin that Lightning chose for the Trainer's ``precision``.
 
     Raises:
-        ValueError: For a precision that cannot be exact here, naming what to use instead.
+        ValueError: If the precision cannot be exact under a fold; the message says what to use instead.
 
     Attributes:
-        grad_norm: Global norm at the latest clipping, before it, or None.
+        grad_norm: Global gradient norm before the latest clipping, or None.
     """
 
     def __init__(self, inner: Precision) -> None:
@@ -53,12 +53,12 @@ class MoEFoldPrecision(Precision):
 
     @property
     def grad_norm_by_family(self) -> Tensor | None:
-        """Norms of the dense and of the expert family at the latest clipping, before it, ``[2]``; or None."""
+        """Gradient norms of the dense and the expert family before the latest clipping, ``[2]``; or None."""
         return None if self.gradient_norm is None else self.gradient_norm.by_family
 
     @property
     def mixed_dtype(self) -> torch.dtype | None:
-        """The dtype in which FSDP2 computes, where it is not the dtype of storage."""
+        """The dtype in which FSDP2 computes, if it differs from the dtype of storage."""
         return torch.bfloat16 if self.precision == "bf16-mixed" else None
 
     # ---- Lightning's own conversions ---------------------------------------------------------------------------
@@ -93,8 +93,8 @@ class MoEFoldPrecision(Precision):
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any
     ) -> None:
-        # The loss is this data rank's; its gradient is averaged over data ranks, as everywhere in Lightning. Reductions
-        # are plain sums, so the average is made here.
+        # The loss is that of this data rank, and its gradient is averaged over data ranks, as in plain Lightning.
+        # Reductions are plain sums, so the factor of the average is applied here.
         with self.gradient_sum.around_backward():
             super().backward(tensor * self.loss_scale, model, optimizer, *args, **kwargs)
 
@@ -114,5 +114,5 @@ class MoEFoldPrecision(Precision):
         self.inner.teardown()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what the strategy's set-up has put there, which refers to groups of processes."""
+        """Leaves out what the strategy's set-up has added, which refers to process groups."""
         return {**vars(self), "gradient_sum": GradientSum(()), "gradient_norm": None, "grad_norm": None}

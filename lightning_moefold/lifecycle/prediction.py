@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prediction, in which data ranks have different numbers of batches, and some may have none."""
+"""Prediction with different numbers of batches on the data ranks, or none on some."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ from lightning_moefold.parallel.network.runner import network_runners
 
 
 class Predicting(Callback):
-    """Lets ranks call the models (and blocks) a different number of times while the Trainer predicts.
+    """Lets ranks call models and blocks a different number of times while the Trainer predicts.
 
-    It comes before all other callbacks for the time of ``Trainer.predict``: the calls are unequal from
-    ``on_predict_start`` on, and no more when other callbacks reach ``on_predict_epoch_end``, where they may do
-    collectives of their own. Lightning passes over all hooks on a rank without any batch; that rank joins in
-    :meth:`finish`.
+    During ``Trainer.predict`` it comes before all other callbacks. Calls may be unequal from ``on_predict_start`` on.
+    They are equal again when other callbacks reach ``on_predict_epoch_end``, where those may call collectives.
+    Lightning skips all hooks on a rank without any batch; that rank joins in :meth:`finish`.
 
     Args:
         trainer: The Trainer; it has this callback until :meth:`finish`.
-        module: The module that predicts, with its models parallelised.
+        module: The LightningModule that predicts; its models must be parallelised.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._trainer = trainer
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
-        # A network whose ranks communicate around its blocks is called equally often by all of them.
+        # All ranks call a network equally often if its ranks communicate around its blocks.
         networks = [r.network for _, r in network_runners(module) if r.fold.cp * r.fold.pp > 1]
         inside = {id(block) for network in networks for block in network.blocks()}
         self._models = [root for _, root in parallel_roots(module) if id(root) not in inside]
@@ -43,7 +42,7 @@ class Predicting(Callback):
         self._lenient.enter_context(_ranks_may_be_empty(module))
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on, ranks may be out of step."""
+        """Opens the context in which ranks may be out of step."""
         self._enter()
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -51,11 +50,11 @@ class Predicting(Callback):
         self._leave(None)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Tells the other ranks."""
+        """Informs the other ranks of the error."""
         self._leave(exception)
 
     def finish(self) -> None:
-        """Goes, after taking part in the other ranks' calls if Lightning found nothing to do on this one."""
+        """Removes this callback; a rank without any batch first takes part in the calls of the others."""
         self._trainer.callbacks.remove(self)  # type: ignore[attr-defined]
         if not self._over:
             self._enter()
@@ -74,9 +73,9 @@ class Predicting(Callback):
 
 
 class _OwnRows(UnrepeatedDistributedSamplerWrapper):
-    """Lightning's sampler for prediction, which may have no row for this rank.
+    """Lightning's sampler for prediction, which may be empty on this rank.
 
-    Lightning's asserts that there is one, as the last thing in its making, on the ranks without a row only.
+    Lightning's constructor ends with an assertion that this rank has a row, which fails only on ranks without one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

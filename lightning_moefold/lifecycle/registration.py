@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``Trainer(strategy="moefold")``: the name is registered as soon as Lightning is imported, before this package or after it."""
+"""Registers the name ``moefold`` for ``Trainer(strategy=...)``, whichever of Lightning and this package is imported first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HOME = "lightning.pytorch.strategies"
 
 
 def make_strategy(**arguments: Any) -> MoEFoldStrategy:
-    """Makes the strategy, whose modules are imported only now."""
+    """Makes the strategy; its modules are imported only here."""
     from lightning_moefold.strategy import MoEFoldStrategy
 
     return MoEFoldStrategy(**arguments)
@@ -39,7 +39,7 @@ def _enter(strategies: ModuleType) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Sees Lightning's strategies being imported, and adds ours once they are there."""
+    """Import hook that adds this package's strategy when Lightning's strategies are imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGTERM ends a run at the end of a batch, on whatever rank it arrives.
 
-Lightning's own handler broadcasts over all ranks from inside the signal, in the middle of whatever collective the rank was
-in; under a fold the two meet and nobody goes on. Here the handler only takes note, and passes the signal to the processes
-that this one has launched. Lightning stops at the end of the batch where it finds the note; ranks that never heard of it
-lose contact and end with a line each.
+Lightning's own handler broadcasts over all ranks from inside the signal handler, possibly in the middle of another
+collective; under a fold the two meet and all ranks hang. Here the handler only sets a flag, and passes the signal to
+the processes that this one has launched. Lightning checks the flag and stops at the end of the batch. Ranks that did
+not receive the signal lose contact and end with one line each.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import lightning.pytorch as pl
 
 
 def stop_quietly(trainer: pl.Trainer) -> None:
-    """Puts our part in place of Lightning's in the handler of SIGTERM; handlers of the user's own stay.
+    """Replaces Lightning's part in the handler of SIGTERM; the user's own handlers stay.
 
     Args:
-        trainer: With its signal handlers registered. They are taken away with the others when it ends.
+        trainer: The Trainer, with its signal handlers registered. It removes this one with them at its end.
     """
     connector = trainer._signal_connector
     handlers: list[Any] | None = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", None)
-    if handlers is None:  # not in the main thread, or a Lightning that has none
+    if handlers is None:  # not in the main thread, or no such handlers in this Lightning
         return
 
     def take_note(signum: int, _: Any) -> None:

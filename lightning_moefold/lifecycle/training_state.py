@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between Lightning's checkpoint dictionary and the layout-free files: models and optimizers under global names.
+"""Converts between Lightning's checkpoint dictionary and layout-free files with models and optimizers under global names.
 
     model.<parameter or buffer>              optimizer.<i>.<parameter>.<state>
 
@@ -47,7 +47,7 @@ PLACEMENTS = "moefold_expert_placements"
 
 
 def optimizer_state(optimizer: Optimizer | LightningOptimizer, registry: ParameterRegistry) -> dict[str, Any]:
-    """State by parameter name: ``{"state": {name: {key: value}}, "param_groups": [...]}``.
+    """Returns the state by parameter name: ``{"state": {name: {key: value}}, "param_groups": [...]}``.
 
     Raises:
         CheckpointError: If the optimizer holds a parameter that the module does not have.
@@ -59,7 +59,7 @@ def optimizer_state(optimizer: Optimizer | LightningOptimizer, registry: Paramet
 
 
 def _groups(optimizer: Optimizer, names: dict[int, str]) -> list[dict[str, Any]]:
-    """Parameter groups with names in place of parameters."""
+    """Returns the parameter groups with names instead of parameters."""
     return [
         {k: v for k, v in group.items() if k != "params"}
         | {"params": [names[id(p)] for p in group["params"] if id(p) in names]}
@@ -76,7 +76,7 @@ def _names(optimizer: Optimizer, registry: ParameterRegistry) -> dict[int, str]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not parameter.numel() and id(parameter) not in registry.names:
-                continue  # of a pipeline stage where all is frozen
+                continue  # a pipeline stage where everything is frozen
             if id(parameter) not in registry.names:
                 raise CheckpointError(
                     "the optimizer holds a parameter that is not in the module; register it as a parameter."
@@ -89,8 +89,8 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
     """Writes Lightning's ``checkpoint``. Collective.
 
     Args:
-        path: Directory to make.
-        checkpoint: As Lightning dumps it; ``state_dict`` and ``optimizer_states`` are taken out of it.
+        path: Directory to create.
+        checkpoint: Lightning's checkpoint dictionary; ``state_dict`` and ``optimizer_states`` are removed from it.
         registry: Of the module.
     """
     tensors: dict[str, Tensor] = {}
@@ -102,7 +102,7 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
             continue
         if isinstance(value, Tensor):
             tensors[f"model.{name}"] = _describe(value, name, registry)
-        else:  # of nn.Module.get_extra_state
+        else:  # values of nn.Module.get_extra_state
             extra[name] = value
     groups = []
     for index, state in enumerate(checkpoint.pop("optimizer_states", [])):
@@ -114,7 +114,7 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
     meta = {**checkpoint, "fold": str(registry.mesh.fold), "optimizer_groups": groups, "extra_state": extra}
     meta[MODELS], meta[PLACEMENTS] = models, _placements_of_all_stages(registry)
     if registry.mesh.stage.index > 0:
-        # What every rank has is written by one and the same of them: running statistics are rank 0's, as under DDP.
+        # Rank 0 writes what every rank has: running statistics are those of rank 0, as under DDP.
         tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorPiece)}
     save_sharded(path, tensors, meta, registry.mesh.world)
 
@@ -161,7 +161,7 @@ def _restore_placements(
 
 
 def _groups_of_all_stages(groups: list[dict[str, Any]], pp: Axis) -> list[dict[str, Any]]:
-    """Every pipeline stage's parameters in one list for each group. Collective over ``pp``."""
+    """Merges the parameter lists of all pipeline stages, group by group. Collective over ``pp``."""
     if pp.size == 1:
         return groups
     parts: list[Any] = [None] * pp.size
@@ -176,7 +176,7 @@ def _groups_of_all_stages(groups: list[dict[str, Any]], pp: Axis) -> list[dict[s
 
 
 def _plain(value: Any) -> Any:
-    """Hyper-parameters as numbers, since a learning rate may be a tensor."""
+    """Converts hyperparameters to numbers, since a learning rate may be a tensor."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value.cpu()
     if isinstance(value, dict):
@@ -203,14 +203,14 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
 
 
 def check_saveable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Checks before training what is known by then of the checkpoints that ModelCheckpoint will save.
+    """Checks before training those parts of ModelCheckpoint's checkpoints that are known by then.
 
     Args:
-        trainer: With its callbacks, and the optimizers and schedulers of this fit.
+        trainer: The Trainer, with its callbacks, and the optimizers and schedulers of this fit.
         module: The LightningModule.
 
     Raises:
-        CheckpointError: Naming a hyperparameter or a state that could not be read back.
+        CheckpointError: If a hyperparameter or a state could not be read back; the message names it.
     """
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -244,7 +244,7 @@ def check_state(optimizer: Optimizer | LightningOptimizer, registry: ParameterRe
     """Checks after an optimizer's first step that its state can be stored.
 
     Raises:
-        CheckpointError: For state that does not go with pieces of parameters.
+        CheckpointError: If state cannot be cut like its parameter.
     """
     for name, values in optimizer_state(optimizer, registry)["state"].items():
         for value in values.values():
@@ -265,11 +265,11 @@ def load_training_state(
     """Fills the module and the optimizers from a checkpoint saved under any fold. Collective.
 
     Args:
-        path: The checkpoint.
-        meta: What :func:`~.checkpoint.sharded.load_meta` gave; loses its optimizer groups.
+        path: Folder with the tensors of the checkpoint.
+        meta: Result of :func:`~.checkpoint.sharded.load_meta`; its optimizer groups are removed.
         registry: Of the module.
         module: The LightningModule.
-        optimizers: To be filled; none when only weights are wanted.
+        optimizers: Optimizers to fill; empty to load weights only.
 
     Raises:
         CheckpointError: If the checkpoint does not fit the module or the optimizers.
@@ -317,7 +317,7 @@ def _prepare_optimizer(
     registry: ParameterRegistry,
     tensors: dict[str, Tensor],
 ) -> tuple[Optimizer, dict[nn.Parameter, dict[str, Tensor]]]:
-    """Makes empty state of the stored shapes, and asks for it to be read."""
+    """Creates empty state of the stored shapes, and adds it to the tensors to read."""
     names = _names(optimizer, registry)
     mine = [set(g["params"]) for g in _groups(optimizer, names)]
     if [set(g["params"]) - registry.elsewhere for g in groups] != mine:
@@ -328,7 +328,7 @@ def _prepare_optimizer(
         group.update({k: v for k, v in saved.items() if k != "params"})
     by_name = {names[id(p)]: p for g in optimizer.param_groups for p in g["params"] if id(p) in names}
     prefix = f"optimizer.{index}."
-    # As torch.optim does it: step counters stay on the CPU unless a kernel on the device reads them.
+    # As in torch.optim, step counters stay on the CPU unless a kernel on the device reads them.
     on_device = {id(p) for g in optimizer.param_groups if g.get("fused") or g.get("capturable") for p in g["params"]}
     values: dict[nn.Parameter, dict[str, Tensor]] = {}
     for full, item in stored.items():

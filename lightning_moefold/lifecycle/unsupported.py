@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot work under a fold, each refused in one sentence that says what to do."""
+"""Refuses features that cannot work under a fold, each in one sentence that says what to do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.parallel.network.protocol import LayeredNetwork, layered_networks
 
-#: What takes the module's parameters for whole tensors, which they are on one rank (but for ``bf16-mixed``, see below).
+#: Callbacks that need whole parameters, which exist on one rank only (except in ``bf16-mixed``, see below).
 _WHOLE = {
     StochasticWeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
     WeightAveraging: "it copies the module, whose weights are spread over ranks; average exported checkpoints instead",
@@ -38,14 +38,14 @@ _WHOLE = {
     "requires_grad_, in configure_model or in a hook",
     ModelPruning: "it replaces parameters, whose pieces the ranks know by name; prune an exported checkpoint instead",
 }
-#: What one rank can do alone, and several cannot.
+#: Callbacks that work on one rank but not on several.
 _ALONE = {
     OnExceptionCheckpoint: "a save needs every rank, and only the failing one would call it; use ModelCheckpoint",
     LearningRateFinder: "it saves and restores the model behind the strategy's back; tune on a small model in one process",
     BatchSizeFinder: "it saves and restores the model behind the strategy's back; set the batch size by hand",
 }
 
-#: Optimizers by the names of their classes, wherever they come from. What is not here is watched in its first step.
+#: Optimizers by the names of their classes, from any package. All others are watched in their first step.
 _OPTIMIZERS = {
     ("LBFGS", "Adafactor", "*Muon*", "*Shampoo*", "SOAP", "*[Ll]amb", "*LAMB", "LARS", "Lars", "*Ga[Ll]ore*", "Apollo*", "APOLLO*"):
         "computes with whole parameters, of which a rank holds pieces; use AdamW or SGD",
@@ -58,11 +58,11 @@ _OPTIMIZERS = {
 
 
 def check_blocks(module: nn.Module, fold: Fold) -> None:
-    """Context and pipeline parallelism need to know where rows and layers are, which only a language model does.
+    """Refuses blocks that context or pipeline parallelism cannot cut, because rows and layers of their network are unknown.
 
     Raises:
-        UnsupportedFeature: For blocks in networks of the user's own, for a pipeline without a model, and for parameters
-            that a block shares.
+        UnsupportedFeature: If a block is in a custom network that does not name its layers, a pipeline has no model, or
+            a block shares a parameter.
     """
     roots, networks = parallel_roots(module), layered_networks(module)
     try:
@@ -89,10 +89,10 @@ def check_blocks(module: nn.Module, fold: Fold) -> None:
 
 
 def check_compilation(module: nn.Module) -> None:
-    """Decoder layers are what ``compile=True`` compiles.
+    """Refuses ``compile=True`` if there is no decoder layer to compile.
 
     Raises:
-        UnsupportedFeature: For a module without any.
+        UnsupportedFeature: If the module has no decoder layer.
     """
     if not any(isinstance(part, DecoderLayer) for part in module.modules()):
         raise UnsupportedFeature(
@@ -102,7 +102,7 @@ def check_compilation(module: nn.Module) -> None:
 
 
 def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
-    """What micro-batches and cut rows would change in a network of the user's own."""
+    """Refuses layers of a custom network whose results micro-batches or cut rows would change."""
     cut = network.module.modules() if fold.pp > 1 else network.container.modules() if fold.cp > 1 else ()
     for part in cut:
         if isinstance(part, _BatchNorm) and part.track_running_stats:
@@ -128,14 +128,14 @@ def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
 
 
 def check_microbatches(number: int, world: Axis) -> None:
-    """All ranks cut batches alike, or their statistics of routing would not be of the same tokens. Collective.
+    """Checks that all ranks cut batches alike; otherwise routing statistics would cover different tokens. Collective.
 
     Args:
-        number: Micro-batches of a batch, as this rank was told.
+        number: Number of micro-batches given on this rank.
         world: All ranks.
 
     Raises:
-        UnsupportedFeature: On all ranks.
+        UnsupportedFeature: If the numbers differ; raised on all ranks.
     """
     everyone: list[int] = [number] * world.size
     if world.size > 1:
@@ -146,9 +146,9 @@ def check_microbatches(number: int, world: Axis) -> None:
 
 
 def _check_sharing(module: nn.Module) -> None:
-    """Cutting a parameter replaces it in one place, and whatever else held it would go on with the old one."""
-    holders: dict[int, tuple[str, nn.Module]] = {}  # of parameters, whichever names a module has
-    roots: dict[int, str] = {}  # of the modules in blocks
+    """Refuses shared parameters: cutting replaces a parameter in one place, and other holders would keep the old one."""
+    holders: dict[int, tuple[str, nn.Module]] = {}  # holders of each parameter, under any name of a module
+    roots: dict[int, str] = {}  # root of each module in a block
     for name, root in parallel_roots(module):
         for part_name, part in root.named_modules(prefix=name):
             for parameter in part.parameters(recurse=False):
@@ -170,7 +170,7 @@ def _shared(first: str, second: str) -> str:
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -> None:
-    """Checks what is known before anything is built.
+    """Checks the Trainer's features before anything is built.
 
     Args:
         trainer: The Trainer, with its callbacks and plugins.
@@ -178,11 +178,11 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
         fold: The fold.
 
     Raises:
-        UnsupportedFeature: Naming the feature and the way out.
+        UnsupportedFeature: If a feature cannot work; the message names it and says what to do.
     """
     spread = bool(parallel_roots(module)) or fold.pp > 1
     shared = spread and fold.world_size > 1
-    # FSDP2 does the casts of mixed precision, and wraps what is in the model, also on one rank.
+    # In mixed precision FSDP2 casts, and so wraps the model, also on one rank.
     wrapped = spread and trainer.precision == "bf16-mixed"
     kinds = (_WHOLE if shared or wrapped else {}) | (_ALONE if shared else {})
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -228,17 +228,17 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
 
 
 def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
-    """Checks what ``configure_optimizers`` returned.
+    """Checks the optimizers that ``configure_optimizers`` returned.
 
     Args:
         trainer: The Trainer.
         sharded: Whether parameters are stored in pieces; otherwise every rank has them whole, as under DDP.
 
     Raises:
-        UnsupportedFeature: For optimizers that need whole parameters.
+        UnsupportedFeature: If an optimizer needs whole parameters.
     """
     for optimizer in trainer.optimizers if sharded else ():
-        inner = getattr(optimizer, "inner", optimizer)  # of MasterWeights
+        inner = getattr(optimizer, "inner", optimizer)  # the optimizer inside MasterWeights
         names = [kind.__name__ for kind in type(inner).__mro__]
         for patterns, reason in _OPTIMIZERS.items():
             if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):
