@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks agree on, before one of them goes on or raises alone and the others wait for it forever.
+"""Agreement of ranks on errors and batches, so that no rank raises alone while the others wait for it forever.
 
-An error on one rank is raised on all. Ranks of one data replica must be given the same batch, which costs no collective of its
-own: each rank puts a small number for its data and the square of it into the slots of its data rank, in a sum over all ranks. The
-numbers of a replica are equal exactly if the number of its ranks times the sum of squares is the square of the sum.
+An error on one rank is raised on all. Ranks of one data replica must receive the same batch; otherwise stages of a
+pipeline would wait for each other forever. The check needs no collective of its own: each rank computes a small number
+from its data, and adds this number and its square to the two slots of its data rank in a sum over all ranks. The
+numbers of a replica are equal exactly if the number of its ranks times the sum of squares equals the square of the sum.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def same_batch_slots(number: Tensor, mesh: FoldedMesh) -> Tensor:
 
 
 def check_readable(unreadable: bool, error: Exception | None) -> None:
-    """Raises where the batch of some rank cannot be read: its own error there, and on the others that there is one.
+    """Raises if the batch of any rank cannot be read: that rank raises its own error, the others say that there is one.
 
     Args:
-        unreadable: Whether any rank's cannot.
-        error: Why this rank's cannot, or None.
+        unreadable: Whether the batch of any rank cannot be read.
+        error: The error of reading this rank's batch, or None.
 
     Raises:
-        BatchError: On ranks without an error.
+        BatchError: Raised on ranks without an error of their own.
     """
     if error is not None:
         raise error
@@ -62,8 +63,8 @@ def check_same_batch(totals: Tensor, ranks: int) -> None:
     """Raises if ranks of a replica were given different batches.
 
     Args:
-        totals: :func:`same_batch_slots`, summed over ranks.
-        ranks: Of them, those of one replica.
+        totals: The results of :func:`same_batch_slots`, summed over ranks.
+        ranks: Number of ranks of one replica.
 
     Raises:
         BatchError: If they were; raised on every rank.
@@ -81,8 +82,8 @@ def agree_on_error(error: Exception | None, axis: Axis) -> None:
     """Raises on every rank of ``axis`` if any of them has an error, so that no peer waits for one that is gone.
 
     Args:
-        error: This rank's error, or None. Collective: every rank calls this.
-        axis: Usually the world.
+        error: This rank's error, or None. Every rank of the axis must call this function, since it is collective.
+        axis: The ranks that agree, usually the world.
 
     Raises:
         Exception: This rank's own error; on ranks without one, a PeerError that quotes the first failing rank's.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dataloader draws at random: the same on all ranks of a data replica."""
+"""Seeds dataloader workers, so that all ranks of a data replica draw the same random numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 def seed_workers(dataloader: object, dp_rank: int) -> None:
-    """Has workers draw by data rank, where Lightning would have them draw by global rank.
+    """Seeds workers by data rank, where Lightning would seed them by global rank.
 
-    Lightning sets its function right after the strategy has seen the loader, and only where there is none. A loader that has
-    been through a Trainer before holds Lightning's function.
+    Lightning sets its own function after the strategy has processed the loader, but only if there is none. A loader
+    from an earlier Trainer holds Lightning's function.
 
     Args:
-        dataloader: Of the user's, of any kind.
-        dp_rank: Of this rank.
+        dataloader: The user's dataloader, of any kind.
+        dp_rank: Data rank of this rank.
     """
     if not isinstance(dataloader, DataLoader):
         return

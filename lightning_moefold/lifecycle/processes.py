@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process group of a run: joined or made once, and let go of while the interpreter still runs."""
+"""The process group of a run: created or reused, and destroyed before the interpreter ends."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lightning_moefold.mesh import forget_groups, set_timeout
 def connect_processes(
     environment: ClusterEnvironment, device: torch.device, backend: str | None, timeout: timedelta | None
 ) -> None:
-    """Makes the default process group, or goes on with the one that exists. Collective.
+    """Creates the default process group, or uses the existing one. Collective.
 
     Args:
-        environment: Says who the others are.
-        device: Of this rank.
-        backend: As the user gave it; None to choose by device.
-        timeout: Of collectives; the default one leaves a group that exists as it is.
+        environment: Lightning's cluster environment, which knows the other ranks.
+        device: This rank's device.
+        backend: Backend given by the user; None to choose by device.
+        timeout: Timeout of collectives. The default does not change an existing group.
 
     Raises:
-        InputError: If the group that exists has another back end than the one given.
+        InputError: If the existing group has another backend than the given one.
     """
     on_cuda = device.type == "cuda"
     fresh = not dist.is_initialized()
@@ -46,7 +46,7 @@ def connect_processes(
         # Objects and files travel over gloo; only tensors on the device use NCCL.
         backend = "cpu:gloo,cuda:nccl"
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device if on_cuda else None)
-    if fresh:  # a process that ends with open groups may abort (gloo) or is complained of (NCCL)
+    if fresh:  # at exit, open groups may abort the process (gloo) or cause a warning (NCCL)
         atexit.register(_end_processes)
 
 
@@ -61,7 +61,7 @@ def _check_backend(asked: str | None, device: str) -> None:
 
 
 def _end_processes() -> None:
-    """Destroys all groups: one that the interpreter destroys at its end may still have threads that use it."""
+    """Destroys all groups before the interpreter does, because their threads may still be running then."""
     forget_groups()
     _destroy_dist_connection()
     gc.collect()

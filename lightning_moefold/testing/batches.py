@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token batches, different on every data rank, and how they join into what one process sees.
+"""Random token batches, different on every data rank, and functions that join them for one process.
 
 Shapes: R rows, L positions.
 """
@@ -48,20 +48,19 @@ def make_batches(
         length: Positions L of each row, at least 2.
         vocab: Tokens are in ``[0, vocab)``.
         seed: Seed of the data.
-        padding: Side on which rows are padded, each from a length of its own of at least L / 2 (at least one row of
-            each rank stays whole). Padding carries token 0 and label -100; on the left, so does the first token's
-            label: after the shift a padding position would predict it, and what such a position attends to, having
-            nothing before it, is up to the attention kernel.
-        ignore: Labels to replace by -100. ``"uneven"``: rank r keeps about one in ``1 + 3 r``, but at least one.
-            ``"one_rank_empty"``: those of one rank, a different one in each batch (of the only rank, if there is but
-            one). ``"all"``: every one.
+        padding: Side on which rows are padded. Each row keeps a random length of at least L / 2, and at least one row
+            of each rank is not padded. Padding has token 0 and label -100. With padding on the left, the first token's
+            label is -100 too: after the shift, padding without a token before it would predict it, and the output of
+            such a position depends on the attention kernel.
+        ignore: Labels to replace by -100. ``"uneven"``: rank r keeps about one label in ``1 + 3 r``, but at least one.
+            ``"one_rank_empty"``: all labels of one rank, a different rank in each batch. ``"all"``: all labels.
 
     Returns:
         ``batches[step][data_rank]``: ``input_ids`` and ``labels`` (int64 ``[R, L]``), and with padding
         ``attention_mask`` (int64 ``[R, L]``, 1 for tokens).
 
     Raises:
-        ValueError: For an unknown ``padding`` or ``ignore``, or a length below 2.
+        ValueError: If ``padding`` or ``ignore`` is unknown, or the length is below 2.
     """
     if padding not in ("none", "right", "left") or ignore not in ("none", "uneven", "one_rank_empty", "all"):
         raise InputError(f"unknown padding={padding!r} or ignore={ignore!r}")
@@ -137,10 +136,11 @@ def micro_batches(batch: GlobalBatch, num_microbatches: int) -> list[dict[str, T
         num_microbatches: Number M of micro-batches.
 
     Returns:
-        M batches, which together hold every row once; without those in which no token counts, which a short batch leaves.
+        M batches, which together hold every row once, without those in which no token counts (a short batch may have
+        such).
 
     Raises:
-        ValueError: If the data ranks' rows cannot be told apart.
+        ValueError: If the data ranks' rows cannot be separated.
     """
     ranks = [batch] if isinstance(batch, Mapping) else list(batch)
     if num_microbatches == 1:

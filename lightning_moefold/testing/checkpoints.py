@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random Hugging Face checkpoints: quick to run, awkward to parallelise."""
+"""Small random Hugging Face checkpoints: quick to run, with sizes that are hard to parallelise."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
-_STD = 0.3  # of ordinary weights: large enough that no gradient is tiny
+_STD = 0.3  # for ordinary weights: large enough that no gradient is tiny
 _ROUTER_STD = 0.8  # logits several units apart: near-ties in top-k are rare
-_NORM_STD = 0.2  # of norm weights around 1
-_OFFSET = 0.2  # common to all embeddings, so that the routers see a common direction and prefer some experts
+_NORM_STD = 0.2  # for norm weights, around 1
+_OFFSET = 0.2  # added to all embeddings, so that routers see a common direction and prefer some experts
 
 
 def make_checkpoint(
@@ -76,7 +76,7 @@ def make_checkpoint(
         The folder.
 
     Raises:
-        ValueError: For an unknown family, or a field that its config does not have.
+        ValueError: If the family is unknown, or its config does not have a field.
     """
     from transformers import AutoModelForCausalLM
 

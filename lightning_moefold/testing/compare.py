@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparing tensors by name, with one number per tensor."""
+"""Compares tensors by name, with one number per tensor."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def relative_error(a: Tensor, b: Tensor) -> float:
         b: The reference, of the same shape.
 
     Returns:
-        The error; for an exactly zero reference 0 if ``a`` is exactly zero as well, else infinity. Infinite, too, if
-        either holds a NaN or an infinity.
+        The error. If the reference is exactly zero, it is 0 if ``a`` is exactly zero as well, otherwise infinity. It is
+        also infinite if either tensor holds a NaN or an infinity.
 
     Raises:
         ValueError: If the shapes differ.
@@ -47,16 +47,16 @@ def assert_close_by_name(
     """Asserts that two sets of tensors have the same names, and errors below a tolerance.
 
     Args:
-        actual: The tensors to judge. None stands for "there is none", as with the gradient of a frozen parameter.
+        actual: The tensors to judge. None means that there is no tensor, as for the gradient of a frozen parameter.
         expected: The reference.
         tol: Largest :func:`relative_error` allowed.
-        what: What the tensors are, for the message.
+        what: Description of the tensors, for the message.
 
     Returns:
         The largest error.
 
     Raises:
-        AssertionError: Listing missing and extra names, and the worst tensors with their errors.
+        AssertionError: If they differ; lists missing and extra names, and the worst tensors with their errors.
     """
     lines = []
     if missing := sorted(expected.keys() - actual.keys()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token dropping in Hugging Face's code, token by token: the oracle of capacities, written from their definition alone.
+"""Token dropping in Hugging Face's code, token by token: the oracle for capacities, written only from their definition.
 
 Legend: B rows, S positions, K experts per token.
 """
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 
 class DroppingReference:
-    """Makes a model of :func:`.hf_reference` drop tokens: a choice that its expert has no room for gets weight zero.
+    """Makes a model of :func:`.hf_reference` drop tokens: a choice whose expert is full gets weight zero.
 
-    Each expert serves ``min(L, ceil(capacity_factor * k * L / E))`` tokens of a row of L (padding left out), by probability
-    those whose first 26 bits are highest, then by position.
+    Each expert serves ``min(L, ceil(capacity_factor * k * L / E))`` tokens of a row of L tokens (without padding). By
+    probability, these are the tokens whose first 26 bits are highest, then the earlier positions.
 
     Args:
         model: The model; hooks are added to it.
         capacity_factor: As in :class:`.DispatchConfig`.
-        policy: Likewise.
+        policy: ``drop_policy`` of :class:`.DispatchConfig`.
 
     Attributes:
-        dropped: Choices that nobody served, since the beginning.
+        dropped: Number of dropped choices so far.
     """
 
     def __init__(self, model: nn.Module, capacity_factor: float, policy: Literal["probs", "position"]) -> None:
@@ -61,6 +61,6 @@ class DroppingReference:
 
 
 def _half(number: float) -> float:
-    """A double rounded to half of its bits."""
+    """Rounds a double to half of its bits."""
     fraction, exponent = math.frexp(number)
     return math.ldexp(round(fraction * 2**26), exponent - 26)

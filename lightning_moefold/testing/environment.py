@@ -12,7 +12,7 @@ from lightning_moefold.errors import InputError
 
 
 class PoolEnvironment(ClusterEnvironment):
-    """Tells Lightning that its ranks exist, and which one this is.
+    """Tells Lightning that the ranks already exist, and which rank this is.
 
     Inside a function run by a pool, where the process group is already initialised::
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole tensors from the pieces that ranks return: the other half of comparing a fold with one process."""
+"""Assembles whole tensors from the pieces that ranks return, to compare a fold with one process."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Piece = tuple[tuple[tuple[int, ...], ...], tuple[int, ...], tuple[Tensor, ...]]
 
 
 def owned_pieces(module: nn.Module, what: Literal["weight", "grad"] = "weight") -> dict[str, Piece]:
-    """The pieces of all parameters (or gradients) that this rank owns; over all ranks each element comes once.
+    """Returns the pieces of all parameters (or gradients) that this rank owns; over all ranks each element occurs once.
 
     A parameter without gradient is left out.
 
     Args:
-        module: A language model, or a module that holds models, blocks and parameters of the user's own.
-        what: Weights or gradients.
+        module: A language model, or a module that holds models, blocks and other parameters.
+        what: Whether to return weights or gradients.
     """
     layouts: dict[int, tuple[ParallelRoot | NetworkRunner, ParameterLayout]] = {}
     for _, root in parallel_roots(module):
@@ -59,10 +59,10 @@ def piece_of(piece: Tensor, layout: ParameterLayout, fold: Fold, rank: int) -> P
 
 
 def assemble(pieces_of_ranks: Iterable[Mapping[str, Piece]]) -> dict[str, Tensor]:
-    """Puts the pieces of all ranks together.
+    """Assembles the pieces of all ranks.
 
     Raises:
-        AssertionError: If an element is missing or comes twice.
+        AssertionError: If an element is missing or occurs twice.
     """
     whole: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}

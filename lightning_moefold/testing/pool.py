@@ -36,7 +36,7 @@ from lightning_moefold.testing.worker import LOOPBACK, Outcome, RankFailure, Req
 _START_SECONDS = 300.0  # to import torch and the function's module; machines with few cores start ranks in turn
 _GRACE_SECONDS = 3.0  # for the other ranks, once one has failed
 _SETTLE_SECONDS = 30.0  # to destroy the process group
-_FAILED_SETTLE_SECONDS = 10.0  # the same after a failure, when the rank is easily replaced
+_FAILED_SETTLE_SECONDS = 10.0  # the same after a failure, after which the rank can be replaced
 _TAIL_BYTES = 4000
 
 _BOOTSTRAP = """
@@ -132,7 +132,7 @@ class RankPool:
             RankError: If a rank raised or died.
             RankTimeout: If the deadline passed.
             TypeError: If the function or its arguments cannot be sent.
-            ValueError: If ``ranks`` is not in ``[1, max_ranks]``.
+            ValueError: If ``ranks`` is not between 1 and ``max_ranks``.
             RuntimeError: If the pool is closed.
         """
         if not self._finalizer.alive:
@@ -147,7 +147,7 @@ class RankPool:
             world_size=ranks,
             store_port=store.port,
             master_port=_free_port(),
-            timeout=timeout + 60,  # the pool's deadline comes first: it can tell which ranks hang, and where
+            timeout=timeout + 60,  # the pool's deadline comes first, since it can say which ranks hang and where
             threads=self.threads_per_rank,
             module=_module_of(fn),
             call=call,
@@ -159,7 +159,7 @@ class RankPool:
             return self._run_case(name, template, timeout)
         except (RankError, RankTimeout):
             raise
-        except BaseException:  # an interrupt leaves the ranks anywhere
+        except BaseException:  # an interrupt leaves the ranks in an unknown state
             self._kill_all()
             raise
         finally:
@@ -189,7 +189,7 @@ class RankPool:
         return [pickle.loads(outcomes[rank].payload or b"") for rank in workers]
 
     def _start(self, name: str, ranks: int) -> dict[int, _Worker]:
-        """Returns the first ``ranks`` workers, having started those that do not live."""
+        """Returns the first ``ranks`` workers, after starting those that are not alive."""
         fresh = {}
         for rank in range(ranks):
             if rank in self._workers and self._workers[rank].alive():
@@ -235,12 +235,12 @@ class RankPool:
         raise RankError(_error_text(name, len(workers), failures, missing, outputs), failures, list(missing))
 
     def _finish(self, name: str, workers: dict[int, _Worker], *, strict: bool = True) -> None:
-        """Ends the case on the given ranks, and kills those that do not come back from it.
+        """Ends the case on the given ranks, and kills those that do not answer.
 
         Args:
             name: Name of the case, for the error.
             workers: The ranks that have answered.
-            strict: Whether a rank that does not come back is an error.
+            strict: Whether a rank that does not answer is an error.
         """
         for worker in workers.values():
             worker.send("finish")
@@ -288,7 +288,7 @@ class _Worker:
         self.send(request)
 
     def send(self, message: Any) -> None:
-        with contextlib.suppress(OSError):  # it is dead: the next receive tells
+        with contextlib.suppress(OSError):  # the process is dead, which the next receive reports
             self.connection.send_bytes(pickle.dumps(message))
 
     def receive(self) -> Outcome:
@@ -310,7 +310,7 @@ class _Worker:
 
     def stacks(self, seconds: float = 2.0) -> str:
         """Returns the Python stacks of the process's threads, or empty text if it does not answer in time."""
-        if not self.alive() or not self._traces.exists():  # before it has a handler, the signal would kill it
+        if not self.alive() or not self._traces.exists():  # without a handler, the signal would kill it
             return ""
         start = size = self._traces.stat().st_size
         os.kill(self._process.pid, signal.SIGUSR1)
@@ -340,7 +340,8 @@ def _collect(workers: dict[int, _Worker], seconds: float) -> dict[int, Outcome]:
 
     Args:
         workers: By rank.
-        seconds: Deadline; a failure shortens it to a short grace, as peers of a failed rank may wait for ever.
+        seconds: Deadline. After a failure only a short grace period remains, because peers of a failed rank may wait
+            forever.
 
     Returns:
         The answers that came in time, by rank.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a fold compute the training run that one process computes? The same oracle for a user's own checkpoint.
+"""Verifies on a user's checkpoint that a fold computes the same training run as one process.
 
 ``moefold verify`` starts CPU ranks, trains a few steps on random tokens in float64 under the fold, trains the same in one
 process with Hugging Face's code, and compares the losses, every gradient, the gradient norms and the weights at the end.
@@ -41,7 +41,7 @@ TOLERANCE = 1e-9
 
 @dataclass
 class RankRecord:
-    """What one rank saw."""
+    """Losses, gradients, norms and weights recorded on one rank."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -54,9 +54,9 @@ class Finding:
     """One comparison.
 
     Args:
-        what: What was compared.
+        what: Description of the compared values.
         error: Largest relative error.
-        where: The tensor or step that has it.
+        where: The tensor or step with the largest error.
     """
 
     what: str
@@ -112,7 +112,7 @@ class _Module(pl.LightningModule):
 def train_on_rank(
     path: str, overrides: dict[str, Any], batches: list[list[dict[str, Tensor]]], arguments: dict[str, Any]
 ) -> RankRecord:
-    """Trains on ``batches[step][data rank]`` on this rank of a pool; ``arguments`` are the strategy's."""
+    """Trains on ``batches[step][data rank]`` on this rank of a pool; ``arguments`` are those of the strategy."""
     record = RankRecord()
     module = _Module(path, overrides, record)
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -143,26 +143,26 @@ def verify(
 ) -> list[Finding]:
     """Compares a fold with one process, on this machine's CPU.
 
-    Both keep the model in float64 with gradients and AdamW state (32 bytes a parameter): cut the model with ``layers``
-    where that is too much.
+    Both keep the model in float64 with gradients and AdamW state (32 bytes per parameter). If that is too much, shorten
+    the model with ``layers``.
 
     Args:
         path: Directory in Hugging Face format.
-        fold: Such as ``"tp2 | ep4"``.
-        ranks: Of the fold.
-        layers: Take the first layers of the model only.
-        steps: Optimizer steps.
-        rows: Rows of each data rank; two for every micro-batch by default.
-        length: Tokens of a row.
-        seed: Of the tokens.
-        strategy: More arguments of :class:`~lightning_moefold.MoEFoldStrategy`.
+        fold: Text of the fold, such as ``"tp2 | ep4"``.
+        ranks: Number of ranks of the fold.
+        layers: Number of first layers of the model to use; None for all.
+        steps: Number of optimizer steps.
+        rows: Number of rows of each data rank; by default two per micro-batch.
+        length: Number of tokens of a row.
+        seed: Seed of the random tokens.
+        strategy: Further arguments of :class:`~lightning_moefold.MoEFoldStrategy`.
 
     Returns:
-        Losses, gradients of each step, norms, weights.
+        One finding each for the losses, the gradients of each step, the norms and the weights.
 
     Raises:
-        FoldError: If the fold does not suit the ranks or the model.
-        ConfigError: If its routers are none that ``transformers`` has.
+        FoldError: If the fold does not fit the ranks or the model.
+        ConfigError: If ``transformers`` does not have the model's routers or their losses.
         RankError: If a rank failed.
     """
     path = local_directory(path)
@@ -207,7 +207,7 @@ def verify(
 
 
 def _copy_layers(source: Path, layers: int, target: Path) -> None:
-    """Writes a checkpoint of the first layers."""
+    """Writes a checkpoint of the model's first layers."""
     config = json.loads((source / "config.json").read_text())
     if not 1 <= layers <= config["num_hidden_layers"]:
         raise InputError(f"layers={layers} must lie between 1 and the model's {config['num_hidden_layers']}.")

@@ -178,16 +178,16 @@ def _die_with(parent: int) -> None:
 
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it died before the request was made
+    if os.getppid() != parent:  # the parent died before the request
         os._exit(1)
 
 
 def _register_stack_dump(file: TextIO) -> None:
-    """Makes ``SIGUSR1`` write the stacks of all threads; anew for each case.
+    """Makes ``SIGUSR1`` write the stacks of all threads; called for each case.
 
-    A ``Trainer`` resets, when it is done, all signals to the handlers that Python knows of, and this one it does not.
+    At its end a ``Trainer`` resets all signals to the handlers that Python knows, which do not include this one.
     """
-    faulthandler.unregister(signal.SIGUSR1)  # else register() takes the handler to be in place
+    faulthandler.unregister(signal.SIGUSR1)  # otherwise register() assumes that the handler is in place
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
 
 
@@ -207,7 +207,7 @@ def _run_case(connection: Connection, request: Request) -> None:
     message = pickle.loads(connection.recv_bytes())
     if message == "go" and call is not None:
         outcome = _call(request, *call)
-        _send(connection, outcome)  # before the group goes: with operations under way, that can block
+        _send(connection, outcome)  # before the group is destroyed, which can block while operations run
         if outcome.failure is not None:
             _destroy_group()
         message = pickle.loads(connection.recv_bytes())
@@ -218,7 +218,7 @@ def _run_case(connection: Connection, request: Request) -> None:
 
 
 def _call(request: Request, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
-    """Calls the function inside a fresh process group, which it leaves standing."""
+    """Calls the function inside a fresh process group, which stays open."""
     try:
         _join_group(request)
         return Outcome(payload=dumps(function(*args, **kwargs)))
@@ -238,7 +238,7 @@ def _destroy_group() -> None:
 
 
 def _restore_defaults(request: Request) -> None:
-    """Puts the process into the same state before each case, whatever the case before left behind."""
+    """Puts the process into the same state before each case, whatever earlier cases have changed."""
     os.environ.clear()
     os.environ.update(request.environ)
     os.environ.update(_rank_variables(request))
@@ -253,7 +253,7 @@ def _restore_defaults(request: Request) -> None:
     torch.manual_seed(SEED)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(SEED)
-    # Lightning keeps its rank in an attribute set from the environment at import, that is, by the first case.
+    # Lightning keeps its rank in an attribute that is set from the environment at import, in the first case.
     if (rank_zero := sys.modules.get("lightning_utilities.core.rank_zero")) is not None:
         rank_zero.rank_zero_only.rank = request.rank
 
@@ -270,20 +270,20 @@ def _rank_variables(request: Request) -> dict[str, str]:
         "MASTER_PORT": str(request.master_port),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
-        # Without it gloo resolves the host's name, which may fail or lead outside.
+        # Without it, gloo resolves the host's name, which may fail or give an outside address.
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
     }
 
 
 def _load_call(request: Request) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Imports the function's module first, so that the pickle finds it under the parent's name for it."""
+    """Imports the function's module first, so that the pickle finds it under the name that the parent uses."""
     _import_module(*request.module)
     function, args, kwargs = pickle.loads(request.call)
     return function, args, kwargs
 
 
 def _import_module(name: str, file: str | None) -> ModuleType:
-    """Imports a module by name, or from its file where that name leads nowhere or elsewhere.
+    """Imports a module by name, or from its file if the name is not importable or belongs to another file.
 
     Test modules need not be importable by name: two folders may each hold a ``test_x.py``.
     """
@@ -312,11 +312,11 @@ def _same_file(a: str | None, b: str) -> bool:
 
 
 def _forget_case() -> None:
-    """Destroys the group and drops what would carry over into the next case."""
+    """Destroys the group and drops state that would affect the next case."""
     _destroy_group()
     forget_groups()
     _clear_dtensor_caches()
-    gc.collect()  # models and meshes sit in reference cycles, and hold process groups, each with a thread of gloo's
+    gc.collect()  # models and meshes form reference cycles and hold process groups, each with a thread of gloo
 
 
 def _clear_dtensor_caches() -> None:
@@ -333,7 +333,7 @@ def _clear_dtensor_caches() -> None:
     debug._clear_sharding_prop_cache()
     _random._rng_tracker = None
     getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()  # not in every version of torch
-    for value in gc.get_objects():  # those of classes, too
-        # By its type: isinstance would ask objects that pretend to be of another class.
+    for value in gc.get_objects():  # includes those of classes
+        # By type, because isinstance would call objects that pretend to be of another class.
         if issubclass(type(value), _CACHED_FUNCTION) and str(value.__module__).startswith("torch.distributed.tensor"):
             value.cache_clear()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every collective of a training step as the fold requires it, from sizes alone: what :mod:`.scale` is held against.
+"""Computes from sizes every collective that a fold requires in a training step, to be compared with :mod:`.scale`.
 
-For ``bf16-mixed`` with ``data_parallel_sharding="optimizer"``, one row of a data rank per micro-batch, dropless all-to-all
-dispatch and balanced routing. Bytes are those of the larger buffer on this rank.
+It covers ``bf16-mixed`` with ``data_parallel_sharding="optimizer"``, one row of a data rank per micro-batch, dropless
+all-to-all dispatch and balanced routing. Bytes are those of the larger buffer on this rank.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from lightning_moefold.testing.rehearsal.messages import Expected, Message
 from lightning_moefold.testing.rehearsal.scale import Step
 
 _HALF, _SINGLE, _DOUBLE = 2, 4, 8
-#: Elements after which a bucket of gradients is summed.
+#: Number of elements after which a bucket of gradients is summed.
 _BUCKET = 16 * 1024 * 1024
 
 
 def expected_messages(step: Step, fold: Fold, rank: int, layouts: Mapping[str, ParameterLayout]) -> list[Expected]:
-    """What ``rank`` must send and receive in a step.
+    """Returns the collectives and messages of ``rank`` in a step.
 
     Args:
-        step: What is trained.
+        step: The training step.
         fold: The fold.
-        rank: Of whom.
-        layouts: Of all parameters of the model.
+        rank: The rank.
+        layouts: Layouts of all parameters of the model, by name.
 
     Raises:
-        ValueError: For rows that would be padded.
+        ValueError: If rows would be padded.
     """
     pieces = fold.tp * (2 * fold.cp if fold.cp > 1 else 1)
     if step.sequence_length % pieces:
@@ -46,7 +46,7 @@ def expected_messages(step: Step, fold: Fold, rank: int, layouts: Mapping[str, P
 
 
 class _Parts:
-    """The parts of a step."""
+    """Yields the collectives of a step, part by part."""
 
     def __init__(self, step: Step, fold: Fold, rank: int) -> None:
         self.step, self.config, self.fold, self.rank = step, step.config, fold, rank
@@ -63,13 +63,13 @@ class _Parts:
         # The last position of a row, on the first cp rank, predicts nothing.
         self.labels = self.s - rows * (self.place["cp"] == 0)
         self.t = self.s // fold.tp
-        # Passes forward, of the two halves of a layer.
+        # Forward passes of the two halves of a layer, recomputation included.
         self.attends = 2 if step.recompute else 1
         self.feeds = 2 if step.recompute == "full" else 1
         self.wants_routing = self.config.output_router_logits and self.config.num_moe_layers > 0
 
     def group(self, axis: str) -> tuple[int, ...]:
-        """This rank's group of an axis."""
+        """Returns this rank's group of an axis."""
         fold, stage = self.fold, self.fold.world_size // self.fold.pp
         if axis == "world":
             return tuple(range(fold.world_size))
@@ -83,12 +83,12 @@ class _Parts:
     def _there_and_back(
         self, purpose: str, size: int, gathers: int, scatters: int, forward: int = 1
     ) -> Iterator[Expected]:
-        """All-gathers and reduce-scatters over tp in each pass forward; each is the other in backward."""
+        """Yields all-gathers and reduce-scatters over tp in each forward pass; in backward each becomes the other."""
         yield self._over("tp", purpose, "all-gather", size, gathers * forward + scatters)
         yield self._over("tp", purpose, "reduce-scatter", size, scatters * forward + gathers)
 
     def layers(self) -> Iterator[Expected]:
-        """Inside decoder layers."""
+        """Yields collectives inside decoder layers."""
         config, fold = self.config, self.fold
         layers = [i for part in self.stage_layers.values() for i in part]
         moe, calls = sum(config.is_moe_layer(i) for i in layers), self.m * len(layers)
@@ -103,14 +103,15 @@ class _Parts:
         yield self._over(
             "etp_ep", "token counts", "all-gather", joint * config.num_experts * _DOUBLE, self.feeds * calls
         )
-        # Rows travel there and back, router weights only there; in backward their gradients the other way.
+        # Rows travel to the experts and back, router weights only to the experts; in backward gradients go the other
+        # way.
         for what, size, back in sizes:
             yield self._over("ep", what, "all-to-all", size, (1 + back) * (self.feeds + 1) * calls)
             yield self._over("etp", what, "all-gather", fold.etp * size, (self.feeds + back) * calls)
             yield self._over("etp", what, "reduce-scatter", fold.etp * size, (1 + back * self.feeds) * calls)
 
     def ends(self) -> Iterator[Expected]:
-        """Embedding, and the head with its loss."""
+        """Yields collectives of the embedding, and of the head with its loss."""
         config, tokens = self.config, self.s * self.config.hidden_size * _HALF
         if self.first:
             yield from self._there_and_back("embedding", tokens, 0, self.m)
@@ -123,7 +124,7 @@ class _Parts:
             yield self._over("tp", "loss", "all-gather", self.fold.tp * 3 * size * _SINGLE, self.m * count)
 
     def stages(self) -> Iterator[Expected]:
-        """Between pipeline stages: hidden states and routing forward, their gradients back."""
+        """Yields messages between pipeline stages: hidden states and routing tables forward, their gradients back."""
         pp = self.group("pp")
         sizes = [("hidden states", self.t * self.config.hidden_size * _HALF)]
         sizes += [("routing", 3 * self.config.num_experts * _DOUBLE)] * self.wants_routing
@@ -139,7 +140,7 @@ class _Parts:
                     yield Expected(purpose, "pp", Message("recv", (other, self.rank), size), self.m)
 
     def agreements(self) -> Iterator[Expected]:
-        """Small numbers that all ranks must know."""
+        """Yields small reductions on which all ranks agree."""
         fold, experts = self.fold, self.config.num_experts
         if fold.pp > 1:
             yield self._over("world", "labels and faults", "all-reduce", (6 + self.m + 2 * fold.dp) * _DOUBLE, 1)
@@ -153,7 +154,7 @@ class _Parts:
         yield self._over("world", "gradient norm", "all-reduce", 2 * _DOUBLE, 1)
 
     def data_parallel(self, layouts: Mapping[str, ParameterLayout]) -> Iterator[Expected]:
-        """Weights gathered and gradients reduced by FSDP2, and the sum of partial gradients over tp."""
+        """Yields FSDP2's gathers of weights and reductions of gradients, and the sum of partial gradients over tp."""
         units: dict[str, list[ParameterLayout]] = {}
         partial: list[int] = []
         for name, layout in layouts.items():
@@ -172,7 +173,7 @@ class _Parts:
             yield self._over("tp", "partial gradients", "all-reduce", numbers * _SINGLE, 1)
 
     def _unit(self, name: str) -> str:
-        """The module of FSDP2 that gathers a parameter."""
+        """Returns the name of the FSDP2 module that gathers a parameter."""
         parts = name.split(".")
         if "layers" not in parts:
             stage = 0 if "embed_tokens" in parts or self.count == 1 else self.count - 1
@@ -183,7 +184,7 @@ class _Parts:
         return f"{layer}.gate" if name.endswith(".mlp.gate.weight") else layer
 
     def _padded(self, layout: ParameterLayout) -> int:
-        """Elements of a tp or ep shard, padded so that every data rank has as many."""
+        """Returns the elements of a tp or ep shard, padded so that all data ranks have equally many."""
         sizes = list(layout.tensor_box(self.place).sizes)
         ranks = self.fold.size(layout.data_axis)
         total = -(-sizes[layout.data_dim or 0] // ranks) * ranks
@@ -199,7 +200,7 @@ def _kind(unit: str) -> str:
 
 
 def _buckets(numbers: list[int]) -> Iterator[int]:
-    """Flags and elements of each bucket of partial gradients."""
+    """Yields the number of flags and elements of each bucket of partial gradients."""
     flags = size = 0
     for elements in numbers:
         flags, size = flags + 1, size + elements

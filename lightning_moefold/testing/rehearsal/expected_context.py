@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention sends over context parallel ranks (cp), from sizes alone; part of :mod:`.expected`.
+"""Computes from sizes the messages of attention over context parallel ranks (cp); part of :mod:`.expected`.
 
     ring         keys and values go to the next rank cp - 1 times, forward and again in backward, where their gradients
                  follow and go on once more, home: cp times, in float32
@@ -7,8 +7,8 @@
                  scattered
     all_to_all   queries, keys, values and outputs once each way; backward as many gradients
 
-The first two take some key/value heads after the others, as many as a message holds. What is computed again in backward
-sends what forward sends once more.
+The first two exchange key/value heads in groups, as many heads as fit into a message. Recomputation in backward sends
+the messages of forward again.
 
 Legend: as in :mod:`.attention.context`.
 """
@@ -32,15 +32,15 @@ _HALF, _SINGLE = 2, 4
 def attention_messages(
     step: Step, fold: Fold, rank: int, group: tuple[int, ...], rows: int, calls: int
 ) -> Iterator[Expected]:
-    """What a rank's attention sends over cp in a step.
+    """Yields the messages of a rank's attention over cp in a step.
 
     Args:
-        step: What is trained.
+        step: The training step.
         fold: The fold.
-        rank: Of whom.
-        group: Its cp group.
-        rows: In a call.
-        calls: Of attention layers, forward and backward.
+        rank: The rank.
+        group: The rank's cp group.
+        rows: Number of rows per call.
+        calls: Number of calls of attention layers, forward and backward.
     """
     cp = len(group)
     if cp == 1:
@@ -75,9 +75,9 @@ def attention_messages(
 
 
 def _local_heads(config: MoEConfig, tp: int, index: int) -> tuple[int, int]:
-    """Query and key/value heads that a tp rank computes: the former cut evenly, the latter those that they need.
+    """Returns the numbers of query heads that a tp rank computes, cut evenly, and of the key/value heads that they need.
 
-    A key/value head is repeated for each query where not all serve equally many.
+    A key/value head is repeated for each query head if heads do not serve equally many.
     """
     split, share = even_split(config.num_attention_heads, tp), config.num_attention_heads // config.num_key_value_heads
     first, heads = sum(split[:index]), split[index]
@@ -86,6 +86,6 @@ def _local_heads(config: MoEConfig, tp: int, index: int) -> tuple[int, int]:
 
 
 def _groups(kv_heads: int, bytes_of_a_head: int) -> Counter[int]:
-    """Sizes of the groups of heads that travel together, and how many there are of each."""
+    """Returns how many groups of heads there are of each size."""
     some = max(1, min(kv_heads, MESSAGE_BYTES // bytes_of_a_head))
     return Counter(min(some, kv_heads - start) for start in range(0, kv_heads, some))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of fake tensors that live at once: what a step would need on a device."""
+"""Counts the bytes of fake tensors that exist at the same time: the memory that a step would need on a device."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from lightning_moefold.parallel import local_part
 
 
 class LiveMemory:
-    """Follows storages from the operation that makes them until nobody holds them, the autograd graph included.
+    """Tracks storages from the operation that creates them until all references, also those of autograd, are gone.
 
     Attributes:
-        peak: Most bytes that lived at once.
+        peak: Largest number of bytes that existed at the same time.
     """
 
     def __init__(self) -> None:
         self.peak = 0
-        self._bound = 0  # of what lives, were nothing freed since it was last counted
+        self._bound = 0  # upper bound of the live bytes, if nothing was freed since the last count
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def see(self, result: Any) -> None:
-        """Takes note of what an operation returns; counts anew where that could be a peak, higher by a thousandth."""
+        """Registers the result of an operation; counts again if it could be a new peak, higher by a thousandth."""
         for leaf in tree_leaves(result):
             if isinstance(tensor := local_part(leaf) if isinstance(leaf, DTensor) else leaf, FakeTensor):
                 storage = tensor.untyped_storage()
-                # A weak reference keeps the address from being used again.
+                # A weak reference prevents the address from being reused.
                 if storage._cdata not in self._storages:
                     self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
                     self._bound += storage.nbytes()
@@ -38,7 +38,7 @@ class LiveMemory:
             self.peak = max(self.peak, self.count())
 
     def count(self) -> int:
-        """Bytes that live now."""
+        """Counts the bytes that exist now."""
         self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
         self._bound = sum(size for _, size in self._storages.values())
         return self._bound

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A collective as one rank sees it, and what it is for. Pure Python."""
+"""Records of collectives as one rank sees them, with their purpose. Pure Python."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Message:
 
     Args:
         kind: ``all-reduce``, ``all-gather``, ``reduce-scatter``, ``all-to-all``, ``send`` or ``recv``.
-        ranks: Of the group; of a message between two ranks, the sender and the receiver.
-        bytes: Of the larger of its two buffers on this rank.
+        ranks: Ranks of the group; for a message between two ranks, the sender and the receiver.
+        bytes: Bytes of the larger of its two buffers on this rank.
     """
 
     kind: str
@@ -24,13 +24,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Expected:
-    """A collective, and what it is for.
+    """A collective with its purpose.
 
     Args:
-        purpose: In words.
-        axis: Of the fold.
-        message: What a rank sees of it.
-        count: How often in a step.
+        purpose: Purpose in words.
+        axis: Axis of the fold.
+        message: The collective as one rank sees it.
+        count: Number of calls per step.
     """
 
     purpose: str
@@ -40,7 +40,7 @@ class Expected:
 
 
 def as_counter(expected: list[Expected]) -> Counter[Message]:
-    """How often each collective is called."""
+    """Returns how often each collective is called."""
     total: Counter[Message] = Counter()
     for entry in expected:
         total[entry.message] += entry.count

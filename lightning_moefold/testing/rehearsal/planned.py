@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rehearsed rank holds beside what the planner says it does.
+"""Compares the memory of a rehearsed rank with the planner's prediction.
 
 Legend: as in :mod:`.planner.cost.memory`.
 """
@@ -19,10 +19,10 @@ from lightning_moefold.testing.rehearsal.scale import Rehearsal, Step
 
 
 def planned(step: Step, fold: Fold, rank: int) -> Memory:
-    """The planner's bytes for the pipeline rank of ``rank``, on a machine without GPUs, as a rehearsal is."""
+    """Returns the planner's bytes for the pipeline rank of ``rank``, on a machine without GPUs like the rehearsal."""
     config, chunks, m = step.config, step.plan.chunks, step.num_microbatches
     job = Job(config, fold.world_size, find_hardware("cpu"), fold.dp * m, step.sequence_length)
-    # Without a pipeline all rows go through the layers at once.
+    # Without a pipeline, all rows pass through the layers at once.
     plan = Plan(fold, 1 if fold.pp > 1 else m, step.plan.schedule, chunks, step.recompute or "none")
     stage = fold.coordinates(rank)["pp"]
     layers = pipeline_layout(config, fold.pp, chunks, step.plan.schedule)[stage]
@@ -30,13 +30,14 @@ def planned(step: Step, fold: Fold, rank: int) -> Memory:
 
 
 def held(done: Rehearsal, expected: Sequence[Expected]) -> tuple[float, float, float, float]:
-    """Bytes of weights with gathered ones, of whole gradients, and of moments, as built and sent; and the rest.
+    """Returns bytes of weights with gathered weights, of whole gradients, of moments, and of the rest, as rehearsed.
 
-    What is gathered and scattered is padded. The rest is what lived at the peak beside weights and gradients.
+    Gathered and scattered tensors include padding. The rest is what existed at the peak besides weights and gradients.
 
     Args:
-        done: What a rank has done.
-        expected: What it had to send, with purposes; all weights gathered once, as with sharding ``"optimizer"``.
+        done: The rehearsal of a rank.
+        expected: The expected collectives with their purposes; all weights are gathered once, as with sharding
+            ``"optimizer"``.
     """
     gathered, whole = (
         sum(e.message.bytes * e.count for e in expected if e.purpose.startswith(what))

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a thousand, on no machine: its groups, its shard, and every collective of a training step.
+"""Rehearses one rank of thousands without the others: its groups, its shard, and every collective of a training step.
 
-torch's fake process group stands in for the other ranks and fake tensors for storage, so that rank r of 4,096 builds its
-mesh, its part of a model of any size, its optimizer, and runs a step of the real code in seconds: what is recorded is
-what a real rank would do. Routing is taken to be balanced. :mod:`.expected` says what the fold requires.
+torch's fake process group replaces the other ranks and fake tensors replace storage. So rank r of 4,096 can build its
+mesh, its part of a model of any size and its optimizer, and run a step of the real code in seconds. The recorded
+operations are those of a real rank. Routing is assumed to be balanced. :mod:`.expected` computes what the fold
+requires.
 
 Legend: E experts.
 """
@@ -52,15 +53,15 @@ from lightning_moefold.testing.rehearsal.messages import Message
 
 @dataclass(frozen=True)
 class Step:
-    """What is trained.
+    """The training step to rehearse.
 
     Args:
-        config: Of the model.
-        num_microbatches: Rows of a data rank; each is one micro-batch.
-        sequence_length: Tokens of a row.
-        plan: Pipeline schedule and cut.
-        exchange: How queries and keys meet over cp.
-        recompute: What layers compute again in backward.
+        config: Configuration of the model.
+        num_microbatches: Number of rows of a data rank; each row is one micro-batch.
+        sequence_length: Number of tokens of a row.
+        plan: Schedule and cut of the pipeline.
+        exchange: Name of the context parallel exchange.
+        recompute: What the layers recompute in backward.
     """
 
     config: MoEConfig
@@ -72,7 +73,7 @@ class Step:
 
     @property
     def settings(self) -> Settings:
-        """Under ``bf16-mixed``, with experts as on a GPU."""
+        """Returns the settings of the step: ``bf16-mixed``, with the experts' GPU kernel."""
         return Settings(
             Sharding("optimizer", torch.bfloat16), self.plan, self.num_microbatches, expert_kernel="grouped_mm",
             recompute=self.recompute, exchange=self.exchange,
@@ -81,17 +82,18 @@ class Step:
 
 @dataclass
 class Rehearsal:
-    """What a rank has built and done.
+    """The result of a rehearsal.
 
     Args:
         fold: The fold.
-        rank: This rank.
-        model: Its part, without storage.
-        memory: Bytes of ``weights``, ``gradients``, and ``state`` (of AdamW).
-        promised: The same from the layouts alone.
-        peak: Most bytes that lived at once in the step, before the optimizer's; the state of AdamW is not among them.
-        messages: How often each collective was called in a step.
-        seconds: Of each phase.
+        rank: The rehearsed rank.
+        model: The rank's part of the model, without storage.
+        memory: Bytes of ``weights``, ``gradients``, and ``state`` (AdamW).
+        promised: The same bytes, computed from the layouts.
+        peak: Largest number of bytes that existed at the same time before the optimizer step, without the state of
+            AdamW.
+        messages: Number of calls of each collective in a step.
+        seconds: Duration of each phase in seconds.
     """
 
     fold: Fold
@@ -107,7 +109,7 @@ class Rehearsal:
 def rehearse(step: Step, fold: Fold, rank: int) -> Rehearsal:
     """Builds what ``rank`` holds under ``bf16-mixed`` and runs one step of AdamW with clipping.
 
-    Must be called in a process without a process group; leaves none behind.
+    It must be called in a process without a process group, and leaves none behind.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -121,9 +123,7 @@ def rehearse(step: Step, fold: Fold, rank: int) -> Rehearsal:
 
 def _rehearse(step: Step, fold: Fold) -> Rehearsal:
     clock = _Clock()
-    device = torch.device(
-        "cuda" if torch.cuda.is_available() else "cpu"
-    )  # so that the branches for it are those that run
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # so that the code for this device runs
     mesh = FoldedMesh(fold, device.type, wrap_single=True)
     clock.lap("mesh")
     with deferred_weights(), torch.device("meta"):
@@ -196,14 +196,14 @@ _OPERATIONS = {
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down every collective, and answers in place of ranks that do not exist.
+    """Records every collective, and supplies the answers of ranks that do not exist.
 
     Args:
         fold: The fold.
 
     Attributes:
-        messages: How often each was called. Groups of one rank are left out.
-        live: What lives meanwhile.
+        messages: Number of calls of each collective, without groups of one rank.
+        live: Memory of the tensors that exist during recording.
     """
 
     def __init__(self, fold: Fold) -> None:
@@ -215,7 +215,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Handles one operation."""
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            return 0  # faults counted over all ranks, and the like
+            return 0  # for example faults counted over all ranks
         result = func(*args, **(kwargs or {}))
         self.live.see(result)
         if func in _OPERATIONS:
@@ -236,12 +236,12 @@ class Recorder(TorchDispatchMode):
             return
         self.messages[Message(kind, ranks, sum(b.numel() * b.element_size() for b in buffers))] += 1
         if kind == "all-reduce" and not isinstance(buffers[0], FakeTensor):
-            # The ranks that share this one's rows say the same, and those of other replicas nothing.
+            # Ranks that share this rank's rows contribute the same, and ranks of other replicas nothing.
             buffers[0].mul_(len(ranks) // self.fold.dp)
 
 
 class _Balanced(AllToAllDispatcher):
-    """Sends as much to every expert, since nobody can know what a router without numbers would choose."""
+    """Sends equally many rows to every expert, since a router without numbers makes no choice."""
 
     def _sizes_of_exchange(self, choices: SortedChoices) -> tuple[list[list[int]], list[Tensor]]:
         sources, peers, local = self.ep.size, self.etp.size, self.local_experts
@@ -264,7 +264,7 @@ class _Balanced(AllToAllDispatcher):
 
 @contextmanager
 def _real_batches(model: MoECausalLM) -> Iterator[None]:
-    """Reads batches with real numbers, which are few, and gives pipeline stages their shapes without asking their peers."""
+    """Reads batches with real (small) tensors, and gives pipeline stages their shapes without communication."""
     with mock.patch.object(causal_lm, "read_batch", _for_real(causal_lm.read_batch)):
         if isinstance(pipeline := model.pipeline, Pipeline):
             network = pipeline.network
@@ -284,7 +284,7 @@ def _for_real(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _static(schedule: Any) -> Any:
-    """From torch 2.12 on, stages vote on who knows the shapes; all do."""
+    """Tells stages that all know the shapes; from torch 2.12 on, stages vote on this."""
     try:
         from torch.distributed.pipelining.stage import InferenceMode
     except ImportError:
