@@ -77,7 +77,7 @@ class Exchange:
         return dist.all_to_all_single(_written(out), x_ND, receive, send, group=axis.group, async_op=True), out
 
     def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """All of it."""
+        """Returns the whole output, all of which was received."""
         return out
 
     def back(self) -> Exchange:
@@ -105,7 +105,7 @@ class Spread:
         return getattr(dist, ALL_GATHER)(_written(out), x_ND, group=axis.group, async_op=True), out
 
     def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """All of it."""
+        """Returns the whole output, all of which was received."""
         return out
 
     def back(self) -> SumUp:

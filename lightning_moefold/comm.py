@@ -4,7 +4,7 @@
 Every function is the identity (no group, no copy) on an axis of one rank. Each backward is written out: the autograd
 registered for torch's functional collectives sums where Megatron's "f" and "g" must not (an all-reduce of an already
 equal loss would multiply its gradient by the group size). Uneven exchanges go through ``all_to_all_single``, the one
-collective that takes uneven sizes, zero included, on gloo and NCCL alike. Those that hide behind computation are in
+collective that takes uneven sizes, zero included, on both gloo and NCCL. Collectives that overlap with computation are in
 :mod:`.async_comm`.
 
 Legend: N, M tokens before and after an exchange; G ranks of the axis; D any trailing dimensions.

@@ -59,7 +59,7 @@ class FoldableConfig(Protocol):
 
 
 def divisors(n: int) -> list[int]:
-    """All positive divisors of ``n`` in ascending order."""
+    """Returns all positive divisors of ``n`` in ascending order."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 

@@ -36,7 +36,7 @@ class LoadImages:
             _log(loggers, share_LE, [row.layer for row in load.rows], logged_step(trainer))
         except Exception as error:
             self._broken = True
-            rank_zero_warn(f"LoadBalanceMonitor(heatmap=True) goes on without pictures: {error!r}")
+            rank_zero_warn(f"LoadBalanceMonitor(heatmap=True) continues without pictures: {error!r}")
 
 
 def fair_shares(load: ExpertLoad) -> NDArray[np.float64]:

@@ -31,7 +31,7 @@ BACKWARD_AND_FORWARD = 3
 UNKNOWN = float("nan")
 
 TokenCount: TypeAlias = Callable[[Any], tuple[int, int]]
-"""From a batch to its rows and their length."""
+"""Function that maps a batch to its number of rows and their length."""
 
 
 @dataclass(frozen=True)

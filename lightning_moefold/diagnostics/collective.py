@@ -105,7 +105,7 @@ def _called(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective:
         return _of_axis("exchange", "pipeline stages", None if mesh is None else mesh.axis("pp"))
     purpose = _purpose(callers) if _is(caller, "lightning_moefold.") else ""  # else the line of the user's code says it
     group = _group_in(call.f_locals)
-    # A function may know several axes, or still have that of an earlier call: the group of this call decides.
+    # A function may hold several axes, or that of an earlier call, so the group of this call decides.
     axes = _axes_in(caller.f_locals) if _is(caller, *_COLLECTIVES) else []
     axis = next((axis for axis in axes if axis.group is group is not None), None)
     return _of_group(kind, purpose, group, mesh) if axis is None else _of_axis(kind, purpose, axis)
@@ -126,11 +126,11 @@ def _fsdp(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective:
 
 
 def _waiting(frames: list[FrameType], mesh: FoldedMesh | None) -> Collective | None:
-    """A method ``wait`` of an object that knows its axis; other functions may know axes over which nothing is under way."""
+    """Describes a method ``wait`` of an object with an axis; axes of other functions may have no collective running."""
     frame = frames[0]
     axis = getattr(frame.f_locals.get("self"), "axis", None)
     if frame.f_code.co_name == "wait" and isinstance(axis, Axis):
-        kind = getattr(frame.f_locals.get("way"), "kind", "exchange")  # of async_comm
+        kind = getattr(frame.f_locals.get("way"), "kind", "exchange")  # a route of async_comm
         return _of_axis(kind, _purpose(frames[1:]), axis)
     if _is(frame, "lightning_moefold.parallel.pipeline.") and mesh is not None:
         return _of_axis("exchange", "pipeline stages", mesh.axis("pp"))

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds out which ranks still run, and the errors of those that failed. Used only after a failure.
 
-Each rank keeps a listening socket and leaves its address in the store of the process group. While the process lives, its
-kernel completes every connection; when it is gone, however it ended, new connections are refused and old ones are reset.
-So a rank need not send heartbeats: until a collective fails, nothing is sent, and no thread runs.
+Each rank keeps a listening socket and publishes its address in the store of the process group. While the process lives,
+its kernel completes every connection. After it has ended, in whatever way, new connections are refused and old ones are
+reset. So ranks need no heartbeats: until a collective fails, nothing is sent and no thread runs.
 
-Nobody accepts these connections, so each stays in the kernel's queue of the rank that is asked, and a queue that is full
-looks like a machine that is down. Who asks therefore connects once to each peer and keeps that connection while it asks,
-and the peers asked are those that follow in the group, so that no rank is asked by all.
+Connections are never accepted, so each stays in the kernel's queue of the probed rank, and a full queue looks like a
+machine that is down. Therefore a probing rank connects once to each peer and keeps the connection while it probes. It
+probes the peers that follow it in the group, so that no rank is probed by all others.
 
-A rank that fails with an error of its own leaves that error in the store (its last words) before it lets go of its peers.
+A rank that fails with an error of its own publishes that error in the store (its last words) before it closes its
+connections.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ import torch.distributed as dist
 State = Literal["running", "ended", "silent", "unknown"]
 
 _PREFIX = "moefold/liveness"
-#: Peers that a rank asks: the queue of a rank must hold a connection from each that may ask it.
+#: Number of peers that a rank probes; the queue of a rank must hold a connection from each rank that may probe it.
 _MOST_ASKED = 64
-#: Connections that a rank's queue holds, where its kernel allows as many: it can be asked over each axis of the fold.
+#: Length of a rank's queue of connections, if its kernel allows it; a rank can be probed over each axis of the fold.
 _QUEUE = 16 * _MOST_ASKED
-#: For a rank whose connections were closed a moment before its process is gone, and for words on their way.
+#: Waiting time for a rank whose connections close shortly before its process ends, and for words on their way.
 _PATIENCE_SECONDS = 2.0
 _ANSWER_SECONDS = 1.0
 
@@ -94,10 +95,10 @@ class RollCall:
                 self.store.set(f"{_PREFIX}/{subject}/{self._rank}", text[:1000])
 
     def probe(self, ranks: Iterable[int]) -> Report:
-        """Asks the 64 of ``ranks`` that follow this one, and waits up to two seconds until somebody turns out to be missing.
+        """Probes the 64 of ``ranks`` that follow this one, and waits up to two seconds until one is found to be missing.
 
         Args:
-            ranks: Of a group; after its last rank follows its first.
+            ranks: Ranks of a group; the first rank follows the last one.
         """
         others = sorted((rank for rank in ranks if rank != self._rank), key=lambda rank: (rank < self._rank, rank))
         others = others[:_MOST_ASKED]
@@ -108,7 +109,7 @@ class RollCall:
                 try:
                     answers = self._store_answers()
                     report = self._ask_once(others, connections, stack) if answers else Report(store_lost=True)
-                except RuntimeError:  # of the store
+                except RuntimeError:  # raised by the store
                     return Report(store_lost=True)
                 if report.explains or time.monotonic() > until:
                     return report
@@ -140,7 +141,7 @@ class RollCall:
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
     def _state(self, rank: int, connections: dict[int, socket.socket], stack: ExitStack) -> State:
-        """Connects to ``rank`` the first time, into ``connections``; then looks whether that connection still stands."""
+        """Connects to ``rank`` in the first call and stores the connection; later calls check whether it still stands."""
         if rank in connections:
             return _state_of(connections[rank])
         host, _, port = self._read(f"address/{rank}").partition(" ")
@@ -154,7 +155,7 @@ class RollCall:
 
 
 def _try_to_connect(host: str, port: int) -> socket.socket | Literal["ended", "silent"]:
-    """Returns a connection that does not block, or why there is none."""
+    """Returns a non-blocking connection, or the reason why there is none."""
     try:
         found = socket.create_connection((host, port), timeout=_ANSWER_SECONDS)
     except ConnectionRefusedError:
@@ -166,7 +167,7 @@ def _try_to_connect(host: str, port: int) -> socket.socket | Literal["ended", "s
 
 
 def _state_of(connection: socket.socket) -> State:
-    """A process that lives leaves the connection alone; the kernel of one that has ended resets it."""
+    """Returns the state of a process: a live one does not touch the connection; after its end the kernel resets it."""
     try:
         connection.recv(1)
     except BlockingIOError:

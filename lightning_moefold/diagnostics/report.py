@@ -156,27 +156,27 @@ def print_without_traceback(error: BaseException, rank: int, place: Place | None
 
 
 class _Sentence:
-    """Lives as long as the error whose attribute it is."""
+    """A sentence that lives as long as the error that holds it as an attribute."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 class _PrintSentences:
-    """An excepthook that prints the sentences of some errors, and lets another hook print all others.
+    """An excepthook that prints registered errors as one sentence, and passes all others to another hook.
 
-    It holds no error, whose traceback would keep the model of a run that failed; and once the last of its errors is
-    gone, which the user has handled, it puts the other hook back.
+    It holds no reference to errors, whose tracebacks would keep the model of a failed run alive. When the last
+    registered error is gone, because the user has handled it, the other hook is restored.
 
     Args:
-        before: The hook that it replaces.
+        before: The hook that this one replaces.
     """
 
     def __init__(self, before: Callable[[type[BaseException], BaseException, TracebackType | None], Any]) -> None:
         self.before, self.errors = before, 0
 
     def add(self, error: BaseException, text: str) -> None:
-        """Has ``text`` printed in place of the traceback of ``error``."""
+        """Registers ``text`` to be printed instead of the traceback of ``error``."""
         sentence = _Sentence(text)
         error._moefold_sentence = sentence  # type: ignore[attr-defined]
         self.errors += 1
@@ -188,7 +188,7 @@ class _PrintSentences:
             sys.excepthook = self.before
 
     def __call__(self, kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
-        """As Python calls it for an error that nobody has caught."""
+        """Called by Python for an uncaught error."""
         sentence = getattr(value, "_moefold_sentence", None)
         if isinstance(sentence, _Sentence):
             print(sentence.text, file=sys.stderr)

@@ -92,10 +92,10 @@ def gated_backward(
     """Computes the gradients of :func:`gated_forward`.
 
     Args:
-        activation: As in forward.
-        gate_MF: As in forward.
-        up_MF: As in forward.
-        weight_M: As in forward.
+        activation: Activation function of the gate, as in forward.
+        gate_MF: Input of the activation, as in forward.
+        up_MF: The other factor, as in forward.
+        weight_M: Weight of each row, as in forward; None for 1.
         grad_MF: Gradient of the forward result.
         owns_grad: Whether ``grad_MF`` may be overwritten, because the caller does not use it again.
         wants_weight: Whether to compute the gradient of ``weight_M``.

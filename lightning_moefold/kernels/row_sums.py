@@ -59,7 +59,7 @@ def sum_of_tokens(x_RD: Tensor, token_R: Tensor, tokens: int) -> Tensor:
     Args:
         x_RD: Rows.
         token_R: The token of each row.
-        tokens: T.
+        tokens: Number of tokens, T.
     """
     if x_RD.is_contiguous() and x_RD.is_cuda | runs_triton(x_RD, token_R):
         sorted_R, order_R = token_R.sort(stable=True)

@@ -43,7 +43,7 @@ class Fixed:
         world_size: Number of ranks.
         ranks_per_node: Number of ranks on a node.
         precision: Precision of the Trainer.
-        settings: Of the strategy; a plan or a recomputation other than the default one is given.
+        settings: Settings of the strategy; a plan or a recomputation that differs from the default is fixed.
         num_microbatches: Number of micro-batches; None to choose it for a pipeline.
     """
 
@@ -54,10 +54,10 @@ class Fixed:
     num_microbatches: int | None
 
     def space(self, dispatchers: tuple[str, ...]) -> Space:
-        """What is left to choose from: what the strategy runs in one call of the model.
+        """Returns the settings that are left to choose, among those that the strategy runs in one call of the model.
 
         Args:
-            dispatchers: Those that can do what is asked for.
+            dispatchers: Dispatchers that support the job's settings.
         """
         plan, recompute, dispatcher = self.settings.plan, self.settings.recompute, self.settings.dispatch.dispatcher
         looped = plan.schedule.startswith("interleaved")

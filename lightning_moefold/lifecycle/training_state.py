@@ -91,7 +91,7 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
     Args:
         path: Directory to create.
         checkpoint: Lightning's checkpoint dictionary; ``state_dict`` and ``optimizer_states`` are removed from it.
-        registry: Of the module.
+        registry: Registry of the module's parameters.
     """
     tensors: dict[str, Tensor] = {}
     extra = {}
@@ -267,7 +267,7 @@ def load_training_state(
     Args:
         path: Folder with the tensors of the checkpoint.
         meta: Result of :func:`~.checkpoint.sharded.load_meta`; its optimizer groups are removed.
-        registry: Of the module.
+        registry: Registry of the module's parameters.
         module: The LightningModule.
         optimizers: Optimizers to fill; empty to load weights only.
 

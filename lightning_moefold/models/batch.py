@@ -109,7 +109,7 @@ def read_batch(
     Args:
         config: The model's configuration.
         axes: The axes over which rows are cut and tokens spread.
-        num_microbatches: M.
+        num_microbatches: Number of micro-batches, M.
         input_ids: Token ids, ``[B, S]``.
         labels: Labels at the positions of ``input_ids``, ``[B, S]``, or None.
         attention_mask: Mask, ``[B, S]``, 0 for padding, or None; see :func:`~.masks.read_mask`.

@@ -186,7 +186,7 @@ class GlobalLoss:
         return global_value(share.to(self.dtype), value, self.mesh, factor=self._factors.routers)
 
     def _same_batch(self, batch: CausalLMBatch) -> Tensor:
-        """Shows whether the ranks of a tp or cp group were given the same; else a run goes on with a plausible loss."""
+        """Returns numbers that show whether tp and cp ranks received the same batch; a wrong loss may look plausible."""
         if self.mesh is None or self.mesh.fold.tp * self.mesh.fold.cp == 1:
             return batch.faults.new_zeros(0)
         return same_batch_slots(batch.fingerprint, self.mesh).flatten()
@@ -198,15 +198,15 @@ class GlobalLoss:
 
 
 def check_faults(tokens: float, labels: float, vocab_size: int) -> None:
-    """Raises what all ranks agreed on.
+    """Raises if any rank's data lies outside the vocabulary.
 
     Args:
         tokens: Number of token ids outside the vocabulary, over all ranks.
-        labels: Number of labels.
-        vocab_size: Of the model.
+        labels: Number of labels outside the vocabulary, over all ranks.
+        vocab_size: Vocabulary size of the model.
 
     Raises:
-        BatchError: If there are any.
+        BatchError: If there are such tokens or labels.
     """
     if tokens or labels:
         what = f"{tokens:.0f} token ids" if tokens else f"{labels:.0f} labels"

@@ -66,13 +66,14 @@ class ParallelRoot(ParallelModule):
     A root inside another root is a part of it.
 
     Attributes:
-        settings: How the strategy has cut it and has it run (:class:`~.parallel.settings.Settings`); None without one.
-        layouts: Where the pieces of each parameter and stored buffer lie, by name relative to the root.
-        compute_dtype: The dtype in which it computes where that is not the dtype of storage (``bf16-mixed``).
-        rows: How the rows that a block is given are cut over cp (:class:`~.row_cut.RowCut`); None where they are whole.
-        hidden_size: D, what it takes and returns for each token.
-        stages: Pipeline stages, which share its modules and may be wrapped by FSDP2 without being a part of it.
-        unequal: The context of unequal calls that is open, if one is.
+        settings: Settings with which the strategy has cut and runs it (:class:`~.parallel.settings.Settings`); None
+            without a strategy.
+        layouts: Layout of each parameter and stored buffer, by name relative to the root.
+        compute_dtype: The dtype in which it computes, if it differs from the dtype of storage (``bf16-mixed``).
+        rows: How the block's input rows are cut over cp (:class:`~.row_cut.RowCut`); None if they are whole.
+        hidden_size: Size of its input and output per token, D.
+        stages: Its pipeline stages, which share its modules and may be wrapped by FSDP2, but are not submodules of it.
+        unequal: The open context of unequal calls, if any.
     """
 
     settings: Any = None
@@ -100,7 +101,7 @@ class ParallelRoot(ParallelModule):
         ]
 
     def use(self, settings: Any) -> None:
-        """Goes on under settings that a root which is cut may change to."""
+        """Changes to other settings that a root may have after it has been cut."""
         self.settings = settings
 
     def stand_in(self) -> None:
@@ -109,7 +110,7 @@ class ParallelRoot(ParallelModule):
         self(torch.empty(0, 1, self.hidden_size, dtype=parameter.dtype, device=parameter.device))
 
     def release_gathered_weights(self) -> None:
-        """Lets go of weights that a forward pass gathered, so that ``named_parameters`` gives this rank's pieces."""
+        """Frees weights that a forward pass gathered, so that ``named_parameters`` returns this rank's pieces."""
         for module in (*self.modules(), *self.stages):
             if isinstance(module, FSDPModule):
                 module.reshard()

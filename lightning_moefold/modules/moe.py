@@ -44,8 +44,7 @@ class MoELayer(ParallelRoot):
         expert: Function that makes one expert, instead of gated experts: any module from ``[rows, D]`` to ``[rows, D]``
             (:class:`~.module_experts.ModuleExperts`).
         router: The router that chooses experts: :class:`~.routers.RouterOptions`, the name of a registered router, a
-            mapping of
-            options, or a function that makes a router from D, E and K.
+            mapping of options, or a function that makes a router from D, E and K.
         shared_ffn_hidden_size: Width of the shared expert, which every token uses; 0 for none.
         shared_gate: Whether to scale the shared expert by ``sigmoid(shared_expert_gate(x))`` (Qwen2-MoE).
         activation: Activation function of all gated experts.
@@ -192,10 +191,10 @@ class MoELayer(ParallelRoot):
 
         Args:
             hidden: This rank's tokens ``[T, D]``; without ``batch``, ``[..., D]``, the same on every tp rank.
-            batch: What is padding, and whether somebody asks for routing statistics.
+            batch: Description of the batch: padding, and whether to return routing statistics.
 
         Returns:
-            A tensor of the shape of ``hidden``, and where the batch asks for routing statistics a table of them
+            A tensor of the shape of ``hidden``; if the batch asks for routing statistics, also their table
             (:mod:`.routers.statistics`).
         """
         if batch is None:
@@ -219,7 +218,7 @@ class MoELayer(ParallelRoot):
         if batch.wants_routing:
             return y_TD, routing_table(routed, counts_GE, batch)
         if self.keep_routing:
-            # None in evaluation, or a loss computed there would be that of the latest training batch.
+            # None in evaluation; otherwise a loss computed there would be that of the latest training batch.
             batch.wants_z_loss = True
             table_SE = routing_table(routed, counts_GE, batch) if self.training else None
             dtype = routed.probability_TE.dtype

@@ -45,12 +45,14 @@ class SequenceBatch:
         routed_T: False for tokens that go to no expert; None if all tokens are routed.
         num_routed: Number of True entries in ``routed_T``, so that no layer has to wait for the device.
         counted_T: False for tokens that routing statistics leave out; None if all count.
-        num_microbatches: M.
-        group_T: Of the tokens over which balance is asked for (:mod:`.routers.statistics`); None where there is one group.
-        num_groups: How many there are.
-        wants_routing: Whether somebody asks for routing statistics.
-        wants_z_loss: Whether they are to include what the z-loss needs.
-        row_numbers: Of the rows, among those of all data ranks: row b of rank r of R is ``b * R + r``, as rows are dealt.
+        num_microbatches: Number of micro-batches, M.
+        group_T: Number of each token's group for the load-balancing loss (:mod:`.routers.statistics`); None if there is
+            one group.
+        num_groups: Number of these groups.
+        wants_routing: Whether MoE layers return routing statistics.
+        wants_z_loss: Whether the statistics include those of the z-loss.
+        row_numbers: Number of each row among those of all data ranks: row b of rank r of R is ``b * R + r``, as rows
+            are dealt.
         call: Number of the training call, for routers with noise.
         cache: Keys and values of earlier positions during generation; None otherwise.
     """

@@ -52,8 +52,8 @@ class VocabularyEmbedding(_VocabularyParallel):
     """Token embedding with a weight ``[V, D]``.
 
     Args:
-        vocab_size: V.
-        hidden_size: D.
+        vocab_size: Number of tokens in the vocabulary, V.
+        hidden_size: Size of hidden states, D.
         padding_idx: Token whose row gets no gradient (as in ``torch.nn.Embedding``).
     """
 
@@ -84,8 +84,8 @@ class VocabularyHead(_VocabularyParallel):
     """Output projection with a weight ``[V, D]``, and its cross-entropy.
 
     Args:
-        vocab_size: V.
-        hidden_size: D.
+        vocab_size: Number of tokens in the vocabulary, V.
+        hidden_size: Size of hidden states, D.
         tied: Embedding whose weight is also the head's; the head then has no parameter of its own.
     """
 

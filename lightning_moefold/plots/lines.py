@@ -12,7 +12,7 @@ from lightning_moefold.plots.read import Run, Series
 from lightning_moefold.plots.style import COLORS
 
 LONG = 150
-"""From so many points on, a line is smoothed over its pale raw points."""
+"""Number of points from which a line is smoothed and drawn over its pale raw points."""
 STEP = "optimizer step"
 
 

@@ -15,7 +15,7 @@ from lightning_moefold.errors import InputError
 COLORS = (
     "#1f5f99", "#d1603d", "#3b8f5c", "#7b5ea7", "#b3892b", "#5aa9c9", "#a33b5e", "#8f8f8f", "#9dbf4e", "#e0a3a3",
 )  # fmt: skip
-"""Of lines and bars, in order."""
+"""Colors of lines and bars, in order."""
 
 
 def make_figure(

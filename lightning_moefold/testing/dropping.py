@@ -21,7 +21,7 @@ class DroppingReference:
 
     Args:
         model: The model; hooks are added to it.
-        capacity_factor: As in :class:`.DispatchConfig`.
+        capacity_factor: Capacity factor of :class:`.DispatchConfig`.
         policy: ``drop_policy`` of :class:`.DispatchConfig`.
 
     Attributes:

@@ -32,7 +32,7 @@ OptimizerFactory = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceRun:
-    """What a run in one process computed, by our parameter names (see :func:`canonical`).
+    """The results of a run in one process, by the names of parameters in the model (see :func:`canonical`).
 
     Attributes:
         losses: Loss of each batch, auxiliary loss included.
@@ -74,7 +74,7 @@ def reference_run(
         path: Folder of the checkpoint.
         batches: Each either the rows of all data ranks in rank order, or a list of one batch per data rank.
         dtype: Data type of weights and computation.
-        steps: Optimizer steps; as many as the batches allow if None.
+        steps: Number of optimizer steps; None for as many as the batches allow.
         lr: Learning rate.
         optimizer: ``"adamw"`` (betas 0.9 and 0.95, weight decay 0.1), ``"sgd"`` (momentum 0.9), or a function that
             makes one from the trained parameters by name (``lr`` is then its own).
@@ -132,7 +132,7 @@ def canonical(named_tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
     (both ``[E, F, H]``); every other name, ``...experts.down_proj`` ``[E, H, F]`` included, stays.
 
     Args:
-        named_tensors: By name, such as ``model.state_dict()`` or ``model.named_parameters()``.
+        named_tensors: Tensors by name, such as ``model.state_dict()`` or ``model.named_parameters()``.
 
     Returns:
         By our names; the split tensors are views.

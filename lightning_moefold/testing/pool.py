@@ -213,10 +213,10 @@ class RankPool:
         """Returns if all ranks succeeded; otherwise brings the pool into a usable state and raises.
 
         Args:
-            name: What the ranks were doing, for the error.
+            name: Description of the ranks' activity, for the error.
             workers: The ranks asked.
             outcomes: Their answers so far.
-            timeout: How long they had, in seconds.
+            timeout: Their deadline in seconds.
             in_case: Whether a rank that has answered waits for the case to be finished.
         """
         failed = [(rank, outcome.failure) for rank, outcome in outcomes.items() if outcome.failure is not None]
@@ -339,7 +339,7 @@ def _collect(workers: dict[int, _Worker], seconds: float) -> dict[int, Outcome]:
     """Waits for one answer of each worker.
 
     Args:
-        workers: By rank.
+        workers: Workers by rank.
         seconds: Deadline. After a failure only a short grace period remains, because peers of a failed rank may wait
             forever.
 

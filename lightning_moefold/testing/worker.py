@@ -86,7 +86,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class RankFailure:
-    """What one rank raised, as text (an exception itself need not survive pickling).
+    """An error of one rank as text, since an exception may not survive pickling.
 
     Attributes:
         exception_type: Name of the exception's class.
@@ -144,7 +144,7 @@ def dumps(value: Any) -> bytes:
         The pickle.
 
     Raises:
-        TypeError: For a DTensor, whose mesh means nothing outside its process group.
+        TypeError: If the result holds a DTensor, whose mesh is meaningless outside its process group.
     """
     buffer = io.BytesIO()
     _ResultPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)

@@ -38,7 +38,7 @@ class RouterOptions:
         seed: Seed of the noise.
 
     Raises:
-        ValueError: For values that contradict each other.
+        ValueError: If values contradict each other.
     """
 
     #: Fields that do not change the prediction of a trained model, or whose effect ``transformers`` also implements.
@@ -117,7 +117,7 @@ class SwipeOptions(RouterOptions):
     """Options of :class:`~.swipe.SwipeRouter`: those of all routers except groups.
 
     Raises:
-        ValueError: For values that contradict each other.
+        ValueError: If values contradict each other.
     """
 
     NOT_IN_PREDICTION: ClassVar[frozenset[str]] = RouterOptions.NOT_IN_PREDICTION | {"name"}
@@ -143,7 +143,7 @@ class TopologyAwareOptions(RouterOptions):
             ranks. By default ``nodes``.
 
     Raises:
-        ValueError: For values that contradict each other.
+        ValueError: If values contradict each other.
     """
 
     NOT_IN_PREDICTION: ClassVar[frozenset[str]] = RouterOptions.NOT_IN_PREDICTION | {

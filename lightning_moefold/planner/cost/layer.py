@@ -244,7 +244,7 @@ class LayerCosts:
         Args:
             ep: Ranks among which tokens are exchanged.
             etp: Ranks that share an expert.
-            tokens: T.
+            tokens: Number of tokens of this rank, T.
             load: Load of the busiest rank.
             dispatcher: Name of the dispatcher.
             experts: Seconds of the experts' products, forward.
@@ -282,7 +282,7 @@ class LayerCosts:
         Args:
             ep: Ranks among which tokens are exchanged.
             etp: Ranks that share an expert.
-            tokens: T.
+            tokens: Number of tokens of this rank, T.
             nodes: Number of nodes of ep if the exchange has two steps; 1 if it has one.
         """
         ranks, row = self.pairs(ep), self.model.hidden_size * self.job.activation_bytes

@@ -51,8 +51,8 @@ def pairs_of(
 
     Args:
         profile: Routing profile.
-        num_experts: E.
-        top_k: K.
+        num_experts: Number of experts, E.
+        top_k: Number of experts per token, K.
         places: S, a divisor of E.
         capacity_factor: An expert serves at most this many times the mean, as in :meth:`.RoutingProfile.load_factor`.
     """

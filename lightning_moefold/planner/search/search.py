@@ -315,8 +315,8 @@ def search(job: Job, space: Space | None = None, keep: int = 10, pool: bool = Tr
     """Ranks the folds of a job, with the pool of plans that are best under the other routing profiles.
 
     Args:
-        job: What is to be trained.
-        space: What may be chosen.
+        job: The training job.
+        space: The settings that may be chosen.
         keep: Number of folds to keep.
         pool: Whether to search under the other routing profiles too (SmartMoE's offline stage).
 

@@ -2,7 +2,7 @@
 """Computes from sizes the messages of attention over context parallel ranks (cp); part of :mod:`.expected`.
 
     ring         keys and values go to the next rank cp - 1 times, forward and again in backward, where their gradients
-                 follow and go on once more, home: cp times, in float32
+                 follow and make one more step home: cp times, in float32
     all_gather   keys and values of whole rows, forward and again in backward; their gradients, in float32, summed and
                  scattered
     all_to_all   queries, keys, values and outputs once each way; backward as many gradients

@@ -221,7 +221,7 @@ class Recorder(TorchDispatchMode):
         if func in _OPERATIONS:
             self._record(func, args)
         elif func.namespace == "c10d" and func is not _C10D.barrier.default:
-            raise NotImplementedError(f"{func} is a collective that nobody has taught the recorder.")
+            raise NotImplementedError(f"{func} is a collective that the recorder does not know; add it to _OPERATIONS.")
         return result
 
     def _record(self, func: Any, args: Any) -> None:
