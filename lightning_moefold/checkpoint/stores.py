@@ -47,11 +47,11 @@ def _unmangled(path: Path) -> Path:
     scheme = next((part for part in path.parts if part[-1:] == ":" and part[:-1] in known_implementations), None)
     if scheme == "file:":
         raise CheckpointError(
-            f"{str(path)!r} has a folder named 'file:', as Lightning makes one of an address file://...; give the plain path."
+            f"{str(path)!r} has a folder named 'file:', which Lightning makes of an address file://...; give the plain path."
         )
     if scheme is not None:
         raise CheckpointError(
-            f"{str(path)!r} has a folder named {scheme!r}, as a Path makes one of an address {scheme}//...; give addresses of a "
+            f"{str(path)!r} has a folder named {scheme!r}, which a Path makes of an address {scheme}//...; give addresses of a "
             "store as strings."
         )
     return path

@@ -62,8 +62,8 @@ class StepAhead:
             return
         if isinstance(loop._data_fetcher, _DataLoaderIterDataFetcher):
             raise UnsupportedFeature(
-                "calculate_per_token_loss=True counts the labels of batches before they are trained on, which a training_step "
-                "that takes the dataloader_iter does not let it do; take the batch instead, or leave the option out."
+                "calculate_per_token_loss=True counts the labels of batches in advance, which is impossible if training_step "
+                "takes the dataloader_iter; take the batch instead, or leave the option out."
             )
         place = (loop.epoch_loop.batch_progress.current.ready - 1) % divisor
         if place == 0 or not self._weights:  # also empty if a run resumes in the middle of a step
@@ -93,7 +93,7 @@ class StepAhead:
         if not self._taken:
             raise UnsupportedFeature(
                 "calculate_per_token_loss=True divides the loss of MoECausalLM by the labels of the step, but training_step called "
-                "none with labels; call it with them, or leave the option out."
+                "none with labels; call it with labels, or leave the option out."
             )
 
     def _take(self) -> StepLabels:

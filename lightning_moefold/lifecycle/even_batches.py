@@ -167,8 +167,8 @@ class EvenBatches(Callback):
         others = {self._data_rank(rank) for rank, (ended, _) in enumerate(everyone) if not ended}
         if not over or not others:
             return (
-                f"{self._doing} is not at the same place on all data ranks, whose dataloaders differ; give every data rank the "
-                "same dataloaders, with equally many batches in each."
+                f"{self._doing} is at different places on the data ranks, because their dataloaders differ; give every data rank "
+                "the same dataloaders, with equally many batches in each."
             )
         number = min(n for ended, n in everyone if ended)
         if over & others:

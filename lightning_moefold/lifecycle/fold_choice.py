@@ -110,8 +110,8 @@ def known_model(auto: AutoFold, module: pl.LightningModule) -> MoEConfig | None:
     models = [root for _, root in roots if isinstance(root, MoECausalLM)]
     if roots and not models:
         raise PlanError(
-            f'fold="auto" plans language models, and {roots[0][0] or type(roots[0][1]).__name__} is in a network of your own; '
-            "give the fold, or AutoFold(model=...) of a language model that is as large."
+            f'fold="auto" plans language models, but {roots[0][0] or type(roots[0][1]).__name__} is in a custom network; '
+            "give the fold, or AutoFold(model=...) of a language model of the same size."
         )
     # The largest, if there are several: for a teacher and its student, the plan is for the teacher.
     return max((model.config for model in models), key=lambda config: config.num_parameters(), default=None)
@@ -142,7 +142,7 @@ def choose_for(
     if model is None:
         if last_call:
             raise PlanError(
-                f'fold="auto" plans for a MoECausalLM, and {type(module).__name__} holds none after configure_model; give the '
+                f'fold="auto" plans for a MoECausalLM, but {type(module).__name__} holds none after configure_model; give the '
                 "fold, or auto=AutoFold(model=...)."
             )
         return None
@@ -169,7 +169,7 @@ def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None
     if before == choice["fold"] or before is None:
         return None
     text = (
-        f'the checkpoint was saved under {before}; fold="auto" goes on under {choice["fold"]}, which changes no result'
+        f'the checkpoint was saved under {before}; fold="auto" continues under {choice["fold"]}, which changes no result'
     )
     earlier, now = meta.get(RECORD, choice)["num_microbatches"], choice["num_microbatches"]
     if earlier != now:

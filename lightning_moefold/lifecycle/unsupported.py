@@ -74,8 +74,8 @@ def check_blocks(module: nn.Module, fold: Fold) -> None:
             axis, size = ("context", fold.cp) if fold.cp > 1 else ("pipeline", fold.pp)
             what = "rows context" if fold.cp > 1 else "layers pipeline"
             raise UnsupportedFeature(
-                f"{name or type(root).__name__} is in a network of your own, whose {what} parallelism cannot cut unless the "
-                "network names its layers (pipeline_layers, with embed and head) and the block is in one of them; do so, or use "
+                f"{name or type(root).__name__} is in a custom network, whose {what} parallelism cannot cut unless the "
+                "network names its layers (pipeline_layers, embed and head) and the block is in one of them; name them, or use "
                 f"{axis}_parallel_size=1 instead of {size}."
             )
     if fold.pp > 1 and not roots and not networks:
@@ -96,8 +96,8 @@ def check_compilation(module: nn.Module) -> None:
     """
     if not any(isinstance(part, DecoderLayer) for part in module.modules()):
         raise UnsupportedFeature(
-            f"compile=True compiles decoder layers, of which {type(module).__name__} holds none; leave it out, and compile modules "
-            "of your own with their method compile() in configure_model."
+            f"compile=True compiles decoder layers, but {type(module).__name__} holds none; leave it out, and compile your own "
+            "modules with their method compile() in configure_model."
         )
 
 
@@ -195,23 +195,23 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
             )
         if isinstance(callback, ThroughputMonitor) and fold.dp < fold.world_size:
             raise UnsupportedFeature(
-                f"{type(callback).__name__} multiplies by the number of ranks, which under {fold} read the same samples in part; "
+                f"{type(callback).__name__} multiplies by the number of ranks, but under {fold} some ranks read the same samples; "
                 "use MFUMonitor."
             )
     if getattr(trainer.strategy, "_layer_sync", None) is not None and (spread or fold.dp < fold.world_size):
         raise UnsupportedFeature(
-            "sync_batchnorm=True is for modules without MoE blocks under a fold of data ranks only; leave it off, or use a norm "
-            "without batch statistics."
+            "sync_batchnorm=True works only for modules without MoE blocks, under a fold of data ranks; leave it off, or use "
+            "a norm without batch statistics."
         )
     if trainer._detect_anomaly and spread and not fold.tp == fold.ep == fold.etp == 1:
         raise UnsupportedFeature(
-            f"detect_anomaly=True asks for NaNs in a way that torch has not built for tensors cut over tp, ep or etp, as {fold} "
-            "does; look for them under a fold of data ranks only."
+            f"detect_anomaly=True searches for NaNs with an operation that torch lacks for tensors cut over tp, ep or etp, as "
+            f"under {fold}; search under a fold of data ranks only."
         )
     for logger in trainer.loggers if spread and trainer.checkpoint_callbacks else ():
         if uploads := getattr(logger, "_log_model", False):  # also of MLFlowLogger and LitLogger
             raise UnsupportedFeature(
-                f"{type(logger).__name__}(log_model={uploads!r}) uploads files, and checkpoints of this strategy are "
+                f"{type(logger).__name__}(log_model={uploads!r}) uploads files, but checkpoints of this strategy are "
                 "directories; leave log_model out, and upload what save_pretrained writes."
             )
     writer = trainer.strategy.checkpoint_io

@@ -339,8 +339,8 @@ class MoECausalLM(AdaptedModel):
             return None
         if loss_fn is not None:
             raise InputError(
-                "calculate_per_token_loss=True has to know the weight of each accumulated batch before the first of them is "
-                "computed, and a loss_fn tells it afterwards; set it to False, or use loss_weights instead of a loss_fn."
+                "calculate_per_token_loss=True must know the weight of each accumulated batch before the first of them is "
+                "computed, but a loss_fn returns it afterwards; set it to False, or use loss_weights instead of a loss_fn."
             )
         return self.step_labels()
 

@@ -182,7 +182,7 @@ class MoEConfig:
                 raise ConfigError(f"router: {error}") from None
         if self.head_dim % 2:
             raise ConfigError(
-                f"head_dim={self.head_dim} is odd, and rotary embedding turns pairs; use an even head_dim."
+                f"head_dim={self.head_dim} is odd, but rotary embedding rotates pairs; use an even head_dim."
             )
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
             raise ConfigError(

@@ -127,7 +127,7 @@ def _read_mask(input_ids: Tensor, attention_mask: Tensor | None, ends: list[int]
         real_BS, documents = read_mask(attention_mask, None)
         if documents is not None:
             raise InputError(
-                "attention_mask numbers documents, and a prompt is one; give 1 for tokens and 0 for padding."
+                "attention_mask numbers documents, but a prompt is one document; give 1 for tokens and 0 for padding."
             )
         real_BS = torch.ones_like(input_ids, dtype=torch.bool) if real_BS is None else real_BS
     elif pad is not None and pad not in ends:

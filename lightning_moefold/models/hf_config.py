@@ -178,11 +178,11 @@ def _qwen_windows(reader: FieldReader, qwen2: bool, layers: int) -> tuple[int | 
     types = _layer_types(reader, layers)
     if types is None:
         if most is None and used:
-            raise ConfigError("max_window_layers=None must be an integer, 0 or more, where use_sliding_window is on.")
+            raise ConfigError("max_window_layers=None must be an integer, 0 or more, if use_sliding_window is on.")
         types = ["sliding_attention" if used and (i + 1) % 2 and i < most else "full_attention" for i in range(layers)]
     if window is None and "sliding_attention" in types:
         raise ConfigError(
-            "layer_types holds 'sliding_attention', but no window is used; set use_sliding_window and it."
+            "layer_types holds 'sliding_attention', but no window is used; set use_sliding_window and sliding_window."
         )
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 

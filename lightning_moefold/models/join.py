@@ -83,7 +83,7 @@ class JoinCalls:
             return
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "calls that other ranks may not share have no backward; make them under torch.no_grad()."
+                "calls in which other ranks may not take part have no backward; make them under torch.no_grad()."
             )
         while (called := self._agree(index)) != index:
             assert called is not None, "this rank's own call has been counted"

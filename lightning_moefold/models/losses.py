@@ -85,7 +85,7 @@ class Factors(NamedTuple):
         """
         if not abs(weight - batch) <= 1e-5 * max(weight, 1.0):
             raise BatchError(
-                "calculate_per_token_loss=True has counted the labels of each batch as the DataLoader gives it"
+                "calculate_per_token_loss=True counts the labels of each batch as the DataLoader gives it"
                 + (
                     f" ({batch:g}), but the model is called with others ({weight:g})"
                     if batch == batch

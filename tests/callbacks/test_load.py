@@ -124,7 +124,7 @@ def test_missing_packages_cost_one_warning(monkeypatch: pytest.MonkeyPatch) -> N
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
     )
     images = LoadImages()
-    with pytest.warns(UserWarning, match="goes on without pictures"):
+    with pytest.warns(UserWarning, match="continues without pictures"):
         images.log(trainer, load([1, 2]))
     images.log(trainer, load([1, 2]))
 

@@ -30,7 +30,7 @@ def test_what_cannot_be_counted_ahead(pool: RankPool, path: str) -> None:
         "no mapping": "as the DataLoader gives it, which has none; give batches as mappings",
         "other labels": "but the model is called with others",
         "no labels": "training_step called none with labels",
-        "loss_fn": "a loss_fn tells it afterwards",
+        "loss_fn": "a loss_fn returns it afterwards",
         "iterator": "takes the dataloader_iter",
         "two calls": "no error",
     }

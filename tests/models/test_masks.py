@@ -133,7 +133,7 @@ def test_what_cannot_be_honoured_is_refused(path: Path, case: str) -> None:
     [
         (MASK.float(), "dtype torch.float32"),
         (MASK.masked_fill(TOKENS == 0, -1), "holds -1"),
-        (MASK.cumsum(1), "numbers documents, and a prompt is one"),
+        (MASK.cumsum(1), "numbers documents, but a prompt is one document"),
     ],
 )
 def test_masks_of_prompts(path: Path, mask: Tensor, message: str) -> None:

@@ -150,7 +150,7 @@ def test_mixed_precision_is_near_float32(pool: RankPool, fold: str, sharding: st
 
 def test_what_is_refused(pool: RankPool) -> None:
     patterns = {
-        "block in head": "network.pool is in a network of your own, whose layers pipeline parallelism cannot cut unless",
+        "block in head": "network.pool is in a custom network, whose layers pipeline parallelism cannot cut unless",
         "shared layer": "body.blocks holds a layer twice",
         "tied to an end": "layer 1 of body.blocks shares a parameter with embed or head",
         "batch norm": "BatchNorm1d in network takes statistics of a whole batch",

@@ -81,7 +81,7 @@ class Attention(ParallelRoot):
         self.head_dim = head_dim or hidden_size // num_heads
         if rope_theta is not None and self.head_dim % 2:
             raise InputError(
-                f"head_dim={self.head_dim} is odd, and rotary positions turn pairs of numbers; use an even one, or rope_theta=None."
+                f"head_dim={self.head_dim} is odd, but rotary positions rotate pairs of numbers; use an even one or rope_theta=None."
             )
         self.sliding_window, self.rope_theta = sliding_window, rope_theta
         self.q_proj = Linear(hidden_size, num_heads * self.head_dim, qkv_bias)
@@ -180,8 +180,8 @@ class Attention(ParallelRoot):
         cut = self.rows
         if cut is not None and length != cut.length:
             raise InputError(
-                f"attention was given rows of {length} positions, of which this context parallel rank holds {cut.length}; layers "
-                "between embed and head must keep the length of rows."
+                f"attention received {length} positions per row, but this context parallel rank holds {cut.length} of each row; "
+                "layers between embed and head must keep the length of rows."
             )
         if cut is None:
             batch = SequenceBatch(rows, length, tp=self.tp)

@@ -176,14 +176,14 @@ class TopologyAwareOptions(RouterOptions):
             raise InputError(f"nodes={self.nodes} must divide num_experts={num_experts}.")
         if top_k > num_experts // self.nodes:
             raise InputError(
-                f"top_k={top_k} is more than the {num_experts // self.nodes} experts of one of nodes={self.nodes}, to which "
-                "a token must be able to keep; use fewer nodes."
+                f"top_k={top_k} is more than the {num_experts // self.nodes} experts of one of nodes={self.nodes}, but all of a "
+                "token's experts must fit on one node; use fewer nodes."
             )
 
 
 def _refuse_groups(options: RouterOptions) -> None:
     if options.n_group > 1:
         raise InputError(
-            f"n_group={options.n_group} does not go with the router {options.name!r}, which may have to send a token to any "
+            f"n_group={options.n_group} cannot be used with the router {options.name!r}, which may have to send a token to any "
             "expert; leave it out."
         )

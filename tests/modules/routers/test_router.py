@@ -294,13 +294,13 @@ def test_what_acts_in_training_alone_changes_no_prediction(router: RouterOptions
         ({"group_score_topk": 0}, "group_score_topk=0 must be at least 1"),
         ({"bias_update_rate": -0.1}, "must not be negative"),
         ({"input_jitter": 1.0}, "must lie between 0 and 1"),
-        ({"name": "swipe", "n_group": 4, "topk_group": 2}, "n_group=4 does not go with the router 'swipe', which may"),
+        ({"name": "swipe", "n_group": 4, "topk_group": 2}, "n_group=4 cannot be used with the router 'swipe', which may"),
         ({"name": "swipe", "nodes": 2}, "router has no option 'nodes'; SwipeOptions has bias_update_rate"),
         ("topology_aware", "nodes=0 must be at least 1; give the nodes over which the experts are spread"),
         ({**TOPOLOGY, "nodes": 3}, "nodes=3 must divide num_experts=8"),
         (
             {**TOPOLOGY, "nodes": 4},
-            "top_k=3 is more than the 2 experts of one of nodes=4, to which a token must be able",
+            "top_k=3 is more than the 2 experts of one of nodes=4, but all of a token's experts must fit",
         ),
         ({**TOPOLOGY, "far_fraction": 1.5}, "far_fraction=1.5 must lie between 0 and 1"),
         ({**TOPOLOGY, "far_fraction": -0.1}, "far_fraction=-0.1 must lie between 0 and 1"),
@@ -309,7 +309,7 @@ def test_what_acts_in_training_alone_changes_no_prediction(router: RouterOptions
             "data_ranks=3 must be a multiple of nodes=2, so that each node has equally many",
         ),
         ({**TOPOLOGY, "data_ranks": 0}, "data_ranks=0 must be a multiple of nodes=2"),
-        ({**TOPOLOGY, "n_group": 2}, "n_group=2 does not go with the router 'topology_aware'"),
+        ({**TOPOLOGY, "n_group": 2}, "n_group=2 cannot be used with the router 'topology_aware'"),
     ],
 )
 def test_refusals(router: Any, message: str) -> None:
