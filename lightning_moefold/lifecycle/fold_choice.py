@@ -168,9 +168,7 @@ def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None
     before = meta.get("fold")
     if before == choice["fold"] or before is None:
         return None
-    text = (
-        f'the checkpoint was saved under {before}; fold="auto" continues under {choice["fold"]}, which changes no result'
-    )
+    text = f'the checkpoint was saved under {before}; fold="auto" continues under {choice["fold"]}, which changes no result'
     earlier, now = meta.get(RECORD, choice)["num_microbatches"], choice["num_microbatches"]
     if earlier != now:
         text += (

@@ -81,7 +81,7 @@ class Attention(ParallelRoot):
         self.head_dim = head_dim or hidden_size // num_heads
         if rope_theta is not None and self.head_dim % 2:
             raise InputError(
-                f"head_dim={self.head_dim} is odd, but rotary positions rotate pairs of numbers; use an even one or rope_theta=None."
+                f"head_dim={self.head_dim} is odd, but rotary positions need pairs of numbers; use an even one, or rope_theta=None."
             )
         self.sliding_window, self.rope_theta = sliding_window, rope_theta
         self.q_proj = Linear(hidden_size, num_heads * self.head_dim, qkv_bias)

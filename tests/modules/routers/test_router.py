@@ -294,7 +294,10 @@ def test_what_acts_in_training_alone_changes_no_prediction(router: RouterOptions
         ({"group_score_topk": 0}, "group_score_topk=0 must be at least 1"),
         ({"bias_update_rate": -0.1}, "must not be negative"),
         ({"input_jitter": 1.0}, "must lie between 0 and 1"),
-        ({"name": "swipe", "n_group": 4, "topk_group": 2}, "n_group=4 cannot be used with the router 'swipe', which may"),
+        (
+            {"name": "swipe", "n_group": 4, "topk_group": 2},
+            "n_group=4 cannot be used with the router 'swipe', which may",
+        ),
         ({"name": "swipe", "nodes": 2}, "router has no option 'nodes'; SwipeOptions has bias_update_rate"),
         ("topology_aware", "nodes=0 must be at least 1; give the nodes over which the experts are spread"),
         ({**TOPOLOGY, "nodes": 3}, "nodes=3 must divide num_experts=8"),
