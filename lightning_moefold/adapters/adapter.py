@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter of a model: made once, before the strategy cuts the model, and part of it from then on."""
+"""The adapter of a model. It is added once, before the strategy cuts the model, and is then a part of the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_moefold.checkpoint.hf_writer import Merge, OutputTensor
 from lightning_moefold.errors import InputError
 from lightning_moefold.layout import Box
 
-#: Of the experts, which A belongs to which weight; elsewhere ``weight`` has ``lora_A``.
+#: For each weight of experts, the A that belongs to it; in other modules, ``lora_A`` belongs to ``weight``.
 _OF_EXPERTS = {"gate_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
 
 Owners = tuple[tuple[int, Box], ...]
@@ -31,22 +31,22 @@ class _Source(Protocol):
 
 
 class Adapter:
-    """What :meth:`~lightning_moefold.MoECausalLM.add_adapter` has added.
+    """The adapter that :meth:`~lightning_moefold.MoECausalLM.add_adapter` has added to a model.
 
     Args:
-        model: The model, in one piece.
-        given: What it is, or a directory in PEFT's format.
+        model: The model, before it is cut.
+        given: Configuration of the adapter, or a directory in PEFT's format.
 
     Attributes:
-        lora: What it is.
+        lora: Configuration of the adapter.
         shapes: Global shape of each A and B, by name.
         source: Where their values come from.
         base: A hash of the model that it was added to; None where the model has no source of weights.
         trained: Names of parameters of the base that have been trainable in a step.
 
     Raises:
-        InputError: If a target names nothing that can have an adapter.
-        CheckpointError: If the directory holds no adapter of this model.
+        InputError: If a target matches no module that can have an adapter.
+        CheckpointError: If the directory does not hold an adapter of this model.
     """
 
     def __init__(self, model: nn.Module, given: LoRA | Mapping[str, Any] | str | Path) -> None:
@@ -63,7 +63,7 @@ class Adapter:
         self._peft_config = peft_config(self.lora, owners, model)
 
     def peft_config(self, base: str | None) -> dict[str, Any]:
-        """What ``adapter_config.json`` says, for an adapter of the model in the directory ``base``."""
+        """Returns the content of ``adapter_config.json`` for an adapter of the model in the directory ``base``."""
         return self._peft_config | {"base_model_name_or_path": base}
 
     def note_trained(self, model: nn.Module) -> None:
@@ -80,7 +80,7 @@ class Adapter:
         self.trained |= {n for n, p in model.named_parameters() if p.requires_grad and n not in self.shapes}
 
     def left_out(self, model: nn.Module) -> set[str]:
-        """Parameters of the base that are as they were: checkpoints name the base instead of holding them."""
+        """Returns the unchanged parameters of the base; checkpoints name the base instead of containing them."""
         never = {n for n, p in model.named_parameters() if not p.requires_grad}
         return never - self.trained - set(self.shapes)
 
@@ -91,13 +91,13 @@ def merges_of(
     parts: Mapping[str, OutputTensor],
     dtype_of: Callable[[str], torch.dtype],
 ) -> dict[str, Merge]:
-    """What an adapter adds to which of the weights ``tensors``.
+    """Returns the merges that add an adapter to the weights ``tensors``, by weight.
 
     Args:
         lora: The adapter.
-        tensors: The weights that are written, by our names.
-        parts: Every A and B, by our names.
-        dtype_of: The dtype of a weight as it is given.
+        tensors: The weights to write, by their names in the model.
+        parts: All A and B, by their names in the model.
+        dtype_of: Function that returns the dtype of a weight.
     """
     found = {}
     for name in tensors:
@@ -112,7 +112,7 @@ def merges_of(
 
 
 class _Sum:
-    """``W + s B A`` in float64, one expert after the other, so that only the rounding to the last dtype is seen."""
+    """Computes ``W + s B A`` in float64, expert by expert, so that the only rounding is that to the final dtype."""
 
     def __init__(self, a: str, b: str, scale: float, dtype: torch.dtype) -> None:
         self.a, self.b, self.scale, self.dtype = a, b, scale, dtype
@@ -126,10 +126,10 @@ class _Sum:
 
 
 def check_new(adapter: Adapter | None, mesh: Any) -> None:
-    """Refuses an adapter where it would come too late.
+    """Refuses a second adapter, and one that is added after the model has been cut.
 
     Raises:
-        InputError: If the model has one, or is cut already.
+        InputError: If the model already has an adapter or has been cut.
     """
     if adapter is not None:
         raise InputError("the model has an adapter already, and only one is supported; merge it first (moefold merge).")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules of a model a target names, and giving them their A and B.
+"""Finds the modules of a model that targets name, and adds A and B to them.
 
 Legend: E experts.
 """
@@ -19,20 +19,20 @@ _ADAPTABLE = (Linear, Router, Experts)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is an adapter's A or B."""
+    """Whether a parameter of this name is A or B of an adapter."""
     return name.rpartition(".")[2].endswith(("lora_A", "lora_B"))
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, Linear | Router | Experts]:
-    """The modules that can have an adapter, by name."""
+    """Returns the modules that can have an adapter, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, _ADAPTABLE)}
 
 
 def targeted(model: nn.Module, lora: LoRA) -> dict[str, Linear | Router | Experts]:
-    """The modules that get an adapter, by name.
+    """Returns the modules that get an adapter, by name.
 
     Raises:
-        InputError: If a target names nothing that can have one.
+        InputError: If a target matches no module that can have one.
     """
     modules = dict(model.named_modules())
     found: dict[str, Linear | Router | Experts] = {}
@@ -46,10 +46,10 @@ def targeted(model: nn.Module, lora: LoRA) -> dict[str, Linear | Router | Expert
 
 
 def attach(model: nn.Module, lora: LoRA) -> None:
-    """Freezes all parameters, and adds A and B without values to the modules that ``lora`` targets.
+    """Freezes all parameters, and adds A and B, not yet filled, to the modules that ``lora`` targets.
 
     Raises:
-        InputError: If a target names nothing that can have an adapter.
+        InputError: If a target matches no module that can have an adapter.
     """
     places = targeted(model, lora)
     for parameter in model.parameters():

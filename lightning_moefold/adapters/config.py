@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter is: LoRA (arXiv 2106.09685), ``W + s B A`` in place of a frozen weight. Pure Python."""
+"""Configuration of adapters: LoRA (arXiv 2106.09685) replaces a frozen weight W by ``W + s B A``. Pure Python."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from lightning_moefold.errors import InputError
 
 @dataclass(frozen=True)
 class LoRA:
-    """A low-rank adapter: each targeted weight W becomes ``W + s B A``, of which A and B train and W does not.
+    """A low-rank adapter: each targeted weight W becomes ``W + s B A``, where A and B are trained and W is frozen.
 
     Args:
-        rank: Of A and B of attention, dense layers, shared experts and routers.
-        alpha: s is ``alpha / rank``.
-        targets: Names of modules, or ends of such names as far as a dot, as in PEFT: ``"q_proj"``, or
+        rank: Rank of A and B in attention, dense layers, shared experts and routers.
+        alpha: Scale: s is ``alpha / rank``.
+        targets: Names of modules, or ends of such names after a dot, as in PEFT: ``"q_proj"``, or
             ``"layers.3.self_attn.q_proj"``. ``gate_proj``, ``up_proj`` and ``down_proj`` are those of dense layers and
-            shared experts. ``"experts"`` gives each routed expert an adapter of its own; ``"gate"`` is the router.
-        expert_rank: Of the experts' A and B, with ``s = alpha / expert_rank``; ``rank`` by default.
-        use_rslora: s is ``alpha / sqrt(rank)`` (arXiv 2312.03732).
-        seed: A is drawn from it and from its place, and B begins with zeros.
-        update_expert_bias: Go on moving the bias of routers with ``bias_update_rate``, which belongs to the base.
-        separate_gate_up: The shared A of gate and up has twice ``expert_rank``, half of it for each. This is what files with
-            an adapter for each matrix of an expert become.
+            shared experts. ``"experts"`` gives each routed expert its own adapter; ``"gate"`` is the router.
+        expert_rank: Rank of the experts' A and B, with ``s = alpha / expert_rank``; by default ``rank``.
+        use_rslora: Whether s is ``alpha / sqrt(rank)`` instead (arXiv 2312.03732).
+        seed: Seed from which A is drawn, together with its name; B starts with zeros.
+        update_expert_bias: Whether to keep updating the bias of routers with ``bias_update_rate``, which belongs to the
+            base.
+        separate_gate_up: Whether the shared A of gate and up has twice ``expert_rank``, half of it for each. Files with
+            a separate adapter for each matrix of an expert are read in this form.
 
     Raises:
-        InputError: For sizes that are not positive, or no targets.
+        InputError: If a size is not positive, or there are no targets.
     """
 
     rank: int = 16
@@ -58,23 +59,23 @@ class LoRA:
 
     @property
     def gate_up_rank(self) -> int:
-        """Rank of what gate and up of an expert share."""
+        """Rank of the A that gate and up of an expert share."""
         return self.down_rank * (2 if self.separate_gate_up else 1)
 
     def scale(self, rank: int) -> float:
-        """The factor s for a rank."""
+        """Returns the factor s for a rank."""
         return self.alpha / (rank**0.5 if self.use_rslora else rank)
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain data, for checkpoints and configuration files."""
+        """Returns the configuration as plain data, for checkpoints and configuration files."""
         return asdict(self) | {"targets": list(self.targets)}
 
     @classmethod
     def of(cls, given: LoRA | Mapping[str, Any]) -> LoRA:
-        """The adapter that a mapping describes.
+        """Makes the configuration that a mapping describes.
 
         Raises:
-            InputError: For a field that there is not.
+            InputError: If a field is unknown.
         """
         if isinstance(given, LoRA):
             return given

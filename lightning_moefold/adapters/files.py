@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What a file holds is told by its tensors; its configuration adds ranks and scales, and every field of it that would change
-what is computed is honoured or refused.
+The tensors of a file say which modules have an adapter; the configuration adds ranks and scales. Every field that
+changes what is computed is honoured or refused.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.lora_([AB])\.weight$")
 
 
 class AdapterFiles:
-    """An adapter in a directory: what it is, and pieces of its A and B.
+    """An adapter in a directory: its configuration, and pieces of its A and B.
 
     Args:
         path: The directory.
-        model: The model without an adapter, in one piece; without storage is enough.
+        model: The model without an adapter, before it is cut; it needs no storage.
 
     Attributes:
         lora: What it is.
         dropout: With which it was trained. It changes nothing but training.
 
     Raises:
-        CheckpointError: If the directory holds no such adapter, or it does not fit the model.
+        CheckpointError: If the directory holds no LoRA adapter, or it does not fit the model.
     """
 
     def __init__(self, path: str | Path, model: nn.Module) -> None:
@@ -102,13 +102,13 @@ class AdapterFiles:
             raise CheckpointError(f"{self._file} is damaged or truncated ({error}).") from None
 
     def _name_of(self, name: str, module: nn.Module) -> str:
-        """What the file calls a module: Mixtral's blocks had another name."""
+        """Returns a module's name in the file; Mixtral's blocks may have another name."""
         old = f"{PREFIX}{name.replace('.mlp.', '.block_sparse_moe.')}."
         return old[:-1] if any(stored.startswith(old) for stored in self._shapes) else f"{PREFIX}{name}"
 
     def _describe(self, config: dict[str, Any], model: nn.Module) -> LoRA:
         names: list[str] = []
-        ranks: dict[bool, set[tuple[int, float]]] = {False: set(), True: set()}  # and scales; of experts and of others
+        ranks: dict[bool, set[tuple[int, float]]] = {False: set(), True: set()}  # of experts (True) and others
         known: set[str] = set()
         for name, module in adaptable_modules(model).items():
             inside = f"{self._places[name]}."
@@ -206,7 +206,7 @@ class AdapterFiles:
     # ---- reading its values ------------------------------------------------------------------------------------
 
     def fill(self, name: str, box: Box, out: Tensor) -> None:
-        """Copies the part ``box`` of parameter ``name`` (our name) into ``out``, whatever its dtype and device."""
+        """Copies the part ``box`` of parameter ``name`` (its name in the model) into ``out``, whatever its dtype and device."""
         if box.numel == 0:
             return
         owner, _, leaf = name.rpartition(".")
@@ -223,7 +223,7 @@ class AdapterFiles:
                 piece.copy_(whole[tuple(rest)])
 
     def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Learns the whole shapes of the parameters, once the model has them."""
+        """Receives the global shapes of the parameters, once the model has them."""
         self._parameters = dict(shapes)
 
     def _whole_shape(self, owner: str, leaf: str) -> tuple[int, ...]:
@@ -238,7 +238,7 @@ class AdapterFiles:
             raise CheckpointError(f"{name!r} cannot be read from {self._file} ({error}).") from None
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         self._handle = None
 
 
@@ -251,7 +251,7 @@ def _pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
 
 
 def compressed(names: Iterable[str], model: nn.Module) -> list[str]:
-    """Names of modules by what comes after their last dot, where all of this name are among them."""
+    """Shortens names of modules to the part after the last dot, if all modules with this ending are included."""
     chosen, there = set(names), adaptable_modules(model)
     leaves = {name.rpartition(".")[2] for name in chosen}
     whole = {leaf for leaf in leaves if all(n in chosen for n in there if n.rpartition(".")[2] == leaf)}
@@ -260,13 +260,14 @@ def compressed(names: Iterable[str], model: nn.Module) -> list[str]:
 
 
 def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str, Any]:
-    """What ``adapter_config.json`` says of an adapter.
+    """Returns the content of ``adapter_config.json`` for an adapter.
 
-    PEFT reads ``gate_proj`` in a list of modules as the experts' in these families, so dense layers stand among the parameters.
+    In these families PEFT reads ``gate_proj`` in the list of modules as that of the experts, so dense layers are listed
+    as parameters.
 
     Args:
         lora: The adapter.
-        names: Of the modules that have it.
+        names: Names of the modules that have the adapter.
         model: The whole model.
     """
     names = list(names)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where A and B lie in PEFT's files, fused or for each expert. Pure tensors.
+"""Positions of A and B in PEFT's files, fused or separate for each expert. Pure functions of tensors.
 
-A file with fused experts wraps one parameter after the other, so gate and up are found one ``base_layer`` deeper::
+A file with fused experts wraps one parameter after the other, so gate and up are one ``base_layer`` deeper::
 
     <module>.lora_A.weight                      [R, in]       of attention, dense layers and routers
     <module>.lora_B.weight                      [out, R]
@@ -10,7 +10,7 @@ A file with fused experts wraps one parameter after the other, so gate and up ar
     <experts>.lora_A.weight                     [E * R, F]    of down
     <experts>.lora_B.weight                     [D, R * E]
 
-Files of older versions have each expert's own: ``<experts>.3.gate_proj.lora_A.weight`` ``[R, D]``.
+Files of older versions have separate ones for each expert: ``<experts>.3.gate_proj.lora_A.weight`` ``[R, D]``.
 
 Legend: E experts, R rank, D hidden size, F expert width.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_moefold.layout import Box
 
 PREFIX = "base_model.model."
-#: Name of a parameter of :class:`~.experts.Experts` to its name in a fused file, below the experts' own name.
+#: Maps a parameter of :class:`~.experts.Experts` to its name in a fused file, below the experts' name.
 FUSED = {
     "gate_up_lora_A": "base_layer.lora_A.weight",
     "gate_lora_B": "base_layer.lora_B.weight",
@@ -33,21 +33,21 @@ FUSED = {
     "down_lora_A": "lora_A.weight",
     "down_lora_B": "lora_B.weight",
 }
-#: What the matrices of an expert are called in Mixtral's files.
+#: Names of an expert's matrices in Mixtral's files.
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 Read = Callable[[str, tuple[slice, ...]], Tensor]
 
 
 def read_fused(read: Read, experts: str, leaf: str, shape: tuple[int, ...], box: Box) -> Tensor:
-    """The part ``box`` of an expert parameter of ``shape``, from a fused file.
+    """Reads the part ``box`` of an expert parameter of ``shape`` from a fused file.
 
     Args:
         read: Reads part of a tensor of the file.
         experts: Name of the experts in the file.
         leaf: A key of :data:`FUSED`.
-        shape: Of the whole parameter.
-        box: Which part.
+        shape: Global shape of the parameter.
+        box: The part to read.
     """
     of_experts, *rest = box.slices()
     name = f"{experts}.{FUSED[leaf]}"
@@ -62,16 +62,16 @@ def read_fused(read: Read, experts: str, leaf: str, shape: tuple[int, ...], box:
 
 
 def read_separate(read: Read, expert: str, leaf: str, shape: tuple[int, ...], names: dict[str, str]) -> Tensor:
-    """An expert parameter of one expert, from a file with an adapter for each of its matrices.
+    """Reads a parameter of one expert from a file with a separate adapter for each matrix.
 
-    Gate and up get what stands in for their own A's: one A of twice the rank, and B with zeros for the other's half.
+    The separate A's of gate and up become one A of twice the rank, and each B has zeros for the other's half.
 
     Args:
         read: Reads part of a tensor of the file.
         expert: Name of the expert in the file.
         leaf: A key of :data:`FUSED`.
-        shape: Of the parameter of one expert.
-        names: What the file calls the expert's matrices.
+        shape: Shape of the parameter of one expert.
+        names: Names of the expert's matrices in the file.
     """
 
     def whole(matrix: str, part: str) -> Tensor:
@@ -90,7 +90,7 @@ def read_separate(read: Read, expert: str, leaf: str, shape: tuple[int, ...], na
 
 
 def fuse(experts: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Expert parameters of one layer, as a fused file holds them.
+    """Converts the expert parameters of one layer to the form of a fused file.
 
     Args:
         experts: Name of the experts in the file.

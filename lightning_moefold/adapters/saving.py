@@ -32,7 +32,7 @@ def write_adapter(
     """Writes ``path`` with configuration and tensors. Collective: every rank calls it.
 
     Args:
-        path: Directory to make. One that holds an adapter is replaced; one with other files in it is refused.
+        path: Directory to create. A directory that holds an adapter is replaced; one that holds other files is refused.
         config: Content of ``adapter_config.json``.
         tensors: Every A and B, by our names, the same on every rank.
         piece: Gives this rank's piece of a parameter.
@@ -41,7 +41,7 @@ def write_adapter(
 
     Raises:
         CheckpointError: If ``path`` is in a store.
-        OSError: If the directory holds foreign files or cannot be written; raised on every rank.
+        OSError: If the directory holds other files or cannot be written; raised on every rank.
     """
     target = local_path(path, "the adapter's directory")
     names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]

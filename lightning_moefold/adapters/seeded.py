@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values with which a new adapter begins: A by seed and place, B zero, so that the model begins as its base."""
+"""Initial values of a new adapter: A is drawn by seed and name, B is zero, so that the model starts equal to its base."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_moefold.layout import Box
 
 
 class SeededAdapter:
-    """Gives pieces of A and B.
+    """Source of the pieces of A and B.
 
-    A is uniform within ``1 / sqrt(in)`` as in PEFT, drawn whole for each module, or each expert, from the seed and the name:
-    no fold changes it.
+    A is uniform within ``1 / sqrt(in)`` as in PEFT. It is drawn whole for each module or expert from the seed and the
+    name, so it does not depend on the fold.
 
     Args:
-        seed: Of A.
+        seed: Seed of A.
         shapes: Global shape of each parameter, by name.
     """
 
@@ -43,4 +43,4 @@ class SeededAdapter:
         return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""
