@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of experts on ranks: what an assignment holds, and what it costs. Pure numpy.
+"""Assignments of experts' rows to ranks, and their cost. Pure numpy.
 
 An assignment is a table ``quota_RE`` of int64: row r, column e says how many of expert e's rows rank r computes. Its column
 sums are the expert's rows. A positive entry on a rank that is not the expert's home is a *copy*.
@@ -20,29 +20,29 @@ Counts = NDArray[np.int64]
 
 
 def at_home(rows_E: Counts, owner_E: Counts, parts: int) -> Counts:
-    """The assignment without copies, ``[R, E]``."""
+    """Returns the assignment without copies, ``[R, E]``."""
     quota_RE = np.zeros((parts, len(rows_E)), dtype=np.int64)
     quota_RE[owner_E, np.arange(len(rows_E))] = rows_E
     return quota_RE
 
 
 def copies_of(quota_RE: Counts, owner_E: Counts) -> NDArray[np.bool_]:
-    """Where an expert is copied to, ``[R, E]``."""
+    """Returns which ranks have copies of which experts, ``[R, E]`` bool."""
     held_RE = quota_RE > 0
     held_RE[owner_E, np.arange(quota_RE.shape[1])] = False
     return held_RE
 
 
 def shared_out(rows_E: Counts, share_RE: Counts, owner_E: Counts) -> Counts:
-    """Rows of each expert in proportion to an assignment that was planned for other rows.
+    """Distributes rows of each expert in proportion to an assignment that was planned for other rows.
 
-    Each rank gets the whole part of its share, and the ranks with the largest remainders one row more (the lower rank first
-    where they are equal). An expert that had no row then is computed at home.
+    Each rank gets the integer part of its share, and the ranks with the largest remainders get one more row (the lower
+    rank first among equals). An expert without rows in the plan is computed at home.
 
     Args:
-        rows_E: Rows that there are.
-        share_RE: The assignment of other rows.
-        owner_E: Home of each expert.
+        rows_E: Rows of each expert to distribute.
+        share_RE: The assignment that was planned for other rows.
+        owner_E: Home rank of each expert.
     """
     planned_E = share_RE.sum(0)
     share_RE = np.where(planned_E > 0, share_RE, at_home(np.ones_like(rows_E), owner_E, len(share_RE)))
@@ -59,9 +59,9 @@ class PassTime:
     """Predicted picoseconds of one pass of a layer's experts.
 
     Args:
-        compute: Of the busiest rank.
-        exchange: In which copies travel, there and back; 0 without copies.
-        traffic: What copies occupy of each rank's link on average: what other messages may have to wait for.
+        compute: Time of the busiest rank's computation.
+        exchange: Time in which copies travel, both ways; 0 without copies.
+        traffic: Average time in which copies occupy a rank's link, for which other messages may have to wait.
     """
 
     compute: int
@@ -70,17 +70,17 @@ class PassTime:
 
     @property
     def total(self) -> int:
-        """Picoseconds that the pass takes."""
+        """Time of the pass in picoseconds."""
         return self.compute + self.exchange
 
     @property
     def score(self) -> int:
-        """What planners make small: the time, and the traffic that others may have to wait for."""
+        """The value that planners minimise: the time, plus the traffic for which other messages may have to wait."""
         return self.total + self.traffic
 
 
 def pass_time(quota_RE: Counts, owner_E: Counts, costs: BalanceCosts) -> PassTime:
-    """Predicted time of an assignment."""
+    """Predicts the time of an assignment."""
     compute_R = quota_RE.sum(1) * costs.row_ps + (quota_RE > 0).sum(1) * costs.product_ps
     helpers, experts = np.nonzero(copies_of(quota_RE, owner_E))
     if not len(helpers):
@@ -100,6 +100,6 @@ def _sums(where: Counts, values: Counts, parts: int) -> Counts:
 
 
 def imbalance(quota_RE: Counts) -> float:
-    """Rows of the busiest rank over the mean; 1 without rows."""
+    """Returns the rows of the busiest rank divided by the mean; 1 without rows."""
     rows_R = quota_RE.sum(1)
     return float(rows_R.max() * len(rows_R) / rows_R.sum()) if rows_R.sum() else 1.0

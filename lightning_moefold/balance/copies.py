@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies of experts for one pass of one layer: who computes how many rows of which expert. Pure numpy.
+"""Copies of experts for one pass of one layer: which rank computes how many rows of which expert. Pure numpy.
 
-A plan says how many rows of each expert each rank computes. Which rows these are follows from it and from the counts that
-all ranks know, so that no rank has to be told:
+A plan says how many rows of each expert each rank computes. Which rows these are follows from the plan and from the
+counts that all ranks know, without further communication:
 
-- a rank that computes some rows of an expert takes those of its own tokens first, which need not travel;
-- the others are dealt out in the order of their sources to the ranks in their order.
+- a rank that computes rows of an expert first takes those of its own tokens, which need not travel;
+- the remaining rows, in the order of their sources, are dealt to the ranks in order.
 
 Experts are numbered by the slots in which they live: the E/R experts of rank 0 first.
 
-Legend: R ranks of ep; S sources, a multiple of R, those of a rank beside each other (its etp peers have tokens of their own);
-E experts; L = E/R experts at home on each rank.
+Legend: R ranks of ep; S sources, a multiple of R, with those of a rank adjacent (its etp peers have their own tokens);
+E experts; L = E/R experts owned by each rank.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ Counts = NDArray[np.int64]
 
 
 def owners(num_experts: int, ranks: int) -> Counts:
-    """The rank at which each expert is at home, ``[E]``."""
+    """Returns the rank that owns each expert, its home, ``[E]``."""
     return np.arange(num_experts, dtype=np.int64) // (num_experts // ranks)
 
 
 @dataclass(frozen=True, eq=False)
 class CopyPlan:
-    """Which rank computes how many rows of which expert in one pass.
+    """A plan of which rank computes how many rows of which expert in one pass.
 
     Args:
-        quota_RE: Rows, int64; the column of an expert sums to all its rows. A rank that computes some of an expert that is at
-            home elsewhere has a copy of it.
+        quota_RE: Rows of each expert that each rank computes, int64; an expert's column sums to all its rows. A rank
+            that computes rows of another rank's expert has a copy of it.
     """
 
     quota_RE: Counts
 
     @property
     def ranks(self) -> int:
-        """R."""
+        """Number of ranks, R."""
         return self.quota_RE.shape[0]
 
     @property
     def local_experts(self) -> int:
-        """L."""
+        """Number of experts owned by each rank, L."""
         return self.quota_RE.shape[1] // self.ranks
 
     @cached_property
     def copied_RE(self) -> NDArray[np.bool_]:
-        """Where there is a copy."""
+        """Which ranks have a copy of which expert, ``[R, E]``."""
         copied_RE = self.quota_RE > 0
         experts = np.arange(copied_RE.shape[1])
         copied_RE[experts // self.local_experts, experts] = False
@@ -62,34 +62,35 @@ class CopyPlan:
 
     @cached_property
     def copies(self) -> int:
-        """Copies on all ranks."""
+        """Number of copies on all ranks."""
         return int(self.copied_RE.sum())
 
     @property
     def moved_rows(self) -> int:
-        """Rows that are not computed by the rank at which their expert is at home."""
+        """Number of rows that are not computed by the owner of their expert."""
         return int(self.quota_RE[self.copied_RE].sum())
 
     def borrowed(self, rank: int) -> list[int]:
-        """Experts of which ``rank`` has a copy, in the order of its stack of copies."""
+        """Returns the experts of which ``rank`` has a copy, in the order of its stack of copies."""
         return np.flatnonzero(self.copied_RE[rank]).tolist()
 
     def lent(self, rank: int) -> list[list[int]]:
-        """For each rank, the experts at home on ``rank`` of which it has a copy, by their place in the stack of ``rank``."""
+        """Returns, for each rank, the experts of ``rank`` of which it has a copy, by their index in the stack of ``rank``."""
         first = rank * self.local_experts
         home_RL = self.copied_RE[:, first : first + self.local_experts]
         return [np.flatnonzero(home_L).tolist() for home_L in home_RL]
 
     def check(self, counts_SE: Counts, max_copies_per_rank: int, policy: str) -> None:
-        """Checks what a policy has planned.
+        """Checks the plan of a policy.
 
         Args:
             counts_SE: Rows of each expert at each source.
-            max_copies_per_rank: Copies that a rank may have.
-            policy: Name, for the message.
+            max_copies_per_rank: Maximum number of copies on a rank.
+            policy: Name of the policy, for the message.
 
         Raises:
-            InputError: If a row is computed by nobody or twice, or a rank has too many copies. All ranks raise it alike.
+            InputError: If a row is computed twice or not at all, or a rank has too many copies. All ranks raise the
+                same error.
         """
         if self.quota_RE.shape[1] != counts_SE.shape[1]:
             raise InputError(
@@ -112,7 +113,7 @@ class CopyPlan:
 
 
 def no_copies(counts_SE: Counts, ranks: int) -> Counts:
-    """The quota where every expert computes at home, ``[R, E]``."""
+    """Returns the quota without copies, in which owners compute all rows, ``[R, E]``."""
     rows_E = counts_SE.sum(0)
     quota_RE = np.zeros((ranks, len(rows_E)), dtype=np.int64)
     quota_RE[owners(len(rows_E), ranks), np.arange(len(rows_E))] = rows_E
@@ -120,29 +121,30 @@ def no_copies(counts_SE: Counts, ranks: int) -> Counts:
 
 
 class RowSplit:
-    """Which rows of an expert go from which source to which rank; the same on every rank.
+    """Computes how many rows of an expert go from which source to which rank; the result is the same on every rank.
 
     Args:
         counts_SE: Rows of each expert at each source.
-        plan: Which rank computes how many of them.
+        plan: The plan of which rank computes how many of them.
     """
 
     def __init__(self, counts_SE: Counts, plan: CopyPlan) -> None:
         self._counts_SE, self._plan = counts_SE, plan
         self._peers = len(counts_SE) // plan.ranks
-        # Few experts have copies; all rows of the others go to their owner.
+        # Few experts have copies; all rows of other experts go to their owner.
         self._copied_X = np.flatnonzero(plan.copied_RE.any(0))
         rows_SX, quota_RX = counts_SE[:, self._copied_X], plan.quota_RE[:, self._copied_X]
         rows_RPX = rows_SX.reshape(plan.ranks, self._peers, -1)
         own_RPX = np.clip(quota_RX[:, None] - (rows_RPX.cumsum(1) - rows_RPX), 0, rows_RPX)
         self._own_SX = own_RPX.reshape(rows_SX.shape)
-        # What is left is laid out twice on one line for each expert, by sources and by ranks: where two intervals meet, rows go.
+        # For each expert, the remaining rows are intervals on one line, by source and by rank; rows go where two
+        # intervals overlap.
         left_SX, need_RX = rows_SX - self._own_SX, quota_RX - own_RPX.sum(1)
         self._left_ends_SX, self._need_ends_RX = left_SX.cumsum(0), need_RX.cumsum(0)
         self._left_starts_SX, self._need_starts_RX = self._left_ends_SX - left_SX, self._need_ends_RX - need_RX
 
     def sent(self, source: int) -> Counts:
-        """Rows that go from ``source`` to each rank, ``[R, E]``."""
+        """Returns the number of rows that go from ``source`` to each rank, ``[R, E]``."""
         ends_RX = np.minimum(self._need_ends_RX, self._left_ends_SX[source])
         rows_RX = np.maximum(ends_RX - np.maximum(self._need_starts_RX, self._left_starts_SX[source]), 0)
         rows_RX[source // self._peers] += self._own_SX[source]
@@ -151,7 +153,7 @@ class RowSplit:
         return rows_RE
 
     def received(self, rank: int) -> Counts:
-        """Rows that ``rank`` gets from each source, ``[S, E]``."""
+        """Returns the number of rows that ``rank`` receives from each source, ``[S, E]``."""
         ends_SX = np.minimum(self._left_ends_SX, self._need_ends_RX[rank])
         rows_SX = np.maximum(ends_SX - np.maximum(self._left_starts_SX, self._need_starts_RX[rank]), 0)
         mine = slice(rank * self._peers, (rank + 1) * self._peers)
@@ -165,6 +167,6 @@ class RowSplit:
 
 
 def rows_of_plan(counts_SE: Counts, quota_RE: Counts) -> Counts:
-    """Rows of each expert that go from each source to each rank, ``[S, R, E]``."""
+    """Returns the number of rows of each expert that go from each source to each rank, ``[S, R, E]``."""
     split = RowSplit(counts_SE, CopyPlan(quota_RE))
     return np.stack([split.sent(source) for source in range(len(counts_SE))])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user says about copies for one pass, and what is counted of them."""
+"""User settings of copies for one pass, and their counters."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lightning_moefold.balance.copies import CopyPlan, Counts, owners
 from lightning_moefold.balance.greedy import greedy
 from lightning_moefold.errors import InputError
 
-#: ``(counts_SE, owner_E, costs, max_copies_per_rank) -> quota_RE``, a function of its arguments alone: every rank asks it, and
-#: recomputation asks it again.
+#: ``(counts_SE, owner_E, costs, max_copies_per_rank) -> quota_RE``. It must depend only on its arguments, because every
+#: rank calls it, and recomputation calls it again.
 FastPolicy = Callable[[Counts, Counts, Any, int], Counts]
 
 FAST_POLICIES: dict[str, FastPolicy] = {"greedy": greedy}
@@ -22,17 +22,17 @@ FAST_POLICIES: dict[str, FastPolicy] = {"greedy": greedy}
 
 @dataclass(frozen=True)
 class ExpertCopies:
-    """Copies of busy experts on other ranks, made anew in each pass of each layer.
+    """Copies of busy experts on other ranks, planned again in each pass of each layer.
 
     Args:
         policy: A name in :data:`FAST_POLICIES`, or a function ``(counts_SE, owner_E, costs, max_copies_per_rank) -> quota_RE``
-            of int64 arrays: rows of each expert at each rank of ep, the rank at which each is at home, and rows of each
-            expert that each rank is to compute. It must say the same on every rank and each time.
-        max_copies_per_rank: Copies that a rank may have of a layer. Forward keeps them for backward.
-        costs: What the policy is told of the machine: the same on every rank.
+            of int64 arrays: rows of each expert at each rank of ep, the owner of each expert, and rows of each expert
+            that each rank computes. Its result must be the same on every rank and in every call.
+        max_copies_per_rank: Maximum number of copies per layer on a rank. Forward keeps them for backward.
+        costs: Description of the machine for the policy; it must be the same on every rank.
 
     Raises:
-        InputError: For a policy that is not known, or no room for copies.
+        InputError: If the policy is unknown, or no copy is allowed.
     """
 
     policy: str | FastPolicy = "greedy"
@@ -49,14 +49,14 @@ class ExpertCopies:
             )
 
     def plan(self, counts_SE: Counts, ranks: int) -> CopyPlan:
-        """The plan of a pass.
+        """Plans a pass.
 
         Args:
-            counts_SE: Rows of each expert at each source; the sources of a rank beside each other.
-            ranks: R.
+            counts_SE: Rows of each expert at each source, with the sources of a rank adjacent.
+            ranks: Number of ranks, R.
 
         Raises:
-            InputError: If the policy plans what cannot be.
+            InputError: If the plan of the policy is invalid.
         """
         policy = FAST_POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
         counts_RE = counts_SE.reshape(ranks, -1, counts_SE.shape[1]).sum(1)
@@ -69,16 +69,16 @@ class ExpertCopies:
 
 @dataclass
 class CopyCounter:
-    """What the copies of a layer were in training since somebody last made this anew; the same on all ranks of ep and etp.
+    """Counters of a layer's copies in training since its last reset; the same on all ranks of ep and etp.
 
     Attributes:
-        passes: Of the layer.
-        copies: Made on all ranks of ep.
-        rows: Computed by copies.
-        bytes: That weights took to copies and gradients back, on all ranks of ep.
-        busiest_home: Sum over passes of the busiest rank's rows, had every expert computed at home.
-        busiest: The same with the copies.
-        mean: The same of an average rank.
+        passes: Number of passes of the layer.
+        copies: Number of copies on all ranks of ep.
+        rows: Number of rows computed by copies.
+        bytes: Bytes of weights sent to copies and of gradients sent back, on all ranks of ep.
+        busiest_home: Busiest rank's rows if owners computed all rows, summed over passes.
+        busiest: Busiest rank's rows with copies, summed over passes.
+        mean: Rows of an average rank, summed over passes.
     """
 
     passes: int = 0
@@ -90,11 +90,11 @@ class CopyCounter:
     mean: float = 0.0
 
     def count(self, plan: CopyPlan, bytes_of_copy: int) -> None:
-        """Adds a pass.
+        """Counts a pass.
 
         Args:
-            plan: Of the pass.
-            bytes_of_copy: That one copy takes, both ways together.
+            plan: Plan of the pass.
+            bytes_of_copy: Bytes sent for one copy, both ways together.
         """
         rows_E = plan.quota_RE.sum(0)
         self.passes += 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which experts to copy for one pass, by the exact rows: the fast half of ``joint``.
+"""Chooses the experts to copy for one pass from exact rows: the fast half of the policy ``joint``.
 
-Pure Python: lists of a few dozen numbers are faster than arrays.
+Pure Python, because lists are faster than arrays for a few dozen numbers.
 
 Ranks above a level hand rows to ranks below it, one expert for each pair of ranks. With R ranks, R - 1 copies reach exact
 balance whatever the loads (McNaughton's wrap-around rule, in a line of ranks): a helper is always filled to the level, even
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from lightning_moefold.balance.assignment import Counts, at_home
 from lightning_moefold.balance.costs import BalanceCosts
 
-#: Levels that are tried, above the mean, in parts of 64.
+#: Levels to try, as 64ths above the mean.
 _LEVELS = (0, 1, 2, 4, 8, 12, 16, 24, 32, 64)
 #: So often the interval below the best of them is halved.
 _HALVINGS, _HALVINGS_OF_MANY = 4, 1
@@ -31,7 +31,7 @@ _MANY, _LEVELS_OF_MANY = 24, (0, 8)
 
 
 class Copy(NamedTuple):
-    """Rows that another rank than the expert's home computes."""
+    """Rows of an expert that are computed by a rank other than its home."""
 
     expert: int
     owner: int
@@ -40,14 +40,14 @@ class Copy(NamedTuple):
 
 
 class Layout:
-    """Rows at home, and how they may be handed out.
+    """Searches for the best copies, given the rows of each expert.
 
     Args:
-        rows: Of each expert.
-        owner: Home of each expert.
-        parts: R.
-        costs: Constants.
-        slots: Experts that a rank may compute besides its own.
+        rows: Rows of each expert.
+        owner: Home rank of each expert.
+        parts: Number of ranks, R.
+        costs: Constants of the prediction.
+        slots: Number of experts that a rank may compute besides its own.
     """
 
     def __init__(self, rows: Sequence[int], owner: Sequence[int], parts: int, costs: BalanceCosts, slots: int) -> None:
@@ -65,7 +65,7 @@ class Layout:
         self.nodes = [range(first, min(first + size, parts)) for first in range(0, parts, size)]
 
     def best_copies(self) -> list[Copy]:
-        """The copies of the best plan found; none where none pays."""
+        """Returns the copies of the best plan found; empty if no copy saves time."""
         best: list[Copy] = []
         best_far, least = True, self.score(best)
         mean = -(-self.total // self.parts)
@@ -103,14 +103,14 @@ class Layout:
         return self.pruned(best)
 
     def _reaches(self, mean: int) -> tuple[bool, ...]:
-        """Whether to try copies within nodes only, and between nodes: these only where the busiest node has rows for one."""
+        """Returns which kinds of copies to try: within nodes, and also between nodes if the busiest node has enough rows."""
         if not self.node[-1]:
             return (True,)
         busiest = max(-(-sum(self.load[p] for p in node) // len(node)) for node in self.nodes)
         return (False, True) if (busiest - mean) * self.costs.row_ps > self.costs.far_copy_ps else (False,)
 
     def score(self, copies: Sequence[Copy]) -> int:
-        """As :attr:`.PassTime.score` of the assignment with these copies."""
+        """Returns :attr:`.PassTime.score` of the assignment with these copies."""
         load, active = self.load.copy(), self.active.copy()
         out, into, price = [0] * self.parts, [0] * self.parts, 0
         for _, owner, helper, rows in copies:
@@ -132,7 +132,7 @@ class Layout:
     # ---- a plan for one level ----------------------------------------------------------------------------------
 
     def filled(self, level: int, far: bool) -> list[Copy]:
-        """Copies that bring every rank to ``level`` if that can be: within nodes first, then between them if ``far``.
+        """Returns copies that bring every rank to ``level`` if possible: within nodes first, then between nodes if ``far``.
 
         Without copies between nodes, a node whose mean is above the level is brought to its mean.
         """
@@ -150,7 +150,7 @@ class Layout:
         return copies
 
     def pruned(self, copies: list[Copy]) -> list[Copy]:
-        """Without those copies, the smallest first, that do not pay: the score is no worse without them."""
+        """Drops copies without which the score is no worse, the smallest copies first."""
         row, product, parts = self.costs.row_ps, self.costs.product_ps, self.parts
         work = [n * row + k * product for n, k in zip(self.load, self.active, strict=True)]
         out, into, traffic = [0] * parts, [0] * parts, 0
@@ -229,14 +229,14 @@ def _fill(
 
 
 def plan_copies(rows_E: Counts, owner_E: Counts, parts: int, costs: BalanceCosts, slots: int) -> Counts:
-    """The assignment with the best predicted time that is found, ``[R, E]``.
+    """Returns the assignment with the best predicted time found, ``[R, E]``.
 
     Args:
         rows_E: Rows of each expert.
-        owner_E: Home of each expert.
-        parts: R.
-        costs: Constants.
-        slots: Experts that a rank may compute besides its own.
+        owner_E: Home rank of each expert.
+        parts: Number of ranks, R.
+        costs: Constants of the prediction.
+        slots: Number of experts that a rank may compute besides its own.
     """
     quota_RE = at_home(rows_E, owner_E, parts)
     for expert, owner, helper, rows in Layout(rows_E.tolist(), owner_E.tolist(), parts, costs, slots).best_copies():

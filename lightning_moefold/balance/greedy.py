@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The simplest policy of copies: the busiest rank gives rows of its hottest expert to the least busy one. Pure numpy."""
+"""The simplest policy: the busiest rank gives rows of its hottest expert to the least busy rank. Pure numpy."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from lightning_moefold.balance.copies import Counts
 
 
 def greedy(counts_SE: Counts, owner_E: Counts, costs: Any, max_copies_per_rank: int) -> Counts:
-    """Evens out the rows of the ranks, whatever a copy costs.
+    """Evens out the rows of the ranks, ignoring the cost of copies.
 
-    The busiest rank gives what it has above the mean of its hottest expert to the least busy rank that may take a copy, as far
-    as that one is below the mean, until no rank can give or take.
+    The busiest rank gives rows of its hottest expert, as many as it has above the mean, to the least busy rank that may
+    take a copy, as many as that rank is below the mean. This repeats until no rank can give or take.
 
     Args:
         counts_SE: Rows of each expert at each rank.
-        owner_E: The rank at which each expert is at home.
-        costs: Not asked.
-        max_copies_per_rank: Copies that a rank may have.
+        owner_E: The rank that owns each expert.
+        costs: Ignored.
+        max_copies_per_rank: Maximum number of copies on a rank.
 
     Returns:
-        Rows of each expert that each rank computes, ``[R, E]``.
+        The rows of each expert that each rank computes, ``[R, E]``.
     """
     ranks, experts = counts_SE.shape
     rows_E = counts_SE.sum(0)

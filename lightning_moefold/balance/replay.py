@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recorded run under a policy: what it would have moved and copied, how even ranks and how long steps would have been.
+"""Replays a recorded run under a policy: its moves and copies, the balance of ranks, and the predicted time of steps.
 
-Each record of a trace is a check. Before it the slow loop decides with loads that are at least ``stale`` iterations old; the
-fast loop sees the record's own counts. A step takes the pass of every layer's experts with its copies, and its part of the
-moves that were made before the next check. What is not the experts' is left out.
+Each record of a trace is a check. Before a check the slow loop decides from loads that are at least ``stale``
+iterations old; the fast loop sees the record's own counts. The time of a step is that of all layers' expert passes with
+their copies, plus its share of the moves before the next check. Everything else in a step is ignored.
 
 Legend: N checks, L layers, R ranks of ep, E experts, S sources.
 """
@@ -22,24 +22,24 @@ from lightning_moefold.balance.policies.base import CopiesFrom, Policy
 from lightning_moefold.balance.trace import RoutingTrace
 from lightning_moefold.errors import InputError
 
-#: Intervals of history that a policy sees at most.
+#: Maximum number of past intervals that a policy sees.
 _HISTORY = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """What a policy would have done.
+    """The result of a replay.
 
     Args:
-        iterations_N: Of each check.
-        rows_NLR: Rows that each rank computes.
-        copies_NL: Copies of each pass.
-        moves_NL: Experts that changed their rank before the check.
+        iterations_N: Iteration of each check.
+        rows_NLR: Number of rows that each rank computes.
+        copies_NL: Number of copies in each pass.
+        moves_NL: Number of experts that changed their rank before the check.
         pass_ps_NL: Predicted picoseconds of a pass, copies included.
-        copy_ps_NL: Of these, in which copies travel.
-        move_ps_N: Picoseconds in which all moves before a check are made.
-        part_NLE: Home of each expert.
-        costs: Constants that were used.
+        copy_ps_NL: The part of these picoseconds in which copies travel.
+        move_ps_N: Picoseconds of all moves before a check.
+        part_NLE: Home rank of each expert.
+        costs: Constants of the prediction.
     """
 
     iterations_N: Counts
@@ -54,28 +54,28 @@ class Replay:
 
     @property
     def imbalance_NL(self) -> NDArray[np.float64]:
-        """Rows of the busiest rank over the mean; 1 without rows."""
+        """Rows of the busiest rank divided by the mean; 1 without rows."""
         rows = self.rows_NLR
         total = rows.sum(2)
         return np.where(total > 0, rows.max(2) * rows.shape[2] / np.maximum(total, 1), 1.0)
 
     @property
     def imbalance(self) -> float:
-        """Mean over checks and layers of the busiest rank's rows over the mean."""
+        """Busiest rank's rows divided by the mean, averaged over checks and layers."""
         return float(self.imbalance_NL.mean())
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that all moves sent."""
+        """Number of bytes sent by all moves."""
         return int(self.moves_NL.sum()) * self.costs.move_bytes
 
     @property
     def copied_bytes(self) -> float:
-        """Bytes that copies send in an optimizer step, all layers and ranks together, on average."""
+        """Average number of bytes that copies send in an optimizer step, over all layers and ranks."""
         return float(self.copies_NL.sum(1).mean()) * self.costs.copy_bytes * self.costs.passes
 
     def migrating_checks(self, after: int = 0) -> float:
-        """Share of the checks of a layer, from iteration ``after`` on, before which an expert changed its rank."""
+        """Returns the share of a layer's checks, from iteration ``after`` on, before which an expert changed its rank."""
         late = self.moves_NL[self.iterations_N >= after]
         return float((late > 0).mean()) if late.size else 0.0
 
@@ -106,14 +106,14 @@ def _usual_gap(iterations_N: Counts) -> int:
 
 
 def replay(trace: RoutingTrace, policy: Policy, costs: BalanceCosts, parts: int, stale: int = 10) -> Replay:
-    """Plays a trace under a policy.
+    """Replays a trace under a policy.
 
     Args:
-        trace: Recorded or generated.
-        policy: Decides.
-        costs: Constants.
-        parts: Ranks of ep.
-        stale: Iterations by which the slow loop's loads are older than the check, at least.
+        trace: A recorded or generated trace.
+        policy: The policy to replay.
+        costs: Constants of the prediction.
+        parts: Number of ranks of ep.
+        stale: Minimum age, in iterations, of the loads that the slow loop sees.
 
     Raises:
         InputError: If ``parts`` is 1 or does not divide the experts.
@@ -158,7 +158,7 @@ def _assignment(policy: Policy, counts_SE: Counts, share_RE: Counts, owner_E: Co
 
 
 def _horizon(iterations_N: Counts, first: int, known: int, n: int, costs: BalanceCosts) -> int:
-    """A pattern is expected to last as long again as it has been seen, and no longer than the run."""
+    """Returns the expected remaining duration of a pattern: as long as it has been seen, but not beyond the end of the run."""
     if not known:
         return 0
     gap = _usual_gap(iterations_N)
@@ -167,7 +167,7 @@ def _horizon(iterations_N: Counts, first: int, known: int, n: int, costs: Balanc
 
 
 def check_parts(experts: int, parts: int) -> None:
-    """Refuses numbers of ranks over which nothing can be balanced.
+    """Refuses numbers of ranks over which experts cannot be balanced.
 
     Raises:
         InputError: If ``parts`` is 1 or does not divide the experts.

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows over copies that were chosen before. Pure Python.
+"""Distributes rows over copies that were chosen before. Pure Python.
 
-Which experts are copied where was planned from past loads; how many rows each copy takes follows from the exact counts.
-
-Copies are edges between the expert's home and a helper. Where they form no ring, as a plan with one copy a rank does, one pass
-over the ranks balances them: a rank with a single edge left must bring itself to the mean of the ranks that are connected
-with it, over that edge and as far as the edge's rows allow; then the edge is settled, and another rank has one edge less. In a
-ring the edge with the most planned rows is settled first, in proportion to its plan.
+The copies were planned from past loads; how many rows each copy takes follows from the exact counts. Copies are edges
+between the expert's home and a helper. If the edges form no cycle, as with one copy per rank, one pass over the ranks
+balances them: a rank with a single remaining edge must reach the mean of the ranks connected with it over that edge, as
+far as the edge's rows allow. Then the edge is settled, and another rank has one edge less. In a cycle, the edge with
+the most planned rows is settled first, in proportion to its plan.
 
 Legend: R ranks of ep, E experts.
 """
@@ -22,7 +21,7 @@ from lightning_moefold.balance.assignment import Counts, at_home, copies_of
 
 @dataclass
 class _Edge:
-    """A copy, and the rows that it takes once that is settled."""
+    """A copy, with the rows that it takes once it is settled."""
 
     expert: int
     owner: int
@@ -35,7 +34,7 @@ class _Edge:
 
 @dataclass
 class _Rows:
-    """Rows of ranks while copies are settled."""
+    """The rows of ranks while copies are settled."""
 
     load: list[int]
     left: list[int]
@@ -50,12 +49,12 @@ class _Rows:
 
 
 def split_exactly(rows_E: Counts, share_RE: Counts, owner_E: Counts) -> Counts:
-    """Rows of each expert on its home and on the ranks that hold a copy, as even as one pass makes them, ``[R, E]``.
+    """Distributes each expert's rows over its home and its copies, as evenly as one pass can, ``[R, E]``.
 
     Args:
-        rows_E: Rows that there are.
-        share_RE: The assignment that was planned for other rows: where there are copies.
-        owner_E: Home of each expert.
+        rows_E: Rows of each expert.
+        share_RE: The assignment that was planned for other rows; it says where copies are.
+        owner_E: Home rank of each expert.
     """
     parts, planned_E = len(share_RE), share_RE.sum(0)
     quota_RE = at_home(rows_E, owner_E, parts)
@@ -74,7 +73,7 @@ def split_exactly(rows_E: Counts, share_RE: Counts, owner_E: Counts) -> Counts:
 
 
 def _connected(edges: list[_Edge], parts: int) -> list[list[_Edge]]:
-    """Edges of ranks that are connected with each other."""
+    """Groups the edges of ranks that are connected with each other."""
     root = list(range(parts))
 
     def find(rank: int) -> int:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recorded routing: how often each expert was chosen, by iteration, layer and source rank.
 
-What can be read:
+These formats can be read:
 
 - ``.npz`` with ``counts`` ``[N, L, E]`` or ``[N, L, S, E]`` and, optionally, ``iterations`` ``[N]`` (or ``steps``, as
   LoadBalanceMonitor calls them): what :class:`~lightning_moefold.callbacks.RoutingTraceRecorder` writes.
 - ``.json``: such counts as lists, or under the key ``counts``.
-- ``.npz`` with ``expert_ids`` ``[tokens, L, K]``: the experts that each token chose in each layer, as vLLM returns them. Tokens
-  are cut into equal windows, which stand for iterations.
-- ``.jsonl``, or a directory of them, one a rank: Megatron-Core's routing trace, a line for each step and layer with ``step``,
+- ``.npz`` with ``expert_ids`` ``[tokens, L, K]``: the experts that each token chose in each layer, as vLLM returns
+  them. Equal windows of tokens are treated as iterations.
+- ``.jsonl``, or a directory with one per rank: Megatron-Core's routing trace, with one line per step and layer with
+  ``step``,
   ``layer`` and ``top_indices``.
 
 Legend: N iterations, L MoE layers, S source ranks, E experts, K choices of a token.
@@ -29,23 +30,23 @@ from numpy.typing import NDArray
 from lightning_moefold.balance.assignment import Counts
 from lightning_moefold.errors import InputError
 
-#: Tokens of a window of a table of expert ids.
+#: Number of tokens in a window of a table of expert ids.
 WINDOW = 8192
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
-    """Counts of a run.
+    """The routing counts of a run.
 
     Args:
-        iterations_N: Optimizer step of each record; rising.
-        counts_NLSE: Rows for each expert.
-        name: Where it comes from.
-        hidden_size: Of the model that was recorded; None if not known.
-        expert_width: Of its experts; None if not known.
+        iterations_N: Optimizer step of each record, in ascending order.
+        counts_NLSE: Number of rows of each expert.
+        name: Name of the trace's source.
+        hidden_size: Hidden size of the recorded model; None if unknown.
+        expert_width: Width of its experts; None if unknown.
 
     Raises:
-        InputError: If the shapes do not fit, a count is negative, or iterations do not rise.
+        InputError: If the shapes do not match, a count is negative, or iterations do not ascend.
     """
 
     iterations_N: Counts
@@ -79,9 +80,9 @@ class RoutingTrace:
         return self.counts_NLSE.shape[3]
 
     def for_sources(self, sources: int) -> RoutingTrace:
-        """The same rows as if ``sources`` ranks had had them.
+        """Converts the trace to another number of source ranks.
 
-        Neighbours are added up where more ranks were recorded; where fewer were, each one's rows are divided evenly.
+        If more ranks were recorded, neighbouring ranks are added; if fewer were, each rank's rows are divided evenly.
         """
         counts = self.counts_NLSE
         recorded = counts.shape[2]
@@ -101,11 +102,12 @@ def read_trace(path: str | Path, num_experts: int | None = None, window: int = W
 
     Args:
         path: File, or directory of ``.jsonl`` files.
-        num_experts: E, for formats that name chosen experts only; else one more than the largest id that occurs.
-        window: Tokens of a record, for a table of expert ids.
+        num_experts: Number of experts E, for formats that list only chosen experts; by default one more than the
+            largest id.
+        window: Number of tokens per record, for a table of expert ids.
 
     Raises:
-        InputError: If the file is missing or is no such trace.
+        InputError: If the file is missing or has another format.
     """
     file = Path(path)
     if file.is_dir():
@@ -164,7 +166,7 @@ def _from_ids(ids: NDArray[Any], file: Path, num_experts: int | None, window: in
 
 
 def _read_jsonl(files: list[Path], where: Path, num_experts: int | None) -> RoutingTrace:
-    """Megatron-Core's lines; a file is a source rank. Lines of the same step and layer (micro-batches) are added up."""
+    """Reads Megatron-Core's lines; each file is a source rank. Lines of the same step and layer (micro-batches) are added."""
     if not files:
         raise InputError(f"{where} holds no .jsonl file; give the directory of a routing trace, or one of its files.")
     chosen: dict[tuple[int, int, int], list[NDArray[np.int64]]] = {}
@@ -204,7 +206,7 @@ def _experts(largest: int, num_experts: int | None, where: Path) -> int:
 
 
 def _count(ids: NDArray[Any], experts: int, where: Path) -> Counts:
-    """Rows of each expert; -1 marks padding."""
+    """Counts the rows of each expert; -1 marks padding."""
     ids = ids[ids != -1]
     if (ids < -1).any():
         raise InputError(f"{where}: an expert id is below -1, which marks padding.")

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routing that was never recorded: named workloads, and a run as training makes it. numpy only.
+"""Generated routing: named workloads, and one that imitates a training run. numpy only.
 
-Experts have scores z, and a token takes the top k of z + Gumbel noise. The share of each expert follows without drawing
-tokens: noise turns the choice into a race in which expert e arrives at rate exp(z_e), and at the time at which k have arrived
-on average, e has with probability 1 - exp(-t exp(z_e)). Rows of a source are drawn from those shares by seed, workload and
-step alone, whatever the layout.
+Experts have scores z, and a token takes the top k of z + Gumbel noise. The share of each expert can be computed without
+drawing tokens: the noise turns the choice into a race in which expert e arrives at rate exp(z_e). At the time t at
+which k experts have arrived on average, e has arrived with probability 1 - exp(-t exp(z_e)). The rows of a source are
+drawn from those shares; they depend only on seed, workload and step, not on the layout.
 
 ``training`` is calibrated on a recorded run (GPT-MoE, 24 layers, 32 experts top-2, no balancing): z = sigma(t) u, where u
 wanders (Ornstein-Uhlenbeck) so that loads ten iterations apart differ by a total variation of 0.19 before iteration 200, 0.037
-up to 1,000 and 0.022 after; sigma rises from 0.2 to 6 in 30 iterations, falls to 2.0 at 500 and is 2.5 at 5,000. The others take
-their names from Megatron-LM's workloads of its load-balance tests.
+up to 1,000 and 0.022 after; sigma rises from 0.2 to 6 in 30 iterations, falls to 2.0 at 500 and is 2.5 at 5,000. The
+other workloads are named after those of Megatron-LM's load-balance tests.
 
 Legend: N records, L layers, S sources, E experts.
 """
@@ -26,9 +26,9 @@ from lightning_moefold.balance.trace import RoutingTrace
 from lightning_moefold.errors import InputError
 
 Scores = NDArray[np.float64]
-#: Of an expert that is hot, against the others' 0.
+#: Score of a hot expert; other experts have 0.
 _HOT = 3.0
-#: Total variation over ten iterations up to each iteration, and the noise of u (times sigma) that makes it.
+#: For each stage, the iteration at which it ends, and the noise of u (times sigma) that gives its total variation.
 _STAGES = ((200, 1.05), (1000, 0.125), (1 << 62, 0.065))
 
 
@@ -44,21 +44,21 @@ def generate(
     every: int = 10,
     seed: int = 0,
 ) -> RoutingTrace:
-    """A trace of a workload.
+    """Generates a trace of a workload.
 
     Args:
-        workload: A key of :data:`WORKLOADS`.
-        records: N.
-        layers: L.
-        sources: S.
-        experts: E.
-        top_k: Experts of a token.
-        tokens: Of each source and record.
-        every: Iterations from record to record.
-        seed: Of all that is drawn.
+        workload: Name of the workload, a key of :data:`WORKLOADS`.
+        records: Number of records, N.
+        layers: Number of MoE layers, L.
+        sources: Number of source ranks, S.
+        experts: Number of experts, E.
+        top_k: Number of experts per token.
+        tokens: Number of tokens of each source and record.
+        every: Number of iterations between records.
+        seed: Seed of all draws.
 
     Raises:
-        InputError: If there is no workload of this name.
+        InputError: If the workload is unknown.
     """
     if workload not in WORKLOADS:
         raise InputError(f"workload {workload!r} is not known; use {', '.join(WORKLOADS)}.")
@@ -77,7 +77,7 @@ def generate(
 
 
 def chosen_part(scores_LE: Scores, top_k: int) -> Scores:
-    """Part of the tokens that choose each expert, ``[L, E]``; rows sum to ``top_k``. -inf is never chosen."""
+    """Returns the share of tokens that choose each expert, ``[L, E]``; rows sum to ``top_k``. -inf is never chosen."""
     rate_LE = np.exp(scores_LE - scores_LE.max(1, keepdims=True))
     low, high = np.full((len(rate_LE), 1), -60.0), np.full((len(rate_LE), 1), 60.0)
     for _ in range(80):
@@ -89,7 +89,7 @@ def chosen_part(scores_LE: Scores, top_k: int) -> Scores:
 
 
 def sigma_at(iteration: float) -> float:
-    """Spread of scores in ``training``."""
+    """Returns the spread of scores in ``training`` at an iteration."""
     return float(np.interp(iteration, (1, 30, 500, 5000), (0.2, 6.0, 2.0, 2.5)))
 
 
@@ -107,7 +107,7 @@ def _training(random: np.random.Generator, iterations: NDArray[np.int64], layers
 
 
 def _steady(hot: Callable[[Scores, np.random.Generator], None]) -> Callable[..., Scores]:
-    """Mild noise of its own in every layer, and what makes the workload, the same at all times."""
+    """Makes a constant workload: mild noise, different in every layer, plus the workload's own hot experts."""
 
     def scores(random: np.random.Generator, iterations: NDArray[np.int64], layers: int, experts: int) -> Scores:
         scores_LE = 0.1 * random.standard_normal((layers, experts))
@@ -154,7 +154,7 @@ def _burst(random: np.random.Generator, iterations: NDArray[np.int64], layers: i
 
 
 def _ragged(sources: int) -> NDArray[np.float64]:
-    """Sources from almost no tokens to about twice as many as the mean."""
+    """Returns weights of sources, from almost no tokens to about twice the mean."""
     return (np.arange(sources) + 0.5) * 2 / sources
 
 

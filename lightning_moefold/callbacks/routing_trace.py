@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RoutingTraceRecorder: how often each rank's tokens chose each expert, step by step, in a file for ``moefold balance``.
+"""RoutingTraceRecorder: records how often each rank's tokens chose each expert, step by step, for ``moefold balance``.
 
 Legend: N records, L MoE layers, S source ranks (of one pipeline stage), E experts.
 """
@@ -31,25 +31,27 @@ from lightning_moefold.strategy import MoEFoldStrategy
 
 
 class RoutingTraceRecorder(pl.Callback):
-    """Records how tokens are routed in training, padding left out.
+    """Records how tokens are routed in training, without padding.
 
-    A record holds the choices of one optimizer step, all its batches and micro-batches together: ``counts`` ``[N, L, S, E]`` in
+    A record holds the choices of one optimizer step, summed over its batches and micro-batches: ``counts`` ``[N, L, S,
+    E]`` in
     the smallest unsigned type that holds them, ``iterations`` ``[N]``, and the sizes ``hidden_size`` and ``expert_width`` of the
-    experts. The file is written with every checkpoint and when training ends, complete or not at all. A run that goes on from
-    a checkpoint goes on with the file of the run that wrote it, up to that checkpoint's step.
+    experts. The file is written atomically with every checkpoint and at the end of training. A run that resumes from a
+    checkpoint continues the file of the run that wrote it, up to that checkpoint's step.
 
-    Layers count on the device; there is one collective for each record, and none else. Other readers of the same counters, such as
-    LoadBalanceMonitor, may be in the run.
+    Layers count on the device; there is one collective per record and no other. Other readers of the same counters,
+    such as LoadBalanceMonitor, may be used in the same run.
 
     Args:
-        every_n_steps: Record the step that completes so many optimizer steps.
-        path: File to write, its name ending in ``.npz``; ``routing_trace.npz`` in the Trainer's ``log_dir`` by default.
+        every_n_steps: Record every n-th optimizer step.
+        path: File to write, with a name that ends in ``.npz``; by default ``routing_trace.npz`` in the Trainer's
+            ``log_dir``.
 
     Attributes:
         records: Optimizer step and counts ``[L, S, E]`` of each record; on rank zero only.
 
     Raises:
-        InputError: If ``every_n_steps`` is not positive, or ``path`` is no ``.npz``.
+        InputError: If ``every_n_steps`` is not positive, or ``path`` does not end in ``.npz``.
     """
 
     def __init__(self, every_n_steps: int = 10, path: str | Path | None = None) -> None:

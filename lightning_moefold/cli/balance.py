@@ -18,7 +18,7 @@ from lightning_moefold.planner.machine.hardware import PRESETS, Hardware, find_h
 from lightning_moefold.planner.search.models_zoo import MODELS, find_model
 from lightning_moefold.plots.balance import write_balance_plots
 
-#: Sizes of experts where neither the trace nor ``--model`` says them: those of Qwen3-235B-A22B.
+#: Sizes of experts if neither the trace nor ``--model`` gives them: those of Qwen3-235B-A22B.
 _HIDDEN, _WIDTH = 4096, 1536
 
 
@@ -80,10 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read(arguments: argparse.Namespace) -> RoutingTrace:
-    """The trace that the arguments name; rows of a micro-batch where there are several.
+    """Reads or generates the trace that the arguments name; with several micro-batches, its rows are those of one.
 
     Raises:
-        InputError: For what does not fit together.
+        InputError: If arguments contradict each other.
     """
     for name in ("etp", "edp", "max_copies_per_rank", "num_microbatches", "every"):
         if (value := getattr(arguments, name)) < 1:
@@ -132,7 +132,7 @@ def _costs(arguments: argparse.Namespace, trace: RoutingTrace, hardware: Hardwar
 
 
 def result_json(trace: RoutingTrace, parts: int, replays: dict[str, Replay], costs: BalanceCosts) -> dict[str, Any]:
-    """What ``--json`` prints; bytes and seconds, shares from 0 to 1."""
+    """Returns the output of ``--json``, in bytes, seconds, and shares from 0 to 1."""
     return {
         "trace": {
             "name": trace.name, "checks": len(trace.iterations_N), "layers": trace.layers, "experts": trace.experts,
@@ -152,7 +152,7 @@ def result_json(trace: RoutingTrace, parts: int, replays: dict[str, Replay], cos
 
 
 def result_table(replays: dict[str, Replay]) -> str:
-    """A row for each policy."""
+    """Returns a table with one row per policy."""
     head = (
         "policy", "max/mean", "step ms", "experts", "copies", "moves", "copies a pass", "GB copied/step", "moved", "GB moved",
         "checks that move",
