@@ -103,7 +103,7 @@ def agreeing(axis: Axis, *kinds: type[Exception]) -> Iterator[None]:
 
     Args:
         axis: Usually the world.
-        kinds: Of errors; all by default. Others are raised on their rank alone.
+        kinds: Kinds of errors that are agreed on, by default all; other errors are raised only on their rank.
     """
     error: Exception | None = None
     try:

@@ -154,7 +154,7 @@ class Handle:
         routes: The route of each tensor.
         axis: The ranks that exchange them.
         yields: Whether another pass may take its turn at this wait. False where the data decide whether there is a wait: passes
-            take turns alike on all ranks of a stage, which have other data.
+            take turns in the same way on all ranks of a stage, which have different data.
 
     Attributes:
         before_waiting: Called when a pass is about to wait, so that another pass can compute meanwhile

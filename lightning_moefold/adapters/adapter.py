@@ -40,7 +40,7 @@ class Adapter:
     Attributes:
         lora: Configuration of the adapter.
         shapes: Global shape of each A and B, by name.
-        source: Where their values come from.
+        source: Source of their values: a file or a seed.
         base: A hash of the model that it was added to; None where the model has no source of weights.
         trained: Names of parameters of the base that have been trainable in a step.
 

@@ -55,8 +55,8 @@ class AdapterFiles:
         model: The model without an adapter, before it is cut; it needs no storage.
 
     Attributes:
-        lora: What it is.
-        dropout: With which it was trained. It changes nothing but training.
+        lora: Configuration of the adapter.
+        dropout: Dropout with which it was trained; it affects only training.
 
     Raises:
         CheckpointError: If the directory holds no LoRA adapter, or it does not fit the model.
@@ -301,9 +301,9 @@ def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, mixtral
     """The same for a file with an adapter for each matrix of an expert, whose readers know modules only.
 
     Args:
-        config: What :func:`peft_config` gave.
+        config: Result of :func:`peft_config`.
         lora: The adapter.
-        experts: Of a layer.
+        experts: Experts of a layer.
         mixtral: Whether the model is a Mixtral, whose modules had other names.
 
     Raises:

@@ -113,7 +113,7 @@ def separate(experts: str, parts: dict[str, Tensor], names: dict[str, str]) -> d
     Args:
         experts: Name of the experts in the file.
         parts: The whole parameters by the keys of :data:`FUSED`.
-        names: What the file calls the expert's matrices.
+        names: Names of the expert's matrices in the file.
     """
     stored = {}
     for matrix, leaf in (("gate_proj", "gate_up"), ("up_proj", "gate_up"), ("down_proj", "down")):

@@ -35,9 +35,9 @@ def write_adapter(
         path: Directory to create. A directory that holds an adapter is replaced; one that holds other files is refused.
         config: Content of ``adapter_config.json``.
         tensors: Every A and B, by our names, the same on every rank.
-        piece: Gives this rank's piece of a parameter.
+        piece: Function that returns this rank's piece of a parameter, given its name.
         world: All ranks.
-        separate_names: What an expert's matrices are called, to write an adapter for each; None for fused experts.
+        separate_names: Names of an expert's matrices, to write a separate adapter for each; None for fused experts.
 
     Raises:
         CheckpointError: If ``path`` is in a store.
@@ -74,7 +74,7 @@ def _prepare(target: Path, work: Path) -> None:
 
 
 def _as_stored(whole: Mapping[str, Tensor], separate_names: Mapping[str, str] | None) -> dict[str, Tensor]:
-    """By the names of PEFT's file."""
+    """Renames tensors to the names of PEFT's file."""
     stored: dict[str, Tensor] = {}
     experts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in whole.items():

@@ -35,7 +35,7 @@ class LoadRow:
 
     Args:
         layer: Its number: in the whole model for a MoECausalLM, else in the order of the module tree.
-        name: Of the module in the LightningModule.
+        name: Name of the module in the LightningModule.
         num_experts: Its experts.
         module: The layer, or None where other ranks hold it.
     """

@@ -25,9 +25,9 @@ class Savings:
     """The difference between model FLOPs (three times forward) and the FLOPs that are really computed.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         frozen: Names of its frozen parameters.
-        recompute: What the decoder layers make again in backward.
+        recompute: What the decoder layers recompute in backward.
         adapter: Shapes of an adapter's A and B by name.
 
     Attributes:

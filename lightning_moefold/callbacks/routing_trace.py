@@ -63,7 +63,7 @@ class RoutingTraceRecorder(pl.Callback):
         self.path = path
         self.records: list[tuple[int, NDArray[np.int64]]] = []
         self._schedule = LogSchedule(every_n_steps)
-        self._before: str | None = None  # file of the run that this one goes on from
+        self._before: str | None = None  # file of the run that this one resumes
         self._target: Path | str | None = None
         self._world: Axis | None = None
         self._rows: list[LoadRow] = []
@@ -164,7 +164,7 @@ class RoutingTraceRecorder(pl.Callback):
         stores.write(self._target, file.getvalue())
 
     def _earlier(self, step: int) -> list[tuple[int, NDArray[np.int64]]]:
-        """Records up to ``step``, of this object or of the run that it goes on from."""
+        """Returns the records up to ``step``, of this object or of the run that it resumes."""
         kept = [record for record in self.records if record[0] <= step]
         if kept or self._before is None or step == 0:
             return kept
@@ -192,7 +192,7 @@ class RoutingTraceRecorder(pl.Callback):
 
 
 def _sizes(layers: list[Any]) -> dict[str, int]:
-    """Of the experts, where they are gated ones of one width."""
+    """Returns the sizes of the experts, if they are gated experts of equal width."""
     if not layers or not isinstance(layers[0].experts, Experts):
         return {}
     return {"hidden_size": layers[0].hidden_size, "expert_width": layers[0].experts.ffn_hidden_size}

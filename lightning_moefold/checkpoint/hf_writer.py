@@ -57,12 +57,12 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Merge:
-    """What is added to a parameter before it is written.
+    """A sum that is added to a parameter before it is written.
 
     Args:
-        parts: Of what it is made, by our names.
-        apply: Takes the whole parameter and the whole parts, and returns the sum.
-        dtype: In which the parameter is given to it.
+        parts: Names, in the model, of the tensors from which the sum is computed.
+        apply: Function of the whole parameter and the whole parts that returns the sum.
+        dtype: Data type in which the parameter is passed to it.
     """
 
     parts: Mapping[str, OutputTensor]
@@ -88,13 +88,13 @@ def write_hf_checkpoint(
         path: Directory to create. A directory that holds a checkpoint is replaced; one that holds other files is
             refused.
         config: Content of ``config.json``.
-        tensors: What to write, by our names, the same on every rank.
-        piece: Gives this rank's piece of a parameter.
+        tensors: The parameters to write by their names in the model, the same on every rank.
+        piece: Function that returns this rank's piece of a parameter, given its name.
         world: All ranks.
         max_shard_size: Bytes after which a new file is begun; a single parameter may exceed it.
         side_files_from: Directory of the model, whose other files are copied along (:mod:`.side_files`).
         tokenizer_from: Directory whose tokenizer is copied instead of the model's.
-        merges: What is added to some of the parameters.
+        merges: Sums that are added to some of the parameters, by name.
 
     Raises:
         CheckpointError: If ``path`` is in a store.

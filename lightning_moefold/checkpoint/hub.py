@@ -27,7 +27,7 @@ def local_directory(path: str | Path, part: Literal["config", "tokenizer", "mode
 
     Args:
         path: A directory, or a name.
-        part: How much of a model on the hub is fetched.
+        part: Which part of a model on the hub is fetched.
 
     Raises:
         CheckpointError: If the model cannot be fetched and is not in the cache.

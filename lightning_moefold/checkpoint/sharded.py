@@ -65,7 +65,7 @@ class TensorPiece(Tensor):
 
         Args:
             piece: This rank's elements; written to when loading.
-            boxes: Where they belong (:meth:`~.layout.ParameterLayout.boxes`).
+            boxes: Their places in the global tensor (:meth:`~.layout.ParameterLayout.boxes`).
             global_shape: Shape of the whole.
             writes: Whether this rank writes the piece (one of several ranks with the same boxes does).
         """

@@ -2,7 +2,7 @@
 """The ``moefold`` command.
 
 A subcommand is one entry of :data:`COMMANDS`, and a module with two functions: ``configure`` adds its arguments to a parser,
-``run`` runs it. Only the module of the subcommand that was asked for is imported. Those of :data:`TRAINER_COMMANDS` are
+``run`` runs it. Only the module of the requested subcommand is imported. Those of :data:`TRAINER_COMMANDS` are
 LightningCLI's, which reads its arguments itself; so does ``data``.
 """
 

@@ -171,7 +171,7 @@ def _group_in(values: Mapping[str, Any]) -> Any:
 
 
 def _purpose(frames: list[FrameType]) -> str:
-    """The function of ours, outside the modules of collectives, that asked for it."""
+    """Returns the function of this package, outside the modules of collectives, that called the collective."""
     for frame in frames:
         if _is(frame, *_COLLECTIVES):
             if frame.f_code.co_name == "backward":

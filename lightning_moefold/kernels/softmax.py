@@ -45,7 +45,7 @@ def softmax_slope(kept_Cv: Tensor, target_C: Tensor, top_C: Tensor, log_sum_C: T
 
     Args:
         kept_Cv: Second result of :func:`row_statistics`; it is overwritten.
-        target_C: As in :func:`row_statistics`.
+        target_C: Column of each row's target, as in :func:`row_statistics`.
         top_C: Maximum of each row on this rank.
         log_sum_C: Logarithm of the sum of exponentials over the whole vocabulary.
         scale_C: Weight of each row, in the dtype of the computation.

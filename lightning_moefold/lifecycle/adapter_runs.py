@@ -26,7 +26,7 @@ def left_out(registry: ParameterRegistry) -> set[str]:
 
 
 def note_trained(registry: ParameterRegistry) -> None:
-    """What trains now may have changed."""
+    """Records the trainable parameters again, because they may have changed."""
     for _, model, adapter in _adapted(registry):
         adapter.note_trained(model)
 

@@ -94,7 +94,7 @@ class Fixed:
 
 
 def _with_dispatcher(config: DispatchConfig, name: str) -> DispatchConfig:
-    """With a dispatcher in place of ``"auto"``."""
+    """Returns the settings with a dispatcher instead of ``"auto"``."""
     return config if config.dispatcher != "auto" else replace(config, dispatcher=cast(DispatcherName, name))
 
 

@@ -120,7 +120,7 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
 
 
 def _placements_of_all_stages(registry: ParameterRegistry) -> dict[str, Any]:
-    """Where the experts are of layers in which any has moved. Collective over ``pp``."""
+    """Returns the placements of layers in which experts have moved. Collective over ``pp``."""
     mine = {
         name: {"parts": layer.placement.parts, "expert_of_slot": list(layer.placement.expert_of_slot)}
         for name, layer in registry.moe_layers().items()

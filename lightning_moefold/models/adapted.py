@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a language model does with an adapter: gets one, fills it, writes it and describes it."""
+"""The part of a language model that handles adapters: adds, fills, writes and describes them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class AdaptedModel(ParallelRoot):
 
     Attributes:
         config: The model's configuration.
-        source: Where its weights come from; None for a model made by its constructor.
+        source: Source of its weights; None for a model made by its constructor.
         weights_pending: Whether they are still to be filled in.
-        adapter: What :meth:`add_adapter` has added; None without.
+        adapter: The adapter added by :meth:`add_adapter`; None without one.
     """
 
     config: MoEConfig
@@ -47,8 +47,9 @@ class AdaptedModel(ParallelRoot):
         unless the adapter has ``update_expert_bias``.
 
         Args:
-            adapter: What to add (:class:`~lightning_moefold.LoRA`, or its fields as a mapping), with A drawn at random and B
-                zero; or a directory in PEFT's format, whose values go on training.
+            adapter: Configuration of a new adapter (:class:`~lightning_moefold.LoRA`, or its fields as a mapping),
+                whose A is drawn at random and whose B is zero; or a directory in PEFT's format, whose values are
+                trained further.
 
         Raises:
             InputError: If a target names nothing that can have an adapter (the message lists what can), the model has one
@@ -103,7 +104,7 @@ class AdaptedModel(ParallelRoot):
         write_adapter(path, config, self.adapter_tensors(), piece, world, names)
 
     def adapter_tensors(self) -> dict[str, OutputTensor]:
-        """Where the pieces of every A and B are."""
+        """Returns the layouts of all A and B."""
         assert self.adapter is not None
         ranks, dtype = list(range(self.fold.world_size)), next(self.parameters()).dtype
         return {

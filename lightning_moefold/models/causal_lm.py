@@ -171,8 +171,8 @@ class MoECausalLM(AdaptedModel):
 
         Args:
             path: The directory, or the name of a model on the hub (``"organisation/name"``, ``"organisation/name@revision"``).
-            dtype: Of the parameters in memory; torch's default dtype if not given (inside a Trainer that follows the
-                precision: float32 for ``32-true`` and ``bf16-mixed``, bfloat16 for ``bf16-true``).
+            dtype: Data type of the parameters in memory; by default torch's default dtype, which inside a Trainer
+                follows the precision (float32 for ``32-true`` and ``bf16-mixed``, bfloat16 for ``bf16-true``).
             **config_overrides: Replace fields of config.json, such as ``output_router_logits=True``.
 
         Raises:

@@ -56,7 +56,7 @@ class WeightSource(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """What tells these weights from others."""
+        """Identifies these weights."""
         ...
 
     def close(self) -> None:

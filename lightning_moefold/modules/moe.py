@@ -54,12 +54,12 @@ class MoELayer(ParallelRoot):
             :func:`~.balance.load_balancing_loss` (a language model does not need this).
 
     Attributes:
-        routing: Of the latest forward pass, with ``keep_routing``; None if that was in evaluation.
-        load_E: How often each expert was chosen on this rank in training since somebody last reset it (int64; padding
-            left out). By logical number, wherever the experts are.
-        dropped: How many of these choices no expert served, for want of capacity (int64 scalar; 0 while dropless).
-        copies: What copies of experts for one pass did in training, since somebody last made it anew.
-        placement: Which ep rank holds which expert, and in which place of its stacks; :meth:`place` changes it.
+        routing: Statistics of the latest forward pass, with ``keep_routing``; None if that was in evaluation.
+        load_E: How often each expert was chosen on this rank in training since the counter was last reset (int64;
+            without padding). By logical number, wherever the experts are.
+        dropped: Number of these choices that were dropped because the expert was full (int64 scalar; 0 if dropless).
+        copies: Counters of expert copies in training since the last reset.
+        placement: Which ep rank holds which expert, and in which slot of its stacks; :meth:`place` changes it.
 
     Raises:
         ValueError: Unless either ``ffn_hidden_size`` or ``expert`` is given.
@@ -130,10 +130,10 @@ class MoELayer(ParallelRoot):
         """Sends tokens to their experts under another placement from now on; who calls it moves the experts.
 
         Args:
-            placement: Of as many experts, over ep.
+            placement: Placement of the layer's experts over ep.
 
         Raises:
-            InputError: For a placement of other experts or parts.
+            InputError: If the placement has other numbers of experts or parts.
         """
         check_successor(self.placement, placement)
         self._earlier_rows_P, self._load_then_E = self.part_rows(), self.load_E.clone()
@@ -145,7 +145,7 @@ class MoELayer(ParallelRoot):
             self._slot_E = slot_E
 
     def part_rows(self) -> Tensor:
-        """How many of the choices in :attr:`load_E` fell on the experts of each ep rank, where they were then; ``[P]``."""
+        """Returns how many choices of :attr:`load_E` were for each ep rank, by the placement at that time, ``[P]``."""
         since_E = self.load_E if self._load_then_E is None else self.load_E - self._load_then_E
         load_S = since_E if self._slot_E is None else since_E[self._slot_E.argsort()]
         rows_P = load_S.view(self.placement.parts, -1).sum(1)
