@@ -21,6 +21,8 @@ from lightning_moefold.planner.machine.hardware import Hardware
 from lightning_moefold.planner.machine.kernels import Compute
 
 _PICO = 1e12
+#: FLOP/s that a rank computes and bytes/s that it sends where nothing has been measured, by kind of device.
+_ASSUMED = {"cpu": (50e9, 1e9), "cuda": (400e12, 50e9)}
 #: Products of a gated expert, forward; backward takes two for each.
 _PRODUCTS, _BACKWARD = 3, 2
 #: Times that a row travels: there and back, forward and backward.
@@ -131,6 +133,37 @@ class BalanceCosts:
             move_bytes=state,
             parts_per_node=per_node,
         )
+
+    @classmethod
+    def assumed(
+        cls,
+        device_type: str,
+        weights: int,
+        *,
+        parts: int,
+        byte_ps: int | None = None,
+        move_bytes: int = 0,
+        passes: int = 1,
+    ) -> BalanceCosts:
+        """The constants of a device about which nothing but its kind is known, on ranks that are all alike.
+
+        Args:
+            device_type: ``"cpu"`` or ``"cuda"``.
+            weights: Numbers of an expert with which a rank computes.
+            parts: Ranks of ep.
+            byte_ps: Picoseconds in which a byte travels; by default that of the kind of device.
+            move_bytes: Bytes that move with an expert, with all its optimizer's state.
+            passes: Passes of a layer in one optimizer step.
+        """
+        flops, rate = _ASSUMED.get(device_type, _ASSUMED["cuda"])
+        byte_ps = byte_ps or round(_PICO / rate)
+        sent = 2 * weights * 2  # weights out and gradients back, in 16 bits
+        # 6 FLOPs a row for each weight: forward, and the two products of backward.
+        return cls(
+            row_ps=max(1, round(6 * weights / flops * _PICO)), product_ps=0, near_copy_ps=sent * byte_ps,
+            far_copy_ps=sent * byte_ps, exchange_ps=0, near_move_ps=move_bytes * byte_ps, far_move_ps=move_bytes * byte_ps,
+            copy_bytes=sent, move_bytes=move_bytes, parts_per_node=parts, passes=passes,
+        )  # fmt: skip
 
     @property
     def break_even_rows(self) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ from lightning_moefold.balance.copies import CopyPlan, Counts, owners
 from lightning_moefold.balance.greedy import greedy
 from lightning_moefold.errors import InputError
 
-#: ``(counts_SE, owner_E, costs, max_copies_per_rank) -> quota_RE``. It must depend only on its arguments, because every
-#: rank calls it, and recomputation calls it again.
+#: ``(counts_SE, owner_E, costs, max_copies_per_rank) -> quota_RE``, a function of its arguments alone: every rank asks it, and
+#: recomputation asks it again.
 FastPolicy = Callable[[Counts, Counts, Any, int], Counts]
 
-FAST_POLICIES: dict[str, FastPolicy] = {"greedy": greedy}
+#: Policies of :mod:`.policies` that plan copies from the rows of a pass, and the one of :mod:`.greedy`.
+FAST_POLICIES = ("joint", "greedy", "llep", "fastermoe_shadow")
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,43 @@ class ExpertCopies:
         InputError: If the policy is unknown, or no copy is allowed.
     """
 
-    policy: str | FastPolicy = "greedy"
+    policy: str | FastPolicy = "joint"
     max_copies_per_rank: int = 2
     costs: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.policy, str) and self.policy not in FAST_POLICIES:
-            known = " or ".join(map(repr, FAST_POLICIES))
-            raise InputError(f"policy={self.policy!r} of expert copies is not available; use {known}, or a function.")
+            known = ", ".join(map(repr, FAST_POLICIES))
+            raise InputError(
+                f"policy={self.policy!r} of expert copies is not available; use one of {known}, or a function."
+            )
         if self.max_copies_per_rank < 1:
             raise InputError(
                 f"max_copies_per_rank={self.max_copies_per_rank} leaves no room for copies; use at least 1, or no expert copies."
             )
+
+    def priced(self, device_type: str, weights: int, ranks: int) -> ExpertCopies:
+        """The same with costs: those given, or else what is assumed of a kind of device.
+
+        Args:
+            device_type: ``"cpu"`` or ``"cuda"``.
+            weights: Numbers of an expert with which a rank computes; the same on every rank.
+            ranks: R.
+        """
+        if self.costs is not None or not isinstance(self.policy, str):
+            return self
+        from lightning_moefold.balance.costs import BalanceCosts  # the planner's machine model, which knows this floor
+
+        return replace(self, costs=BalanceCosts.assumed(device_type, weights, parts=ranks))
+
+    def _function(self) -> FastPolicy:
+        if not isinstance(self.policy, str):
+            return self.policy
+        if self.policy == "greedy":
+            return greedy
+        from lightning_moefold.balance.policies import make_policy
+
+        return make_policy(self.policy).plan
 
     def plan(self, counts_SE: Counts, ranks: int) -> CopyPlan:
         """Plans a pass.
@@ -58,7 +84,7 @@ class ExpertCopies:
         Raises:
             InputError: If the plan of the policy is invalid.
         """
-        policy = FAST_POLICIES[self.policy] if isinstance(self.policy, str) else self.policy
+        policy = self._function()
         counts_RE = counts_SE.reshape(ranks, -1, counts_SE.shape[1]).sum(1)
         quota_RE = policy(counts_RE, owners(counts_SE.shape[1], ranks), self.costs, self.max_copies_per_rank)
         plan = CopyPlan(np.asarray(quota_RE, dtype=np.int64))

@@ -24,9 +24,6 @@ from lightning_moefold.lifecycle.fold_choice import announce
 from lightning_moefold.parallel.migration import check_movable, drop_gradients, size_of_expert
 from lightning_moefold.strategy import MoEFoldStrategy
 
-#: What a rank is believed to compute and to send until moves have been measured: FLOP/s and bytes/s, by kind of device.
-_RATES = {"cpu": (50e9, 1e9), "cuda": (400e12, 50e9)}
-
 
 class ExpertRebalancer(pl.Callback):
     """Moves experts to other ranks of ep between steps, so that no rank has much more to compute than the others.
@@ -203,22 +200,20 @@ class ExpertRebalancer(pl.Callback):
         """Constants that every rank has. Collective where they change."""
         if self._costs is None:
             strategy, sizes, error = self._strategy(trainer), (0, 0), None
-            flops, rate = _RATES.get(strategy.root_device.type, _RATES["cuda"])
             try:
                 sizes = size_of_expert(strategy.registry, strategy.optimizers)
             except InputError as failure:
                 error = failure
             agree_on_error(error, strategy.mesh.world)
             weights, held = (int(size) for size in self._slowest(trainer, *map(float, sizes)))
-            byte_ps = self._byte_ps or round(1e12 / rate)
-            copied = 2 * weights * 2  # weights out and gradients back, in 16 bits
-            self._costs = BalanceCosts(
-                # 6 FLOPs a row for each weight of an expert on a rank: forward, and the two products of backward.
-                row_ps=max(1, round(6 * weights / flops * 1e12)), product_ps=0, near_copy_ps=copied * byte_ps,
-                far_copy_ps=copied * byte_ps, exchange_ps=0, near_move_ps=held * byte_ps, far_move_ps=held * byte_ps,
-                copy_bytes=copied, move_bytes=held, parts_per_node=strategy.fold.ep,
+            self._costs = BalanceCosts.assumed(
+                strategy.root_device.type,
+                weights,
+                parts=strategy.fold.ep,
+                byte_ps=self._byte_ps,
+                move_bytes=held,
                 passes=strategy.settings.num_microbatches * trainer.accumulate_grad_batches,
-            )  # fmt: skip
+            )
         return self._costs
 
     def _slowest(self, trainer: pl.Trainer, *values: float) -> list[float]:

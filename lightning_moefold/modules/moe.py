@@ -182,6 +182,9 @@ class MoELayer(ParallelRoot):
         config = self.settled(mesh)
         if config.copies is not None:
             self.experts.check_copies()
+            numbers = sum(p.numel() for p in self.experts.parameters())
+            weights = -(-numbers // (self.num_experts * mesh.fold.etp))
+            config = replace(config, copies=config.copies.priced(mesh.device_type, weights, mesh.fold.ep))
         if self.placement.parts != mesh.fold.ep:  # else experts may have moved already
             self.placement = Placement.contiguous(self.num_experts, mesh.fold.ep)
         self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))

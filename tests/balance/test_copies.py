@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from lightning_moefold import Fold
 from lightning_moefold.balance.copies import CopyPlan, Counts, RowSplit, no_copies, owners, rows_of_plan
-from lightning_moefold.balance.fast import CopyCounter, ExpertCopies
+from lightning_moefold.balance.costs import BalanceCosts
+from lightning_moefold.balance.fast import FAST_POLICIES, CopyCounter, ExpertCopies
 from lightning_moefold.balance.greedy import greedy
+from lightning_moefold.balance.policies import POLICIES
+from lightning_moefold.balance.policies.base import CopiesFrom
 from lightning_moefold.dispatch import DispatchConfig, settle
 from lightning_moefold.dispatch.copied import travel_of
 from lightning_moefold.errors import InputError
@@ -129,7 +132,7 @@ def test_greedy_plans_what_can_be(sizes: tuple[int, ...]) -> None:
 def test_what_is_counted() -> None:
     counts_SE = np.array([[30, 1, 1, 0], [30, 1, 1, 0]])
     counter = CopyCounter()
-    plan = ExpertCopies(max_copies_per_rank=1).plan(counts_SE, 2)
+    plan = ExpertCopies("greedy", max_copies_per_rank=1).plan(counts_SE, 2)
     counter.count(plan, 10)
     assert (counter.passes, counter.copies, counter.rows, counter.bytes) == (1, 1, 30, 10)
     assert (counter.busiest_home, counter.busiest, counter.mean) == (62, 32, 32.0)
@@ -168,7 +171,7 @@ def test_plans_that_cannot_be(policy: object, said: str) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: ExpertCopies("nobody"), "policy='nobody' of expert copies is not available; use 'greedy', or a function"),
+        (lambda: ExpertCopies("nobody"), "policy='nobody' of expert copies is not available; use one of 'joint', 'greedy',"),
         (lambda: ExpertCopies(max_copies_per_rank=0), "max_copies_per_rank=0 leaves no room for copies"),
         (lambda: DispatchConfig("deduplicated", copies=ExpertCopies()), "expert_copies does not go with dispatcher='dedup"),
         (lambda: DispatchConfig("hierarchical", copies=ExpertCopies()), "expert_copies does not go with dispatcher='hier"),
@@ -185,3 +188,19 @@ def test_bad_input(make: object, said: str) -> None:
 def test_auto_goes_by_all_to_all() -> None:
     config = settle(DispatchConfig("auto", copies=ExpertCopies()), 8, 4, Fold.parse("| ep2", 2))
     assert config.dispatcher == "alltoall"
+
+
+def test_policies_by_name_have_costs_of_the_device() -> None:
+    """Each plans by exact counts, and none is left without the constants that it asks for."""
+    counts_SE = np.array([[4000, 10, 10, 10], [4000, 10, 10, 10]])
+    for name in FAST_POLICIES:
+        copies = ExpertCopies(name, 1).priced("cpu", 1 << 12, 2)
+        assert copies.plan(counts_SE, 2).quota_RE.sum(0).tolist() == counts_SE.sum(0).tolist()
+    cheap, dear = (
+        ExpertCopies("joint", 1, BalanceCosts.assumed("cpu", 1 << 12, parts=2, byte_ps=ps)) for ps in (1, 10**9)
+    )
+    assert cheap.plan(counts_SE, 2).copies == 1
+    assert dear.plan(counts_SE, 2).copies == 0
+    assert ExpertCopies("joint", 1, "given").priced("cpu", 1, 2).costs == "given"
+    by_counts = {name for name, policy in POLICIES.items() if policy().copies is CopiesFrom.PASS}
+    assert set(FAST_POLICIES) == by_counts | {"greedy"}

@@ -15,7 +15,6 @@ from lightning_moefold.async_comm import Handle
 from lightning_moefold.balance.copies import CopyPlan
 from lightning_moefold.balance.costs import BalanceCosts
 from lightning_moefold.balance.fast import ExpertCopies
-from lightning_moefold.balance.policies import make_policy
 from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
 from lightning_moefold.dispatch.registry import make_dispatcher
 from lightning_moefold.modules import MoELayer
@@ -121,14 +120,14 @@ def test_copies_change_nothing(case: str, size: int) -> None:
 
 
 def test_greedy_on_one_hot_expert() -> None:
-    assert _both(4, ExpertCopies(), {"hot": True}) < 1e-12
+    assert _both(4, ExpertCopies("greedy"), {"hot": True}) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["fastermoe_shadow", "llep", "joint"])
 def test_policies_that_weigh_what_a_copy_costs(name: str) -> None:
     """Those of the registry that plan by exact counts, with prices at which copies of a hot expert pay."""
     costs = BalanceCosts(1000, 10, 500, 500, 100, 10**6, 10**6, 100, 100, parts_per_node=8)
-    assert _both(4, ExpertCopies(make_policy(name).plan, 3, costs), {"hot": True}) < 1e-12
+    assert _both(4, ExpertCopies(name, 3, costs), {"hot": True}) < 1e-12
 
 
 def test_turns_do_not_depend_on_the_plan() -> None:

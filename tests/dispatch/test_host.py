@@ -82,7 +82,7 @@ def count_questions(fold: str, fields: dict[str, Any]) -> list[str]:
         ("", PADDED, []),
         ("ep2", DROPLESS, ["tolist"]),
         ("ep2", {"dispatch_chunks": 2}, ["tolist"]),
-        ("ep2", {"copies": ExpertCopies()}, ["cpu"]),
+        ("ep2", {"copies": ExpertCopies("greedy")}, ["cpu"]),
         ("ep2", DROPPING, ["tolist"]),
         ("ep2", PADDED, []),
         ("ep2", {"dispatcher": "allgather"}, ["tolist"]),

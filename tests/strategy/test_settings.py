@@ -26,7 +26,7 @@ APPLIED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {**CAPACITY, "drop_policy": "position", "drop_scope": "sub_sequence", "pad_to_capacity": True, "dispatch_chunks": 2},
     ),
     "dispatcher node_size": (2, {"fold": "| ep2"}, {"fold": "| ep2", "dispatcher": "hierarchical", "node_size": 1}),
-    "expert_copies": (2, {"fold": "| ep2", "expert_copies": ExpertCopies()}, {"fold": "| ep2"}),
+    "expert_copies": (2, {"fold": "| ep2", "expert_copies": ExpertCopies("greedy")}, {"fold": "| ep2"}),
     "expert_kernel recompute num_microbatches": (
         1, {"num_microbatches": 4, "recompute": "full"}, {"num_microbatches": 2, "expert_kernel": "grouped_mm"},
     ),
