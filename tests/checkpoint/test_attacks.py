@@ -123,14 +123,18 @@ def test_caches_and_traces(folder: Path, tmp_path: Path) -> None:
     marker = tmp_path / "attacked"
     (tmp_path / "a.txt").write_text("text " * 200)
     data = TextData(tokenizer=str(folder / "model"), files=[str(tmp_path / "a.txt")], cache_dir=str(tmp_path / "cache"))
-    path = data._path([tmp_path / "a.txt"])
-    path.parent.mkdir()
+    data.tokenize()
     buffer = io.BytesIO()
     torch.save(Attack(marker), buffer)
-    for content in (_attack(marker), buffer.getvalue()):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="delete it, and the text is tokenised again"):
-            data.tokenize()
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert {path.suffix for path in kept} == {".bin", ".json", ".pt"}
+    for path in kept:
+        whole = path.read_bytes()
+        for content in (_attack(marker), buffer.getvalue()):
+            path.write_bytes(content)
+            with pytest.raises(InputError, match="delete it, and the text is tokenised again"):
+                data.tokenize()
+        path.write_bytes(whole)
     counts = np.array([Attack(marker)], dtype=object)
     np.save(tmp_path / "a.npy", counts)
     np.savez(tmp_path / "b.npz", counts=counts)
