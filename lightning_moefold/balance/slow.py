@@ -42,8 +42,8 @@ class Decision:
 
     Args:
         placements: New ones, by layer; none where everything stays.
-        before: Mean over layers of the busiest part's rows over the mean, as it was.
-        after: The same, as predicted.
+        before: Mean over layers of the busiest part's rows over the mean, in the latest interval.
+        after: What it would have been there with what is decided.
         moved: Experts that change their part.
         gain_ps: Predicted, each step, of the moves that are made.
         cost_ps: Of these moves.
@@ -154,7 +154,7 @@ class SlowLoop:
             return None
         placement = self.place(load_NE, current, costs)
         check_successor(current, placement)
-        uneven = _imbalance(load_NE, current)
+        uneven = _imbalance(load_NE[-1], current)
         if placement == current:
             return _Proposal(name, current, uneven, uneven)
         now, then = (
@@ -166,7 +166,7 @@ class SlowLoop:
         clear = (now[0] - then[0]) * 1_000_000 > costs.margin_ppm * now[0] and gain * costs.horizon > cost
         worth = better and (self._weighs_itself or not costs.margin_ppm or clear)
         moved = placement.moved(current)
-        return _Proposal(name, placement, uneven, _imbalance(load_NE, placement), moved, gain, cost, better, worth)
+        return _Proposal(name, placement, uneven, _imbalance(load_NE[-1], placement), moved, gain, cost, better, worth)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -226,6 +226,6 @@ def _together(asked: list[_Proposal], costs: BalanceCosts) -> Decision:
     )  # fmt: skip
 
 
-def _imbalance(load_NE: NDArray[np.int64], placement: Placement) -> float:
-    load_P = placement.part_load(load_NE.sum(0))
-    return float(load_P.max() / load_P.mean())
+def _imbalance(load_E: NDArray[np.int64], placement: Placement) -> float:
+    load_P = placement.part_load(load_E)
+    return float(load_P.max() / load_P.mean()) if load_P.any() else 1.0

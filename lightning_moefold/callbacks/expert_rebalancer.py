@@ -35,7 +35,7 @@ class ExpertRebalancer(pl.Callback):
     line says why, and nothing else happens.
 
     Logs at each check ``balance/imbalance`` (mean over layers of the busiest rank's rows over the mean, since the last check),
-    ``balance/imbalance_predicted`` (with what was decided, for the intervals that the policy saw), ``balance/moves`` and
+    ``balance/imbalance_predicted`` (what it would have been with what is decided now), ``balance/moves`` and
     ``balance/moved_bytes`` (so far, all ranks), and, of the latest migration, ``balance/predicted_gain_s`` and
     ``balance/measured_gain_s`` for each step and ``balance/move_s``.
 
@@ -189,7 +189,7 @@ class ExpertRebalancer(pl.Callback):
         if decision.placements:
             announce(
                 f"ExpertRebalancer moved {decision.moved} experts after step {step}: the busiest rank had {decision.before:.3g} "
-                f"times the mean, and is predicted to have {decision.after:.3g} times."
+                f"times the mean, and would have had {decision.after:.3g} times."
             )
         elif said != decision.kind:
             announce(f"ExpertRebalancer leaves the experts where they are after step {step}: {decision.reason}.")

@@ -116,7 +116,7 @@ class Rebalanced:
     moves: int = 0
     rows: list[int] = field(default_factory=list)
     read: Any = None
-    placements: dict[str, Placement] = field(default_factory=dict)
+    placements: list[dict[str, Placement]] = field(default_factory=list)
 
 
 class Rows(pl.Callback):
@@ -136,7 +136,7 @@ class Rows(pl.Callback):
         compute = layer.compute
 
         def counted(x: Any, rows: Any, *args: Any) -> Any:
-            self.seen.rows[i] += rows.weight_M.shape[0]
+            self.seen.rows[i] += rows.weight_M.shape[0] if layer.training else 0
             return compute(x, rows, *args)
 
         layer.compute = counted  # type: ignore[method-assign]
@@ -144,6 +144,7 @@ class Rows(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         figures = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("balance/")}
         self.seen.logged.append(figures)
+        self.seen.placements.append(trainer.strategy.registry.placements())
 
     def on_train_end(self, *_: Any) -> None:
         self.seen.read = self.reader.read().rank_rows_LR
@@ -160,7 +161,6 @@ def rebalance(path: str, fold: str, arguments: dict[str, Any] | None) -> Rebalan
         run.fit(module)
     seen.report = finetune.finish(module, run)
     seen.said = [line for line in output.getvalue().splitlines() if line.startswith("ExpertRebalancer")]
-    seen.placements = run.strategy.registry.placements()
     if callback is not None:
         seen.moves = callback.moves
     return seen

@@ -108,7 +108,7 @@ def test_rebalancing_a_run(pool: RankPool, path: str, fold: str, ranks: int) -> 
     stays = pool.run(jobs.rebalance, path, fold, None, ranks=ranks)
     moves = pool.run(jobs.rebalance, path, fold, {"interval": 1, "margin": 0.0}, ranks=ranks)
     assert moves[0].moves > 0
-    assert any(not placement.is_contiguous for placement in moves[0].placements.values())
+    assert any(not placement.is_contiguous for step in moves[0].placements for placement in step.values())
     for one in moves:
         assert (one.moves, one.placements, one.logged) == (moves[0].moves, moves[0].placements, moves[0].logged)
         assert one.report.losses == pytest.approx(stays[0].report.losses, rel=1e-9)
@@ -139,7 +139,7 @@ def test_leaving_alone_says_why_once(pool: RankPool, path: str) -> None:
     kinds = ["knows nothing that is better" in line for line in seen[0].said]
     assert any("gain less than margin=0.99 of a layer's time" in line for line in seen[0].said)
     assert all(a != b for a, b in zip(kinds, kinds[1:], strict=False))  # one line for each change of mind
-    assert all(placement.is_contiguous for placement in seen[0].placements.values())
+    assert all(placement.is_contiguous for step in seen[0].placements for placement in step.values())
 
 
 def test_what_is_refused(pool: RankPool) -> None:
