@@ -243,7 +243,7 @@ CORNERS = [
 
 @cache
 def everyday() -> tuple[Case, ...]:
-    """What ``make test`` and ``make test-more`` run: every fold of up to four ranks, and a cover of those of eight."""
+    """Every fold of up to four ranks, in ``make test`` and ``make test-more``, and a cover of those of eight, in ``make test-all``."""
     few = [*Fold.enumerate(1), *Fold.enumerate(2)]
     return tuple(cover([*few, *FOUR, *covering_folds(EIGHT, 18)], [*few, *(f for f in FOUR if f.pp == 2)], seed=6))
 
