@@ -243,7 +243,7 @@ CORNERS = [
 
 @cache
 def everyday() -> tuple[Case, ...]:
-    """Every fold of up to four ranks, in ``make test`` and ``make test-more``, and a cover of those of eight, in ``make test-all``."""
+    """Every fold of up to four ranks, and a cover of those of eight, of which ``make test-all`` runs most."""
     few = [*Fold.enumerate(1), *Fold.enumerate(2)]
     return tuple(cover([*few, *FOUR, *covering_folds(EIGHT, 18)], [*few, *(f for f in FOUR if f.pp == 2)], seed=6))
 

@@ -59,7 +59,7 @@ def test_hooks_are_refused_where_gradients_are_in_parts(
 
 def test_loggers_that_upload_models(pool: RankPool, path: str, tmp_path: Path) -> None:
     [(message, steps, without)] = pool.run(jobs_hooks.loggers, path, str(tmp_path), ranks=1)
-    assert "Uploading(log_model=True) uploads files, and checkpoints of this strategy are directories" in message
+    assert "Uploading(log_model=True) uploads files, but checkpoints of this strategy are directories" in message
     assert steps == 0
     assert without == "no error"
 
