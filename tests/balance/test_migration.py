@@ -40,9 +40,15 @@ UNEVEN = {"num_experts": 6, "moe_intermediate_size": 7}
         ("| ep2 etp2", 4, EVEN, {"dispatch": {"dispatcher": "allgather"}}),
         pytest.param("| ep2", 4, EVEN, {"dispatch": {"capacity_factor": 1.0}}, marks=pytest.mark.more),
         ("| ep2", 4, UNEVEN, {"sharding": "full", "moves": {"exchange": 1}}),
-        ("| ep2", 4, EVEN, {"dispatch": {"expert_copies": ExpertCopies("greedy", max_copies_per_rank=2)}}),
+        pytest.param(
+            "| ep2", 4, EVEN, {"dispatch": {"expert_copies": ExpertCopies("greedy", max_copies_per_rank=2)}},
+            marks=pytest.mark.more,
+        ),
         pytest.param("| ep2", 4, EVEN, {"sharding": "none", "optimizer": "sgd"}, marks=pytest.mark.more),
-        ("pp2 | ep2", 4, EVEN, {"pipeline": {"pipeline_schedule": "1f1b"}, "num_microbatches": 2}),
+        pytest.param(
+            "pp2 | ep2", 4, EVEN, {"pipeline": {"pipeline_schedule": "1f1b"}, "num_microbatches": 2},
+            marks=pytest.mark.more,
+        ),
         pytest.param(
             "pp2 | ep2", 4, EVEN,
             {"pipeline": {"pipeline_schedule": "interleaved_zero_bubble", "num_stages_per_rank": 2}, "num_microbatches": 4,
@@ -100,6 +106,7 @@ def test_the_run_has_the_same_bits(
         assert torch.equal(value, weights[1][name]), name
 
 
+@pytest.mark.more
 def test_state_that_is_left_behind_is_seen(pool: RankPool, folder: Path) -> None:
     """The oracle above, with one tensor of state that does not move: a planted fault."""
     path = _checkpoint(folder, **EVEN, num_hidden_layers=2)

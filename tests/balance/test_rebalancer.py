@@ -28,6 +28,7 @@ def whole(seen: list[Any], what: str) -> dict[str, torch.Tensor]:
     return assemble(getattr(one.report, what) for one in seen)
 
 
+@pytest.mark.more
 def test_checkpoints_hold_experts_by_number(pool: RankPool, path: str, tmp_path: Path) -> None:
     """Saved after moves, resumed under the same fold with the placement, under others without, and exported."""
     folders = {name: str(tmp_path / name) for name in ("stays", "moves", "stays_hf", "moves_hf", "exported")}
@@ -66,6 +67,7 @@ def test_checkpoints_hold_experts_by_number(pool: RankPool, path: str, tmp_path:
                 assert_close_by_name(whole(seen, part), whole(stays, part), 1e-9, f"{part}, {what}")
 
 
+@pytest.mark.more
 def test_the_base_of_an_adapter_moves_with_it(pool: RankPool, path: str, tmp_path: Path) -> None:
     """A checkpoint with an adapter does not hold the base: what is made anew from it follows the placement."""
     run, folder = (jobs.fit, path, "tp2 | ep2"), str(tmp_path)

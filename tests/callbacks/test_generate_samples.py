@@ -28,6 +28,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
         pytest.param(4, "| ep4", "none", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.more
 def test_training_goes_on_exactly(pool: RankPool, path: str, ranks: int, fold: str, sharding: str) -> None:
     """Generating between forward, backward and step changes no bit of weights, losses, counters and random state."""
     [alone] = pool.run(jobs_generate_samples.fit, path, "", True, sharding, ranks=1)

@@ -68,6 +68,7 @@ def test_any_plan_computes_the_same(pool: RankPool, checkpoint: str, case: str) 
     assert all(seen.copies for seen in actual), "no copies were made"
 
 
+@pytest.mark.more
 def test_mixed_precision(pool: RankPool, checkpoint: str) -> None:
     """Copies and their gradients travel in bfloat16: losses of four steps differ by its rounding, and weights stay in float32."""
     batches = make_batches(4, 2, 2, 9, 96, seed=7)

@@ -60,6 +60,7 @@ def test_model_outside_a_trainer(pool: RankPool, path: str) -> None:
     ("fold", "weights_only"),
     quick([pytest.param(FOLD, False, marks=pytest.mark.slow), (FOLD, True), (PIPELINE, False)], (PIPELINE, False)),
 )
+@pytest.mark.more
 def test_best_and_last(pool: RankPool, path: str, tmp_path: Path, fold: str, weights_only: bool) -> None:
     for seen in pool.run(jobs_life_cycle.keep_best, path, fold, str(tmp_path), weights_only, ranks=4):
         order = sorted(range(5), key=lambda step: -seen["losses"][step])
@@ -81,6 +82,7 @@ RUNS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("fold", [pytest.param(FOLD, marks=pytest.mark.slow), PIPELINE])
+@pytest.mark.more
 def test_limits_schedules_and_intervals(pool: RankPool, path: str, fold: str) -> None:
     [expected] = pool.run(jobs_life_cycle.cases, path, "", RUNS, ranks=1)
     actual = pool.run(jobs_life_cycle.cases, path, fold, RUNS, ranks=4)
@@ -95,6 +97,7 @@ def test_limits_schedules_and_intervals(pool: RankPool, path: str, fold: str) ->
         assert_close_by_name(assemble(r.weights for r in reports), assemble([theirs.weights]), 1e-8, str(case))
 
 
+@pytest.mark.more
 def test_full_sharding_accumulates_in_pieces(pool: RankPool, path: str) -> None:
     """Gradients of each batch are scattered and added up, to the same weights."""
     [expected] = pool.run(jobs_life_cycle.accumulated, path, "", "optimizer", ranks=1)
