@@ -234,6 +234,18 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     # ---- the fold ----------------------------------------------------------------------------------------------
 
+    def copy_experts(self, copies: ExpertCopies) -> None:
+        """Asks for copies of busy experts where nothing speaks against them; for callbacks, before the set-up.
+
+        Nothing changes if the strategy has its own ``expert_copies``, or a dispatcher, padding or kernel that does not go with
+        copies, or if one rank holds all experts.
+        """
+        dispatch = self.settings.dispatch
+        unfit = dispatch.dispatcher not in ("alltoall", "auto") or dispatch.pad_to_capacity
+        unfit = unfit or self.settings.expert_kernel == "transformer_engine" or self._fold_text == "auto"
+        if dispatch.copies is None and not unfit and self.fold.ep > 1:
+            self.settings = replace(self.settings, dispatch=replace(dispatch, copies=copies))
+
     @property
     def fold(self) -> Fold:
         """The fold. Known once the world size is: before the processes start, from the Trainer's devices and nodes.

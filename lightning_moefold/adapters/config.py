@@ -21,7 +21,9 @@ class LoRA:
             ``"layers.3.self_attn.q_proj"``. ``gate_proj``, ``up_proj`` and ``down_proj`` are those of dense layers and
             shared experts. ``"experts"`` gives each routed expert its own adapter; ``"gate"`` is the router.
         expert_rank: Rank of the experts' A and B, with ``s = alpha / expert_rank``; by default ``rank``.
+        dropout: Must be 0: dropout in front of A is not implemented.
         use_rslora: Whether s is ``alpha / sqrt(rank)`` instead (arXiv 2312.03732).
+        use_dora: Must be False: DoRA (arXiv 2402.09353) is not implemented.
         seed: Seed from which A is drawn, together with its name; B starts with zeros.
         update_expert_bias: Whether to keep updating the bias of routers with ``bias_update_rate``, which belongs to the
             base.
@@ -29,14 +31,16 @@ class LoRA:
             a separate adapter for each matrix of an expert are read in this form.
 
     Raises:
-        InputError: If a size is not positive, or there are no targets.
+        InputError: If a size is not positive, there are no targets, or dropout or DoRA is asked for.
     """
 
     rank: int = 16
     alpha: float = 32
     targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj")
     expert_rank: int | None = None
+    dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     seed: int = 0
     update_expert_bias: bool = False
     separate_gate_up: bool = False
@@ -47,6 +51,10 @@ class LoRA:
                 f"targets={self.targets!r} of LoRA must be a list of module names, such as ['q_proj', 'experts']."
             )
         object.__setattr__(self, "targets", tuple(self.targets))
+        if self.dropout:
+            raise InputError(f"dropout={self.dropout} of LoRA is not implemented; use 0.")
+        if self.use_dora:
+            raise InputError("use_dora=True of LoRA is not implemented; use plain LoRA or use_rslora=True.")
         for name in ("rank", "expert_rank", "alpha"):
             value = getattr(self, name)
             if value is not None and (value <= 0 or (name != "alpha" and value != int(value))):

@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_moefold import comm
 from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.balance.costs import BalanceCosts
+from lightning_moefold.balance.fast import FAST_POLICIES, ExpertCopies
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.slow import HORIZON, Decision, Place, SlowLoop
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
@@ -21,6 +22,7 @@ from lightning_moefold.callbacks.common import log_values
 from lightning_moefold.callbacks.expert_load import LoadReader
 from lightning_moefold.errors import InputError
 from lightning_moefold.lifecycle.fold_choice import announce
+from lightning_moefold.modules import MoELayer
 from lightning_moefold.parallel.migration import check_movable, drop_gradients, size_of_expert
 from lightning_moefold.strategy import MoEFoldStrategy
 
@@ -48,6 +50,10 @@ class ExpertRebalancer(pl.Callback):
         margin: Part of a layer's time that a move must gain, besides the time that it takes; 0 moves whenever the prediction is
             better, whatever that takes.
         history: Past intervals whose counts the policy sees.
+        max_copies_per_rank: Experts that a rank may compute for a pass besides its own, where ``fast``.
+        fast: Also copy busy experts for one pass (:class:`~lightning_moefold.balance.fast.ExpertCopies`), if the policy plans
+            copies from the counts of a pass, tokens travel by ``"alltoall"``, and the strategy has no ``expert_copies`` of its own.
+        slow: Move experts; False leaves them at home, and only what is logged remains of the checks.
 
     Attributes:
         moves: Experts that have changed their rank so far, over all layers.
@@ -69,8 +75,14 @@ class ExpertRebalancer(pl.Callback):
         interval: int | Literal["auto"] = "auto",
         margin: float = 0.0125,
         history: int = 8,
+        max_copies_per_rank: int = 2,
+        fast: bool = True,
+        slow: bool = True,
     ) -> None:
         super().__init__()
+        copies = policy if isinstance(policy, str) and policy in FAST_POLICIES else None
+        self._fast = ExpertCopies(copies, max_copies_per_rank) if fast and copies is not None else None
+        self._slow = slow
         self.moves, self.decision = 0, Decision()
         self._loop = SlowLoop(policy, interval, margin, history)
         self._reader: LoadReader | None = None
@@ -80,11 +92,23 @@ class ExpertRebalancer(pl.Callback):
         self._bytes = self._seen_step = self._counted_from = 0
         self._since = 0.0
         self._said = ""
+        self._layers: list[MoELayer] = []
         self._figures: dict[str, float] = {}
         #: Seconds of a step before the latest migration, while the interval after it runs.
         self._watching: float | None = None
 
+    @property
+    def copies(self) -> int:
+        """Copies that all ranks of ep have made so far in the layers of this rank."""
+        return sum(layer.copies.copies for layer in self._layers)
+
     # ---- the run -----------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        strategy = trainer.strategy
+        if stage == "fit" and self._fast is not None and isinstance(strategy, MoEFoldStrategy):
+            strategy.copy_experts(self._fast)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,6 +132,7 @@ class ExpertRebalancer(pl.Callback):
         except InputError as failure:  # maybe of one pipeline stage
             error = failure
         agree_on_error(error, strategy.mesh.world)
+        self._layers = [layer for layer in pl_module.modules() if isinstance(layer, MoELayer)]
         if not strategy.registry.everyones_placements():
             raise InputError(f"ExpertRebalancer found no MoELayer in {kind}; leave it out.")
 
@@ -149,7 +174,10 @@ class ExpertRebalancer(pl.Callback):
             (after,) = self._slowest(trainer, seconds)
             self._figures["balance/measured_gain_s"] = self._watching - after
             self._watching = None
-        self.decision = self._loop.decide(step, rows, self._placements, costs, self._steps_left(trainer))
+        decision = self._loop.decide(step, rows, self._placements, costs, self._steps_left(trainer))
+        if decision.placements and not self._slow:
+            decision = Decision(before=decision.before, after=decision.before, reason="slow=False moves nothing")
+        self.decision = decision
         if self.decision.placements:
             self._move(trainer, self.decision.placements, seconds)
         self._say(trainer, step)

@@ -67,6 +67,18 @@ class AdaptedModel(ParallelRoot):
                 self.fill(name, self.get_parameter(name))
         self.adapter.source.close()
 
+    def load_adapter(self, path: str | Path) -> None:
+        """Freezes the model and adds a stored adapter, which goes on training; in place of :meth:`add_adapter`.
+
+        Args:
+            path: Directory in PEFT's format.
+
+        Raises:
+            InputError: See :meth:`add_adapter`.
+            CheckpointError: If the directory is damaged, or its adapter is that of another model.
+        """
+        self.add_adapter(Path(path))
+
     def fill(self, name: str, parameter: Tensor) -> None:
         """Fills this rank's piece of a parameter from where its values come from."""
         mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter

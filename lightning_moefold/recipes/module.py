@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,9 @@ class FineTuneModule(pl.LightningModule):
         aux_loss: Whether the load-balancing loss is trained with (with the weight that config.json gives it).
         config_overrides: Fields of config.json to replace, such as ``{"router": {"bias_update_rate": 0.001}}``.
         freeze: Patterns of parameter names that are not trained, such as ``*.mlp.gate.*`` for the routers.
-        lora: Train an adapter instead of the model: the fields of :class:`~lightning_moefold.LoRA`, such as
-            ``{"rank": 16, "targets": ["q_proj", "v_proj", "experts"]}``, or a directory with an adapter to go on with.
+        adapter: Train a new adapter instead of the model: the fields of :class:`~lightning_moefold.LoRA`, such as
+            ``{"rank": 16, "targets": ["q_proj", "v_proj", "experts"]}``.
+        adapter_path: Train a stored adapter instead: a directory in PEFT's format.
         calculate_per_token_loss: Whether accumulated batches are divided by the labels of the optimizer step, so that every
             label weighs the same (:class:`~lightning_moefold.MoEFoldStrategy`); otherwise their losses are averaged.
         predictions: File that ``predict`` writes; predictions.jsonl in the Trainer's default_root_dir if not given.
@@ -73,14 +73,19 @@ class FineTuneModule(pl.LightningModule):
         calculate_per_token_loss: bool = True,
         predictions: str | None = None,
         total_steps: int | None = None,
-        lora: dict[str, Any] | str | None = None,
+        adapter: dict[str, Any] | None = None,
+        adapter_path: str | None = None,
     ) -> None:
         super().__init__()
         if total_steps is not None and total_steps < 1:
             raise InputError(f"total_steps={total_steps} must be at least 1.")
         self.save_hyperparameters()
-        if isinstance(lora, Mapping):
-            LoRA.of(lora)  # says at once what is wrong
+        if adapter is not None:
+            LoRA.of(adapter)  # says at once what is wrong
+        if adapter is not None and adapter_path is not None:
+            raise InputError(
+                "adapter and adapter_path are both given; use adapter for a new one, adapter_path for a stored one."
+            )
         self.model: MoECausalLM | None = None
         self.predicted: tuple[Path | str, int] | None = None
         self._mean, self._documents = MeanLoss(), DocumentLosses()
@@ -102,8 +107,10 @@ class FineTuneModule(pl.LightningModule):
         else:
             config = MoEConfig.from_pretrained(path, **options)
             self.model = MoECausalLM.from_config(config, seed=self.hparams["initial_seed"])
-        if self.hparams["lora"] is not None:
-            self.model.add_adapter(self.hparams["lora"])
+        if self.hparams["adapter"] is not None:
+            self.model.add_adapter(self.hparams["adapter"])
+        if self.hparams["adapter_path"] is not None:
+            self.model.load_adapter(self.hparams["adapter_path"])
         self._freeze(self.model)
 
     def _freeze(self, model: MoECausalLM) -> None:

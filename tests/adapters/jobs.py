@@ -36,7 +36,7 @@ class Recorded(FineTuneModule):
 
 def fit(path: str, fold: str, lora: Any) -> tuple[list[float], dict[str, torch.dtype], int]:
     """Losses of a run in bf16-mixed, dtypes, and for how many parameters the optimizer holds state."""
-    module = Recorded(path, lora=lora, learning_rate=2e-2, warmup_steps=1, schedule="constant")
+    module = Recorded(path, adapter=lora, learning_rate=2e-2, warmup_steps=1, schedule="constant")
     run = trainer(MoEFoldStrategy(fold=fold), precision="bf16-mixed", max_epochs=1)
     run.fit(module)
     return module.losses, module.dtypes, len(run.optimizers[0].state)

@@ -30,4 +30,4 @@ def test_mixed_precision(pool: RankPool, tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_said_at_once() -> None:
     with pytest.raises(InputError, match="no field 'rnk'"):
-        FineTuneModule("nowhere", lora={"rnk": 4})
+        FineTuneModule("nowhere", adapter={"rnk": 4})

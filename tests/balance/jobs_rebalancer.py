@@ -114,6 +114,8 @@ class Rebalanced:
     logged: list[dict[str, float]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     moves: int = 0
+    copies: int = 0
+    policy: Any = None
     rows: list[int] = field(default_factory=list)
     read: Any = None
     placements: list[dict[str, Placement]] = field(default_factory=list)
@@ -162,7 +164,9 @@ def rebalance(path: str, fold: str, arguments: dict[str, Any] | None) -> Rebalan
     seen.report = finetune.finish(module, run)
     seen.said = [line for line in output.getvalue().splitlines() if line.startswith("ExpertRebalancer")]
     if callback is not None:
-        seen.moves = callback.moves
+        seen.moves, seen.copies = callback.moves, callback.copies
+        copies = run.strategy.settings.dispatch.copies
+        seen.policy = None if copies is None else copies.policy
     return seen
 
 

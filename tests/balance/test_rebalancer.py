@@ -104,11 +104,24 @@ def test_masters_move_with_their_weights(pool: RankPool, path: str) -> None:
             assert torch.equal(value, whole(moves, part)[name]), name
 
 
+@pytest.mark.more
+def test_copies_and_moves_together(pool: RankPool, path: str) -> None:
+    """By default the callback asks for copies, too; with ``slow=False`` only for them."""
+    stays = pool.run(jobs.rebalance, path, "| ep2", None, ranks=2)
+    for more in ({}, {"slow": False}):
+        both = pool.run(jobs.rebalance, path, "| ep2", {"interval": 1, "margin": 0.0, **more}, ranks=2)
+        assert both[0].policy == "joint"
+        assert more == {} or both[0].moves == 0
+        for one in both:
+            assert one.report.losses == pytest.approx(stays[0].report.losses, rel=1e-9)
+        assert_close_by_name(whole(both, "weights"), whole(stays, "weights"), 1e-9, "copies and moves")
+
+
 @pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 2), pytest.param("pp2 | ep2", 4, marks=pytest.mark.more)])
 def test_rebalancing_a_run(pool: RankPool, path: str, fold: str, ranks: int) -> None:
     """Experts move, every rank knows it, and the run stays what it was."""
     stays = pool.run(jobs.rebalance, path, fold, None, ranks=ranks)
-    moves = pool.run(jobs.rebalance, path, fold, {"interval": 1, "margin": 0.0}, ranks=ranks)
+    moves = pool.run(jobs.rebalance, path, fold, {"interval": 1, "margin": 0.0, "fast": False}, ranks=ranks)
     assert moves[0].moves > 0
     assert any(not placement.is_contiguous for step in moves[0].placements for placement in step.values())
     for one in moves:
