@@ -121,7 +121,7 @@ def test_brain_float(pool: RankPool, path: Path) -> None:
 def test_precisions_that_are_refused(pool: RankPool) -> None:
     [messages] = pool.run(jobs_precision.refuse, ranks=1)
     for name, message in messages.items():
-        assert message.startswith("ValueError"), message
+        assert message.startswith("InputError"), message
         assert name.strip("'") in message
         assert "use one of '32-true', 'bf16-mixed', 'bf16-true', '64-true'" in message
         assert "\n" not in message

@@ -189,7 +189,7 @@ def test_errors_reach_every_rank(pool: RankPool, paths: dict[str, str], fold: st
         guilty = Fold.parse(fold, 4).coordinates(rank)["dp"] == 0
         for name, (_, _, message) in ERRORS.items():
             if guilty or name == "token":
-                assert seen[name].startswith(("ValueError", "BatchError")), seen[name]
+                assert seen[name].startswith(("InputError", "BatchError")), seen[name]
                 assert message in seen[name], seen[name]
             else:
                 assert seen[name] == "PeerError: another rank has failed; its own error says why.", name

@@ -24,6 +24,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_moefold import MoEFoldStrategy
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.cli import fit
 from lightning_moefold.cli.main import main
@@ -203,8 +204,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "timeout": ("0:10:00", timedelta(minutes=10)),
     "process_group_backend": ("gloo", "gloo"),
 }
-#: It stands for the sizes.
-DEFAULTS = {"fold", "auto"}
+#: These do not go with others: ``fold`` and ``auto`` stand for the sizes, copies of experts do not go with padding.
+DEFAULTS = {"fold", "auto", "expert_copies"}
 
 
 def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
@@ -226,6 +227,13 @@ def test_every_argument_of_the_strategy_from_yaml(tmp_path: Path) -> None:
     )
     cli = NotRun(["fit", "--config", str(file)])
     assert cli.trainer.strategy.given == expected
+    copies = {"policy": "llep", "max_copies_per_rank": 1}
+    strategy["init_args"] = {"expert_parallel_size": 2, "expert_copies": copies}
+    whole = yaml.safe_load(file.read_text())
+    whole["trainer"] |= {"strategy": strategy, "devices": 2}
+    file.with_name("copies.yaml").write_text(yaml.safe_dump(whole))
+    asked = NotRun(["fit", "--config", str(file.with_name("copies.yaml"))])
+    assert asked.trainer.strategy.settings.dispatch.copies == ExpertCopies("llep", 1)
     assert str(cli.trainer.strategy._make_fold()) == "tp2 cp2 dp2 pp2 | etp2 ep2 edp2"
     assert type(cli.model) is FineTuneModule
     assert type(cli.datamodule) is TextData
@@ -338,7 +346,10 @@ def test_wrong_input_ends_on_all_ranks(pool: RankPool, folder: Path, tmp_path: P
     small = make_checkpoint(tmp_path / "small", "qwen2_moe", vocab_size=96)
     cases: list[tuple[dict[str, Any], str]] = [
         ({"model__checkpoint": tmp_path / "nowhere"}, "nowhere/config.json does not exist"),
-        ({"data__files": '["none.txt"]'}, "none.txt is no file; give .txt, .jsonl or .json files."),
+        (
+            {"data__files": '["none.txt"]'},
+            "none.txt is no file; give .txt, .jsonl, .json or .parquet files, or a directory of",
+        ),
         ({"data__tokenizer": small}, "holds no tokenizer that transformers can load."),
         (
             {"model__checkpoint": small, "data__tokenizer": tmp_path / "tokenizer"},
