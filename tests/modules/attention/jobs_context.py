@@ -69,6 +69,7 @@ def attend(case: dict[str, Any]) -> dict[str, Tensor]:
     """On the ranks of one cp group; returns this rank's positions of everything."""
     ranks = tuple(range(dist.get_world_size()))
     cp = Axis("cp", ranks, dist.get_rank(), dist.group.WORLD) if len(ranks) > 1 else SINGLE
+    dist.barrier()  # what is refused is refused once all are connected
     t = draw(case)
     layout = ContextLayout(case["length"], cp)
     place = layout.positions()
