@@ -227,7 +227,10 @@ def test_widths_that_fp8_does_not_take(sizes: tuple[int, int]) -> None:
 
 
 def test_a_strategy_takes_it_with_chunks() -> None:
-    assert MoEFoldStrategy(expert_kernel="transformer_engine", dispatch_chunks=2).settings.expert_kernel == "transformer_engine"
+    assert (
+        MoEFoldStrategy(expert_kernel="transformer_engine", dispatch_chunks=2).settings.expert_kernel
+        == "transformer_engine"
+    )
 
 
 def test_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
