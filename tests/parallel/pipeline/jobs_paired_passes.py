@@ -44,7 +44,12 @@ def _tensors(run: runs.RankRun) -> dict[str, Any]:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a == b if isinstance(a, list) else torch.equal(a[2], b[2])
+    """Losses, or pieces: a shape, boxes, and the tensors in them."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
 
 
 def train(checkpoint: str, fold: str, batches: list[Any], spec: dict[str, Any]) -> Seen:
