@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.balance.costs import BalanceCosts
+from lightning_moefold.balance.costs import MARGIN, BalanceCosts
 from lightning_moefold.balance.placement import Placement, check_successor
 from lightning_moefold.balance.policies import make_policy
 from lightning_moefold.balance.policies.joint import Joint
@@ -83,7 +83,7 @@ class SlowLoop:
         self,
         policy: str | Place = "joint",
         interval: int | Literal["auto"] = "auto",
-        margin: float = 0.0125,
+        margin: float = MARGIN,
         history: int = 8,
     ) -> None:
         if interval != "auto" and (not isinstance(interval, int) or interval < 1):

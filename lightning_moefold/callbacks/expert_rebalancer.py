@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_moefold import comm
 from lightning_moefold.agreement import agree_on_error
-from lightning_moefold.balance.costs import BalanceCosts
+from lightning_moefold.balance.costs import MARGIN, BalanceCosts
 from lightning_moefold.balance.fast import FAST_POLICIES, ExpertCopies
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.slow import HORIZON, Decision, Place, SlowLoop
@@ -73,7 +73,7 @@ class ExpertRebalancer(pl.Callback):
         policy: str | Place = "joint",
         *,
         interval: int | Literal["auto"] = "auto",
-        margin: float = 0.0125,
+        margin: float = MARGIN,
         history: int = 8,
         max_copies_per_rank: int = 2,
         fast: bool = True,

@@ -92,5 +92,5 @@ def compile_layers(layers: Sequence[DecoderLayer], backend: str = "inductor") ->
 
 
 def compilable_layers(root: nn.Module) -> list[DecoderLayer]:
-    """The decoder layers of a module, those of networks of the user's own among them."""
+    """The decoder layers of a module, those of custom networks among them."""
     return [module for module in root.modules() if isinstance(module, DecoderLayer)]

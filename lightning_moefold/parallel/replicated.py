@@ -66,7 +66,7 @@ class ReplicatedModules:
 
 
 def align_blocks(root: nn.Module, mesh: FoldedMesh) -> None:
-    """Before they are cut, blocks in networks of the user's own start out as rank 0's, and all of a network for stages.
+    """Before they are cut, blocks in custom networks start out as rank 0's, and all of a network for stages.
 
     Collective.
 

@@ -34,9 +34,11 @@ class Recorded(FineTuneModule):
         return Steps(rows(5 * ROWS).repeat(4, 1), self.trainer.strategy.dp_rank, self.trainer.strategy.dp_size)
 
 
-def fit(path: str, fold: str, lora: Any) -> tuple[list[float], dict[str, torch.dtype], int]:
+def fit(
+    path: str, fold: str, lora: Any, precision: Any = "bf16-mixed"
+) -> tuple[list[float], dict[str, torch.dtype], int]:
     """Losses of a run in bf16-mixed, dtypes, and for how many parameters the optimizer holds state."""
     module = Recorded(path, adapter=lora, learning_rate=2e-2, warmup_steps=1, schedule="constant")
-    run = trainer(MoEFoldStrategy(fold=fold), precision="bf16-mixed", max_epochs=1)
+    run = trainer(MoEFoldStrategy(fold=fold), precision=precision, max_epochs=1)
     run.fit(module)
     return module.losses, module.dtypes, len(run.optimizers[0].state)

@@ -42,13 +42,19 @@ def test_callbacks_on_two_ranks_like_one_device(pool: RankPool, tmp_path: Path, 
         _same((losses, weights), theirs, name)
 
 
-@pytest.mark.parametrize("name", list(jobs_like_lightning.CALLBACKS))
-@pytest.mark.parametrize("blocks", quick([False, True], True))
+#: Pruning of a module with blocks is left out: a mask that is made once and used twice fails on one device as well.
+ON_ONE_RANK = [
+    (name, blocks)
+    for name in jobs_like_lightning.CALLBACKS
+    for blocks in (False, True)
+    if (name, blocks) != ("pruning", True)
+]
+
+
+@pytest.mark.parametrize(("name", "blocks"), quick(ON_ONE_RANK, *(case for case in ON_ONE_RANK if case[1])))
 def test_callbacks_on_one_rank_like_one_device(
     pool: RankPool, path: str, tmp_path: Path, name: str, blocks: bool
 ) -> None:
-    if blocks and name == "pruning":  # a mask that is made once and used twice fails on one device as well
-        return
     given = path if blocks else None
     [theirs] = pool.run(jobs_like_lightning.with_callback, "auto", name, given, str(tmp_path), ranks=1)
     [ours] = pool.run(jobs_like_lightning.with_callback, "", name, given, str(tmp_path), ranks=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether layers of a network of the user's own may be given rows that are cut over cp.
+"""Whether layers of a custom network may be given rows that are cut over cp.
 
 Blocks know where their positions lie; code around them does not. A layer that, say, subtracts the mean over positions would
 compute something else on a part of the row, and nothing would look wrong. So before the first call each layer is tried on one

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks of the user's own that say where their layers are, so that a pipeline can cut them and cp their rows.
+"""Custom networks that say where their layers are, so that a pipeline can cut them and cp their rows.
 
     class Network(nn.Module):
         pipeline_layers = "blocks"                     # a ModuleList, Sequential or ModuleDict

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a network of the user's own, cut over context parallel ranks between its ends.
+"""Rows of a custom network, cut over context parallel ranks between its ends.
 
 Outside, every cp rank has whole rows and computes the same, as tp ranks do; inside, each has its positions. The strategy
 multiplies a loss by ``1 / (dp * cp)`` and sums gradients over all these ranks. Outside, where cp ranks find the same

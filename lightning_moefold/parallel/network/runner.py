@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a network of the user's own that says where its layers are (:mod:`.protocol`), in place of its ``forward``.
+"""Runs a custom network that says where its layers are (:mod:`.protocol`), in place of its ``forward``.
 
 Calling the network gives what ``head`` returns for this data rank's rows. A pair (sum, weight) becomes the sum over all
 ranks divided by the weight over all ranks; a scalar stays this data rank's own, to be averaged over data ranks as any loss
