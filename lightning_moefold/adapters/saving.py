@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moefold.adapters.files import CONFIG, TENSORS
 from lightning_moefold.adapters.layout import FUSED, MIXTRAL, PREFIX, fuse, separate
-from lightning_moefold.checkpoint.hf_writer import OutputTensor, gather_whole, on_first_rank, replace_directory
+from lightning_moefold.checkpoint.hf_writer import (
+    OutputTensor,
+    draft_beside,
+    gather_whole,
+    on_first_rank,
+    replace_directory,
+)
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.mesh import Axis
 
@@ -44,10 +48,7 @@ def write_adapter(
         OSError: If the directory holds other files or cannot be written; raised on every rank.
     """
     target = local_path(path, "the adapter's directory")
-    names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
-    if world.size > 1:
-        dist.broadcast_object_list(names, src=world.ranks[0])
-    work = names[0]
+    work = draft_beside(target, world)
     on_first_rank(world, lambda: _prepare(target, work))
     try:
         whole = {name: gather_whole(tensor, piece(name), 0, world) for name, tensor in tensors.items()}

@@ -101,10 +101,7 @@ def write_hf_checkpoint(
         OSError: If the directory holds other files or cannot be written; raised on every rank.
     """
     target = local_path(path, "the model's directory")
-    names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
-    if world.size > 1:
-        dist.broadcast_object_list(names, src=world.ranks[0])
-    work = names[0]
+    work = draft_beside(target, world)
     files = _plan_files(tensors, max_shard_size)
     carried: dict[str, Path] = {}  # on the first rank
 
@@ -134,6 +131,14 @@ def write_hf_checkpoint(
     finally:
         if world.index == 0 and work.exists():
             shutil.rmtree(work, ignore_errors=True)
+
+
+def draft_beside(target: Path, world: Axis) -> Path:
+    """Returns a new name beside ``target``, the same on every rank, for a directory that will take its place. Collective."""
+    names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
+    if world.size > 1:
+        dist.broadcast_object_list(names, src=world.ranks[0])
+    return names[0]
 
 
 def on_first_rank(world: Axis, action: Callable[[], None]) -> None:

@@ -44,6 +44,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Returns how Lightning's strategies are found, with ours entered once they have run; None for every other module."""
         if fullname != _HOME:
             return None
         sys.meta_path.remove(self)

@@ -39,11 +39,15 @@ def _doubles() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-def _layer(axes: ExpertAxes, config: DispatchConfig, expert: Any, hot: bool, frozen: tuple[str, ...]) -> MoELayer:
+def _layer(
+    axes: ExpertAxes, config: DispatchConfig, expert: Any, hot: bool, frozen: tuple[str, ...], adapted: bool
+) -> MoELayer:
     """The same on every rank, cut over the ranks of ep; with ``hot`` nearly all tokens go to expert 5 first."""
     generator = torch.Generator().manual_seed(5)
     kind: dict[str, Any] = {"ffn_hidden_size": 8} if expert is None else {"expert": expert}
     layer = MoELayer(SIZE, EXPERTS, TOP, shared_ffn_hidden_size=4, **kind)
+    if adapted:
+        layer.experts.adapt(2, 3, 0.7)
     mine = EXPERTS // axes.ep.size
     for name, parameter in list(layer.named_parameters()):
         value = torch.randn(parameter.shape, generator=generator) * 0.3
@@ -66,8 +70,9 @@ def _results(
     hot: bool = False,
     frozen: tuple[str, ...] = ("nothing",),
     again: bool = False,
+    adapted: bool = False,
 ) -> tuple[dict[str, Tensor | None], MoELayer]:
-    layer = _layer(axes, config, expert, hot, frozen)
+    layer = _layer(axes, config, expert, hot, frozen, adapted)
     generator = torch.Generator().manual_seed(axes.ep.index)
     gradients: dict[str, Tensor | None] = {}
     outputs = []
@@ -89,6 +94,8 @@ CASES: dict[str, dict[str, Any]] = {
     "recompute": {"again": True},
     "frozen": {"frozen": ("gate_proj", "up_proj", "down_proj")},
     "partly frozen": {"frozen": ("up_proj",)},
+    "adapters": {"adapted": True, "frozen": ("gate_proj", "up_proj", "down_proj"), "hot": True},
+    "adapters and weights": {"adapted": True, "again": True},
     "modules": {"expert": Bottleneck},
     "modules partly frozen": {"expert": Bottleneck, "frozen": ("bias",)},
 }
