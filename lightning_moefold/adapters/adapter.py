@@ -49,9 +49,13 @@ class Adapter:
         CheckpointError: If the directory does not hold an adapter of this model.
     """
 
-    def __init__(self, model: nn.Module, given: LoRA | Mapping[str, Any] | str | Path) -> None:
-        files = AdapterFiles(given, model) if isinstance(given, (str, Path)) else None
-        self.lora = LoRA.of(given) if files is None else files.lora  # type: ignore[arg-type]
+    def __init__(self, model: nn.Module, given: LoRA | Path) -> None:
+        files: AdapterFiles | None = None
+        if isinstance(given, LoRA):
+            self.lora = given
+        else:
+            files = AdapterFiles(given, model)
+            self.lora = files.lora
         attach(model, self.lora)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
         self.source: _Source = SeededAdapter(self.lora.seed, self.shapes) if files is None else files

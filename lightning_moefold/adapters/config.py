@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import InputError, InputTypeError
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,14 @@ class LoRA:
         """Makes the configuration that a mapping describes.
 
         Raises:
-            InputError: If a field is unknown.
+            InputError: If a field is unknown, or it is no mapping.
         """
         if isinstance(given, LoRA):
             return given
+        if not isinstance(given, Mapping):
+            raise InputTypeError(
+                f"an adapter of type {type(given).__name__} is neither LoRA nor a mapping; load_adapter takes a directory."
+            )
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(given) - set(known))
         if unknown:

@@ -139,8 +139,8 @@ class AdapterFiles:
                 f"{self.path} scales experts by another alpha than the rest, which is not supported here."
             )
         return LoRA(
-            rank, alpha, compressed(names, model), None if experts is None else experts[0], root,
-            separate_gate_up=self._separate_gate_up,
+            rank, alpha, compressed(names, model), None if experts is None else experts[0],
+            use_rslora=root, separate_gate_up=self._separate_gate_up,
         )  # fmt: skip
 
     _separate_gate_up = False

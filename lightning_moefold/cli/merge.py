@@ -59,7 +59,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, dtype
     source = CheckpointWeights(HFCheckpoint(checkpoint), config)
     with torch.device("meta"):
         model = MoECausalLM(config)
-        model.add_adapter(adapter)
+        model.load_adapter(adapter)
     added = model.adapter
     assert added is not None
     entries = parameter_entries(config) | {n: e for n, e in bias_entries(config).items() if source.holds(n)}

@@ -40,32 +40,21 @@ class AdaptedModel(ParallelRoot):
     weights_pending: bool = False
     adapter: Adapter | None = None
 
-    def add_adapter(self, adapter: LoRA | Mapping[str, Any] | str | Path) -> None:
+    def add_adapter(self, adapter: LoRA | Mapping[str, Any]) -> None:
         """Freezes the model and adds an adapter to it, which trains in its place; for ``configure_model``.
 
         Names of the model's own parameters stay. The bias of routers with ``bias_update_rate`` stays as it is from then on,
         unless the adapter has ``update_expert_bias``.
 
         Args:
-            adapter: Configuration of a new adapter (:class:`~lightning_moefold.LoRA`, or its fields as a mapping),
-                whose A is drawn at random and whose B is zero; or a directory in PEFT's format, whose values are
-                trained further.
+            adapter: Configuration of the adapter (:class:`~lightning_moefold.LoRA`, or its fields as a mapping), whose A is
+                drawn at random and whose B is zero.
 
         Raises:
             InputError: If a target names nothing that can have an adapter (the message lists what can), the model has one
                 already, or the strategy has cut it.
-            CheckpointError: If the directory is damaged, or its adapter is that of another model.
         """
-        check_new(self.adapter, self.mesh)
-        self.adapter = Adapter(self, adapter)
-        self.adapter.base = None if self.source is None else self.source.fingerprint()
-        self.layouts |= {name: ParameterLayout(shape, ParameterPlan()) for name, shape in self.adapter.shapes.items()}
-        if self.weights_pending or next(self.parameters()).is_meta:
-            return
-        with torch.no_grad():
-            for name in self.adapter.shapes:
-                self.fill(name, self.get_parameter(name))
-        self.adapter.source.close()
+        self._add(LoRA.of(adapter))
 
     def load_adapter(self, path: str | Path) -> None:
         """Freezes the model and adds a stored adapter, which goes on training; in place of :meth:`add_adapter`.
@@ -74,10 +63,22 @@ class AdaptedModel(ParallelRoot):
             path: Directory in PEFT's format.
 
         Raises:
-            InputError: See :meth:`add_adapter`.
+            InputError: If the model has an adapter already, or the strategy has cut it.
             CheckpointError: If the directory is damaged, or its adapter is that of another model.
         """
-        self.add_adapter(Path(path))
+        self._add(Path(path))
+
+    def _add(self, given: LoRA | Path) -> None:
+        check_new(self.adapter, self.mesh)
+        self.adapter = Adapter(self, given)
+        self.adapter.base = None if self.source is None else self.source.fingerprint()
+        self.layouts |= {name: ParameterLayout(shape, ParameterPlan()) for name, shape in self.adapter.shapes.items()}
+        if self.weights_pending or next(self.parameters()).is_meta:
+            return
+        with torch.no_grad():
+            for name in self.adapter.shapes:
+                self.fill(name, self.get_parameter(name))
+        self.adapter.source.close()
 
     def fill(self, name: str, parameter: Tensor) -> None:
         """Fills this rank's piece of a parameter from where its values come from."""

@@ -38,7 +38,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(base: Path, lora: LoRA | Path, dtype: torch.dtype = torch.float32) -> MoECausalLM:
     """A model whose adapter has values everywhere."""
     model = MoECausalLM.from_pretrained(base, dtype=dtype)
-    model.add_adapter(lora)
+    model.add_adapter(lora) if isinstance(lora, LoRA) else model.load_adapter(lora)
     if isinstance(lora, LoRA):
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -192,7 +192,7 @@ def test_a_new_adapter_changes_nothing_yet(base: Path) -> None:
         ({"targets": ["lm_head"]}, "can have no adapter"),
         ({"rank": 0}, "must be positive"),
         ({"rnak": 4}, "no field 'rnak'"),
-        ("nowhere", "holds no adapter"),
+        ("nowhere", "load_adapter takes a directory"),
     ],
     ids=str,
 )
@@ -200,6 +200,8 @@ def test_what_cannot_be_added(qwen: Path, given: Any, words: str) -> None:
     model = MoECausalLM.from_pretrained(qwen)
     with pytest.raises(InputError, match=words):
         model.add_adapter(given)
+    with pytest.raises(InputError, match="holds no adapter"):
+        model.load_adapter("nowhere")
     model.add_adapter({"targets": ["q_proj"]})
     with pytest.raises(InputError, match="has an adapter already"):
         model.add_adapter({"targets": ["q_proj"]})
@@ -229,7 +231,7 @@ def test_files_that_are_refused(qwen: Path, tmp_path: Path, change: dict[str, An
     config = json.loads((path / "adapter_config.json").read_text()) | change
     (path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=words):
-        MoECausalLM.from_pretrained(qwen).add_adapter(path)
+        MoECausalLM.from_pretrained(qwen).load_adapter(path)
 
 
 def test_dropout_changes_nothing_but_training_which_is_refused(qwen: Path, tmp_path: Path) -> None:
@@ -248,4 +250,4 @@ def test_an_adapter_of_another_model(qwen: Path, tmp_path: Path) -> None:
         other = make_checkpoint(tmp_path / str(fields), "qwen2_moe", **fields)
         path = make_adapter(tmp_path / f"{fields} adapter", other)
         with pytest.raises(CheckpointError, match="give the adapter of this model"):
-            MoECausalLM.from_pretrained(qwen).add_adapter(path)
+            MoECausalLM.from_pretrained(qwen).load_adapter(path)
