@@ -150,18 +150,6 @@ class Linear(nn.Module):
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, in_features))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, rank))
 
-    def row_plans(self, name: str, plan: ParameterPlan) -> dict[str, ParameterPlan]:
-        """Plans of its parameters where its outputs are cut: A stays whole, and its gradient is partial."""
-        plans = {f"{name}.weight": plan}
-        if self.bias is not None:
-            plans[f"{name}.bias"] = plan
-        return plans if self.lora_scale is None else plans | {f"{name}.lora_B": plan}
-
-    def column_plans(self, name: str, plan: ParameterPlan) -> dict[str, ParameterPlan]:
-        """Plans of its parameters where its inputs are cut: B stays whole, and its gradient is partial."""
-        plans = {f"{name}.weight": plan}
-        return plans if self.lora_scale is None else plans | {f"{name}.lora_A": plan}
-
     def forward(self, x: Tensor, rows: slice | None = None, columns: slice | None = None, bias: bool = True) -> Tensor:
         """Multiplies, ``[..., in] -> [..., out]`` (local sizes).
 
@@ -178,6 +166,30 @@ class Linear(nn.Module):
             return y
         z = F.linear(x, _part(local(self.lora_A), None, columns))
         return y.addmm_(z, _part(local(self.lora_B), rows, None).t(), alpha=self.lora_scale)
+
+
+def row_plans(part: nn.Module, name: str, plan: ParameterPlan) -> dict[str, ParameterPlan]:
+    """Plans the parameters of a :class:`Linear` whose outputs are cut: A stays whole, and its gradient is partial.
+
+    Args:
+        part: The layer. Something else in its place is planned as one without bias and adapter, whose weight the check of
+            the module tree then misses.
+        name: Its name in the module that plans.
+        plan: The plan of the rows of its weight.
+    """
+    plans = {f"{name}.weight": plan}
+    if getattr(part, "bias", None) is not None:
+        plans[f"{name}.bias"] = plan
+    return plans if getattr(part, "lora_scale", None) is None else plans | {f"{name}.lora_B": plan}
+
+
+def column_plans(part: nn.Module, name: str, plan: ParameterPlan) -> dict[str, ParameterPlan]:
+    """Plans the parameters of a :class:`Linear` whose inputs are cut: B stays whole, and its gradient is partial.
+
+    Arguments are those of :func:`row_plans`.
+    """
+    plans = {f"{name}.weight": plan}
+    return plans if getattr(part, "lora_scale", None) is None else plans | {f"{name}.lora_A": plan}
 
 
 def _part(tensor: Tensor, rows: slice | None, columns: slice | None) -> Tensor:

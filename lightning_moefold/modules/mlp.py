@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_moefold.fold import Fold
 from lightning_moefold.kernels import gated
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
-from lightning_moefold.modules.base import Linear, ParallelRoot
+from lightning_moefold.modules.base import Linear, ParallelRoot, column_plans, row_plans
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.modules.standalone import run_standalone
 
@@ -49,9 +49,9 @@ class GatedMLP(ParallelRoot):
             ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
         )
         return {
-            **self.gate_proj.row_plans("gate_proj", rows),
-            **self.up_proj.row_plans("up_proj", rows),
-            **self.down_proj.column_plans("down_proj", columns),
+            **row_plans(self.gate_proj, "gate_proj", rows),
+            **row_plans(self.up_proj, "up_proj", rows),
+            **column_plans(self.down_proj, "down_proj", columns),
         }
 
     def forward(

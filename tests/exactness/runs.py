@@ -72,7 +72,7 @@ class Case(pl.LightningModule):
             return
         self.model = MoECausalLM.from_pretrained(self.path, **self.spec.get("overrides", {}))
         if "adapter" in self.spec:
-            self.model.add_adapter(self.spec["adapter"])
+            self.model.load_adapter(self.spec["adapter"])
         for name, parameter in self.model.named_parameters():
             if any(fnmatch.fnmatch(name, pattern) for pattern in self.spec.get("frozen", ())):
                 parameter.requires_grad_(False)

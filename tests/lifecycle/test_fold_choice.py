@@ -110,7 +110,7 @@ def test_a_dataloader_says_rows_and_length(pool: RankPool, path: str) -> None:
 @pytest.mark.parametrize(("batch", "kind", "sentence"), [
     ({}, "", "cannot see global_batch_size and sequence_length before the data is loaded"),
     pytest.param({"global_batch_size": 8}, "", "AutoFold(sequence_length=...)", marks=pytest.mark.more),
-    pytest.param(jobs_fold_choice.BATCH, "own", "in a network of your own", marks=pytest.mark.more),
+    pytest.param(jobs_fold_choice.BATCH, "own", "in a custom network", marks=pytest.mark.more),
     pytest.param(jobs_fold_choice.BATCH, "none", "holds none after configure_model", marks=pytest.mark.more),
     (jobs_fold_choice.BATCH, "early", "make the model in __init__"),
     ({**jobs_fold_choice.BATCH, "hardware": "abacus"}, "", "hardware 'abacus' is not known"),

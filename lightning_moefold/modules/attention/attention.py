@@ -24,7 +24,7 @@ from lightning_moefold.modules.attention.blockwise import Seen, Span
 from lightning_moefold.modules.attention.context import context_attention
 from lightning_moefold.modules.attention.rotary import rotary_tables
 from lightning_moefold.modules.attention.varlen import attend_within_runs, takes_runs
-from lightning_moefold.modules.base import Linear, ParallelRoot, local
+from lightning_moefold.modules.base import Linear, ParallelRoot, column_plans, local, row_plans
 from lightning_moefold.modules.norm import RMSNorm
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.modules.standalone import run_standalone
@@ -129,9 +129,9 @@ class Attention(ParallelRoot):
                 ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
             )
             for name in names:
-                plans |= self.get_submodule(name).row_plans(name, rows)  # type: ignore[operator]
+                plans |= row_plans(self.get_submodule(name), name, rows)
             if "q_proj" in names:
-                plans |= self.o_proj.column_plans("o_proj", columns)
+                plans |= column_plans(self.o_proj, "o_proj", columns)
         return plans
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor:
