@@ -165,7 +165,7 @@ class MoECausalLM(AdaptedModel):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = None, **config_overrides: Any
+        cls, path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None, **config_overrides: Any
     ) -> MoECausalLM:
         """Reads a directory in Hugging Face format: config.json and safetensors.
 
@@ -173,13 +173,14 @@ class MoECausalLM(AdaptedModel):
             path: The directory, or the name of a model on the hub (``"organisation/name"``, ``"organisation/name@revision"``).
             dtype: Data type of the parameters in memory; by default torch's default dtype, which inside a Trainer
                 follows the precision (float32 for ``32-true`` and ``bf16-mixed``, bfloat16 for ``bf16-true``).
+            revision: Branch, tag or commit of a model on the hub; the same as ``@revision`` behind its name.
             **config_overrides: Replace fields of config.json, such as ``output_router_logits=True``.
 
         Raises:
             ConfigError: If the architecture or a field is not supported.
             CheckpointError: If a tensor is missing, unexpected or of the wrong shape, or a file is damaged.
         """
-        path = local_directory(path)
+        path = local_directory(path, revision=revision)
         config = MoEConfig.from_pretrained(path, **config_overrides)
         return cls._make(config, CheckpointWeights(HFCheckpoint(path), config), dtype)
 
