@@ -237,12 +237,13 @@ class MoEFoldStrategy(SharedCheckpoints):
     def copy_experts(self, copies: ExpertCopies) -> None:
         """Asks for copies of busy experts where nothing speaks against them; for callbacks, before the set-up.
 
-        Nothing changes if the strategy has its own ``expert_copies``, or a dispatcher, padding or kernel that does not go with
-        copies, or if one rank holds all experts.
+        Nothing changes if the strategy has its own ``expert_copies``, or padding or a kernel that does not go with copies, or if
+        one rank holds all experts.
         """
         dispatch = self.settings.dispatch
-        unfit = dispatch.dispatcher not in ("alltoall", "auto") or dispatch.pad_to_capacity
-        unfit = unfit or self.settings.expert_kernel == "transformer_engine" or self._fold_text == "auto"
+        unfit = (
+            dispatch.pad_to_capacity or self.settings.expert_kernel == "transformer_engine" or self._fold_text == "auto"
+        )
         if dispatch.copies is None and not unfit and self.fold.ep > 1:
             self.settings = replace(self.settings, dispatch=replace(dispatch, copies=copies))
 

@@ -52,7 +52,7 @@ class ExpertRebalancer(pl.Callback):
         history: Past intervals whose counts the policy sees.
         max_copies_per_rank: Experts that a rank may compute for a pass besides its own, where ``fast``.
         fast: Also copy busy experts for one pass (:class:`~lightning_moefold.balance.fast.ExpertCopies`), if the policy plans
-            copies from the counts of a pass, tokens travel by ``"alltoall"``, and the strategy has no ``expert_copies`` of its own.
+            copies from the counts of a pass, nothing is padded, and the strategy has no ``expert_copies`` of its own.
         slow: Move experts; False leaves them at home, and only what is logged remains of the checks.
 
     Attributes:

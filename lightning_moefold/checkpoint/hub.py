@@ -39,7 +39,9 @@ def local_directory(
     match = _NAME.match(str(path))
     if match is None or isinstance(path, Path) or Path(path).exists():
         if revision is not None:
-            raise CheckpointError(f"revision={revision!r} says which version on the hub is meant, but {path} is a directory.")
+            raise CheckpointError(
+                f"revision={revision!r} says which version on the hub is meant, but {path} is a directory."
+            )
         return Path(path)
     if revision is not None and match["revision"] not in (None, revision):
         raise CheckpointError(f"{path} names another revision than revision={revision!r}; give one of them.")

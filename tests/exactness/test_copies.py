@@ -26,6 +26,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ep4": ("| ep4", {"dispatch": {"dispatch_chunks": 2, "capacity_factor": 0.9}}),
     "ep2 etp2": ("tp2 | ep2 etp2", {"recompute": "full"}),
+    "deduplicated": ("tp2 | ep2 etp2", {"dispatch": {"dispatcher": "deduplicated", "capacity_factor": 0.9}}),
+    "hierarchical": ("| ep4", {"dispatch": {"dispatcher": "hierarchical", "node_size": 2}, "recompute": "full"}),
+    "allgather": ("tp2 | ep2 etp2", {"dispatch": {"dispatcher": "allgather"}, "recompute": "full"}),
+    "allgather, edp2": ("| ep2", {"dispatch": {"dispatcher": "allgather", "capacity_factor": 0.9}, "accumulate": 2}),
+    "deduplicated, zbv": ("pp2 | ep2", {"dispatch": {"dispatcher": "deduplicated"}, "pipeline": {"pipeline_schedule": "zbv"}}),
     # Two replicas of every expert: a copy made outside of FSDP2's unit would lose the gradient of all of them.
     "ep2 edp2": ("| ep2", {"accumulate": 2}),
     "ep2 edp2, let go": ("cp2 | ep2", {"sharding": "full", "recompute": "selective"}),
@@ -39,7 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dualpipev": ("pp2 | ep2", {"pipeline": {"pipeline_schedule": "dualpipev"}}),
 }  # fmt: skip
 #: What each of them shows, some of the others do, too.
-SLOW = ("1f1b", "interleaved zero bubble", "dualpipev", "ep2 edp2, let go")
+SLOW = ("1f1b", "interleaved zero bubble", "dualpipev", "ep2 edp2, let go", "deduplicated, zbv")
 
 CHOSEN = quick(
     [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES], "ep2 etp2", "ep2 edp2", "zbv"
