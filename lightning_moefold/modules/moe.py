@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moefold import comm
-from lightning_moefold.balance.fast import CopyCounter
+from lightning_moefold.balance.fast import CopyCounter, FastPolicy
 from lightning_moefold.balance.placement import Placement, check_successor
 from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, Return, make_dispatcher, settle
 from lightning_moefold.dispatch.capacity import keep_within_capacity
@@ -188,6 +188,12 @@ class MoELayer(ParallelRoot):
         if self.placement.parts != mesh.fold.ep:  # else experts may have moved already
             self.placement = Placement.contiguous(self.num_experts, mesh.fold.ep)
         self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))
+
+    def plan_copies_by(self, policy: FastPolicy) -> None:
+        """Plans copies from here on by another policy; between two steps, on all ranks alike."""
+        config = self.dispatcher.config
+        assert config.copies is not None, "the layer was set up without copies"
+        self.dispatcher.config = replace(config, copies=replace(config.copies, policy=policy))
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Routes each token through its experts.

@@ -117,6 +117,21 @@ def test_copies_and_moves_together(pool: RankPool, path: str) -> None:
         assert_close_by_name(whole(both, "weights"), whole(stays, "weights"), 1e-9, "copies and moves")
 
 
+@pytest.mark.more
+@pytest.mark.parametrize("policy", ["joint", "eplb", "flexmoe"])
+def test_copies_from_past_loads(pool: RankPool, path: str, policy: str) -> None:
+    """With homes that move and with homes that stay, the run stays what it was; copies come with the first check."""
+    stays = pool.run(jobs.rebalance, path, "| ep2", None, ranks=2)
+    given = {"policy": policy, "interval": 1, "margin": 0.0, "fast": False, "max_copies_per_rank": 1}
+    for slow in (True, False):
+        both = pool.run(jobs.rebalance, path, "| ep2", given | {"slow": slow}, ranks=2)
+        assert policy != "eplb" or both[0].copies > 0  # the others know that a copy of so small an expert does not pay
+        assert slow or both[0].moves == 0
+        for one in both:
+            assert one.report.losses == pytest.approx(stays[0].report.losses, rel=1e-9)
+        assert_close_by_name(whole(both, "weights"), whole(stays, "weights"), 1e-9, policy)
+
+
 @pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 2), pytest.param("pp2 | ep2", 4, marks=pytest.mark.more)])
 def test_rebalancing_a_run(pool: RankPool, path: str, fold: str, ranks: int) -> None:
     """Experts move, every rank knows it, and the run stays what it was."""
