@@ -186,5 +186,5 @@ def sum_of_pairs(returns: list[Return], plans: Sequence[Any]) -> Tensor:
         returns: What comes back of each.
         plans: Their plans, which hold the pairs as ``copies`` of tokens.
     """
-    parts = [unpermute(*wait((back.y,), back.handle), plan.copies) for back, plan in zip(returns, plans, strict=True)]
+    parts = [unpermute(wait((back.y,), back.handle)[0], plan.copies) for back, plan in zip(returns, plans, strict=True)]
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
