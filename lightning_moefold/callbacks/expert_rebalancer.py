@@ -25,10 +25,13 @@ from lightning_moefold.balance.slow import HORIZON, Decision, Place, SlowLoop
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
 from lightning_moefold.callbacks.common import log_values
 from lightning_moefold.callbacks.expert_load import LoadReader
+from lightning_moefold.callbacks.placement_history import PlacementHistory
+from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
 from lightning_moefold.lifecycle.fold_choice import announce
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.parallel.migration import check_movable, drop_gradients, size_of_expert
+from lightning_moefold.plots.files import EXPERT_PLACEMENT
 from lightning_moefold.strategy import MoEFoldStrategy
 
 
@@ -45,6 +48,9 @@ class ExpertRebalancer(pl.Callback):
     ``balance/imbalance_predicted`` (what it would have been with what is decided now), ``balance/moves`` and
     ``balance/moved_bytes`` (so far, all ranks), and, of the latest migration, ``balance/predicted_gain_s`` and
     ``balance/measured_gain_s`` for each step and ``balance/move_s``.
+
+    When training ends, ``expert_placement.npz`` in the Trainer's ``log_dir`` holds where experts were at each check and what each
+    rank computed; ``moefold plot`` draws it.
 
     Args:
         policy: How experts are placed: a name in :data:`~.balance.policies.POLICIES`, or a function ``(load_NE, current, costs) ->
@@ -99,6 +105,7 @@ class ExpertRebalancer(pl.Callback):
             elif fast and policy in FAST_POLICIES:
                 self._copies = ExpertCopies(policy, max_copies_per_rank)
         self._shares: dict[str, Counts] = {}
+        self._history = PlacementHistory()
         self.moves, self.decision = 0, Decision()
         self._loop = SlowLoop(policy, interval, margin, history)
         self._reader: LoadReader | None = None
@@ -156,7 +163,7 @@ class ExpertRebalancer(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reader = LoadReader(trainer, pl_module)
         self._placements = self._strategy(trainer).registry.everyones_placements()
-        self._costs = None
+        self._costs, self._history = None, PlacementHistory(trainer.global_step)
         self._loop.start(trainer.global_step)
         self._begin_interval(trainer)
 
@@ -168,6 +175,12 @@ class ExpertRebalancer(pl.Callback):
         self._seen_step = step
         if step > before and self._loop.is_due(step):
             self._check(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = trainer.log_dir if trainer.loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        if trainer.is_global_zero and folder is not None and self._history.steps:
+            self._history.save(stores.join(stores.parse_path(folder), EXPERT_PLACEMENT))
 
     def _begin_interval(self, trainer: pl.Trainer) -> None:
         self._seen_step = self._counted_from = trainer.global_step
@@ -190,6 +203,8 @@ class ExpertRebalancer(pl.Callback):
             (after,) = self._slowest(trainer, seconds)
             self._figures["balance/measured_gain_s"] = self._watching - after
             self._watching = None
+        if trainer.is_global_zero:
+            self._history.add(step, load, self._placements)
         decision = self._loop.decide(step, rows, self._placements, costs, self._steps_left(trainer))
         if decision.placements and not self._slow:
             decision = Decision(before=decision.before, after=decision.before, reason="slow=False moves nothing")

@@ -151,6 +151,18 @@ class MoELayer(ParallelRoot):
         rows_P = load_S.view(self.placement.parts, -1).sum(1)
         return rows_P if self._earlier_rows_P is None else rows_P + self._earlier_rows_P
 
+    def gained_rows(self) -> Tensor | None:
+        """Returns how many rows more each ep rank has computed because of copies, ``[P]``; on one of the ranks that share a plan.
+
+        Sums over ranks of :meth:`part_rows` and of this are the rows that parts have computed. None where nothing is to be added.
+        """
+        gained_R = self.copies.gained_R
+        return (
+            None
+            if gained_R is None or self.dispatcher.etp_ep.index
+            else torch.from_numpy(gained_R).to(self.load_E.device)
+        )
+
     def reset_load(self) -> None:
         """Sets the counters to zero."""
         self.load_E.zero_()

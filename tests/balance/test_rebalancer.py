@@ -127,8 +127,9 @@ def test_copies_from_past_loads(pool: RankPool, path: str, policy: str) -> None:
         both = pool.run(jobs.rebalance, path, "| ep2", given | {"slow": slow}, ranks=2)
         assert policy != "eplb" or both[0].copies > 0  # the others know that a copy of so small an expert does not pay
         assert slow or both[0].moves == 0
-        for one in both:
+        for rank, one in enumerate(both):
             assert one.report.losses == pytest.approx(stays[0].report.losses, rel=1e-9)
+            assert one.rows == one.read[:, rank].tolist()  # counters know what copies compute
         assert_close_by_name(whole(both, "weights"), whole(stays, "weights"), 1e-9, policy)
 
 

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from lightning_moefold import MoEConfig, comm
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
 from lightning_moefold.plots.files import NO_EXPERT
 from lightning_moefold.testing import RankPool, hf_reference, join_rows, make_batches, make_checkpoint
+from tests.balance import plans
 from tests.callbacks.jobs_custom_network import own_network_counts, own_network_fit, uneven_table
 from tests.callbacks.jobs_monitors import Seen, monitored_fit
 from tests.quick import quick
@@ -111,6 +113,16 @@ def test_load_of_ranks_is_what_their_experts_computed(
     seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(2, padding="none"), log_every=2)
     rows_LR = np.array([rank.expert_rows for rank in seen]).T  # etp ranks compute the same rows: it changes no ratio
     assert rows_LR.shape[0] == 2
+    assert seen[0].load[-1]["moe/rank_load_max_over_mean"] == pytest.approx(rank_imbalance(rows_LR), rel=1e-12)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("fold", ["| etp2 ep2", "| ep2"])
+def test_load_of_ranks_with_copies(pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str) -> None:
+    """Two replicas of the experts, or two ranks that hold parts of each, plan their own copies."""
+    copies = {"expert_copies": ExpertCopies(plans.drawn, 2)}
+    seen = run(pool, checkpoint, tmp_path, fold, 4, batches(2, padding="none"), log_every=2, strategy=copies)
+    rows_LR = np.array([rank.expert_rows for rank in seen]).T
     assert seen[0].load[-1]["moe/rank_load_max_over_mean"] == pytest.approx(rank_imbalance(rows_LR), rel=1e-12)
 
 
