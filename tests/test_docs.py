@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
+from tests.quick import quick
 from tests.recipes.chats import TALK, chat_tokenizer, write
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +95,7 @@ def run_on_a_rank(code: list[str], folder: str) -> list[str]:
     return sorted(path.name for path in Path(folder, "finetuned").iterdir())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+@pytest.mark.parametrize("page", quick(["README.md", "docs/getting-started.md"], "README.md"))
 def test_code_of_a_page_runs_on_four_ranks(pool: RankPool, tmp_path: Path, page: str) -> None:
     make_checkpoint(tmp_path / "path" / "to" / "checkpoint", "qwen2_moe")
     code = [block for block in blocks(page) if not block.startswith("trainer = ")]  # a fragment

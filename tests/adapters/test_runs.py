@@ -35,6 +35,7 @@ ALL = [
 THAWED = "model.norm.weight"
 
 
+@pytest.mark.more
 def test_a_run_with_an_adapter(pool: RankPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = str(make_checkpoint(tmp_path / "base", "qwen2_moe"))
     spec: dict[str, Any] = {"adapter": {"rank": 4, "expert_rank": 2, "targets": ALL}, "thawed": [THAWED]}

@@ -83,6 +83,7 @@ def test_the_base_of_an_adapter_moves_with_it(pool: RankPool, path: str, tmp_pat
             assert_close_by_name(whole(seen, part), whole(stays, part), 1e-9, part)
 
 
+@pytest.mark.more
 def test_another_trainer_finds_experts_where_they_are(pool: RankPool, path: str) -> None:
     """Also where it makes other dispatchers."""
     for losses, kept, kinds in pool.run(jobs.two_trainers, path, ranks=2):

@@ -81,7 +81,7 @@ def assert_equal_on_ranks(seen: list[Seen]) -> None:
 # ---- load ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fold", "ranks"), quick(FOLDS, ("tp2 | ep2", 4), ("cp2 pp2 | ep2", 4)))
+@pytest.mark.parametrize(("fold", "ranks"), quick(FOLDS, ("cp2 pp2 | ep2", 4)))
 def test_counts_are_those_of_one_process(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
@@ -137,6 +137,7 @@ def test_load_of_ranks_with_copies(pool: RankPool, checkpoint: Path, tmp_path: P
         ("tp2 | ep2", 4),
     ),  # fmt: skip
 )
+@pytest.mark.more
 def test_a_network_of_the_users_own(pool: RankPool, tmp_path: Path, fold: str | None, ranks: int) -> None:
     """Counts of all ranks' rows, under every fold and DDP (None), with layers that differ in their experts."""
     rows = torch.randn(3, 4, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # tp leaves padding
@@ -166,6 +167,7 @@ def test_ranks_with_other_layers(pool: RankPool) -> None:
 
 
 @pytest.mark.parametrize(("fold", "ranks"), quick(FOLDS, ("tp2 | ep2", 4)))
+@pytest.mark.more
 def test_tokens_are_counted_once_per_data_rank(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
@@ -214,6 +216,7 @@ def test_recomputed_products_are_work_of_the_hardware(pool: RankPool, checkpoint
     assert figures["train/hfu"] - figures["train/mfu"] == pytest.approx(layers * PARTS * LENGTH / 4e9)
 
 
+@pytest.mark.more
 def test_what_other_pipeline_stages_have_frozen(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     """Hardware FLOPs are those of one process, though no rank holds all parameters; unfreezing is found out."""
     spec = {"frozen": ["*.mlp.experts.*", "*embed_tokens*"], "unfreezes_in": 3}
@@ -232,6 +235,7 @@ def test_what_other_pipeline_stages_have_frozen(pool: RankPool, checkpoint: Path
 @pytest.mark.parametrize(
     ("count_padding", "expected"), quick([(True, PARTS * 2 * LENGTH), (False, None)], (False, None))
 )
+@pytest.mark.more
 def test_padding_is_no_token(
     pool: RankPool, checkpoint: Path, tmp_path: Path, count_padding: bool, expected: int | None
 ) -> None:
@@ -242,6 +246,7 @@ def test_padding_is_no_token(
     assert seen[0].mfu[-1]["train/tokens_per_second"] == (expected or real)
 
 
+@pytest.mark.more
 def test_accumulation_counts_optimizer_steps(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     """Five batches by two make steps of 2, 2 and 1 batches; the window leaves out the first."""
     data = batches(5, padding="none")
@@ -269,6 +274,7 @@ def test_accumulation_counts_optimizer_steps(pool: RankPool, checkpoint: Path, t
     ),
     ids=["epoch", "validate", "save", "weights", "weights-validate", "by-hand"],
 )
+@pytest.mark.more
 def test_validation_saves_and_epoch_ends_take_no_time(
     pool: RankPool, checkpoint: Path, tmp_path: Path, spec: dict[str, Any]
 ) -> None:
@@ -277,6 +283,7 @@ def test_validation_saves_and_epoch_ends_take_no_time(
     assert [figures["train/step_time"] for figures in seen[0].mfu] == [1, 1, 1]  # the first of four steps is warm-up
 
 
+@pytest.mark.more
 def test_fit_twice_and_a_schedule_of_its_own(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     own = {"log_every_n_steps": 2}
     spec = {
@@ -357,6 +364,7 @@ def test_wandb_offline(pool: RankPool, checkpoint: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(("fold", "ranks"), quick([("", 1), ("tp2 | ep2", 4), ("| etp2 ep2", 4)], ("| etp2 ep2", 4)))
+@pytest.mark.more
 def test_summary_knows_what_ranks_store(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:

@@ -62,6 +62,7 @@ def test_save_and_resume(
     assert [p.name for p in tmp_path.iterdir()] == ([] if scheme == "memory" else ["run"])
 
 
+@pytest.mark.more
 def test_default_root(pool: RankPool, path: str, tmp_path: Path) -> None:
     for scheme in ("bucket", "file"):
         root = f"{scheme}://{tmp_path / scheme}"

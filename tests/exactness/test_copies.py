@@ -46,9 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 #: What each of them shows, some of the others do, too.
 SLOW = ("1f1b", "interleaved zero bubble", "dualpipev", "ep2 edp2, let go", "deduplicated, zbv")
 
-CHOSEN = quick(
-    [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES], "ep2 etp2", "ep2 edp2", "zbv"
-)
+CHOSEN = quick([pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES], "ep2 etp2", "zbv")
 
 
 @pytest.mark.parametrize("case", CHOSEN)

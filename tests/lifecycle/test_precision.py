@@ -48,6 +48,7 @@ def clear_rows(path: Path) -> torch.Tensor:
     return torch.cat(drawn[:3])
 
 
+@pytest.mark.more
 def test_single_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> None:
     batch = {"input_ids": tokens, "labels": tokens}
     expected = reference_run(
@@ -62,6 +63,7 @@ def test_single_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> N
         assert runs[0]["seen"]["storage"] == "['torch.float32']"
 
 
+@pytest.mark.more
 def test_mixed_precision(pool: RankPool, path: Path, clear_rows: torch.Tensor) -> None:
     """Weights and gradients in float32, computation in bfloat16, the router in float32, autocast for others only.
 
@@ -105,6 +107,7 @@ def test_mixed_precision(pool: RankPool, path: Path, clear_rows: torch.Tensor) -
         assemble(r["weights"] for r in runs)
 
 
+@pytest.mark.more
 def test_brain_float(pool: RankPool, path: Path) -> None:
     tokens = finetune.rows(2 * finetune.ROWS)
     [[exact]] = pool.run(jobs_precision.train_folds, str(path), FOLDS[:1], "32-true", tokens, ranks=1)
@@ -140,6 +143,7 @@ def test_number_of_collectives(pool: RankPool, path: Path) -> None:
 EXPECTED = {"_allgather_base_": 16, "_reduce_scatter_base_": 13, "allreduce_": 4, "alltoall_base_": 24}
 
 
+@pytest.mark.more
 def test_accumulation_blocks_reductions(pool: RankPool, path: Path) -> None:
     for seen in pool.run(jobs_precision.blocked, str(path), "| ep2", ranks=4):
         assert seen["flags"] == [[False], [True]]

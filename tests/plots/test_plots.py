@@ -23,6 +23,7 @@ from lightning_moefold.plots.lines import smooth, top_of
 from lightning_moefold.plots.load import draw_expert_load, imbalance
 from lightning_moefold.plots.placement import draw_run_placement
 from lightning_moefold.plots.read import NEWEST, RecordedLoad
+from tests.quick import quick
 
 MONITORED = {"train/mfu": 0.25, "train/tokens_per_second": 1e4, "train/step_time": 0.5, "train/memory_peak_gb": 3.0}
 
@@ -164,7 +165,7 @@ def pngs(folder: Path) -> list[str]:
     return [file.stem for file in files]
 
 
-@pytest.mark.parametrize("versions", [1, 2])
+@pytest.mark.parametrize("versions", quick([1, 2], 2))
 def test_pictures_of_a_run(tmp_path: Path, versions: int, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     for version in range(versions):

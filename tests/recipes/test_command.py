@@ -340,6 +340,7 @@ def errors_of_commands(cases: list[list[str]]) -> list[tuple[int, str]]:
     return seen
 
 
+@pytest.mark.more
 def test_wrong_input_ends_on_all_ranks(pool: RankPool, folder: Path, tmp_path: Path) -> None:
     """The pool would see a rank that goes on waiting."""
     AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path / "tokenizer")

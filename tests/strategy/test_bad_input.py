@@ -149,6 +149,7 @@ def test_one_rank_cannot_read(pool: RankPool, path: str) -> None:
     assert peer == "PeerError: rank 1 failed: OSError: the disk is gone"
 
 
+@pytest.mark.more
 def test_one_traceback_is_printed(pool: RankPool, path: str) -> None:
     """By the rank that failed, or by rank 0 where all refuse the same; the others print one line each."""
     [first, second] = pool.run(jobs_bad_input.printed, path, ranks=2)

@@ -50,6 +50,7 @@ def test_long_rows(name: str, fold: str, world: int, length: int, rank: int) -> 
     check(Step(config, 8, length, PipelinePlan("1f1b"), recompute="selective"), fold, world, rank)
 
 
+@pytest.mark.more
 def test_heads_that_tp_does_not_divide() -> None:
     # Of 10 query and 5 key/value heads, a rank of 4 has 3, 3, 2 or 2 and repeats keys where its queries share them unequally.
     config = replace(SMALL, num_attention_heads=10, num_key_value_heads=5)
