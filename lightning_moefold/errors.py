@@ -56,6 +56,14 @@ class PlanError(InputError):
     """A plan or a job contradicts itself."""
 
 
+class NonFiniteError(MoEFoldError, RuntimeError):
+    """A loss, gradient or weight is NaN or infinite, and the run was stopped. Raised on all ranks."""
+
+
+class ReplicaError(MoEFoldError, RuntimeError):
+    """Copies of a parameter differ between ranks. Raised on all ranks."""
+
+
 class PeerError(MoEFoldError, RuntimeError):
     """Another rank failed."""
 

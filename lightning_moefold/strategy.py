@@ -52,6 +52,7 @@ from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 from lightning_moefold.lifecycle.prediction import Predicting
 from lightning_moefold.lifecycle.processes import connect_processes
 from lightning_moefold.lifecycle.signals import stop_quietly
+from lightning_moefold.lifecycle.step_check import NotFinite
 from lightning_moefold.lifecycle.unsupported import (
     check_blocks,
     check_compilation,
@@ -616,10 +617,15 @@ class MoEFoldStrategy(SharedCheckpoints):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
-        with self._watch(optimizer):
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.lightning_module is not None
-        update_expert_bias(self.lightning_module)
+        try:
+            with self._watch(optimizer):
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            update_expert_bias(self.lightning_module)
+        except NotFinite as skipped:
+            output = None
+            assert self._precision.step_check is not None
+            self._precision.step_check.failed(skipped)
         # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now
         # old.
         self._release_gathered_weights()
@@ -647,9 +653,9 @@ class MoEFoldStrategy(SharedCheckpoints):
         if not self._sharded or self.mesh.world.size == 1 or optimizer in self._watched:
             yield
             return
-        self._watched.add(optimizer)
         with elementwise_only(optimizer):
             yield
+        self._watched.add(optimizer)  # unless the step was skipped
         self._check_state(optimizer)
 
     def _synchronize_own_buffers(self) -> None:

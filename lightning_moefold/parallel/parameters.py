@@ -119,6 +119,10 @@ class ParameterRegistry:
         """Whether any parameter is stored in pieces by the strategy, even if one rank holds them all."""
         return bool(self.layouts)
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters here, as they are stored, by name."""
+        return iter(self._parameters.items())
+
     def own(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The user's own parameters."""
         return ((name, p) for name, p in self._parameters.items() if name not in self.layouts)
