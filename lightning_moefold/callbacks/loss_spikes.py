@@ -78,7 +78,7 @@ def describe_rows(trainer: pl.Trainer, batch: Any, index: int) -> str:
     loader = trainer.fit_loop._combined_loader
     for one in [] if loader is None else loader.flattened:
         for order in (getattr(one, "sampler", None), getattr(one, "batch_sampler", None)):
-            if hasattr(order, "rows_of_batch"):
+            if order is not None and hasattr(order, "rows_of_batch"):
                 return f"{text}, rows {_few(order.rows_of_batch(index))} of all data ranks"
     return text
 

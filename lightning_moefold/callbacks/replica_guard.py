@@ -139,7 +139,7 @@ class Replicas:
         mine = torch.zeros(columns or len(numbers), dtype=torch.int64, device=self._device)
         if numbers:
             mine[: len(numbers)] = (
-                torch.stack(numbers) if isinstance(numbers[0], Tensor) else torch.tensor(numbers)  # type: ignore[arg-type]
+                torch.stack(numbers) if isinstance(numbers[0], Tensor) else torch.tensor(numbers)
             ).to(self._device)
         everyone = [torch.empty_like(mine) for _ in range(self._world.size)]
         if self._world.size == 1:

@@ -23,7 +23,7 @@ from lightning_moefold.modules import MoELayer
 
 class _Batch(NamedTuple):
     batch: Any
-    index: int
+    number: int
     random: dict[str, Any] | None
 
 
@@ -99,7 +99,7 @@ class Replay:
     @property
     def batches(self) -> list[tuple[Any, int]]:
         """The batches of the step on this rank, with their numbers in the epoch."""
-        return [(held.batch, held.index) for held in self._batches]
+        return [(held.batch, held.number) for held in self._batches]
 
     def begin(self, batch: Any, index: int) -> None:
         """Notes a batch before it is trained on."""
@@ -139,7 +139,7 @@ class Replay:
                     if places:
                         first = min(found.key(staged) for found in places.values())
                         return Found(
-                            held.index, {r: found for r, found in places.items() if found.key(staged) == first}
+                            held.number, {r: found for r, found in places.items() if found.key(staged) == first}
                         )
         finally:
             _set_rng_states(random)
@@ -151,7 +151,7 @@ class Replay:
         with watching(module) as search:
             with precision.train_step_context():
                 if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
-                    output = module.training_step(held.batch, held.index)
+                    output = module.training_step(held.batch, held.number)
                 else:
                     output = module.training_step(held.batch)
             loss = output.get("loss") if isinstance(output, dict) else output
