@@ -14,7 +14,7 @@ pipeline mappings differ as soon as ``cp * tp != etp * ep``.)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -322,6 +322,25 @@ class Fold:
                     f"leave {axis} out, it is derived."
                 )
         return fold
+
+    @classmethod
+    def first(cls, texts: Sequence[str], world_size: int) -> Fold:
+        """Returns the first of several folds, in order of preference, that so many ranks can form.
+
+        Args:
+            texts: The folds, as :meth:`parse` reads them.
+            world_size: Number of ranks.
+
+        Raises:
+            FoldError: If there is none; a sentence for each fold says why.
+        """
+        reasons = []
+        for text in texts:
+            try:
+                return cls.parse(text, world_size)
+            except FoldError as error:
+                reasons.append(f"{text!r}: {error}")
+        raise FoldError(f"{world_size} ranks can form none of the folds: {' '.join(reasons)}")
 
     def table(self, max_ranks: int = 64) -> str:
         """Returns a printable rank map: every rank's coordinates in both mappings, and the groups of each axis.

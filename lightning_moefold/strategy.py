@@ -99,7 +99,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         expert_tensor_parallel_size: Ranks over which each expert is cut.
         fold: All sizes in one string, such as ``"tp2 | ep4"``, instead of the arguments above; or ``"auto"``, and the
             planner chooses them for the model, the batch and the devices at hand, with ``num_microbatches``,
-            ``pipeline_schedule``, ``num_stages_per_rank`` and ``recompute`` where those are left alone.
+            ``pipeline_schedule``, ``num_stages_per_rank`` and ``recompute`` where those are left alone. Of a list, the first
+            fold that the ranks at hand can form: a run may resume on fewer.
         auto: What ``fold="auto"`` is to plan for, where the strategy cannot see it.
         num_microbatches: Micro-batches of a batch; part of the mathematics of the auxiliary loss. None means 1; a
             pipeline needs a number.
@@ -167,7 +168,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         expert_parallel_size: int = 1,
         expert_tensor_parallel_size: int = 1,
         *,
-        fold: str | None = None,
+        fold: str | list[str] | None = None,
         auto: AutoFold | None = None,
         num_microbatches: int | None = None,
         pipeline_schedule: str = "1f1b",
@@ -201,6 +202,8 @@ class MoEFoldStrategy(SharedCheckpoints):
             raise InputError('auto=AutoFold(...) is for fold="auto"; leave one out or give both.')
         if fold == "auto" and pipeline_split is not None:
             raise InputError('pipeline_split is for a pipeline of known size; leave it out with fold="auto".')
+        if isinstance(fold, (list, tuple)) and (not fold or "auto" in fold):
+            raise InputError(f'fold={fold!r} must name folds in order of preference; use fold="auto" alone.')
         check_choice("sequence_parallel", sequence_parallel, (None, True))
         check_choice("compile", compile, (False, True))
         split = None if pipeline_split is None else tuple(pipeline_split)
@@ -219,7 +222,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             COMPILER if compile else None,
         )
         self._microbatches_given = num_microbatches is not None
-        self._sizes, self._fold_text = sizes, fold
+        self._sizes, self._fold_text = sizes, fold if isinstance(fold, str) or fold is None else tuple(fold)
         self._auto = auto or AutoFold()
         self.calculate_per_token_loss = calculate_per_token_loss
         self.num_nodes = 1
@@ -363,6 +366,10 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     def _make_mesh(self) -> None:
         fold = self._make_fold()
+        if isinstance(self._fold_text, tuple) and self.is_global_zero:
+            fold_choice.announce(
+                f"fold {fold} is the first of {list(self._fold_text)} that {self.world_size} ranks can form."
+            )
         if self._mesh is None or self._mesh.fold != fold:
             self._mesh = self._mesh_of_earlier_trainer(fold)
             if self._mesh is not None:
@@ -385,7 +392,10 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     def _make_fold(self) -> Fold:
         text, world = self._fold_text, self.world_size
-        fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
+        if text is None:
+            fold = Fold(world, *self._sizes)
+        else:
+            fold = Fold.parse(text, world) if isinstance(text, str) else Fold.first(text, world)
         if fold.pp > 1 and not self._microbatches_given:
             raise InputError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; use {2 * fold.pp} or more.")
         self.settings.check_pipeline(fold.pp)
