@@ -54,6 +54,12 @@ class MoEFoldPrecision(Precision):
         self.grad_norm: Tensor | None = None
         self.step_check: StepCheck | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """Returns what only Lightning's plugin has, such as ``device`` and ``scaler`` in mixed precision."""
+        if name.startswith("_") or "inner" not in vars(self):  # a copy is asked before it has anything
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner, name)
+
     @property
     def grad_norm_by_family(self) -> Tensor | None:
         """Gradient norms of the dense and the expert family before the latest clipping, ``[2]``; or None."""

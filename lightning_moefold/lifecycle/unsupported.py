@@ -220,11 +220,6 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
             f"{type(writer).__name__} cannot write a model that is spread over ranks, which the strategy writes itself; leave "
             "the plugin out."
         )
-    if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
-        raise UnsupportedFeature(
-            "a compiled LightningModule is not supported; compile its layers in place, with their compile(), inside "
-            "configure_model instead."
-        )
 
 
 def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_moefold import Fold
+from lightning_moefold.balance.costs import BalanceCosts
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint, reference_run
 from tests.balance import plans
@@ -15,6 +16,8 @@ from tests.exactness import compare, runs
 from tests.quick import quick
 
 DRAWN = ExpertCopies(plans.drawn, 3)
+#: Of a machine whose links cost almost nothing, where copies pay for a few rows already.
+CHEAP = BalanceCosts.assumed("cpu", 1 << 12, parts=2, byte_ps=1)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"pipeline": {"pipeline_schedule": "interleaved_zero_bubble", "num_stages_per_rank": 2}, "frozen": ("*.down_proj",)},
     ),
     "dualpipev": ("pp2 | ep2", {"pipeline": {"pipeline_schedule": "dualpipev"}}),
+    "dualpipev, joint": (
+        "pp2 | ep2",
+        {"pipeline": {"pipeline_schedule": "dualpipev"}, "dispatch": {"expert_copies": ExpertCopies("joint", 3, CHEAP)}},
+    ),
 }  # fmt: skip
 #: What each of them shows, some of the others do, too.
 SLOW = ("1f1b", "interleaved zero bubble", "dualpipev", "ep2 edp2, let go", "deduplicated, zbv")

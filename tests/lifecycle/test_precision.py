@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
+from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint, reference_run, routing_margin
 from lightning_moefold.testing.compare import assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
@@ -46,6 +50,15 @@ def clear_rows(path: Path) -> torch.Tensor:
     drawn.sort(key=lambda rows: routing_margin(model, {"input_ids": rows}), reverse=True)
     assert routing_margin(model, {"input_ids": drawn[2]}) > 0.1
     return torch.cat(drawn[:3])
+
+
+def test_what_lightnings_plugin_has_is_found() -> None:
+    """As under other strategies, a module may ask ``trainer.precision_plugin`` for the device of autocast, or the scaler."""
+    plugin = MoEFoldPrecision(MixedPrecision("bf16-mixed", "cpu"))
+    for one in (plugin, copy.deepcopy(plugin), pickle.loads(pickle.dumps(plugin))):
+        assert (one.device, one.scaler, one.precision) == ("cpu", None, "bf16-mixed")
+    with pytest.raises(AttributeError, match="device"):
+        _ = MoEFoldPrecision(Precision()).device
 
 
 @pytest.mark.more
