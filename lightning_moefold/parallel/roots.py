@@ -54,7 +54,7 @@ def cut_root(model: ParallelRoot, mesh: FoldedMesh, settings: Settings, device: 
     if isinstance(model, MoECausalLM):
         mesh.fold.validate(model.config)
     make_groups(model, mesh)
-    plans = _collect_plans(model, mesh)
+    plans = collect_plans(model, mesh)
     model.layouts = {
         name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding)
         for name, p in model.named_parameters()
@@ -82,7 +82,8 @@ def make_groups(module: nn.Module, mesh: FoldedMesh) -> None:
             part.make_groups(mesh)
 
 
-def _collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPlan]:
+def collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPlan]:
+    """Returns how the blocks of a module cut their parameters, by name in it."""
     return {
         f"{prefix}.{name}".lstrip("."): plan
         for prefix, module in model.named_modules()

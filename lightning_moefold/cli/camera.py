@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moefold camera``: which micro-experts of a model matter, and a checkpoint without the others."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lightning_moefold.cli.calibrating import add_calibration, calibration_of, dtype_of
+from lightning_moefold.compression.analysis import analyze
+from lightning_moefold.compression.energies import Energies
+from lightning_moefold.compression.pruning import FORMS, prune
+from lightning_moefold.compression.ranking import check_ratio, keep_by_layer
+from lightning_moefold.compression.ranks import run_on_ranks
+from lightning_moefold.compression.report import analysis_table, channels_of, pruned_table, redundancy
+from lightning_moefold.errors import InputError
+from lightning_moefold.plots.energies import write_energy_plot
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``moefold camera analyze`` and ``moefold camera prune``."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="analyze | prune")
+    one = actions.add_parser("analyze", help="compute the energy of every micro-expert")
+    add_calibration(one)
+    one.add_argument("--output", required=True, type=Path, metavar="FILE.npz", help="energies")
+    one.add_argument(
+        "--ratio",
+        type=float,
+        help="prune each layer at this ratio before the next is analysed (dense model if left out)",
+    )
+    one.add_argument("--alpha", type=float, default=0.9, help="weight of the maximum over tokens against the sum (0.9)")
+    one.add_argument("--plot", type=Path, metavar="FILE.png", help="draw energy curves, redundancy and widths")
+    two = actions.add_parser("prune", help="write the checkpoint without the micro-experts of least energy")
+    two.add_argument("--checkpoint", required=True, metavar="DIR", help="the model that was analysed")
+    two.add_argument("--energies", required=True, type=Path, metavar="FILE.npz", help="written by camera analyze")
+    two.add_argument("--ratio", required=True, type=float, help="share of micro-experts to prune, such as 0.2")
+    two.add_argument("--form", choices=FORMS, default="zeroed", help="same shapes, equally narrow, or uneven (zeroed)")
+    two.add_argument("--multiple", type=int, default=1, help="of uniform widths, such as 64 for kernels (1)")
+    two.add_argument("--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs ``moefold camera``."""
+    return _analyze(arguments) if arguments.action == "analyze" else _prune(arguments)
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    if arguments.ratio is not None:
+        check_ratio(arguments.ratio)
+    if arguments.output.suffix != ".npz":
+        raise InputError(f"--output {arguments.output} must end in .npz.")
+    rows = calibration_of(arguments)
+    draft = arguments.output.with_name(f".{arguments.output.name}.partial")
+    work = partial(
+        analyze, arguments.checkpoint, rows, ratio=arguments.ratio, alpha=arguments.alpha, draft=draft.absolute()
+    )
+    start = time.perf_counter()
+    energies, writes = run_on_ranks(work, arguments.fold, arguments.ranks, dtype_of(arguments), arguments.batch_size)
+    if writes:
+        energies.save(arguments.output)
+        print(analysis_table(energies))
+        print(f"\n{arguments.output} written in {time.perf_counter() - start:.1f} s")
+        if arguments.plot is not None:
+            print(f"{draw(energies, arguments.plot, Path(arguments.checkpoint).name)} drawn")
+    return 0
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    energies = Energies.load_file(arguments.energies)
+    pruned = prune(
+        arguments.checkpoint, energies, arguments.output, arguments.ratio, arguments.form, arguments.multiple
+    )
+    print(pruned_table(pruned, energies))
+    print(f"\n{arguments.output} written, {arguments.form}")
+    return 0
+
+
+def draw(energies: Energies, path: Path, name: str) -> Path:
+    """Draws an analysis; widths are those at its ratio, or at 0.4 for the dense model."""
+    ratio = 0.4 if np.isnan(energies.ratio) else energies.ratio
+    layers = energies.layers.tolist()
+    kept = [keep_by_layer(energies.energy[i], energies.shared_energy[i], ratio) for i in range(len(layers))]
+    return write_energy_plot(
+        path,
+        f"Energy of micro-experts: {name}",
+        layers,
+        np.stack([channels_of(energies, row) for row in range(len(layers))]),
+        np.array([redundancy(energies, row) for row in range(len(layers))]),
+        np.stack([layer.widths_E for layer in kept]) / energies.energy.shape[2],
+        ratio,
+    )
