@@ -242,6 +242,8 @@ class Fold:
         """
         if config.num_experts:
             self.check_experts(config.num_experts)
+        if self.etp > 1 and getattr(config, "is_packed", False):
+            raise FoldError(f"etp={self.etp} would cut experts of uneven widths, which stay whole; use etp=1.")
         for axis, widths in (("tp", config.dense_widths), ("etp", config.expert_widths)):
             for field, width in widths.items():
                 self.check_width(axis, field, width)

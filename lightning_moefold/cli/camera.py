@@ -13,7 +13,7 @@ import numpy as np
 from lightning_moefold.cli.calibrating import add_calibration, calibration_of, dtype_of
 from lightning_moefold.compression.analysis import analyze
 from lightning_moefold.compression.energies import Energies
-from lightning_moefold.compression.pruning import FORMS, prune
+from lightning_moefold.compression.pruning import FORMS, prune, unpack
 from lightning_moefold.compression.ranking import check_ratio, keep_by_layer
 from lightning_moefold.compression.ranks import run_on_ranks
 from lightning_moefold.compression.report import analysis_table, channels_of, pruned_table, redundancy
@@ -23,7 +23,7 @@ from lightning_moefold.plots.energies import write_energy_plot
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``moefold camera analyze`` and ``moefold camera prune``."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="analyze | prune")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="analyze | prune | unpack")
     one = actions.add_parser("analyze", help="compute the energy of every micro-expert")
     add_calibration(one)
     one.add_argument("--output", required=True, type=Path, metavar="FILE.npz", help="energies")
@@ -41,10 +41,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     two.add_argument("--form", choices=FORMS, default="zeroed", help="same shapes, equally narrow, or uneven (zeroed)")
     two.add_argument("--multiple", type=int, default=1, help="of uniform widths, such as 64 for kernels (1)")
     two.add_argument("--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced")
+    three = actions.add_parser("unpack", help="write a packed checkpoint as a zeroed one, which transformers loads")
+    three.add_argument("--checkpoint", required=True, metavar="DIR", help="packed model")
+    three.add_argument(
+        "--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs ``moefold camera``."""
+    if arguments.action == "unpack":
+        unpack(arguments.checkpoint, arguments.output)
+        print(f"{arguments.output} written: the missing channels of {arguments.checkpoint} are zero")
+        return 0
     return _analyze(arguments) if arguments.action == "analyze" else _prune(arguments)
 
 

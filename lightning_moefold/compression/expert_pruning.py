@@ -20,7 +20,7 @@ from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.compression.analysis import Progress
 from lightning_moefold.compression.observed import Observer, observe
 from lightning_moefold.compression.ranking import check_ratio
-from lightning_moefold.compression.rewrite import rewrite
+from lightning_moefold.compression.rewrite import read_plain_config, rewrite
 from lightning_moefold.compression.scores import ExpertScore, ExpertSums, expert_score, experts_to_keep
 from lightning_moefold.compression.stream import CalibrationRows, Computing, LayerStream, attend, feed, world_of
 from lightning_moefold.errors import InputError
@@ -130,7 +130,7 @@ def prune_experts(
         InputError: If the share cannot be.
     """
     path = local_directory(checkpoint)
-    config = MoEConfig.from_pretrained(path)
+    config = read_plain_config(path)
     count = number_to_keep(config, keep)
     smaller = replace(config, num_experts=count)
     kept = {layer: experts_to_keep(score_E, count) for layer, score_E in scores.items()}

@@ -3,6 +3,8 @@
 
 ``zeroed`` keeps all shapes and sets what is pruned to zero, channels being compared over a whole layer. ``uniform`` makes every
 expert of the model equally narrow, each keeping its own best channels, so that the result is an ordinary smaller checkpoint.
+``packed`` takes out of the files what ``zeroed`` sets to zero; experts then have widths of their own, which this package alone
+trains and :func:`unpack` makes a zeroed checkpoint of.
 
 Legend: E experts, F expert width, S width of the shared expert, D hidden size.
 """
@@ -17,16 +19,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.compression.energies import Energies
 from lightning_moefold.compression.ranking import Kept, check_ratio, keep_by_expert, keep_by_layer, uniform_width
-from lightning_moefold.compression.rewrite import rewrite
+from lightning_moefold.compression.rewrite import read_plain_config, rewrite
 from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoEConfig
+from lightning_moefold.models.names import parameter_entries
 
 Form = Literal["zeroed", "uniform", "packed"]
 FORMS = ("zeroed", "uniform", "packed")
@@ -71,7 +73,7 @@ def prune(
         InputError: If ratio, form or multiple cannot be, or the energies are those of another checkpoint or ratio.
     """
     path = local_directory(checkpoint)
-    config = MoEConfig.from_pretrained(path)
+    config = read_plain_config(path)
     kept = choose(path, config, energies, ratio, form, multiple)
     smaller = config
     if form == "uniform":
@@ -80,6 +82,13 @@ def prune(
             config,
             moe_intermediate_size=int(first.widths_E[0]),
             shared_expert_intermediate_size=int(first.shared_S.sum()),
+        )
+    elif form == "packed":
+        numbers = range(config.num_hidden_layers)
+        smaller = replace(
+            config,
+            packed_widths=tuple(tuple(kept[i].widths_E.tolist()) if i in kept else () for i in numbers),
+            packed_shared_widths=tuple(int(kept[i].shared_S.sum()) if i in kept else 0 for i in numbers),
         )
     rewrite(path, output, smaller, lambda name, value: _change(name, value, kept, form))
     gone = sum(3 * config.hidden_size * int((~mask).sum()) for layer in kept.values() for mask in layer)
@@ -115,6 +124,41 @@ def choose(
     return chosen
 
 
+def unpack(checkpoint: str | Path, output: str | Path) -> None:
+    """Writes a packed checkpoint with the shapes of the model that was pruned, its missing channels zero.
+
+    The channels of an expert that it has are first; their order changes nothing.
+
+    Args:
+        checkpoint: Packed directory.
+        output: Directory to make; one that holds a model is replaced, one with other files in it is refused.
+
+    Raises:
+        InputError: If the checkpoint is not packed.
+    """
+    path = local_directory(checkpoint)
+    config = MoEConfig.from_pretrained(path, output_router_logits=False)
+    if not config.is_packed:
+        raise InputError(f"{path} is not packed, so there is nothing to unpack.")
+    plain = replace(config, packed_widths=(), packed_shared_widths=())
+    shapes = {name: entry.shape for name, entry in parameter_entries(plain).items()}
+
+    def change(name: str, value: Tensor) -> Tensor:
+        part = micro_expert_part(name)
+        if part is None:
+            return value
+        layer, shared, dim = part
+        whole = value.new_zeros(shapes[name])
+        if shared:
+            whole.narrow(dim, 0, value.shape[dim]).copy_(value)
+            return whole
+        for expert, rows_FD in zip(whole, value.split(config.packed_widths[layer]), strict=True):
+            expert.narrow(dim - 1, 0, len(rows_FD)).copy_(rows_FD.t() if dim == 2 else rows_FD)
+        return whole
+
+    rewrite(path, output, plain, change)
+
+
 def lost_energy(energies: Energies, kept: Mapping[int, Kept]) -> dict[int, float]:
     """Returns the share of each layer's energy that pruned channels had."""
     lost = {}
@@ -148,20 +192,16 @@ def _change(name: str, value: Tensor, kept: Mapping[int, Kept], form: Form) -> T
     layer, shared, dim = part
     if shared:
         mask_S = torch.from_numpy(kept[layer].shared_S)
-        if form == "uniform":
+        if form != "zeroed":
             return value.index_select(dim, mask_S.nonzero().squeeze(1))
         return value * (mask_S if dim == 1 else mask_S.unsqueeze(1))
     mask_EF = kept[layer].routed_EF
-    if form == "uniform":
-        return torch.stack(
-            [
-                expert.index_select(dim - 1, torch.from_numpy(np.flatnonzero(channels)))
-                for expert, channels in zip(value, mask_EF, strict=True)
-            ]
-        )
+    if form != "zeroed":
+        narrow = [
+            expert.index_select(dim - 1, torch.from_numpy(np.flatnonzero(channels)))
+            for expert, channels in zip(value, mask_EF, strict=True)
+        ]
+        if form == "uniform":
+            return torch.stack(narrow)
+        return torch.cat([part.t() for part in narrow] if dim == 2 else narrow)
     return value * torch.from_numpy(mask_EF).unsqueeze(3 - dim)
-
-
-def widths(kept: Mapping[int, Kept]) -> NDArray[np.int64]:
-    """Returns the width of every routed expert, ``[layers, E]``."""
-    return np.stack([layer.widths_E for layer in kept.values()])

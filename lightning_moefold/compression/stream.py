@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.checkpoint.hub import local_directory
+from lightning_moefold.compression.rewrite import read_plain_config
 from lightning_moefold.errors import InputError
 from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
-from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.batch import IGNORED, BatchAxes, CausalLMBatch, empty_batch, read_batch
 from lightning_moefold.models.causal_lm import make_layer
 from lightning_moefold.models.weights import CheckpointWeights
@@ -106,7 +106,7 @@ class LayerStream:
 
     def __init__(self, path: str | Path, computing: Computing = Computing()) -> None:
         self.path = local_directory(path)
-        self.config = MoEConfig.from_pretrained(self.path, output_router_logits=False, router_z_loss_coef=0.0)
+        self.config = read_plain_config(self.path)
         if not self.config.num_moe_layers:
             raise InputError(f"{path} has dense layers only, so there are no experts to compress.")
         self.source = CheckpointWeights(HFCheckpoint(self.path), self.config)

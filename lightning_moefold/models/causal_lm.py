@@ -113,9 +113,9 @@ def make_layer(config: MoEConfig, index: int) -> DecoderLayer:
             config.hidden_size,
             config.num_experts,
             config.num_experts_per_tok,
-            config.moe_intermediate_size,
+            config.packed_widths[index] if config.packed_widths else config.moe_intermediate_size,
             router=router,
-            shared_ffn_hidden_size=config.shared_expert_intermediate_size,
+            shared_ffn_hidden_size=config.shared_width(index),
             activation=config.hidden_act,
         )
         mlp.gate.layer = index

@@ -97,13 +97,18 @@ def _layout(shape: tuple[int, ...], plan: ParameterPlan, mesh: FoldedMesh, shard
     if sharding.mode == "none" or sharding.data_mesh(mesh, plan.family) is None:
         return layout
     sizes = layout.tensor_box(mesh.place).sizes
-    return replace(layout, data_dim=_data_dim(sizes, plan.family, mesh.fold.size(layout.data_axis)))
+    return replace(layout, data_dim=_data_dim(sizes, plan, mesh.fold.size(layout.data_axis)))
 
 
-def _data_dim(sizes: tuple[int, ...], family: Family, ranks: int) -> int:
-    """Experts whose local number does not divide by edp are cut along the next dimension instead, where that divides."""
-    if family is Family.DENSE:
+def _data_dim(sizes: tuple[int, ...], plan: ParameterPlan, ranks: int) -> int:
+    """Experts whose local number does not divide by edp are cut along the next dimension instead, where that divides.
+
+    Flat stacks have different lengths on the ranks of ep, so their first dimension must not decide.
+    """
+    if plan.family is Family.DENSE:
         return 0
+    if plan.flat:
+        return int(sizes[1] % ranks == 0)
     return next((dim for dim in (0, 1) if sizes[dim] % ranks == 0), 0)
 
 
@@ -146,7 +151,7 @@ def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, groups: lis
         if isinstance(module, RoutedExperts) and expert is None:
             plain_experts |= set(module.parameters())
         elif isinstance(module, RoutedExperts) and expert is not None:
-            place = partial(_expert_placement, ranks=expert.size())
+            place = partial(_expert_placement, ranks=expert.size(), plan=module.plan)
             fully_shard(module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place)
         elif isinstance(module, Router) and dense is not None and sharding.mixed_dtype is not None:
             # The router computes in float32 whatever the precision, so its weight is not cast.
@@ -192,6 +197,6 @@ def _prefetch(layers: list[nn.Module]) -> None:
             layer.set_modules_to_forward_prefetch(cast("list[FSDPModule]", ahead))
 
 
-def _expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:
+def _expert_placement(parameter: nn.Parameter, ranks: int, plan: ParameterPlan) -> Shard:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return Shard(_data_dim(tuple(local.shape), Family.EXPERT, ranks))
+    return Shard(_data_dim(tuple(local.shape), plan, ranks))

@@ -62,7 +62,7 @@ FOLDS = [
 def test_energies_are_the_same_under_every_fold(
     pool: RankPool, tmp_path: Path, family: str, ratio: float | None
 ) -> None:
-    """With a fifth expert that no token chooses, fewer rows than data ranks in places, and padding."""
+    """With uneven rows on data ranks, and padding."""
     path, rows = make_checkpoint(tmp_path / "model", family), calibration_rows(5)
     alone = analyze(path, rows, EXACT, ratio=ratio)
     for found in pool.run(energies_under, FOLDS, str(path), rows, ratio=ratio, ranks=4):
