@@ -14,16 +14,17 @@ from lightning_moefold.cli.calibrating import add_calibration, calibration_of, d
 from lightning_moefold.compression.analysis import analyze
 from lightning_moefold.compression.energies import Energies
 from lightning_moefold.compression.pruning import FORMS, prune, unpack
+from lightning_moefold.compression.quantizing import Bits, quantize
 from lightning_moefold.compression.ranking import check_ratio, keep_by_layer
 from lightning_moefold.compression.ranks import run_on_ranks
-from lightning_moefold.compression.report import analysis_table, channels_of, pruned_table, redundancy
+from lightning_moefold.compression.report import analysis_table, channels_of, pruned_table, redundancy, table
 from lightning_moefold.errors import InputError
 from lightning_moefold.plots.energies import write_energy_plot
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``moefold camera analyze`` and ``moefold camera prune``."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="analyze | prune | unpack")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="analyze | prune | quantize | unpack")
     one = actions.add_parser("analyze", help="compute the energy of every micro-expert")
     add_calibration(one)
     one.add_argument("--output", required=True, type=Path, metavar="FILE.npz", help="energies")
@@ -41,6 +42,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     two.add_argument("--form", choices=FORMS, default="zeroed", help="same shapes, equally narrow, or uneven (zeroed)")
     two.add_argument("--multiple", type=int, default=1, help="of uniform widths, such as 64 for kernels (1)")
     two.add_argument("--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced")
+    four = actions.add_parser("quantize", help="round micro-experts to bits by their energy (fake-quantised)")
+    four.add_argument("--checkpoint", required=True, metavar="DIR", help="the model that was analysed")
+    four.add_argument("--energies", required=True, type=Path, metavar="FILE.npz", help="written by camera analyze")
+    four.add_argument("--bits", default="3,2,1", help="of each group, those with the most energy first (3,2,1)")
+    four.add_argument("--shares", default="0.25,0.5,0.25", help="of the channels in each group (0.25,0.5,0.25)")
+    four.add_argument("--block", type=int, default=128, help="numbers that share a scale (128)")
+    four.add_argument("--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced")
     three = actions.add_parser("unpack", help="write a packed checkpoint as a zeroed one, which transformers loads")
     three.add_argument("--checkpoint", required=True, metavar="DIR", help="packed model")
     three.add_argument(
@@ -54,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         unpack(arguments.checkpoint, arguments.output)
         print(f"{arguments.output} written: the missing channels of {arguments.checkpoint} are zero")
         return 0
-    return _analyze(arguments) if arguments.action == "analyze" else _prune(arguments)
+    return {"analyze": _analyze, "prune": _prune, "quantize": _quantize}[arguments.action](arguments)
 
 
 def _analyze(arguments: argparse.Namespace) -> int:
@@ -85,6 +93,26 @@ def _prune(arguments: argparse.Namespace) -> int:
     )
     print(pruned_table(pruned, energies))
     print(f"\n{arguments.output} written, {arguments.form}")
+    return 0
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    try:
+        bits = tuple(int(part) for part in arguments.bits.split(","))
+        shares = tuple(float(part) for part in arguments.shares.split(","))
+    except ValueError:
+        raise InputError(
+            f"--bits {arguments.bits} and --shares {arguments.shares} must be numbers with commas between them."
+        ) from None
+    how = Bits(bits, shares, arguments.block)
+    errors = quantize(arguments.checkpoint, Energies.load_file(arguments.energies), arguments.output, how)
+    rows = [["layer", "error of weights", "weighed by energy"]]
+    rows += [[str(layer), f"{plain:.2%}", f"{weighed:.2%}"] for layer, (plain, weighed) in errors.items()]
+    print(table(rows))
+    print(
+        f"\n{arguments.output} written, fake-quantised: {how.mean:g} bits a weight of experts, {how.stored:g} with scales, in the "
+        "dtype of the checkpoint"
+    )
     return 0
 
 

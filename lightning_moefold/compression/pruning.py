@@ -44,11 +44,14 @@ class Pruned:
         kept: Channels that stay, by layer.
         lost: Share of each layer's energy that is gone, by layer.
         parameters: Numbers of parameters that are not pruned away, before and after.
+        flops: Forward FLOPs of experts for a calibration token, summed over layers, before and after: 6 D for each channel of
+            each expert that the token chose, and of shared experts.
     """
 
     kept: Mapping[int, Kept]
     lost: Mapping[int, float]
     parameters: tuple[int, int]
+    flops: tuple[float, float]
 
 
 def prune(
@@ -93,7 +96,23 @@ def prune(
     rewrite(path, output, smaller, lambda name, value: _change(name, value, kept, form))
     gone = sum(3 * config.hidden_size * int((~mask).sum()) for layer in kept.values() for mask in layer)
     total = config.num_parameters()
-    return Pruned(kept, lost_energy(energies, kept), (total, total - gone))
+    whole = {layer: Kept(np.ones_like(k.routed_EF), np.ones_like(k.shared_S)) for layer, k in kept.items()}
+    flops = tuple(6 * config.hidden_size * _channels_of_a_token(energies, k) for k in (whole, kept))
+    return Pruned(kept, lost_energy(energies, kept), (total, total - gone), (flops[0], flops[1]))
+
+
+def _channels_of_a_token(energies: Energies, kept: Mapping[int, Kept]) -> float:
+    """Returns how many channels a calibration token uses, over all layers."""
+    total = 0.0
+    for row, layer in enumerate(energies.layers.tolist()):
+        total += float((energies.load[row] * kept[layer].widths_E).sum() / energies.tokens + kept[layer].shared_S.sum())
+    return total
+
+
+def check_energies(path: Path, energies: Energies) -> None:
+    """Raises InputError unless the energies are those of a checkpoint."""
+    if energies.checkpoint != HFCheckpoint(path).fingerprint():
+        raise InputError(f"the energies are not those of {path}; analyse this checkpoint, or use the one that was.")
 
 
 def choose(
@@ -110,8 +129,7 @@ def choose(
     if multiple != 1 and form != "uniform":
         raise InputError(f"--multiple {multiple} goes with --form uniform only, as {form} keeps uneven widths.")
     energies.check_pruned_at(ratio, "the file of energies")
-    if energies.checkpoint != HFCheckpoint(path).fingerprint():
-        raise InputError(f"the energies are not those of {path}; analyse this checkpoint, or prune the one that was.")
+    check_energies(path, energies)
     chosen: dict[int, Kept] = {}
     for row, layer in enumerate(energies.layers.tolist()):
         energy_EF, shared_S = energies.energy[row], energies.shared_energy[row]

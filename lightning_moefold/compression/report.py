@@ -72,7 +72,11 @@ def pruned_table(pruned: Pruned, energies: Energies) -> str:
             ]
         )  # fmt: skip
     before, after = pruned.parameters
-    return table(rows) + f"\n\n{before:,} parameters before, {after:,} after ({after / before:.1%})"
+    flops = pruned.flops
+    return table(rows) + (
+        f"\n\n{before:,} parameters before, {after:,} after ({after / before:.1%})"
+        f"\n{flops[0]:,.0f} FLOPs of experts for a token in forward, {flops[1]:,.0f} after ({flops[1] / flops[0]:.1%})"
+    )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
