@@ -267,7 +267,10 @@ class Fold:
         size = self.size(axis)
         if width % size:
             legal = [d for d in divisors(width) if d <= max(2 * size, 8)]
-            raise FoldError(f"{field}={width} does not divide by {axis}={size}; use {axis} in {_listed(legal)}.")
+            wider = -(-width // size) * size
+            raise FoldError(
+                f"{field}={width} does not divide by {axis}={size}; use {axis} in {_listed(legal)}, or a width of {wider}."
+            )
 
     def check_heads(self, field: str, heads: int) -> None:
         """Raises :class:`FoldError` if there are more tp ranks than query heads."""

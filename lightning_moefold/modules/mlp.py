@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.kernels import gated
-from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
+from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, chunk_split, even_split
 from lightning_moefold.modules.base import Linear, ParallelRoot, column_plans, row_plans
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.modules.standalone import run_standalone
@@ -49,7 +49,7 @@ class GatedMLP(ParallelRoot):
         """Cuts rows of gate and up, and columns of down."""
         if not self.uneven:
             fold.check_width("tp", "ffn_hidden_size", self.ffn_hidden_size)
-        sizes = even_split(self.ffn_hidden_size, fold.tp)
+        sizes = (chunk_split if self.uneven else even_split)(self.ffn_hidden_size, fold.tp)
         rows, columns = (
             ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
         )

@@ -35,7 +35,7 @@ def train_in_two_runs(path: str, folds: tuple[str, str], batches: Any, folder: s
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
         )  # fmt: skip
         place = Fold.parse(fold, world).coordinates(dist.get_rank())
-        data = DataLoader(_Steps([batch[place["dp"]] for batch in batches]), batch_size=None)
+        data = DataLoader(_Steps([batches[step][place["dp"]]]), batch_size=None)  # an epoch of one batch
         trainer.fit(module, data, ckpt_path=str(Path(folder) / "first.ckpt") if step else None)
         if not step:
             trainer.save_checkpoint(Path(folder) / "first.ckpt")

@@ -50,7 +50,6 @@ FOLDS = [
     "tp4 | etp4",
     "pp2 | ep2",
     "cp4 | ep4",
-    "pp4",
 ]
 """dp is what remains."""
 
