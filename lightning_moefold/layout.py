@@ -174,7 +174,7 @@ class ParameterLayout:
         if self.stages is not None and place["pp"] not in self.stages:
             return Box((0,) * len(self.shape), (0,) * len(self.shape))
         whole = self.tensor_box(place)
-        if self.data_dim is None:
+        if self.data_dim is None or (self.plan.flat and whole.numel == 0):
             return whole
         position = place["edp"] if self.data_axis == "edp" else place["dp"] * fold.cp + place["cp"]
         pieces = chunk_split(whole.sizes[self.data_dim], fold.size(self.data_axis))

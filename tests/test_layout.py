@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,6 +82,8 @@ def test_flat_stacks_are_cut_where_experts_end() -> None:
     plan = ParameterPlan(Family.EXPERT, (Cut("ep", 0, (3, 7)),), TensorGradient.SHARDED, flat=True)
     layout = ParameterLayout((10, 8), plan, data_dim=1)
     assert not layout.is_expert_stack
+    empty = ParameterLayout((7, 8), replace(plan, cuts=(Cut("ep", 0, (0, 7)),)), data_dim=1)
+    assert [empty.stored_box(fold, rank).sizes for rank in (0, 1)] == [(0, 8), (7, 4)]
     owned = [boxes for _, boxes in layout.owners(fold, [0, 1, 2, 3])]
     assert sorted((box.offsets, box.sizes) for boxes in owned for box in boxes) == [
         ((0, 0), (3, 4)), ((0, 4), (3, 4)), ((3, 0), (7, 4)), ((3, 4), (7, 4)),

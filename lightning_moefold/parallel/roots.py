@@ -199,4 +199,6 @@ def _prefetch(layers: list[nn.Module]) -> None:
 
 def _expert_placement(parameter: nn.Parameter, ranks: int, plan: ParameterPlan) -> Shard:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if plan.flat and not local.numel():  # which FSDP2 cuts along no other dimension; it has nothing to cut
+        return Shard(0)
     return Shard(_data_dim(tuple(local.shape), plan, ranks))

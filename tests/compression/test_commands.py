@@ -91,7 +91,7 @@ def test_bad_input_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[s
         (["camera", "analyze", *calibrate(folder, "--length", "99999"), *out], "fewer than one row of 99999"),
         (["camera", "analyze", *calibrate(folder, "--rows", "0"), *out], "--rows 0 must be at least 1"),
         (["camera", "analyze", *calibrate(folder), "--output", "x"], "must end in .npz"),
-        (["camera", "analyze", *calibrate(folder, "--fold", "| ep2"), *out], "ep"),
+        (["camera", "analyze", *calibrate(folder, "--fold", "| ep2"), *out], "expert_parallel_size=2"),
         (["camera", "analyze", *calibrate(folder, "--batch-size", "0"), *out], "must be at least 1"),
         (["prune-experts", *calibrate(folder, "--keep", "0.1"), *out], "use 0.5 or more"),
         (["prune-experts", *calibrate(folder, "--keep", "0.5", "--score", "x"), *out], "--score x is not known"),

@@ -29,7 +29,7 @@ def dense_checkpoint(path: Path, family: str, **overrides: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape) + ("norm" in name))
-    model.save_pretrained(path)
+    model.double().save_pretrained(path)  # so that a factor of 3 is not rounded
     return path
 
 
