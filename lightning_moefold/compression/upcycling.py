@@ -8,8 +8,8 @@ weight p for the G experts of a group. All its weights sum to 1, so G p summed o
     sum over groups of p * (sum over parts of G * down_part(act(gate_part x) * up_part x))
         =  sum over groups of G p * dense(x)  =  dense(x)
 
-Down projections are therefore multiplied by G and by nothing else, which rounds them if G is no power of two. Qwen2-MoE always has a shared expert; its down projection is
-zero at first.
+Down projections are multiplied by G and by nothing else, which rounds them if G is no power of two. Qwen2-MoE always has a
+shared expert; its down projection is zero at first.
 
 Legend: E experts, G granularity, F dense width, D hidden size.
 """
