@@ -46,12 +46,14 @@ class Pruned:
         parameters: Numbers of parameters that are not pruned away, before and after.
         flops: Forward FLOPs of experts for a calibration token, summed over layers, before and after: 6 D for each channel of
             each expert that the token chose, and of shared experts.
+        form: What was written. A zeroed checkpoint still holds and computes what is pruned.
     """
 
     kept: Mapping[int, Kept]
     lost: Mapping[int, float]
     parameters: tuple[int, int]
     flops: tuple[float, float]
+    form: Form
 
 
 def prune(
@@ -98,7 +100,7 @@ def prune(
     total = config.num_parameters()
     whole = {layer: Kept(np.ones_like(k.routed_EF), np.ones_like(k.shared_S)) for layer, k in kept.items()}
     flops = tuple(6 * config.hidden_size * _channels_of_a_token(energies, k) for k in (whole, kept))
-    return Pruned(kept, lost_energy(energies, kept), (total, total - gone), (flops[0], flops[1]))
+    return Pruned(kept, lost_energy(energies, kept), (total, total - gone), (flops[0], flops[1]), form)
 
 
 def _channels_of_a_token(energies: Energies, kept: Mapping[int, Kept]) -> float:
