@@ -49,4 +49,4 @@ def calibration_of(arguments: argparse.Namespace) -> CalibrationRows:
 
 def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
     """Returns the dtype that the arguments name."""
-    return getattr(torch, arguments.dtype)  # type: ignore[no-any-return]
+    return getattr(torch, arguments.dtype)

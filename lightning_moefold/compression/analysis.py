@@ -171,7 +171,7 @@ def _energy(layer: DecoderLayer, sums: MicroExpertSums, alpha: float, computing:
     moe = layer.mlp
     assert isinstance(moe, MoELayer)
     experts, channels, shared = _places(layer, computing)
-    norm_EF[experts, channels] = local(moe.experts.down_proj).double().square().sum(1)
+    norm_EF[experts, channels] = local(moe.experts.get_parameter("down_proj")).double().square().sum(1)
     if moe.shared_expert is not None:
         norm_S[shared] = local(moe.shared_expert.down_proj.weight).double().square().sum(0)
     reduce_all([norm_EF, norm_S], world_of(computing), dist.ReduceOp.MAX)  # replicas have the same
@@ -186,7 +186,7 @@ def _prune(layer: DecoderLayer, kept: Kept, computing: Computing) -> None:
     assert isinstance(moe, MoELayer)
     experts, channels, shared = _places(layer, computing)
     kept_LF = torch.from_numpy(kept.routed_EF[experts, channels]).to(computing.device)
-    local(moe.experts.down_proj).mul_(kept_LF.unsqueeze(1))
+    local(moe.experts.get_parameter("down_proj")).mul_(kept_LF.unsqueeze(1))
     if moe.shared_expert is not None:
         kept_F = torch.from_numpy(kept.shared_S[shared]).to(computing.device)
         local(moe.shared_expert.down_proj.weight).mul_(kept_F)
@@ -196,7 +196,7 @@ def _places(layer: DecoderLayer, computing: Computing) -> tuple[slice, slice, sl
     """Returns this rank's experts, its channels of them, and its channels of the shared expert."""
     moe, mesh = layer.mlp, computing.mesh
     assert isinstance(moe, MoELayer)
-    count, _, width = moe.experts.down_proj.shape
+    count, _, width = moe.experts.get_parameter("down_proj").shape
     shared = 0 if moe.shared_expert is None else moe.shared_expert.down_proj.weight.shape[1]
     ep, etp, tp = (0, 0, 0) if mesh is None else (mesh.ep.index, mesh.etp.index, mesh.tp.index)
     return tuple(slice(i * n, (i + 1) * n) for i, n in ((ep, count), (etp, width), (tp, shared)))  # type: ignore[return-value]

@@ -59,7 +59,7 @@ class Energies:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.tmp")
         with draft.open("wb") as file:
-            np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})  # type: ignore[arg-type]
+            np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
         draft.replace(path)
 
     @classmethod

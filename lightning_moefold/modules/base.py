@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from lightning_moefold.fold import Fold
@@ -214,7 +214,9 @@ def local(parameter: Tensor) -> Tensor:
 def _is_uneven(parameter: DTensor) -> bool:
     """Whether a dimension behind the first is cut into unequal parts."""
     return any(
-        placement.is_shard() and placement.dim > 0 and parameter.shape[placement.dim] % parameter.device_mesh.size(i)
+        isinstance(placement, Shard)
+        and placement.dim > 0
+        and parameter.shape[placement.dim] % parameter.device_mesh.size(i)
         for i, placement in enumerate(parameter.placements)
     )
 
