@@ -148,7 +148,7 @@ def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, groups: lis
     reshard = sharding.mode == "full"
     plain_experts: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, RoutedExperts) and expert is None:
+        if isinstance(module, RoutedExperts) and (expert is None or _is_empty(module)):
             plain_experts |= set(module.parameters())
         elif isinstance(module, RoutedExperts) and expert is not None:
             place = partial(_expert_placement, ranks=expert.size(), plan=module.plan)
@@ -197,8 +197,11 @@ def _prefetch(layers: list[nn.Module]) -> None:
             layer.set_modules_to_forward_prefetch(cast("list[FSDPModule]", ahead))
 
 
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a rank, and so all that hold the same experts, has none of their channels: FSDP2 reduces no empty gradients."""
+    return all(not (p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
+
+
 def _expert_placement(parameter: nn.Parameter, ranks: int, plan: ParameterPlan) -> Shard:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    if plan.flat and not local.numel():  # which FSDP2 cuts along no other dimension; it has nothing to cut
-        return Shard(0)
     return Shard(_data_dim(tuple(local.shape), plan, ranks))

@@ -108,6 +108,8 @@ class PackedExperts(RoutedExperts):
     def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
         """See :meth:`RoutedExperts.compute`. Experts without rows compute none, so that all have a gradient."""
         counts = host_counts(rows)
+        if not stacks[0].numel():  # not wrapped by FSDP2, and so not cast
+            stacks = [stack.to(x_AD.dtype) for stack in stacks]
         first = self._starts[chunk]
         widths = list(self._local_widths[first : first + len(counts)])
         parts = zip(
