@@ -242,6 +242,8 @@ class Fold:
         """
         if config.num_experts:
             self.check_experts(config.num_experts)
+        if self.etp > 1 and getattr(config, "is_packed", False):
+            raise FoldError(f"etp={self.etp} would cut experts of uneven widths, which stay whole; use etp=1.")
         for axis, widths in (("tp", config.dense_widths), ("etp", config.expert_widths)):
             for field, width in widths.items():
                 self.check_width(axis, field, width)
@@ -265,7 +267,10 @@ class Fold:
         size = self.size(axis)
         if width % size:
             legal = [d for d in divisors(width) if d <= max(2 * size, 8)]
-            raise FoldError(f"{field}={width} does not divide by {axis}={size}; use {axis} in {_listed(legal)}.")
+            wider = -(-width // size) * size
+            raise FoldError(
+                f"{field}={width} does not divide by {axis}={size}; use {axis} in {_listed(legal)}, or a width of {wider}."
+            )
 
     def check_heads(self, field: str, heads: int) -> None:
         """Raises :class:`FoldError` if there are more tp ranks than query heads."""

@@ -34,6 +34,7 @@ PAGES = [
         "dispatch",
         "balance",
         "adapters",
+        "compression",
     )
 ]
 
@@ -47,7 +48,7 @@ def names_of(page: str, folder: Path) -> dict[str, Any]:
         write(folder / "pairs.jsonl", pairs)
         chat_tokenizer(folder / "path" / "to" / "checkpoint", "qwen2")
         write(folder / "chats.jsonl", [{"messages": TALK[: 2 * n + 3]} for n in (0, 1) for _ in range(10)])
-    if page == "docs/adapters.md":
+    if page in ("docs/adapters.md", "docs/compression.md"):
         make_checkpoint(folder / "model", "mixtral")
     if page != "docs/inference.md":
         return {"__name__": "docs"}

@@ -74,7 +74,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.embed_tokens = VocabularyEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleDict({str(i): _make_layer(config, i) for i in range(config.num_hidden_layers)})
+        self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, batch: CausalLMBatch) -> Tensor:
@@ -91,7 +91,8 @@ class Decoder(nn.Module):
         return self.norm(x_TD)
 
 
-def _make_layer(config: MoEConfig, index: int) -> DecoderLayer:
+def make_layer(config: MoEConfig, index: int) -> DecoderLayer:
+    """Makes layer ``index`` of a model, on the default device."""
     attention = Attention(
         config.hidden_size,
         config.num_attention_heads,
@@ -112,9 +113,9 @@ def _make_layer(config: MoEConfig, index: int) -> DecoderLayer:
             config.hidden_size,
             config.num_experts,
             config.num_experts_per_tok,
-            config.moe_intermediate_size,
+            config.packed_widths[index] if config.packed_widths else config.moe_intermediate_size,
             router=router,
-            shared_ffn_hidden_size=config.shared_expert_intermediate_size,
+            shared_ffn_hidden_size=config.shared_width(index),
             activation=config.hidden_act,
         )
         mlp.gate.layer = index

@@ -115,6 +115,9 @@ class MoEConfig:
         router_z_loss_coef: Weight of the z-loss; 0 for none.
         router: Options of the router, which chooses experts.
         initializer_range: Standard deviation of initial weights.
+        packed_widths: Widths of the experts of each layer, if they differ, and ``()`` for a dense layer; empty if all experts
+            have the width ``moe_intermediate_size``.
+        packed_shared_widths: Width of each layer's shared expert in a packed model.
         dtype: Data type of the stored weights, as a name such as ``"bfloat16"``; None if the file does not say.
         raw: The configuration dictionary as read, without overrides; :func:`~.hf_config.written_config` returns what is
             written.
@@ -151,6 +154,8 @@ class MoEConfig:
     router_z_loss_coef: float = 0.0
     router: RouterOptions = RouterOptions()
     initializer_range: float = 0.02
+    packed_widths: tuple[tuple[int, ...], ...] = ()
+    packed_shared_widths: tuple[int, ...] = ()
     dtype: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -202,8 +207,38 @@ class MoEConfig:
             )
         for window in self.sliding_windows:
             POSITIVE.or_null.check("sliding_windows", window)
+        if self.packed_widths:
+            self._check_packed()
+
+    def _check_packed(self) -> None:
+        expected = [self.num_experts if self.is_moe_layer(i) else 0 for i in range(self.num_hidden_layers)]
+        if list(map(len, self.packed_widths)) != expected or len(self.packed_shared_widths) != self.num_hidden_layers:
+            raise ConfigError(
+                f"expert_widths must hold {self.num_experts} widths for each of the {self.num_hidden_layers} layers, none for "
+                "dense ones, and shared_expert_widths one for each layer."
+            )
+        INTEGERS.check("shared_expert_widths", self.packed_shared_widths)
+        for widths in (*self.packed_widths, self.packed_shared_widths):
+            INTEGERS.check("expert_widths", widths)
+            if any(width < 0 for width in widths):
+                raise ConfigError(f"expert_widths={list(widths)} must be 0 or more.")
 
     # ---- structure ---------------------------------------------------------------------------------------------
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether experts have widths of their own."""
+        return bool(self.packed_widths)
+
+    def mean_width(self, index: int) -> float:
+        """Returns the mean width of the experts of layer ``index``."""
+        if not self.packed_widths:
+            return self.moe_intermediate_size
+        return sum(self.packed_widths[index]) / self.num_experts
+
+    def shared_width(self, index: int) -> int:
+        """Returns the width of the shared expert of layer ``index``; 0 for none."""
+        return self.packed_shared_widths[index] if self.packed_widths else self.shared_expert_intermediate_size
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer ``index`` has experts (otherwise it is dense)."""
@@ -230,7 +265,7 @@ class MoEConfig:
         widths = {}
         if self.num_moe_layers < self.num_hidden_layers:
             widths["intermediate_size"] = self.intermediate_size
-        if self.shared_expert_intermediate_size and self.num_moe_layers:
+        if self.shared_expert_intermediate_size and self.num_moe_layers and not self.is_packed:
             widths["shared_expert_intermediate_size"] = self.shared_expert_intermediate_size
         return widths
 
@@ -238,7 +273,7 @@ class MoEConfig:
     def expert_widths(self) -> dict[str, int]:
         """Widths of experts, which are cut over etp, by config field."""
         name = "intermediate_size" if self.model_type == "mixtral" else "moe_intermediate_size"
-        return {name: self.moe_intermediate_size} if self.num_moe_layers else {}
+        return {name: self.moe_intermediate_size} if self.num_moe_layers and not self.is_packed else {}
 
     # ---- size and work -----------------------------------------------------------------------------------------
 
@@ -256,9 +291,9 @@ class MoEConfig:
         if not self.is_moe_layer(index):
             return total + 3 * self.hidden_size * self.intermediate_size
         experts = self.num_experts_per_tok if active else self.num_experts
-        total += self.hidden_size * self.num_experts + experts * 3 * self.hidden_size * self.moe_intermediate_size
-        if self.shared_expert_intermediate_size:
-            total += 3 * self.hidden_size * self.shared_expert_intermediate_size + self.hidden_size
+        total += self.hidden_size * self.num_experts + round(experts * 3 * self.hidden_size * self.mean_width(index))
+        if shared := self.shared_width(index):
+            total += 3 * self.hidden_size * shared + self.hidden_size
         return total
 
     def num_parameters(self, *, active: bool = False) -> int:
@@ -279,9 +314,9 @@ class MoEConfig:
             weights += self.hidden_size * (2 * q + 2 * kv)
             if self.is_moe_layer(index):
                 weights += self.hidden_size * self.num_experts
-                weights += 3 * self.hidden_size * self.num_experts_per_tok * self.moe_intermediate_size
-                if self.shared_expert_intermediate_size:
-                    weights += 3 * self.hidden_size * self.shared_expert_intermediate_size + self.hidden_size
+                weights += 3 * self.hidden_size * self.num_experts_per_tok * self.mean_width(index)
+                if shared := self.shared_width(index):
+                    weights += 3 * self.hidden_size * shared + self.hidden_size
             else:
                 weights += 3 * self.hidden_size * self.intermediate_size
             keys += self.attended_keys(index, sequence_length)

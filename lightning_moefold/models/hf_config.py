@@ -25,6 +25,7 @@ from lightning_moefold.models.fields import (
     Kind,
     names_beside,
 )
+from lightning_moefold.models.packed_config import PACKED, join_packed, split_packed
 from lightning_moefold.modules.routers.options import RouterOptions
 from lightning_moefold.modules.routers.registry import router_options
 
@@ -41,6 +42,10 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
     Returns:
         The configuration, and the names of unknown fields.
     """
+    if raw.get("model_type") == PACKED:
+        plain, widths = split_packed(raw)
+        config, unknown = read_hf_config(plain, overrides)
+        return replace(config, **widths), unknown
     family = overrides.get("model_type", raw.get("model_type"))
     if family not in FAMILIES:
         raise ConfigError(
@@ -221,6 +226,8 @@ def written_config(config: MoEConfig) -> dict[str, Any]:
     Raises:
         ConfigError: If a field of the configuration has no place in the family's ``config.json``.
     """
+    if config.is_packed:
+        return join_packed(config, written_config(replace(config, packed_widths=(), packed_shared_widths=())))
     now = to_hf_config(config)
     kept = NEUTRAL.union(_OF_CALLS) - {"dtype", "torch_dtype"}
     neutral = {name: value for name, value in config.raw.items() if name in kept}

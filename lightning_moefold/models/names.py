@@ -11,6 +11,10 @@ On disk, Mixtral's names have ``block_sparse_moe`` for ``mlp``, and ``w1 w3 w2``
 
     model.layers.3.mlp.experts.gate_up_proj  [E, 2F, D]
     model.layers.3.mlp.experts.down_proj     [E, D, F]
+
+The packed form of a pruned model has the channels of all experts of a layer one after the other, in memory and on disk::
+
+    model.layers.3.mlp.experts.{gate,up,down}_proj  [W, D]
 """
 
 from __future__ import annotations
@@ -106,12 +110,12 @@ def _layer_entries(config: MoEConfig, index: int) -> dict[str, ParameterEntry]:
         shapes |= {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
     if not config.is_moe_layer(index):
         shapes |= _gated("mlp", d, config.intermediate_size)
-    elif config.shared_expert_intermediate_size:
-        shapes |= _gated("mlp.shared_expert", d, config.shared_expert_intermediate_size)
+    elif width := config.shared_width(index):
+        shapes |= _gated("mlp.shared_expert", d, width)
         shapes["mlp.shared_expert_gate.weight"] = (1, d)
     entries = {f"{layer}.{name}": _single(f"{layer}.{name}", *shape) for name, shape in shapes.items()}
     if config.is_moe_layer(index):
-        entries |= _moe_entries(config, layer)
+        entries |= _moe_entries(config, index)
     return entries
 
 
@@ -123,11 +127,14 @@ def _gated(prefix: str, d: int, width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _moe_entries(config: MoEConfig, layer: str) -> dict[str, ParameterEntry]:
-    mixtral = config.model_type == "mixtral"
+def _moe_entries(config: MoEConfig, index: int) -> dict[str, ParameterEntry]:
+    layer, mixtral = f"model.layers.{index}", config.model_type == "mixtral"
     e, f, d = config.num_experts, config.moe_intermediate_size, config.hidden_size
     block = f"{layer}.block_sparse_moe" if mixtral else f"{layer}.mlp"
     entries = {f"{layer}.mlp.gate.weight": _single(f"{block}.gate.weight", e, d)}
+    if config.packed_widths:
+        names = [f"{layer}.mlp.experts.{part}" for part in _MIXTRAL_EXPERT]
+        return entries | {name: _single(name, sum(config.packed_widths[index]), d) for name in names}
     for name, shape in (("gate_proj", (e, f, d)), ("up_proj", (e, f, d)), ("down_proj", (e, d, f))):
         part = _MIXTRAL_EXPERT[name] if mixtral else name
         sources = tuple(f"{block}.experts.{i}.{part}.weight" for i in range(e))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from lightning_moefold.fold import Fold
@@ -205,8 +205,39 @@ def local(parameter: Tensor) -> Tensor:
     (:class:`~lightning_moefold.parallel.gradients.GradientSum`) instead of one small collective each.
     """
     if isinstance(parameter, DTensor):
+        if _is_uneven(parameter):
+            return _UnevenLocal.apply(parameter)
         return parameter.to_local(grad_placements=parameter.placements)
     return parameter
+
+
+def _is_uneven(parameter: DTensor) -> bool:
+    """Whether a dimension behind the first is cut into unequal parts."""
+    return any(
+        isinstance(placement, Shard)
+        and placement.dim > 0
+        and parameter.shape[placement.dim] % parameter.device_mesh.size(i)
+        for i, placement in enumerate(parameter.placements)
+    )
+
+
+class _UnevenLocal(torch.autograd.Function):
+    """``to_local`` whose gradient has the strides of the parameter.
+
+    DTensor multiplies the strides of a part by the number of ranks. Where the parts are unequal this gives strides that no
+    parameter has, and autograd would copy the gradient into a new DTensor with equal parts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> Tensor:
+        ctx.like = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
+        return parameter.to_local().detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        mesh, placements, shape, stride = ctx.like
+        grad = grads[0].contiguous()
+        return DTensor.from_local(grad, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

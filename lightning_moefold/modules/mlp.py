@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.kernels import gated
-from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
+from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, chunk_split, even_split
 from lightning_moefold.modules.base import Linear, ParallelRoot, column_plans, row_plans
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.modules.standalone import run_standalone
@@ -31,10 +31,14 @@ class GatedMLP(ParallelRoot):
         hidden_size: Size of hidden states, D.
         ffn_hidden_size: Width of the layer, F.
         activation: Activation function, a name in :data:`ACTIVATIONS`.
+        uneven: Whether tp may cut the width into unequal parts, as after pruning.
     """
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int, activation: str = "silu") -> None:
+    def __init__(
+        self, hidden_size: int, ffn_hidden_size: int, activation: str = "silu", *, uneven: bool = False
+    ) -> None:
         super().__init__()
+        self.uneven = uneven
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.activation = ACTIVATIONS[activation]
         self.gate_proj = Linear(hidden_size, ffn_hidden_size)
@@ -43,8 +47,9 @@ class GatedMLP(ParallelRoot):
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Cuts rows of gate and up, and columns of down."""
-        fold.check_width("tp", "ffn_hidden_size", self.ffn_hidden_size)
-        sizes = even_split(self.ffn_hidden_size, fold.tp)
+        if not self.uneven:
+            fold.check_width("tp", "ffn_hidden_size", self.ffn_hidden_size)
+        sizes = (chunk_split if self.uneven else even_split)(self.ffn_hidden_size, fold.tp)
         rows, columns = (
             ParameterPlan(cuts=(Cut("tp", dim, sizes),), gradient=TensorGradient.SHARDED) for dim in (0, 1)
         )

@@ -6,7 +6,7 @@ Legend: T tokens of this rank, K experts per token, R rows sent, M rows computed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from lightning_moefold.modules.balance import Routing
 from lightning_moefold.modules.base import Linear, ParallelRoot
 from lightning_moefold.modules.experts.experts import Experts, RoutedExperts
 from lightning_moefold.modules.experts.module_experts import ModuleExperts
+from lightning_moefold.modules.experts.packed import PackedExperts
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.recompute import counted_once, is_recomputing
 from lightning_moefold.modules.routers import Router, RouterOptions, RouterOutput, RouterSpec, make_router
@@ -40,7 +41,8 @@ class MoELayer(ParallelRoot):
         hidden_size: Size of hidden states, D.
         num_experts: Number of experts, E.
         top_k: Number of experts per token.
-        ffn_hidden_size: Width of each gated expert.
+        ffn_hidden_size: Width of each gated expert, or the widths of all of them, which may differ and be 0
+            (:class:`~.experts.packed.PackedExperts`).
         expert: Function that makes one expert, instead of gated experts: any module from ``[rows, D]`` to ``[rows, D]``
             (:class:`~.module_experts.ModuleExperts`).
         router: The router that chooses experts: :class:`~.routers.RouterOptions`, the name of a registered router, a
@@ -70,7 +72,7 @@ class MoELayer(ParallelRoot):
         hidden_size: int,
         num_experts: int,
         top_k: int,
-        ffn_hidden_size: int | None = None,
+        ffn_hidden_size: int | Sequence[int] | None = None,
         *,
         expert: Callable[[], nn.Module] | None = None,
         router: RouterSpec | Callable[[int, int, int], Router] = RouterOptions(),
@@ -89,12 +91,16 @@ class MoELayer(ParallelRoot):
         make = router if callable(router) else partial(make_router, router)
         self.gate = make(hidden_size, num_experts, top_k)
         self.experts: RoutedExperts
-        if ffn_hidden_size is not None:
+        packed = isinstance(ffn_hidden_size, Sequence)
+        if isinstance(ffn_hidden_size, Sequence):
+            self.experts = PackedExperts(hidden_size, ffn_hidden_size, activation)
+            self.experts.check_number(num_experts)
+        elif ffn_hidden_size is not None:
             self.experts = Experts(hidden_size, num_experts, ffn_hidden_size, activation)
         elif expert is not None:
             self.experts = ModuleExperts(expert, num_experts)
         self.shared_expert = (
-            GatedMLP(hidden_size, shared_ffn_hidden_size, activation) if shared_ffn_hidden_size else None
+            GatedMLP(hidden_size, shared_ffn_hidden_size, activation, uneven=packed) if shared_ffn_hidden_size else None
         )
         self.shared_expert_gate = Linear(hidden_size, 1) if shared_ffn_hidden_size and shared_gate else None
         self.dispatch = dispatch

@@ -19,6 +19,7 @@ from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.experts import Experts
+from lightning_moefold.modules.experts.packed import PackedExperts
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.parallel.compiling import compilable_layers, compile_layers
 from lightning_moefold.parallel.network.protocol import layered_networks
@@ -50,6 +51,8 @@ def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device:
         experts.check_kernel(
             settings.expert_kernel, mesh.fold, settings.sharding.mixed_dtype or experts.gate_proj.dtype, device
         )
+    for packed in (m for m in module.modules() if isinstance(m, PackedExperts)):
+        packed.check_kernel(settings.expert_kernel)
     earlier = [part.settings for part in parts_of(module) if part.mesh is not None]
     _tell(module, settings)
     if any(before.dispatch != settings.dispatch for before in earlier):

@@ -40,9 +40,11 @@ class RoutedExperts(ParallelModule):
 
     Attributes:
         copy_bytes: That a copy of one of them took in the latest pass that planned copies, its gradient included.
+        plan: What the plans of all their parameters have in common.
     """
 
     copy_bytes: int = 0
+    plan: ParameterPlan = ParameterPlan(Family.EXPERT)
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -79,6 +81,10 @@ class RoutedExperts(ParallelModule):
             chunk: Which of the parcels this is; the same experts in every step.
         """
 
+    def split(self, stack: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """Cuts one of :meth:`stacks` into parts with these numbers of experts."""
+        return split_stack(stack, sizes)
+
     def compiles(self, x_AD: Tensor) -> bool:
         """Whether :meth:`compute` is one graph for all counts of rows; if not, compiled layers leave it as it is."""
         return False
@@ -100,7 +106,7 @@ class RoutedExperts(ParallelModule):
         if plan is not None and torch.is_grad_enabled():
             self.copy_bytes = bytes_of_copy(stacks)
         stacks, borrowed = lend(stacks, plan, dispatcher.ep)
-        chunks = list(zip(*(split_stack(stack, sizes) for stack in stacks), strict=True))
+        chunks = list(zip(*(self.split(stack, sizes) for stack in stacks), strict=True))
         returns, arriving = [], parcels[0]
         for number in range(len(parcels)):
             parcel = arriving

@@ -67,6 +67,10 @@ class Job:
     copies_per_rank: int = 0
 
     def __post_init__(self) -> None:
+        if self.model.is_packed:
+            raise PlanError(
+                "the planner does not know experts of uneven widths; plan the model that was pruned, and give its fold."
+            )
         for name in ("world_size", "global_batch_size", "sequence_length", "dispatch_chunks"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name}={getattr(self, name)} must be at least 1.")
