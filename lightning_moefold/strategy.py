@@ -65,7 +65,7 @@ from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.experts import cpu_cache
 from lightning_moefold.modules.experts.kernels import ExpertKernel
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
@@ -132,7 +132,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
         recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
-            input, ``"selective"`` those of attention; None to keep all.
+            input, ``"selective"`` those of attention, or a list of parts: ``"norm"``, ``"attention"``,
+            ``"expert_activation"``, ``"moe"``, ``"mlp"``; None to keep all.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.attention.context.choose_exchange`).
         calculate_per_token_loss: Divide the language-model loss of accumulated batches by the labels of the whole optimizer

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from lightning_moefold.modules.attention import Attention
 from lightning_moefold.modules.base import ParallelRoot
+from lightning_moefold.modules.dropped import DroppedTensors, dropped
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.norm import RMSNorm
-from lightning_moefold.modules.recompute import Recompute, recomputed
+from lightning_moefold.modules.recompute import recomputed
+from lightning_moefold.modules.recompute_parts import LAYER, Recompute, half_is_recomputed, recompute_parts
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.modules.standalone import run_standalone
 
@@ -39,9 +41,11 @@ class DecoderLayer(ParallelRoot):
         norm_eps: Epsilon of both norms.
 
     Attributes:
-        recompute: The part that is recomputed in backward instead of keeping activations: ``"full"`` for the whole
-            layer, ``"selective"`` for its attention half (the other half communicates, and experts recompute their
-            activations anyway), None for nothing.
+        recompute: The parts that are recomputed in backward instead of keeping activations: ``"full"`` for the whole
+            layer; ``"selective"`` for ``["attention"]``, its attention half (the other half communicates, and experts
+            recompute their activations anyway); a list of parts; None for nothing. ``"moe"`` and ``"mlp"`` are the
+            other half of a layer with experts, and of a dense one; ``"norm"`` is what the norms make for the halves
+            that are not recomputed; ``"expert_activation"`` concerns the experts, which are told themselves.
     """
 
     recompute: Recompute | None = None
@@ -70,9 +74,18 @@ class DecoderLayer(ParallelRoot):
         halves = self._halves(hidden, batch)
         if self.recompute is None or not torch.is_grad_enabled():
             return halves.whole(hidden, batch)
-        if self.recompute == "full":
+        parts = recompute_parts(self.recompute)
+        if LAYER in parts:
             return recomputed(halves.whole, hidden, batch)
-        return halves.feed(recomputed(halves.attend, hidden, batch), batch)
+        kept = self._without_norms if "norm" in parts else _called
+        attend = recomputed if "attention" in parts else kept
+        feed = recomputed if half_is_recomputed(parts, isinstance(self.mlp, MoELayer)) else kept
+        return feed(halves.feed, attend(halves.attend, hidden, batch), batch)
+
+    def _without_norms(self, half: Callable[..., Any], hidden: Tensor, batch: SequenceBatch) -> Any:
+        """Calls a half of the layer, of which the output of the norm is not kept."""
+        with DroppedTensors():
+            return half(hidden, batch)
 
     def compile(self, *args: Any, fullgraph: bool = False, **kwargs: Any) -> None:
         """Compiles the layer in place: names of parameters, checkpoints and hooks do not change.
@@ -119,11 +132,15 @@ class DecoderLayer(ParallelRoot):
         return self._feed(self._attend(hidden, batch), batch)
 
     def _attend(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
-        return hidden + self.self_attn(self.input_layernorm(hidden), batch)
+        return hidden + self.self_attn(dropped(self.input_layernorm, hidden), batch)
 
     def _feed(self, hidden: Tensor, batch: SequenceBatch) -> Output:
-        output = self.mlp(self.post_attention_layernorm(hidden), batch)
+        output = self.mlp(dropped(self.post_attention_layernorm, hidden), batch)
         if not isinstance(output, tuple):
             return hidden + output
         change, routing_SE = output
         return hidden + change, routing_SE
+
+
+def _called(half: Callable[..., Any], hidden: Tensor, batch: SequenceBatch) -> Any:
+    return half(hidden, batch)

@@ -21,6 +21,7 @@ from lightning_moefold.modules.attention.blockwise import Visibility
 from lightning_moefold.modules.attention.context import ContextLayout
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
+from lightning_moefold.modules.dropped import also_dropped
 
 
 class SequenceBatch:
@@ -107,7 +108,7 @@ class SequenceBatch:
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """Gathers all tokens of the tp group, ``[T, D] -> [N, D]``; backward sums the gradients of the ranks."""
-        return self._cut(comm.all_gather(x_TD, self.tp))
+        return also_dropped(self._cut(comm.all_gather(x_TD, self.tp)), x_TD, self.gather)
 
     def enter(self, x_ND: Tensor) -> Tensor:
         """Takes this rank's tokens of those that every tp rank has, ``[N, D] -> [T, D]``; backward gathers the gradients."""

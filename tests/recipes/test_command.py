@@ -193,7 +193,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "dispatch_chunks": (2, 2),
     "node_size": (2, 2),
     "expert_kernel": ("loop", "loop"),
-    "recompute": ("full", "full"),
+    "recompute": (["moe", "attention"], ["moe", "attention"]),
     "context_parallel_exchange": ("ring", "ring"),
     "data_parallel_sharding": ("full", "full"),
     "drop_policy": ("position", "position"),
