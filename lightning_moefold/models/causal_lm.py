@@ -316,6 +316,7 @@ class MoECausalLM(AdaptedModel):
             batch = stand_in(self.config, axes, self.num_microbatches, input_ids.device, error)
             cache = None
         batch.sequence.cache, batch.sequence.call = cache, self.next_call()
+        batch.sequence.adapter_call = self.next_adapter_call()
         batch.last_only = last_logits or cache is not None
         with torch.autocast(input_ids.device.type, enabled=False):
             x_ND = batch.sequence.gather(self.model(batch))
@@ -351,6 +352,11 @@ class MoECausalLM(AdaptedModel):
     def next_call(self) -> Tensor | None:
         """Returns the number of this call for routers with noise, the same for all micro-batches; None if no router has noise."""
         return next((call for call in [layer.gate.next_call() for layer in self.moe_layers().values()]), None)
+
+    def next_adapter_call(self) -> Tensor | None:
+        """Returns the number of this call for the dropout of an adapter; None if there is none."""
+        layers = [layer for layer in self.model.layers.values() if isinstance(layer, DecoderLayer)]
+        return next((call for call in [layer.next_adapter_call() for layer in layers] if call is not None), None)
 
     def whole_logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
         """Logits of whole rows, ``[B, S, V]``, on every rank of a data replica; cp ranks' gradients are summed.

@@ -46,9 +46,13 @@ class DecoderLayer(ParallelRoot):
             recompute their activations anyway); a list of parts; None for nothing. ``"moe"`` and ``"mlp"`` are the
             other half of a layer with experts, and of a dense one; ``"norm"`` is what the norms make for the halves
             that are not recomputed; ``"expert_activation"`` concerns the experts, which are told themselves.
+        counts_adapter_calls: Whether the layer counts training calls (``adapter_call``, int64 scalar), for the dropout of an
+            adapter.
     """
 
     recompute: Recompute | None = None
+    adapter_call: Tensor
+    counts_adapter_calls: bool = False
     _compiled: _Halves | None = None
     _broken: _Halves | None = None  # compiled for batches whose attention breaks the graph
 
@@ -86,6 +90,20 @@ class DecoderLayer(ParallelRoot):
         """Calls a half of the layer, of which the output of the norm is not kept."""
         with DroppedTensors():
             return half(hidden, batch)
+
+    def count_adapter_calls(self) -> None:
+        """Counts training calls from now on, in a buffer: dropout of an adapter differs from call to call."""
+        device, self.counts_adapter_calls = self.input_layernorm.weight.device, True
+        self.register_buffer("adapter_call", torch.zeros((), dtype=torch.int64, device=device))
+
+    def next_adapter_call(self) -> Tensor | None:
+        """Returns the number of this training call, if it is counted; it advances in each call with gradients."""
+        if not self.counts_adapter_calls or not self.training:
+            return None
+        number = self.adapter_call.clone()
+        if torch.is_grad_enabled():
+            self.adapter_call += 1
+        return number
 
     def compile(self, *args: Any, fullgraph: bool = False, **kwargs: Any) -> None:
         """Compiles the layer in place: names of parameters, checkpoints and hooks do not change.

@@ -69,7 +69,9 @@ def test_products_of_a_step(model: MoECausalLM, what: str, recompute: Any, monke
         loss = model(ids, labels=ids).loss
         loss.backward()
     model.zero_grad()
-    per_token = 3 * config.forward_flops_per_token(LENGTH) - Savings(config, frozen, recompute_parts(recompute)).per_token(LENGTH)
+    per_token = 3 * config.forward_flops_per_token(LENGTH) - Savings(
+        config, frozen, recompute_parts(recompute)
+    ).per_token(LENGTH)
     head = 2 * config.vocab_size * config.hidden_size
     head *= 3 - ("lm_head.weight" in frozen) - (what == "everything but the head")
     unlabelled = 3 * head  # the last token of each row has no label, and skips the head

@@ -216,8 +216,9 @@ class StagedLanguageModel(Staged[LanguageCall]):
         call.scale = call.factors.lm / call.factors.routers / call.labels
         sequences = [batch.sequence for batch in batches]
         groups, turn = max(s.num_groups for s in sequences), self.module.next_call()
+        adapter_turn = self.module.next_adapter_call()
         for sequence in sequences:
-            sequence.num_groups, sequence.call = groups, turn
+            sequence.num_groups, sequence.call, sequence.adapter_call = groups, turn, adapter_turn
         call.lengths = [(s.tokens + s.padding) // s.tp.size for s in sequences]
         call.wires = (Wire((max(call.lengths), config.hidden_size), self._dtype),)
         if sequences[0].wants_routing:
