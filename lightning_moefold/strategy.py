@@ -559,7 +559,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         with spare_parameters(self._modules()):
             super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            run_on_pieces(optimizer)
+            run_on_pieces(optimizer, self.registry.names)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
