@@ -135,8 +135,8 @@ class Muon(Optimizer):
         name = self._names.get(id(parameter))
         if name is None:
             raise InputError(
-                f"Muon does not know the name of a parameter of shape {list(parameter.shape)}, and so not whether it is an embedding, "
-                "a head or a router; give it module.named_parameters()."
+                f"Muon does not know the name of a parameter of shape {list(parameter.shape)}, and so not whether it is an "
+                "embedding, a head or a router; give it module.named_parameters()."
             )
         if any(fnmatchcase(f".{name}", pattern) for pattern in self._patterns):
             return None
