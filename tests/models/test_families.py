@@ -25,6 +25,7 @@ TOKENS = torch.randint(96, (2, 9), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(autouse=True)
 def nothing_stays() -> Iterator[None]:
+    _REGISTERED.clear()
     yield
     _REGISTERED.clear()
 
