@@ -134,6 +134,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
             input, ``"selective"`` those of attention, or a list of parts: ``"norm"``, ``"attention"``,
             ``"expert_activation"``, ``"moe"``, ``"mlp"``; None to keep all.
+        offload_activations: Keep in host memory, from forward to backward, what decoder layers keep. Nothing on CPU.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.attention.context.choose_exchange`).
         calculate_per_token_loss: Divide the language-model loss of accumulated batches by the labels of the whole optimizer
@@ -186,6 +187,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         expert_kernel: ExpertKernel = "auto",
         data_parallel_sharding: ShardingMode = "optimizer",
         recompute: Recompute | None = None,
+        offload_activations: bool = False,
         context_parallel_exchange: Exchange = "auto",
         calculate_per_token_loss: bool | None = None,
         sequence_parallel: bool | None = None,
@@ -221,6 +223,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             recompute,
             context_parallel_exchange,
             COMPILER if compile else None,
+            offload_activations,
         )
         self._microbatches_given = num_microbatches is not None
         self._sizes, self._fold_text = sizes, fold if isinstance(fold, str) or fold is None else tuple(fold)

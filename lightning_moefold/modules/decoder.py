@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from lightning_moefold.modules.dropped import DroppedTensors, dropped
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.norm import RMSNorm
+from lightning_moefold.modules.offload import OffloadedLayer
 from lightning_moefold.modules.recompute import recomputed
 from lightning_moefold.modules.recompute_parts import LAYER, Recompute, half_is_recomputed, recompute_parts
 from lightning_moefold.modules.sequence import SequenceBatch
@@ -46,11 +48,13 @@ class DecoderLayer(ParallelRoot):
             recompute their activations anyway); a list of parts; None for nothing. ``"moe"`` and ``"mlp"`` are the
             other half of a layer with experts, and of a dense one; ``"norm"`` is what the norms make for the halves
             that are not recomputed; ``"expert_activation"`` concerns the experts, which are told themselves.
+        offload: Whether what is kept for backward goes to host memory.
         counts_adapter_calls: Whether the layer counts training calls (``adapter_call``, int64 scalar), for the dropout of an
             adapter.
     """
 
     recompute: Recompute | None = None
+    offload: bool = False
     adapter_call: Tensor
     counts_adapter_calls: bool = False
     _compiled: _Halves | None = None
@@ -76,20 +80,26 @@ class DecoderLayer(ParallelRoot):
         if batch is None:
             return run_standalone(self, hidden, self.self_attn.batch_of(hidden, self.compute_dtype))
         halves = self._halves(hidden, batch)
-        if self.recompute is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return halves.whole(hidden, batch)
+        if not self.offload:
+            return self._run(halves, hidden, batch)
+        with OffloadedLayer(self, batch.offloaded) as batch.offloaded:
+            return self._run(halves, hidden, batch, batch.offloaded)
+
+    def _run(
+        self, halves: _Halves, hidden: Tensor, batch: SequenceBatch, offloaded: OffloadedLayer | None = None
+    ) -> Output:
+        """Runs the halves, each keeping for backward what :attr:`recompute` leaves."""
+        if self.recompute is None:
             return halves.whole(hidden, batch)
         parts = recompute_parts(self.recompute)
         if LAYER in parts:
             return recomputed(halves.whole, hidden, batch)
-        kept = self._without_norms if "norm" in parts else _called
+        kept = partial(_without_norms, offloaded) if "norm" in parts else _called
         attend = recomputed if "attention" in parts else kept
         feed = recomputed if half_is_recomputed(parts, isinstance(self.mlp, MoELayer)) else kept
         return feed(halves.feed, attend(halves.attend, hidden, batch), batch)
-
-    def _without_norms(self, half: Callable[..., Any], hidden: Tensor, batch: SequenceBatch) -> Any:
-        """Calls a half of the layer, of which the output of the norm is not kept."""
-        with DroppedTensors():
-            return half(hidden, batch)
 
     def count_adapter_calls(self) -> None:
         """Counts training calls from now on, in a buffer: dropout of an adapter differs from call to call."""
@@ -158,6 +168,14 @@ class DecoderLayer(ParallelRoot):
             return hidden + output
         change, routing_SE = output
         return hidden + change, routing_SE
+
+
+def _without_norms(
+    offloaded: OffloadedLayer | None, half: Callable[..., Any], hidden: Tensor, batch: SequenceBatch
+) -> Any:
+    """Calls a half of a layer, of which the output of the norm is not kept."""
+    with DroppedTensors(offloaded):
+        return half(hidden, batch)
 
 
 def _called(half: Callable[..., Any], hidden: Tensor, batch: SequenceBatch) -> Any:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lightning_moefold.modules.offload import OffloadedLayer, unpack
+
 
 class _Dropped:
     """A tensor that backward makes when it is first read, and lets go of when it was read as often as it was kept.
@@ -45,9 +47,13 @@ class DroppedTensors(AbstractContextManager["DroppedTensors"]):
     """Within this context, what autograd would keep of registered tensors is dropped.
 
     All ranks read a gathered tensor at the same place of backward, because no other collective is between the products that do.
+
+    Args:
+        others: Where the other tensors go; by default they stay as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, others: OffloadedLayer | None = None) -> None:
+        self._others = others
         self._by_storage: dict[int, tuple[Tensor, _Dropped]] = {}
 
     def __enter__(self) -> DroppedTensors:
@@ -85,7 +91,7 @@ class DroppedTensors(AbstractContextManager["DroppedTensors"]):
     def _pack(self, tensor: Tensor) -> Any:
         dropped = self.find(tensor)
         if dropped is None:
-            return tensor
+            return tensor if self._others is None else self._others.pack(tensor)
         dropped.kept += 1
         return dropped, tensor.size(), tensor.stride(), tensor.storage_offset()
 
@@ -96,8 +102,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
+    if isinstance(packed, Tensor) or not isinstance(packed[0], _Dropped):
+        return unpack(packed)
     dropped, *view = packed
     return dropped.read().as_strided(*view)
 

@@ -23,6 +23,7 @@ from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.dropped import also_dropped
 from lightning_moefold.modules.lora import Places
+from lightning_moefold.modules.offload import OffloadedLayer
 
 
 class SequenceBatch:
@@ -57,6 +58,7 @@ class SequenceBatch:
             are dealt.
         call: Number of the training call, for routers with noise.
         adapter_call: Number of the training call, from which the dropout of adapters is made; None without.
+        offloaded: What the latest layer has sent to host memory; None if activations stay.
         cache: Keys and values of earlier positions during generation; None otherwise.
     """
 
@@ -80,6 +82,7 @@ class SequenceBatch:
         self.row_numbers = range(rows)
         self.call: Tensor | None = None
         self.adapter_call: Tensor | None = None
+        self.offloaded: OffloadedLayer | None = None
         self.cache: KeyValueCache | None = None
         self._visibility: dict[int | None, Visibility] = {}
         self._places: tuple[Tensor, Tensor] | None = None

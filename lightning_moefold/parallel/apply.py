@@ -100,11 +100,15 @@ def check_settings(module: nn.Module, fold: Fold, settings: Settings) -> None:
 
 
 def check_recompute(module: nn.Module, settings: Settings) -> None:
-    """Checks that a language model has the layers whose parts are to be recomputed.
+    """Checks that there are the layers of which something is to be recomputed or to go to host memory.
 
     Raises:
         InputError: Naming the part.
     """
+    if settings.offload and not any(isinstance(part, DecoderLayer) for part in module.modules()):
+        raise InputError(
+            f"offload_activations=True moves what decoder layers keep, but {type(module).__name__} holds none; leave it out."
+        )
     parts = recompute_parts(settings.recompute)
     for config in (root.config for _, root in parallel_roots(module) if isinstance(root, MoECausalLM)):
         kinds = {"mlp": config.num_hidden_layers - config.num_moe_layers, "moe": config.num_moe_layers}
@@ -124,7 +128,7 @@ def tell(module: nn.Module, settings: Settings) -> None:
     again = "expert_activation" in parts and not half_is_recomputed(parts, moe=True)
     for part in module.modules():
         if isinstance(part, DecoderLayer):
-            part.recompute = settings.recompute
+            part.recompute, part.offload = settings.recompute, settings.offload
         elif isinstance(part, MoELayer):
             part.use_dispatch(settings.dispatch)
         elif isinstance(part, RoutedExperts):

@@ -73,6 +73,7 @@ class Settings:
         recompute: What decoder layers compute again in backward: None, ``"selective"``, ``"full"``, or a list of parts.
         exchange: How attention works over cp.
         compiler: Back end of :func:`torch.compile` for decoder layers; None to leave them as they are.
+        offload: Whether what decoder layers keep for backward goes to host memory.
 
     Raises:
         InputError: For a value that is not known.
@@ -86,6 +87,7 @@ class Settings:
     recompute: Recompute | None = None
     exchange: Exchange = "auto"
     compiler: str | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.num_microbatches < 1:
@@ -95,6 +97,7 @@ class Settings:
             raise InputError(
                 "recompute names 'norm', which a compiled layer cannot drop by itself; leave it out, or use compile=False."
             )
+        check_choice("offload_activations", self.offload, (False, True))
         check_choice("context_parallel_exchange", self.exchange, EXCHANGES)
 
     @property

@@ -194,6 +194,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "node_size": (2, 2),
     "expert_kernel": ("loop", "loop"),
     "recompute": (["moe", "attention"], ["moe", "attention"]),
+    "offload_activations": (True, True),
     "context_parallel_exchange": ("ring", "ring"),
     "data_parallel_sharding": ("full", "full"),
     "drop_policy": ("position", "position"),
