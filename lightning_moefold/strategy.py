@@ -125,15 +125,13 @@ class MoEFoldStrategy(SharedCheckpoints):
             not given.
         expert_copies: Copies of busy experts on other ranks of ep, made anew in each pass
             (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. For ``"alltoall"``, without padding.
-        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, all at
-            once with products in FP8 but for the weights' gradient, or ``"transformer_engine"``, all at once and, inside its
-            ``autocast``, in FP8. ``"auto"`` is a loop on CPU; on CUDA it is ``grouped_mm`` for bfloat16 on Hopper and newer,
-            where it never waits for the device, else a loop.
+        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, so with
+            products in FP8 but for the weights' gradient, or ``"transformer_engine"``, so and, inside its ``autocast``, in FP8.
+            ``"auto"`` is a loop, but on CUDA from Hopper on, where it never waits for the device, ``grouped_mm`` for bfloat16.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
-        recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
-            input, ``"selective"`` those of attention, or a list of parts: ``"norm"``, ``"attention"``,
-            ``"expert_activation"``, ``"moe"``, ``"mlp"``; None to keep all.
+        recompute: Activations that decoder layers make again in backward: ``"full"`` all but a layer's input, ``"selective"``
+            those of attention, or a list of ``"norm"``, ``"attention"``, ``"expert_activation"``, ``"moe"``, ``"mlp"``.
         offload_activations: Keep in host memory, from forward to backward, what decoder layers keep. Nothing on CPU.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.attention.context.choose_exchange`).
