@@ -69,6 +69,7 @@ from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
+from lightning_moefold.optim.state_offload import bring_state
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Settings, Sharding, parallelize
 from lightning_moefold.parallel.apply import check_settings, parts_of
 from lightning_moefold.parallel.compiling import COMPILER, has_compiler
@@ -724,6 +725,8 @@ class MoEFoldStrategy(SharedCheckpoints):
                 "experts move between two optimizer steps, and gradients of accumulated batches wait for the next one; call "
                 "move_experts after the step."
             )
+        for optimizer in self.optimizers:
+            bring_state(optimizer)
         return move_experts(self.registry, self.optimizers, placements)
 
     @property

@@ -179,7 +179,7 @@ def test_what_autograd_keeps_of_a_layer(family, dtype, precision):
     for recompute in RECOMPUTES:
         one, two = (saved_bytes(config, dtype, 2, 256, parse_recompute(recompute)) for config in configs)
         predicted, _, _ = costs(configs[0], precision).memory._saved(1, 1, 1, 1, 2, recompute, "alltoall")
-        assert predicted == pytest.approx(two - one, rel=0.025), recompute
+        assert predicted == pytest.approx(two - one, rel=0.025, abs=20_000), recompute
 
 
 @pytest.mark.filterwarnings("ignore:router_aux_loss_coef")
@@ -189,4 +189,4 @@ def test_what_autograd_keeps_of_a_dense_layer():
     for recompute in ("none", "norm", "mlp", "norm,mlp"):
         one, two = (saved_bytes(config, torch.bfloat16, 2, 256, parse_recompute(recompute)) for config in configs)
         _, predicted, _ = costs(configs[1], "bf16-true").memory._saved(1, 1, 1, 1, 2, recompute, "alltoall")
-        assert predicted == pytest.approx(two - one, rel=0.025), recompute
+        assert predicted == pytest.approx(two - one, rel=0.025, abs=20_000), recompute
