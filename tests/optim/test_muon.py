@@ -50,6 +50,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("muon")
+
+
 @pytest.mark.parametrize(
     ("fold", "factors"), quick(CASES, CASES[0], CASES[1]), ids=[fold or "dp4" for fold, _ in CASES]
 )
