@@ -21,6 +21,11 @@ from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.cli.terminal import peers_end_too, quiet
 from lightning_moefold.recipes import PreferenceData, PreferenceModule
 
+#: A prompt and its answer as text; the tags say which part is an answer.
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}user: {{ message.content }}\nassistant: {% endif %}{% endfor %}"
+)
 THINGS = ("the door", "a window", "my book", "the lamp", "this box", "a letter", "the gate", "our table")
 ACTS = ("open", "close", "move", "find", "clean")
 
@@ -31,6 +36,7 @@ def prepare(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     demo_data.write_demo_checkpoint(folder / "base", vocab_size=1024, num_hidden_layers=2)
+    (folder / "base" / "chat_template.jinja").write_text(TEMPLATE)
     with (folder / "pairs.jsonl").open("w") as file:
         for number in range(320):
             what = f"{ACTS[number % 5]} {THINGS[number // 5 % 8]}"

@@ -3,7 +3,7 @@
     python examples/lora.py --devices 2 --fold "tp2 | ep2"
 
 Makes a small model with random weights and conversations about numbers, trains an adapter of attention and of every expert
-on the assistant's turns, writes it in PEFT's format, and lets the model answer. The base stays as it is.
+on the assistant's turns, and writes it in PEFT's format. The base stays as it is.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_moefold import MoEFoldStrategy
-from lightning_moefold.checkpoint.tokenizers import load_tokenizer
 from lightning_moefold.cli.terminal import peers_end_too, quiet
-from lightning_moefold.models.texts import continue_texts
 from lightning_moefold.recipes import FineTuneModule, TextData
 
 #: Conversations as text; the tags say which part is trained on.
@@ -99,11 +97,8 @@ def main() -> None:
     with peers_end_too(trainer):
         trainer.fit(module, data)
         module.model.save_adapter(args.output / "adapter")
-        question = "user: What comes after four?\nassistant: "
-        [answer] = continue_texts(module.model, [question], lambda: load_tokenizer(Path(base)), max_new_tokens=12)
     if trainer.is_global_zero:
         print(f"train/loss {losses.values[0]:.3f} -> {sum(losses.values[-5:]) / 5:.3f}")
-        print(f"What comes after four? {answer.strip()}")
         print(
             f"the adapter is in {args.output / 'adapter'}: moefold merge --checkpoint {base} --adapter ... --output ..."
         )
