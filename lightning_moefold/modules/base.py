@@ -211,7 +211,8 @@ class Linear(nn.Module):
 
 def placed(part: nn.Module, places: Places) -> dict[str, Any]:
     """Returns the arguments that say to a :class:`Linear` where its tokens are, if it drops inputs now."""
-    return {"places": places} if part.training and getattr(part, "lora_dropout", 0.0) else {}
+    dropout: Any = getattr(part, "lora_dropout", None)
+    return {"places": places} if part.training and dropout else {}
 
 
 def row_plans(part: nn.Module, name: str, plan: ParameterPlan) -> dict[str, ParameterPlan]:

@@ -96,9 +96,9 @@ class DecoderLayer(ParallelRoot):
         parts = recompute_parts(self.recompute)
         if LAYER in parts:
             return recomputed(halves.whole, hidden, batch)
-        kept = partial(_without_norms, offloaded) if "norm" in parts else _called
-        attend = recomputed if "attention" in parts else kept
-        feed = recomputed if half_is_recomputed(parts, isinstance(self.mlp, MoELayer)) else kept
+        kept: Callable[..., Any] = partial(_without_norms, offloaded) if "norm" in parts else _called
+        attend: Callable[..., Any] = recomputed if "attention" in parts else kept
+        feed: Callable[..., Any] = recomputed if half_is_recomputed(parts, isinstance(self.mlp, MoELayer)) else kept
         return feed(halves.feed, attend(halves.attend, hidden, batch), batch)
 
     def count_adapter_calls(self) -> None:

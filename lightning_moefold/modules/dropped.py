@@ -28,7 +28,8 @@ class _Dropped:
     """
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
-        self._make, self._value, self._reads = make, None, 0
+        self._make, self._reads = make, 0
+        self._value: Tensor | None = None
         self.kept = 0
 
     def get(self) -> Tensor:

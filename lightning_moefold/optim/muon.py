@@ -194,7 +194,7 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    product = torch.addmm if x.dim() == 2 else torch.baddbmm
+    product: Callable[..., Tensor] = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(steps):
         square = x @ x.mT
         x = product(x, product(square, square, square, beta=b, alpha=c), x, beta=a)

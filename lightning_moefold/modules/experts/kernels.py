@@ -280,7 +280,7 @@ class _Job:
         weights: Sequence[Tensor],
         z_cR: Tensor | None,
         adapter: Sequence[Tensor],
-        out: tuple[Tensor | None, Tensor | None] = (None, None),
+        out: Sequence[Tensor | None] = (None, None),
     ) -> list[Tensor]:
         """The two products of an expert before the activation, of its weights and its adapter, if it has one."""
         found = [torch.mm(x_cD, w.t(), out=o) for w, o in zip(weights, out, strict=True)]
@@ -336,9 +336,9 @@ class _ExpertByExpert(torch.autograd.Function):
         down_LDF: Tensor,
         *adapter: Tensor,
     ) -> Tensor:
-        gate_MF = up_MF = None
+        kept: list[Tensor | None] = [None, None]
         if not job.again:
-            gate_MF, up_MF = (FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2))
+            kept = [FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2)]
         z_MR = v_MR = None
         if adapter:
             z_MR, v_MR = (x_AD.new_empty(weight_M.shape[0], adapter[a].shape[1]) for a in (0, 3))
@@ -348,7 +348,7 @@ class _ExpertByExpert(torch.autograd.Function):
             weights, factors = [stack[expert] for stack in (gate_LFD, up_LFD)], [stack[expert] for stack in adapter]
             if z_MR is not None:
                 z_cR = torch.mm(x_cD, factors[0].t(), out=z_MR[rows])
-            out = (None, None) if gate_MF is None or up_MF is None else (gate_MF[rows], up_MF[rows])
+            out = [None if whole is None else whole[rows] for whole in kept]
             gate, up = job.gate_and_up(x_cD, weights, z_cR, factors, out)
             inner_cF = job.activation(gate).mul_(up)
             y_cD = inner_cF @ down_LDF[expert].t()
@@ -356,7 +356,7 @@ class _ExpertByExpert(torch.autograd.Function):
                 down_A, down_B = factors[3:]
                 y_cD.addmm_(torch.mm(inner_cF, down_A.t(), out=v_MR[rows]), down_B.t(), alpha=job.scale)
             job.add(total_AD, tokens, y_cD.mul_(weight_M[rows].unsqueeze(1)))
-        ctx.save_for_backward(x_AD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
+        ctx.save_for_backward(x_AD, weight_M, *kept, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
         ctx.job = job
         return total_AD.to(x_AD.dtype)
 

@@ -179,9 +179,9 @@ class MemoryModel:
         if LAYER in parts:
             most = max(experts if self.costs.num_moe else 0.0, dense)
             return layer, layer, live + attention + most
-        made = [attention] if "attention" in parts else [norm] if "norm" in parts else []
+        made: list[float] = [attention] if "attention" in parts else [norm] if "norm" in parts else []
         kept = layer if "attention" in parts else attention - norm * ("norm" in parts)
-        sizes = []
+        sizes: list[float] = []
         for half, all_of_it, of_norm in (("moe", experts, normed), ("mlp", dense, norm)):
             activation = 2 * gated if half == "moe" and "expert_activation" in parts else 0.0
             if half in parts:
