@@ -186,6 +186,7 @@ class WorkModel:
             return UNKNOWN, UNKNOWN
         config = self._model.config
         flops = BACKWARD_AND_FORWARD * config.forward_flops_per_token(length)
-        parts = recompute_parts(next(iter(self._model.model.layers.values())).recompute)  # the same for all layers
+        layer: Any = next(iter(self._model.model.layers.values()))  # all recompute the same
+        parts = recompute_parts(layer.recompute)
         hardware = flops - self._savings(frozen, parts).per_token(length)
         return flops - self._savings(frozen, frozenset()).per_token(length), hardware
