@@ -65,10 +65,11 @@ from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.experts import cpu_cache
 from lightning_moefold.modules.experts.kernels import ExpertKernel
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
+from lightning_moefold.optim.state_offload import bring_state
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Settings, Sharding, parallelize
 from lightning_moefold.parallel.apply import check_settings, parts_of
 from lightning_moefold.parallel.compiling import COMPILER, has_compiler
@@ -125,14 +126,14 @@ class MoEFoldStrategy(SharedCheckpoints):
             not given.
         expert_copies: Copies of busy experts on other ranks of ep, made anew in each pass
             (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. For ``"alltoall"``, without padding.
-        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, all at
-            once with products in FP8 but for the weights' gradient, or ``"transformer_engine"``, all at once and, inside its
-            ``autocast``, in FP8. ``"auto"`` is a loop on CPU; on CUDA it is ``grouped_mm`` for bfloat16 on Hopper and newer,
-            where it never waits for the device, else a loop.
+        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, so with
+            products in FP8 but for the weights' gradient, or ``"transformer_engine"``, so and, inside its ``autocast``, in FP8.
+            ``"auto"`` is a loop, but on CUDA from Hopper on, where it never waits for the device, ``grouped_mm`` for bfloat16.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
-        recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
-            input, ``"selective"`` those of attention; None to keep all.
+        recompute: Activations that decoder layers make again in backward: ``"full"`` all but a layer's input, ``"selective"``
+            those of attention, or a list of ``"norm"``, ``"attention"``, ``"expert_activation"``, ``"moe"``, ``"mlp"``.
+        offload_activations: Keep in host memory, from forward to backward, what decoder layers keep. Nothing on CPU.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.attention.context.choose_exchange`).
         calculate_per_token_loss: Divide the language-model loss of accumulated batches by the labels of the whole optimizer
@@ -185,6 +186,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         expert_kernel: ExpertKernel = "auto",
         data_parallel_sharding: ShardingMode = "optimizer",
         recompute: Recompute | None = None,
+        offload_activations: bool = False,
         context_parallel_exchange: Exchange = "auto",
         calculate_per_token_loss: bool | None = None,
         sequence_parallel: bool | None = None,
@@ -220,6 +222,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             recompute,
             context_parallel_exchange,
             COMPILER if compile else None,
+            offload_activations,
         )
         self._microbatches_given = num_microbatches is not None
         self._sizes, self._fold_text = sizes, fold if isinstance(fold, str) or fold is None else tuple(fold)
@@ -558,7 +561,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         with spare_parameters(self._modules()):
             super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            run_on_pieces(optimizer)
+            run_on_pieces(optimizer, self.registry.names)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -722,6 +725,8 @@ class MoEFoldStrategy(SharedCheckpoints):
                 "experts move between two optimizer steps, and gradients of accumulated batches wait for the next one; call "
                 "move_experts after the step."
             )
+        for optimizer in self.optimizers:
+            bring_state(optimizer)
         return move_experts(self.registry, self.optimizers, placements)
 
     @property

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moefold.adapters.files import CONFIG, TENSORS
-from lightning_moefold.adapters.layout import FUSED, MIXTRAL, PREFIX, fuse, separate
+from lightning_moefold.adapters.layout import FUSED, MIXTRAL, PREFIX, fuse, separate, stored_leaf
 from lightning_moefold.checkpoint.hf_writer import (
     OutputTensor,
     draft_beside,
@@ -83,7 +83,7 @@ def _as_stored(whole: Mapping[str, Tensor], separate_names: Mapping[str, str] | 
         if leaf in FUSED:
             experts.setdefault(owner, {})[leaf] = tensor
         else:
-            stored[f"{PREFIX}{name}.weight"] = tensor
+            stored[f"{PREFIX}{owner}.{stored_leaf(leaf)}"] = tensor
     for owner, parts in experts.items():
         place = f"{PREFIX}{owner}"
         stored |= fuse(place, parts) if separate_names is None else separate(place, parts, dict(separate_names))

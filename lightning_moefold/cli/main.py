@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "camera": Command("find the micro-experts that matter, and prune the others", "lightning_moefold.cli.camera"),
     "eval": Command("run tasks of lm-eval on a checkpoint", "lightning_moefold.cli.evaluate"),
     "export": Command("write a checkpoint of a run as a Hugging Face directory", "lightning_moefold.cli.export"),
+    "generate": Command("continue the prompts of a file", "lightning_moefold.cli.generate"),
     "merge": Command("add an adapter to the weights of its model", "lightning_moefold.cli.merge"),
     "plan": Command("rank the folds of a model on a machine", "lightning_moefold.cli.plan"),
     "plot": Command("draw the loss, speed, memory and expert load of a run", "lightning_moefold.cli.plot"),

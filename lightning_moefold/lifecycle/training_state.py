@@ -37,6 +37,7 @@ from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.lifecycle import adapter_runs
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
+from lightning_moefold.optim.state_offload import bring_state
 from lightning_moefold.parallel import local_part
 from lightning_moefold.parallel.gradients import like
 from lightning_moefold.parallel.migration import move_experts
@@ -53,6 +54,7 @@ def optimizer_state(optimizer: Optimizer | LightningOptimizer, registry: Paramet
         CheckpointError: If the optimizer holds a parameter that the module does not have.
     """
     optimizer = _unwrap(optimizer)
+    bring_state(optimizer)
     names = _names(optimizer, registry)
     state = {names[id(p)]: dict(values) for p, values in optimizer.state.items()}
     return {"state": state, "param_groups": _groups(optimizer, names)}

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.errors import ConfigError
+from lightning_moefold.models.families import FAMILIES
 from lightning_moefold.models.fields import (
     ABOVE_ZERO,
     BOOLEAN,
@@ -30,7 +31,6 @@ from lightning_moefold.models.fields import (
 )
 from lightning_moefold.modules.routers.options import RouterOptions
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 AuxLoss = Literal["huggingface", "microbatch", "sequence", "global_batch"]
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
@@ -119,6 +119,8 @@ class MoEConfig:
             have the width ``moe_intermediate_size``.
         packed_shared_widths: Width of each layer's shared expert in a packed model.
         dtype: Data type of the stored weights, as a name such as ``"bfloat16"``; None if the file does not say.
+        family: The family under whose names it is read and written, if it is one that
+            :func:`~.families.register_family` has registered on top of ``model_type``.
         raw: The configuration dictionary as read, without overrides; :func:`~.hf_config.written_config` returns what is
             written.
     """
@@ -157,6 +159,7 @@ class MoEConfig:
     packed_widths: tuple[tuple[int, ...], ...] = ()
     packed_shared_widths: tuple[int, ...] = ()
     dtype: str | None = None
+    family: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

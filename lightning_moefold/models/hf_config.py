@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_moefold.errors import ConfigError
 from lightning_moefold.models import rope
-from lightning_moefold.models.config import FAMILIES, NEUTRAL, MoEConfig
+from lightning_moefold.models.config import NEUTRAL, MoEConfig
+from lightning_moefold.models.families import FAMILIES, known_families, registered_family
 from lightning_moefold.models.fields import (
     BOOLEAN,
     COUNT,
@@ -47,9 +48,12 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
         config, unknown = read_hf_config(plain, overrides)
         return replace(config, **widths), unknown
     family = overrides.get("model_type", raw.get("model_type"))
+    if (registered := registered_family(family)) is not None:
+        config, unknown = read_hf_config(registered.to_base(raw), registered.overrides_to_base(overrides))
+        return replace(config, family=family, raw=dict(raw)), unknown
     if family not in FAMILIES:
         raise ConfigError(
-            f"model_type={family!r} is not supported; the supported architectures are {', '.join(FAMILIES)}."
+            f"model_type={family!r} is not supported; the supported architectures are {', '.join(known_families())}."
         )
     reader = FieldReader(_override(raw, overrides, family), family)
     reader.seen.add("model_type")
@@ -228,6 +232,9 @@ def written_config(config: MoEConfig) -> dict[str, Any]:
     """
     if config.is_packed:
         return join_packed(config, written_config(replace(config, packed_widths=(), packed_shared_widths=())))
+    if (registered := registered_family(config.family)) is not None:
+        written = written_config(replace(config, family=None, raw=registered.to_base(config.raw)))
+        return registered.from_base(written, config.raw)
     now = to_hf_config(config)
     kept = NEUTRAL.union(_OF_CALLS) - {"dtype", "torch_dtype"}
     neutral = {name: value for name, value in config.raw.items() if name in kept}

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from lightning_moefold.fold import Fold
 from lightning_moefold.kernels import gated
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, chunk_split, even_split
-from lightning_moefold.modules.base import Linear, ParallelRoot, column_plans, row_plans
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules.base import Linear, ParallelRoot, column_plans, placed, row_plans
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.modules.standalone import run_standalone
 
@@ -45,6 +46,12 @@ class GatedMLP(ParallelRoot):
         self.up_proj = Linear(hidden_size, ffn_hidden_size)
         self.down_proj = Linear(ffn_hidden_size, hidden_size)
 
+    def bind(self, mesh: FoldedMesh) -> None:
+        """Receives the tensor parallel axis."""
+        super().bind(mesh)
+        if isinstance(self.down_proj, Linear):
+            self.down_proj.lora_inputs = self.tp
+
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Cuts rows of gate and up, and columns of down."""
         if not self.uneven:
@@ -76,7 +83,9 @@ class GatedMLP(ParallelRoot):
         if batch is None:
             return run_standalone(self, x)
         x_ND = batch.gather(x)
-        inner_NF = gated(self.activation, self.gate_proj(x_ND), self.up_proj(x_ND))
+        places = batch.all_tokens(x.device)
+        gate_NF, up_NF = (part(x_ND, **placed(part, places)) for part in (self.gate_proj, self.up_proj))
+        inner_NF = gated(self.activation, gate_NF, up_NF)
         if halfway is not None:
             halfway()
-        return batch.reduce_scatter(self.down_proj(inner_NF))
+        return batch.reduce_scatter(self.down_proj(inner_NF, **placed(self.down_proj, places)))

@@ -22,7 +22,7 @@ from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.balance import Routing
-from lightning_moefold.modules.base import Linear, ParallelRoot
+from lightning_moefold.modules.base import Linear, ParallelRoot, placed
 from lightning_moefold.modules.experts.experts import Experts, RoutedExperts
 from lightning_moefold.modules.experts.module_experts import ModuleExperts
 from lightning_moefold.modules.experts.packed import PackedExperts
@@ -310,7 +310,8 @@ class MoELayer(ParallelRoot):
             return None
         shared_TD = self.shared_expert(x_TD, batch, halfway)
         if self.shared_expert_gate is not None:
-            shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+            gate = self.shared_expert_gate
+            shared_TD = gate(x_TD, **placed(gate, batch.own_tokens(x_TD.device))).sigmoid() * shared_TD
         return shared_TD
 
     def _padded_capacity(self, tokens: int, batch: SequenceBatch) -> int | None:

@@ -24,7 +24,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"sliding_window": 5, "vocab_size": 97}),
     "qwen3": ("qwen3_moe", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
 }
-FOLDS = ["tp2 | ep4", "tp2 | etp2 ep2", "tp4 | ep4", "| ep2"]
+FOLDS = [
+    "tp2 | ep4",
+    "tp2 | etp2 ep2",
+    "tp4 | ep4",
+    "| ep2",
+    "cp2 | ep2 etp2",
+    "tp2 pp2 | etp2",
+    "cp2 pp2",
+    "pp2 | ep2",
+]
 
 
 @pytest.fixture(scope="module")

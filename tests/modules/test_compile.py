@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.modules import DecoderLayer
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.testing import make_batches, make_checkpoint
 from tests.quick import quick
 

@@ -12,7 +12,7 @@ from lightning_moefold.testing.pieces import assemble
 from tests.optim import jobs_optimizers
 from tests.quick import quick
 
-NAMES = ["groups with schedules", "some parameters", "adagrad", "nadam", "lion foreach"]
+NAMES = ["groups with schedules", "some parameters", "adagrad", "nadam", "lion foreach", "muon"]
 
 
 @pytest.fixture(scope="module")

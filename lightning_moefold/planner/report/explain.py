@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning_moefold.fold import expert_nodes
+from lightning_moefold.modules.recompute_parts import parse_recompute
 from lightning_moefold.planner.cost.cost import BOUNDS, Estimate
 from lightning_moefold.planner.cost.roofline import roofline
 from lightning_moefold.planner.cost.routing import PROFILES
@@ -93,7 +94,7 @@ def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
         ("pad_to_capacity", job.pad_to_capacity, False),
         ("dispatch_chunks", job.dispatch_chunks, 1),
         ("data_parallel_sharding", job.sharding, "optimizer"),
-        ("recompute", plan.recompute, "none"),
+        ("recompute", parse_recompute(plan.recompute), None),
     )
     return arguments | {name: value for name, value, default in optional if value != default}
 
