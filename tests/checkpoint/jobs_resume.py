@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
-from lightning_moefold.checkpoint import hf_writer, sharded
+from lightning_moefold.checkpoint import drafts, sharded
 from tests.strategy import finetune
 from tests.strategy.finetune import Report
 
@@ -50,18 +49,18 @@ def crash(path: str, fold: str, folder: str, where: str) -> tuple[str, list[str]
 
     undo: list[tuple[Any, str, Any]] = []
     if where == "data" and rank == last:
-        undo = [(dcp.FileSystemWriter, "write_data", fail)]
+        undo = [(sharded, "write_chunks", fail)]
     elif where == "meta" and rank == 0:
         undo = [(torch, "save", fail)]
     elif where == "finish" and rank == 0:
-        undo = [(dcp.FileSystemWriter, "finish", fail)]
+        undo = [(sharded, "write_list", fail)]
     elif where == "replace" and rank == 0:
-        undo = [(sharded, "replace_directory", fail)]
+        undo = [(sharded, "publish", fail)]
     elif where == "rename" and rank == 0:  # the second of two renames, where the system cannot exchange names
-        replace = hf_writer.os.replace
+        replace = drafts.os.replace
         undo = [
-            (hf_writer, "_exchange", lambda *_: False),
-            (hf_writer.os, "replace", lambda a, b: fail() if str(a).endswith(".tmp") else replace(a, b)),
+            (drafts, "_exchange", lambda *_: False),
+            (drafts.os, "replace", lambda a, b: fail() if str(a).endswith(".tmp") else replace(a, b)),
         ]
     saved = [(place, name, getattr(place, name)) for place, name, _ in undo]
     for place, name, value in undo:
