@@ -104,7 +104,7 @@ class HFCheckpoint:
                 return dict.fromkeys(file.keys(), _SINGLE)
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index ({type(error).__name__}: {error}).") from None
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index} has a weight_map that does not map names to files.")

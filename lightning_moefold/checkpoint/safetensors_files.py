@@ -66,6 +66,7 @@ class WritingThread:
         self._queue: queue.Queue[tuple[str, Tensor] | None] = queue.Queue()
         self._waiting, self._fewer = 0, threading.Condition()
         self._error: Exception | None = None
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="moefold writer", daemon=True)
         self._thread.start()
 
@@ -93,12 +94,14 @@ class WritingThread:
                 self._write(planned)
         except Exception as error:  # kept until all ranks can hear of it; peers still send their pieces meanwhile
             self._error = error
-        while self._next() is not None:
-            pass
+        while not self._ended:
+            self._next()
 
     def _next(self) -> tuple[str, Tensor] | None:
         item = self._queue.get()
-        if item is not None:
+        if item is None:
+            self._ended = True
+        else:
             with self._fewer:
                 self._waiting -= item[1].nbytes
                 self._fewer.notify()
@@ -109,7 +112,8 @@ class WritingThread:
             file.write(planned.header())
             for name in planned.tensors:
                 item = self._next()
-                assert item is not None
+                if item is None:
+                    raise InterruptedError(f"{planned.path.name} has not got all of its tensors")
                 assert item[0] == name
                 tensor = item[1]
                 if tensor.numel():
