@@ -24,6 +24,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -167,7 +168,7 @@ def _cache(folder: Path) -> None:
 def _read_cache(folder: Path) -> Mapping[str, Any]:
     rows, packing, _ = _text_data(folder)._rows("train")
     taken = rows.take(range(len(rows)))
-    return {"packing": packing, **{name: getattr(taken, name) for name in vars(taken)}}
+    return {"packing": packing, **taken._asdict()}
 
 
 def _trace(folder: Path) -> None:
@@ -185,7 +186,7 @@ def _trace(folder: Path) -> None:
 
 
 def _read_traces(folder: Path) -> Mapping[str, Any]:
-    return {name: repr(read_trace(folder / name).counts) for name in ("a.npz", "ids.npz", "b.json", "c.jsonl")}
+    return {name: pickle.dumps(read_trace(folder / name)) for name in ("a.npz", "ids.npz", "b.json", "c.jsonl")}
 
 
 READERS = {

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import uuid
 import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PosixPath, PurePosixPath
@@ -29,6 +28,7 @@ from lightning_moefold.checkpoint import stores
 from lightning_moefold.checkpoint.chunks import StoredChunks, TensorPiece, Written, write_chunks, write_list
 from lightning_moefold.checkpoint.drafts import draft_of, publish
 from lightning_moefold.checkpoint.reasons import in_one_sentence, reason_of
+from lightning_moefold.checkpoint.sums import check_archive
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.mesh import Axis
 
@@ -226,7 +226,7 @@ def load_meta(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a checkpoint of this strategy (it has no {META}).")
     try:
         content = stores.read(file)
-        _check_archive(content)
+        check_archive(io.BytesIO(content))
         with torch.serialization.safe_globals(list(_HARMLESS)):
             meta = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
@@ -234,17 +234,6 @@ def load_meta(path: str | Path) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise CheckpointError(f"{file} cannot be read: it holds a {type(meta).__name__} instead of a checkpoint.")
     return meta
-
-
-def _check_archive(content: bytes) -> None:
-    """Compares the CRC-32 of each part, which ``torch.save`` writes and ``torch.load`` does not look at."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"it is damaged ({error})") from None
-    if damaged is not None:
-        raise CheckpointError(f"it is damaged: {damaged} does not have its checksum")
 
 
 class StoredTensors(StoredChunks):

@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import json
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -118,3 +120,18 @@ def block_sums(tensor: Tensor, algorithm: str = ALGORITHM) -> list[str]:
 def bytes_of(tensor: Tensor) -> Any:
     """Returns the bytes of a contiguous tensor on the CPU, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def check_archive(file: Path | IO[bytes]) -> None:
+    """Compares the CRC-32 of each part of what ``torch.save`` has written, which ``torch.load`` does not look at.
+
+    Raises:
+        CheckpointError: If a part does not have its checksum, or it is no archive.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, OSError, EOFError, zlib.error) as error:
+        raise CheckpointError(f"it is damaged ({error})") from None
+    if damaged is not None:
+        raise CheckpointError(f"it is damaged: {damaged} does not have its checksum")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_moefold.checkpoint import sharded
+from lightning_moefold.checkpoint import drafts, sharded
 from lightning_moefold.lifecycle.background import BackgroundSaves
 from tests.checkpoint.jobs_stores import replaced
 from tests.strategy import finetune
@@ -98,3 +99,16 @@ def exit_early(path: str, folder: str) -> tuple[str, list[str]]:
 def no_copy() -> Any:
     """A bug to find: what is written is the state itself."""
     return replaced(BackgroundSaves, "_copy", lambda self, tensors: dict(tensors))
+
+
+def start_anew(path: str, folder: str) -> list[str]:
+    """A run where earlier ones were killed while saving, in its own directory and in that of an earlier version."""
+    run = finetune.make("", {"max_steps": 1, "default_root_dir": folder, "enable_checkpointing": True, "logger": True})
+    places = [Path(folder, "lightning_logs", f"version_{i}", "checkpoints") for i in (0, 1)]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / ".step=9.ckpt.0123abcd.tmp").mkdir()
+        (place / ".step=9.ckpt.0123abcd.tmp" / "__0_0.distcp").write_bytes(b"half")
+        (place / ".step=9.ckpt.0123abcd.lease").write_text(json.dumps(drafts._myself() | {"started": "1"}))
+    run.fit(finetune.Finetune(path))
+    return sorted(p.name for p in Path(folder, "lightning_logs").rglob("*") if p.name.startswith(".step"))

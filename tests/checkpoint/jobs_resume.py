@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_moefold.checkpoint import drafts, sharded
 from tests.strategy import finetune
@@ -84,3 +85,25 @@ def crash(path: str, fold: str, folder: str, where: str) -> tuple[str, list[str]
 def _tree(folder: Path) -> list[str]:
     dist.barrier()
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def save_two(path: str, fold: str, folder: str) -> None:
+    """Two steps, saved after the second."""
+    options = _plan(fold)
+    module = finetune.Finetune(path)
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2)
+    finetune.make(fold, {"max_steps": 2, "callbacks": [saver], "enable_checkpointing": True}, **options).fit(module)
+
+
+def load_only(path: str, folds: list[str], checkpoint: str) -> list[Report]:
+    """What each fold holds after loading, in training that has no step left to do."""
+    reports = []
+    for fold in folds:
+        module = finetune.Finetune(path)
+        finetune.make(fold, {"max_steps": 3}, **_plan(fold)).fit(module, ckpt_path=checkpoint)
+        reports.append(module.report)
+    return reports
+
+
+def _plan(fold: str) -> dict[str, Any]:
+    return {"num_microbatches": 2} if "pp" in fold else {}

@@ -73,3 +73,8 @@ def test_at_the_end_of_a_run(pool: RankPool, path: str, tmp_path: Path) -> None:
     [(said, left)] = pool.run(jobs.exit_early, path, str(tmp_path / "b"), ranks=1)
     assert said == "RuntimeError: of training"
     assert left == ["step=1.ckpt", "step=2.ckpt"]
+
+
+def test_the_next_start_removes_what_was_killed(pool: RankPool, path: str, tmp_path: Path) -> None:
+    [left] = pool.run(jobs.start_anew, path, str(tmp_path), ranks=1)
+    assert left == []
