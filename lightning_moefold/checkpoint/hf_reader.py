@@ -84,7 +84,7 @@ class HFCheckpoint:
         if not file.is_file():
             return {}
         content = unpack_sums(file.read_bytes(), file)
-        self._algorithm = content["algorithm"]
+        self._algorithm, self._block = content["algorithm"], int(content["block"])
         if not is_known(self._algorithm):
             return {}
         for name, checksum in content["files"].items():
@@ -193,7 +193,7 @@ class HFCheckpoint:
     def _check_sums(self, name: str, whole: Tensor, rows: slice) -> None:
         """Compares the checksums of the blocks in which ``rows`` lie, each once."""
         sums = self._sums.get(name, [])
-        count = rows_of_block(whole.shape, whole.itemsize)
+        count = rows_of_block(whole.shape, whole.itemsize, self._block)
         begin, end, _ = rows.indices(whole.shape[0] if whole.dim() else 1)
         rows_D = whole if whole.dim() else whole[None]
         for number in range(begin // count, -(-end // count)):

@@ -26,7 +26,7 @@ from lightning_moefold.checkpoint.reasons import in_one_sentence
 from lightning_moefold.checkpoint.safetensors_files import PlannedFile, WritingThread
 from lightning_moefold.checkpoint.side_files import are_apart, files_to_carry, foreign_file, warn_of_end
 from lightning_moefold.checkpoint.stores import local_path
-from lightning_moefold.checkpoint.sums import CHECKSUMS, pack_sums, sum_of
+from lightning_moefold.checkpoint.sums import BLOCK, CHECKSUMS, pack_sums, sum_of
 from lightning_moefold.layout import Box, split_boxes
 from lightning_moefold.mesh import Axis
 
@@ -270,7 +270,7 @@ def _finish(
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, work / name)
     own = {name: sum_of((work / name).read_bytes()) for name in (_CONFIG, INDEX) if (work / name).is_file()}
-    (work / CHECKSUMS).write_bytes(pack_sums({"files": own, "tensors": sums}))
+    (work / CHECKSUMS).write_bytes(pack_sums({"files": own, "tensors": sums, "block": BLOCK}))
     for written in work.rglob("*"):
         if written.is_file():
             sync_file(written)

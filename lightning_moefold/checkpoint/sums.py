@@ -26,7 +26,8 @@ try:
 except ImportError:
     xxh3_64 = None
 
-_BLOCK = 1 << 20
+#: Bytes of an exported tensor that have a checksum of their own.
+BLOCK = 1 << 20
 #: File with the checksums of an exported model.
 CHECKSUMS = "checksums.json"
 
@@ -103,17 +104,17 @@ def unpack_sums(packed: bytes, where: object) -> dict[str, Any]:
     return dict(content)
 
 
-def rows_of_block(shape: Sequence[int], itemsize: int) -> int:
-    """Rows of a tensor whose checksum is kept together: about a megabyte, so that a slice is checked by little more than itself."""
+def rows_of_block(shape: Sequence[int], itemsize: int, block: int) -> int:
+    """Rows of a tensor whose checksum is kept together: about ``block`` bytes, so that a slice is checked by little more."""
     row = itemsize
     for size in shape[1:]:
         row *= size
-    return max(1, _BLOCK // max(1, row))
+    return max(1, block // max(1, row))
 
 
 def block_sums(tensor: Tensor, algorithm: str = ALGORITHM) -> list[str]:
     """Returns the checksum of each block of rows of a contiguous tensor on the CPU."""
-    rows = rows_of_block(tensor.shape, tensor.itemsize)
+    rows = rows_of_block(tensor.shape, tensor.itemsize, BLOCK)
     return [sum_of(bytes_of(block), algorithm) for block in (tensor if tensor.dim() else tensor[None]).split(rows)]
 
 

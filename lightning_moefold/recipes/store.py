@@ -66,11 +66,12 @@ class CheckedArray:
         array: The array.
         sums: The checksum of each block of its bytes.
         algorithm: Of the checksums.
+        block: Bytes of a block.
         path: Its file.
     """
 
-    def __init__(self, array: np.ndarray, sums: Sequence[str], algorithm: str, path: Path) -> None:
-        self._array, self._sums, self._algorithm, self._path = array, sums, algorithm, path
+    def __init__(self, array: np.ndarray, sums: Sequence[str], algorithm: str, block: int, path: Path) -> None:
+        self._array, self._sums, self._algorithm, self._block, self._path = array, sums, algorithm, block, path
         self._checked = bytearray(len(sums))
 
     def __len__(self) -> int:
@@ -79,13 +80,13 @@ class CheckedArray:
     def __getitem__(self, part: slice) -> np.ndarray:
         begin, end, _ = part.indices(len(self._array))
         size = self._array.itemsize
-        for block in range(begin * size // BLOCK, -(-end * size // BLOCK)):
+        for block in range(begin * size // self._block, -(-end * size // self._block)):
             if not self._checked[block]:
                 self._check(block)
         return self._array[part]
 
     def _check(self, block: int) -> None:
-        found = self._array.view(np.uint8)[block * BLOCK : (block + 1) * BLOCK]
+        found = self._array.view(np.uint8)[block * self._block : (block + 1) * self._block]
         if sum_of(found, self._algorithm) != self._sums[block]:
             raise InputError(
                 f"{self._path} is damaged: a part of it does not have its checksum; delete {self._path.parent}, and the text is "
@@ -158,17 +159,18 @@ class TokenStore:
             files: Those that it was made of.
         """
         found = unpack_sums((folder / SUMS).read_bytes(), folder / SUMS)
-        algorithm, sums = found["algorithm"], found["files"] if is_known(found["algorithm"]) else {}
+        algorithm, block = found["algorithm"], int(found["block"])
+        sums = found["files"] if is_known(algorithm) else {}
         for name in ("counts.json", "ends.bin", "origins.bin"):
-            if sums and _sums_of(folder / name, algorithm) != sums[name]:
+            if sums and _sums_of(folder / name, algorithm, block) != sums[name]:
                 raise ValueError(f"{name} does not have its checksum")
         counts = Counts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
 
         def checked(name: str, dtype: type) -> np.ndarray | CheckedArray:
             array = _map(folder / name, dtype)
-            if sums and len(sums[name]) != -(-array.nbytes // BLOCK):
+            if sums and len(sums[name]) != -(-array.nbytes // block):
                 raise ValueError(f"{name} is not complete")
-            return CheckedArray(array, sums[name], algorithm, folder / name) if sums else array
+            return CheckedArray(array, sums[name], algorithm, block, folder / name) if sums else array
 
         store = cls(
             checked("tokens.bin", np.int32),
@@ -186,17 +188,17 @@ class TokenStore:
 def write_sums(folder: Path) -> None:
     """Writes the checksums of the files of a folder, and waits until all of them are on disk."""
     names = ("counts.json", "ends.bin", "origins.bin", "tokens.bin", "trained.bin")
-    packed = pack_sums({"files": {name: _sums_of(folder / name, ALGORITHM) for name in names}})
+    packed = pack_sums({"files": {name: _sums_of(folder / name, ALGORITHM, BLOCK) for name in names}, "block": BLOCK})
     (folder / SUMS).write_bytes(packed)
     for name in (*names, SUMS):
         sync_file(folder / name)
 
 
-def _sums_of(path: Path, algorithm: str) -> list[str]:
+def _sums_of(path: Path, algorithm: str, block: int) -> list[str]:
     found = []
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.append(sum_of(block, algorithm))
+        while content := file.read(block):
+            found.append(sum_of(content, algorithm))
     return found
 
 

@@ -88,9 +88,12 @@ def test_numbers_in_checksums_stay_in_the_chunk(tmp_path: Path) -> None:
 
 
 def test_adapters(tmp_path: Path, marker: Path) -> None:
-    model = MoECausalLM(MoEConfig(model_type="qwen3_moe", vocab_size=32, hidden_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=8, moe_intermediate_size=8, intermediate_size=8, num_experts=2,
-        num_experts_per_tok=1, norm_topk_prob=True))  # fmt: skip
+    model = MoECausalLM(
+        MoEConfig.from_hf({
+            "model_type": "qwen3_moe", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "moe_intermediate_size": 8, "num_experts": 2, "num_experts_per_tok": 1,
+        })
+    )  # fmt: skip
     folder = tmp_path / "adapter"
     folder.mkdir()
     code = {"auto_mapping": {"base_model_class": "os.system", "parent_library": str(marker)}}
