@@ -87,8 +87,7 @@ log = logging.getLogger(__name__)
 class MoEFoldStrategy(SharedCheckpoints):
     """Trains MoE language models with attention and experts under different parallel mappings over the same ranks.
 
-    Data parallel sizes are derived: ``dp = world / (tp * cp * pp)`` for attention and dense layers and
-    ``edp = world / (etp * ep * pp)`` for experts.
+    Data parallel sizes are derived: ``dp = world / (tp * cp * pp)`` for attention, ``edp = world / (etp * ep * pp)`` for experts.
 
     Args:
         tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut (with sequence
@@ -127,12 +126,12 @@ class MoEFoldStrategy(SharedCheckpoints):
             once with products in FP8 but for the weights' gradient, or ``"transformer_engine"``, all at once and, inside its
             ``autocast``, in FP8. ``"auto"`` is a loop on CPU; on CUDA it is ``grouped_mm`` for bfloat16 on Hopper and newer,
             where it never waits for the device, else a loop.
-        data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
-            and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
+        data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward and
+            backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
         recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's input,
             ``"selective"`` those of attention; None to keep all.
-        context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
-            ``"auto"`` by shape (:func:`~.modules.attention.context.choose_exchange`).
+        context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or ``"auto"``
+            by shape (:func:`~.modules.attention.context.choose_exchange`).
         calculate_per_token_loss: Divide the language-model loss of accumulated batches by the labels of the whole step, so that
             every label weighs the same, as in one large batch; auxiliary losses are averaged over the batches. False averages
             the losses of the batches, as Lightning does. By default what the module's attribute of this name says, or False.
@@ -311,7 +310,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     @property
     def num_processes(self) -> int:
         """Processes on this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+        return len(self.parallel_devices or ())
 
     @property
     @override
@@ -493,7 +492,6 @@ class MoEFoldStrategy(SharedCheckpoints):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             check_optimizers(trainer, self._registry.sharded)
-            self._check_saveable(trainer)
             self._prepare_saves(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:

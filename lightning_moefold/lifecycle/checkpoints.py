@@ -198,7 +198,8 @@ class SharedCheckpoints(ParallelStrategy):
         )
 
     def _prepare_saves(self, trainer: pl.Trainer) -> None:
-        """Makes ready for saves in the background, if they are asked for. Collective."""
+        """Checks what will be saved, and makes ready for saves in the background if they are asked for. Collective."""
+        self._check_saveable(trainer)
         if self._mesh is not None and self._sharded and self.async_save and trainer.state.fn == TrainerFn.FITTING:
             check_background(trainer)
             self._background = BackgroundSaves(self._mesh.saves)

@@ -218,7 +218,7 @@ def _read_placement(run: Run) -> None:
         with np.load(files[-1], allow_pickle=False) as saved:
             steps, *others = (saved[name] for name in ("steps", "layers", "parts", "home_rows", "rows"))
             first = int(saved["first"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except DAMAGE as error:
         run.notes.append(f"{files[-1]} is left out: it is not what ExpertRebalancer writes ({error}).")
         return
     if len(steps):
