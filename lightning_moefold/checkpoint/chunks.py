@@ -9,12 +9,14 @@ the list. A rank checks the chunks that it reads.
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -180,6 +182,19 @@ def _address(view: memoryview) -> int:
     return int(np.frombuffer(view, np.uint8).ctypes.data)
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector looks at hundreds of thousands of new objects again and again, and finds none to collect."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collection()
 def write_list(place: Path | str, parts: Sequence[Written], summed: bool) -> dict[str, int]:
     """Writes the list of what all ranks have written, and the checksums.
 
@@ -199,11 +214,10 @@ def write_list(place: Path | str, parts: Sequence[Written], summed: bool) -> dic
             tensors.setdefault(name, TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), []))
         for name, offsets, sizes, start, length, checksum, data in written.chunks:
             ends[written.file] = start + length
-            index = MetadataIndex(name, torch.Size(offsets))
-            if index in where:  # several ranks had it whole
+            begin, info = torch.Size(offsets), _StorageInfo(written.file, start, length)
+            if where.setdefault(MetadataIndex(name, begin), info) is not info:  # several ranks had it whole
                 continue
-            tensors[name].chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            where[index] = _StorageInfo(written.file, start, length)
+            tensors[name].chunks.append(ChunkStorageMetadata(begin, torch.Size(sizes)))
             sums.setdefault(written.file, []).append((start, length, checksum, data))
     for name, item in tensors.items():
         if sum(chunk.sizes.numel() for chunk in item.chunks) != item.size.numel():
@@ -257,7 +271,8 @@ class StoredChunks:
         self._check = check
         self._sums = self._read_sums(listed, summed)
         try:
-            self._list = unpickle_list(listed)
+            with _no_collection():
+                self._list = unpickle_list(listed)
         except Exception as error:  # pickle raises errors of any class
             raise CheckpointError(
                 f"{place} is damaged: its list of tensors cannot be read ({reason_of(error)})."

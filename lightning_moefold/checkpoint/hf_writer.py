@@ -157,7 +157,7 @@ def _write_files(
 
 
 def _planned(path: Path, members: Iterable[OutputTensor]) -> PlannedFile:
-    held = {}
+    held: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for tensor in members:
         shape = tensor.shape[1:] if tensor.stacked else tensor.shape
         held |= dict.fromkeys(tensor.names, (tensor.dtype, shape))

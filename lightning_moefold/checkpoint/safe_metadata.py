@@ -72,16 +72,25 @@ def _checked(metadata: Any) -> Metadata:
         for chunk in item.chunks:
             if not _are_sizes(chunk.offsets) or not _are_sizes(chunk.sizes) or len(chunk.offsets) != len(item.size):
                 raise InputError(f"{name!r} has a part without a place in it")
+    files = set()
     for index, info in (metadata.storage_data or {}).items():
         if not isinstance(index.fqn, str) or not isinstance(info.relative_path, str):
             raise InputError("it does not say where its tensors lie")
-        place = PurePath(info.relative_path)
-        if place.is_absolute() or ".." in place.parts:
-            raise InputError(f"{index.fqn!r} lies in {info.relative_path!r}, outside the directory")
-        if not _are_sizes((info.offset, info.length)):
+        if info.relative_path not in files:
+            place = PurePath(info.relative_path)
+            if place.is_absolute() or ".." in place.parts:
+                raise InputError(f"{index.fqn!r} lies in {info.relative_path!r}, outside the directory")
+            files.add(info.relative_path)
+        if not _is_size(info.offset) or not _is_size(info.length):
             raise InputError(f"{index.fqn!r} has no place in {info.relative_path!r}")
     return metadata
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, (tuple, list)) and all(isinstance(value, int) and value >= 0 for value in values)
+    if isinstance(values, torch.Size):  # of integers
+        return not values or min(values) >= 0
+    return isinstance(values, (tuple, list)) and all(map(_is_size, values))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0

@@ -121,7 +121,7 @@ def open_file(path: Path | str) -> IO[bytes]:
     if isinstance(path, Path):
         return path.open("rb", buffering=0)
     store, inner = _fs(path)
-    return store.open(inner, "rb", cache_type="none")  # type: ignore[no-any-return]
+    return store.open(inner, "rb", cache_type="none")
 
 
 def write(path: Path | str, content: bytes) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor
 from lightning_moefold.errors import CheckpointError
 
 try:
-    from xxhash import xxh3_64
+    import xxhash
 except ImportError:
-    xxh3_64 = None
+    xxhash = None  # type: ignore[assignment]
 
 #: Bytes of an exported tensor that have a checksum of their own.
 BLOCK = 1 << 20
@@ -53,9 +53,9 @@ class _CRC32:
         return f"{self._value:08x}"
 
 
-_KINDS: dict[str, Callable[[], Sum]] = {"crc32": _CRC32} | ({} if xxh3_64 is None else {"xxh3_64": xxh3_64})
+_KINDS: dict[str, Callable[[], Sum]] = {"crc32": _CRC32} | ({} if xxhash is None else {"xxh3_64": xxhash.xxh3_64})
 #: The checksum that is written.
-ALGORITHM = "crc32" if xxh3_64 is None else "xxh3_64"
+ALGORITHM = "crc32" if xxhash is None else "xxh3_64"
 
 
 def new_sum(algorithm: str = ALGORITHM) -> Sum:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,7 +174,7 @@ class SharedCheckpoints(ParallelStrategy):
         path = self.broadcast(filepath)
         self.finish_saves()
         packed, tensors = describe_training_state(path, checkpoint, self._registry, summed=self.checksums)
-        if self._goes_on(path):
+        if self._background is not None and self._goes_on(path):
             self._background.start(packed, tensors)
         else:
             save_sharded(packed, tensors, self._registry.mesh.world)
@@ -191,11 +191,7 @@ class SharedCheckpoints(ParallelStrategy):
     def _goes_on(self, path: str | Path) -> bool:
         """Whether training goes on while a checkpoint is written. One of Lightning's before a requeue must be complete at once."""
         assert self.lightning_module is not None
-        return (
-            self._background is not None
-            and self.lightning_module.trainer.training
-            and not str(path).rpartition("/")[2].startswith("hpc_ckpt")
-        )
+        return self.lightning_module.trainer.training and not Path(path).name.startswith("hpc_ckpt")
 
     def _prepare_saves(self, trainer: pl.Trainer) -> None:
         """Checks what will be saved, and makes ready for saves in the background if they are asked for. Collective."""
@@ -221,8 +217,9 @@ class SharedCheckpoints(ParallelStrategy):
         if not self.is_global_zero:
             return
         place = stores.parse_path(filepath)
-        ours = isinstance(place, Path) and place.is_dir() and not place.is_symlink()
-        remove = partial(remove_directory, place) if ours else partial(self.checkpoint_io.remove_checkpoint, filepath)
+        remove: Callable[[], None] = partial(self.checkpoint_io.remove_checkpoint, filepath)
+        if isinstance(place, Path) and place.is_dir() and not place.is_symlink():
+            remove = partial(remove_directory, place)
         if self._background is None:
             remove()
         else:
