@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 from lightning_moefold.agreement import agree_on_error
-from lightning_moefold.checkpoint.chunks import LIST, SUMS, StoredChunks, TensorPiece, Written, write_list
+from lightning_moefold.checkpoint.chunk_reader import StoredChunks
+from lightning_moefold.checkpoint.chunks import LIST, SUMS, TensorPiece, Written, write_list
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig

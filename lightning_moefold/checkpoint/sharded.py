@@ -25,7 +25,8 @@ from torch import Tensor
 
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.checkpoint import stores
-from lightning_moefold.checkpoint.chunks import StoredChunks, TensorPiece, Written, write_chunks, write_list
+from lightning_moefold.checkpoint.chunk_reader import StoredChunks
+from lightning_moefold.checkpoint.chunks import TensorPiece, Written, write_chunks, write_list
 from lightning_moefold.checkpoint.drafts import draft_of, publish
 from lightning_moefold.checkpoint.reasons import in_one_sentence, reason_of
 from lightning_moefold.checkpoint.sums import check_archive
