@@ -43,6 +43,7 @@ def test_state_of_the_step(pool: RankPool, path: str, tmp_path: Path, fold: str,
         assert any(under_way and len(names) < step for step, (names, under_way) in enumerate(rank, 1)), rank
 
 
+@pytest.mark.more
 def test_the_newest_complete_one_stays(pool: RankPool, path: str, tmp_path: Path) -> None:
     """With save_top_k=1 and save_last there is a complete checkpoint from the first one on, and at the end only the newest."""
     [seen] = pool.run(jobs.save, path, "", str(tmp_path), True, save_top_k=1, save_last=True, ranks=1)
@@ -55,7 +56,7 @@ def test_the_newest_complete_one_stays(pool: RankPool, path: str, tmp_path: Path
     _same(tmp_path / "last.ckpt", tmp_path / "step=4.ckpt")
 
 
-@pytest.mark.parametrize("at", quick([1, 2, 4], 2))
+@pytest.mark.parametrize("at", quick([1, 2, 4]))
 def test_a_disk_that_is_full(pool: RankPool, path: str, tmp_path: Path, at: int) -> None:
     """The error comes with the next save or at the end, on all ranks; the checkpoint before is kept."""
     outcome = pool.run(jobs.fail, path, "| ep2", str(tmp_path), at, ranks=2)
@@ -67,6 +68,7 @@ def test_a_disk_that_is_full(pool: RankPool, path: str, tmp_path: Path, at: int)
     assert outcome[1][0].startswith("CheckpointError")
 
 
+@pytest.mark.more
 def test_at_the_end_of_a_run(pool: RankPool, path: str, tmp_path: Path) -> None:
     [said] = pool.run(jobs.refuse, path, str(tmp_path / "a"), ranks=1)
     assert said.startswith('UnsupportedFeature: save_last="link"')

@@ -122,6 +122,7 @@ def test_templates(tmp_path: Path, marker: Path) -> None:
         data.tokenize()
 
 
+@pytest.mark.more
 def test_tokenizers(tmp_path: Path, marker: Path) -> None:
     tokenizer = chat_tokenizer(tmp_path / "tokenizer", None)
     (tokenizer / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil:\n    pass\n")
@@ -136,6 +137,7 @@ def test_tokenizers(tmp_path: Path, marker: Path) -> None:
         data.tokenize()
 
 
+@pytest.mark.more
 def test_datasets(tmp_path: Path, marker: Path) -> None:
     """A directory of datasets with a script and pickles in it, and files that are pickles."""
     import datasets
