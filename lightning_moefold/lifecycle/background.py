@@ -105,12 +105,16 @@ class BackgroundSaves:
             raise error
 
 
-def check_background(trainer: pl.Trainer) -> None:
+def check_background(trainer: pl.Trainer, sharded: bool) -> None:
     """Refuses what cannot be done with saves in the background.
 
     Raises:
-        UnsupportedFeature: If a link would point to a checkpoint that is not complete.
+        UnsupportedFeature: If a link would point to a checkpoint that is not complete, or Lightning writes the checkpoints.
     """
+    if not sharded:
+        raise UnsupportedFeature(
+            "async_save is for models with MoE blocks, and this module has none; leave it out, or use AsyncCheckpointIO."
+        )
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.save_last == "link":
             raise UnsupportedFeature(

@@ -196,8 +196,9 @@ class SharedCheckpoints(ParallelStrategy):
     def _prepare_saves(self, trainer: pl.Trainer) -> None:
         """Checks what will be saved, and makes ready for saves in the background if they are asked for. Collective."""
         self._check_saveable(trainer)
-        if self._mesh is not None and self._sharded and self.async_save and trainer.state.fn == TrainerFn.FITTING:
-            check_background(trainer)
+        if self.async_save:
+            assert self._mesh is not None
+            check_background(trainer, self._sharded)
             self._background = BackgroundSaves(self._mesh.saves)
 
     def _end_saves(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_moefold.checkpoint import drafts, sharded
 from lightning_moefold.lifecycle.background import BackgroundSaves
@@ -75,10 +76,14 @@ def fail(path: str, fold: str, folder: str, at: int) -> tuple[str, int, list[str
     return said, len(module.report.losses), sorted(p.name for p in Path(folder).iterdir())
 
 
-def refuse(path: str, folder: str) -> str:
-    saver = ModelCheckpoint(folder, save_last="link", every_n_train_steps=1)
-    run = finetune.make("", {**FITS, "callbacks": [saver]}, async_save=True)
-    return told(lambda: run.fit(finetune.Finetune(path)))
+def refuse(path: str, folder: str) -> list[str]:
+    """A link to what is not there yet, and a module that Lightning saves."""
+    said = []
+    for module, last in ((finetune.Finetune(path), "link"), (BoringModel(), True)):
+        saver = ModelCheckpoint(folder, save_last=last, every_n_train_steps=1)
+        arguments = {**FITS, "callbacks": [saver], "precision": "64-true" if last == "link" else "32-true"}
+        said.append(told(lambda r=finetune.make("", arguments, async_save=True), m=module: r.fit(m)))  # type: ignore[misc]
+    return said
 
 
 def exit_early(path: str, folder: str) -> tuple[str, list[str]]:
