@@ -47,7 +47,7 @@ def export(checkpoint: str | Path, output: str | Path, model: Path | None = None
     Raises:
         CheckpointError: If the checkpoint is damaged, or holds no model or several; or if the base of its adapter is not where
             it was, nor at ``model``.
-        OSError: If ``output`` cannot be written.
+        OSError: If ``output`` holds other files.
     """
     meta = load_meta(checkpoint)
     name, described = _only_model(checkpoint, meta.get(MODELS, {}))
