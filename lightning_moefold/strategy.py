@@ -88,8 +88,7 @@ log = logging.getLogger(__name__)
 class MoEFoldStrategy(SharedCheckpoints):
     """Trains MoE language models with attention and experts under different parallel mappings over the same ranks.
 
-    Data parallel sizes are derived: ``dp = world / (tp * cp * pp)`` for attention and dense layers and
-    ``edp = world / (etp * ep * pp)`` for experts.
+    Data parallel sizes are derived: ``dp = world / (tp * cp * pp)`` for attention, ``edp = world / (etp * ep * pp)`` for experts.
 
     Args:
         tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut (with sequence
@@ -107,8 +106,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             pipeline needs a number.
         pipeline_schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved_1f1b"``, ``"interleaved_zero_bubble"``, ``"zbv"`` or
             ``"dualpipev"``.
-        num_stages_per_rank: Pipeline stages on each rank, for the interleaved schedules; ``zbv`` and ``dualpipev``
-            always have two.
+        num_stages_per_rank: Pipeline stages on each rank, for the interleaved schedules; two for ``zbv`` and ``dualpipev``.
         pipeline_split: Number of layers of each stage, in the order of the model; cut by cost if not given.
         dispatcher: How tokens travel to their experts: ``"alltoall"`` once for each expert, ``"deduplicated"`` once for
             each rank that holds some of them, ``"allgather"`` to all ranks, ``"hierarchical"`` once to each node and
@@ -116,16 +114,15 @@ class MoEFoldStrategy(SharedCheckpoints):
         capacity_factor: An expert serves ``ceil(capacity_factor * k * L / E)`` tokens of a row of L and drops the others;
             None to drop none.
         drop_policy: Which it serves: those of highest probability, ``"probs"``, or the first of the row, ``"position"``.
-        drop_scope: Capacity is counted over whole rows, ``"full_sequence"``, the same under every fold, or over the tokens
-            of a rank, ``"sub_sequence"``, whose result *depends on the fold*.
-        pad_to_capacity: In training, send each expert as many rows as it may serve, so that no size depends on the data.
-            Every rank then needs batches of the same shape.
+        drop_scope: Capacity is counted over whole rows, ``"full_sequence"``, the same under every fold, or over the tokens of a
+            rank, ``"sub_sequence"``, whose result *depends on the fold*.
+        pad_to_capacity: In training, send each expert as many rows as it may serve, so that no size depends on the data. Every
+            rank then needs batches of the same shape.
         dispatch_chunks: Parts in which a layer's tokens travel, by expert, so that one part's exchange hides behind
             another's computation; the same bits. For ``"alltoall"``.
-        node_size: Ranks that share fast links, for ``"hierarchical"``, ``"auto"`` and ``fold="auto"``; those of one machine if
-            not given.
+        node_size: Ranks that share fast links, for ``"hierarchical"`` and ``"auto"``; those of one machine if not given.
         expert_copies: Copies of busy experts on other ranks of ep, made anew in each pass
-            (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. For ``"alltoall"``, without padding.
+            (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. Not with padding.
         expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, so with
             products in FP8 but for the weights' gradient, or ``"transformer_engine"``, so and, inside its ``autocast``, in FP8.
             ``"auto"`` is a loop, but on CUDA from Hopper on, where it never waits for the device, ``grouped_mm`` for bfloat16.
@@ -142,10 +139,12 @@ class MoEFoldStrategy(SharedCheckpoints):
             this name says (that of ``FineTuneModule`` is True), or False.
         sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
         compile: Compile decoder layers with :func:`torch.compile`, in place: names, checkpoints and exports stay the same. On
-            one rank a layer whose experts go by ``grouped_mm`` in bfloat16 is one graph; elsewhere graphs break at
-            collectives, FSDP2's hooks, experts in a loop, and attention with a mask, which set-up says. Embedding, head
-            and modules of your own run as they are. Without a C++ compiler (on CUDA: Triton and a C compiler) on all
-            machines, one warning, and nothing is compiled. Not for schedules that split backward.
+            one rank a layer whose experts go by ``grouped_mm`` in bfloat16 is one graph; elsewhere graphs break at collectives,
+            FSDP2's hooks, experts in a loop, and attention with a mask, which set-up says. Embedding, head and your modules run
+            as they are. Without a C++ compiler (on CUDA: Triton and a C compiler) on all machines, one warning, and nothing is
+            compiled. Not for schedules that split backward.
+        checksums: Save checkpoints with a checksum of each stored part, and compare it when the part is read.
+        async_save: Go on training while a checkpoint is written from a copy in the host's memory, one at a time.
         timeout: Of the collectives.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if not given.
 
@@ -191,6 +190,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         calculate_per_token_loss: bool | None = None,
         sequence_parallel: bool | None = None,
         compile: bool = False,
+        checksums: bool = True,
+        async_save: bool = False,
         timeout: timedelta | None = default_pg_timeout,
         process_group_backend: str | None = None,
     ) -> None:
@@ -207,7 +208,8 @@ class MoEFoldStrategy(SharedCheckpoints):
         if isinstance(fold, (list, tuple)) and (not fold or "auto" in fold):
             raise InputError(f'fold={fold!r} must name folds in order of preference; use fold="auto" alone.')
         check_choice("sequence_parallel", sequence_parallel, (None, True))
-        check_choice("compile", compile, (False, True))
+        for name, value in {"compile": compile, "checksums": checksums, "async_save": async_save}.items():
+            check_choice(name, value, (False, True))
         split = None if pipeline_split is None else tuple(pipeline_split)
         dispatch = DispatchConfig(
             dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
@@ -227,7 +229,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._microbatches_given = num_microbatches is not None
         self._sizes, self._fold_text = sizes, fold if isinstance(fold, str) or fold is None else tuple(fold)
         self._auto = auto or AutoFold()
-        self.calculate_per_token_loss = calculate_per_token_loss
+        self.calculate_per_token_loss, self.checksums, self.async_save = calculate_per_token_loss, checksums, async_save
         self.num_nodes = 1
         self._timeout = timeout
         self._process_group_backend = process_group_backend
@@ -312,7 +314,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     @property
     def num_processes(self) -> int:
         """Processes on this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+        return len(self.parallel_devices or ())
 
     @property
     @override
@@ -447,8 +449,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        # A MoECausalLM made here gets no storage: setup() parallelises it, then each rank reads its slices. Other
-        # modules are made as they are, so that initialisation by hand in configure_model is not lost.
+        # A MoECausalLM made here gets no storage: setup() parallelises it, then each rank reads its slices. Other modules are
+        # made as they are, so that initialisation by hand in configure_model is not lost.
         with deferred_weights(), self.precision_plugin.tensor_init_context():
             yield
 
@@ -494,7 +496,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             check_optimizers(trainer, self._registry.sharded)
-            self._check_saveable(trainer)
+            self._prepare_saves(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -556,8 +558,7 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        # Optimizers of an earlier entry point may refer to parameters that no longer exist.
-        self._reset_optimizers_and_schedulers()
+        self._reset_optimizers_and_schedulers()  # those of an earlier entry point may refer to parameters that are gone
         with spare_parameters(self._modules()):
             super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
@@ -639,8 +640,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             output = None
             assert self._precision.step_check is not None
             self._precision.step_check.failed(skipped)
-        # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now
-        # old.
+        # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now old.
         self._release_gathered_weights()
         return output
 
@@ -790,6 +790,7 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def teardown(self) -> None:
+        self._end_saves()
         if self._predicting is not None:
             predicting, self._predicting = self._predicting, None
             predicting.finish()
@@ -813,8 +814,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to these processes and to this set-up; the copy's own set-up makes it anew."""
-        here = dict.fromkeys(("_mesh", "_registry", "_converted", "_own", "_roll_call", "_predicting"))
-        return {**super().__getstate__(), **here, "_watched": None}
+        here = ("_mesh", "_registry", "_converted", "_own", "_roll_call", "_predicting", "_background", "_watched")
+        return {**super().__getstate__(), **dict.fromkeys(here)}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ class AdapterFiles:
             raise CheckpointError(f"{self.path} holds no adapter: it needs {CONFIG} and {TENSORS}.")
         try:
             config = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file} is not JSON ({error}).") from None
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise CheckpointError(f"{file} describes no LoRA adapter, and no other kind is read.")

@@ -24,16 +24,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.balance.assignment import Counts
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import DAMAGE, InputError
 
 #: Number of tokens in a window of a table of expert ids.
 WINDOW = 8192
+#: Experts that no model reaches; a number beyond is damage.
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +134,11 @@ def read_trace(path: str | Path, num_experts: int | None = None, window: int = W
             if "expert_ids" in arrays:
                 return _from_ids(arrays["expert_ids"], file, num_experts, window)
             return _from_arrays(arrays, file)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except DAMAGE as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{file} is no routing trace ({type(error).__name__}: {error}).") from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} is no routing trace ({type(error).__name__}: {reason}).") from None
     raise InputError(f"{file} is no routing trace; what can be read ends in .npz, .json or .jsonl.")
 
 
@@ -236,6 +238,8 @@ def _column(keys: Iterable[tuple[int, int, int]], axis: int) -> list[int]:
 def _experts(largest: int, num_experts: int | None, where: Path) -> int:
     if num_experts is not None and largest >= num_experts:
         raise InputError(f"{where}: expert {largest} is chosen, but the model has {num_experts} experts.")
+    if num_experts is None and largest >= _MOST:
+        raise InputError(f"{where}: expert {largest} is chosen, which is no expert of a model; say how many it has.")
     return largest + 1 if num_experts is None else num_experts
 
 

@@ -118,7 +118,7 @@ class AdaptedModel(ParallelRoot):
 
         Raises:
             InputError: If the model has no adapter.
-            OSError: If the directory cannot be written; raised on every rank, with nothing left half-written.
+            CheckpointError: If the directory cannot be written; PeerError on the other ranks. Nothing is left half-written.
         """
         if self.adapter is None:
             raise InputError("the model has no adapter; save_pretrained writes it as it is.")

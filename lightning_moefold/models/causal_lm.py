@@ -492,7 +492,7 @@ class MoECausalLM(AdaptedModel):
             max_shard_size: Maximum size of a file in bytes.
 
         Raises:
-            OSError: If the directory cannot be written; raised on every rank, and no incomplete files remain.
+            CheckpointError: If the directory cannot be written; PeerError on the other ranks. Nothing is left half-written.
         """
         self.release_gathered_weights()
         held: dict[str, Tensor] = dict(self.named_parameters()) | dict(self.stored_buffers())

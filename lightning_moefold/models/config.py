@@ -26,6 +26,7 @@ from lightning_moefold.models.fields import (
     INTEGERS,
     NOT_NEGATIVE,
     NUMBER,
+    NUMEROUS,
     POSITIVE,
     STRING,
 )
@@ -58,11 +59,12 @@ NEUTRAL = frozenset(
 _KINDS = {
     **dict.fromkeys(
         (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "moe_intermediate_size", "num_experts", "num_experts_per_tok", "decoder_sparse_step",
+            "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "moe_intermediate_size",
+            "num_experts_per_tok", "decoder_sparse_step",
         ),
         POSITIVE,
     ),
+    **dict.fromkeys(("num_hidden_layers", "num_experts"), NUMEROUS),
     **dict.fromkeys(("intermediate_size", "shared_expert_intermediate_size"), COUNT),
     **dict.fromkeys(
         ("norm_topk_prob", "qkv_bias", "output_bias", "qk_norm", "tie_word_embeddings", "output_router_logits"), BOOLEAN
@@ -345,7 +347,7 @@ class MoEConfig:
             raise ConfigError(f"{file} does not exist; give a directory in Hugging Face format.")
         try:
             raw = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # of JSON, of its encoding, and of a number of too many digits
             raise ConfigError(f"{file} is not valid JSON ({error}).") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{file} does not hold a JSON object.")

@@ -18,6 +18,7 @@ from lightning_moefold.models.fields import (
     INTEGERS,
     NOT_NEGATIVE,
     NUMBER,
+    NUMEROUS,
     POSITIVE,
     STRING,
     STRINGS,
@@ -43,6 +44,8 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
     Returns:
         The configuration, and the names of unknown fields.
     """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"a configuration is a mapping of fields to values, not {type(raw).__name__}.")
     if raw.get("model_type") == PACKED:
         plain, widths = split_packed(raw)
         config, unknown = read_hf_config(plain, overrides)
@@ -59,7 +62,7 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
     reader.seen.add("model_type")
     _refuse(reader)
     _check_neutral(reader)
-    layers = reader.get("num_hidden_layers", POSITIVE, default=24 if family != "mixtral" else 32)
+    layers = reader.get("num_hidden_layers", NUMEROUS, default=24 if family != "mixtral" else 32)
     heads = reader.get("num_attention_heads", POSITIVE)
     hidden = reader.get("hidden_size", POSITIVE)
     vocabulary = reader.get("vocab_size", POSITIVE)
@@ -150,7 +153,7 @@ def _mixtral(reader: FieldReader, layers: int) -> dict[str, Any]:
         "intermediate_size": 0,
         "moe_intermediate_size": reader.get("intermediate_size", POSITIVE),
         "shared_expert_intermediate_size": 0,
-        "num_experts": reader.get("num_local_experts", POSITIVE, default=8),
+        "num_experts": reader.get("num_local_experts", NUMEROUS, default=8),
         "norm_topk_prob": True,
         "sliding_windows": (window,) * layers,
     }
@@ -164,7 +167,7 @@ def _qwen(reader: FieldReader, family: str, layers: int) -> dict[str, Any]:
         "intermediate_size": reader.get("intermediate_size", COUNT, default=5632 if qwen2 else 6144),
         "moe_intermediate_size": reader.get("moe_intermediate_size", POSITIVE),
         "shared_expert_intermediate_size": shared,
-        "num_experts": reader.get("num_experts", POSITIVE, default=60 if qwen2 else 128),
+        "num_experts": reader.get("num_experts", NUMEROUS, default=60 if qwen2 else 128),
         "norm_topk_prob": reader.get("norm_topk_prob", BOOLEAN, default=False),
         "decoder_sparse_step": reader.get("decoder_sparse_step", POSITIVE, default=1),
         "mlp_only_layers": tuple(mlp_only or ()),

@@ -11,12 +11,11 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import DAMAGE, InputError
 from lightning_moefold.planner.cost.simulate import Event, Timeline
 from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, NO_EXPERT, PIPELINE_TIMELINE
 
@@ -204,7 +203,7 @@ def _read_load(run: Run) -> None:
     try:
         with np.load(files[-1], allow_pickle=False) as saved:
             load = RecordedLoad(saved["steps"], saved["layers"], saved["counts"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except DAMAGE as error:
         run.notes.append(f"{files[-1]} is left out: it is not what LoadBalanceMonitor writes ({error}).")
         return
     if load.counts_NLE.ndim == 3 and load.counts_NLE.size:
@@ -219,7 +218,7 @@ def _read_placement(run: Run) -> None:
         with np.load(files[-1], allow_pickle=False) as saved:
             steps, *others = (saved[name] for name in ("steps", "layers", "parts", "home_rows", "rows"))
             first = int(saved["first"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except DAMAGE as error:
         run.notes.append(f"{files[-1]} is left out: it is not what ExpertRebalancer writes ({error}).")
         return
     if len(steps):
