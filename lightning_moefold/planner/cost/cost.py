@@ -14,7 +14,8 @@ A step is the sum of
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner.cost.layer import Block, LayerCosts, combine
@@ -39,6 +40,10 @@ BOUNDS: dict[str, tuple[str, ...]] = {
 }
 
 
+#: A step under a routing profile for which the memory does not suffice counts as this many.
+NO_FIT = 2.0
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Predicted time and memory of a plan.
@@ -52,6 +57,8 @@ class Estimate:
         limit: Bytes that a rank may use.
         microbatches: Number of micro-batches per step and data-parallel rank.
         load: Rows on the busiest expert-parallel rank divided by the mean.
+        job: The job that it was predicted for, with its sharding and routing.
+        under: The same plan under each routing profile by which a search has ranked it.
     """
 
     plan: Plan
@@ -62,6 +69,14 @@ class Estimate:
     limit: float
     microbatches: int
     load: float
+    job: Job = field(repr=False)
+    under: Mapping[str, Estimate] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def score(self) -> float:
+        """The mean over the routing profiles of the seconds per step; those of a profile under which it does not fit count twice."""
+        profiles = list(self.under.values()) or [self]
+        return sum(e.step_time * (1 if e.fits else NO_FIT) for e in profiles) / len(profiles)
 
     @property
     def fits(self) -> bool:
@@ -110,17 +125,18 @@ class CostModel:
 
     Args:
         job: The training job: model, machine and batch.
+        layers: Layer costs of the same job, which may have another sharding; made if not given.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, layers: LayerCosts | None = None) -> None:
         self.job = job
-        self.layers = LayerCosts(job)
-        self.memory = MemoryModel(self.layers)
+        self.layers = layers or LayerCosts(job)
+        self.memory = MemoryModel(self.layers, job)
         self._links = self.layers.links
         self._cache: dict[tuple[object, ...], RankTimes] = {}
 
-    def estimate(self, plan: Plan) -> Estimate:
-        """Predicts time and memory of a plan."""
+    def estimate(self, plan: Plan, memory: Memory | None = None) -> Estimate:
+        """Predicts time and memory of a plan; ``memory`` if that is already known."""
         job, fold = self.job, plan.fold
         microbatches = plan.num_microbatches(job)
         ranks = self.ranks(plan)
@@ -143,24 +159,16 @@ class CostModel:
         times["optimizer"] = self.optimizer(fold, held)
         step = sum(times.values())
         mfu = job.model_flops / (step * job.peak_flops * job.world_size)
-        memory, load = self.memory.estimate(plan), self.layers.load(fold.ep, fold.tp * fold.cp)
-        return Estimate(plan, step, mfu, dict(times), memory, job.hardware.usable_bytes, microbatches, load)
+        memory, load = memory or self.memory.estimate(plan), self.layers.load(fold.ep, fold.tp * fold.cp)
+        return Estimate(plan, step, mfu, dict(times), memory, job.hardware.usable_bytes, microbatches, load, job)
 
-    def lower_bound(self, fold: Fold, micro_batch: int, dispatcher: str) -> float:
+    def lower_bound(self, fold: Fold, micro_batch: int, *dispatchers: str) -> float:
         """Returns a lower bound of the step's seconds over all schedules and recomputation settings of this fold.
 
         It counts only the layers and the head, and divides the layers over stages as evenly as real numbers allow.
         """
-        job = self.job
-        moe, dense = self.layers.layers(fold.tp, fold.cp, fold.ep, fold.etp, micro_batch, dispatcher)
-        layers = job.model.num_hidden_layers
-        n_moe = self.layers.num_moe
-        work = n_moe * (moe.forward_total + moe.backward_total) + (layers - n_moe) * (
-            dense.forward_total + dense.backward_total
-        )
-        _, head = self.layers.ends(fold.tp, fold.cp, micro_batch)
-        work += head.forward_total + head.backward_total
-        return work / fold.pp * (job.global_batch_size // (fold.dp * micro_batch))
+        work = self.layers.whole(fold.tp, fold.cp, fold.ep, fold.etp, micro_batch, dispatchers)
+        return work / fold.pp * (self.job.global_batch_size // (fold.dp * micro_batch))
 
     # ---- a micro-batch -----------------------------------------------------------------------------------------
 
@@ -193,6 +201,18 @@ class CostModel:
             block, recompute, forward, self._links.hidden(gather + scatter, block.backward_total + recompute)
         )
 
+    def _casts(self, fold: Fold, held: RankLayers) -> tuple[float, float]:
+        """Returns the seconds to cast this rank's pieces of weights before they are gathered, and gradients afterwards.
+
+        A rank without others to share with casts whole weights, under full sharding in every micro-batch.
+        """
+        _, _, stored, gathered, reduced, _ = PRECISIONS[self.job.precision]
+        if stored == gathered:
+            return 0.0, 0.0
+        local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
+        pieces = local.dense / (fold.dp * fold.cp) + local.expert / fold.edp
+        return self.layers.compute.stream(pieces * (stored + gathered)), self.layers.compute.stream(pieces * (gathered + reduced))
+
     def _add_microbatches(self, times: dict[str, float], rank: RankTimes, microbatches: int) -> None:
         for seconds in (rank.block.forward, rank.block.backward):
             for name, value in seconds.items():
@@ -209,7 +229,7 @@ class CostModel:
         _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
         local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
         per_node, units = self.job.hardware.gpus_per_node, max(held.layers, 1)
-        gather = scatter = 0.0
+        gather, scatter = self._casts(fold, held)
         for number, axis in ((local.dense, "dp_cp"), (local.expert, "edp")):
             shape = axis_shape(fold, axis, per_node)
             gather += units * self._links.gather(shape, number * gathered / units)
@@ -229,12 +249,12 @@ class CostModel:
 
     def optimizer(self, fold: Fold, held: RankLayers) -> float:
         """Returns the seconds of Adam: it reads gradient, weight, moments; it writes weight, moments and the working copy."""
-        _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
+        _, _, stored, gathered, reduced, _ = PRECISIONS[self.job.precision]
         local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
         sharded = self.job.sharding != "none"
         number = local.dense / (fold.dp * fold.cp if sharded else 1) + local.expert / (fold.edp if sharded else 1)
         moved = number * (
-            2 * reduced + 2 * stored + 2 * moments + gathered
+            2 * reduced + 2 * stored + 2 * self.job.state_bytes + gathered
         )  # gradients are read twice: norm, then step
         return self.layers.compute.stream(moved)
 

@@ -88,6 +88,7 @@ class LayerCosts:
         self.mlp = lru_cache(maxsize=None)(self._mlp)
         self.ends = lru_cache(maxsize=None)(self._ends)
         self.layers = lru_cache(maxsize=None)(self._layers)
+        self.whole = lru_cache(maxsize=None)(self._whole)
         self.num_moe = job.model.num_moe_layers
         windows = [min(w or job.sequence_length, job.sequence_length) for w in self.model.sliding_windows]
         length = job.sequence_length
@@ -358,3 +359,12 @@ class LayerCosts:
         if self.num_moe == model.num_hidden_layers:
             return moe, moe
         return moe, combine([(1.0, attention), (1.0, self.mlp(tp, cp, micro_batch, model.intermediate_size, True))])
+
+    def _whole(self, tp: int, cp: int, ep: int, etp: int, micro_batch: int, dispatchers: tuple[str, ...]) -> float:
+        """Returns the seconds of all layers and the head for one micro-batch, under the fastest of some dispatchers."""
+        if len(dispatchers) > 1:
+            return min(self.whole(tp, cp, ep, etp, micro_batch, (name,)) for name in dispatchers)
+        moe, dense = self.layers(tp, cp, ep, etp, micro_batch, dispatchers[0])
+        _, head = self.ends(tp, cp, micro_batch)
+        times = ((self.num_moe, moe), (self.model.num_hidden_layers - self.num_moe, dense), (1, head))
+        return sum(number * (block.forward_total + block.backward_total) for number, block in times)

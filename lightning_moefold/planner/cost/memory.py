@@ -23,7 +23,7 @@ from lightning_moefold.modules.logit_chunks import chunk_rows
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.parameters import count, dense_shapes, expert_shapes, router_shapes, shard
 from lightning_moefold.planner.cost.schedules import RankLayers, chunks_in_flight, pipeline_layout
-from lightning_moefold.planner.search.job import PRECISIONS, Plan
+from lightning_moefold.planner.search.job import PRECISIONS, Job, Plan
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,12 @@ class MemoryModel:
     """Predicts the memory of a job's plans.
 
     Args:
-        costs: Layer costs of the same job.
+        costs: Layer costs of the same job, which may have another sharding.
+        job: The training job; that of the costs by default.
     """
 
-    def __init__(self, costs: LayerCosts) -> None:
-        self.costs, self.job, self.model = costs, costs.job, costs.model
+    def __init__(self, costs: LayerCosts, job: Job | None = None) -> None:
+        self.costs, self.job, self.model = costs, job or costs.job, costs.model
         self.parameters = lru_cache(maxsize=None)(self._parameters)
         self.shards = lru_cache(maxsize=None)(self._shards)
         self.gathered = lru_cache(maxsize=None)(self._gathered_bytes)
@@ -115,7 +116,7 @@ class MemoryModel:
             accumulates: Whether gradients of several micro-batches are added before they are reduced. In a pipeline,
                 which reduces once, they always are.
         """
-        _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
+        _, _, stored, gathered, reduced, _ = PRECISIONS[self.job.precision]
         cut, sharding = (fold.tp, fold.ep, fold.etp), self.job.sharding
         spreads = (1, 1) if sharding == "none" else (fold.dp * fold.cp, fold.edp)
         held = self.parameters(*cut, layers)
@@ -132,8 +133,8 @@ class MemoryModel:
                 live = self.gathered(*cut, layers, *spreads)[i]
                 reducing = number - mine if accumulates or fold.pp > 1 else layer
             weights += mine * stored + (live if spread > 1 or gathered != stored else 0)
-            gradients += (mine + reducing) * reduced
-            optimizer += mine * moments
+            gradients += mine * stored + reducing * reduced
+            optimizer += mine * self.job.state_bytes
         return weights, gradients, optimizer
 
     def _largest(

@@ -50,6 +50,10 @@ class Job:
         pad_to_capacity: Every rank sends every expert as many rows as it may serve.
         dispatch_chunks: Parts in which tokens travel, behind the experts of one another.
         copies_per_rank: Experts of a layer of which a rank may have copies for one pass; they count as memory.
+        master_weights: Whether ``MasterWeights`` keeps float32 copies of 16-bit weights, which it updates.
+        lora_rank: Rank of an adapter of all attention projections that is trained instead of the model; None to train the
+            model.
+        name: Name or directory of the model, for output.
     """
 
     model: MoEConfig
@@ -65,6 +69,9 @@ class Job:
     pad_to_capacity: bool = False
     dispatch_chunks: int = 1
     copies_per_rank: int = 0
+    master_weights: bool = False
+    lora_rank: int | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "global_batch_size", "sequence_length", "dispatch_chunks"):
@@ -79,6 +86,13 @@ class Job:
             raise PlanError(f"capacity_factor={self.capacity_factor} must be positive, or left out to drop nothing.")
         if self.pad_to_capacity and self.capacity_factor is None:
             raise PlanError("pad_to_capacity needs a capacity_factor, which says how far to pad; give one.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise PlanError(f"lora_rank={self.lora_rank} must be at least 1; leave it out to train the whole model.")
+        if self.master_weights and self.precision != "bf16-true":
+            raise PlanError(
+                f"master_weights are float32 copies of bfloat16 weights, and {self.precision} stores none; use bf16-true, or "
+                "leave them out."
+            )
 
     def with_routing(self, routing: RoutingProfile) -> Job:
         """Returns the same job with another routing profile."""
@@ -99,6 +113,11 @@ class Job:
     def activation_bytes(self) -> int:
         """Bytes per number of the hidden states between layers."""
         return PRECISIONS[self.precision][1]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per trained number that the optimizer keeps: both moments, and the float32 master with its float32 moments."""
+        return 4 + 8 if self.master_weights else PRECISIONS[self.precision][5]
 
     @cached_property
     def model_flops(self) -> float:
