@@ -137,10 +137,10 @@ def read_job(arguments: argparse.Namespace) -> Job:
 def read_space(arguments: argparse.Namespace, job: Job) -> Space:
     """Returns the settings from which to choose: what is given is kept.
 
-    For one fold, sharding and dispatcher are the strategy's defaults unless they are given. Its micro-batches are one
+    For ``--fold``, sharding and dispatcher are the strategy's defaults unless they are given. Its micro-batches are one
     sequence under full sharding, as in the published runs, unless a size is given.
     """
-    one = bool(arguments.fold or arguments.explain)
+    one = bool(arguments.fold)
     dispatcher = arguments.dispatcher or ("alltoall" if one else "any")
     space = Space(
         dispatchers=job.dispatchers if dispatcher == "any" else (dispatcher,),

@@ -7,6 +7,7 @@ from functools import lru_cache
 import pytest
 import torch
 
+from lightning_moefold import LoRA
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.models import MoECausalLM
@@ -28,8 +29,8 @@ FAMILIES = {
 }
 
 
-def costs(model, precision="bf16-true", ranks=1, length=256):
-    return CostModel(Job(model, ranks, PRESETS["dgx-h100"], 2 * ranks, length, precision))
+def costs(model, precision="bf16-true", ranks=1, length=256, **changes):
+    return CostModel(Job(model, ranks, PRESETS["dgx-h100"], 2 * ranks, length, precision, **changes))
 
 
 @lru_cache
@@ -122,9 +123,13 @@ def test_states_are_those_counted_on_ranks(ranks, text, sharding):
         assert predicted / 1e6 == pytest.approx(counted, abs=0.11)
 
 
-def saved_bytes(config, dtype, rows, length):
+def saved_bytes(config, dtype, rows, length, lora_rank=None):
     """Bytes of distinct storages that a forward pass keeps for backward, weights left out."""
     model = MoECausalLM.from_config(config, seed=0).to(dtype)
+    if lora_rank:
+        model.add_adapter(LoRA(rank=lora_rank))
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept, sizes = [], {}
 
@@ -144,11 +149,12 @@ def saved_bytes(config, dtype, rows, length):
 
 @pytest.mark.filterwarnings("ignore:router_aux_loss_coef")
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora_rank", [None, 16])
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "32-true"), (torch.bfloat16, "bf16-true")])
-def test_what_autograd_keeps_of_a_layer(family, dtype, precision, monkeypatch):
+def test_what_autograd_keeps_of_a_layer(family, dtype, precision, lora_rank, monkeypatch):
     # The planner is for GPUs, where the experts are three grouped products.
     monkeypatch.setattr(Experts, "kernel", "grouped_mm")
     configs = [MoEConfig(**TINY, model_type=family, num_hidden_layers=n, **FAMILIES[family]) for n in (1, 2)]
-    one, two = (saved_bytes(config, dtype, 2, 256) for config in configs)
-    predicted, _, _ = costs(configs[0], precision).memory._saved(1, 1, 1, 1, 2, "none", "alltoall")
+    one, two = (saved_bytes(config, dtype, 2, 256, lora_rank) for config in configs)
+    predicted, _, _ = costs(configs[0], precision, lora_rank=lora_rank).memory._saved(1, 1, 1, 1, 2, "none", "alltoall")
     assert predicted == pytest.approx(two - one, rel=0.015)

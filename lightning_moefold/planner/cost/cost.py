@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner.cost.layer import Block, LayerCosts, combine
-from lightning_moefold.planner.cost.memory import Memory, MemoryModel
+from lightning_moefold.planner.cost.memory import LocalParameters, Memory, MemoryModel
+from lightning_moefold.planner.cost.parameters import adapter_parameters
 from lightning_moefold.planner.cost.schedules import RankLayers, bubble, pipeline_layout
 from lightning_moefold.planner.machine.links import axis_shape
 from lightning_moefold.planner.search.job import PRECISIONS, SPLIT_BACKWARD, Job, Plan
@@ -74,7 +75,7 @@ class Estimate:
 
     @property
     def score(self) -> float:
-        """The mean over the routing profiles of the seconds per step; those of a profile under which it does not fit count twice."""
+        """Mean seconds per step over the routing profiles; those of one under which the plan does not fit count twice."""
         profiles = list(self.under.values()) or [self]
         return sum(e.step_time * (1 if e.fits else NO_FIT) for e in profiles) / len(profiles)
 
@@ -209,9 +210,16 @@ class CostModel:
         _, _, stored, gathered, reduced, _ = PRECISIONS[self.job.precision]
         if stored == gathered:
             return 0.0, 0.0
-        local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
-        pieces = local.dense / (fold.dp * fold.cp) + local.expert / fold.edp
-        return self.layers.compute.stream(pieces * (stored + gathered)), self.layers.compute.stream(pieces * (gathered + reduced))
+        local, trained = self.memory.parameters(fold.tp, fold.ep, fold.etp, held), self._trained(fold, held)
+        pieces, gradients = (n.dense / (fold.dp * fold.cp) + n.expert / fold.edp for n in (local, trained))
+        stream = self.layers.compute.stream
+        return stream(pieces * (stored + gathered)), stream(gradients * (gathered + reduced))
+
+    def _trained(self, fold: Fold, held: RankLayers) -> LocalParameters:
+        """Returns how many numbers of both families have gradients on a rank."""
+        if self.job.lora_rank is None:
+            return self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
+        return LocalParameters(adapter_parameters(self.job.model, fold.tp, held.layers, self.job.lora_rank), 0)
 
     def _add_microbatches(self, times: dict[str, float], rank: RankTimes, microbatches: int) -> None:
         for seconds in (rank.block.forward, rank.block.backward):
@@ -227,13 +235,16 @@ class CostModel:
     def _sharded_traffic(self, fold: Fold, held: RankLayers) -> tuple[float, float]:
         """Returns the seconds to gather a rank's weights and to scatter their gradients, layer by layer."""
         _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
-        local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
+        local, trained = self.memory.parameters(fold.tp, fold.ep, fold.etp, held), self._trained(fold, held)
         per_node, units = self.job.hardware.gpus_per_node, max(held.layers, 1)
         gather, scatter = self._casts(fold, held)
-        for number, axis in ((local.dense, "dp_cp"), (local.expert, "edp")):
+        for number, gradients, axis in (
+            (local.dense, trained.dense, "dp_cp"), (local.expert, trained.expert, "edp")
+        ):  # fmt: skip
             shape = axis_shape(fold, axis, per_node)
             gather += units * self._links.gather(shape, number * gathered / units)
-            scatter += units * self._links.scatter(shape, number * reduced / units)
+            if gradients:
+                scatter += units * self._links.scatter(shape, gradients * reduced / units)
         return gather, scatter
 
     def gradients(self, fold: Fold, held: RankLayers, rank: RankTimes) -> float:
@@ -243,14 +254,14 @@ class CostModel:
         gather, scatter = self._sharded_traffic(fold, held)
         _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
         if self.job.sharding == "none":
-            again = gather * reduced / gathered  # an all-reduce is a reduce-scatter and an all-gather
+            again = scatter  # an all-reduce is a reduce-scatter and an all-gather
             return self._links.hidden(scatter + again, rank.backward)
         return self._links.hidden(scatter, rank.backward) + self._links.hidden(gather, rank.forward)
 
     def optimizer(self, fold: Fold, held: RankLayers) -> float:
         """Returns the seconds of Adam: it reads gradient, weight, moments; it writes weight, moments and the working copy."""
         _, _, stored, gathered, reduced, _ = PRECISIONS[self.job.precision]
-        local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
+        local = self._trained(fold, held)
         sharded = self.job.sharding != "none"
         number = local.dense / (fold.dp * fold.cp if sharded else 1) + local.expert / (fold.edp if sharded else 1)
         moved = number * (

@@ -21,7 +21,14 @@ from math import ceil
 from lightning_moefold.fold import Fold
 from lightning_moefold.modules.logit_chunks import chunk_rows
 from lightning_moefold.planner.cost.layer import LayerCosts
-from lightning_moefold.planner.cost.parameters import count, dense_shapes, expert_shapes, router_shapes, shard
+from lightning_moefold.planner.cost.parameters import (
+    adapter_parameters,
+    count,
+    dense_shapes,
+    expert_shapes,
+    router_shapes,
+    shard,
+)
 from lightning_moefold.planner.cost.schedules import RankLayers, chunks_in_flight, pipeline_layout
 from lightning_moefold.planner.search.job import PRECISIONS, Job, Plan
 
@@ -133,8 +140,15 @@ class MemoryModel:
                 live = self.gathered(*cut, layers, *spreads)[i]
                 reducing = number - mine if accumulates or fold.pp > 1 else layer
             weights += mine * stored + (live if spread > 1 or gathered != stored else 0)
-            gradients += mine * stored + reducing * reduced
-            optimizer += mine * self.job.state_bytes
+            if self.job.lora_rank is None:
+                gradients += mine * stored + reducing * reduced
+                optimizer += mine * self.job.state_bytes
+            elif i == 0:  # only the adapter is trained, of the dense family
+                number = adapter_parameters(self.model, fold.tp, layers.layers, self.job.lora_rank)
+                mine = ceil(number / spread)
+                weights += mine * stored + number * gathered
+                gradients += mine * stored + (number - mine) * reduced
+                optimizer += mine * self.job.state_bytes
         return weights, gradients, optimizer
 
     def _largest(
@@ -170,6 +184,10 @@ class MemoryModel:
         if shared:
             experts += n * d * b + 3 * n * shared * b + t * d * b
         dense = t * d * b + n * d * b + 3 * n * ceil(model.intermediate_size / tp) * b
+        if self.job.lora_rank:  # each projection keeps its rows times A; frozen products need no inputs
+            attention += 4 * n * self.job.lora_rank * b
+            experts -= router - 2 * t * model.num_experts * 4 + (n * d * b + n * shared * b if shared else 0)
+            dense -= n * d * b + n * ceil(model.intermediate_size / tp) * b
         everything = attention + experts, attention + dense
         exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
         live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f) + copies)

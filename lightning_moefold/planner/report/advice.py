@@ -44,7 +44,10 @@ def why_not(result: Result, space: Space, fold: Fold | None = None) -> list[str]
     if fold is not None:
         best = _best_that_fits(job, space)
         if best is not None:
-            return [*lines, f"Another fold fits: {describe(best)}, with {best.mfu:.1%} MFU and {_gb(best.memory.total)}."]
+            return [
+                *lines,
+                f"Another fold fits: {describe(best)}, with {best.mfu:.1%} MFU and {_gb(best.memory.total)}.",
+            ]
         lines.append("No other fold fits either.")
     return lines + ([f"It would fit {way}." for way in _ways_out(job, space)] or ["Nothing tried here makes it fit."])
 
@@ -84,8 +87,14 @@ def _narrower(job: Job) -> list[tuple[str, dict[str, Any]]]:
     """Returns the changes of precision that save memory, with their options."""
     mixed = ("--precision bf16-mixed", {"precision": "bf16-mixed"})
     masters = ("--precision bf16-true --master-weights", {"precision": "bf16-true", "master_weights": True})
-    true = ("--precision bf16-true, in which most updates are lost", {"precision": "bf16-true", "master_weights": False})
-    known: dict[str, list[tuple[str, dict[str, Any]]]] = {"32-true": [mixed, masters, true], "bf16-mixed": [masters, true]}
+    true = (
+        "--precision bf16-true, in which most updates are lost",
+        {"precision": "bf16-true", "master_weights": False},
+    )
+    known: dict[str, list[tuple[str, dict[str, Any]]]] = {
+        "32-true": [mixed, masters, true],
+        "bf16-mixed": [masters, true],
+    }
     return known.get(job.precision, [true] if job.master_weights else [])
 
 
@@ -137,8 +146,12 @@ def hints(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
         )
     if broken := [name for name, e in best.under.items() if not e.fits]:
         lines.append(
-            f"Plan 1 does not fit if routing becomes {' or '.join(broken)}: plans that would fit are slower by more than half "
-            "on average. --routing NAME plans for that routing alone."
+            f"This plan does not fit if routing becomes {' or '.join(broken)}"
+            + (
+                "."
+                if fold
+                else ", and plans that would are much slower on average; --routing NAME ranks for such routing alone."
+            )
         )
     if best.load > 1.2 and job.capacity_factor is None:
         lines.append(

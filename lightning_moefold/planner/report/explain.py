@@ -139,7 +139,9 @@ def memory_bar(estimate: Estimate, width: int = 10) -> str:
 
 def model_title(job: Job) -> str:
     """Returns the model's name as its makers write it, or the name of its directory."""
-    return TITLES.get(job.name) or Path(job.name).name or f"{job.model.model_type} {job.model.num_parameters() / 1e9:.1f}B"
+    return (
+        TITLES.get(job.name) or Path(job.name).name or f"{job.model.model_type} {job.model.num_parameters() / 1e9:.1f}B"
+    )
 
 
 def device_title(hardware: str) -> str:
@@ -190,7 +192,9 @@ def _settings(estimate: Estimate) -> str:
         parts.append(plan.schedule + (f" x{plan.num_stages_per_rank}" if plan.num_stages_per_rank > 1 else ""))
     if plan.recompute != "none":
         parts.append(f"recompute {plan.recompute}")
-    return ", ".join([*parts, f"sharding {estimate.job.sharding}", *([plan.dispatcher] if _exchanges(estimate) else [])])
+    return ", ".join(
+        [*parts, f"sharding {estimate.job.sharding}", *([plan.dispatcher] if _exchanges(estimate) else [])]
+    )
 
 
 def _exchanges(estimate: Estimate) -> bool:
@@ -240,7 +244,9 @@ def pool_text(result: Result) -> str:
             continue
         mine, first = estimate.under[name], result.best.under[name]
         others = ", ".join(
-            f"{other} {_seconds(e.step_time)}{'!' * (not e.fits)}" for other, e in estimate.under.items() if other != name
+            f"{other} {_seconds(e.step_time)}{'!' * (not e.fits)}"
+            for other, e in estimate.under.items()
+            if other != name
         )
         lines.append(
             f"if routing is {name}: {describe(estimate)} takes {_seconds(mine.step_time)} "
@@ -251,7 +257,11 @@ def pool_text(result: Result) -> str:
 
 def legend(result: Result | None = None) -> list[str]:
     """Returns the meaning of every sign in the table, or in one time bar if there is no ``result``."""
-    bar = "time: " + ", ".join(f"{letter} {kind}" for kind, (letter, _) in STYLES.items()) + "; each letter is an equal part"
+    bar = (
+        "time: "
+        + ", ".join(f"{letter} {kind}" for kind, (letter, _) in STYLES.items())
+        + "; each letter is an equal part"
+    )
     if result is None:
         return [bar]
     profiles = list(result.best.under)
@@ -267,8 +277,8 @@ def legend(result: Result | None = None) -> list[str]:
         "recomputation if any, sharding of the data ranks, dispatcher",
         ranking,
         bar,
-        "memory: of the fullest rank; # is used and - is free, a tenth each; bound by: what takes most of the time, and the largest "
-        "of the rest",
+        "memory: of the fullest rank; # is used and - is free, a tenth each; bound by: what takes most of the time, and the "
+        "largest of the rest",
     ]
 
 

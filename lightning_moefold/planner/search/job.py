@@ -124,12 +124,19 @@ class Job:
         """Model FLOPs of one step, which MFU counts.
 
         They are forward plus twice that for backward, of active experts only, without recomputation. Causal attention
-        counts the half of the square that it computes, and dropped choices do not count.
+        counts the half of the square that it computes, and dropped choices do not count. An adapter's training takes no
+        gradients of frozen weights, and the adapter's own products.
         """
         tokens, model = self.global_batch_size * self.sequence_length, self.model
         expert = 2 * 3 * model.hidden_size * model.moe_intermediate_size * model.num_experts_per_tok
         dropped = (1 - self.kept) * expert * model.num_moe_layers
-        return 3 * tokens * (model.forward_flops_per_token(self.sequence_length) - dropped)
+        forward = model.forward_flops_per_token(self.sequence_length) - dropped
+        if self.lora_rank is None:
+            return 3 * tokens * forward
+        q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        keys = sum(model.attended_keys(i, self.sequence_length) for i in range(model.num_hidden_layers))
+        adapter = model.num_hidden_layers * self.lora_rank * (4 * model.hidden_size + 2 * q + 2 * kv)
+        return tokens * (2 * forward + 2 * 2 * q * keys + 3 * 2 * adapter)
 
     @cached_property
     def kept(self) -> float:

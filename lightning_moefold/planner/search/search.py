@@ -349,4 +349,3 @@ class Planner:
 def _rank(estimate: Estimate) -> tuple[bool, float]:
     """Sorting key: plans that fit first, by speed; then others, by memory."""
     return (not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total)
-

@@ -104,9 +104,7 @@ def test_the_first_plan_is_best_over_the_routing_profiles():
     assert all(e.fits for e in result.best.under.values())
     fastest = result.pool["balanced"]
     assert fastest.step_time <= result.best.step_time
-    assert fastest.score == pytest.approx(
-        sum(e.step_time * (1 if e.fits else 2) for e in fastest.under.values()) / 3
-    )
+    assert fastest.score == pytest.approx(sum(e.step_time * (1 if e.fits else 2) for e in fastest.under.values()) / 3)
 
 
 def test_one_given_profile_ranks_alone():
@@ -156,3 +154,44 @@ def test_large_searches_are_fast(ranks, seconds):
     result = Planner(job_for("qwen3-235b-a22b", ranks, batch=ranks)).search()
     assert result.best.fits
     assert time.process_time() - started < seconds
+
+
+def test_an_adapter_is_planned_as_its_training_runs():
+    """No gradients and no states of the frozen model, two products of three, and the adapter's own numbers."""
+    fold = Fold.parse("tp2 | ep4", 8)
+    full, lora = (
+        evaluate(job_for("mixtral-8x7b", 8, batch=16, lora_rank=rank), fold, Space(recomputes=("none",))).best
+        for rank in (None, 16)
+    )
+    assert lora.memory.optimizer < 0.01 * full.memory.optimizer
+    assert lora.memory.gradients < 0.01 * full.memory.gradients
+    assert lora.times["experts"] == pytest.approx(2 / 3 * full.times["experts"])
+    assert lora.job.model_flops < 0.75 * full.job.model_flops
+    assert lora.step_time < full.step_time
+
+
+def test_master_weights_cost_their_memory():
+    """bf16-true holds 2 + 2 + 4 bytes of a number on its rank, and 8 more with float32 masters and moments."""
+    fold = Fold.parse("ep8", 8)
+    plain, masters = (
+        evaluate(job_for("mixtral-8x7b", 8, batch=8, precision="bf16-true", master_weights=on), fold).best
+        for on in (False, True)
+    )
+    assert masters.memory.optimizer == 3 * plain.memory.optimizer
+    assert any("updates" in line for line in hints(search(plain.job, keep=1), Space()))
+    with pytest.raises(PlanError, match="bf16-mixed stores none"):
+        job_for("mixtral-8x7b", 8, master_weights=True)
+
+
+def test_the_same_job_on_more_ranks():
+    """One, two, eight and sixteen GPUs: more ranks are never slower, and one rank has nothing to shard or to exchange."""
+    job = Job(MODELS["qwen1.5-moe-a2.7b"], 1, PRESETS["dgx-h200"], 16, 2048, "bf16-true")
+    space = Space(dispatchers=job.dispatchers, shardings=("optimizer", "full"))
+    times = []
+    for ranks in (1, 2, 8, 16):
+        best = search(replace(job, world_size=ranks), space, keep=1).best
+        assert best.fits
+        if ranks == 1:
+            assert (best.job.sharding, best.plan.dispatcher) == ("optimizer", "alltoall")
+        times.append(best.score)
+    assert times == sorted(times, reverse=True)
