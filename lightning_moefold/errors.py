@@ -80,10 +80,11 @@ DAMAGE = (
 def is_users(error: BaseException) -> bool:
     """Whether the user can fix the cause of ``error``; commands then show its sentence instead of a traceback.
 
-    A ``ValueError`` or ``TypeError`` that neither this package nor Lightning raised on purpose is a bug, and its
-    traceback says more than its message.
+    An ``OSError`` is about a file, the network, a permission or the disk. A ``ValueError`` or ``TypeError`` that neither this
+    package nor Lightning raised on purpose is a bug, and its traceback says more than its message. So is a
+    ``RuntimeError``, except those of Lightning's callbacks, such as about a metric that was never logged.
     """
-    if isinstance(error, MoEFoldError):
+    if isinstance(error, (MoEFoldError, OSError)):
         return True
     lightning = sys.modules.get("lightning")
     if lightning is None:
@@ -92,9 +93,18 @@ def is_users(error: BaseException) -> bool:
 
     if isinstance(error, MisconfigurationException):
         return True
-    if not isinstance(error, (ValueError, TypeError)):
+    if not isinstance(error, (ValueError, TypeError, RuntimeError)) or error.__traceback__ is None:
         return False
     last = traceback.extract_tb(error.__traceback__)[-1]
     if not str(last.line).startswith("raise "):
         return False  # raised by Python itself, about a call
-    return Path(last.filename).is_relative_to(Path(str(lightning.__file__)).parent)
+    home = Path(str(lightning.__file__)).parent
+    return Path(last.filename).is_relative_to(home / "pytorch/callbacks" if isinstance(error, RuntimeError) else home)
+
+
+def sentence(error: BaseException) -> str:
+    """Returns the message of an error in one line; for an ``OSError`` what failed, and the path."""
+    if isinstance(error, OSError) and error.strerror:
+        paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+        return f"{error.strerror}: {' and '.join(paths)}" if paths else error.strerror
+    return " ".join(str(error).split())

@@ -17,7 +17,7 @@ from lightning_moefold.callbacks.save_on_interrupt import SaveOnInterrupt
 from lightning_moefold.checkpoint.stores import parse_path
 from lightning_moefold.cli.messages import one_sentence
 from lightning_moefold.cli.terminal import peers_end_too, progress_display, quiet
-from lightning_moefold.errors import InputError, is_users
+from lightning_moefold.errors import InputError, is_users, sentence
 from lightning_moefold.recipes.data import TextData
 from lightning_moefold.recipes.module import FineTuneModule
 
@@ -45,7 +45,7 @@ def run(subcommand: str, arguments: list[str]) -> int:
         if not is_users(error):
             raise
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            print(f"moefold {subcommand}: {error}", file=sys.stderr)
+            print(f"moefold {subcommand}: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -81,6 +81,23 @@ def launched() -> dict[str, int]:
         local = int(os.environ["SLURM_NTASKS_PER_NODE"])
         return {"devices": local, "num_nodes": int(os.environ["SLURM_NTASKS"]) // local}
     return {}
+
+
+def check_checkpoint(given: Any) -> None:
+    """Refuses a ``--ckpt_path`` that is a directory of something else than a run's checkpoint, before any rank is started.
+
+    Raises:
+        InputError: If it is a model in Hugging Face format, or a directory that holds checkpoints.
+    """
+    if not isinstance(given, (str, Path)) or not Path(given).is_dir() or (Path(given) / "meta.pt").is_file():
+        return
+    if (Path(given) / "config.json").is_file():
+        raise InputError(
+            f"--ckpt_path {given} is a model in Hugging Face format, not a checkpoint of a run; give it as --model.checkpoint."
+        )
+    inside = sorted(path.name for path in Path(given).iterdir() if path.suffix == ".ckpt")
+    if inside:
+        raise InputError(f"--ckpt_path {given} is a directory of checkpoints; give one of them: {', '.join(inside)}.")
 
 
 def _short(path: str | Path) -> str:
@@ -171,5 +188,6 @@ class MoEFoldCLI(LightningCLI):
             print(f"predictions  {_short(path)}  ({documents} document{'s' * (documents != 1)})")
 
     def _run_subcommand(self, subcommand: str) -> None:
+        check_checkpoint(self._get(self.config_init, "ckpt_path"))
         with peers_end_too(self.trainer):
             super()._run_subcommand(subcommand)

@@ -14,6 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import lightning_moefold
+from lightning_moefold.errors import sentence
+
 
 class Command(NamedTuple):
     """A subcommand.
@@ -53,6 +56,10 @@ TRAINER_COMMANDS: dict[str, str] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``moefold``; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if given == ["--version"]:
+        print(f"moefold {lightning_moefold.__version__}")
+        return 0
+    given = given or ["--help"]
     asked = given[0] if given else ""
     if asked in TRAINER_COMMANDS:
         from lightning_moefold.cli import fit
@@ -63,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return data.run(given[1:])
     parser = argparse.ArgumentParser(prog="moefold", description="MoE Parallel Folding for PyTorch Lightning.")
+    parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, command in COMMANDS.items():
         one = commands.add_parser(name, help=command.help, description=command.help.capitalize() + ".")
@@ -78,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except (ValueError, OSError) as error:
-        print(f"moefold {arguments.command}: {error}", file=sys.stderr)
+        print(f"moefold {arguments.command}: {sentence(error)}", file=sys.stderr)
         return 2
     return status
 

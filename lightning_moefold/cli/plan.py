@@ -18,7 +18,16 @@ from lightning_moefold.planner.cost.routing import PROFILES, find_routing
 from lightning_moefold.planner.cost.simulate import simulate, write_chrome_trace
 from lightning_moefold.planner.machine.hardware import PRESETS, find_hardware
 from lightning_moefold.planner.report.advice import hints, why_not
-from lightning_moefold.planner.report.explain import header, legend, pool_text, result_json, table_rich, table_text
+from lightning_moefold.planner.report.explain import (
+    answer,
+    header,
+    legend,
+    pool_text,
+    result_json,
+    table_rich,
+    table_text,
+)
+from lightning_moefold.planner.report.recipe import lines_to_paste, write_recipe
 from lightning_moefold.planner.report.walk import walk
 from lightning_moefold.planner.search.job import (
     DISPATCHERS,
@@ -30,7 +39,8 @@ from lightning_moefold.planner.search.job import (
     Job,
 )
 from lightning_moefold.planner.search.models_zoo import MODELS, find_model
-from lightning_moefold.planner.search.search import Planner, Result, Space, search
+from lightning_moefold.planner.search.robust import evaluate, search
+from lightning_moefold.planner.search.search import Result, Space
 from lightning_moefold.plots.plans import write_plots
 
 
@@ -43,28 +53,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--global-batch-size", type=int, required=True, metavar="B", help="sequences per optimizer step")
     add("--sequence-length", type=int, default=4096, metavar="S", help="tokens per sequence (default: 4096)")
     add("--precision", default="bf16-mixed", choices=PRECISIONS, help="default: bf16-mixed")
-    add("--sharding", default="optimizer", choices=SHARDINGS, help="data-parallel sharding (default: optimizer)")
-    add("--capacity-factor", type=float, metavar="C", help="tokens an expert takes, over the mean (default: dropless)")
-    add("--drop-scope", default="full_sequence", choices=DROP_SCOPES, help="of whose tokens (default: full_sequence)")
-    add("--pad-to-capacity", action="store_true", help="send each expert as many rows as it may serve")
-    add("--dispatch-chunks", type=int, default=1, metavar="N", help="parts in which tokens travel (default: 1)")
-    add("--routing", default="balanced", help=f"{', '.join(PROFILES)}; or a recorded trace (.npz, .npy, .json)")
-    add("--fold", help="evaluate this fold, such as 'tp2 pp8 | ep8', instead of searching")
-    add("--explain", nargs="?", const="", metavar="FOLD", help="walk one plan line by line (the best, or that of FOLD)")
+    add("--master-weights", action="store_true", help="bf16-true with float32 copies of the weights (MasterWeights)")
+    add("--lora", type=int, metavar="RANK", help="train an adapter of the attention projections instead of the model")
     add(
-        "--micro-batch-size",
-        default="auto",
-        metavar="N",
-        help="a number; auto; any (auto keeps it at 1 under full sharding)",
+        "--routing",
+        help=f"how evenly tokens choose experts: {', '.join(PROFILES)}; or a recorded trace (.npz, .npy, .json) "
+        "(default: plans are ranked by all three profiles)",
     )
-    add("--schedule", choices=SCHEDULES, action="append", help="only this pipeline schedule (may be repeated)")
-    add("--recompute", choices=RECOMPUTES, action="append", help="only this recomputation (may be repeated)")
-    add("--dispatcher", default="alltoall", choices=(*DISPATCHERS, "any"), help="default: alltoall")
     add("--top", type=int, default=10, metavar="N", help="plans to show (default: 10)")
-    add("--no-pool", action="store_true", help="do not search under the other routing profiles")
-    add("--timeline", metavar="FILE", help="simulate the best plan's pipeline and write a Chrome trace")
-    add("--plot", metavar="DIR", help="write pictures: MFU and time, memory, DDL roofline of a MoE layer")
-    add("--json", action="store_true", help="print JSON")
+    chosen = parser.add_argument_group("settings that the search chooses unless you give them").add_argument
+    chosen("--fold", help="evaluate this fold, such as 'tp2 pp8 | ep8', instead of searching")
+    chosen("--micro-batch-size", default="auto", metavar="N", help="rows of a micro-batch (default: any power of two)")
+    chosen("--schedule", choices=SCHEDULES, action="append", help="pipeline schedule (may be repeated)")
+    chosen("--stages-per-rank", type=int, metavar="N", help="stages of a rank in interleaved schedules")
+    chosen(
+        "--recompute", action="append", metavar="PART[,PART]",
+        help=f"{', '.join(RECOMPUTES)}, or parts of a layer (may be repeated, to choose from several)",
+    )  # fmt: skip
+    chosen("--sharding", choices=SHARDINGS, help="data-parallel sharding (default: optimizer or full)")
+    chosen("--dispatcher", choices=(*DISPATCHERS, "any"), help="token dispatcher (default: any)")
+    moe = parser.add_argument_group("settings that change what is computed, or how tokens travel").add_argument
+    moe("--capacity-factor", type=float, metavar="C", help="tokens an expert takes, over the mean (default: dropless)")
+    moe("--drop-scope", default="full_sequence", choices=DROP_SCOPES, help="of whose tokens (default: full_sequence)")
+    moe("--pad-to-capacity", action="store_true", help="send each expert as many rows as it may serve")
+    moe("--dispatch-chunks", type=int, default=1, metavar="N", help="parts in which tokens travel (default: 1)")
+    output = parser.add_argument_group("output").add_argument
+    output(
+        "--explain", nargs="?", const="", metavar="FOLD", help="walk one plan line by line (the best, or that of FOLD)"
+    )
+    output("--write-config", type=Path, metavar="FILE.yaml", help="write the plan as a configuration of moefold fit")
+    output("--timeline", metavar="FILE", help="simulate the best plan's pipeline and write a Chrome trace")
+    output("--plot", metavar="DIR", help="write pictures: MFU and time, memory, DDL roofline of a MoE layer")
+    output("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,15 +92,17 @@ def run(arguments: argparse.Namespace) -> int:
     job = read_job(arguments)
     space = read_space(arguments, job)
     started = time.perf_counter()
-    fold = arguments.fold or arguments.explain
-    result = _one_fold(job, space, fold) if fold else search(job, space, arguments.top, not arguments.no_pool)
+    profiles = (job.routing,) if arguments.routing else None
+    text = arguments.fold or arguments.explain
+    fold = Fold.parse(text, job.world_size) if text else None
+    result = evaluate(job, fold, space, profiles) if fold else search(job, space, arguments.top, profiles)
     seconds = time.perf_counter() - started
-    if result.best.fits:
-        notes = hints(result, space, result.best.plan.fold if fold else None)
-    else:
-        notes = why_not(result, space, result.best.plan.fold if fold else None)
+    notes = hints(result, space, fold) if result.best.fits else why_not(result, space, fold)
+    if arguments.write_config and result.best.fits:
+        write_recipe(result.best, arguments.write_config)
+        notes.append(f"Wrote {arguments.write_config}: moefold fit --config {arguments.write_config}.")
     if arguments.timeline:
-        notes.append(_write_timeline(job, result, Path(arguments.timeline)))
+        notes.append(_write_timeline(result, Path(arguments.timeline)))
     if arguments.plot:
         written = write_plots(result_json(result, notes, seconds), arguments.plot)
         notes.append("Wrote " + ", ".join(map(str, written)) + ".")
@@ -100,39 +122,52 @@ def read_job(arguments: argparse.Namespace) -> Job:
         arguments.global_batch_size,
         arguments.sequence_length,
         arguments.precision,
-        arguments.sharding,
+        arguments.sharding or "optimizer",
         arguments.capacity_factor,
-        find_routing(arguments.routing),
+        find_routing(arguments.routing or "balanced"),
         arguments.drop_scope,
         arguments.pad_to_capacity,
         arguments.dispatch_chunks,
+        master_weights=arguments.master_weights,
+        lora_rank=arguments.lora,
+        name=arguments.model if Path(arguments.model).is_dir() else arguments.model.lower().rsplit("/", 1)[-1],
     )
 
 
 def read_space(arguments: argparse.Namespace, job: Job) -> Space:
-    """Returns the settings that the arguments leave free."""
-    space = Space(dispatchers=job.dispatchers if arguments.dispatcher == "any" else (arguments.dispatcher,))
+    """Returns the settings from which to choose: what is given is kept.
+
+    For ``--fold``, sharding and dispatcher are the strategy's defaults unless they are given. Its micro-batches are one
+    sequence under full sharding, as in the published runs, unless a size is given.
+    """
+    one = bool(arguments.fold)
+    dispatcher = arguments.dispatcher or ("alltoall" if one else "any")
+    space = Space(
+        dispatchers=job.dispatchers if dispatcher == "any" else (dispatcher,),
+        num_stages_per_rank=arguments.stages_per_rank,
+        shardings=(job.sharding,) if arguments.sharding else () if one else ("optimizer", "full"),
+    )
     if arguments.schedule:
         space = replace(space, schedules=tuple(arguments.schedule))
     if arguments.recompute:
-        space = replace(space, recomputes=tuple(r for r in RECOMPUTES if r in arguments.recompute))
+        space = replace(space, recomputes=tuple(sorted(arguments.recompute, key=_costs_more)))
     size = arguments.micro_batch_size
+    if size == "auto":
+        return replace(space, micro_batch_sizes=(1,)) if one and arguments.sharding == "full" else space
     if size == "any":
-        return space.free
-    if size != "auto":
-        if not size.isdigit() or int(size) < 1:
-            raise PlanError(f"--micro-batch-size {size} is neither a positive number nor auto nor any.")
-        space = replace(space, micro_batch_sizes=(int(size),))
-    return space
+        return space
+    if not size.isdigit() or int(size) < 1:
+        raise PlanError(f"--micro-batch-size {size} is neither a positive number nor auto nor any.")
+    return replace(space, micro_batch_sizes=(int(size),))
 
 
-def _one_fold(job: Job, space: Space, text: str) -> Result:
-    plans = Planner(job, space).evaluate(Fold.parse(text, job.world_size))
-    return Result(job, plans, None, len(plans))
+def _costs_more(recompute: str) -> int:
+    """Sorting key: kinds of recomputation from the one that takes least time, lists of parts in between."""
+    return {"none": 0, "full": 2}.get(recompute, 1)
 
 
-def _write_timeline(job: Job, result: Result, path: Path) -> str:
-    timeline = simulate(job, result.best.plan)
+def _write_timeline(result: Result, path: Path) -> str:
+    timeline = simulate(result.best.job, result.best.plan)
     write_chrome_trace(timeline, path)
     return (
         f"Simulated pipeline of the best plan: {timeline.seconds:.3f} s, ranks idle {timeline.idle_fraction:.1%}; "
@@ -145,17 +180,24 @@ def _write_timeline(job: Job, result: Result, path: Path) -> str:
 
 def _print(result: Result, notes: list[str], seconds: float, explain: bool) -> None:
     show = _printer()
+    show(answer(result.best) if result.best.fits else notes.pop(0))
     show(header(result.job))
+    show("")
     if explain:
-        for line in walk(result.job, result.best):
+        for line in walk(result.best.job, result.best):
             show(line)
     else:
         show(_table(result.plans))
-        show(legend())
+        for line in legend(result):
+            show(line)
         _print_pool(result, show)
+    show("")
     for note in notes:
         show(f"* {note}")
+    for line in lines_to_paste(result.best):
+        show(line)
     if not explain:
+        show("")
         show(f"{result.examined} folds and micro-batch sizes evaluated in {seconds:.1f} s; --explain FOLD walks one")
 
 
@@ -164,9 +206,8 @@ def _print_pool(result: Result, show: Callable[[Any], None]) -> None:
         return
     if result.plain and not result.plain.fits:
         show(f"plain expert parallelism ({result.plain.plan}) does not fit")
-    if len({str(e.plan) for e in result.pool.values()}) > 1:
-        show("pool: the best plan under each routing profile, and its seconds per step under the others")
-        show(pool_text(result))
+    if text := pool_text(result):
+        show(text)
 
 
 def _printer() -> Callable[[Any], None]:

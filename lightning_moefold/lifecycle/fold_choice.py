@@ -68,7 +68,7 @@ class Fixed:
             num_microbatches=self.num_microbatches,
             num_stages_per_rank=plan.stages_per_rank if looped else None,
             accumulates=False,
-        ).free
+        )
 
     def taking(self, choice: Choice) -> Settings:
         """The settings with what a choice settles."""
@@ -151,11 +151,12 @@ def choose_for(
     hardware = machine(auto, fixed.ranks_per_node, device, dispatch.node_size)
     job = Job(
         model, fixed.world_size, hardware, total or rows or 1, length,
-        fixed.precision, fixed.settings.sharding.mode, dispatch.capacity_factor, find_routing(auto.routing),
+        fixed.precision, fixed.settings.sharding.mode, dispatch.capacity_factor, find_routing(auto.routing or "balanced"),
         dispatch.drop_scope, dispatch.pad_to_capacity, dispatch.chunks,
         dispatch.copies.max_copies_per_rank if dispatch.copies else 0,
     )  # fmt: skip
-    return choose(job, fixed.space(job.dispatchers), rows_per_rank=None if total else rows)
+    profiles = None if auto.routing is None else (job.routing,)
+    return choose(job, fixed.space(job.dispatchers), None if total else rows, profiles)
 
 
 def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None:

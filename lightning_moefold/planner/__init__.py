@@ -9,7 +9,8 @@ from lightning_moefold.planner.machine.hardware import PRESETS, Hardware, Kernel
 from lightning_moefold.planner.search.auto import AutoFold, Choice, choose, machine_for
 from lightning_moefold.planner.search.job import Job, Plan
 from lightning_moefold.planner.search.models_zoo import MODELS, find_model
-from lightning_moefold.planner.search.search import Planner, Result, Space, search
+from lightning_moefold.planner.search.robust import search
+from lightning_moefold.planner.search.search import Planner, Result, Space
 
 __all__ = [
     "MODELS",

@@ -88,8 +88,8 @@ class TextData(pl.LightningDataModule):
     any fold. Validation reads every row exactly once.
 
     Args:
-        files: What to train on: .txt files (one document each); .jsonl, .json and .parquet files of rows, each of which may be
-            a .gz file; or directories that ``datasets`` has written with ``save_to_disk``. A row is a text or a conversation
+        files: What to train on, a path or a list of them: .txt files (one document each); .jsonl, .json and .parquet files of
+            rows, each of which may be a .gz file; or directories that ``datasets`` has written with ``save_to_disk``. A row is a text or a conversation
             (:mod:`.conversation`).
         tokenizer: Directory with a tokenizer of ``transformers``, usually the checkpoint.
         sequence_length: L.
@@ -122,15 +122,15 @@ class TextData(pl.LightningDataModule):
 
     def __init__(
         self,
-        files: list[str],
+        files: list[str] | str,
         tokenizer: str,
         sequence_length: int = 1024,
         batch_size: int = 8,
         packing: Packing | None = None,
-        val_files: list[str] | None = None,
+        val_files: list[str] | str | None = None,
         val_fraction: float = 0.1,
-        test_files: list[str] | None = None,
-        predict_files: list[str] | None = None,
+        test_files: list[str] | str | None = None,
+        predict_files: list[str] | str | None = None,
         shuffle: bool = True,
         seed: int = 0,
         cache_dir: str = ".moefold_tokens",
@@ -144,11 +144,16 @@ class TextData(pl.LightningDataModule):
         processes: int | None = None,
     ) -> None:
         super().__init__()
+        files = [files] if isinstance(files, (str, Path)) and str(files) else files
+        val_files, test_files, predict_files = (
+            [some] if isinstance(some, (str, Path)) and str(some) else some
+            for some in (val_files, test_files, predict_files)
+        )
         given = {"train": files, "val": val_files, "test": test_files, "predict": predict_files}
         for name, some in given.items():
-            if isinstance(some, (str, Path)) or (name == "train" and not some):
+            if isinstance(some, str) or (name == "train" and not some):
                 key = "files" if name == "train" else f"{name}_files"
-                raise InputError(f"{key}={some!r} must be a list of at least one file.")
+                raise InputError(f"{key}={some!r} must be a file or a list of at least one file.")
         _choose("packing", packing, (None, "blocks", "documents"))
         _choose("format", format, ("auto", "text", "messages", "sharegpt", "alpaca", "prompt_completion"))
         _choose("train_on", train_on, ("assistant", "last", "all"))

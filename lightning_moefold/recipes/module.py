@@ -20,6 +20,7 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.masks import shortest_window
+from lightning_moefold.optim import MasterWeights
 from lightning_moefold.recipes.metrics import DocumentLosses, MeanLoss, write_document_losses
 from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, run_length, warmup_and_decay
 from lightning_moefold.strategy import MoEFoldStrategy
@@ -51,6 +52,8 @@ class FineTuneModule(pl.LightningModule):
         adapter_path: Train a stored adapter instead: a directory in PEFT's format.
         calculate_per_token_loss: Whether accumulated batches are divided by the labels of the optimizer step, so that every
             label weighs the same (:class:`~lightning_moefold.MoEFoldStrategy`); otherwise their losses are averaged.
+        master_weights: Whether to update float32 copies of the weights (:class:`~lightning_moefold.optim.MasterWeights`), for
+            ``precision="bf16-true"``.
         predictions: File that ``predict`` writes; predictions.jsonl in the Trainer's default_root_dir if not given.
 
     Attributes:
@@ -75,6 +78,7 @@ class FineTuneModule(pl.LightningModule):
         total_steps: int | None = None,
         adapter: dict[str, Any] | None = None,
         adapter_path: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         super().__init__()
         if total_steps is not None and total_steps < 1:
@@ -151,7 +155,8 @@ class FineTuneModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         values = self.hparams
         groups = parameter_groups(self, values["weight_decay"])
-        optimizer = AdamW(groups, values["learning_rate"], tuple(values["betas"]), fused=True)
+        options = {"lr": values["learning_rate"], "betas": tuple(values["betas"]), "fused": True}
+        optimizer = MasterWeights(AdamW, groups, **options) if values["master_weights"] else AdamW(groups, **options)
         schedule = warmup_and_decay(
             optimizer,
             values["warmup_steps"],

@@ -4,6 +4,7 @@
 import json
 
 import pytest
+import yaml
 
 from lightning_moefold.cli.main import main
 
@@ -34,9 +35,11 @@ def test_one_fold(capsys):
 def test_table_and_explanation(capsys, tmp_path):
     assert main([*BASE, "--top", "2"]) == 0
     table = capsys.readouterr().out
+    assert table.startswith("Run tp")
     assert "on 128 GPUs (16 nodes of dgx-h100), batch" in table
+    assert "strategy = MoEFoldStrategy(" in table
     assert "where the time goes" in table
-    assert "pool" in table
+    assert "plans are ranked by the mean of these" in table
     timeline = tmp_path / "trace.json"
     assert main([*BASE, "--explain", "tp2 pp8 | ep8", "--timeline", str(timeline)]) == 0
     text = capsys.readouterr().out
@@ -48,7 +51,8 @@ def test_table_and_explanation(capsys, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--fold", "tp3"], "does not divide"), (["--fold", "ep16"], "num_experts=8"), (["--hardware", "tpu"], "not known"),
     (["--routing", "chaotic"], "neither a profile"), (["--micro-batch-size", "two"], "neither a positive number"),
-    (["--model", "gpt-5"], "neither a directory"),
+    (["--model", "gpt-5"], "neither a directory"), (["--recompute", "none,elsewhere"], "not known"),
+    (["--master-weights"], "bf16-mixed stores none"), (["--lora", "0"], "at least 1"),
 ])  # fmt: skip
 def test_errors_are_one_line(capsys, arguments, message):
     assert main([*BASE, *arguments]) == 2
@@ -75,3 +79,37 @@ def test_an_impossible_request_says_what_would_help(capsys):
     out = capsys.readouterr().out
     assert "No plan fits" in out
     assert "It would fit on" in out
+    assert "MoEFoldStrategy(" not in out
+
+
+def test_a_configuration_that_moefold_fit_reads(capsys, tmp_path):
+    """Batch, micro-batches and accumulation are those of the plan; a file that exists is not overwritten."""
+    file = tmp_path / "plan.yaml"
+    arguments = ["plan", "--model", "qwen1.5-moe-a2.7b", "--gpus", "8", "--global-batch-size", "64", "--top", "1"]
+    arguments += ["--precision", "bf16-true", "--routing", "balanced", "--write-config", str(file)]
+    assert main([*arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plans"][0]
+    found = yaml.safe_load(file.read_text())
+    assert found["trainer"]["strategy"]["init_args"] == plan["strategy"]
+    assert {k: v for k, v in found["trainer"].items() if k != "strategy"} == plan["trainer"]
+    accumulated = found["trainer"].get("accumulate_grad_batches", 1)
+    assert found["data"]["init_args"]["batch_size"] * accumulated == 64
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_given_settings_are_kept(capsys):
+    given = [
+        "--fold",
+        "tp2 pp4 | ep8",
+        "--schedule",
+        "interleaved_1f1b",
+        "--stages-per-rank",
+        "2",
+        "--micro-batch-size",
+        "2",
+    ]
+    assert main([*BASE, *given, "--recompute", "selective", "--lora", "8", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plans"][0]
+    assert (plan["schedule"], plan["num_stages_per_rank"], plan["micro_batch_size"]) == ("interleaved_1f1b", 2, 2)
+    assert (plan["recompute"], plan["sharding"], plan["dispatcher"]) == ("selective", "optimizer", "alltoall")

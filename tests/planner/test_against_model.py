@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_moefold import LoRA
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.models import MoECausalLM
@@ -33,8 +34,8 @@ FAMILIES = {
 }
 
 
-def costs(model, precision="bf16-true", ranks=1, length=256):
-    return CostModel(Job(model, ranks, PRESETS["dgx-h100"], 2 * ranks, length, precision))
+def costs(model, precision="bf16-true", ranks=1, length=256, **changes):
+    return CostModel(Job(model, ranks, PRESETS["dgx-h100"], 2 * ranks, length, precision, **changes))
 
 
 @lru_cache
@@ -146,9 +147,13 @@ class Storages(TorchDispatchMode):
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
-def saved_bytes(config, dtype, rows, length, recompute=None):
+def saved_bytes(config, dtype, rows, length, recompute=None, lora_rank=None):
     """Bytes of the storages of a forward pass that live on, as autograd keeps them for backward."""
     model = MoECausalLM.from_config(config, seed=0).to(dtype)
+    if lora_rank:
+        model.add_adapter(LoRA(rank=lora_rank))
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     tell(model, Settings(recompute=recompute, expert_kernel="grouped_mm"))  # the planner is for GPUs
     ids = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     with Storages() as storages:
@@ -173,12 +178,15 @@ RECOMPUTES = [
 
 @pytest.mark.filterwarnings("ignore:router_aux_loss_coef")
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora_rank", [None, 16])
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "32-true"), (torch.bfloat16, "bf16-true")])
-def test_what_autograd_keeps_of_a_layer(family, dtype, precision):
+def test_what_autograd_keeps_of_a_layer(family, dtype, precision, lora_rank):
     configs = [MoEConfig(**TINY, model_type=family, num_hidden_layers=n, **FAMILIES[family]) for n in (1, 2)]
-    for recompute in RECOMPUTES:
-        one, two = (saved_bytes(config, dtype, 2, 256, parse_recompute(recompute)) for config in configs)
-        predicted, _, _ = costs(configs[0], precision).memory._saved(1, 1, 1, 1, 2, recompute, "alltoall")
+    for recompute in RECOMPUTES if lora_rank is None else ["none"]:
+        one, two = (saved_bytes(config, dtype, 2, 256, parse_recompute(recompute), lora_rank) for config in configs)
+        predicted, _, _ = costs(configs[0], precision, lora_rank=lora_rank).memory._saved(
+            1, 1, 1, 1, 2, recompute, "alltoall"
+        )
         assert predicted == pytest.approx(two - one, rel=0.025, abs=20_000), recompute
 
 

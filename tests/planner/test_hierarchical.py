@@ -133,7 +133,7 @@ def test_explained_and_handed_on(capsys):
     text = capsys.readouterr().out
     for words in ("2.00 of 2 nodes", "of 16 ranks, among the 8 of each node", "dispatcher='hierarchical', node_size=8"):
         assert words in text
-    assert main([*base, "any", "--fold", "tp2 | ep64", "--json"]) == 0
+    assert main([*base, "any", "--fold", "tp2 | ep64", "--routing", "balanced", "--json"]) == 0
     [plan, *_] = json.loads(capsys.readouterr().out)["plans"]
     assert (plan["dispatcher"], plan["strategy"]["node_size"]) == ("hierarchical", 8)
     for name, words in (("deduplicated", "once to each of 6"), ("allgather", "each gather moves")):

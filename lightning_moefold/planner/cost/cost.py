@@ -14,12 +14,14 @@ A step is the sum of
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.modules.recompute_parts import parse_recompute, recompute_parts
 from lightning_moefold.planner.cost.layer import Block, LayerCosts, combine, seconds_again
-from lightning_moefold.planner.cost.memory import Memory, MemoryModel
+from lightning_moefold.planner.cost.memory import LocalParameters, Memory, MemoryModel
+from lightning_moefold.planner.cost.parameters import adapter_parameters
 from lightning_moefold.planner.cost.schedules import RankLayers, bubble, pipeline_layout
 from lightning_moefold.planner.machine.links import axis_shape
 from lightning_moefold.planner.search.job import PRECISIONS, SPLIT_BACKWARD, Job, Plan
@@ -40,6 +42,10 @@ BOUNDS: dict[str, tuple[str, ...]] = {
 }
 
 
+#: A step under a routing profile for which the memory does not suffice counts as this many.
+NO_FIT = 2.0
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Predicted time and memory of a plan.
@@ -53,6 +59,8 @@ class Estimate:
         limit: Bytes that a rank may use.
         microbatches: Number of micro-batches per step and data-parallel rank.
         load: Rows on the busiest expert-parallel rank divided by the mean.
+        job: The job that it was predicted for, with its sharding and routing.
+        under: The same plan under each routing profile by which a search has ranked it.
     """
 
     plan: Plan
@@ -63,6 +71,14 @@ class Estimate:
     limit: float
     microbatches: int
     load: float
+    job: Job = field(repr=False)
+    under: Mapping[str, Estimate] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def score(self) -> float:
+        """Mean seconds per step over the routing profiles; those of one under which the plan does not fit count twice."""
+        profiles = list(self.under.values()) or [self]
+        return sum(e.step_time * (1 if e.fits else NO_FIT) for e in profiles) / len(profiles)
 
     @property
     def fits(self) -> bool:
@@ -111,17 +127,18 @@ class CostModel:
 
     Args:
         job: The training job: model, machine and batch.
+        layers: Layer costs of the same job, which may have another sharding; made if not given.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, layers: LayerCosts | None = None) -> None:
         self.job = job
-        self.layers = LayerCosts(job)
-        self.memory = MemoryModel(self.layers)
+        self.layers = layers or LayerCosts(job)
+        self.memory = MemoryModel(self.layers, job)
         self._links = self.layers.links
         self._cache: dict[tuple[object, ...], RankTimes] = {}
 
-    def estimate(self, plan: Plan) -> Estimate:
-        """Predicts time and memory of a plan."""
+    def estimate(self, plan: Plan, memory: Memory | None = None) -> Estimate:
+        """Predicts time and memory of a plan; ``memory`` if that is already known."""
         job, fold = self.job, plan.fold
         microbatches = plan.num_microbatches(job)
         ranks = self.ranks(plan)
@@ -144,24 +161,16 @@ class CostModel:
         times["optimizer"] = self.optimizer(fold, held)
         step = sum(times.values())
         mfu = job.model_flops / (step * job.peak_flops * job.world_size)
-        memory, load = self.memory.estimate(plan), self.layers.load(fold.ep, fold.tp * fold.cp)
-        return Estimate(plan, step, mfu, dict(times), memory, job.hardware.usable_bytes, microbatches, load)
+        memory, load = memory or self.memory.estimate(plan), self.layers.load(fold.ep, fold.tp * fold.cp)
+        return Estimate(plan, step, mfu, dict(times), memory, job.hardware.usable_bytes, microbatches, load, job)
 
-    def lower_bound(self, fold: Fold, micro_batch: int, dispatcher: str) -> float:
+    def lower_bound(self, fold: Fold, micro_batch: int, *dispatchers: str) -> float:
         """Returns a lower bound of the step's seconds over all schedules and recomputation settings of this fold.
 
         It counts only the layers and the head, and divides the layers over stages as evenly as real numbers allow.
         """
-        job = self.job
-        moe, dense = self.layers.layers(fold.tp, fold.cp, fold.ep, fold.etp, micro_batch, dispatcher)
-        layers = job.model.num_hidden_layers
-        n_moe = self.layers.num_moe
-        work = n_moe * (moe.forward_total + moe.backward_total) + (layers - n_moe) * (
-            dense.forward_total + dense.backward_total
-        )
-        _, head = self.layers.ends(fold.tp, fold.cp, micro_batch)
-        work += head.forward_total + head.backward_total
-        return work / fold.pp * (job.global_batch_size // (fold.dp * micro_batch))
+        work = self.layers.whole(fold.tp, fold.cp, fold.ep, fold.etp, micro_batch, dispatchers)
+        return work / fold.pp * (self.job.global_batch_size // (fold.dp * micro_batch))
 
     # ---- a micro-batch -----------------------------------------------------------------------------------------
 
@@ -193,6 +202,25 @@ class CostModel:
             block, recompute, forward, self._links.hidden(gather + scatter, block.backward_total + recompute)
         )
 
+    def _casts(self, fold: Fold, held: RankLayers) -> tuple[float, float]:
+        """Returns the seconds to cast this rank's pieces of weights before they are gathered, and gradients afterwards.
+
+        A rank without others to share with casts whole weights, under full sharding in every micro-batch.
+        """
+        _, _, stored, gathered, reduced, _ = PRECISIONS[self.job.precision]
+        if stored == gathered:
+            return 0.0, 0.0
+        local, trained = self.memory.parameters(fold.tp, fold.ep, fold.etp, held), self._trained(fold, held)
+        pieces, gradients = (n.dense / (fold.dp * fold.cp) + n.expert / fold.edp for n in (local, trained))
+        stream = self.layers.compute.stream
+        return stream(pieces * (stored + gathered)), stream(gradients * (gathered + reduced))
+
+    def _trained(self, fold: Fold, held: RankLayers) -> LocalParameters:
+        """Returns how many numbers of both families have gradients on a rank."""
+        if self.job.lora_rank is None:
+            return self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
+        return LocalParameters(adapter_parameters(self.job.model, fold.tp, held.layers, self.job.lora_rank), 0)
+
     def _add_microbatches(self, times: dict[str, float], rank: RankTimes, microbatches: int) -> None:
         for seconds in (rank.block.forward, rank.block.backward):
             for name, value in seconds.items():
@@ -207,13 +235,16 @@ class CostModel:
     def _sharded_traffic(self, fold: Fold, held: RankLayers) -> tuple[float, float]:
         """Returns the seconds to gather a rank's weights and to scatter their gradients, layer by layer."""
         _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
-        local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
+        local, trained = self.memory.parameters(fold.tp, fold.ep, fold.etp, held), self._trained(fold, held)
         per_node, units = self.job.hardware.gpus_per_node, max(held.layers, 1)
-        gather = scatter = 0.0
-        for number, axis in ((local.dense, "dp_cp"), (local.expert, "edp")):
+        gather, scatter = self._casts(fold, held)
+        for number, gradients, axis in (
+            (local.dense, trained.dense, "dp_cp"), (local.expert, trained.expert, "edp")
+        ):  # fmt: skip
             shape = axis_shape(fold, axis, per_node)
             gather += units * self._links.gather(shape, number * gathered / units)
-            scatter += units * self._links.scatter(shape, number * reduced / units)
+            if gradients:
+                scatter += units * self._links.scatter(shape, gradients * reduced / units)
         return gather, scatter
 
     def gradients(self, fold: Fold, held: RankLayers, rank: RankTimes) -> float:
@@ -223,18 +254,18 @@ class CostModel:
         gather, scatter = self._sharded_traffic(fold, held)
         _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
         if self.job.sharding == "none":
-            again = gather * reduced / gathered  # an all-reduce is a reduce-scatter and an all-gather
+            again = scatter  # an all-reduce is a reduce-scatter and an all-gather
             return self._links.hidden(scatter + again, rank.backward)
         return self._links.hidden(scatter, rank.backward) + self._links.hidden(gather, rank.forward)
 
     def optimizer(self, fold: Fold, held: RankLayers) -> float:
         """Returns the seconds of Adam: it reads gradient, weight, moments; it writes weight, moments and the working copy."""
-        _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
-        local = self.memory.parameters(fold.tp, fold.ep, fold.etp, held)
+        _, _, stored, gathered, reduced, _ = PRECISIONS[self.job.precision]
+        local = self._trained(fold, held)
         sharded = self.job.sharding != "none"
         number = local.dense / (fold.dp * fold.cp if sharded else 1) + local.expert / (fold.edp if sharded else 1)
         moved = number * (
-            2 * reduced + 2 * stored + 2 * moments + gathered
+            2 * reduced + 2 * stored + 2 * self.job.state_bytes + gathered
         )  # gradients are read twice: norm, then step
         return self.layers.compute.stream(moved)
 

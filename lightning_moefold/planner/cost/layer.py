@@ -30,7 +30,10 @@ COMMUNICATION = ("tp", "cp", "a2a", "etp")
 #: Bytes of element-wise work in backward divided by forward: a norm reads one more tensor, a gated activation two.
 _ELEMENTWISE_BACKWARD = 1.5
 #: Kernel launches in the forward pass of a layer's parts; backward launches about twice as many. Each further chunk of
-#: tokens is sorted, computed and summed by its own kernels.
+#: tokens is sorted, computed and summed by its own kernels. (``benchmarks/cuda_bytes.py`` counts 110 launches of a Mixtral
+#: layer, forward and backward, and 124 with a shared expert, on fake CUDA tensors and one rank; sorting for other ranks and
+#: collectives add to that.) When the host waits for counts, the device's queue runs empty: what is launched until the first
+#: product, as many kernels as a chunk has, is exposed whole.
 _LAUNCHES = {"attention": 15, "experts": 30, "chunk": 15, "mlp": 6}
 
 
@@ -109,7 +112,10 @@ class LayerCosts:
         self.mlp = lru_cache(maxsize=None)(self._mlp)
         self.ends = lru_cache(maxsize=None)(self._ends)
         self.layers = lru_cache(maxsize=None)(self._layers)
+        self.whole = lru_cache(maxsize=None)(self._whole)
         self.num_moe = job.model.num_moe_layers
+        #: Products in backward for one in forward, and those of them that make gradients of weights.
+        self._backward, self._weights = (2, 1) if job.lora_rank is None else (1, 0)
         windows = [min(w or job.sequence_length, job.sequence_length) for w in self.model.sliding_windows]
         length = job.sequence_length
         self.mean_keys = sum(w * (1 - (w - 1) / (2 * length)) for w in windows) / len(windows)
@@ -160,8 +166,10 @@ class LayerCosts:
         elementwise = self.compute.stream(b * (5 * n / tp * d + 2 * n * (q + kv)))
         tp_comm = self.links.reduce(self.shape(tp, 1), n * d * b)
         forward = {"gemm": gemm, "attention": core, "elementwise": elementwise, "tp": tp_comm}
+        adapter = self._adapter(n, q, kv)
+        forward["gemm"] += adapter
         backward = {
-            "gemm": 2 * gemm,
+            "gemm": self._backward * gemm + 2 * adapter,
             "attention": core_backward,
             "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
             "tp": tp_comm,
@@ -172,11 +180,21 @@ class LayerCosts:
                 exchange, self.shape(cp, tp), n * q * b, 2 * n * kv * b, core, core_backward
             )
         norm = self._norm(n / tp) + self.links.gather(self.shape(tp, 1), n * d * b)
-        return self._with_launches("attention", forward, backward, gemm, again={"attention norm": norm})
+        return self._with_launches(
+            "attention", forward, backward, self._weights * gemm + adapter, again={"attention norm": norm}
+        )
 
     def _norm(self, tokens: float) -> float:
         """Returns the seconds of a norm, which reads and writes each token."""
         return self.compute.stream(2 * self.job.activation_bytes * tokens * self.model.hidden_size)
+
+    def _adapter(self, n: int, q: int, kv: int) -> float:
+        """Returns the seconds of the products of an adapter on q, k, v and o, forward; backward makes twice as many."""
+        r, d = self.job.lora_rank, self.model.hidden_size
+        if r is None:
+            return 0.0
+        gemm = self.compute.gemm
+        return 3 * gemm(n, r, d) + gemm(n, q, r) + 2 * gemm(n, kv, r) + gemm(n, r, q) + gemm(n, d, r)
 
     def context_exchange(self, tp: int, cp: int, micro_batch: int) -> str:
         """Returns the exchange that ``context_parallel_exchange="auto"`` chooses (:func:`~.attention.context.exchange_for`)."""
@@ -233,11 +251,12 @@ class LayerCosts:
         comm, comm_backward, moved = self._dispatch(ep, etp, tokens, load, dispatcher, experts)
         elementwise = self.compute.stream(b * (8 * tokens * d + moved)) + self.compute.stream(b * 3 * rows * f)
         waits = (not self.job.pad_to_capacity and ep * etp > 1) + (self.nodes(ep, etp, dispatcher) > 1)
-        sync = waits * self.job.hardware.kernels.host_sync
+        kernels = self.job.hardware.kernels
+        sync = waits * (kernels.host_sync + _LAUNCHES["chunk"] * kernels.launch)
         forward = {"experts": experts, "gemm": router, "elementwise": elementwise, **comm}
         backward = {
-            "experts": 2 * experts,
-            "gemm": 2 * router,
+            "experts": self._backward * experts,
+            "gemm": self._backward * router,
             "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
             **comm_backward,
         }
@@ -246,7 +265,7 @@ class LayerCosts:
             forward["launch"] = sync
         more = _LAUNCHES["chunk"] * (self.chunks(ep) - 1)
         repeated = {"experts": 2 * product, "feed norm": self._norm(tokens)}
-        return self._with_launches("experts", forward, backward, experts + router, more, repeated)
+        return self._with_launches("experts", forward, backward, self._weights * (experts + router), more, repeated)
 
     def chunks(self, ep: int) -> int:
         """Returns the number of parts of the token exchange; at most the number of experts per rank."""
@@ -336,11 +355,11 @@ class LayerCosts:
         elementwise = self.compute.stream(3 * b * n * f) + self.compute.stream(b * (5 if own_norm else 3) * n / tp * d)
         comm = self.links.reduce(self.shape(tp, 1), n * d * b)
         forward = {"gemm": gemm, "elementwise": elementwise, "tp": comm}
-        backward = {"gemm": 2 * gemm, "elementwise": _ELEMENTWISE_BACKWARD * elementwise, "tp": comm}
+        backward = {"gemm": self._backward * gemm, "elementwise": _ELEMENTWISE_BACKWARD * elementwise, "tp": comm}
         self._add_casts(forward, backward, n, d + f, 2 * f + d)
         gather = self.links.gather(self.shape(tp, 1), n * d * b)
         norm = gather + (self._norm(n / tp) if own_norm else 0.0)
-        return self._with_launches("mlp", forward, backward, gemm, again={"feed norm": norm})
+        return self._with_launches("mlp", forward, backward, self._weights * gemm, again={"feed norm": norm})
 
     def _ends(self, tp: int, cp: int, micro_batch: int) -> tuple[Block, Block]:
         """Computes the ends of the model: the embedding; and the final norm, head and loss."""
@@ -348,10 +367,12 @@ class LayerCosts:
         n, d, v = self.tokens(micro_batch, cp), model.hidden_size, ceil(model.vocab_size / tp)
         gather, scatter = (move(self.shape(tp, 1), n * d * b) for move in (self.links.gather, self.links.scatter))
         look_up = self.compute.stream(3 * b * n * d)
-        embedding = Block({"head": look_up, "tp": scatter}, {"head": 2 * look_up, "tp": gather})
+        back = {"head": 2 * look_up, "tp": gather} if self._weights else {}
+        embedding = Block({"head": look_up, "tp": scatter}, back)
         gemm = self.compute.gemm(n, v, d)
         loss = self.compute.stream(n * v * (b + 3 * 4))  # logits are read once, and softmax runs in fp32
-        head = Block({"head": gemm + loss, "tp": gather}, {"head": 2 * gemm + loss, "tp": scatter}, gemm)
+        back = {"head": self._backward * gemm + loss, "tp": scatter}
+        head = Block({"head": gemm + loss, "tp": gather}, back, self._weights * gemm)
         return embedding, head
 
     def _add_casts(
@@ -394,3 +415,12 @@ class LayerCosts:
         if self.num_moe == model.num_hidden_layers:
             return moe, moe
         return moe, combine([(1.0, attention), (1.0, self.mlp(tp, cp, micro_batch, model.intermediate_size, True))])
+
+    def _whole(self, tp: int, cp: int, ep: int, etp: int, micro_batch: int, dispatchers: tuple[str, ...]) -> float:
+        """Returns the seconds of all layers and the head for one micro-batch, under the fastest of some dispatchers."""
+        if len(dispatchers) > 1:
+            return min(self.whole(tp, cp, ep, etp, micro_batch, (name,)) for name in dispatchers)
+        moe, dense = self.layers(tp, cp, ep, etp, micro_batch, dispatchers[0])
+        _, head = self.ends(tp, cp, micro_batch)
+        times = ((self.num_moe, moe), (self.model.num_hidden_layers - self.num_moe, dense), (1, head))
+        return sum(number * (block.forward_total + block.backward_total) for number, block in times)

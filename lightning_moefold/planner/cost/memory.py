@@ -22,9 +22,16 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.modules.logit_chunks import chunk_rows
 from lightning_moefold.modules.recompute_parts import LAYER, parse_recompute, recompute_parts
 from lightning_moefold.planner.cost.layer import LayerCosts
-from lightning_moefold.planner.cost.parameters import count, dense_shapes, expert_shapes, router_shapes, shard
+from lightning_moefold.planner.cost.parameters import (
+    adapter_parameters,
+    count,
+    dense_shapes,
+    expert_shapes,
+    router_shapes,
+    shard,
+)
 from lightning_moefold.planner.cost.schedules import RankLayers, chunks_in_flight, pipeline_layout
-from lightning_moefold.planner.search.job import PRECISIONS, Plan
+from lightning_moefold.planner.search.job import PRECISIONS, Job, Plan
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,12 @@ class MemoryModel:
     """Predicts the memory of a job's plans.
 
     Args:
-        costs: Layer costs of the same job.
+        costs: Layer costs of the same job, which may have another sharding.
+        job: The training job; that of the costs by default.
     """
 
-    def __init__(self, costs: LayerCosts) -> None:
-        self.costs, self.job, self.model = costs, costs.job, costs.model
+    def __init__(self, costs: LayerCosts, job: Job | None = None) -> None:
+        self.costs, self.job, self.model = costs, job or costs.job, costs.model
         self.parameters = lru_cache(maxsize=None)(self._parameters)
         self.shards = lru_cache(maxsize=None)(self._shards)
         self.gathered = lru_cache(maxsize=None)(self._gathered_bytes)
@@ -116,7 +124,7 @@ class MemoryModel:
             accumulates: Whether gradients of several micro-batches are added before they are reduced. In a pipeline,
                 which reduces once, they always are.
         """
-        _, _, stored, gathered, reduced, moments = PRECISIONS[self.job.precision]
+        _, _, stored, gathered, reduced, _ = PRECISIONS[self.job.precision]
         cut, sharding = (fold.tp, fold.ep, fold.etp), self.job.sharding
         spreads = (1, 1) if sharding == "none" else (fold.dp * fold.cp, fold.edp)
         held = self.parameters(*cut, layers)
@@ -133,8 +141,15 @@ class MemoryModel:
                 live = self.gathered(*cut, layers, *spreads)[i]
                 reducing = number - mine if accumulates or fold.pp > 1 else layer
             weights += mine * stored + (live if spread > 1 or gathered != stored else 0)
-            gradients += (mine + reducing) * reduced
-            optimizer += mine * moments
+            if self.job.lora_rank is None:
+                gradients += mine * stored + reducing * reduced
+                optimizer += mine * self.job.state_bytes
+            elif i == 0:  # only the adapter is trained, of the dense family
+                number = adapter_parameters(self.model, fold.tp, layers.layers, self.job.lora_rank)
+                mine = ceil(number / spread)
+                weights += mine * stored + number * gathered
+                gradients += mine * stored + (number - mine) * reduced
+                optimizer += mine * self.job.state_bytes
         return weights, gradients, optimizer
 
     def _largest(
@@ -173,6 +188,12 @@ class MemoryModel:
             experts += n * d * b + 3 * n * shared * b + t * d * b
             normed += n * d * b
         dense = t * d * b + n * d * b + 3 * n * ceil(model.intermediate_size / tp) * b
+        dense_normed = norm
+        if self.job.lora_rank:  # each projection keeps its rows times A; frozen products need no inputs
+            attention += 4 * n * self.job.lora_rank * b
+            experts -= router - 2 * t * model.num_experts * 4 + (n * d * b + n * shared * b if shared else 0)
+            dense -= n * d * b + n * ceil(model.intermediate_size / tp) * b
+            normed, dense_normed = 0.0, 0
         exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
         live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f) + copies)
         parts, layer = recompute_parts(parse_recompute(recompute)), t * d * b
@@ -182,7 +203,7 @@ class MemoryModel:
         made: list[float] = [attention] if "attention" in parts else [norm] if "norm" in parts else []
         kept = layer if "attention" in parts else attention - norm * ("norm" in parts)
         sizes: list[float] = []
-        for half, all_of_it, of_norm in (("moe", experts, normed), ("mlp", dense, norm)):
+        for half, all_of_it, of_norm in (("moe", experts, normed), ("mlp", dense, dense_normed)):
             activation = 2 * gated if half == "moe" and "expert_activation" in parts else 0.0
             if half in parts:
                 made.append(all_of_it if half == "mlp" or self.costs.num_moe else 0.0)

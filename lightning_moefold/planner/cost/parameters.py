@@ -77,6 +77,17 @@ def expert_shapes(model: MoEConfig, ep: int, etp: int, layers: int) -> Shapes:
     return shapes
 
 
+def adapter_parameters(model: MoEConfig, tp: int, layers: int, rank: int) -> int:
+    """Returns the parameters of LoRA on all attention projections of ``layers`` layers, on one tp rank.
+
+    Where tp cuts the rows of a weight, A is whole and B is cut; where it cuts the columns, A is cut and B is whole.
+    """
+    d, size = model.hidden_size, model.head_dim
+    q = model.num_attention_heads * size // (tp if model.num_attention_heads % tp == 0 else 1)
+    kv = model.num_key_value_heads * size // (tp if model.num_key_value_heads % tp == 0 else 1)
+    return layers * rank * (3 * d + q + 2 * kv + q + d)
+
+
 def count(shapes: Shapes) -> int:
     """Returns how many numbers the parameters have."""
     return sum(prod(shape) * times for shape, times in shapes.items())

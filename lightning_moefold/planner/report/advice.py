@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import lcm
+from typing import Any
 
 from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import Fold, divisors
 from lightning_moefold.planner.cost.cost import Estimate
 from lightning_moefold.planner.machine.hardware import PRESETS
-from lightning_moefold.planner.search.job import Job
-from lightning_moefold.planner.search.search import Planner, Result, Space
+from lightning_moefold.planner.report.explain import describe
+from lightning_moefold.planner.search.job import SHARDINGS, Job
+from lightning_moefold.planner.search.robust import evaluate, search
+from lightning_moefold.planner.search.search import Result, Space
 
 _MOST_RANKS_TIMES = 64
 #: A hint is given if it gains more than this factor.
@@ -35,13 +38,16 @@ def why_not(result: Result, space: Space, fold: Fold | None = None) -> list[str]
         "No plan fits. The one that needs least memory" if fold is None else "This fold does not fit. Its smallest plan"
     )
     lines = [
-        f"{what}, {smallest.plan}, needs {_gb(memory.total)} of the {_gb(limit)} that a rank of {job.hardware.name} can "
+        f"{what}, {describe(smallest)}, needs {_gb(memory.total)} of the {_gb(limit)} that a rank of {job.hardware.name} can "
         f"fill; most of it is {part} ({_gb(size)}).",
     ]
     if fold is not None:
         best = _best_that_fits(job, space)
         if best is not None:
-            return [*lines, f"Another fold fits: {best.plan}, with {best.mfu:.1%} MFU and {_gb(best.memory.total)}."]
+            return [
+                *lines,
+                f"Another fold fits: {describe(best)}, with {best.mfu:.1%} MFU and {_gb(best.memory.total)}.",
+            ]
         lines.append("No other fold fits either.")
     return lines + ([f"It would fit {way}." for way in _ways_out(job, space)] or ["Nothing tried here makes it fit."])
 
@@ -49,14 +55,14 @@ def why_not(result: Result, space: Space, fold: Fold | None = None) -> list[str]
 def _ways_out(job: Job, space: Space) -> list[str]:
     """Returns the single changes that make a plan fit, cheapest first."""
     ways = []
-    if job.sharding != "full" and _fits(replace(job, sharding="full"), space):
+    if "full" not in (space.shardings or (job.sharding,)) and _fits(job, replace(space, shardings=("full",))):
         ways.append("with --sharding full")
-    for precision in {"32-true": ("bf16-mixed", "bf16-true"), "bf16-mixed": ("bf16-true",)}.get(job.precision, ()):
-        if job.sharding != "none" and _fits(replace(job, precision=precision), space):
-            ways.append(
-                f"with --precision {precision}" + (" (weights and optimizer in bfloat16)" * (precision == "bf16-true"))
-            )
+    for option, changes in _narrower(job):
+        if _fits(replace(job, **changes), space):
+            ways.append(f"with {option}")
             break
+    if job.lora_rank is None and _fits(replace(job, lora_rank=16, master_weights=False), space):
+        ways.append("with --lora 16, which trains an adapter instead of the model")
     larger = next((n for n in _larger_batches(job) if _fits(replace(job, global_batch_size=n), space)), None)
     if larger is not None:
         ways.append(f"with --global-batch-size {larger}, which more folds divide")
@@ -77,6 +83,21 @@ def _ways_out(job: Job, space: Space) -> list[str]:
     return ways
 
 
+def _narrower(job: Job) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the changes of precision that save memory, with their options."""
+    mixed = ("--precision bf16-mixed", {"precision": "bf16-mixed"})
+    masters = ("--precision bf16-true --master-weights", {"precision": "bf16-true", "master_weights": True})
+    true = (
+        "--precision bf16-true, in which most updates are lost",
+        {"precision": "bf16-true", "master_weights": False},
+    )
+    known: dict[str, list[tuple[str, dict[str, Any]]]] = {
+        "32-true": [mixed, masters, true],
+        "bf16-mixed": [masters, true],
+    }
+    return known.get(job.precision, [true] if job.master_weights else [])
+
+
 def _larger_batches(job: Job) -> list[int]:
     """Returns the next larger batch that the number of ranks divides, unless the job's batch is divisible already."""
     return (
@@ -92,7 +113,7 @@ def _fits(job: Job, space: Space) -> bool:
 
 def _best_that_fits(job: Job, space: Space) -> Estimate | None:
     try:
-        best = Planner(job, space).search(keep=1).best
+        best = search(job, space, 1, [job.routing]).best
     except PlanError:
         return None
     return best if best.fits else None
@@ -115,21 +136,23 @@ def _batch_hint(job: Job) -> list[str]:
 def hints(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
     """Says which settings of the job rule out a better plan (of ``fold``, if given)."""
     job, best = result.job, result.best
-    lines = [] if fold is not None else _batch_hint(job)
+    lines = _batch_hint(job) if fold is None else _same_fold(result, space, fold)
     if job.precision == "fp8-mixed":
         lines.append("fp8-mixed is planned only: the strategy does not run it.")
-    if job.sharding == "full" and space.micro_batch_sizes is None:
-        planner = Planner(job, space.free)
-        free = planner.evaluate(fold)[0] if fold else planner.search(keep=1).best
-        if free.fits and free.mfu > best.mfu * _WORTH_SAYING:
-            lines.append(
-                "Full sharding gathers weights for every micro-batch, here one sequence. With --micro-batch-size any "
-                f"the best plan is {free.plan}: {free.mfu:.1%} MFU instead of {best.mfu:.1%}."
+    if job.precision == "bf16-true" and not job.master_weights:
+        lines.append(
+            "With bf16-true most updates are smaller than the spacing of bfloat16 numbers and are lost: add --master-weights "
+            "(docs/training.md), or use bf16-mixed."
+        )
+    if broken := [name for name, e in best.under.items() if not e.fits]:
+        lines.append(
+            f"This plan does not fit if routing becomes {' or '.join(broken)}"
+            + (
+                "."
+                if fold
+                else ", and plans that would are much slower on average; --routing NAME ranks for such routing alone."
             )
-        planner = Planner(replace(job, sharding="optimizer"), space)
-        sharded = planner.evaluate(fold)[0] if fold else planner.search(keep=1).best
-        if sharded.fits and sharded.mfu > max(best.mfu, free.mfu) * _WORTH_SAYING:
-            lines.append(f"With --sharding optimizer the best plan is {sharded.plan}: {sharded.mfu:.1%} MFU.")
+        )
     if best.load > 1.2 and job.capacity_factor is None:
         lines.append(
             f"The busiest expert-parallel rank computes {best.load:.2f} times the mean: experts placed by load, "
@@ -141,6 +164,20 @@ def hints(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
             "micro-batches; a larger global batch would fill it."
         )
     return lines
+
+
+def _same_fold(result: Result, space: Space, fold: Fold) -> list[str]:
+    """Says which settings that were not given make a fold faster."""
+    job, best = result.job, result.best
+    sharding = tuple(s for s in SHARDINGS if s != "none") if not space.shardings else space.shardings
+    wide = replace(space, shardings=sharding, dispatchers=job.dispatchers, micro_batch_sizes=None)
+    try:
+        other = evaluate(job, fold, wide, [job.routing]).best
+    except PlanError:
+        return []
+    if not other.fits or other.step_time * _WORTH_SAYING > best.step_time:
+        return []
+    return [f"The same fold is faster as {describe(other)}: {other.mfu:.1%} MFU instead of {best.mfu:.1%}."]
 
 
 def _gb(size: float) -> str:

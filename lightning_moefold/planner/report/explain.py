@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from lightning_moefold.fold import expert_nodes
-from lightning_moefold.modules.recompute_parts import parse_recompute
-from lightning_moefold.planner.cost.cost import BOUNDS, Estimate
+from lightning_moefold.planner.cost.cost import BOUNDS, NO_FIT, Estimate
 from lightning_moefold.planner.cost.roofline import roofline
-from lightning_moefold.planner.cost.routing import PROFILES
+from lightning_moefold.planner.report.recipe import rows_per_batch, strategy_arguments, trainer_arguments
 from lightning_moefold.planner.search.job import Job
-from lightning_moefold.planner.search.search import Result, under_each
+from lightning_moefold.planner.search.search import Result
 
 #: Letter and colour of each kind of time in the bars.
 STYLES: dict[str, tuple[str, str]] = {
@@ -29,14 +28,23 @@ STYLES: dict[str, tuple[str, str]] = {
     "recompute": ("r", "red"),
 }
 assert set(STYLES) == set(BOUNDS)
+#: Known models as their makers write them.
+TITLES = {
+    "mixtral-8x7b": "Mixtral-8x7B", "mixtral-8x22b": "Mixtral-8x22B", "qwen1.5-moe-a2.7b": "Qwen1.5-MoE-A2.7B",
+    "qwen2-57b-a14b": "Qwen2-57B-A14B", "qwen3-30b-a3b": "Qwen3-30B-A3B", "qwen3-235b-a22b": "Qwen3-235B-A22B",
+}  # fmt: skip
+_DEVICES = {
+    "dgx-h100": "H100", "dgx-h200": "H200", "a100": "A100", "a100-40gb": "A100 40 GB", "a800": "A800", "h800": "H800",
+    "b200": "B200", "cpu": "CPU",
+}  # fmt: skip
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def plan_json(job: Job, estimate: Estimate) -> dict[str, Any]:
+def plan_json(estimate: Estimate) -> dict[str, Any]:
     """Returns a plan as plain values, in seconds, bytes, and fractions between 0 and 1."""
-    plan = estimate.plan
+    plan, job = estimate.plan, estimate.job
     tokens = job.global_batch_size * job.sequence_length
     return {
         "fold": str(plan.fold),
@@ -60,76 +68,37 @@ def plan_json(job: Job, estimate: Estimate) -> dict[str, Any]:
         "dispatcher": plan.dispatcher,
         "sharding": job.sharding,
         "busiest_rank_load": estimate.load,
-        "strategy": strategy_arguments(job, estimate),
-        "trainer": trainer_arguments(job, estimate),
-        "batch_size_per_data_rank": rows_per_batch(job, estimate),
+        "routing": {
+            name: {"step_time_s": e.step_time, "memory_bytes": e.memory.total, "fits": e.fits}
+            for name, e in estimate.under.items()
+        },
+        "score_s": estimate.score,
+        "strategy": strategy_arguments(estimate),
+        "trainer": trainer_arguments(estimate),
+        "batch_size_per_data_rank": rows_per_batch(estimate),
         "roofline": [asdict(point) for point in roofline(job, estimate)],
     }
-
-
-def strategy_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
-    """Returns the arguments of ``MoEFoldStrategy`` that run the plan, together with :func:`trainer_arguments`."""
-    plan, fold = estimate.plan, estimate.plan.fold
-    arguments: dict[str, Any] = {
-        "tensor_parallel_size": fold.tp,
-        "context_parallel_size": fold.cp,
-        "pipeline_parallel_size": fold.pp,
-        "expert_parallel_size": fold.ep,
-        "expert_tensor_parallel_size": fold.etp,
-    }
-    arguments = {name: size for name, size in arguments.items() if size > 1}
-    if fold.pp > 1:
-        arguments["num_microbatches"] = estimate.microbatches
-        arguments["pipeline_schedule"] = plan.schedule
-        if plan.num_stages_per_rank > 1:
-            arguments["num_stages_per_rank"] = plan.num_stages_per_rank
-    elif estimate.microbatches > 1:  # accumulated batches: every label weighs as in the one planned batch
-        arguments["calculate_per_token_loss"] = True
-    by_node = expert_nodes(fold.ep, fold.etp, job.hardware.gpus_per_node) > 1 and plan.dispatcher == "hierarchical"
-    optional = (
-        ("dispatcher", plan.dispatcher, "alltoall"),
-        ("node_size", job.hardware.gpus_per_node if by_node else None, None),
-        ("capacity_factor", job.capacity_factor, None),
-        ("drop_scope", job.drop_scope, "full_sequence"),
-        ("pad_to_capacity", job.pad_to_capacity, False),
-        ("dispatch_chunks", job.dispatch_chunks, 1),
-        ("data_parallel_sharding", job.sharding, "optimizer"),
-        ("recompute", parse_recompute(plan.recompute), None),
-    )
-    return arguments | {name: value for name, value, default in optional if value != default}
-
-
-def trainer_arguments(job: Job, estimate: Estimate) -> dict[str, Any]:
-    """Returns the Trainer's arguments that run the plan: its precision, and accumulation if there is no pipeline."""
-    arguments: dict[str, Any] = {"precision": job.precision}
-    if estimate.plan.fold.pp == 1 and estimate.microbatches > 1:
-        arguments["accumulate_grad_batches"] = estimate.microbatches
-    return arguments
-
-
-def rows_per_batch(job: Job, estimate: Estimate) -> int:
-    """Returns the number of rows of a batch on each data rank."""
-    accumulated = trainer_arguments(job, estimate).get("accumulate_grad_batches", 1)
-    return job.global_batch_size // (estimate.plan.fold.dp * accumulated)
 
 
 def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, Any]:
     """Returns the whole result of a search as plain values."""
     job = result.job
     return {
-        "plans": [plan_json(job, e) for e in result.plans],
-        "plain_expert_parallel": plan_json(job, result.plain) if result.plain else None,
-        "pool": {name: plan_json(job, e) for name, e in result.pool.items()},
+        "plans": [plan_json(e) for e in result.plans],
+        "plain_expert_parallel": plan_json(result.plain) if result.plain else None,
+        "pool": {name: plan_json(e) for name, e in result.pool.items()},
         "notes": notes,
         "job": {
-            "model": f"{job.model.model_type} {job.model.num_parameters() / 1e9:.1f}B",
+            "model": model_title(job),
             "world_size": job.world_size,
             "hardware": job.hardware.name,
+            "device": device_title(job.hardware.name),
             "gemm_efficiency": job.hardware.kernels.gemm_efficiency,
             "global_batch_size": job.global_batch_size,
             "sequence_length": job.sequence_length,
             "precision": job.precision,
-            "sharding": job.sharding,
+            "master_weights": job.master_weights,
+            "lora_rank": job.lora_rank,
             "capacity_factor": job.capacity_factor,
             "drop_scope": job.drop_scope,
             "pad_to_capacity": job.pad_to_capacity,
@@ -168,6 +137,18 @@ def memory_bar(estimate: Estimate, width: int = 10) -> str:
     return "#" * filled + "-" * (width - filled) + ("!" if share > 1 else "")
 
 
+def model_title(job: Job) -> str:
+    """Returns the model's name as its makers write it, or the name of its directory."""
+    return (
+        TITLES.get(job.name) or Path(job.name).name or f"{job.model.model_type} {job.model.num_parameters() / 1e9:.1f}B"
+    )
+
+
+def device_title(hardware: str) -> str:
+    """Returns what a rank of a machine is called: ``"H100"`` for ``"dgx-h100"``."""
+    return _DEVICES.get(hardware, hardware)
+
+
 def header(job: Job) -> str:
     """Returns one line that describes the job."""
     total, active = job.model.num_parameters() / 1e9, job.model.num_parameters(active=True) / 1e9
@@ -177,59 +158,128 @@ def header(job: Job) -> str:
     nodes = -(-job.world_size // job.hardware.gpus_per_node)
     machines = f"{nodes} node{'s' * (nodes > 1)} of {job.hardware.name}"
     ranks = f"{job.world_size} {'CPU rank' if job.hardware.device == 'cpu' else 'GPU'}{'s' * (job.world_size > 1)}"
+    trained = f", LoRA of rank {job.lora_rank}" if job.lora_rank else ""
     return (
-        f"{job.model.model_type} {total:.1f}B ({active:.1f}B active) on {ranks} ({machines}), "
-        f"batch {job.global_batch_size} x {job.sequence_length} tokens, {job.precision}, sharding {job.sharding}, "
-        f"{dropping}, routing {job.routing.name}"
+        f"{model_title(job)}, {total:.1f}B ({active:.1f}B active), on {ranks} ({machines}), "
+        f"batch {job.global_batch_size} x {job.sequence_length} tokens, {job.precision}"
+        f"{' with MasterWeights' * job.master_weights}{trained}, {dropping}"
     )
 
 
-_COLUMNS = ("fold", "mbs", "schedule", "recompute", "step", "MFU", "where the time goes", "memory of limit", "bound by")
+def answer(best: Estimate) -> str:
+    """Returns the plan to run in a sentence."""
+    text = (
+        f"Run {describe(best)}: {_seconds(best.step_time)} per step, {best.mfu:.1%} MFU, "
+        f"{best.memory.total / 2**30:.1f} of {best.limit / 2**30:.1f} GiB"
+    )
+    if len(best.under) < 2:
+        return f"{text}, with {best.job.routing.name} routing."
+    holds = [name for name, e in best.under.items() if e.fits]
+    breaks = [name for name in best.under if name not in holds]
+    return f"{text}; fits with {_list(holds)} routing{', not with ' + _list(breaks) if breaks else ''}."
+
+
+def describe(estimate: Estimate) -> str:
+    """Returns a plan with its batch and all settings."""
+    plan = estimate.plan
+    return f"{plan.fold}, micro-batches {plan.micro_batch_size} x {estimate.microbatches}, {_settings(estimate)}"
+
+
+def _settings(estimate: Estimate) -> str:
+    plan = estimate.plan
+    parts = []
+    if plan.fold.pp > 1:
+        parts.append(plan.schedule + (f" x{plan.num_stages_per_rank}" if plan.num_stages_per_rank > 1 else ""))
+    if plan.recompute != "none":
+        parts.append(f"recompute {plan.recompute}")
+    return ", ".join(
+        [*parts, f"sharding {estimate.job.sharding}", *([plan.dispatcher] if _exchanges(estimate) else [])]
+    )
+
+
+def _exchanges(estimate: Estimate) -> bool:
+    return estimate.plan.fold.ep * estimate.plan.fold.etp > 1
+
+
+def _list(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+_BEFORE = ("#", "fold", "micro-batches", "settings")
+_AFTER = ("MFU", "where the time goes", "memory of limit", "bound by")
+
+
+def _columns(estimates: list[Estimate]) -> tuple[str, ...]:
+    """Returns the names of the columns; with several routing profiles, each has a column of seconds."""
+    profiles = list(estimates[0].under)
+    return (*_BEFORE, *(profiles if len(profiles) > 1 else ["step"]), *_AFTER)
 
 
 def _row(estimate: Estimate) -> tuple[str, ...]:
     plan = estimate.plan
-    schedule = "-" if plan.fold.pp == 1 else plan.schedule
-    if plan.num_stages_per_rank > 1:
-        schedule += f" x{plan.num_stages_per_rank}"
     bound = estimate.bound_by if estimate.overhead == estimate.bound_by else f"{estimate.bound_by}, {estimate.overhead}"
     gib = estimate.memory.total / 2**30
+    under = list(estimate.under.values())
+    steps = [_seconds(e.step_time) + "!" * (not e.fits) for e in (under if len(under) > 1 else [estimate])]
     return (
-        str(plan.fold), f"{plan.micro_batch_size} x {estimate.microbatches}", schedule,
-        plan.recompute, _seconds(estimate.step_time), f"{estimate.mfu:.1%}", time_bar(estimate),
-        f"{gib:5.1f}/{estimate.limit / 2**30:.0f} GiB {memory_bar(estimate)}", bound,
+        str(plan.fold), f"{plan.micro_batch_size} x {estimate.microbatches}", _settings(estimate), *steps,
+        f"{estimate.mfu:.1%}", time_bar(estimate), f"{gib:5.1f}/{estimate.limit / 2**30:.0f} GiB {memory_bar(estimate)}", bound,
     )  # fmt: skip
 
 
 def table_text(estimates: list[Estimate], labels: list[str] | None = None) -> str:
     """Returns the table as plain text, without colours."""
     names = labels or [str(i + 1) for i in range(len(estimates))]
-    rows = [("#", *_COLUMNS)] + [(name, *_row(e)) for name, e in zip(names, estimates, strict=True)]
+    rows = [_columns(estimates)] + [(name, *_row(e)) for name, e in zip(names, estimates, strict=True)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def pool_text(result: Result) -> str:
-    """Returns the pool as text: seconds per step of each plan under each routing profile, ``-`` if it does not fit."""
-    profiles = PROFILES | {result.job.routing.name: result.job.routing}
-    names = [name for name in profiles if name in result.pool]
-    plans = list(dict.fromkeys(result.pool[name].plan for name in names))
-    table = under_each(plans, result.job, [profiles[name] for name in names])
-    lines = ["  ".join(f"{name:>9}" for name in names) + "  plan"]
-    for i, plan in enumerate(plans):
-        cells = (table[name][i] for name in names)
-        best = (result.pool[name].plan == plan for name in names)
-        marks = (f"{e.step_time:.3f}" + "*" * b if e.fits else "-" for e, b in zip(cells, best, strict=True))
-        lines.append("  ".join(f"{mark:>9}" for mark in marks) + f"  {plan}")
+    """Returns the pool as text: for each routing profile the plan that is fastest under it, where that is not plan 1."""
+    lines = []
+    for name, estimate in result.pool.items():
+        if (estimate.plan, estimate.job.sharding) == (result.best.plan, result.best.job.sharding):
+            continue
+        mine, first = estimate.under[name], result.best.under[name]
+        others = ", ".join(
+            f"{other} {_seconds(e.step_time)}{'!' * (not e.fits)}"
+            for other, e in estimate.under.items()
+            if other != name
+        )
+        lines.append(
+            f"if routing is {name}: {describe(estimate)} takes {_seconds(mine.step_time)} "
+            f"(plan 1: {_seconds(first.step_time)}{'!' * (not first.fits)}; {others})"
+        )
     return "\n".join(lines)
 
 
-def legend() -> str:
-    """Returns the meaning of the letters in a time bar."""
-    return "mbs: rows of a micro-batch x micro-batches of a data rank; time: " + ", ".join(
-        f"{letter} {kind}" for kind, (letter, _) in STYLES.items()
+def legend(result: Result | None = None) -> list[str]:
+    """Returns the meaning of every sign in the table, or in one time bar if there is no ``result``."""
+    bar = (
+        "time: "
+        + ", ".join(f"{letter} {kind}" for kind, (letter, _) in STYLES.items())
+        + "; each letter is an equal part"
     )
+    if result is None:
+        return [bar]
+    profiles = list(result.best.under)
+    ranking = (
+        f"{', '.join(profiles)}: seconds per step with such routing, ! where the plan does not fit; plans are ranked by the mean "
+        f"of these, a ! counted {NO_FIT:g} times; the other columns are for {result.job.routing.name} routing"
+        if len(profiles) > 1
+        else f"step: seconds with {result.job.routing.name} routing"
+    )
+    return [
+        "fold: ranks of attention (tp tensor, cp context, dp data, pp pipeline) | of experts (etp tensor, ep experts, edp data)",
+        "micro-batches: rows of one x micro-batches of a data rank in a step; settings: schedule (x stages per rank), "
+        "recomputation if any, sharding of the data ranks, dispatcher",
+        ranking,
+        bar,
+        "memory: of the fullest rank; # is used and - is free, a tenth each; bound by: what takes most of the time, and the "
+        "largest of the rest",
+    ]
 
 
 def table_rich(estimates: list[Estimate], labels: list[str] | None = None) -> Any:
@@ -243,17 +293,19 @@ def table_rich(estimates: list[Estimate], labels: list[str] | None = None) -> An
     from rich.text import Text
 
     table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for name in ("#", *_COLUMNS):
-        table.add_column(name, justify="right" if name in ("step", "MFU") else "left", overflow="fold")
+    columns = _columns(estimates)
+    times, memory = columns.index("where the time goes"), columns.index("memory of limit")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if len(_BEFORE) <= i < times else "left", overflow="fold")
     names = labels or [str(i + 1) for i in range(len(estimates))]
     for label, estimate in zip(names, estimates, strict=True):
-        cells: list[Any] = list(_row(estimate))
+        cells: list[Any] = [label, *_row(estimate)]
         bar = Text()
         for kind, count in segments(estimate):
             bar.append(STYLES[kind][0] * count, style=f"black on {STYLES[kind][1]}")
-        cells[6] = bar
-        cells[7] = Text(cells[7], style="" if estimate.fits else "bold red")
-        table.add_row(label, *cells)
+        cells[times] = bar
+        cells[memory] = Text(cells[memory], style="" if estimate.fits else "bold red")
+        table.add_row(*cells)
     return table
 
 

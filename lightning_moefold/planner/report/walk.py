@@ -5,17 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import ceil
-from typing import Any
 
 from lightning_moefold.planner.cost.cost import CostModel, Estimate
 from lightning_moefold.planner.machine.links import axis_shape
-from lightning_moefold.planner.report.explain import (
-    legend,
-    rows_per_batch,
-    strategy_arguments,
-    time_bar,
-    trainer_arguments,
-)
+from lightning_moefold.planner.report.explain import describe, legend, time_bar
 from lightning_moefold.planner.search.job import Job
 
 _WHAT = {
@@ -39,16 +32,16 @@ _WHAT = {
 
 
 def walk(job: Job, estimate: Estimate) -> Iterator[str]:
-    """Yields the lines of an explanation: the result, groups, sizes of a layer, time, memory, and how to run the plan."""
+    """Yields the lines of an explanation: the result, groups, sizes of a layer, time and memory."""
     costs = CostModel(job)
-    yield f"{estimate.plan}"
+    yield describe(estimate)
     yield (
         f"{estimate.step_time:.3f} s per step, {estimate.mfu:.1%} MFU, "
         f"{job.model_flops / estimate.step_time / job.world_size / 1e12:.0f} model TFLOP/s per rank, "
         f"bound by {estimate.bound_by}, largest overhead {estimate.overhead}"
     )
     yield f"[{time_bar(estimate, 60)}]"
-    yield legend()
+    yield from legend()
     yield ""
     yield from _groups(job, estimate)
     yield ""
@@ -57,14 +50,6 @@ def walk(job: Job, estimate: Estimate) -> Iterator[str]:
     yield from _times(job, estimate)
     yield ""
     yield from _memory(estimate)
-    yield ""
-    strategy, trainer = (_call(make(job, estimate)) for make in (strategy_arguments, trainer_arguments))
-    yield f"run it: Trainer(strategy=MoEFoldStrategy({strategy}), {trainer})"
-    yield f"        with batches of {rows_per_batch(job, estimate)} rows on each of the {estimate.plan.fold.dp} data ranks"
-
-
-def _call(arguments: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def _groups(job: Job, estimate: Estimate) -> Iterator[str]:

@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_moefold.errors import HardwareError, PlanError
 from lightning_moefold.fold import divisors
 from lightning_moefold.planner.cost.cost import Estimate
+from lightning_moefold.planner.cost.routing import RoutingProfile
 from lightning_moefold.planner.machine.devices import find_device
 from lightning_moefold.planner.machine.hardware import PRESETS, Hardware
 from lightning_moefold.planner.report.advice import why_not
 from lightning_moefold.planner.report.explain import plan_json
 from lightning_moefold.planner.search.job import Job
-from lightning_moefold.planner.search.search import Planner, Result, Space
+from lightning_moefold.planner.search.robust import search
+from lightning_moefold.planner.search.search import Result, Space
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class AutoFold:
         sequence_length: Tokens of a row. By default the data module's attribute of that name, or the length of the
             first row.
         hardware: A preset or TOML file of the planner. By default the preset of the available devices.
-        routing: ``"balanced"``, ``"mild"``, ``"skewed"``, or a recorded trace.
+        routing: ``"balanced"``, ``"mild"``, ``"skewed"``, or a recorded trace. By default plans are ranked by all three
+            profiles.
     """
 
     model: str | None = None
@@ -38,7 +42,7 @@ class AutoFold:
     batch_size: int | None = None
     sequence_length: int | None = None
     hardware: str | None = None
-    routing: str = "balanced"
+    routing: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "batch_size", "sequence_length"):
@@ -66,7 +70,12 @@ class Choice:
     record: dict[str, Any]
 
 
-def choose(job: Job, space: Space | None = None, rows_per_rank: int | None = None) -> Choice:
+def choose(
+    job: Job,
+    space: Space | None = None,
+    rows_per_rank: int | None = None,
+    profiles: Sequence[RoutingProfile] | None = None,
+) -> Choice:
     """Chooses the best fold of a job.
 
     Args:
@@ -74,16 +83,17 @@ def choose(job: Job, space: Space | None = None, rows_per_rank: int | None = Non
         space: The settings that may be chosen; a strategy passes those that it can run.
         rows_per_rank: Rows of the batch on each data rank, if these are fixed instead of the job's global batch. The
             best plan is then the one with the most tokens per second.
+        profiles: Routing profiles by which plans are ranked (:func:`~.robust.search`).
 
     Raises:
         PlanError: If no plan fits; the message says what would help.
     """
-    results = _searches(job, space or Space(), rows_per_rank)
+    results = _searches(job, space or Space(), rows_per_rank, profiles)
     best_first = sorted(results, key=_merit)
     best, job = best_first[0].best, best_first[0].job
     if not best.fits:
         raise PlanError(" ".join(why_not(best_first[0], space or Space())))
-    others = [(e, _speed(r.job, e)) for r in results for e in r.plans if e.fits and e.plan.fold != best.plan.fold]
+    others = [(e, _speed(e)) for r in results for e in r.plans if e.fits and e.plan.fold != best.plan.fold]
     reason = (
         f'fold="auto" chose {best.plan}: {_seconds(best.step_time)} per step and {best.mfu:.1%} MFU predicted on '
         f"{job.world_size} x {job.hardware.name}, {best.memory.total / 2**30:.1f} of {best.limit / 2**30:.1f} GiB, "
@@ -91,18 +101,21 @@ def choose(job: Job, space: Space | None = None, rows_per_rank: int | None = Non
     )
     if others:
         second, speed = max(others, key=lambda other: other[1])
-        reason += f"; next is {second.plan.fold}, {_speed(job, best) / speed - 1:.1%} slower"
-    return Choice(best, reason + ".", plan_json(job, best))
+        reason += f"; next is {second.plan.fold}, {_speed(best) / speed - 1:.1%} slower"
+        reason += " on average over balanced, mild and skewed routing" * (len(best.under) > 1)
+    return Choice(best, reason + ".", plan_json(best))
 
 
-def _searches(job: Job, space: Space, rows_per_rank: int | None) -> list[Result]:
+def _searches(
+    job: Job, space: Space, rows_per_rank: int | None, profiles: Sequence[RoutingProfile] | None
+) -> list[Result]:
     if rows_per_rank is None:
-        return [Planner(job, space).search(keep=2)]
+        return [search(job, space, 2, profiles)]
     results, refusals = [], []
     for dp in divisors(job.world_size):
         try:
             mine = replace(job, global_batch_size=rows_per_rank * dp)
-            results.append(Planner(mine, replace(space, data_parallel_size=dp)).search(keep=2))
+            results.append(search(mine, replace(space, data_parallel_size=dp), 2, profiles))
         except PlanError as error:  # there is no fold with this dp
             refusals.append(error)
     if not results:
@@ -113,12 +126,12 @@ def _searches(job: Job, space: Space, rows_per_rank: int | None) -> list[Result]
 def _merit(result: Result) -> tuple[bool, float]:
     """Sorting key: plans that fit by speed, others by memory."""
     best = result.best
-    return not best.fits, -_speed(result.job, best) if best.fits else best.memory.total
+    return not best.fits, -_speed(best) if best.fits else best.memory.total
 
 
-def _speed(job: Job, estimate: Estimate) -> float:
-    """Rows per second."""
-    return job.global_batch_size / estimate.step_time
+def _speed(estimate: Estimate) -> float:
+    """Rows per second, over the routing profiles by which plans are ranked."""
+    return estimate.job.global_batch_size / estimate.score
 
 
 def _seconds(value: float) -> str:

@@ -52,6 +52,10 @@ class Job:
         pad_to_capacity: Every rank sends every expert as many rows as it may serve.
         dispatch_chunks: Parts in which tokens travel, behind the experts of one another.
         copies_per_rank: Experts of a layer of which a rank may have copies for one pass; they count as memory.
+        master_weights: Whether ``MasterWeights`` keeps float32 copies of 16-bit weights, which it updates.
+        lora_rank: Rank of an adapter of all attention projections that is trained instead of the model; None to train the
+            model.
+        name: Name or directory of the model, for output.
     """
 
     model: MoEConfig
@@ -67,6 +71,9 @@ class Job:
     pad_to_capacity: bool = False
     dispatch_chunks: int = 1
     copies_per_rank: int = 0
+    master_weights: bool = False
+    lora_rank: int | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         if self.model.is_packed:
@@ -85,6 +92,13 @@ class Job:
             raise PlanError(f"capacity_factor={self.capacity_factor} must be positive, or left out to drop nothing.")
         if self.pad_to_capacity and self.capacity_factor is None:
             raise PlanError("pad_to_capacity needs a capacity_factor, which says how far to pad; give one.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise PlanError(f"lora_rank={self.lora_rank} must be at least 1; leave it out to train the whole model.")
+        if self.master_weights and self.precision != "bf16-true":
+            raise PlanError(
+                f"master_weights are float32 copies of bfloat16 weights, and {self.precision} stores none; use bf16-true, or "
+                "leave them out."
+            )
 
     def with_routing(self, routing: RoutingProfile) -> Job:
         """Returns the same job with another routing profile."""
@@ -106,17 +120,29 @@ class Job:
         """Bytes per number of the hidden states between layers."""
         return PRECISIONS[self.precision][1]
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per trained number that the optimizer keeps: both moments, and the float32 master with its float32 moments."""
+        return 4 + 8 if self.master_weights else PRECISIONS[self.precision][5]
+
     @cached_property
     def model_flops(self) -> float:
         """Model FLOPs of one step, which MFU counts.
 
         They are forward plus twice that for backward, of active experts only, without recomputation. Causal attention
-        counts the half of the square that it computes, and dropped choices do not count.
+        counts the half of the square that it computes, and dropped choices do not count. An adapter's training takes no
+        gradients of frozen weights, and the adapter's own products.
         """
         tokens, model = self.global_batch_size * self.sequence_length, self.model
         expert = 2 * 3 * model.hidden_size * model.moe_intermediate_size * model.num_experts_per_tok
         dropped = (1 - self.kept) * expert * model.num_moe_layers
-        return 3 * tokens * (model.forward_flops_per_token(self.sequence_length) - dropped)
+        forward = model.forward_flops_per_token(self.sequence_length) - dropped
+        if self.lora_rank is None:
+            return 3 * tokens * forward
+        q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        keys = sum(model.attended_keys(i, self.sequence_length) for i in range(model.num_hidden_layers))
+        adapter = model.num_hidden_layers * self.lora_rank * (4 * model.hidden_size + 2 * q + 2 * kv)
+        return tokens * (2 * forward + 2 * 2 * q * keys + 3 * 2 * adapter)
 
     @cached_property
     def kept(self) -> float:

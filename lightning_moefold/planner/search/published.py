@@ -4,7 +4,7 @@
 MoE Parallel Folding (arXiv 2504.14960), tables 1 and 3: DGX H100, bf16, 256 sequences of 4,096 tokens, capacity factor
 1.
 The paper does not state micro-batch size, schedule and recomputation. Each run gets the best of them, as in ``moefold
-plan --fold``, except that the FSDP runs gather weights for every sequence (see :func:`~.search.micro_batches`).
+plan --fold``, except that the FSDP runs gather weights for every sequence: only that explains their times.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class PublishedRun:
         pipeline nothing is reserved, because logits are on the last stage and the first stage is fuller.
         """
         job, fold, found = self.job(hardware), Fold.parse(self.fold, self.gpus), []
-        for size in micro_batches(job, Space(), fold):
+        for size in (1,) if self.sharding == "full" else micro_batches(job, Space(), fold):
             numbers = size * job.sequence_length // fold.cp * ceil(job.model.vocab_size / fold.tp)
             logits = _LOGIT_BYTES * numbers if fold.pp == 1 else 0
             machine = replace(job.hardware, reserved_bytes=job.hardware.reserved_bytes + logits)

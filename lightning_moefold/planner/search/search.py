@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search: every legal fold x micro-batch x schedule x recomputation x dispatcher, best first. Pure Python.
+"""The search under one sharding and routing profile: every legal fold x micro-batch x schedule x recomputation x dispatcher.
 
 The search is exhaustive, except that two bounds discard folds that cannot be better than those already kept: a fold
 whose layers alone, without any waiting or sharding, take longer than the worst plan kept, and a fold whose weights and
@@ -10,7 +10,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import gcd
@@ -20,9 +20,9 @@ from lightning_moefold.errors import FoldError, PlanError
 from lightning_moefold.fold import Fold, FoldableConfig, divisors
 from lightning_moefold.modules.recompute_parts import parse_recompute
 from lightning_moefold.planner.cost.cost import CostModel, Estimate
-from lightning_moefold.planner.cost.routing import PROFILES, RoutingProfile
+from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.schedules import legal, pipeline_layout
-from lightning_moefold.planner.search.job import DISPATCHERS, RECOMPUTES, SCHEDULES, V_SHAPED, Job, Plan
+from lightning_moefold.planner.search.job import DISPATCHERS, RECOMPUTES, SCHEDULES, SHARDINGS, V_SHAPED, Job, Plan
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Space:
     """The settings from which the search may choose.
 
     Args:
-        micro_batch_sizes: Sequences per micro-batch to try; None for the default (:func:`micro_batches`).
+        micro_batch_sizes: Sequences per micro-batch to try; None for the powers of two up to ``largest_micro_batch``.
         schedules: Pipeline schedules to try.
         recomputes: Recomputation settings to try, the fastest first; see :class:`Plan`.
         dispatchers: Token dispatchers to try.
@@ -40,6 +40,7 @@ class Space:
             once.
         num_stages_per_rank: Number of stages per rank in interleaved schedules; None for any that divides the layers.
         data_parallel_size: Required dp of the folds; None for any.
+        shardings: Data-parallel shardings to try; empty for that of the job.
     """
 
     micro_batch_sizes: tuple[int, ...] | None = None
@@ -51,21 +52,18 @@ class Space:
     accumulates: bool = True
     num_stages_per_rank: int | None = None
     data_parallel_size: int | None = None
+    shardings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, values, known in (
             ("schedule", self.schedules, SCHEDULES), ("dispatcher", self.dispatchers, DISPATCHERS),
+            ("sharding", self.shardings, SHARDINGS),
         ):  # fmt: skip
             for value in values:
                 if value not in known:
                     raise PlanError(f"{name}={value!r} is not known; use one of {', '.join(known)}.")
         for recompute in self.recomputes:
             parse_recompute(recompute)
-
-    @property
-    def free(self) -> Space:
-        """Returns the same space with any micro-batch size, whatever the sharding."""
-        return replace(self, micro_batch_sizes=_powers_of_two(self.largest_micro_batch))
 
 
 def _powers_of_two(largest: int) -> tuple[int, ...]:
@@ -76,15 +74,13 @@ def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
     """Returns the micro-batch sizes to try under ``fold``.
 
     If neither sizes nor their number is given, they are the powers of two that divide a rank's share of the batch.
-    Under ``sharding="full"`` it is one sequence, because the published FSDP baselines can be explained only by
-    gathering weights for every sequence. A larger micro-batch amortises the gathers and is offered as a hint.
     """
     share = job.global_batch_size // fold.dp
     if fold.pp == 1 and not space.accumulates:
         return [share] if share >= (space.num_microbatches or 1) else []
     if fold.pp > 1 and space.num_microbatches is not None:
         return [] if share % space.num_microbatches else [share // space.num_microbatches]
-    sizes = space.micro_batch_sizes or ((1,) if job.sharding == "full" else _powers_of_two(space.largest_micro_batch))
+    sizes = space.micro_batch_sizes or _powers_of_two(space.largest_micro_batch)
     return [size for size in sizes if share % size == 0]
 
 
@@ -97,7 +93,7 @@ class Result:
         plans: The plans, best first. Plans that do not fit are left out unless none fits.
         plain: The best plan of plain expert parallelism (only ep), whether it fits or not.
         examined: Number of folds examined.
-        pool: For each routing profile, the plan that is best under it.
+        pool: For each routing profile by which plans were ranked, the plan that is best under it.
     """
 
     job: Job
@@ -141,23 +137,28 @@ class Planner:
     """Evaluates and searches plans of a job.
 
     Args:
-        job: The training job. space: The settings that may be chosen. Example:: >>> job = Job(MODELS["mixtral-8x22b"],
-            128, PRESETS["dgx-h100"], 256, 4096, capacity_factor=1.0)
+        job: The training job, with its sharding and routing profile.
+        space: The settings that may be chosen.
+        layers: Layer costs of the same job, which may have another sharding; made if not given.
+
+    Example::
+
+        >>> job = Job(MODELS["mixtral-8x22b"], 128, PRESETS["dgx-h100"], 256, 4096, capacity_factor=1.0)
         >>> str(Planner(job).search().best.plan.fold)
     """
 
-    def __init__(self, job: Job, space: Space | None = None) -> None:
+    def __init__(self, job: Job, space: Space | None = None, layers: LayerCosts | None = None) -> None:
         self.job, self.space = job, space or Space()
         if wrong := [name for name in self.space.dispatchers if name not in job.dispatchers]:
             raise PlanError(
                 f"dispatcher={wrong[0]!r} neither pads to a capacity nor sends tokens in parts; use 'alltoall', or leave out "
                 "pad_to_capacity and dispatch_chunks."
             )
-        self.costs = CostModel(job)
+        self.costs = CostModel(job, layers)
 
     # ---- one fold ----------------------------------------------------------------------------------------------
 
-    def plans(self, fold: Fold, micro_batch: int, dispatcher: str) -> Iterator[Iterator[Plan]]:
+    def plans(self, fold: Fold, micro_batch: int, dispatcher: str) -> Iterator[list[Plan]]:
         """Yields, for each schedule, the plans with each recomputation setting, fastest first."""
         microbatches = Plan(fold, micro_batch).num_microbatches(self.job)
         model, sharding = self.job.model, self.job.sharding
@@ -167,7 +168,7 @@ class Planner:
                 if legal(schedule, fold.pp, chunks, microbatches, model, sharding, r) is None
             ]  # fmt: skip
             if recomputes:
-                yield (Plan(fold, micro_batch, schedule, chunks, r, dispatcher) for r in recomputes)
+                yield [Plan(fold, micro_batch, schedule, chunks, r, dispatcher) for r in recomputes]
 
     def _schedules(self, pp: int) -> Iterator[tuple[str, int]]:
         layers = self.job.model.num_hidden_layers
@@ -198,29 +199,51 @@ class Planner:
                 f"global_batch_size={self.job.global_batch_size} does not split into micro-batches over dp={fold.dp}; "
                 f"use a multiple of {fold.dp}."
             )
-        found = [e for size in sizes for e in self._best(fold, size)]
+        found = [e for size in sizes if (e := self.best(fold, size)[0]) is not None]
         if not found:
             raise PlanError(f"no schedule of {', '.join(self.space.schedules)} runs fold {fold} with this batch.")
         return sorted(found, key=_rank)
 
-    def _best(self, fold: Fold, micro_batch: int, slowest: float = float("inf")) -> list[Estimate]:
-        """Returns the best plans of a fold and micro-batch size; empty if no dispatcher can beat ``slowest``."""
-        best: Estimate | None = None
-        for dispatcher in self._dispatchers(fold):
-            if slowest < float("inf") and self.costs.lower_bound(fold, micro_batch, dispatcher) >= slowest:
-                continue
-            for ladder in self.plans(fold, micro_batch, dispatcher):
-                found = self._first_that_fits(ladder)
-                if best is None or _rank(found) < _rank(best):
-                    best = found
-        return [best] if best else []
+    def best(
+        self, fold: Fold, micro_batch: int, slowest: float = float("inf"), only_fitting: bool = False
+    ) -> tuple[Estimate | None, bool]:
+        """Returns the best plan of a fold and micro-batch size, and whether memory did not matter for it.
 
-    def _first_that_fits(self, ladder: Iterable[Plan]) -> Estimate:
-        """Returns the first plan that fits, otherwise the last."""
-        plans = list(ladder)
-        limit = self.job.hardware.usable_bytes
-        chosen = next((plan for plan in plans if self.costs.memory.estimate(plan).total <= limit), plans[-1])
-        return self.costs.estimate(chosen)
+        Where every schedule fits without recomputation under the fastest dispatcher, the other dispatchers and shardings,
+        which save memory or nothing, cannot be faster.
+
+        Args:
+            fold: The sizes.
+            micro_batch: Rows of a micro-batch.
+            slowest: Seconds per step that a plan must beat.
+            only_fitting: Whether to return None instead of a plan that does not fit.
+        """
+        bounds = {name: self.costs.lower_bound(fold, micro_batch, name) for name in self._dispatchers(fold)}
+        best: Estimate | None = None
+        for dispatcher in sorted(bounds, key=bounds.__getitem__):
+            if bounds[dispatcher] >= (min(slowest, best.step_time) if best is not None and best.fits else slowest):
+                break
+            ladders = list(self.plans(fold, micro_batch, dispatcher))
+            found = [e for ladder in ladders if (e := self._first_that_fits(ladder, only_fitting)) is not None]
+            best = min([*found, *([best] if best else [])], key=_rank, default=None)
+            if len(found) == len(ladders) and all(
+                e.fits and e.plan.recompute == self.space.recomputes[0] for e in found
+            ):
+                return best, bool(found)
+        return best, False
+
+    def _first_that_fits(self, ladder: list[Plan], only_fitting: bool) -> Estimate | None:
+        """Returns the first plan that fits, otherwise the last, which needs least memory, or None if only such are wanted."""
+        *plans, last = ladder
+        limit, memory = self.job.hardware.usable_bytes, self.costs.memory
+        needed = memory.estimate(last)
+        if only_fitting and needed.total > limit:
+            return None
+        for plan in plans:
+            mine = memory.estimate(plan)
+            if mine.total <= limit:
+                return self.costs.estimate(plan, mine)
+        return self.costs.estimate(last, needed)
 
     # ---- all folds ---------------------------------------------------------------------------------------------
 
@@ -234,38 +257,55 @@ class Planner:
             PlanError: If no fold is legal for the batch.
         """
         kept: dict[Fold, Estimate] = {}
-        examined, slowest = 0, float("inf")
-        for bound, fold, size in sorted(self._bounded(), key=lambda item: item[0]):
-            if bound >= slowest:
-                break
-            examined += 1
-            for found in self._best(fold, size, slowest):
-                if found.fits and (fold not in kept or found.step_time < kept[fold].step_time):
-                    kept[fold] = found
-            if len(kept) > keep:
-                del kept[max(kept, key=lambda f: kept[f].step_time)]
-            if len(kept) == keep:
-                slowest = max(e.step_time for e in kept.values())
+        examined = self.collect(kept, keep)
         plain = self.plain()
         if plain is not None and plain.fits:
             kept.setdefault(plain.plan.fold, plain)
         if kept:
             return Result(self.job, sorted(kept.values(), key=_rank), plain, examined)
-        folds = sorted(legal_folds(self.job, self.space), key=self._states)
-        return Result(self.job, [self._smallest(folds)], plain, len(folds))
+        return Result(self.job, [self.smallest()], plain, examined)
 
-    def _bounded(self) -> Iterator[tuple[float, Fold, int]]:
+    def collect(self, kept: dict[Fold, Estimate], keep: int, others: Sequence[Planner] = ()) -> int:
+        """Adds the best plans to ``kept``, which then has the ``keep`` fastest folds; returns how many were examined.
+
+        Args:
+            kept: The best plan of each fold so far.
+            keep: Number of folds to keep.
+            others: Planners of the same job under other shardings, which need less memory and are not faster.
+        """
+        examined = 0
+        slowest = max(e.step_time for e in kept.values()) if len(kept) >= keep else float("inf")
+        planners = (self, *others)
+        for bound, fold, size in sorted(planners[-1].bounded(), key=lambda item: item[0]):
+            if bound >= slowest:
+                break
+            examined += 1
+            for planner in planners:
+                found, settled = planner.best(fold, size, slowest, only_fitting=True)
+                if found is not None and (fold not in kept or found.step_time < kept[fold].step_time):
+                    kept[fold] = found
+                if settled:
+                    break
+            if len(kept) > keep:
+                del kept[max(kept, key=lambda f: kept[f].step_time)]
+            if len(kept) == keep:
+                slowest = max(e.step_time for e in kept.values())
+        return examined
+
+    def bounded(self) -> Iterator[tuple[float, Fold, int]]:
         """Yields folds and micro-batch sizes whose weights and states fit, with a lower bound of their step time."""
         for fold in legal_folds(self.job, self.space):
             if self._states(fold) > self.job.hardware.usable_bytes:
                 continue
             dispatchers = self._dispatchers(fold)
             for size in micro_batches(self.job, self.space, fold):
-                yield min(self.costs.lower_bound(fold, size, dispatcher) for dispatcher in dispatchers), fold, size
+                yield self.costs.lower_bound(fold, size, *dispatchers), fold, size
 
     def _dispatchers(self, fold: Fold) -> tuple[str, ...]:
-        """Returns the dispatchers that differ under a fold: hierarchical equals deduplicated if there is one step."""
+        """Returns the dispatchers that differ under a fold: without an exchange none do, and with one step two are the same."""
         names = self.space.dispatchers
+        if fold.ep * fold.etp == 1:
+            return names[:1]
         if "deduplicated" not in names or self.costs.layers.nodes(fold.ep, fold.etp, "hierarchical") > 1:
             return names
         return tuple(name for name in names if name != "hierarchical")
@@ -287,19 +327,20 @@ class Planner:
                 continue
         return min(found, key=_rank, default=None)
 
-    def _smallest(self, folds: list[Fold]) -> Estimate:
+    def smallest(self) -> Estimate:
         """Returns the plan that needs the least memory, if none fits; folds are tried in order of their weights and states.
 
         Raises:
             PlanError: If no fold is legal for the batch.
         """
         tightest = replace(self.space, recomputes=(self.space.recomputes[-1],), schedules=("1f1b",))
-        planner, best = Planner(self.job, tightest), None
-        for fold in folds[:200]:
+        planner = Planner(self.job, tightest)
+        best: Estimate | None = None
+        for fold in sorted(legal_folds(self.job, self.space), key=self._states)[:200]:
             for size in micro_batches(self.job, self.space, fold)[:1]:
-                for found in planner._best(fold, size):
-                    if best is None or found.memory.total < best.memory.total:
-                        best = found
+                found, _ = planner.best(fold, size)
+                if found is not None and (best is None or found.memory.total < best.memory.total):
+                    best = found
         if best is None:
             raise PlanError(
                 f"no legal fold of {self.job.world_size} ranks takes a global batch of {self.job.global_batch_size} "
@@ -311,32 +352,3 @@ class Planner:
 def _rank(estimate: Estimate) -> tuple[bool, float]:
     """Sorting key: plans that fit first, by speed; then others, by memory."""
     return (not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total)
-
-
-def search(job: Job, space: Space | None = None, keep: int = 10, pool: bool = True) -> Result:
-    """Ranks the folds of a job, with the pool of plans that are best under the other routing profiles.
-
-    Args:
-        job: The training job.
-        space: The settings that may be chosen.
-        keep: Number of folds to keep.
-        pool: Whether to search under the other routing profiles too (SmartMoE's offline stage).
-
-    Raises:
-        PlanError: If no fold is legal for the batch.
-    """
-    result = Planner(job, space).search(keep)
-    if not pool:
-        return result
-    best = {job.routing.name: result.best}
-    for name, profile in PROFILES.items():
-        if name != job.routing.name:
-            best[name] = Planner(job.with_routing(profile), space).search(1).best
-    return replace(result, pool=best)
-
-
-def under_each(plans: Iterable[Plan], job: Job, profiles: Iterable[RoutingProfile]) -> dict[str, list[Estimate]]:
-    """Evaluates every plan under every profile, to show the cost of keeping a plan when routing changes."""
-    costs = {profile.name: CostModel(job.with_routing(profile)) for profile in profiles}
-    plans = list(plans)
-    return {name: [model.estimate(plan) for plan in plans] for name, model in costs.items()}

@@ -81,4 +81,4 @@ def test_two_cpu_ranks(tmp_path, capsys):
         "--precision",
         "32-true",
     ]
-    assert main([*arguments, "--global-batch-size", "8", "--no-pool"]) in (0, 1)
+    assert main([*arguments, "--global-batch-size", "8", "--routing", "balanced"]) in (0, 1)

@@ -10,7 +10,8 @@ from lightning_moefold.errors import FoldError
 from lightning_moefold.fold import Fold
 from lightning_moefold.planner import MODELS, PRESETS, Job, PlanError, Planner, Space, find_routing
 from lightning_moefold.planner.report.advice import hints, why_not
-from lightning_moefold.planner.search.search import Result, legal_folds, search
+from lightning_moefold.planner.search.robust import evaluate, search
+from lightning_moefold.planner.search.search import legal_folds
 from tests.quick import quick
 
 
@@ -80,13 +81,39 @@ def test_nothing_fits_says_why_and_what_would_help():
     assert any("ranks" in line for line in lines[1:])
 
 
-def test_full_sharding_hints_at_larger_micro_batches():
-    planner = Planner(job_for("mixtral-8x22b", 128, sharding="full", capacity_factor=1.0))
-    fold = Fold.parse("tp8 | etp8", 128)
-    plans = planner.evaluate(fold)
-    assert [e.plan.micro_batch_size for e in plans] == [1]
-    lines = hints(Result(planner.job, plans, None, 1), Space(), fold)
-    assert any("--micro-batch-size any" in line for line in lines)
+def test_a_faster_setting_of_the_same_fold_is_named():
+    """Full sharding gathers weights for every micro-batch: one of a single sequence is the published way, not the best."""
+    job = job_for("mixtral-8x22b", 128, sharding="full", capacity_factor=1.0)
+    space, fold = Space(micro_batch_sizes=(1,)), Fold.parse("tp8 | etp8", 128)
+    result = evaluate(job, fold, space)
+    assert [e.plan.micro_batch_size for e in result.plans] == [1]
+    assert any("The same fold is faster as" in line for line in hints(result, space, fold))
+
+
+def test_the_first_plan_is_best_over_the_routing_profiles():
+    """The mean of the steps under all three, against brute force; a plan that does not fit under one counts twice there."""
+    job = job_for("mixtral-8x7b", 8, batch=16, precision="bf16-true")
+    job = replace(job, sequence_length=16384)
+    space = Space(dispatchers=("alltoall", "deduplicated"), shardings=("optimizer", "full"))
+    result = search(job, space, keep=10)
+    assert [e.score for e in result.plans[:10]] == sorted(e.score for e in result.plans[:10])
+    scores = []
+    for fold in legal_folds(job):
+        try:
+            scores += [e.score for e in evaluate(job, fold, space).plans if e.fits]
+        except (FoldError, PlanError):
+            continue
+    assert result.best.score == pytest.approx(min(scores))
+    assert all(e.fits for e in result.best.under.values())
+    fastest = result.pool["balanced"]
+    assert fastest.step_time <= result.best.step_time
+    assert fastest.score == pytest.approx(sum(e.step_time * (1 if e.fits else 2) for e in fastest.under.values()) / 3)
+
+
+def test_one_given_profile_ranks_alone():
+    result = search(job_for("qwen2-57b-a14b", 16, batch=32, routing=find_routing("mild")), keep=3)
+    assert list(result.best.under) == ["mild"]
+    assert [e.step_time for e in result.plans] == sorted(e.step_time for e in result.plans)
 
 
 def test_errors_name_the_way_out():
@@ -132,3 +159,44 @@ def test_large_searches_are_fast(ranks, seconds):
     result = Planner(job_for("qwen3-235b-a22b", ranks, batch=ranks)).search()
     assert result.best.fits
     assert time.process_time() - started < seconds
+
+
+def test_an_adapter_is_planned_as_its_training_runs():
+    """No gradients and no states of the frozen model, two products of three, and the adapter's own numbers."""
+    fold = Fold.parse("tp2 | ep4", 8)
+    full, lora = (
+        evaluate(job_for("mixtral-8x7b", 8, batch=16, lora_rank=rank), fold, Space(recomputes=("none",))).best
+        for rank in (None, 16)
+    )
+    assert lora.memory.optimizer < 0.01 * full.memory.optimizer
+    assert lora.memory.gradients < 0.01 * full.memory.gradients
+    assert lora.times["experts"] == pytest.approx(2 / 3 * full.times["experts"])
+    assert lora.job.model_flops < 0.75 * full.job.model_flops
+    assert lora.step_time < full.step_time
+
+
+def test_master_weights_cost_their_memory():
+    """bf16-true holds 2 + 2 + 4 bytes of a number on its rank, and 8 more with float32 masters and moments."""
+    fold = Fold.parse("ep8", 8)
+    plain, masters = (
+        evaluate(job_for("mixtral-8x7b", 8, batch=8, precision="bf16-true", master_weights=on), fold).best
+        for on in (False, True)
+    )
+    assert masters.memory.optimizer == 3 * plain.memory.optimizer
+    assert any("updates" in line for line in hints(search(plain.job, keep=1), Space()))
+    with pytest.raises(PlanError, match="bf16-mixed stores none"):
+        job_for("mixtral-8x7b", 8, master_weights=True)
+
+
+def test_the_same_job_on_more_ranks():
+    """One, two, eight and sixteen GPUs: more ranks are never slower, and one rank has nothing to shard or to exchange."""
+    job = Job(MODELS["qwen1.5-moe-a2.7b"], 1, PRESETS["dgx-h200"], 16, 2048, "bf16-true")
+    space = Space(dispatchers=job.dispatchers, shardings=("optimizer", "full"))
+    times = []
+    for ranks in (1, 2, 8, 16):
+        best = search(replace(job, world_size=ranks), space, keep=1).best
+        assert best.fits
+        if ranks == 1:
+            assert (best.job.sharding, best.plan.dispatcher) == ("optimizer", "alltoall")
+        times.append(best.score)
+    assert times == sorted(times, reverse=True)

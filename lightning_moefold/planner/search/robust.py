@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search that answers "what shall I run?": plans ranked by their steps under several routing profiles. Pure Python.
+
+How evenly tokens will choose experts is not known before a run, and a MoE layer waits for its busiest rank. So each profile is
+searched on its own, under every sharding. The best plans under the job's own profile, and the best three under each other one, are
+then predicted under all profiles, and ranked by the mean of their seconds per step. A step that does not fit counts
+:data:`~.cost.NO_FIT` times, because such a run stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from lightning_moefold.errors import PlanError
+from lightning_moefold.fold import Fold
+from lightning_moefold.planner.cost.cost import Estimate
+from lightning_moefold.planner.cost.layer import LayerCosts
+from lightning_moefold.planner.cost.routing import BALANCED, PROFILES, RoutingProfile
+from lightning_moefold.planner.search.job import Job
+from lightning_moefold.planner.search.search import Planner, Result, Space
+
+#: Plans that are taken from the search under a profile other than the job's.
+_OF_OTHERS = 3
+#: The planners of a routing profile, by sharding.
+_Planners = dict[str, Planner]
+
+
+def profiles_of(job: Job) -> tuple[RoutingProfile, ...]:
+    """Returns the profiles by which a job's plans are ranked: all, or the job's own if it is not the default."""
+    return tuple(PROFILES.values()) if job.routing == BALANCED else (job.routing,)
+
+
+def search(
+    job: Job, space: Space | None = None, keep: int = 10, profiles: Iterable[RoutingProfile] | None = None
+) -> Result:
+    """Ranks the folds of a job, each by its best plan.
+
+    Args:
+        job: The training job. Plans are reported under its routing profile.
+        space: The settings that may be chosen.
+        keep: Number of folds to keep.
+        profiles: Routing profiles to rank by; by default those of :func:`profiles_of`.
+
+    Raises:
+        PlanError: If no fold is legal for the batch.
+    """
+    space = space or Space()
+    by_profile = _by_profile(job, space, profiles)
+    found: list[Estimate] = []
+    pool: dict[str, Estimate] = {}
+    examined = 0
+    own = by_profile[job.routing.name]
+    for name, planners in by_profile.items():
+        kept: dict[Fold, Estimate] = {}
+        if planners is not own:  # begins with the plans found so far, to leave out those that are slower
+            known = [planners[e.job.sharding].costs.estimate(e.plan) for e in found]
+            best = sorted((e for e in known if e.fits), key=lambda e: e.step_time, reverse=True)
+            kept = {e.plan.fold: e for e in best[-_OF_OTHERS:]}
+        first, *others = planners.values()
+        examined += first.collect(kept, keep if planners is own else _OF_OTHERS, others)
+        found += kept.values()
+        if kept:
+            pool[name] = min(kept.values(), key=lambda e: e.step_time)
+    plain = min((e for p in own.values() if (e := p.plain())), key=_plain_first, default=None)
+    if not found:
+        smallest = min((p.smallest() for p in own.values()), key=lambda e: e.memory.total)
+        return Result(smallest.job, [smallest], plain, examined)
+    ranked = _best_of_each_fold(under_each(e, by_profile, job.routing.name) for e in found)[:keep]
+    if plain is not None and plain.fits:
+        plain = under_each(plain, by_profile, job.routing.name)
+        if plain.plan.fold not in {e.plan.fold for e in ranked}:
+            ranked.append(plain)
+    pool = {name: under_each(e, by_profile, job.routing.name) for name, e in pool.items()}
+    return Result(job, ranked, plain, examined, pool)
+
+
+def evaluate(
+    job: Job, fold: Fold, space: Space | None = None, profiles: Iterable[RoutingProfile] | None = None
+) -> Result:
+    """Evaluates one fold: its best plan for each micro-batch size, ranked as in :func:`search`.
+
+    Raises:
+        FoldError: If the fold cannot cut the model.
+        PlanError: If dp does not divide the batch.
+    """
+    space = space or Space()
+    by_profile = _by_profile(job, space, profiles)
+    found: list[Estimate] = []
+    refusals: list[PlanError] = []
+    for planner in (p for planners in by_profile.values() for p in planners.values()):
+        try:
+            found += planner.evaluate(fold)
+        except PlanError as error:  # a schedule that one sharding does not allow, another may
+            refusals.append(error)
+    if not found:
+        raise refusals[0]
+    sizes: dict[int, list[Estimate]] = {}
+    for estimate in (under_each(e, by_profile, job.routing.name) for e in found):
+        sizes.setdefault(estimate.plan.micro_batch_size, []).append(estimate)
+    ranked = sorted((min(plans, key=_first) for plans in sizes.values()), key=_first)
+    return Result(job, ranked, None, len(found))
+
+
+def under_each(estimate: Estimate, by_profile: dict[str, _Planners], own: str) -> Estimate:
+    """Returns the estimate of a plan under the profile ``own``, with those under each profile."""
+    plan, sharding = estimate.plan, estimate.job.sharding
+    under = {name: planners[sharding].costs.estimate(plan) for name, planners in by_profile.items()}
+    return replace(under[own], under=under)
+
+
+def _by_profile(job: Job, space: Space, profiles: Iterable[RoutingProfile] | None) -> dict[str, _Planners]:
+    others = {p.name: _planners(job.with_routing(p), space) for p in profiles or profiles_of(job) if p != job.routing}
+    return {job.routing.name: _planners(job, space), **others}
+
+
+def _planners(job: Job, space: Space) -> _Planners:
+    layers = LayerCosts(job)
+    return {
+        sharding: Planner(replace(job, sharding=sharding), space, layers)
+        for sharding in space.shardings or (job.sharding,)
+    }
+
+
+def _best_of_each_fold(estimates: Iterable[Estimate]) -> list[Estimate]:
+    best: dict[Fold, Estimate] = {}
+    for estimate in estimates:
+        fold = estimate.plan.fold
+        if fold not in best or _first(estimate) < _first(best[fold]):
+            best[fold] = estimate
+    return sorted(best.values(), key=_first)
+
+
+def _first(estimate: Estimate) -> tuple[bool, float]:
+    """Sorting key: plans that fit first, by their score; then others, by memory."""
+    return not estimate.fits, estimate.score if estimate.fits else estimate.memory.total
+
+
+def _plain_first(estimate: Estimate) -> tuple[bool, float]:
+    return not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes end in one sentence and exit status 2; the version and the help are there without a subcommand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.callbacks import EarlyStopping
+
+import lightning_moefold
+from lightning_moefold.cli.fit import check_checkpoint
+from lightning_moefold.cli.main import main
+from lightning_moefold.cli.messages import one_sentence
+from lightning_moefold.errors import InputError, is_users, sentence
+from lightning_moefold.recipes import TextData
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"moefold {lightning_moefold.__version__}\n"
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 0
+    assert "plan" in capsys.readouterr().out
+
+
+def test_errors_of_the_system_name_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError) as found:
+        (tmp_path / "absent" / "file").write_text("")
+    assert is_users(found.value)
+    assert sentence(found.value) == f"No such file or directory: {tmp_path / 'absent' / 'file'}"
+
+
+def test_a_metric_that_was_never_logged_is_the_users():
+    with pytest.raises(RuntimeError) as found:
+        EarlyStopping(monitor="val/los")._validate_condition_metric({})
+    assert is_users(found.value)
+    assert "\n" not in sentence(found.value)
+    assert not is_users(RuntimeError("a bug"))
+
+
+def test_what_is_no_checkpoint_of_a_run(tmp_path):
+    check_checkpoint(None)
+    check_checkpoint("last")
+    for name in ("step1.ckpt", "last.ckpt"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"give one of them: last\.ckpt, step1\.ckpt"):
+        check_checkpoint(str(tmp_path / "runs"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({}))
+    with pytest.raises(InputError, match="Hugging Face format"):
+        check_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("message", "name"), [
+    ("Subcommand 'fit' does not accept option 'model.lr'", "learning_rate"),
+    ("unrecognized arguments: --model.lr", "learning_rate"),
+    ("unrecognized arguments: --model.bs", None),
+    ("unrecognized arguments: --data.bs", "batch_size"),
+])  # fmt: skip
+def test_short_names_are_understood(message, name):
+    said = one_sentence(message)
+    assert said == message + (f"; did you mean {name}?" if name else "")
+
+
+def test_one_file_needs_no_list(tmp_path):
+    text = tmp_path / "train.txt"
+    text.write_text("words")
+    data = TextData(files=str(text), tokenizer=str(tmp_path), cache_dir=str(tmp_path / "tokens"))
+    assert data._files["train"] == [Path(text)]
