@@ -385,7 +385,9 @@ class MoEFoldStrategy(SharedCheckpoints):
         text, world = self._fold_text, self.world_size
         fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
         if fold.pp > 1 and not self._microbatches_given:
-            raise InputError(f"pipeline_parallel_size={fold.pp} needs num_microbatches; {2 * fold.pp} or more keep ranks busy.")
+            raise InputError(
+                f"pipeline_parallel_size={fold.pp} needs num_microbatches; {2 * fold.pp} or more keep ranks busy."
+            )
         self.settings.check_pipeline(fold.pp)
         return fold
 

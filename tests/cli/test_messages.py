@@ -25,7 +25,7 @@ def test_version_and_help(capsys):
 
 
 def test_errors_of_the_system_name_the_path(tmp_path):
-    with pytest.raises(OSError) as found:
+    with pytest.raises(FileNotFoundError) as found:
         (tmp_path / "absent" / "file").write_text("")
     assert is_users(found.value)
     assert sentence(found.value) == f"No such file or directory: {tmp_path / 'absent' / 'file'}"
