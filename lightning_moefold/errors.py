@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import sys
 import traceback
+import zlib
 from pathlib import Path
+from zipfile import BadZipFile
 
 
 class MoEFoldError(Exception):
@@ -56,8 +58,23 @@ class PlanError(InputError):
     """A plan or a job contradicts itself."""
 
 
+class NonFiniteError(MoEFoldError, RuntimeError):
+    """A loss, gradient or weight is NaN or infinite, and the run was stopped. Raised on all ranks."""
+
+
+class ReplicaError(MoEFoldError, RuntimeError):
+    """Copies of a parameter differ between ranks. Raised on all ranks."""
+
+
 class PeerError(MoEFoldError, RuntimeError):
     """Another rank failed."""
+
+
+#: What Python's and NumPy's readers raise at damaged archives and texts, for those who turn it into a sentence.
+DAMAGE = (
+    OSError, EOFError, BadZipFile, zlib.error, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+    MemoryError, NotImplementedError, RuntimeError,
+)  # fmt: skip
 
 
 def is_users(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ pipeline mappings differ as soon as ``cp * tp != etp * ep``.)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -242,6 +242,8 @@ class Fold:
         """
         if config.num_experts:
             self.check_experts(config.num_experts)
+        if self.etp > 1 and getattr(config, "is_packed", False):
+            raise FoldError(f"etp={self.etp} would cut experts of uneven widths, which stay whole; use etp=1.")
         for axis, widths in (("tp", config.dense_widths), ("etp", config.expert_widths)):
             for field, width in widths.items():
                 self.check_width(axis, field, width)
@@ -265,7 +267,10 @@ class Fold:
         size = self.size(axis)
         if width % size:
             legal = [d for d in divisors(width) if d <= max(2 * size, 8)]
-            raise FoldError(f"{field}={width} does not divide by {axis}={size}; use {axis} in {_listed(legal)}.")
+            wider = -(-width // size) * size
+            raise FoldError(
+                f"{field}={width} does not divide by {axis}={size}; use {axis} in {_listed(legal)}, or a width of {wider}."
+            )
 
     def check_heads(self, field: str, heads: int) -> None:
         """Raises :class:`FoldError` if there are more tp ranks than query heads."""
@@ -322,6 +327,25 @@ class Fold:
                     f"leave {axis} out, it is derived."
                 )
         return fold
+
+    @classmethod
+    def first(cls, texts: Sequence[str], world_size: int) -> Fold:
+        """Returns the first of several folds, in order of preference, that so many ranks can form.
+
+        Args:
+            texts: The folds, as :meth:`parse` reads them.
+            world_size: Number of ranks.
+
+        Raises:
+            FoldError: If there is none; a sentence for each fold says why.
+        """
+        reasons = []
+        for text in texts:
+            try:
+                return cls.parse(text, world_size)
+            except FoldError as error:
+                reasons.append(f"{text!r}: {error}")
+        raise FoldError(f"{world_size} ranks can form none of the folds: {' '.join(reasons)}")
 
     def table(self, max_ranks: int = 64) -> str:
         """Returns a printable rank map: every rank's coordinates in both mappings, and the groups of each axis.

@@ -59,11 +59,19 @@ class Cut:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """How one parameter is cut and reduced. Modules declare it, and :mod:`..parallel` carries it out."""
+    """How one parameter is cut and reduced. Modules declare it, and :mod:`..parallel` carries it out.
+
+    Args:
+        family: Which ranks hold copies.
+        cuts: Along which dimensions it is cut.
+        gradient: How gradients of a tensor parallel group are related.
+        flat: Whether dimension 0 counts the channels of experts, one expert after the other, instead of experts.
+    """
 
     family: Family = Family.DENSE
     cuts: tuple[Cut, ...] = ()
     gradient: TensorGradient = TensorGradient.PARTIAL
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class ParameterLayout:
     @property
     def is_expert_stack(self) -> bool:
         """Whether dimension 0 counts experts, which are spread over ep."""
-        return any(cut.axis == "ep" and cut.dim == 0 for cut in self.plan.cuts)
+        return not self.plan.flat and any(cut.axis == "ep" and cut.dim == 0 for cut in self.plan.cuts)
 
     def tensor_box(self, place: Mapping[str, int]) -> Box:
         """Returns the part that the data ranks at coordinates ``place`` hold together, before ``fully_shard`` cuts it further.
@@ -166,7 +174,7 @@ class ParameterLayout:
         if self.stages is not None and place["pp"] not in self.stages:
             return Box((0,) * len(self.shape), (0,) * len(self.shape))
         whole = self.tensor_box(place)
-        if self.data_dim is None:
+        if self.data_dim is None or (self.plan.flat and whole.numel == 0):
             return whole
         position = place["edp"] if self.data_axis == "edp" else place["dp"] * fold.cp + place["cp"]
         pieces = chunk_split(whole.sizes[self.data_dim], fold.size(self.data_axis))

@@ -109,6 +109,16 @@ def _shared_group(name: str, partition: Partition, timeout: timedelta | None, de
     return made.group
 
 
+def _second_group(world: int, timeout: timedelta | None) -> dist.ProcessGroup:
+    """Returns a gloo group of all ranks besides those of the meshes; all ranks create it on first use."""
+    key: Partition = (tuple(range(world)), ())
+    if key not in _made or not _exists(_made[key].group):
+        group = dist.new_group(timeout=timeout, backend="gloo", group_desc="moefold saves")
+        _made[key] = _Made(group, True)
+    set_timeout(_made[key].group, timeout)
+    return _made[key].group
+
+
 def _backend_of(device_type: str) -> str | None:
     """Returns the default group's backend for tensors on the device; None if the default group has only one."""
     backends = dict(part.split(":") for part in dist.get_backend_config().split(",") if ":" in part)
@@ -225,6 +235,16 @@ class FoldedMesh:
             ends = [[ranks[0], ranks[-1]] if len(ranks) > 1 else ranks for ranks in pipelines]
             self._axes["ends"] = self._make_axis("ends", ends + [[r] for ranks in pipelines for r in ranks[1:-1]])
         return self._axes["ends"]
+
+    @property
+    def saves(self) -> Axis:
+        """All ranks, with a gloo group that only saves in the background use. All ranks create it on first use."""
+        if "saves" not in self._axes:
+            world = self.world
+            group = _second_group(len(world.ranks), self._timeout) if world.size > 1 else None
+            self._groups += [] if group is None else [group]
+            self._axes["saves"] = Axis("saves", world.ranks, world.index, group)
+        return self._axes["saves"]
 
     def cut_by_node(self, name: str, node_size: int) -> tuple[Axis, Axis] | None:
         """Splits an axis in two: its ranks in this rank's node, and the ranks with the same local index in each node.

@@ -52,6 +52,7 @@ from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 from lightning_moefold.lifecycle.prediction import Predicting
 from lightning_moefold.lifecycle.processes import connect_processes
 from lightning_moefold.lifecycle.signals import stop_quietly
+from lightning_moefold.lifecycle.step_check import NotFinite
 from lightning_moefold.lifecycle.unsupported import (
     check_blocks,
     check_compilation,
@@ -64,10 +65,11 @@ from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.experts import cpu_cache
 from lightning_moefold.modules.experts.kernels import ExpertKernel
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
+from lightning_moefold.optim.state_offload import bring_state
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Settings, Sharding, parallelize
 from lightning_moefold.parallel.apply import check_settings, parts_of
 from lightning_moefold.parallel.compiling import COMPILER, has_compiler
@@ -86,8 +88,7 @@ log = logging.getLogger(__name__)
 class MoEFoldStrategy(SharedCheckpoints):
     """Trains MoE language models with attention and experts under different parallel mappings over the same ranks.
 
-    Data parallel sizes are derived: ``dp = world / (tp * cp * pp)`` for attention and dense layers and
-    ``edp = world / (etp * ep * pp)`` for experts.
+    Data parallel sizes are derived: ``dp = world / (tp * cp * pp)`` for attention, ``edp = world / (etp * ep * pp)`` for experts.
 
     Args:
         tensor_parallel_size: Ranks over which attention and dense feed-forward layers are cut (with sequence
@@ -98,14 +99,14 @@ class MoEFoldStrategy(SharedCheckpoints):
         expert_tensor_parallel_size: Ranks over which each expert is cut.
         fold: All sizes in one string, such as ``"tp2 | ep4"``, instead of the arguments above; or ``"auto"``, and the
             planner chooses them for the model, the batch and the devices at hand, with ``num_microbatches``,
-            ``pipeline_schedule``, ``num_stages_per_rank`` and ``recompute`` where those are left alone.
+            ``pipeline_schedule``, ``num_stages_per_rank`` and ``recompute`` where those are left alone. Of a list, the first
+            fold that the ranks at hand can form: a run may resume on fewer.
         auto: What ``fold="auto"`` is to plan for, where the strategy cannot see it.
         num_microbatches: Micro-batches of a batch; part of the mathematics of the auxiliary loss. None means 1; a
             pipeline needs a number.
         pipeline_schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved_1f1b"``, ``"interleaved_zero_bubble"``, ``"zbv"`` or
             ``"dualpipev"``.
-        num_stages_per_rank: Pipeline stages on each rank, for the interleaved schedules; ``zbv`` and ``dualpipev``
-            always have two.
+        num_stages_per_rank: Pipeline stages on each rank, for the interleaved schedules; two for ``zbv`` and ``dualpipev``.
         pipeline_split: Number of layers of each stage, in the order of the model; cut by cost if not given.
         dispatcher: How tokens travel to their experts: ``"alltoall"`` once for each expert, ``"deduplicated"`` once for
             each rank that holds some of them, ``"allgather"`` to all ranks, ``"hierarchical"`` once to each node and
@@ -113,24 +114,23 @@ class MoEFoldStrategy(SharedCheckpoints):
         capacity_factor: An expert serves ``ceil(capacity_factor * k * L / E)`` tokens of a row of L and drops the others;
             None to drop none.
         drop_policy: Which it serves: those of highest probability, ``"probs"``, or the first of the row, ``"position"``.
-        drop_scope: Capacity is counted over whole rows, ``"full_sequence"``, the same under every fold, or over the tokens
-            of a rank, ``"sub_sequence"``, whose result *depends on the fold*.
-        pad_to_capacity: In training, send each expert as many rows as it may serve, so that no size depends on the data.
-            Every rank then needs batches of the same shape.
+        drop_scope: Capacity is counted over whole rows, ``"full_sequence"``, the same under every fold, or over the tokens of a
+            rank, ``"sub_sequence"``, whose result *depends on the fold*.
+        pad_to_capacity: In training, send each expert as many rows as it may serve, so that no size depends on the data. Every
+            rank then needs batches of the same shape.
         dispatch_chunks: Parts in which a layer's tokens travel, by expert, so that one part's exchange hides behind
             another's computation; the same bits. For ``"alltoall"``.
-        node_size: Ranks that share fast links, for ``"hierarchical"``, ``"auto"`` and ``fold="auto"``; those of one machine if
-            not given.
+        node_size: Ranks that share fast links, for ``"hierarchical"`` and ``"auto"``; those of one machine if not given.
         expert_copies: Copies of busy experts on other ranks of ep, made anew in each pass
-            (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. For ``"alltoall"``, without padding.
-        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, all at
-            once with products in FP8 but for the weights' gradient, or ``"transformer_engine"``, all at once and, inside its
-            ``autocast``, in FP8. ``"auto"`` is a loop on CPU; on CUDA it is ``grouped_mm`` for bfloat16 on Hopper and newer,
-            where it never waits for the device, else a loop.
+            (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. Not with padding.
+        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, so with
+            products in FP8 but for the weights' gradient, or ``"transformer_engine"``, so and, inside its ``autocast``, in FP8.
+            ``"auto"`` is a loop, but on CUDA from Hopper on, where it never waits for the device, ``grouped_mm`` for bfloat16.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
             and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
-        recompute: Activations that decoder layers do not keep but make again in backward: ``"full"`` all but a layer's
-            input, ``"selective"`` those of attention; None to keep all.
+        recompute: Activations that decoder layers make again in backward: ``"full"`` all but a layer's input, ``"selective"``
+            those of attention, or a list of ``"norm"``, ``"attention"``, ``"expert_activation"``, ``"moe"``, ``"mlp"``.
+        offload_activations: Keep in host memory, from forward to backward, what decoder layers keep. Nothing on CPU.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.attention.context.choose_exchange`).
         calculate_per_token_loss: Divide the language-model loss of accumulated batches by the labels of the whole optimizer
@@ -139,10 +139,12 @@ class MoEFoldStrategy(SharedCheckpoints):
             this name says (that of ``FineTuneModule`` is True), or False.
         sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
         compile: Compile decoder layers with :func:`torch.compile`, in place: names, checkpoints and exports stay the same. On
-            one rank a layer whose experts go by ``grouped_mm`` in bfloat16 is one graph; elsewhere graphs break at
-            collectives, FSDP2's hooks, experts in a loop, and attention with a mask, which set-up says. Embedding, head
-            and modules of your own run as they are. Without a C++ compiler (on CUDA: Triton and a C compiler) on all
-            machines, one warning, and nothing is compiled. Not for schedules that split backward.
+            one rank a layer whose experts go by ``grouped_mm`` in bfloat16 is one graph; elsewhere graphs break at collectives,
+            FSDP2's hooks, experts in a loop, and attention with a mask, which set-up says. Embedding, head and your modules run
+            as they are. Without a C++ compiler (on CUDA: Triton and a C compiler) on all machines, one warning, and nothing is
+            compiled. Not for schedules that split backward.
+        checksums: Save checkpoints with a checksum of each stored part, and compare it when the part is read.
+        async_save: Go on training while a checkpoint is written from a copy in the host's memory, one at a time.
         timeout: Of the collectives.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if not given.
 
@@ -166,7 +168,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         expert_parallel_size: int = 1,
         expert_tensor_parallel_size: int = 1,
         *,
-        fold: str | None = None,
+        fold: str | list[str] | None = None,
         auto: AutoFold | None = None,
         num_microbatches: int | None = None,
         pipeline_schedule: str = "1f1b",
@@ -183,10 +185,13 @@ class MoEFoldStrategy(SharedCheckpoints):
         expert_kernel: ExpertKernel = "auto",
         data_parallel_sharding: ShardingMode = "optimizer",
         recompute: Recompute | None = None,
+        offload_activations: bool = False,
         context_parallel_exchange: Exchange = "auto",
         calculate_per_token_loss: bool | None = None,
         sequence_parallel: bool | None = None,
         compile: bool = False,
+        checksums: bool = True,
+        async_save: bool = False,
         timeout: timedelta | None = default_pg_timeout,
         process_group_backend: str | None = None,
     ) -> None:
@@ -200,8 +205,11 @@ class MoEFoldStrategy(SharedCheckpoints):
             raise InputError('auto=AutoFold(...) is for fold="auto"; leave one out or give both.')
         if fold == "auto" and pipeline_split is not None:
             raise InputError('pipeline_split is for a pipeline of known size; leave it out with fold="auto".')
+        if isinstance(fold, (list, tuple)) and (not fold or "auto" in fold):
+            raise InputError(f'fold={fold!r} must name folds in order of preference; use fold="auto" alone.')
         check_choice("sequence_parallel", sequence_parallel, (None, True))
-        check_choice("compile", compile, (False, True))
+        for name, value in {"compile": compile, "checksums": checksums, "async_save": async_save}.items():
+            check_choice(name, value, (False, True))
         split = None if pipeline_split is None else tuple(pipeline_split)
         dispatch = DispatchConfig(
             dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
@@ -216,11 +224,12 @@ class MoEFoldStrategy(SharedCheckpoints):
             recompute,
             context_parallel_exchange,
             COMPILER if compile else None,
+            offload_activations,
         )
         self._microbatches_given = num_microbatches is not None
-        self._sizes, self._fold_text = sizes, fold
+        self._sizes, self._fold_text = sizes, fold if isinstance(fold, str) or fold is None else tuple(fold)
         self._auto = auto or AutoFold()
-        self.calculate_per_token_loss = calculate_per_token_loss
+        self.calculate_per_token_loss, self.checksums, self.async_save = calculate_per_token_loss, checksums, async_save
         self.num_nodes = 1
         self._timeout = timeout
         self._process_group_backend = process_group_backend
@@ -237,12 +246,13 @@ class MoEFoldStrategy(SharedCheckpoints):
     def copy_experts(self, copies: ExpertCopies) -> None:
         """Asks for copies of busy experts where nothing speaks against them; for callbacks, before the set-up.
 
-        Nothing changes if the strategy has its own ``expert_copies``, or a dispatcher, padding or kernel that does not go with
-        copies, or if one rank holds all experts.
+        Nothing changes if the strategy has its own ``expert_copies``, or padding or a kernel that does not go with copies, or if
+        one rank holds all experts.
         """
         dispatch = self.settings.dispatch
-        unfit = dispatch.dispatcher not in ("alltoall", "auto") or dispatch.pad_to_capacity
-        unfit = unfit or self.settings.expert_kernel == "transformer_engine" or self._fold_text == "auto"
+        unfit = (
+            dispatch.pad_to_capacity or self.settings.expert_kernel == "transformer_engine" or self._fold_text == "auto"
+        )
         if dispatch.copies is None and not unfit and self.fold.ep > 1:
             self.settings = replace(self.settings, dispatch=replace(dispatch, copies=copies))
 
@@ -304,7 +314,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     @property
     def num_processes(self) -> int:
         """Processes on this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+        return len(self.parallel_devices or ())
 
     @property
     @override
@@ -361,6 +371,10 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     def _make_mesh(self) -> None:
         fold = self._make_fold()
+        if isinstance(self._fold_text, tuple) and self.is_global_zero:
+            fold_choice.announce(
+                f"fold {fold} is the first of {list(self._fold_text)} that {self.world_size} ranks can form."
+            )
         if self._mesh is None or self._mesh.fold != fold:
             self._mesh = self._mesh_of_earlier_trainer(fold)
             if self._mesh is not None:
@@ -383,7 +397,10 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     def _make_fold(self) -> Fold:
         text, world = self._fold_text, self.world_size
-        fold = Fold(world, *self._sizes) if text is None else Fold.parse(text, world)
+        if text is None:
+            fold = Fold(world, *self._sizes)
+        else:
+            fold = Fold.parse(text, world) if isinstance(text, str) else Fold.first(text, world)
         if fold.pp > 1 and not self._microbatches_given:
             raise InputError(
                 f"pipeline_parallel_size={fold.pp} needs num_microbatches; {2 * fold.pp} or more keep ranks busy."
@@ -434,8 +451,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     @contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        # A MoECausalLM made here gets no storage: setup() parallelises it, then each rank reads its slices. Other
-        # modules are made as they are, so that initialisation by hand in configure_model is not lost.
+        # A MoECausalLM made here gets no storage: setup() parallelises it, then each rank reads its slices. Other modules are
+        # made as they are, so that initialisation by hand in configure_model is not lost.
         with deferred_weights(), self.precision_plugin.tensor_init_context():
             yield
 
@@ -481,7 +498,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
             check_optimizers(trainer, self._registry.sharded)
-            self._check_saveable(trainer)
+            self._prepare_saves(trainer)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -543,12 +560,11 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        # Optimizers of an earlier entry point may refer to parameters that no longer exist.
-        self._reset_optimizers_and_schedulers()
+        self._reset_optimizers_and_schedulers()  # those of an earlier entry point may refer to parameters that are gone
         with spare_parameters(self._modules()):
             super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            run_on_pieces(optimizer)
+            run_on_pieces(optimizer, self.registry.names)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -617,12 +633,16 @@ class MoEFoldStrategy(SharedCheckpoints):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
-        with self._watch(optimizer):
-            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.lightning_module is not None
-        update_expert_bias(self.lightning_module)
-        # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now
-        # old.
+        try:
+            with self._watch(optimizer):
+                output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            update_expert_bias(self.lightning_module)
+        except NotFinite as skipped:
+            output = None
+            assert self._precision.step_check is not None
+            self._precision.step_check.failed(skipped)
+        # A forward pass between backward and here (in on_before_optimizer_step, say) has gathered weights that are now old.
         self._release_gathered_weights()
         return output
 
@@ -648,9 +668,9 @@ class MoEFoldStrategy(SharedCheckpoints):
         if not self._sharded or self.mesh.world.size == 1 or optimizer in self._watched:
             yield
             return
-        self._watched.add(optimizer)
         with elementwise_only(optimizer):
             yield
+        self._watched.add(optimizer)  # unless the step was skipped
         self._check_state(optimizer)
 
     def _synchronize_own_buffers(self) -> None:
@@ -707,6 +727,8 @@ class MoEFoldStrategy(SharedCheckpoints):
                 "experts move between two optimizer steps, and gradients of accumulated batches wait for the next one; call "
                 "move_experts after the step."
             )
+        for optimizer in self.optimizers:
+            bring_state(optimizer)
         return move_experts(self.registry, self.optimizers, placements)
 
     @property
@@ -770,6 +792,7 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def teardown(self) -> None:
+        self._end_saves()
         if self._predicting is not None:
             predicting, self._predicting = self._predicting, None
             predicting.finish()
@@ -793,8 +816,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to these processes and to this set-up; the copy's own set-up makes it anew."""
-        here = dict.fromkeys(("_mesh", "_registry", "_converted", "_own", "_roll_call", "_predicting"))
-        return {**super().__getstate__(), **here, "_watched": None}
+        here = ("_mesh", "_registry", "_converted", "_own", "_roll_call", "_predicting", "_background", "_watched")
+        return {**super().__getstate__(), **dict.fromkeys(here)}
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
+from tests.quick import quick
 from tests.recipes.chats import TALK, chat_tokenizer, write
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,7 @@ PAGES = [
         "dispatch",
         "balance",
         "adapters",
+        "compression",
     )
 ]
 
@@ -46,7 +48,7 @@ def names_of(page: str, folder: Path) -> dict[str, Any]:
         write(folder / "pairs.jsonl", pairs)
         chat_tokenizer(folder / "path" / "to" / "checkpoint", "qwen2")
         write(folder / "chats.jsonl", [{"messages": TALK[: 2 * n + 3]} for n in (0, 1) for _ in range(10)])
-    if page == "docs/adapters.md":
+    if page in ("docs/adapters.md", "docs/compression.md"):
         make_checkpoint(folder / "model", "mixtral")
     if page != "docs/inference.md":
         return {"__name__": "docs"}
@@ -94,7 +96,7 @@ def run_on_a_rank(code: list[str], folder: str) -> list[str]:
     return sorted(path.name for path in Path(folder, "finetuned").iterdir())
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+@pytest.mark.parametrize("page", quick(["README.md", "docs/getting-started.md"], "README.md"))
 def test_code_of_a_page_runs_on_four_ranks(pool: RankPool, tmp_path: Path, page: str) -> None:
     make_checkpoint(tmp_path / "path" / "to" / "checkpoint", "qwen2_moe")
     code = [block for block in blocks(page) if not block.startswith("trainer = ")]  # a fragment

@@ -164,3 +164,11 @@ def test_ground_floor_imports_no_torch() -> None:
         assert not {
             name for name in imports - known if name.split(".")[0] in ("torch", "lightning", "lightning_moefold")
         }
+
+
+def test_the_first_fold_that_the_ranks_can_form() -> None:
+    texts = ["tp2 | ep4", "| ep2"]
+    assert Fold.first(texts, 4) == Fold.parse("tp2 | ep4", 4)
+    assert Fold.first(texts, 2) == Fold.parse("| ep2", 2)
+    with pytest.raises(FoldError, match=r"3 ranks can form none of the folds: 'tp2 \| ep4': .* '\| ep2': "):
+        Fold.first(texts, 3)

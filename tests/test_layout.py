@@ -3,12 +3,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_moefold import Fold
-from lightning_moefold.layout import Cut, Family, ParameterLayout, ParameterPlan, chunk_split, even_split, split_boxes
+from lightning_moefold.layout import (
+    Cut,
+    Family,
+    ParameterLayout,
+    ParameterPlan,
+    TensorGradient,
+    chunk_split,
+    even_split,
+    split_boxes,
+)
 from tests.test_fold import folds
 
 
@@ -63,3 +74,17 @@ def test_splits(length: int, parts: int) -> None:
     chunks = [len(chunk) for chunk in torch.arange(length).chunk(parts)] if length else [0]
     assert chunk_split(length, parts)[: len(chunks)] == tuple(chunks)
     assert not any(chunk_split(length, parts)[len(chunks) :])
+
+
+def test_flat_stacks_are_cut_where_experts_end() -> None:
+    """Channels of 3 and 0, and of 2 and 5, over two ep ranks; the second dimension over edp."""
+    fold = Fold.parse("| ep2", 4)
+    plan = ParameterPlan(Family.EXPERT, (Cut("ep", 0, (3, 7)),), TensorGradient.SHARDED, flat=True)
+    layout = ParameterLayout((10, 8), plan, data_dim=1)
+    assert not layout.is_expert_stack
+    empty = ParameterLayout((7, 8), replace(plan, cuts=(Cut("ep", 0, (0, 7)),)), data_dim=1)
+    assert [empty.stored_box(fold, rank).sizes for rank in (0, 1)] == [(0, 8), (7, 4)]
+    owned = [boxes for _, boxes in layout.owners(fold, [0, 1, 2, 3])]
+    assert sorted((box.offsets, box.sizes) for boxes in owned for box in boxes) == [
+        ((0, 0), (3, 4)), ((0, 4), (3, 4)), ((3, 0), (7, 4)), ((3, 4), (7, 4)),
+    ]  # fmt: skip

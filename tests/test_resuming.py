@@ -42,6 +42,7 @@ def _run(folder: Path, *options: str, **environment: str) -> subprocess.Complete
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.more
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / "test_suite.py").write_text(SUITE)
     killed = _run(tmp_path, KILLED_BY="qwen3_moe")

@@ -45,6 +45,7 @@ def test_what_needs_no_torch_imports_none(code: str) -> None:
 
 
 @pytest.mark.parametrize("order", ["lightning_moefold, lightning", "lightning, lightning_moefold"])
+@pytest.mark.more
 def test_the_strategy_is_known_by_name_in_either_order(order: str) -> None:
     code = (
         f"import sys, {order}\nloaded = 'lightning_moefold.strategy' in sys.modules\n"
@@ -55,6 +56,7 @@ def test_the_strategy_is_known_by_name_in_either_order(order: str) -> None:
     assert run(code).splitlines()[-1] == "False MoEFoldStrategy"
 
 
+@pytest.mark.more
 def test_the_strategy_that_was_registered_first_stays() -> None:
     code = (
         "from lightning.pytorch.strategies import StrategyRegistry, SingleDeviceStrategy\n"
@@ -74,6 +76,7 @@ def test_every_public_name_is_there(package: str) -> None:
         module.nothing
 
 
+@pytest.mark.more
 def test_a_router_of_the_users_own_may_take_a_built_in_name() -> None:
     code = (
         "from lightning_moefold.modules import Router, register_router\n"

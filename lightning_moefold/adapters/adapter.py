@@ -74,12 +74,12 @@ class Adapter:
         """Remembers which parameters of the base train in the step that begins: checkpoints hold them from then on.
 
         Raises:
-            InputError: If the adapter is one that trains with dropout.
+            InputError: If the adapter is one whose experts or routers train with dropout.
         """
         if isinstance(self.source, AdapterFiles) and self.source.dropout:
             raise InputError(
-                f"the adapter of {self.source.path} trains with lora_dropout={self.source.dropout}, which is not supported here; "
-                "set it to 0 in its adapter_config.json to go on without."
+                f"the adapter of {self.source.path} trains experts or routers with lora_dropout={self.source.dropout}, which is "
+                "not supported here; set it to 0 in its adapter_config.json to go on without."
             )
         self.trained |= {n for n, p in model.named_parameters() if p.requires_grad and n not in self.shapes}
 
@@ -111,21 +111,29 @@ def merges_of(
         b = f"{owner}.{leaf.removesuffix('_proj')}_lora_B" if of_experts else f"{owner}.lora_B"
         if a in parts and (of_experts or leaf == "weight"):
             scale = lora.scale(lora.down_rank if of_experts else lora.rank)
-            found[name] = Merge({a: parts[a], b: parts[b]}, _Sum(a, b, scale, tensors[name].dtype), dtype_of(name))
+            lengths = f"{owner}.lora_magnitude" if lora.use_dora else None
+            used = {part: parts[part] for part in (a, b, lengths) if part is not None}
+            found[name] = Merge(used, _Sum(a, b, scale, tensors[name].dtype, lengths), dtype_of(name))
     return found
 
 
 class _Sum:
-    """Computes ``W + s B A`` in float64, expert by expert, so that the only rounding is that to the final dtype."""
+    """Computes ``W + s B A`` in float64, expert by expert, so that the only rounding is that to the final dtype.
 
-    def __init__(self, a: str, b: str, scale: float, dtype: torch.dtype) -> None:
-        self.a, self.b, self.scale, self.dtype = a, b, scale, dtype
+    With DoRA, rows are scaled to their lengths.
+    """
+
+    def __init__(self, a: str, b: str, scale: float, dtype: torch.dtype, lengths: str | None = None) -> None:
+        self.a, self.b, self.scale, self.dtype, self.lengths = a, b, scale, dtype, lengths
 
     def __call__(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         total = torch.empty(weight.shape, dtype=self.dtype)
         tensors = (weight, parts[self.b], parts[self.a], total)
         for w, b, a, out in zip(*(t if weight.dim() == 3 else t.unsqueeze(0) for t in tensors), strict=True):
-            out.copy_(torch.addmm(w.double(), b.double(), a.double(), alpha=self.scale))
+            merged = torch.addmm(w.double(), b.double(), a.double(), alpha=self.scale)
+            if self.lengths is not None:
+                merged *= (parts[self.lengths].double() / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
+            out.copy_(merged)
         return total
 
 

@@ -6,11 +6,15 @@ Legend: E experts.
 
 from __future__ import annotations
 
+import hashlib
+
 from torch import nn
 
 from lightning_moefold.adapters.config import LoRA
+from lightning_moefold.adapters.layout import MIXTRAL
 from lightning_moefold.errors import InputError
 from lightning_moefold.modules.base import Linear
+from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.experts.experts import Experts
 from lightning_moefold.modules.routers import Router
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
@@ -19,8 +23,8 @@ _ADAPTABLE = (Linear, Router, Experts)
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is A or B of an adapter."""
-    return name.rpartition(".")[2].endswith(("lora_A", "lora_B"))
+    """Whether a parameter of this name is A, B or the lengths of an adapter."""
+    return name.rpartition(".")[2].endswith(("lora_A", "lora_B", "lora_magnitude"))
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, Linear | Router | Experts]:
@@ -52,16 +56,43 @@ def attach(model: nn.Module, lora: LoRA) -> None:
         InputError: If a target matches no module that can have an adapter.
     """
     places = targeted(model, lora)
+    for name, place in places.items():
+        _check_kind(name, place, lora)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for place in places.values():
+    for name, place in places.items():
         if isinstance(place, Experts):
             place.adapt(lora.gate_up_rank, lora.down_rank, lora.scale(lora.down_rank))
-        else:
+        elif isinstance(place, Router):
             place.adapt(lora.rank, lora.scale(lora.rank))
+        else:
+            key = int.from_bytes(hashlib.blake2b(f"{lora.seed}:{name}".encode(), digest_size=7).digest(), "little")
+            place.adapt(lora.rank, lora.scale(lora.rank), lora.dropout, lora.use_dora, key)
+    if lora.dropout:
+        for module in model.modules():
+            if isinstance(module, DecoderLayer):
+                module.count_adapter_calls()
     for module in model.modules():
         if isinstance(module, Router):
             module.bias_is_held = not lora.update_expert_bias
+
+
+def is_module_in_peft(name: str, module: nn.Module) -> bool:
+    """Whether PEFT adapts this as a module; what it adapts as parameters has neither dropout nor DoRA there."""
+    return isinstance(module, Linear) and name.rpartition(".")[2] not in MIXTRAL
+
+
+def _check_kind(name: str, place: nn.Module, lora: LoRA) -> None:
+    leaf = name.rpartition(".")[2]
+    if lora.use_dora and not is_module_in_peft(name, place):
+        raise InputError(
+            f"use_dora=True does not go with the target {leaf!r}, which PEFT adapts as a parameter; leave one of them out."
+        )
+    if lora.dropout and not isinstance(place, Linear):
+        raise InputError(
+            f"dropout={lora.dropout} does not go with the target {leaf!r}, whose adapter has none, as in PEFT; use "
+            "dropout=0, or leave it out."
+        )
 
 
 def _refusal(target: str, named: dict[str, nn.Module], modules: dict[str, nn.Module]) -> str:

@@ -21,9 +21,11 @@ class LoRA:
             ``"layers.3.self_attn.q_proj"``. ``gate_proj``, ``up_proj`` and ``down_proj`` are those of dense layers and
             shared experts. ``"experts"`` gives each routed expert its own adapter; ``"gate"`` is the router.
         expert_rank: Rank of the experts' A and B, with ``s = alpha / expert_rank``; by default ``rank``.
-        dropout: Must be 0: dropout in front of A is not implemented.
+        dropout: Probability with which an input of A is dropped in training, by seed and place: the same under every fold.
+            Only attention, dense layers and shared experts can have it.
         use_rslora: Whether s is ``alpha / sqrt(rank)`` instead (arXiv 2312.03732).
-        use_dora: Must be False: DoRA (arXiv 2402.09353) is not implemented.
+        use_dora: Whether the rows of ``W + s B A`` are scaled to trained lengths (DoRA, arXiv 2402.09353). Only modules that
+            PEFT takes as modules can have it: attention and the gate of a shared expert.
         seed: Seed from which A is drawn, together with its name; B starts with zeros.
         update_expert_bias: Whether to keep updating the bias of routers with ``bias_update_rate``, which belongs to the
             base.
@@ -31,7 +33,7 @@ class LoRA:
             a separate adapter for each matrix of an expert are read in this form.
 
     Raises:
-        InputError: If a size is not positive, there are no targets, or dropout or DoRA is asked for.
+        InputError: If a size is not positive, dropout is not a probability below 1, or there are no targets.
     """
 
     rank: int = 16
@@ -51,10 +53,8 @@ class LoRA:
                 f"targets={self.targets!r} of LoRA must be a list of module names, such as ['q_proj', 'experts']."
             )
         object.__setattr__(self, "targets", tuple(self.targets))
-        if self.dropout:
-            raise InputError(f"dropout={self.dropout} of LoRA is not implemented; use 0.")
-        if self.use_dora:
-            raise InputError("use_dora=True of LoRA is not implemented; use plain LoRA or use_rslora=True.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout={self.dropout} of LoRA must be at least 0 and less than 1.")
         for name in ("rank", "expert_rank", "alpha"):
             value = getattr(self, name)
             if value is not None and (value <= 0 or (name != "alpha" and value != int(value))):

@@ -16,9 +16,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lightning_moefold.adapters.attach import adaptable_modules
+from lightning_moefold.adapters.attach import adaptable_modules, is_module_in_peft
 from lightning_moefold.adapters.config import LoRA
-from lightning_moefold.adapters.layout import MIXTRAL, PREFIX, read_fused, read_separate
+from lightning_moefold.adapters.layout import MIXTRAL, PREFIX, read_fused, read_separate, stored_leaf
 from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.layout import Box
 from lightning_moefold.modules.base import Linear
@@ -33,6 +33,7 @@ _READ = {
     "rank_pattern",
     "alpha_pattern",
     "use_rslora",
+    "use_dora",
     "peft_type",
     "bias",
     "init_lora_weights",
@@ -43,7 +44,7 @@ _WITHOUT_EFFECT = {
     "ensure_weight_tying", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_core", "qalora_group_size",
 }  # fmt: skip
-_OWN = ("lora_A.weight", "lora_B.weight")
+_OWN = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)\.lora_([AB])\.weight$")
 
 
@@ -56,7 +57,7 @@ class AdapterFiles:
 
     Attributes:
         lora: Configuration of the adapter.
-        dropout: Dropout with which it was trained; it affects only training.
+        dropout: Dropout with which it was trained, if it cannot go on so; it affects only training.
 
     Raises:
         CheckpointError: If the directory holds no LoRA adapter, or it does not fit the model.
@@ -82,7 +83,7 @@ class AdapterFiles:
             raise CheckpointError(f"{self.path} holds no adapter: it needs {CONFIG} and {TENSORS}.")
         try:
             config = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file} is not JSON ({error}).") from None
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise CheckpointError(f"{file} describes no LoRA adapter, and no other kind is read.")
@@ -138,9 +139,14 @@ class AdapterFiles:
             raise CheckpointError(
                 f"{self.path} scales experts by another alpha than the rest, which is not supported here."
             )
+        modules = adaptable_modules(model)
+        if all(isinstance(modules[name], Linear) for name in names):
+            dropout, self.dropout = self.dropout, 0.0
+        else:
+            dropout = 0.0
         return LoRA(
-            rank, alpha, compressed(names, model), None if experts is None else experts[0],
-            use_rslora=root, separate_gate_up=self._separate_gate_up,
+            rank, alpha, compressed(names, model), None if experts is None else experts[0], dropout, root,
+            bool(config.get("use_dora")), separate_gate_up=self._separate_gate_up,
         )  # fmt: skip
 
     _separate_gate_up = False
@@ -150,6 +156,11 @@ class AdapterFiles:
         rank = self._rank_of(name, config)
         self._expect(f"{self._places[name]}.lora_A.weight", (rank, in_features), name)
         self._expect(f"{self._places[name]}.lora_B.weight", (out_features, rank), name)
+        lengths = f"{self._places[name]}.lora_magnitude_vector"
+        if config.get("use_dora"):
+            self._expect(lengths, (out_features,), name)
+        elif lengths in self._shapes:
+            raise CheckpointError(f"{self._file} holds {lengths!r}, but {CONFIG} does not say use_dora.")
         return rank, self._scale_of(name, rank, config)
 
     def _describe_experts(self, name: str, module: Experts, config: dict[str, Any]) -> tuple[int, float]:
@@ -212,7 +223,7 @@ class AdapterFiles:
         owner, _, leaf = name.rpartition(".")
         place = self._places[owner]
         if owner not in self._experts:
-            out.copy_(self._read(f"{place}.{leaf}.weight", box.slices()))
+            out.copy_(self._read(f"{place}.{stored_leaf(leaf)}", box.slices()))
         elif not self._separate:
             out.copy_(read_fused(self._read, place, leaf, self._whole_shape(owner, leaf), box))
         else:
@@ -276,7 +287,7 @@ def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str,
         module = next(m for n, m in there.items() if n == name or n.endswith(f".{name}"))
         if isinstance(module, Experts):
             parameters += [f"{name}.gate_up_proj", f"{name}.down_proj"]
-        elif isinstance(module, Linear) and name.rpartition(".")[2] not in MIXTRAL:
+        elif is_module_in_peft(name, module):
             modules.append(name)
         else:
             parameters.append(f"{name}.weight")
@@ -290,10 +301,10 @@ def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str,
         alpha_pattern["experts.gate_up_proj"] = 2 * lora.alpha
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": lora.rank,
-        "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-        "init_lora_weights": True, "use_rslora": lora.use_rslora, "use_dora": False, "target_modules": modules,
-        "target_parameters": parameters or None, "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
+        "lora_alpha": lora.alpha, "lora_dropout": 0.0 if parameters else lora.dropout, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora, "target_modules": modules, "target_parameters": parameters or None,
+        "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
     }  # fmt: skip
 
 

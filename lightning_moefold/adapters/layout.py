@@ -5,6 +5,7 @@ A file with fused experts wraps one parameter after the other, so gate and up ar
 
     <module>.lora_A.weight                      [R, in]       of attention, dense layers and routers
     <module>.lora_B.weight                      [out, R]
+    <module>.lora_magnitude_vector              [out]         with DoRA
     <experts>.base_layer.lora_A.weight          [E * R, D]    of gate and up; row e * R + j
     <experts>.base_layer.lora_B.weight          [2F, R * E]   column j * E + e: another order than A's
     <experts>.lora_A.weight                     [E * R, F]    of down
@@ -87,6 +88,11 @@ def read_separate(read: Read, expert: str, leaf: str, shape: tuple[int, ...], na
     zeros = torch.zeros_like(own)
     assert shape[1] == 2 * own.shape[1]
     return torch.cat([own, zeros] if matrix == "gate" else [zeros, own], dim=1)
+
+
+def stored_leaf(leaf: str) -> str:
+    """Returns the end of the name in the file for ``lora_A``, ``lora_B`` or ``lora_magnitude``."""
+    return "lora_magnitude_vector" if leaf == "lora_magnitude" else f"{leaf}.weight"
 
 
 def fuse(experts: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moefold.adapters.files import CONFIG, TENSORS
-from lightning_moefold.adapters.layout import FUSED, MIXTRAL, PREFIX, fuse, separate
-from lightning_moefold.checkpoint.hf_writer import (
-    OutputTensor,
-    draft_beside,
-    gather_whole,
-    on_first_rank,
-    replace_directory,
-)
+from lightning_moefold.adapters.layout import FUSED, MIXTRAL, PREFIX, fuse, separate, stored_leaf
+from lightning_moefold.checkpoint.drafts import draft_of, publish, sync_file
+from lightning_moefold.checkpoint.hf_writer import OutputTensor, gather_whole, on_first_rank
+from lightning_moefold.checkpoint.reasons import in_one_sentence
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.mesh import Axis
 
@@ -44,34 +39,31 @@ def write_adapter(
         separate_names: Names of an expert's matrices, to write a separate adapter for each; None for fused experts.
 
     Raises:
-        CheckpointError: If ``path`` is in a store.
-        OSError: If the directory holds other files or cannot be written; raised on every rank.
+        CheckpointError: If ``path`` is in a store or cannot be written; on other ranks PeerError.
+        OSError: If the directory holds other files.
     """
     target = local_path(path, "the adapter's directory")
-    work = draft_beside(target, world)
-    on_first_rank(world, lambda: _prepare(target, work))
-    try:
+    on_first_rank(world, lambda: _check_target(target))
+    with in_one_sentence(target), draft_of(target, world) as work:
         whole = {name: gather_whole(tensor, piece(name), 0, world) for name, tensor in tensors.items()}
 
         def write() -> None:
             stored = _as_stored({name: tensor for name, tensor in whole.items() if tensor is not None}, separate_names)
             save_file(stored, str(work / TENSORS), metadata={"format": "pt"})
             (work / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            replace_directory(work, target)
+            for name in (TENSORS, CONFIG):
+                sync_file(work / name)
+            publish(work, target)
 
         on_first_rank(world, write)
-    finally:
-        if world.index == 0 and work.exists():
-            shutil.rmtree(work, ignore_errors=True)
 
 
-def _prepare(target: Path, work: Path) -> None:
+def _check_target(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; give a directory that is new or holds an adapter.")
     foreign = sorted(p.name for p in target.iterdir() if p.name not in (CONFIG, TENSORS)) if target.is_dir() else []
     if foreign:
         raise FileExistsError(f"{target} holds {foreign[0]!r}, which is no part of an adapter; give another directory.")
-    work.mkdir(parents=True)
 
 
 def _as_stored(whole: Mapping[str, Tensor], separate_names: Mapping[str, str] | None) -> dict[str, Tensor]:
@@ -83,7 +75,7 @@ def _as_stored(whole: Mapping[str, Tensor], separate_names: Mapping[str, str] | 
         if leaf in FUSED:
             experts.setdefault(owner, {})[leaf] = tensor
         else:
-            stored[f"{PREFIX}{name}.weight"] = tensor
+            stored[f"{PREFIX}{owner}.{stored_leaf(leaf)}"] = tensor
     for owner, parts in experts.items():
         place = f"{PREFIX}{owner}"
         stored |= fuse(place, parts) if separate_names is None else separate(place, parts, dict(separate_names))

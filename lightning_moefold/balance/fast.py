@@ -105,6 +105,8 @@ class CopyCounter:
         busiest_home: Busiest rank's rows if owners computed all rows, summed over passes.
         busiest: Busiest rank's rows with copies, summed over passes.
         mean: Rows of an average rank, summed over passes.
+        gained_R: Rows that each rank computes more than without copies (fewer: negative), summed over passes; None before the
+            first.
     """
 
     passes: int = 0
@@ -114,6 +116,7 @@ class CopyCounter:
     busiest_home: int = 0
     busiest: int = 0
     mean: float = 0.0
+    gained_R: Counts | None = None
 
     def count(self, plan: CopyPlan, bytes_of_copy: int) -> None:
         """Counts a pass.
@@ -127,6 +130,8 @@ class CopyCounter:
         self.copies += plan.copies
         self.rows += plan.moved_rows
         self.bytes += plan.copies * bytes_of_copy
-        self.busiest_home += int(rows_E.reshape(plan.ranks, -1).sum(1).max())
-        self.busiest += int(plan.quota_RE.sum(1).max())
+        home_R, rows_R = rows_E.reshape(plan.ranks, -1).sum(1), plan.quota_RE.sum(1)
+        self.busiest_home += int(home_R.max())
+        self.busiest += int(rows_R.max())
+        self.gained_R = rows_R - home_R + (0 if self.gained_R is None else self.gained_R)
         self.mean += float(rows_E.sum()) / plan.ranks

@@ -109,6 +109,11 @@ class SlowLoop:
         self.place: Place = self._policy if made is None else made.place  # type: ignore[assignment]
         self._weighs_itself = isinstance(made, Joint)
 
+    def past(self, layer: str) -> NDArray[np.int64]:
+        """Rows of each expert in a pass in the past intervals, ``[N, E]``; N may be 0."""
+        seen = [past[layer] for past in self._past if layer in past]
+        return np.stack(seen) if seen else np.zeros((0, 0), dtype=np.int64)
+
     def start(self, step: int) -> None:
         """Begins to count at ``step``, unless a checkpoint has said where to go on."""
         if not step < self.next_check <= step + self._between:
@@ -149,7 +154,7 @@ class SlowLoop:
         return decision
 
     def _ask(self, name: str, current: Placement, costs: BalanceCosts) -> _Proposal | None:
-        load_NE = np.stack([past[name] for past in self._past if name in past])
+        load_NE = self.past(name)
         if not load_NE.sum():
             return None
         placement = self.place(load_NE, current, costs)

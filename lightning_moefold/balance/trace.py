@@ -9,8 +9,9 @@ These formats can be read:
 - ``.npz`` with ``expert_ids`` ``[tokens, L, K]``: the experts that each token chose in each layer, as vLLM returns
   them. Equal windows of tokens are treated as iterations.
 - ``.jsonl``, or a directory with one per rank: Megatron-Core's routing trace, with one line per step and layer with
-  ``step``,
-  ``layer`` and ``top_indices``.
+  ``step``, ``layer`` and ``top_indices``.
+- a directory of ``.parquet`` files, one per layer in the order of the numbers in their names, with a column ``indices``: the
+  experts that each token chose, the same token in the same row of every file, as FLAME-MoE's traces have it.
 
 Legend: N iterations, L MoE layers, S source ranks, E experts, K choices of a token.
 """
@@ -18,20 +19,22 @@ Legend: N iterations, L MoE layers, S source ranks, E experts, K choices of a to
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.balance.assignment import Counts
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import DAMAGE, InputError
 
 #: Number of tokens in a window of a table of expert ids.
 WINDOW = 8192
+#: Experts that no model reaches; a number beyond is damage.
+_MOST = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +104,7 @@ def read_trace(path: str | Path, num_experts: int | None = None, window: int = W
     """Reads a trace of any of the module's formats.
 
     Args:
-        path: File, or directory of ``.jsonl`` files.
+        path: File, or directory of ``.jsonl`` or ``.parquet`` files.
         num_experts: Number of experts E, for formats that list only chosen experts; by default one more than the
             largest id.
         window: Number of tokens per record, for a table of expert ids.
@@ -111,6 +114,11 @@ def read_trace(path: str | Path, num_experts: int | None = None, window: int = W
     """
     file = Path(path)
     if file.is_dir():
+        layers = sorted(
+            file.glob("*.parquet"), key=lambda layer: ([int(n) for n in re.findall(r"\d+", layer.stem)], layer.name)
+        )
+        if layers:
+            return _from_ids(_read_parquet(layers), file, num_experts, window)
         return _read_jsonl(sorted(file.glob("*.jsonl")), file, num_experts)
     if not file.is_file():
         raise InputError(f"{file} does not exist; give the file of a routing trace (.npz, .json or .jsonl).")
@@ -126,10 +134,11 @@ def read_trace(path: str | Path, num_experts: int | None = None, window: int = W
             if "expert_ids" in arrays:
                 return _from_ids(arrays["expert_ids"], file, num_experts, window)
             return _from_arrays(arrays, file)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except DAMAGE as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{file} is no routing trace ({type(error).__name__}: {error}).") from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{file} is no routing trace ({type(error).__name__}: {reason}).") from None
     raise InputError(f"{file} is no routing trace; what can be read ends in .npz, .json or .jsonl.")
 
 
@@ -165,10 +174,37 @@ def _from_ids(ids: NDArray[Any], file: Path, num_experts: int | None, window: in
     return RoutingTrace(np.arange(records), counts[:, :, None], file.name)
 
 
+def _read_parquet(layers: list[Path]) -> NDArray[Any]:
+    """Reads the experts of each token, ``[tokens, L, K]``."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{layers[0]} is read with pyarrow; pip install 'lightning-moefold[data]'.") from None
+    tables: list[NDArray[Any]] = []
+    for file in layers:
+        try:
+            column = pyarrow.parquet.read_table(file, columns=["indices"])["indices"].combine_chunks()
+            tables.append(np.asarray(column.flatten()).reshape(len(column), -1))
+        except (pyarrow.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{file} has no column 'indices' with as many experts for every token ({reason})."
+            ) from None
+        if tables[-1].shape != tables[0].shape:
+            raise InputError(
+                f"{file} holds {tables[-1].shape[0]} tokens with {tables[-1].shape[1]} experts each, and {layers[0].name} "
+                f"{tables[0].shape[0]} with {tables[0].shape[1]}; give one file for each layer, of the same tokens."
+            )
+    return np.stack(tables, axis=1)
+
+
 def _read_jsonl(files: list[Path], where: Path, num_experts: int | None) -> RoutingTrace:
     """Reads Megatron-Core's lines; each file is a source rank. Lines of the same step and layer (micro-batches) are added."""
     if not files:
-        raise InputError(f"{where} holds no .jsonl file; give the directory of a routing trace, or one of its files.")
+        raise InputError(
+            f"{where} holds no .jsonl or .parquet file; give the directory of a routing trace, or one of its files."
+        )
     chosen: dict[tuple[int, int, int], list[NDArray[np.int64]]] = {}
     for source, file in enumerate(files):
         for number, line in enumerate(file.read_text().splitlines(), 1):
@@ -202,6 +238,8 @@ def _column(keys: Iterable[tuple[int, int, int]], axis: int) -> list[int]:
 def _experts(largest: int, num_experts: int | None, where: Path) -> int:
     if num_experts is not None and largest >= num_experts:
         raise InputError(f"{where}: expert {largest} is chosen, but the model has {num_experts} experts.")
+    if num_experts is None and largest >= _MOST:
+        raise InputError(f"{where}: expert {largest} is chosen, which is no expert of a model; say how many it has.")
     return largest + 1 if num_experts is None else num_experts
 
 

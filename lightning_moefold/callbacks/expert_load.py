@@ -74,7 +74,7 @@ class ExpertLoad:
         rows: The MoE layers.
         counts_LE: How often each expert was chosen; :data:`NO_EXPERT` if a layer has fewer experts.
         dropped_L: Number of these choices that were dropped.
-        rank_rows_LR: Number of rows that each rank's experts computed.
+        rank_rows_LR: Number of rows that each rank computed, with copies of experts.
     """
 
     rows: list[LoadRow]
@@ -128,6 +128,8 @@ class LoadReader:
     def _totals(self) -> Tensor:
         """This rank's ``[L, C]``: its counts, its drops, and the rows it sends to each part of its own replica's experts.
 
+        What copies change in the latter is added by one of the ranks that share a plan.
+
         Ranks of tp, cp and dp have different tokens, and stages have different layers, so sums over the world count
         each token once.
         """
@@ -140,6 +142,8 @@ class LoadReader:
                 table_LC[i, : row.num_experts] = row.module.load_E
                 table_LC[i, self.experts] = row.module.dropped
                 table_LC[i, first : first + self.parts] = row.module.part_rows()
+                if (gained_R := row.module.gained_rows()) is not None:
+                    table_LC[i, first : first + self.parts] += gained_R
         return table_LC
 
 

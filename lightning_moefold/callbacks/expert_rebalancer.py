@@ -13,17 +13,25 @@ from typing_extensions import override
 
 from lightning_moefold import comm
 from lightning_moefold.agreement import agree_on_error
+from lightning_moefold.balance.assignment import Counts
 from lightning_moefold.balance.costs import MARGIN, BalanceCosts
 from lightning_moefold.balance.fast import FAST_POLICIES, ExpertCopies
+from lightning_moefold.balance.past import PastCopies
 from lightning_moefold.balance.placement import Placement
+from lightning_moefold.balance.policies import Policy, make_policy
+from lightning_moefold.balance.policies.base import CopiesFrom
+from lightning_moefold.balance.policies.joint import Joint
 from lightning_moefold.balance.slow import HORIZON, Decision, Place, SlowLoop
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
 from lightning_moefold.callbacks.common import log_values
 from lightning_moefold.callbacks.expert_load import LoadReader
+from lightning_moefold.callbacks.placement_history import PlacementHistory
+from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
 from lightning_moefold.lifecycle.fold_choice import announce
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.parallel.migration import check_movable, drop_gradients, size_of_expert
+from lightning_moefold.plots.files import EXPERT_PLACEMENT
 from lightning_moefold.strategy import MoEFoldStrategy
 
 
@@ -41,6 +49,9 @@ class ExpertRebalancer(pl.Callback):
     ``balance/moved_bytes`` (so far, all ranks), and, of the latest migration, ``balance/predicted_gain_s`` and
     ``balance/measured_gain_s`` for each step and ``balance/move_s``.
 
+    When training ends, ``expert_placement.npz`` in the Trainer's ``log_dir`` holds where experts were at each check and what each
+    rank computed; ``moefold plot`` draws it.
+
     Args:
         policy: How experts are placed: a name in :data:`~.balance.policies.POLICIES`, or a function ``(load_NE, current, costs) ->
             Placement`` of past rows, the placement and constants (:class:`~.balance.costs.BalanceCosts`), which must say the same
@@ -50,9 +61,11 @@ class ExpertRebalancer(pl.Callback):
         margin: Part of a layer's time that a move must gain, besides the time that it takes; 0 moves whenever the prediction is
             better, whatever that takes.
         history: Past intervals whose counts the policy sees.
-        max_copies_per_rank: Experts that a rank may compute for a pass besides its own, where ``fast``.
+        max_copies_per_rank: Experts that a rank may compute for a pass besides its own.
         fast: Also copy busy experts for one pass (:class:`~lightning_moefold.balance.fast.ExpertCopies`), if the policy plans
-            copies from the counts of a pass, tokens travel by ``"alltoall"``, and the strategy has no ``expert_copies`` of its own.
+            copies from the counts of a pass, nothing is padded, and the strategy has no ``expert_copies`` of its own. False
+            plans the copies of ``"joint"`` from past loads at each check, as ``"eplb"`` and ``"flexmoe"`` always do; they
+            still exist for one pass only.
         slow: Move experts; False leaves them at home, and only what is logged remains of the checks.
 
     Attributes:
@@ -80,9 +93,19 @@ class ExpertRebalancer(pl.Callback):
         slow: bool = True,
     ) -> None:
         super().__init__()
-        copies = policy if isinstance(policy, str) and policy in FAST_POLICIES else None
-        self._fast = ExpertCopies(copies, max_copies_per_rank) if fast and copies is not None else None
-        self._slow = slow
+        self._past, self._copies, self._slow = None, None, slow
+        if isinstance(policy, str):
+            made = (
+                Joint(max_copies_per_rank, fast=fast)
+                if policy == Joint.name
+                else make_policy(policy, max_copies_per_rank)
+            )
+            if made.copies is CopiesFrom.PAST:
+                self._past, self._copies = made, ExpertCopies(PastCopies(made), max_copies_per_rank)
+            elif fast and policy in FAST_POLICIES:
+                self._copies = ExpertCopies(policy, max_copies_per_rank)
+        self._shares: dict[str, Counts] = {}
+        self._history = PlacementHistory()
         self.moves, self.decision = 0, Decision()
         self._loop = SlowLoop(policy, interval, margin, history)
         self._reader: LoadReader | None = None
@@ -107,8 +130,8 @@ class ExpertRebalancer(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy = trainer.strategy
-        if stage == "fit" and self._fast is not None and isinstance(strategy, MoEFoldStrategy):
-            strategy.copy_experts(self._fast)
+        if stage == "fit" and self._copies is not None and isinstance(strategy, MoEFoldStrategy):
+            strategy.copy_experts(self._copies)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -140,7 +163,7 @@ class ExpertRebalancer(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reader = LoadReader(trainer, pl_module)
         self._placements = self._strategy(trainer).registry.everyones_placements()
-        self._costs = None
+        self._costs, self._history = None, PlacementHistory(trainer.global_step)
         self._loop.start(trainer.global_step)
         self._begin_interval(trainer)
 
@@ -152,6 +175,12 @@ class ExpertRebalancer(pl.Callback):
         self._seen_step = step
         if step > before and self._loop.is_due(step):
             self._check(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = trainer.log_dir if trainer.loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        if trainer.is_global_zero and folder is not None and self._history.steps:
+            self._history.save(stores.join(stores.parse_path(folder), EXPERT_PLACEMENT))
 
     def _begin_interval(self, trainer: pl.Trainer) -> None:
         self._seen_step = self._counted_from = trainer.global_step
@@ -174,12 +203,16 @@ class ExpertRebalancer(pl.Callback):
             (after,) = self._slowest(trainer, seconds)
             self._figures["balance/measured_gain_s"] = self._watching - after
             self._watching = None
+        if trainer.is_global_zero:
+            self._history.add(step, load, self._placements)
         decision = self._loop.decide(step, rows, self._placements, costs, self._steps_left(trainer))
         if decision.placements and not self._slow:
             decision = Decision(before=decision.before, after=decision.before, reason="slow=False moves nothing")
         self.decision = decision
         if self.decision.placements:
             self._move(trainer, self.decision.placements, seconds)
+        if self._past is not None and self._strategy(trainer).settings.dispatch.copies is self._copies:
+            self._copy_from_past(trainer, self._past, costs)
         self._say(trainer, step)
         self._figures |= {
             "balance/imbalance": rank_imbalance(load.rank_rows_LR) or 1.0,
@@ -207,6 +240,17 @@ class ExpertRebalancer(pl.Callback):
             self._byte_ps, self._costs = max(1, round(slowest / sent * 1e12)), None
         self._watching = before
         self._figures |= {"balance/predicted_gain_s": self.decision.gain_ps / 1e12, "balance/move_s": slowest}
+
+    def _copy_from_past(self, trainer: pl.Trainer, policy: Policy, costs: BalanceCosts) -> None:
+        """Plans copies until the next check from what was counted so far."""
+        for name, layer in self._strategy(trainer).registry.moe_layers().items():
+            load_NE, placement = self._loop.past(name), layer.placement
+            if not load_NE.sum():
+                continue
+            held_RE = self._shares.get(name, np.zeros((placement.parts, placement.num_experts), dtype=np.int64))
+            owner_E = np.asarray(placement.part_of_expert)
+            self._shares[name] = policy.replicas(load_NE, held_RE, owner_E, costs)
+            layer.plan_copies_by(PastCopies.of(policy, self._shares[name], placement))
 
     def _say(self, trainer: pl.Trainer, step: int) -> None:
         """A line for each migration, and one where it leaves things alone for another reason than at the last check."""

@@ -16,9 +16,11 @@ from types import MappingProxyType
 
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.names import parameter_entries
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import LAYER, half_is_recomputed
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+#: Factors of the products before an expert's activation; those with A are kept.
+_BEFORE_ACTIVATION = ("gate_proj", "up_proj", "gate_lora_B", "up_lora_B")
 
 
 class Savings:
@@ -27,7 +29,7 @@ class Savings:
     Args:
         config: Configuration of the model.
         frozen: Names of its frozen parameters.
-        recompute: What the decoder layers recompute in backward.
+        parts: What the decoder layers recompute in backward; see :func:`~.recompute_parts.recompute_parts`.
         adapter: Shapes of an adapter's A and B by name.
 
     Attributes:
@@ -40,14 +42,14 @@ class Savings:
         self,
         config: MoEConfig,
         frozen: Collection[str],
-        recompute: Recompute | None = None,
+        parts: frozenset[str] = frozenset(),
         adapter: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
-        self.config, self.frozen, self.recompute = config, frozenset(frozen), recompute
+        self.config, self.frozen, self.parts = config, frozenset(frozen), parts
         self.weights = 0.0
         self.still_attention: list[int] = []
         self.repeated_attention: list[int] = []
-        if self.frozen or recompute is not None or adapter:
+        if self.frozen or self.parts or adapter:
             self._shapes = {name: entry.shape for name, entry in parameter_entries(config).items()} | dict(adapter)
             self._trainable: dict[str, list[str]] = defaultdict(list)  # by layer: models are long
             for name in self._shapes.keys() - self.frozen:
@@ -71,16 +73,27 @@ class Savings:
             moving = self._attention(index, moving)
             attended = moving
             moving = self._feed_forward(index, moving)
-            if self.recompute == "full" and moving:
-                self._repeat(index, "self_attn.", "mlp.")
-            elif self.recompute == "selective" and attended:
+            if (LAYER in self.parts and moving) or ("attention" in self.parts and attended):
                 self._repeat(index, "self_attn.")
+                self.repeated_attention.append(index)
+            moe = self.config.is_moe_layer(index)
+            if half_is_recomputed(self.parts, moe) and moving:
+                self._repeat(index, "mlp.")
+            elif moe and "expert_activation" in self.parts and self._experts_move(index, attended):
+                self._repeat(index, *(f"mlp.experts.{name}" for name in _BEFORE_ACTIVATION))
         head = _EMBEDDING if self.config.tie_word_embeddings else _HEAD
         self._multiply(head, moving or self._trains("model.norm."))
 
     def _trains(self, *prefixes: str) -> bool:
         """Whether any parameter whose name starts with one of these prefixes is trainable."""
         return any(name.startswith(prefixes) for name in self._trainable[_place(prefixes[0])])
+
+    def _experts_move(self, index: int, moving: bool) -> bool:
+        """Whether backward goes through the experts of a layer."""
+        layer = f"model.layers.{index}."
+        return moving or self._trains(
+            *(f"{layer}{n}." for n in ("post_attention_layernorm", "mlp.gate", "mlp.experts"))
+        )
 
     def _multiply(self, name: str, moving: bool) -> None:
         """Adds the FLOPs saved on one weight."""
@@ -107,11 +120,10 @@ class Savings:
         return 2 * weights
 
     def _repeat(self, index: int, *parts: str) -> None:
-        """Subtracts the FLOPs that parts of a layer, such as attention, recompute."""
+        """Subtracts the FLOPs of products with the weights of parts of a layer."""
         prefixes = tuple(f"model.layers.{index}.{part}" for part in parts)
         matrices = (n for n, shape in self._shapes.items() if n.startswith(prefixes) and len(shape) > 1)
         self.weights -= sum(map(self._product, matrices))
-        self.repeated_attention.append(index)
 
     def _attention(self, index: int, moving: bool) -> bool:
         """Adds the FLOPs saved in a layer's attention; returns whether its output is moving."""

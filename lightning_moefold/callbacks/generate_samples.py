@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_moefold.callbacks.common import logged_step
 from lightning_moefold.checkpoint.tokenizers import load_tokenizer
 from lightning_moefold.errors import InputError, InputTypeError
-from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoECausalLM
+from lightning_moefold.models.texts import continue_texts
 from lightning_moefold.models.weights import CheckpointWeights
 
 
@@ -77,7 +74,7 @@ class GenerateSamples(Callback):
         model = next((m for m in pl_module.modules() if isinstance(m, MoECausalLM)), None)
         if model is None:
             raise InputTypeError(f"{type(pl_module).__name__} holds no MoECausalLM; GenerateSamples needs one.")
-        self.samples = list(zip(self.prompts, self._texts(model, pl_module.device), strict=True))
+        self.samples = list(zip(self.prompts, self._texts(model), strict=True))
         lines = [f"step {trainer.global_step}: {p} | {' '.join(text.split())}" for p, text in self.samples]
         if trainer.is_global_zero:
             bar = trainer.progress_bar_callback
@@ -89,22 +86,9 @@ class GenerateSamples(Callback):
                 # A copy, because wandb writes it later.
                 logger.log_table("samples", columns, list(self._table), step=logged_step(trainer))
 
-    def _texts(self, model: MoECausalLM, device: torch.device) -> list[str]:
-        """Generates the continuation of each prompt, and returns all of them on every rank."""
-        axis = SINGLE if model.mesh is None else model.mesh.dp_cp
-        mine = self.prompts[axis.index :: axis.size]
-        with model.unequal_calls():  # so that the others learn of a rank that fails to load its tokenizer
-            tokenizer = self._load(model) if mine else None
-            rows = [] if tokenizer is None else [list(tokenizer(prompt)["input_ids"]) for prompt in mine]
-            ids_BS, mask_BS = (x.to(device) for x in pad_left(rows))
-            tokens = model.generate(ids_BS, mask_BS, **self.options)[:, ids_BS.shape[1] :].tolist()
-        texts = [] if tokenizer is None else [tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-        found: list[list[str]] = [texts]
-        if axis.size > 1:
-            everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, texts)  # over the world, whose group carries objects
-            found = [everyone[rank] for rank in axis.ranks]
-        return [found[i % axis.size][i // axis.size] for i in range(len(self.prompts))]
+    def _texts(self, model: MoECausalLM) -> list[str]:
+        """Returns the continuation of each prompt on every rank."""
+        return continue_texts(model, self.prompts, lambda: self._load(model), **self.options)
 
     def _load(self, model: MoECausalLM) -> Any:
         """Loads the tokenizer, on ranks that need it."""
@@ -116,14 +100,3 @@ class GenerateSamples(Callback):
         if isinstance(path, (str, Path)):
             self._tokenizer = load_tokenizer(Path(path))
         return self._tokenizer
-
-
-def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Pads rows of token ids on the left; returns ``input_ids`` and ``attention_mask``, each ``[B, S]``."""
-    length = max((len(row) for row in rows), default=0)
-    ids_BS = torch.zeros(len(rows), length, dtype=torch.int64)
-    mask_BS = torch.zeros_like(ids_BS)
-    for i, row in enumerate(rows):
-        ids_BS[i, length - len(row) :] = torch.tensor(row, dtype=torch.int64)
-        mask_BS[i, length - len(row) :] = 1
-    return ids_BS, mask_BS

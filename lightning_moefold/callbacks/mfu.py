@@ -46,8 +46,8 @@ class MFUMonitor(pl.Callback):
     It logs, at log steps: ``train/mfu`` (0..1), ``train/tokens_per_second``, ``train/tokens_per_second_per_device``,
     ``train/tflops_per_device`` (model TFLOP/s), ``train/step_time`` (seconds), memory of the fullest rank in units of
     10^9 bytes (below), and ``train/grad_norm`` (before clipping; ``_dense`` and ``_expert`` of each family) if the
-    strategy clips gradients. ``train/hfu``, hardware FLOPs utilisation, is logged if it differs from the MFU: if frozen
-    parameters save products, or some are recomputed. Unknown values are not logged: MFU without a peak or without model
+    strategy clips gradients. ``train/hfu``, hardware FLOPs utilisation, is logged if it differs from the MFU: if
+    products are recomputed. Unknown values are not logged: MFU without a peak or without model
     FLOPs, tokens without ``input_ids``.
 
     ``train/memory_allocated_gb`` is what tensors hold at the log step, ``train/memory_peak_gb`` the most they have ever
@@ -60,9 +60,8 @@ class MFUMonitor(pl.Callback):
     batch is left out, and so is the sanity check, which runs before the first batch.
 
     Model FLOPs are three times those of forward for the experts a token visits and causal attention at the rows'
-    length; frozen parameters do not change them, but an adapter does: then they are those of its products and of what its
-    gradients need of the frozen model. Hardware FLOPs leave out the gradients that frozen parameters make
-    unnecessary, and count what is recomputed in backward. The peak is the dense one of the
+    length, less the gradients that frozen parameters make unnecessary; an adapter's own products count. Hardware FLOPs
+    also count what is recomputed in backward. The peak is the dense one of the
     device for the Trainer's precision, times the ranks. On CPU there is no datasheet: a matrix product in the same
     dtype is measured at the start of training, on all ranks at the same time.
 

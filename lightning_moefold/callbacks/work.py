@@ -2,10 +2,9 @@
 """Counts the work of a batch: tokens, model FLOPs and hardware FLOPs. Waits for the device only at log time.
 
 Model FLOPs are those of forward and backward (three times forward: backward makes two products for each one of
-forward), without anything recomputed, as in PaLM (arXiv 2204.02311, appendix B). Only the experts a token visits count.
-Hardware FLOPs are those of the products that are really made: without the gradients that frozen parameters spare, and
-with what is recomputed in backward. With an adapter, model FLOPs are what its training takes: the adapter's own products, and no
-gradients of frozen weights.
+forward), without anything recomputed, as in PaLM (arXiv 2204.02311, appendix B), and without the gradients that frozen parameters
+make unnecessary. Only the experts a token visits count, and an adapter's own products do. Hardware FLOPs also count what is
+recomputed in backward.
 
 Legend: B rows of a batch.
 """
@@ -25,7 +24,7 @@ from torch import Tensor
 from lightning_moefold.callbacks.freezing import Savings
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import recompute_parts
 
 BACKWARD_AND_FORWARD = 3
 UNKNOWN = float("nan")
@@ -173,10 +172,10 @@ class WorkModel:
             return frozenset()
         return frozenset(name for name, p in self._model.named_parameters() if not p.requires_grad)
 
-    def _savings_of(self, frozen: frozenset[str], recompute: Recompute | None) -> Savings:
+    def _savings_of(self, frozen: frozenset[str], parts: frozenset[str]) -> Savings:
         assert self._model is not None
         adapter = self._model.adapter
-        return Savings(self._model.config, frozen, recompute, {} if adapter is None else adapter.shapes)
+        return Savings(self._model.config, frozen, parts, {} if adapter is None else adapter.shapes)
 
     def _flops_per_token(self, length: int, frozen: frozenset[str]) -> tuple[float, float]:
         """Returns model and hardware FLOPs of a token in a row of ``length``."""
@@ -187,8 +186,7 @@ class WorkModel:
             return UNKNOWN, UNKNOWN
         config = self._model.config
         flops = BACKWARD_AND_FORWARD * config.forward_flops_per_token(length)
-        recompute = next(iter(self._model.model.layers.values())).recompute  # the strategy sets it for all layers
-        hardware = flops - self._savings(frozen, recompute).per_token(length)
-        if self._model.adapter is not None:
-            flops -= self._savings(frozen, None).per_token(length)
-        return flops, hardware
+        layer: Any = next(iter(self._model.model.layers.values()))  # all recompute the same
+        parts = recompute_parts(layer.recompute)
+        hardware = flops - self._savings(frozen, parts).per_token(length)
+        return flops - self._savings(frozen, frozenset()).per_token(length), hardware

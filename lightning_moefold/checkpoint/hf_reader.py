@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_moefold.checkpoint.sums import (
+    CHECKSUMS,
+    bytes_of,
+    is_known,
+    rows_of_block,
+    sum_of,
+    unpack_sums,
+)
 from lightning_moefold.errors import CheckpointError
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
 
@@ -61,22 +70,41 @@ class HFCheckpoint:
                 f"{self.path} holds {_ADAPTER}, an adapter that transformers adds to the weights; merge it into them (moefold "
                 "merge), or take it out of the directory."
             )
+        self._sums = self._read_sums()
         weight_map = self._weight_map()
         self.tensors: dict[str, StoredTensor] = {}
         self._handles: dict[Path, Any] = {}
+        self._checked: set[tuple[str, int]] = set()
         for file in sorted(set(weight_map.values())):
             self._read_header(self.path / file, {name for name, where in weight_map.items() if where == file})
 
+    def _read_sums(self) -> dict[str, list[str]]:
+        """The checksums of the blocks of each tensor; empty if there are none, or of an unknown kind."""
+        file = self.path / CHECKSUMS
+        if not file.is_file():
+            return {}
+        content = unpack_sums(file.read_bytes(), file)
+        self._algorithm, self._block = content["algorithm"], int(content["block"])
+        if not is_known(self._algorithm):
+            return {}
+        for name, checksum in content["files"].items():
+            if not (self.path / name).is_file() or sum_of((self.path / name).read_bytes(), self._algorithm) != checksum:
+                what = f"{self.path / name} is not the one that was exported"
+                if name == INDEX:
+                    raise CheckpointError(f"{what}; if it is meant to be another, delete {CHECKSUMS}.")
+                warnings.warn(f"{what}; delete {CHECKSUMS} if that is meant.", stacklevel=2)
+        return dict(content["tensors"])
+
     def _weight_map(self) -> dict[str, str]:
-        index = self.path / _INDEX
+        index = self.path / INDEX
         if not index.is_file():
             if not (self.path / _SINGLE).is_file():
-                raise CheckpointError(f"{self.path} holds neither {_SINGLE} nor {_INDEX}; only safetensors is read.")
+                raise CheckpointError(f"{self.path} holds neither {_SINGLE} nor {INDEX}; only safetensors is read.")
             with _open(self.path / _SINGLE) as file:
                 return dict.fromkeys(file.keys(), _SINGLE)
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index} is not a safetensors index ({type(error).__name__}: {error}).") from None
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index} has a weight_map that does not map names to files.")
@@ -91,11 +119,11 @@ class HFCheckpoint:
                 )
             if plain.parts != (_SINGLE,) and (self.path / _SINGLE).is_file():
                 raise CheckpointError(
-                    f"{self.path} holds two sets of weights, {_SINGLE} and the files of {_INDEX}; delete the one that is not "
+                    f"{self.path} holds two sets of weights, {_SINGLE} and the files of {INDEX}; delete the one that is not "
                     f"meant (transformers reads {_SINGLE})."
                 )
             if not (self.path / plain).is_file():
-                raise CheckpointError(f"{self.path / plain} is missing, but {_INDEX} names it for {name!r}.")
+                raise CheckpointError(f"{self.path / plain} is missing, but {INDEX} names it for {name!r}.")
         return weight_map
 
     def _read_header(self, file: Path, expected: set[str]) -> None:
@@ -155,14 +183,34 @@ class HFCheckpoint:
         if file not in self._handles:  # opening a file parses its header, which may list thousands of experts
             self._handles[file] = _Opened(file).__enter__()
         try:
-            return self._handles[file].get_slice(name)[slices] if slices else self._handles[file].get_tensor(name)
+            whole = self._handles[file].get_tensor(name)  # a view of the mapped file
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{name!r} cannot be read from {file} ({error}).") from None
+        if self._sums:
+            self._check_sums(name, whole, slices[0] if slices else slice(None))
+        return whole[slices] if slices else whole
+
+    def _check_sums(self, name: str, whole: Tensor, rows: slice) -> None:
+        """Compares the checksums of the blocks in which ``rows`` lie, each once."""
+        sums = self._sums.get(name, [])
+        count = rows_of_block(whole.shape, whole.itemsize, self._block)
+        begin, end, _ = rows.indices(whole.shape[0] if whole.dim() else 1)
+        rows_D = whole if whole.dim() else whole[None]
+        for number in range(begin // count, -(-end // count)):
+            if (name, number) in self._checked:
+                continue
+            block = rows_D[number * count : (number + 1) * count]
+            if number >= len(sums) or sum_of(bytes_of(block), self._algorithm) != sums[number]:
+                raise CheckpointError(
+                    f"{self.tensors[name].file} is damaged: {name!r} does not have the checksum that was exported; if the weights "
+                    f"are meant to be others, delete {CHECKSUMS}."
+                )
+            self._checked.add((name, number))
 
     def fingerprint(self) -> str:
         """A hash of configuration, index and tensor headers, which tells this checkpoint from others without reading it all."""
         digest = hashlib.blake2b(digest_size=16)
-        for name in ("config.json", _INDEX):
+        for name in ("config.json", INDEX):
             file = self.path / name
             digest.update(file.read_bytes() if file.is_file() else b"")
         for name, tensor in sorted(self.tensors.items()):

@@ -1,34 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a Hugging Face checkpoint from parameters that are spread over ranks.
 
-Every rank first computes the same plan of files. Each file is then written by one rank, and ranks take turns, so that
-writing is spread and no rank holds the tensors of more than one file. A save appears under its name only when it is
-complete.
+Every rank first computes the same plan of files. Each file is written by one rank, and files are shared out, so that all
+ranks write at once: tensors are gathered for each of them in turn, and written by a thread of that rank while others are
+gathered. Of a file no more is in memory than waits to be written. A save appears under its name only when it is complete.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import shutil
-import sys
-import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moefold.agreement import agree_on_error, agreeing
+from lightning_moefold.checkpoint.drafts import draft_of, publish, sync_file
+from lightning_moefold.checkpoint.hf_reader import INDEX
+from lightning_moefold.checkpoint.reasons import in_one_sentence
+from lightning_moefold.checkpoint.safetensors_files import PlannedFile, WritingThread
 from lightning_moefold.checkpoint.side_files import are_apart, files_to_carry, foreign_file, warn_of_end
 from lightning_moefold.checkpoint.stores import local_path
+from lightning_moefold.checkpoint.sums import BLOCK, CHECKSUMS, pack_sums, sum_of
 from lightning_moefold.layout import Box, split_boxes
 from lightning_moefold.mesh import Axis
+
+_CONFIG = "config.json"
+#: Bytes for which it pays that one more rank writes a file.
+_WORTH_A_RANK = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -91,54 +95,81 @@ def write_hf_checkpoint(
         tensors: The parameters to write by their names in the model, the same on every rank.
         piece: Function that returns this rank's piece of a parameter, given its name.
         world: All ranks.
-        max_shard_size: Bytes after which a new file is begun; a single parameter may exceed it.
+        max_shard_size: Bytes after which a new file is begun, sooner if ranks would have none to write; a single parameter may
+            exceed it.
         side_files_from: Directory of the model, whose other files are copied along (:mod:`.side_files`).
         tokenizer_from: Directory whose tokenizer is copied instead of the model's.
         merges: Sums that are added to some of the parameters, by name.
 
     Raises:
-        CheckpointError: If ``path`` is in a store.
-        OSError: If the directory holds other files or cannot be written; raised on every rank.
+        CheckpointError: If ``path`` is in a store or cannot be written; on ranks where writing has not failed, PeerError. What
+            was there before is then unchanged.
+        OSError: If the directory holds other files.
     """
     target = local_path(path, "the model's directory")
-    work = draft_beside(target, world)
-    files = _plan_files(tensors, max_shard_size)
+    files = _plan_files(tensors, max_shard_size, world.size)
     carried: dict[str, Path] = {}  # on the first rank
 
     def prepare() -> None:
         carried.update(files_to_carry(side_files_from, tokenizer_from))
         if tokenizer_from is not None and are_apart(side_files_from, tokenizer_from):
             warn_of_end(tokenizer_from, config, carried)
-        _prepare(target, work, carried)
+        _check_target(target, carried)
 
     on_first_rank(world, prepare)
+    with in_one_sentence(target), draft_of(target, world) as work:
+        sums = _write_files(work, files, tensors, piece, merges or {}, world)
+        on_first_rank(world, lambda: _finish(target, work, config, tensors, files, carried, sums))
+
+
+def _write_files(
+    work: Path,
+    files: Mapping[str, list[str]],
+    tensors: Mapping[str, OutputTensor],
+    piece: Callable[[str], Tensor],
+    merges: Mapping[str, Merge],
+    world: Axis,
+) -> dict[str, list[str]]:
+    """Writes the files, as many at once as there are ranks; on the first rank returns the checksums of all tensors."""
+    stride = max(1, world.size // len(files))  # fewer files than ranks are spread over the machines
+    writers = {file: number * stride % world.size for number, file in enumerate(files)}
+    mine = [file for file in files if writers[file] == world.index]
+    thread = WritingThread([_planned(work / file, [tensors[name] for name in files[file]]) for file in mine])
+    error: Exception | None = None
     try:
-        error: Exception | None = None
-        for number, (file, members) in enumerate(files.items()):
-            writer = number % world.size
-            gathered: dict[str, Tensor] = {}
-            for name in members:
-                whole = _gather_merged(name, tensors[name], piece, (merges or {}).get(name), writer, world)
-                if whole is not None:
-                    gathered |= _split(tensors[name], whole)
-            if gathered and error is None:
-                try:
-                    save_file(gathered, str(work / file), metadata={"format": "pt"})
-                except Exception as failure:
-                    error = failure  # kept until all ranks can hear of it; peers still send their pieces meanwhile
-        agree_on_error(error, world)
-        on_first_rank(world, lambda: _finish(target, work, config, tensors, files, carried))
+        for name, file in _in_turn(files, world.size):
+            whole = _gather_merged(name, tensors[name], piece, merges.get(name), writers[file], world)
+            if whole is not None:
+                for disk, part in _split(tensors[name], whole).items():
+                    thread.put(disk, part)
     finally:
-        if world.index == 0 and work.exists():
-            shutil.rmtree(work, ignore_errors=True)
-
-
-def draft_beside(target: Path, world: Axis) -> Path:
-    """Returns a new name beside ``target``, the same on every rank, for a directory that will take its place. Collective."""
-    names = [target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")]
+        try:
+            thread.finish()
+        except Exception as failure:
+            error = failure
+    agree_on_error(error, world)
+    parts: list[Any] = [thread.sums]
     if world.size > 1:
-        dist.broadcast_object_list(names, src=world.ranks[0])
-    return names[0]
+        everyone: list[Any] | None = [None] * world.size if world.index == 0 else None
+        dist.gather_object(thread.sums, everyone, dst=world.ranks[0], group=world.group)
+        parts = everyone or []
+    return {name: sums for part in parts for name, sums in part.items()}
+
+
+def _planned(path: Path, members: Iterable[OutputTensor]) -> PlannedFile:
+    held: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for tensor in members:
+        shape = tensor.shape[1:] if tensor.stacked else tensor.shape
+        held |= dict.fromkeys(tensor.names, (tensor.dtype, shape))
+    return PlannedFile(path, held)
+
+
+def _in_turn(files: Mapping[str, list[str]], ranks: int) -> Iterator[tuple[str, str]]:
+    """The tensors of as many files at once as there are ranks, one of each file after the other."""
+    rounds = [list(files.items())[i : i + ranks] for i in range(0, len(files), ranks)]
+    for together in rounds:
+        for i in range(max(len(members) for _, members in together)):
+            yield from ((members[i], file) for file, members in together if i < len(members))
 
 
 def on_first_rank(world: Axis, action: Callable[[], None]) -> None:
@@ -148,7 +179,10 @@ def on_first_rank(world: Axis, action: Callable[[], None]) -> None:
             action()
 
 
-def _plan_files(tensors: Mapping[str, OutputTensor], limit: int) -> dict[str, list[str]]:
+def _plan_files(tensors: Mapping[str, OutputTensor], limit: int, ranks: int) -> dict[str, list[str]]:
+    """The tensors of each file. Large models get at least as many files as there are ranks to write them."""
+    whole = sum(tensor.nbytes for tensor in tensors.values())
+    limit = min(limit, max(_WORTH_A_RANK, -(-whole // ranks)))
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -157,12 +191,14 @@ def _plan_files(tensors: Mapping[str, OutputTensor], limit: int) -> dict[str, li
             size = 0
         groups[-1].append(name)
         size += tensor.nbytes
+    for group in groups:  # larger elements first, so that all lie at multiples of their size
+        group.sort(key=lambda name: -tensors[name].dtype.itemsize)
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def _prepare(target: Path, work: Path, carried: dict[str, Path]) -> None:
+def _check_target(target: Path, carried: dict[str, Path]) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; give a directory that is new or holds a checkpoint.")
     if target.is_dir():
@@ -171,7 +207,6 @@ def _prepare(target: Path, work: Path, carried: dict[str, Path]) -> None:
             raise FileExistsError(
                 f"{target} holds {foreign!r}, which is no part of a checkpoint; give another directory."
             )
-    work.mkdir(parents=True)
 
 
 def _gather_merged(
@@ -212,7 +247,7 @@ def _put(whole: Tensor, piece: Tensor, boxes: tuple[Box, ...]) -> None:
 def _split(tensor: OutputTensor, whole: Tensor) -> dict[str, Tensor]:
     if not tensor.stacked:
         return {tensor.names[0]: whole}
-    return {name: part.clone() for name, part in zip(tensor.names, whole.unbind(0), strict=True)}
+    return dict(zip(tensor.names, whole.unbind(0), strict=True))
 
 
 def _finish(
@@ -222,53 +257,21 @@ def _finish(
     tensors: Mapping[str, OutputTensor],
     files: Mapping[str, Iterable[str]],
     carried: Mapping[str, Path],
+    sums: dict[str, list[str]],
 ) -> None:
-    (work / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (work / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if len(files) > 1:
         weight_map = {disk: file for file, members in files.items() for name in members for disk in tensors[name].names}
         total = sum(tensor.nbytes for tensor in tensors.values())
         numbers = {"total_size": total, "total_parameters": sum(torch.Size(t.shape).numel() for t in tensors.values())}
         index = {"metadata": numbers, "weight_map": weight_map}
-        (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (work / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for name, path in carried.items():
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, work / name)
-    replace_directory(work, target)
-
-
-def replace_directory(work: Path, target: Path) -> None:
-    """Replaces the directory ``target`` by the complete directory ``work``.
-
-    On Linux the two names are exchanged in one step, so ``target`` always exists. On other systems and network file
-    systems, the old directory has a hidden name for a moment, and is renamed back if the new one cannot take its place.
-    """
-    if not target.exists() and not target.is_symlink():
-        os.replace(work, target)
-        return
-    if _exchange(work, target):
-        _remove(work)
-        return
-    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-    os.replace(target, old)
-    try:
-        os.replace(work, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    _remove(old)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Exchanges two names atomically, if the system can."""
-    if sys.platform != "linux":
-        return False
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    own = {name: sum_of((work / name).read_bytes()) for name in (_CONFIG, INDEX) if (work / name).is_file()}
+    (work / CHECKSUMS).write_bytes(pack_sums({"files": own, "tensors": sums, "block": BLOCK}))
+    for written in work.rglob("*"):
+        if written.is_file():
+            sync_file(written)
+    publish(work, target)

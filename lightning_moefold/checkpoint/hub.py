@@ -22,19 +22,29 @@ _NEVER = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "or
 _PARTS = {"config": _CONFIG, "tokenizer": _TOKENIZER, "model": _WEIGHTS}
 
 
-def local_directory(path: str | Path, part: Literal["config", "tokenizer", "model"] = "model") -> Path:
+def local_directory(
+    path: str | Path, part: Literal["config", "tokenizer", "model"] = "model", revision: str | None = None
+) -> Path:
     """The directory ``path``; if there is none and it can be a name on the hub, the directory in the cache with that model.
 
     Args:
         path: A directory, or a name.
         part: Which part of a model on the hub is fetched.
+        revision: Branch, tag or commit of a model on the hub.
 
     Raises:
-        CheckpointError: If the model cannot be fetched and is not in the cache.
+        CheckpointError: If the model cannot be fetched and is not in the cache, a directory is given with a revision, or
+            the name has another one.
     """
     match = _NAME.match(str(path))
     if match is None or isinstance(path, Path) or Path(path).exists():
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r} says which version on the hub is meant, but {path} is a directory."
+            )
         return Path(path)
+    if revision is not None and match["revision"] not in (None, revision):
+        raise CheckpointError(f"{path} names another revision than revision={revision!r}; give one of them.")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -44,7 +54,7 @@ def local_directory(path: str | Path, part: Literal["config", "tokenizer", "mode
         ) from None
     try:
         found = snapshot_download(
-            match["name"], revision=match["revision"], allow_patterns=_PARTS[part], ignore_patterns=_NEVER
+            match["name"], revision=revision or match["revision"], allow_patterns=_PARTS[part], ignore_patterns=_NEVER
         )
     except Exception as error:  # of many libraries: of the network, of the hub, of the cache
         reason = " ".join(str(error).split())[:160]

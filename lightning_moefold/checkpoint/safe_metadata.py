@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import io
 import pickle
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lightning_moefold.errors import InputError
 
@@ -52,49 +51,46 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class SafeReader(dcp.FileSystemReader):
-    """torch's reader of a checkpoint directory, restricted to tensors.
+def unpickle_list(content: bytes) -> Metadata:
+    """Reads the content of a file ``.metadata``.
 
-    The list of tensors, which may be long, is read once.
-
-    Args:
-        path: Directory of the checkpoint.
+    Raises:
+        pickle.UnpicklingError: If it names a class that could run code.
+        ValueError: If it is not a list of tensors in files of this directory.
     """
-
-    def __init__(self, path: str | Path) -> None:
-        super().__init__(path)
-        self._list: Metadata | None = None
-
-    def read_metadata(self, *arguments: Any, **options: Any) -> Metadata:
-        """Reads and checks the list of tensors.
-
-        Raises:
-            pickle.UnpicklingError: If the file names a class that could run code.
-            ValueError: If the file is not a list of tensors in this directory.
-        """
-        if self._list is None:
-            path = self.fs.concat_path(self.path, ".metadata")
-            with self.fs.create_stream(path, "rb") as file:
-                self._list = _checked(_Unpickler(io.BytesIO(file.read())).load())
-        if self._list.storage_meta is None:
-            self._list.storage_meta = StorageMeta()
-        self._list.storage_meta.load_id = self.load_id
-        return self._list
-
-    def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Returns shape and dtype of each tensor by name; raises the errors of :meth:`read_metadata`."""
-        listed = self.read_metadata().state_dict_metadata
-        return {name: item for name, item in listed.items() if isinstance(item, TensorStorageMetadata)}
+    return _checked(_Unpickler(io.BytesIO(content)).load())
 
 
 def _checked(metadata: Any) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise InputError("it is no list of tensors")
     for name, item in metadata.state_dict_metadata.items():
-        if not isinstance(item, TensorStorageMetadata):
+        if not isinstance(item, TensorStorageMetadata) or not isinstance(name, str):
             raise InputError(f"{name!r} is no tensor, and nothing else is read")
+        if not isinstance(item.properties.dtype, torch.dtype) or not _are_sizes(item.size):
+            raise InputError(f"{name!r} has no shape or no dtype")
+        for chunk in item.chunks:
+            if not _are_sizes(chunk.offsets) or not _are_sizes(chunk.sizes) or len(chunk.offsets) != len(item.size):
+                raise InputError(f"{name!r} has a part without a place in it")
+    files = set()
     for index, info in (metadata.storage_data or {}).items():
-        place = PurePath(info.relative_path)
-        if place.is_absolute() or ".." in place.parts:
-            raise InputError(f"{index.fqn!r} lies in {info.relative_path!r}, outside the directory")
+        if not isinstance(index.fqn, str) or not isinstance(info.relative_path, str):
+            raise InputError("it does not say where its tensors lie")
+        if info.relative_path not in files:
+            place = PurePath(info.relative_path)
+            if place.is_absolute() or ".." in place.parts:
+                raise InputError(f"{index.fqn!r} lies in {info.relative_path!r}, outside the directory")
+            files.add(info.relative_path)
+        if not _is_size(info.offset) or not _is_size(info.length):
+            raise InputError(f"{index.fqn!r} has no place in {info.relative_path!r}")
     return metadata
+
+
+def _are_sizes(values: Any) -> bool:
+    if isinstance(values, torch.Size):  # of integers
+        return not values or min(values) >= 0
+    return isinstance(values, (tuple, list)) and all(map(_is_size, values))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layout-free training checkpoints, by torch.distributed.checkpoint.
+"""Layout-free training checkpoints, in the files of torch.distributed.checkpoint.
 
-A checkpoint is a directory. Tensors are stored under global names with global shapes; each rank writes the boxes it
-owns and reads the boxes it needs, whatever fold wrote them. Everything that is not a tensor of the model or the
+A checkpoint is a directory. Tensors are stored under global names with global shapes (:mod:`.chunks`); each rank writes the
+boxes it owns and reads the boxes it needs, whatever fold wrote them. Everything that is not a tensor of the model or the
 optimizer is in ``meta.pt``, read with ``weights_only=True``; reading runs no code from a checkpoint. A save appears
 under its name only when it is complete. A local folder is renamed at the end. A store cannot rename, so each save
 writes its tensors into a new folder below the checkpoint, and finally ``meta.pt``, in one request, which names that
@@ -12,31 +12,25 @@ folder.
 from __future__ import annotations
 
 import io
-import shutil
 import uuid
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.checkpoint import stores
-from lightning_moefold.checkpoint.hf_writer import replace_directory
-from lightning_moefold.checkpoint.safe_metadata import SafeReader
+from lightning_moefold.checkpoint.chunk_reader import StoredChunks
+from lightning_moefold.checkpoint.chunks import TensorPiece, Written, write_chunks, write_list
+from lightning_moefold.checkpoint.drafts import draft_of, publish
+from lightning_moefold.checkpoint.reasons import in_one_sentence, reason_of
+from lightning_moefold.checkpoint.sums import check_archive
 from lightning_moefold.errors import CheckpointError
-from lightning_moefold.layout import Box, split_boxes
 from lightning_moefold.mesh import Axis
 
 META = "meta.pt"
@@ -45,117 +39,91 @@ META = "meta.pt"
 MODELS = "moefold_models"
 #: Key in ``meta.pt`` of the folder with the tensors, if they are not beside it; and the prefix of such folders.
 FOLDER, _FOLDERS = "moefold_tensors", "tensors-"
+#: Key in ``meta.pt`` that says whether the checkpoint has checksums.
+SUMMED = "moefold_checksums"
 #: Classes that hyperparameters may hold besides plain data.
 _HARMLESS = (PosixPath, PurePosixPath)
 
 
-class TensorPiece(Tensor):
-    """A rank's boxes of a global tensor, in the terms of torch.distributed.checkpoint's protocol for such things."""
+@dataclass(frozen=True)
+class Packed:
+    """What one save writes besides tensors.
 
-    piece: Tensor
-    boxes: tuple[Box, ...]
-    global_shape: tuple[int, ...]
-    writes: bool
+    Args:
+        target: The checkpoint, a local directory or a place in a store.
+        meta: Content of ``meta.pt``; empty on other ranks than the first.
+        folder: Folder of the tensors, in a store.
+        summed: Whether checksums are written.
+    """
 
-    @classmethod
-    def of(
-        cls, piece: Tensor, boxes: tuple[Box, ...], global_shape: tuple[int, ...], *, writes: bool = True
-    ) -> TensorPiece:
-        """Describes ``piece``.
-
-        Args:
-            piece: This rank's elements; written to when loading.
-            boxes: Their places in the global tensor (:meth:`~.layout.ParameterLayout.boxes`).
-            global_shape: Shape of the whole.
-            writes: Whether this rank writes the piece (one of several ranks with the same boxes does).
-        """
-        described = piece.detach().as_subclass(cls)
-        described.piece, described.boxes = piece.detach(), boxes
-        described.global_shape, described.writes = global_shape, writes
-        return described
-
-    def size(self, dim: int | None = None) -> Any:
-        """Returns the size of the global tensor, which checkpoints compare."""
-        return torch.Size(self.global_shape) if dim is None else self.global_shape[dim]
-
-    def _chunks(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in self.boxes if b.numel]
-
-    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.piece.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(self.global_shape)),
-            )
-            for chunk in self._chunks()
-            if self.writes
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return self._chunks()
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        if len(self.boxes) == 1:
-            return self.piece
-        parts = zip(self.boxes, split_boxes(self.piece, self.boxes), strict=True)
-        return next(part for box, part in parts if torch.Size(box.offsets) == index.offset)
+    target: Path | str
+    meta: bytes
+    folder: str
+    summed: bool
 
 
-def save_sharded(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], world: Axis) -> None:
-    """Writes a checkpoint. Collective.
+def pack(path: str | Path, meta: Mapping[str, Any], world: Axis, *, summed: bool = True) -> Packed:
+    """Serialises everything except the tensors. Collective.
 
     Args:
         path: Directory to create, local or in a store. An existing file or directory is replaced once the new one is
             complete.
-        tensors: :class:`TensorPiece` for tensors that are spread over ranks, plain tensors for those that every rank
-            has.
         meta: Everything else; rank 0's is written.
+        world: All ranks.
+        summed: Whether checksums are written.
+
+    Raises:
+        CheckpointError: If ``meta`` could not be read back.
+    """
+    target, content = stores.parse_path(path), b""
+    number = [uuid.uuid4().hex[:8]]
+    if isinstance(target, str) and world.size > 1:
+        dist.broadcast_object_list(number, src=world.ranks[0], group=world.group)
+    folder = _FOLDERS + number[0] if isinstance(target, str) else ""
+    with agreeing(world):
+        if world.index == 0:
+            content = pack_meta({**meta, SUMMED: summed, **({FOLDER: folder} if folder else {})})
+    return Packed(target, content, folder, summed)
+
+
+def save_sharded(packed: Packed, tensors: Mapping[str, Tensor | TensorPiece], world: Axis) -> None:
+    """Writes a checkpoint. Collective.
+
+    Args:
+        packed: What :func:`pack` has returned.
+        tensors: :class:`TensorPiece` for tensors that are spread over ranks, plain tensors for those that this rank has whole;
+            of several ranks that have one whole, the first's is kept.
         world: All ranks.
 
     Raises:
-        CheckpointError: If writing fails on any rank; raised on all ranks. An earlier checkpoint is then unchanged.
+        CheckpointError: If writing fails; on ranks where it has not failed, PeerError. An earlier checkpoint is then unchanged.
     """
-    target = stores.parse_path(path)
-    names = [uuid.uuid4().hex[:8]]
-    if world.size > 1:
-        dist.broadcast_object_list(names, src=world.ranks[0])
+    target = packed.target
     if isinstance(target, str):
-        _save_in_store(target, tensors, {**meta, FOLDER: _FOLDERS + names[0]}, world)
+        _save_in_store(target, packed, tensors, world)
         return
-    work = target.with_name(f".{target.name}.{names[0]}.tmp")
-    try:
+    with in_one_sentence(target), draft_of(target, world) as work:
+        _write_tensors(work, packed, tensors, world)
         with agreeing(world):
             if world.index == 0:
-                work.mkdir(parents=True)
-                stores.write(work / META, pack_meta(meta))
-        _write_tensors(work, target, tensors, world)
-        with agreeing(world):
-            if world.index == 0:
-                replace_directory(work, target)
-    finally:
-        if world.index == 0 and work.exists():
-            shutil.rmtree(work, ignore_errors=True)
+                stores.write(work / META, packed.meta)
+                publish(work, target)
 
 
-def _save_in_store(target: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], world: Axis) -> None:
-    work, packed = stores.join(target, meta[FOLDER]), b""
+def _save_in_store(target: str, packed: Packed, tensors: Mapping[str, Tensor | TensorPiece], world: Axis) -> None:
     complete = False
     try:
         with agreeing(world):
+            if world.index == 0 and stores.is_file(target):
+                raise CheckpointError(f"{target} is a file; give another name.")
+        _write_tensors(stores.join(target, packed.folder), packed, tensors, world)
+        with agreeing(world), in_one_sentence(target):
             if world.index == 0:
-                if stores.is_file(target):
-                    raise CheckpointError(f"{target} is a file; give another name.")
-                packed = pack_meta(meta)
-        _write_tensors(work, target, tensors, world)
-        with agreeing(world):
-            if world.index == 0:
-                stores.write(stores.join(target, META), packed)  # from here on, it is this save that is loaded
+                stores.write(stores.join(target, META), packed.meta)  # from here on, it is this save that is loaded
         complete = True
     finally:
         if world.index == 0:
-            _clear(target, meta[FOLDER], complete)
+            _clear(target, packed.folder, complete)
 
 
 def _clear(target: str, folder: str, complete: bool) -> None:
@@ -168,20 +136,30 @@ def _clear(target: str, folder: str, complete: bool) -> None:
         warnings.warn(f"unneeded folders of {target} could not be removed: {failure}", stacklevel=2)
 
 
-def _write_tensors(work: Path | str, target: Path | str, tensors: Mapping[str, Tensor], world: Axis) -> None:
-    """Writes the tensors, and checks that rank 0 sees the files of all ranks."""
-    written: list[Any] = []
-    writer = stores.connected(dcp.FileSystemWriter(work), work)
-    _collective("write", target, lambda: written.append(dcp.save(dict(tensors), storage_writer=writer)))
+def _write_tensors(work: Path | str, packed: Packed, tensors: Mapping[str, Tensor | TensorPiece], world: Axis) -> None:
+    """Every rank writes its file, then the first rank the list of all. Two messages a rank, if nothing fails."""
+    written, failure = Written(""), None
+    try:
+        with in_one_sentence(packed.target):
+            written = write_chunks(work, world.index, tensors, packed.summed)
+    except Exception as error:
+        failure = error
+    parts: list[Any] = [written if failure is None else str(failure)]
+    if world.size > 1:
+        first = world.index == 0
+        everyone: list[Any] | None = [None] * world.size if first else None
+        dist.gather_object(parts[0], everyone, dst=world.ranks[0], group=world.group)
+        parts = everyone or []
     with agreeing(world):
-        if world.index == 0:
-            _check_files(work, target, written[0])
+        if failure is not None:
+            raise failure
+        if world.index == 0 and not any(isinstance(part, str) for part in parts):  # those ranks raise by themselves
+            with in_one_sentence(packed.target):
+                _check_files(work, packed.target, write_list(work, parts, packed.summed))
 
 
-def _check_files(work: Path | str, target: Path | str, metadata: Any) -> None:
-    ends = {".metadata": 1}
-    for part in metadata.storage_data.values():
-        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+def _check_files(work: Path | str, target: Path | str, ends: Mapping[str, int]) -> None:
+    """Checks that the first rank sees the files of all ranks."""
     found = stores.sizes(work)
     for name, end in sorted(ends.items()):
         if found.get(name, -1) < end:
@@ -242,52 +220,30 @@ def load_meta(path: str | Path) -> dict[str, Any]:
     """Reads everything except the tensors.
 
     Raises:
-        CheckpointError: If the directory is not a complete checkpoint.
+        CheckpointError: If the directory is not a complete checkpoint, or the file is damaged.
     """
     file = stores.join(stores.parse_path(path), META)
     if not stores.is_file(file):
         raise CheckpointError(f"{path} is not a checkpoint of this strategy (it has no {META}).")
     try:
+        content = stores.read(file)
+        check_archive(io.BytesIO(content))
         with torch.serialization.safe_globals(list(_HARMLESS)):
-            content = io.BytesIO(stores.read(file))
-            return torch.load(content, map_location="cpu", weights_only=True)
+            meta = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
+        raise CheckpointError(f"{file} cannot be read: {reason_of(error)}") from None
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{file} cannot be read: it holds a {type(meta).__name__} instead of a checkpoint.")
+    return meta
 
 
-def tensors_of(path: str | Path, meta: Mapping[str, Any]) -> Path | str:
-    """Returns the folder with the tensors of a checkpoint; ``meta`` is the result of :func:`load_meta`."""
-    parsed, folder = stores.parse_path(path), str(meta.get(FOLDER, ""))
-    if folder and (not folder.startswith(_FOLDERS) or "/" in folder):
-        raise CheckpointError(f"{path} is damaged: its tensors are said to be in {folder!r}.")
-    return stores.join(parsed, folder) if folder else parsed
-
-
-def stored_tensors(path: str | Path) -> dict[str, TensorStorageMetadata]:
-    """Returns shape and dtype of each tensor by name, for a folder returned by :func:`tensors_of`.
-
-    Raises:
-        CheckpointError: If the list cannot be read.
-    """
-    return _listed(_reader(stores.parse_path(path)))
-
-
-def _reader(place: Path | str) -> SafeReader:
-    return stores.connected(SafeReader(place), place)
-
-
-def _listed(reader: SafeReader) -> dict[str, TensorStorageMetadata]:
-    try:
-        return reader.tensors()
-    except Exception as error:
-        raise CheckpointError(f"{reader.path} is damaged: its list of tensors cannot be read ({error}).") from None
-
-
-class StoredTensors:
-    """The tensors of a checkpoint, read one at a time by a single process.
+class StoredTensors(StoredChunks):
+    """The tensors of a checkpoint.
 
     Args:
-        path: Folder returned by :func:`tensors_of`.
+        path: The checkpoint.
+        meta: Result of :func:`load_meta`.
+        check: Whether checksums are compared, where there are any.
 
     Attributes:
         items: Shape and dtype of each tensor by name.
@@ -296,42 +252,21 @@ class StoredTensors:
         CheckpointError: If the list of tensors cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._path = stores.parse_path(path)
-        self._reader = _reader(self._path)
-        self.items = _listed(self._reader)
-
-    def read(self, name: str) -> Tensor:
-        """Reads a whole tensor.
-
-        Raises:
-            CheckpointError: If its file is damaged.
-        """
-        item = self.items[name]
-        tensor = torch.empty(tuple(item.size), dtype=item.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            _collective("read", self._path, lambda: dcp.load({name: tensor}, storage_reader=self._reader, no_dist=True))
-        return tensor
+    def __init__(self, path: str | Path, meta: Mapping[str, Any], *, check: bool = True) -> None:
+        place, folder = stores.parse_path(path), meta.get(FOLDER, "")
+        if folder and (not isinstance(folder, str) or not folder.startswith(_FOLDERS) or "/" in folder):
+            raise CheckpointError(f"{path} is damaged: its tensors are said to be in {folder!r}.")
+        super().__init__(
+            stores.join(place, folder) if folder else place, check=check, summed=bool(meta.get(SUMMED, False))
+        )
 
 
-def load_sharded(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fills ``tensors`` in place from a folder returned by :func:`tensors_of`. Collective.
+def load_sharded(stored: StoredTensors, tensors: Mapping[str, Tensor | TensorPiece], world: Axis) -> None:
+    """Fills ``tensors`` in place. Collective.
 
     Raises:
-        CheckpointError: If a tensor is missing or has another shape, or a file is damaged; raised on all ranks.
+        CheckpointError: If a tensor is missing or has another shape, or a file is damaged; on ranks where reading has not
+            failed, PeerError.
     """
-    reader = _reader(stores.parse_path(path))
-    _collective("read", path, lambda: dcp.load(dict(tensors), storage_reader=reader))
-
-
-def _collective(verb: str, path: str | Path, action: Any) -> None:
-    try:
-        action()
-    except dcp.CheckpointException as error:  # a BaseException in torch: no ordinary handler would see it
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise CheckpointError(
-            f"cannot {verb} {path}: rank {rank} failed with {type(cause).__name__}: {cause}"
-        ) from None
-    except Exception as error:
-        raise CheckpointError(f"cannot {verb} {path}: {type(error).__name__}: {error}") from error
+    with agreeing(world):
+        stored.fill(tensors)

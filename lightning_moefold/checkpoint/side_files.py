@@ -16,17 +16,18 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lightning_moefold.checkpoint.sums import CHECKSUMS
 from lightning_moefold.checkpoint.tokenizers import end_token, has_own_code, is_tokenizer_file
 
 _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.gguf", "*.ggml", "*.msgpack", "*.h5", "*.onnx",
     "*.onnx_data", "*.tflite", "*.npz", "*.llamafile",
 )  # fmt: skip
-#: Configurations of the model, in Hugging Face's and in Mistral's format, and of adapters, which are not read.
-_CONFIGS = ("config.json", "params.json", "adapter_config.json", "*.index.json")
+#: Checksums and configurations of the model, in Hugging Face's and in Mistral's format, and of adapters, which are not read.
+_CONFIGS = (CHECKSUMS, "config.json", "params.json", "adapter_config.json", "*.index.json")
 #: Files that an earlier export, of any model, may have left in a directory that is to be replaced.
 _OF_AN_EXPORT = (
-    "config.json", "model.safetensors.index.json", "*.safetensors", "generation_config.json", "tokenizer.json",
+    CHECKSUMS, "config.json", "model.safetensors.index.json", "*.safetensors", "generation_config.json", "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "spiece.model", "*.tiktoken", "tokenization_*.py",
     "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja", "preprocessor_config.json",

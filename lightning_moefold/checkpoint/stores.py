@@ -6,22 +6,21 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any
 
 import torch.distributed as dist
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint._fsspec_filesystem import FileSystem
 
 from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.mesh import Axis
 
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*(://|::)")
-_Disk = TypeVar("_Disk", bound=FileSystemReader | FileSystemWriter)
 
 
 def parse_path(path: str | os.PathLike[str]) -> Path | str:
@@ -75,17 +74,6 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
     return parsed
 
 
-def connected(disk: _Disk, path: Path | str) -> _Disk:
-    """Makes a reader or writer of torch.distributed.checkpoint use the file system of ``path``."""
-    if isinstance(path, str):
-        store: Any = FileSystem()
-        disk.path, disk.fs = store.init_path(path), store
-        store.fs.invalidate_cache()  # other processes write there
-        if isinstance(disk, FileSystemWriter):
-            disk.sync_files = False  # otherwise it would flush every disk of the machine
-    return disk
-
-
 def join(path: Path | str, name: str) -> Path | str:
     """Joins a local or store path and a name below it."""
     return path / name if isinstance(path, Path) else f"{path.rstrip('/')}/{name}"
@@ -113,12 +101,36 @@ def read(path: Path | str) -> bytes:
     return bytes(store.cat_file(inner))
 
 
+@contextmanager
+def create(path: Path | str) -> Iterator[IO[bytes]]:
+    """Opens a new file for writing; once the context is left, its content is on disk or in the store."""
+    if isinstance(path, Path):
+        with path.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        return
+    store, inner = _fs(path)
+    store.makedirs(inner.rpartition("/")[0], exist_ok=True)
+    with store.open(inner, "wb") as file:
+        yield file
+
+
+def open_file(path: Path | str) -> IO[bytes]:
+    """Opens a file for reading, without a cache: parts of it are read once."""
+    if isinstance(path, Path):
+        return path.open("rb", buffering=0)
+    store, inner = _fs(path)
+    return store.open(inner, "rb", cache_type="none")
+
+
 def write(path: Path | str, content: bytes) -> None:
     """Writes a file atomically: to a store in one request, locally under another name that is then renamed."""
     if isinstance(path, Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".partial")
-        draft.write_bytes(content)
+        with create(draft) as file:
+            file.write(content)
         os.replace(draft, path)
         return
     store, inner = _fs(path)

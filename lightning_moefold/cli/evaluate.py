@@ -6,32 +6,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
-from typing_extensions import override
 
 from lightning_moefold.checkpoint.tokenizers import load_tokenizer
+from lightning_moefold.cli.one_step import add_run_arguments, make_trainer, run_once
 from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.strategy import MoEFoldStrategy
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments."""
+    add_run_arguments(parser)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="model and tokenizer in Hugging Face format")
     add("--tasks", required=True, help="tasks of lm-eval, with commas between them")
     add("--include-path", type=Path, metavar="DIR", help="folder with tasks of your own (.yaml)")
-    add("--fold", default="", help='parallel sizes, such as "tp2 | ep4"; the rest is data parallel')
-    add("--devices", type=int, default=1, help="ranks on this node")
-    add("--num-nodes", type=int, default=1, help="nodes")
-    add("--accelerator", default="auto", choices=["auto", "cpu", "cuda"], help="auto: cuda where there is one")
-    add("--precision", default="bf16-true", choices=["bf16-true", "bf16-mixed", "32-true", "64-true"])
     add("--batch-size", type=int, default=8, help="rows of a call on each data rank")
     add("--num-fewshot", type=int, help="examples in a context, if not as the task says")
     add("--limit", type=float, help="examples of each task, or below 1 a share of them")
@@ -41,19 +33,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates and prints a table; returns the exit status."""
-    from lightning_moefold.cli.fit import launched
-    from lightning_moefold.cli.terminal import peers_end_too, quiet
+    from lightning_moefold.cli.terminal import peers_end_too
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be at least 1.")
     need_lm_eval()
-    quiet()
-    places = {"devices": arguments.devices, "num_nodes": arguments.num_nodes} | launched()
-    trainer = pl.Trainer(
-        strategy=MoEFoldStrategy(fold=arguments.fold), accelerator=arguments.accelerator, precision=arguments.precision,
-        logger=False, enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-        use_distributed_sampler=False, **places,
-    )  # fmt: skip
+    trainer = make_trainer(arguments)
     with peers_end_too(trainer):
         results = evaluate(trainer, arguments)
     if trainer.is_global_zero:
@@ -83,55 +68,33 @@ def need_lm_eval() -> None:
 
 def evaluate(trainer: pl.Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs the tasks on all ranks of a Trainer, each of which has the results."""
-    evaluation = Evaluation(arguments)
-    trainer.predict(evaluation, DataLoader(TensorDataset(torch.zeros(1)), batch_size=1), return_predictions=False)
-    assert evaluation.results is not None
-    return evaluation.results
+
+    def make() -> MoECausalLM:
+        return MoECausalLM.from_pretrained(arguments.checkpoint, output_router_logits=False, router_aux_loss_coef=0.0)
+
+    results: dict[str, Any] = run_once(trainer, make, partial(_run_tasks, arguments))
+    return results
 
 
-class Evaluation(pl.LightningModule):
-    """The whole evaluation as one step of prediction: there the ranks have their weights, and no gradients.
+def _run_tasks(arguments: argparse.Namespace, model: MoECausalLM) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
-    Args:
-        arguments: Of the command.
+    from lightning_moefold.recipes.evaluation import FoldLM
 
-    Attributes:
-        results: Of lm-eval.
-    """
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        super().__init__()
-        self._arguments = arguments
-        self.model: MoECausalLM | None = None
-        self.results: dict[str, Any] | None = None
-
-    @override
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = MoECausalLM.from_pretrained(
-                self._arguments.checkpoint, output_router_logits=False, router_aux_loss_coef=0.0
-            )
-
-    @override
-    def predict_step(self, batch: Tensor, batch_idx: int) -> None:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-
-        from lightning_moefold.recipes.evaluation import FoldLM
-
-        assert self.model is not None
-        given, path = self._arguments, self._arguments.include_path
-        tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
-        manager = TaskManager(include_path=None if path is None else str(path))
-        unknown = [name for name in tasks if name not in manager.all_tasks]
-        if unknown or not tasks:
-            raise InputError(
-                f"lm-eval knows no task {', '.join(map(repr, unknown)) or 'without a name'}; `lm-eval ls tasks` lists them, and "
-                "--include-path adds a folder of your own."
-            )
-        model = FoldLM(self.model, load_tokenizer(given.checkpoint), given.batch_size, str(given.checkpoint))
-        limit = given.limit if given.limit is None or given.limit < 1 else int(given.limit)
-        self.results = simple_evaluate(
-            model, tasks=tasks, num_fewshot=given.num_fewshot, limit=limit, task_manager=manager, log_samples=True,
-            apply_chat_template=given.chat, bootstrap_iters=1000,
-        )  # fmt: skip
+    given, path = arguments, arguments.include_path
+    tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
+    manager = TaskManager(include_path=None if path is None else str(path))
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown or not tasks:
+        raise InputError(
+            f"lm-eval knows no task {', '.join(map(repr, unknown)) or 'without a name'}; `lm-eval ls tasks` lists them, and "
+            "--include-path adds a folder of your own."
+        )
+    evaluated = FoldLM(model, load_tokenizer(given.checkpoint), given.batch_size, str(given.checkpoint))
+    limit = given.limit if given.limit is None or given.limit < 1 else int(given.limit)
+    results: dict[str, Any] = simple_evaluate(
+        evaluated, tasks=tasks, num_fewshot=given.num_fewshot, limit=limit, task_manager=manager, log_samples=True,
+        apply_chat_template=given.chat, bootstrap_iters=1000,
+    )  # fmt: skip
+    return results

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_moefold.callbacks.save_on_interrupt import SaveOnInterrupt
 from lightning_moefold.checkpoint.stores import parse_path
 from lightning_moefold.cli.messages import one_sentence
 from lightning_moefold.cli.terminal import peers_end_too, progress_display, quiet
@@ -169,12 +170,14 @@ class MoEFoldCLI(LightningCLI):
             raise InputError(one_sentence(str(error))) from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Makes the Trainer, with a progress display unless the configuration has one or turns it off."""
+        """Makes the Trainer, with a progress display unless the configuration has one or turns it off, and SaveOnInterrupt."""
         given = self._get(self.config_init, "trainer", default={})
         callbacks = given.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
         if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(progress_display())
+        if not any(isinstance(c, SaveOnInterrupt) for c in callbacks):
+            callbacks.append(SaveOnInterrupt())
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_fit(self) -> None:

@@ -33,11 +33,15 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "balance": Command("compare policies of expert balance on recorded routing", "lightning_moefold.cli.balance"),
     "calibrate": Command("measure this machine for the planner", "lightning_moefold.cli.calibrate"),
+    "camera": Command("find the micro-experts that matter, and prune the others", "lightning_moefold.cli.camera"),
     "eval": Command("run tasks of lm-eval on a checkpoint", "lightning_moefold.cli.evaluate"),
     "export": Command("write a checkpoint of a run as a Hugging Face directory", "lightning_moefold.cli.export"),
+    "generate": Command("continue the prompts of a file", "lightning_moefold.cli.generate"),
     "merge": Command("add an adapter to the weights of its model", "lightning_moefold.cli.merge"),
     "plan": Command("rank the folds of a model on a machine", "lightning_moefold.cli.plan"),
     "plot": Command("draw the loss, speed, memory and expert load of a run", "lightning_moefold.cli.plot"),
+    "prune-experts": Command("keep the best experts of each layer", "lightning_moefold.cli.prune_experts"),
+    "upcycle": Command("make a mixture of experts of a dense model", "lightning_moefold.cli.upcycle"),
     "verify": Command("check that a fold computes what one process computes", "lightning_moefold.cli.verify"),
 }
 

@@ -52,7 +52,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, dtype
 
     Raises:
         CheckpointError: If model or adapter is damaged, or they do not belong together.
-        OSError: If ``output`` cannot be written.
+        OSError: If ``output`` holds other files.
     """
     checkpoint = local_directory(checkpoint)
     config = MoEConfig.from_pretrained(checkpoint)

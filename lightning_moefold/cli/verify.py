@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 
 from lightning_moefold.fold import Fold
+from lightning_moefold.modules.recompute_parts import parse_recompute
 from lightning_moefold.testing.verification import TOLERANCE, verify
 
 
@@ -27,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="optimizer",
         help="data-parallel storage (optimizer)",
     )
-    add("--recompute", choices=["selective", "full"], help="recomputed activations (none)")
+    add("--recompute", default="none", help="recomputed activations: selective, full, or parts such as norm,moe (none)")
     add(
         "--exchange",
         choices=["auto", "ring", "all_gather", "all_to_all"],
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs ``moefold verify``; returns 0 only if the fold computes the same as one process."""
     strategy = {
         "num_microbatches": arguments.num_microbatches, "data_parallel_sharding": arguments.sharding,
-        "recompute": arguments.recompute, "context_parallel_exchange": arguments.exchange,
+        "recompute": parse_recompute(arguments.recompute), "context_parallel_exchange": arguments.exchange,
         "pipeline_schedule": arguments.schedule, "num_stages_per_rank": arguments.stages_per_rank,
     }  # fmt: skip
     findings = verify(

@@ -19,12 +19,19 @@ import torch.distributed as dist
 
 from lightning_moefold.diagnostics.collective import Collective, find_collective
 from lightning_moefold.diagnostics.liveness import Report, RollCall
-from lightning_moefold.errors import CheckpointError, FoldError, PeerError, UnsupportedFeature
+from lightning_moefold.errors import (
+    CheckpointError,
+    FoldError,
+    NonFiniteError,
+    PeerError,
+    ReplicaError,
+    UnsupportedFeature,
+)
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.parallel import PipelinePlan
 
 #: Errors with a complete message, which every rank raises for the same reason.
-_SENTENCES = (UnsupportedFeature, FoldError, CheckpointError)
+_SENTENCES = (UnsupportedFeature, FoldError, CheckpointError, NonFiniteError, ReplicaError)
 #: Messages of gloo and NCCL on ranks whose peer has ended or does not answer.
 _LOST = re.compile(
     "Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting|remote process exited|"

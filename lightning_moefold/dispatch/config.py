@@ -42,8 +42,8 @@ class DispatchConfig:
             computation; bit for bit the same result. Only for ``"alltoall"``.
         node_size: Ranks that share fast links, consecutive ones, for ``"hierarchical"`` and ``"auto"``; None for one node.
             Where ep has one rank in a node, or lies within one, a token travels as under ``"deduplicated"``.
-        copies: Copies of busy experts on other ranks, made anew in each pass; the same result. None for none. Only for
-            ``"alltoall"``, without padding.
+        copies: Copies of busy experts on other ranks, made anew in each pass; the same result. None for none. Not with
+            padding.
 
     Raises:
         ValueError: For a value that is not known, or two that contradict each other.
@@ -79,7 +79,6 @@ class DispatchConfig:
             for name, given in (
                 ("pad_to_capacity", self.pad_to_capacity),
                 ("dispatch_chunks", self.chunks > 1),
-                ("expert_copies", self.copies is not None),
             ):
                 if given:
                     raise InputError(f"{name} does not go with dispatcher={self.dispatcher!r}; use 'alltoall'.")
@@ -108,7 +107,7 @@ def choose_dispatcher(config: DispatchConfig, num_experts: int, top_k: int, ep: 
     which is what deduplication sends, with an index for each row beside it; an all-gather sends it to all ``ep``. So all-gather
     where r(ep) is nearly ep (within a tenth: no permutation, no index; a ring, too, brings a token to each node once),
     deduplication where r(ep) is clearly less than k, and plain all-to-all otherwise, and wherever padding, chunks or copies of
-    experts ask for it.
+    experts ask for it (with copies, the others wait for the device more often).
 
     By node where ep has several ranks in each of several nodes, and r(nodes) is at most three quarters of r(ep): what
     travels between nodes is the part ``1 - 1/nodes`` of either, so an exchange by node saves

@@ -9,25 +9,29 @@ rank sums what its experts make of the token, weights applied, and returns one r
     combine_pre..     reduce-scatter-v over etp
     token_combine     all-to-all-v over ep: pairs
 
-The host waits for the device once a layer.
+The host waits for the device once a layer. With copies of experts (:mod:`.placing`) it waits once more for the plan, and once
+for the rows of copies, which travel apart.
 
 Legend: see :mod:`.base`; S ep ranks, P etp peers, Q pairs sent, R rows, i.e. choices.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.async_comm import Exchange, start, wait
+from lightning_moefold.balance.copies import CopyPlan
 from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
 from lightning_moefold.dispatch.packing import pack, unpack
 from lightning_moefold.dispatch.pairs import number_pairs, places_of
 from lightning_moefold.dispatch.permutation import Copies, permute, sort_by_expert, take_distinct, unpermute
+from lightning_moefold.dispatch.placing import place_choices
 
 
 class Sizes(NamedTuple):
@@ -55,6 +59,9 @@ class PairPlan:
         rows: Likewise of what belongs to the rows.
         counts_PSL: Rows for each local expert, from each source of each peer.
         pairs_PS: Pairs from each source of each peer, on the device.
+        held: Experts of this exchange on this rank, at most L of its numbering.
+        experts: Which experts have copies, where copies are planned.
+        optional: Whether this is an exchange for copies, which other passes may not have.
     """
 
     copies: Copies
@@ -63,6 +70,9 @@ class PairPlan:
     rows: Sizes
     counts_PSL: Tensor
     pairs_PS: Tensor
+    held: int
+    experts: CopyPlan | None = None
+    optional: bool = False
 
 
 class DeduplicatedDispatcher(TokenDispatcher):
@@ -70,9 +80,30 @@ class DeduplicatedDispatcher(TokenDispatcher):
 
     def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
         """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        if self.config.copies is None:
+            return [self.parcel(x_TD, choices, self.local_experts)]
+        placed = place_choices(choices, self.config.copies, self)
+        plan, borrowed = placed.plan, len(placed.plan.borrowed(self.ep.index))
+        parcels = [self.parcel(x_TD, placed.at_home(), self.local_experts, plan)]
+        if plan.copies:
+            parcels.append(self.parcel(x_TD, placed.copied(), placed.each, plan, borrowed))
+        return parcels
+
+    def parcel(
+        self, x_TD: Tensor, choices: Choices, local: int, experts: CopyPlan | None = None, borrowed: int | None = None
+    ) -> Parcel:
+        """Prepares one exchange.
+
+        Args:
+            x_TD: Tokens.
+            choices: Their experts, ``local`` numbers for each rank.
+            local: L of this numbering.
+            experts: Which experts have copies.
+            borrowed: In the exchange for copies, how many this rank has; the other numbers of its L have no rows.
+        """
         expert_TK, kept_TK = choices.expert_TK, choices.kept_TK
-        k, sources, local = expert_TK.shape[1], self.ep.size, self.local_experts
-        ordered = sort_by_expert(expert_TK, self.num_experts, kept_TK, choices.served)
+        k, sources = expert_TK.shape[1], self.ep.size
+        ordered = sort_by_expert(expert_TK, sources * local, kept_TK, choices.served)
         rank_TK, goes_ST = places_of(expert_TK // local, sources, kept_TK)
         pairs_sent, rows_sent, pairs_PS, counts_PSL = self._sizes_of_exchange(ordered.counts_E, goes_ST)
         copies, number_ST = number_pairs(goes_ST, sum(pairs_sent.send), min(k, sources))
@@ -80,14 +111,22 @@ class DeduplicatedDispatcher(TokenDispatcher):
         rank_R, token_R = rank_TK.reshape(-1)[slot_R], slot_R // k
         sent_S = goes_ST.sum(1)
         index_R = number_ST[rank_R, token_R] - (sent_S.cumsum(0) - sent_S)[rank_R]
-        plan = PairPlan(copies, index_R, pairs_sent, rows_sent, counts_PSL, pairs_PS)
-        return [Parcel(permute(x_TD, copies), take_distinct(choices.weight_TK.reshape(-1), slot_R), plan)]
+        held, optional = (local, False) if borrowed is None else (borrowed, True)
+        plan = PairPlan(
+            copies, index_R, pairs_sent, rows_sent, counts_PSL, pairs_PS, held=held, experts=experts, optional=optional
+        )
+        return Parcel(permute(x_TD, copies), take_distinct(choices.weight_TK.reshape(-1), slot_R), plan)
+
+    def copy_plan(self, parcels: list[Parcel]) -> CopyPlan | None:
+        """See :meth:`.TokenDispatcher.copy_plan`."""
+        plan: PairPlan = parcels[0].plan
+        return plan.experts
 
     def _sizes_of_exchange(self, counts_E: Tensor, goes_ST: Tensor) -> tuple[Sizes, Sizes, Tensor, Tensor]:
-        sources, peers, local = self.ep.size, self.etp.size, self.local_experts
+        sources, peers, local = self.ep.size, self.etp.size, len(counts_E) // self.ep.size
         sent_S = goes_ST.sum(1)
         known = comm.all_gather_raw(torch.cat([counts_E, sent_S]), self.etp_ep)
-        counts_SPE, pairs_SPS = known.view(sources, peers, -1).split([self.num_experts, sources], dim=2)
+        counts_SPE, pairs_SPS = known.view(sources, peers, -1).split([len(counts_E), sources], dim=2)
         first = self.ep.index * local
         counts_PSL = counts_SPE[:, :, first : first + local].transpose(0, 1)
         pairs_PS = pairs_SPS[:, :, self.ep.index].t()
@@ -106,7 +145,8 @@ class DeduplicatedDispatcher(TokenDispatcher):
         """Pairs, and what belongs to each row, to the ep ranks."""
         plan: PairPlan = parcel.plan
         routes = Exchange(plan.pairs.send, plan.pairs.receive), Exchange(plan.rows.send, plan.rows.receive)
-        (x_AD, packed_A2), handle = start((parcel.x, pack(parcel.weight, plan.index_R)), routes, self.ep)
+        travelling = parcel.x, pack(parcel.weight, plan.index_R)
+        (x_AD, packed_A2), handle = start(travelling, routes, self.ep, yields=not plan.optional)
         return Parcel(x_AD, packed_A2, plan, handle)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
@@ -122,7 +162,7 @@ class DeduplicatedDispatcher(TokenDispatcher):
         token_A = index_A + start_PS.repeat_interleave(blocks_PS, output_size=rows)
         order_M = expert_of_rows(plan.counts_PSL.reshape(len(blocks_PS), -1), rows).argsort(stable=True)
         weight_M = take_distinct(weight_A, order_M)
-        return x_AD, ExpertRows(token_A[order_M], weight_M, plan.counts_PSL.sum((0, 1)), distinct=False)
+        return x_AD, ExpertRows(token_A[order_M], weight_M, plan.counts_PSL.sum((0, 1))[: plan.held], distinct=False)
 
     def combine_preprocess(self, y_AD: Tensor, plan: PairPlan) -> Tensor:
         """Sums the parts of each expert over etp."""
@@ -130,10 +170,21 @@ class DeduplicatedDispatcher(TokenDispatcher):
 
     def token_combine(self, y_AD: Tensor, plan: PairPlan) -> Return:
         """One row per pair goes home."""
-        (y_QD,), handle = start((y_AD,), (Exchange(plan.pairs.receive, plan.pairs.send),), self.ep)
+        back = Exchange(plan.pairs.receive, plan.pairs.send)
+        (y_QD,), handle = start((y_AD,), (back,), self.ep, yields=not plan.optional)
         return Return(y_QD, handle)
 
     def combine_postprocess(self, returns: list[Return], plans: list[PairPlan]) -> Tensor:
         """Sums each token's pairs."""
-        (y_QD,) = wait((returns[0].y,), returns[0].handle)
-        return unpermute(y_QD, plans[0].copies)
+        return sum_of_pairs(returns, plans)
+
+
+def sum_of_pairs(returns: list[Return], plans: Sequence[Any]) -> Tensor:
+    """Waits for each exchange of pairs, and sums each token's pairs, ``[T, D]``.
+
+    Args:
+        returns: What comes back of each.
+        plans: Their plans, which hold the pairs as ``copies`` of tokens.
+    """
+    parts = [unpermute(wait((back.y,), back.handle)[0], plan.copies) for back, plan in zip(returns, plans, strict=True)]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]

@@ -9,7 +9,8 @@
 
 The slow links carry a token once per node in each direction, however many of its experts live there (the idea of the
 forwarding in DeepEP and of hierarchical all-to-all in HetuMoE, arXiv 2203.14685). The first level is the one that hides
-behind the shared expert. The host waits for the device twice a layer, once for each level's sizes.
+behind the shared expert. The host waits for the device twice a layer, once for each level's sizes. Rows for copies of experts
+(:mod:`.placing`) travel apart, in both steps.
 
 Legend: see :mod:`.base`; N nodes, Q pairs sent, A pairs that arrive.
 """
@@ -24,12 +25,14 @@ from torch import Tensor
 
 from lightning_moefold import comm
 from lightning_moefold.async_comm import Exchange, start, wait
+from lightning_moefold.balance.copies import CopyPlan
 from lightning_moefold.dispatch.base import Choices, ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
 from lightning_moefold.dispatch.config import DispatchConfig
-from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
+from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher, sum_of_pairs
 from lightning_moefold.dispatch.packing import pack, unpack
 from lightning_moefold.dispatch.pairs import number_pairs, places_of
-from lightning_moefold.dispatch.permutation import Copies, permute, unpermute
+from lightning_moefold.dispatch.permutation import Copies, permute
+from lightning_moefold.dispatch.placing import place_choices
 
 
 @dataclass
@@ -41,6 +44,9 @@ class NodePlan:
         send: Pairs to each node.
         receive: Pairs from each node.
         expert_QK: Experts of the pairs sent, numbered within their node; -1 where a choice is another node's.
+        local: Numbers of experts for each rank.
+        experts: Which experts have copies, where copies are planned.
+        borrowed: In the exchange for copies, how many this rank has.
         within: What goes on in the node; once the pairs are there.
     """
 
@@ -48,6 +54,9 @@ class NodePlan:
     send: list[int]
     receive: list[int]
     expert_QK: Tensor
+    local: int
+    experts: CopyPlan | None = None
+    borrowed: int | None = None
     within: Parcel | None = None
 
 
@@ -66,15 +75,31 @@ class HierarchicalDispatcher(TokenDispatcher):
         assert axes.nodes is not None
         assert axes.within is not None
         self.nodes = axes.nodes
-        self._experts_of_node = num_experts // self.nodes.size
-        self._within = DeduplicatedDispatcher(
-            replace(config, dispatcher="deduplicated"), self._experts_of_node, top_k, axes.within
-        )
+        inside = replace(config, dispatcher="deduplicated", copies=None)
+        self._within = DeduplicatedDispatcher(inside, num_experts // self.nodes.size, top_k, axes.within)
 
     def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
         """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        if self.config.copies is None:
+            return [self._parcel(x_TD, choices, self.local_experts)]
+        placed = place_choices(choices, self.config.copies, self)
+        plan, borrowed = placed.plan, len(placed.plan.borrowed(self.ep.index))
+        parcels = [self._parcel(x_TD, placed.at_home(), self.local_experts, plan)]
+        if plan.copies:
+            parcels.append(self._parcel(x_TD, placed.copied(), placed.each, plan, borrowed))
+        return parcels
+
+    def copy_plan(self, parcels: list[Parcel]) -> CopyPlan | None:
+        """See :meth:`.TokenDispatcher.copy_plan`."""
+        plan: NodePlan = parcels[0].plan
+        return plan.experts
+
+    def _parcel(
+        self, x_TD: Tensor, choices: Choices, local: int, experts: CopyPlan | None = None, borrowed: int | None = None
+    ) -> Parcel:
         nodes, expert_TK = self.nodes.size, choices.expert_TK
-        node_TK, goes_NT = places_of(expert_TK // self._experts_of_node, nodes, choices.kept_TK)
+        of_node = local * self._within.ep.size
+        node_TK, goes_NT = places_of(expert_TK // of_node, nodes, choices.kept_TK)
         sent_N = goes_NT.sum(1)
         received_N = comm.all_gather_raw(sent_N, self.nodes).view(nodes, nodes)[:, self.nodes.index]
         # One of the two places where the host must know sizes.
@@ -84,16 +109,18 @@ class HierarchicalDispatcher(TokenDispatcher):
         token_Q = copies.token_R
         node_Q = torch.arange(nodes, device=token_Q.device).repeat_interleave(sent_N, output_size=sum(send))
         elsewhere_QK = node_TK[token_Q] != node_Q.unsqueeze(1)
-        expert_QK = (expert_TK % self._experts_of_node)[token_Q].masked_fill(elsewhere_QK, -1)
+        expert_QK = (expert_TK % of_node)[token_Q].masked_fill(elsewhere_QK, -1)
         weight_QK = permute(choices.weight_TK, copies).masked_fill(elsewhere_QK, 0)
-        return [Parcel(permute(x_TD, copies), weight_QK, NodePlan(copies, send, receive, expert_QK))]
+        plan = NodePlan(copies, send, receive, expert_QK, local, experts, borrowed)
+        return Parcel(permute(x_TD, copies), weight_QK, plan)
 
     def token_dispatch(self, parcel: Parcel) -> Parcel:
         """Pairs to the nodes of their experts."""
         plan: NodePlan = parcel.plan
         there = Exchange(plan.send, plan.receive)
         packed_QK2 = pack(parcel.weight, plan.expert_QK)
-        (x_AD, packed_AK2), handle = start((parcel.x, packed_QK2), (there, there), self.nodes)
+        yields = plan.borrowed is None
+        (x_AD, packed_AK2), handle = start((parcel.x, packed_QK2), (there, there), self.nodes, yields=yields)
         return Parcel(x_AD, packed_AK2, plan, handle)
 
     def dispatch_postprocess(self, parcel: Parcel) -> tuple[Tensor, ExpertRows]:
@@ -102,7 +129,7 @@ class HierarchicalDispatcher(TokenDispatcher):
         x_AD, packed_AK2 = wait((parcel.x, parcel.weight), parcel.handle)
         weight_AK, expert_AK = unpack(packed_AK2)
         choices = Choices(weight_AK, expert_AK.clamp(min=0), expert_AK >= 0)
-        (within,) = self._within.dispatch_preprocess(x_AD, choices)
+        within = self._within.parcel(x_AD, choices, plan.local, plan.experts, plan.borrowed)
         plan.within = self._within.token_dispatch(within)
         return self._within.dispatch_postprocess(plan.within)
 
@@ -114,13 +141,13 @@ class HierarchicalDispatcher(TokenDispatcher):
         """One row per pair, summed over the node, goes home."""
         inside = _plan_within(plan)
         y_AD = self._within.combine_postprocess([self._within.token_combine(y_AD, inside)], [inside])
-        (y_QD,), handle = start((y_AD,), (Exchange(plan.receive, plan.send),), self.nodes)
+        back = Exchange(plan.receive, plan.send)
+        (y_QD,), handle = start((y_AD,), (back,), self.nodes, yields=plan.borrowed is None)
         return Return(y_QD, handle)
 
     def combine_postprocess(self, returns: list[Return], plans: list[NodePlan]) -> Tensor:
         """Sums each token's pairs."""
-        (y_QD,) = wait((returns[0].y,), returns[0].handle)
-        return unpermute(y_QD, plans[0].copies)
+        return sum_of_pairs(returns, plans)
 
 
 def _plan_within(plan: NodePlan) -> Any:

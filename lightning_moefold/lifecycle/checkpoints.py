@@ -5,29 +5,32 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.checkpoint import stores
-from lightning_moefold.checkpoint.sharded import META, load_meta
+from lightning_moefold.checkpoint.drafts import remove_directory, sweep
+from lightning_moefold.checkpoint.sharded import META, load_meta, save_sharded
 from lightning_moefold.errors import CheckpointError, InputTypeError, UnsupportedFeature
 from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.lifecycle.accumulation import StepAhead
+from lightning_moefold.lifecycle.background import BackgroundSaves, check_background
 from lightning_moefold.lifecycle.training_state import (
     check_saveable,
     check_state,
+    describe_training_state,
     load_training_state,
     optimizer_state,
-    save_training_state,
 )
 from lightning_moefold.mesh import Axis, FoldedMesh
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
@@ -40,6 +43,11 @@ class SharedCheckpoints(ParallelStrategy):
     A module without such a model is saved and loaded as under any strategy.
     """
 
+    #: Whether checkpoints are saved with checksums, which are compared when they are loaded.
+    checksums: bool = True
+    #: Whether training goes on while checkpoints are written.
+    async_save: bool = False
+    _background: BackgroundSaves | None = None
     _registry: ParameterRegistry | None = None
     _mesh: FoldedMesh | None = None
     #: The choice of ``fold="auto"``, as it is stored in checkpoints.
@@ -87,8 +95,22 @@ class SharedCheckpoints(ParallelStrategy):
         stores.parse_path(trainer.default_root_dir)
         for callback in trainer.checkpoint_callbacks:
             directory = getattr(callback, "dirpath", None)
-            if directory is not None and isinstance(place := stores.parse_path(directory), str):
+            if directory is None:
+                continue
+            place = stores.parse_path(directory)
+            if isinstance(place, str):
                 stores.check_store(place, world)
+            elif world.index == 0:
+                self._sweep(place)
+
+    def _sweep(self, directory: Path) -> None:
+        """Removes what killed runs have left in a directory of checkpoints; in those of all versions, if it is Lightning's own."""
+        versions = directory.parent.parent.glob("*/checkpoints") if directory.name == "checkpoints" else ()
+        for place in sorted({directory, *versions}):
+            if names := sweep(place):
+                rank_zero_info(
+                    f"removed unfinished saves of {', '.join(names)} in {place}, whose processes have ended."
+                )
 
     def _check_saveable(self, trainer: pl.Trainer) -> None:
         """Checks the content of checkpoints before training. Collective."""
@@ -149,10 +171,64 @@ class SharedCheckpoints(ParallelStrategy):
         assert self._registry is not None
         if self._choice is not None:
             checkpoint[fold_choice.RECORD] = self._choice
-        save_training_state(self.broadcast(filepath), checkpoint, self._registry)
+        path = self.broadcast(filepath)
+        self.finish_saves()
+        packed, tensors = describe_training_state(path, checkpoint, self._registry, summed=self.checksums)
+        if self._background is not None and self._goes_on(path):
+            self._background.start(packed, tensors)
+        else:
+            save_sharded(packed, tensors, self._registry.mesh.world)
+
+    def finish_saves(self) -> None:
+        """Waits until the checkpoint that is saved in the background is complete, if there is one.
+
+        Raises:
+            CheckpointError: If it could not be saved; on ranks where nothing has failed, PeerError.
+        """
+        if self._background is not None:
+            self._background.finish()
+
+    def _goes_on(self, path: str | Path) -> bool:
+        """Whether training goes on while a checkpoint is written. One of Lightning's before a requeue must be complete at once."""
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer.training and not Path(path).name.startswith("hpc_ckpt")
+
+    def _prepare_saves(self, trainer: pl.Trainer) -> None:
+        """Checks what will be saved, and makes ready for saves in the background if they are asked for. Collective."""
+        self._check_saveable(trainer)
+        if self.async_save:
+            assert self._mesh is not None
+            check_background(trainer, self._sharded)
+            self._background = BackgroundSaves(self._mesh.saves)
+
+    def _end_saves(self) -> None:
+        """Finishes the save that is under way; its error does not hide one for which training ends."""
+        background, self._background = self._background, None
+        if background is None:
+            return
+        try:
+            background.finish()
+        except Exception as error:
+            if self.lightning_module is None or not self.lightning_module.trainer.interrupted:
+                raise
+            rank_zero_warn(f"the last checkpoint is not saved: {error}")
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if not self.is_global_zero:
+            return
+        place = stores.parse_path(filepath)
+        remove: Callable[[], None] = partial(self.checkpoint_io.remove_checkpoint, filepath)
+        if isinstance(place, Path) and place.is_dir() and not place.is_symlink():
+            remove = partial(remove_directory, place)
+        if self._background is None:
+            remove()
+        else:
+            self._background.remove(remove)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        self.finish_saves()
         given = self.broadcast(checkpoint_path)
         path = given if str(given).startswith("http") else stores.parse_path(given)  # Lightning itself reads http
         if not self._sharded:
@@ -172,7 +248,8 @@ class SharedCheckpoints(ParallelStrategy):
             fold_choice.announce(remark)
         self._release_gathered_weights()
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        load_training_state(path, meta, self._registry, self.lightning_module, self.optimizers if fitting else [])
+        optimizers = self.optimizers if fitting else []
+        load_training_state(path, meta, self._registry, self.lightning_module, optimizers, check=self.checksums)
         return meta
 
     @override

@@ -21,7 +21,7 @@ from lightning_moefold.dispatch.config import DispatchConfig, DispatcherName
 from lightning_moefold.errors import PlanError
 from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import parse_recompute, recompute_text
 from lightning_moefold.parallel import PipelinePlan, Settings
 from lightning_moefold.planner.cost.routing import find_routing
 from lightning_moefold.planner.machine.hardware import Hardware, find_hardware
@@ -63,7 +63,7 @@ class Fixed:
         looped = plan.schedule.startswith("interleaved")
         return Space(
             schedules=tuple(s for s in SCHEDULES if s != "gpipe") if plan == PipelinePlan() else (plan.schedule,),
-            recomputes=RECOMPUTES if recompute is None else (recompute,),
+            recomputes=RECOMPUTES if recompute is None else (recompute_text(recompute),),
             dispatchers=dispatchers if dispatcher == "auto" else (dispatcher,),
             num_microbatches=self.num_microbatches,
             num_stages_per_rank=plan.stages_per_rank if looped else None,
@@ -77,7 +77,7 @@ class Fixed:
         if chosen.fold.pp > 1:
             plan = PipelinePlan(chosen.schedule, chosen.num_stages_per_rank)
             microbatches = choice.estimate.microbatches
-        recompute = None if chosen.recompute == "none" else cast(Recompute, chosen.recompute)
+        recompute = parse_recompute(chosen.recompute)
         dispatch = _with_dispatcher(given.dispatch, chosen.dispatcher)
         return replace(given, plan=plan, num_microbatches=microbatches, recompute=recompute, dispatch=dispatch)
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_moefold.errors import InputError
+from lightning_moefold.lifecycle.step_check import StepCheck
 from lightning_moefold.parallel import GradientNorm, GradientSum, local_part
 
 SUPPORTED = ("32-true", "bf16-mixed", "bf16-true", "64-true")
@@ -34,6 +35,7 @@ class MoEFoldPrecision(Precision):
 
     Attributes:
         grad_norm: Global gradient norm before the latest clipping, or None.
+        step_check: Check of losses and gradients before each optimizer step, or None.
     """
 
     def __init__(self, inner: Precision) -> None:
@@ -50,6 +52,13 @@ class MoEFoldPrecision(Precision):
         self.gradient_sum = GradientSum(())
         self.gradient_norm: GradientNorm | None = None
         self.grad_norm: Tensor | None = None
+        self.step_check: StepCheck | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns what only Lightning's plugin has, such as ``device`` and ``scaler`` in mixed precision."""
+        if name.startswith("_") or "inner" not in vars(self):  # a copy is asked before it has anything
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.inner, name)
 
     @property
     def grad_norm_by_family(self) -> Tensor | None:
@@ -95,8 +104,16 @@ class MoEFoldPrecision(Precision):
     ) -> None:
         # The loss is that of this data rank, and its gradient is averaged over data ranks, as in plain Lightning.
         # Reductions are plain sums, so the factor of the average is applied here.
+        if self.step_check is not None:
+            self.step_check.saw_loss(tensor)
         with self.gradient_sum.around_backward():
             super().backward(tensor * self.loss_scale, model, optimizer, *args, **kwargs)
+
+    @override
+    def _clip_gradients(self, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        if self.step_check is not None:  # clipping spreads a NaN over all gradients
+            self.step_check(optimizer, list(self.main_params(optimizer)))
+        super()._clip_gradients(model, optimizer, *args, **kwargs)
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -115,4 +132,10 @@ class MoEFoldPrecision(Precision):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what the strategy's set-up has added, which refers to process groups."""
-        return {**vars(self), "gradient_sum": GradientSum(()), "gradient_norm": None, "grad_norm": None}
+        return {
+            **vars(self),
+            "gradient_sum": GradientSum(()),
+            "gradient_norm": None,
+            "grad_norm": None,
+            "step_check": None,
+        }

@@ -23,20 +23,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.placement import Placement, check_successor
+from lightning_moefold.checkpoint.chunks import TensorPiece
 from lightning_moefold.checkpoint.sharded import (
     MODELS,
-    TensorPiece,
+    Packed,
+    StoredTensors,
     check_readable,
     load_sharded,
-    save_sharded,
-    stored_tensors,
-    tensors_of,
+    pack,
 )
 from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.lifecycle import adapter_runs
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
+from lightning_moefold.optim.state_offload import bring_state
 from lightning_moefold.parallel import local_part
 from lightning_moefold.parallel.gradients import like
 from lightning_moefold.parallel.migration import move_experts
@@ -53,6 +55,7 @@ def optimizer_state(optimizer: Optimizer | LightningOptimizer, registry: Paramet
         CheckpointError: If the optimizer holds a parameter that the module does not have.
     """
     optimizer = _unwrap(optimizer)
+    bring_state(optimizer)
     names = _names(optimizer, registry)
     state = {names[id(p)]: dict(values) for p, values in optimizer.state.items()}
     return {"state": state, "param_groups": _groups(optimizer, names)}
@@ -85,15 +88,21 @@ def _names(optimizer: Optimizer, registry: ParameterRegistry) -> dict[int, str]:
     return names
 
 
-def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: ParameterRegistry) -> None:
-    """Writes Lightning's ``checkpoint``. Collective.
+def describe_training_state(
+    path: str | Path, checkpoint: dict[str, Any], registry: ParameterRegistry, *, summed: bool = True
+) -> tuple[Packed, dict[str, Tensor | TensorPiece]]:
+    """Describes Lightning's ``checkpoint`` for :func:`~.checkpoint.sharded.save_sharded`. Collective.
 
     Args:
         path: Directory to create.
         checkpoint: Lightning's checkpoint dictionary; ``state_dict`` and ``optimizer_states`` are removed from it.
         registry: Registry of the module's parameters.
+        summed: Whether checksums are written.
+
+    Returns:
+        Everything except the tensors, serialised, and the tensors, which share memory with module and optimizers.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | TensorPiece] = {}
     extra = {}
     adapter_runs.note_trained(registry)
     of_base = adapter_runs.left_out(registry)
@@ -116,7 +125,7 @@ def save_training_state(path: str | Path, checkpoint: dict[str, Any], registry: 
     if registry.mesh.stage.index > 0:
         # Rank 0 writes what every rank has: running statistics are those of rank 0, as under DDP.
         tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorPiece)}
-    save_sharded(path, tensors, meta, registry.mesh.world)
+    return pack(path, meta, registry.mesh.world, summed=summed), tensors
 
 
 def _placements_of_all_stages(registry: ParameterRegistry) -> dict[str, Any]:
@@ -184,7 +193,7 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
+def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor | TensorPiece:
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
     local = local_part(tensor)
     layout = registry.layouts.get(name)
@@ -199,7 +208,7 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor:
                 "cannot be stored independently of the fold; use an optimizer with state for each element, such as AdamW."
             )
         return local
-    return TensorPiece.of(local, registry.boxes(name), layout.shape, writes=registry.owns(name))
+    return TensorPiece(local, registry.boxes(name), layout.shape, registry.owns(name), layout.is_expert_stack)
 
 
 def check_saveable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -261,30 +270,34 @@ def load_training_state(
     registry: ParameterRegistry,
     module: nn.Module,
     optimizers: Sequence[Optimizer | LightningOptimizer],
+    *,
+    check: bool = True,
 ) -> None:
     """Fills the module and the optimizers from a checkpoint saved under any fold. Collective.
 
     Args:
-        path: Folder with the tensors of the checkpoint.
+        path: The checkpoint.
         meta: Result of :func:`~.checkpoint.sharded.load_meta`; its optimizer groups are removed.
         registry: Registry of the module's parameters.
         module: The LightningModule.
         optimizers: Optimizers to fill; empty to load weights only.
+        check: Whether the checksums of what is read are compared.
 
     Raises:
         CheckpointError: If the checkpoint does not fit the module or the optimizers.
     """
-    place = tensors_of(path, meta)
-    stored = stored_tensors(place)
+    world = registry.mesh.world
+    with agreeing(world, CheckpointError):
+        stored = StoredTensors(path, meta, check=check)
     adapter_runs.check_bases(path, meta, registry)
-    adapter_runs.adopt_stored(registry, stored)
+    adapter_runs.adopt_stored(registry, stored.items)
     of_base = adapter_runs.left_out(registry)
     state = {
         name: value for name, value in module.state_dict().items() if isinstance(value, Tensor) and name not in of_base
     }
-    missing = [name for name in state if f"model.{name}" not in stored]
+    missing = [name for name in state if f"model.{name}" not in stored.items]
     known = {f"model.{name}" for name in (*state, *registry.elsewhere)}
-    extra = [name for name in stored if name.startswith("model.") and name not in known]
+    extra = [name for name in stored.items if name.startswith("model.") and name not in known]
     if missing or extra:
         what = f"has no {'model.' + missing[0]!r}" if missing else f"holds {extra[0]!r}, which the module does not have"
         raise CheckpointError(f"{path} {what}; load it with the module it was saved from.")
@@ -298,9 +311,13 @@ def load_training_state(
             f"{path} holds the state of {len(groups)} optimizers, but {len(optimizers)} are configured."
         )
     _restore_placements(path, meta, registry, optimizers)
-    tensors = {f"model.{name}": _describe(value, name, registry) for name, value in state.items()}
-    fills = [_prepare_optimizer(i, _unwrap(o), groups[i], stored, registry, tensors) for i, o in enumerate(optimizers)]
-    load_sharded(place, tensors)
+    tensors: dict[str, Tensor | TensorPiece] = {
+        f"model.{name}": _describe(value, name, registry) for name, value in state.items()
+    }
+    fills = [
+        _prepare_optimizer(i, _unwrap(o), groups[i], stored.items, registry, tensors) for i, o in enumerate(optimizers)
+    ]
+    load_sharded(stored, tensors, world)
     for name, value in meta.pop("extra_state", {}).items():
         module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
     for optimizer, values in fills:
@@ -315,7 +332,7 @@ def _prepare_optimizer(
     groups: list[dict[str, Any]],
     stored: dict[str, Any],
     registry: ParameterRegistry,
-    tensors: dict[str, Tensor],
+    tensors: dict[str, Tensor | TensorPiece],
 ) -> tuple[Optimizer, dict[nn.Parameter, dict[str, Tensor]]]:
     """Creates empty state of the stored shapes, and adds it to the tensors to read."""
     names = _names(optimizer, registry)

@@ -28,6 +28,7 @@ from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.optim import Muon
 from lightning_moefold.parallel.network.protocol import LayeredNetwork, layered_networks
 
 #: Callbacks that need whole parameters, which exist on one rank only (except in ``bf16-mixed``, see below).
@@ -48,7 +49,7 @@ _ALONE = {
 #: Optimizers by the names of their classes, from any package. All others are watched in their first step.
 _OPTIMIZERS = {
     ("LBFGS", "Adafactor", "*Muon*", "*Shampoo*", "SOAP", "*[Ll]amb", "*LAMB", "LARS", "Lars", "*Ga[Ll]ore*", "Apollo*", "APOLLO*"):
-        "computes with whole parameters, of which a rank holds pieces; use AdamW or SGD",
+        "computes with whole parameters, of which a rank holds pieces; use AdamW, SGD or lightning_moefold.optim.Muon",
     ("*8bit", "*4bit", "*Fp8", "*FP8"):
         "quantizes its state in blocks of what a rank holds, which depends on the fold; use AdamW or SGD",
     ("Rprop",): "assigns by index, which pieces of parameters do not allow; use AdamW or SGD",
@@ -220,11 +221,6 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
             f"{type(writer).__name__} cannot write a model that is spread over ranks, which the strategy writes itself; leave "
             "the plugin out."
         )
-    if hasattr(module, "_compiler_ctx") and module._compiler_ctx is not None:
-        raise UnsupportedFeature(
-            "a compiled LightningModule is not supported; compile its layers in place, with their compile(), inside "
-            "configure_model instead."
-        )
 
 
 def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
@@ -239,6 +235,8 @@ def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
     """
     for optimizer in trainer.optimizers if sharded else ():
         inner = getattr(optimizer, "inner", optimizer)  # the optimizer inside MasterWeights
+        if isinstance(inner, Muon):  # ours gathers the matrices
+            continue
         names = [kind.__name__ for kind in type(inner).__mro__]
         for patterns, reason in _OPTIMIZERS.items():
             if any(fnmatchcase(name, pattern) for name in names for pattern in patterns):

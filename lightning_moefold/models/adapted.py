@@ -16,13 +16,14 @@ from lightning_moefold.adapters.config import LoRA
 from lightning_moefold.adapters.files import separate_config
 from lightning_moefold.adapters.layout import MIXTRAL
 from lightning_moefold.adapters.saving import write_adapter
+from lightning_moefold.adapters.seeded import SeededAdapter
 from lightning_moefold.checkpoint import OutputTensor
 from lightning_moefold.errors import InputError
-from lightning_moefold.layout import ParameterLayout, ParameterPlan, split_boxes
+from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan, split_boxes
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource
-from lightning_moefold.modules.base import ParallelRoot
+from lightning_moefold.modules.base import ParallelRoot, wide
 
 
 class AdaptedModel(ParallelRoot):
@@ -87,8 +88,25 @@ class AdaptedModel(ParallelRoot):
         source = self.adapter.source if of_adapter and self.adapter is not None else self.source
         assert source is not None, "a model made by its constructor has no source of weights"
         boxes = self.layouts[name].boxes(self.fold, self.rank)
+        if of_adapter and name.endswith(".lora_magnitude") and isinstance(source, SeededAdapter):
+            for box, part in zip(boxes, split_boxes(mine, boxes), strict=True):
+                part.copy_(self._lengths(name, box, part))
+            return
         for box, part in zip(boxes, split_boxes(mine, boxes), strict=True):
             source.fill(name, box, part)
+
+    def _lengths(self, name: str, box: Box, like: Tensor) -> Tensor:
+        """Returns the lengths of some rows of a weight of the base, with which DoRA starts."""
+        weight_name = f"{name.rpartition('.')[0]}.weight"
+        parameter = self.get_parameter(weight_name)
+        (first,), (count,) = box.offsets, box.sizes
+        if self.mesh is None and not self.weights_pending:
+            weight = parameter.detach()[first : first + count]
+        else:
+            assert self.source is not None
+            weight = torch.empty(count, parameter.shape[1], dtype=parameter.dtype, device=like.device)
+            self.source.fill(weight_name, Box((first, 0), (count, parameter.shape[1])), weight)
+        return torch.linalg.vector_norm(weight, dim=1, dtype=wide(weight.dtype))
 
     def save_adapter(self, path: str | Path, separate_experts: bool = False) -> None:
         """Writes the adapter alone, as PEFT loads it. Collective: every rank calls it.
@@ -100,7 +118,7 @@ class AdaptedModel(ParallelRoot):
 
         Raises:
             InputError: If the model has no adapter.
-            OSError: If the directory cannot be written; raised on every rank, with nothing left half-written.
+            CheckpointError: If the directory cannot be written; PeerError on the other ranks. Nothing is left half-written.
         """
         if self.adapter is None:
             raise InputError("the model has no adapter; save_pretrained writes it as it is.")

@@ -49,6 +49,7 @@ class CausalLMBatch:
         faults: Float vector ``[bad ids, bad labels, malformed]`` on the device, zero where all is well.
         error: Why the batch could not be read, where an empty one stands in its place.
         is_empty: Whether it stands for a micro-batch that has no row on this rank.
+        last_only: Whether the logits of each row's last position are wanted, and no others.
     """
 
     token_N: Tensor
@@ -66,6 +67,7 @@ class CausalLMBatch:
     _config: MoEConfig
     error: BatchError | None = None
     is_empty: bool = False
+    last_only: bool = False
 
     def place(self, dtype: torch.dtype) -> None:
         """Computes the rotary tables in the dtype of the hidden states."""

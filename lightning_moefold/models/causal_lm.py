@@ -27,7 +27,7 @@ from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models.adapted import AdaptedModel, piece_of
 from lightning_moefold.models.batch import BatchAxes, CausalLMBatch, read_batch, stand_in
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.models.generation import Sampling, generate
+from lightning_moefold.models.generation import Sampling, StopStrings, generate
 from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.models.join import JoinCalls
 from lightning_moefold.models.losses import GlobalLoss, Losses, StepLabels
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.embed_tokens = VocabularyEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleDict({str(i): _make_layer(config, i) for i in range(config.num_hidden_layers)})
+        self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.num_hidden_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, batch: CausalLMBatch) -> Tensor:
@@ -91,7 +91,8 @@ class Decoder(nn.Module):
         return self.norm(x_TD)
 
 
-def _make_layer(config: MoEConfig, index: int) -> DecoderLayer:
+def make_layer(config: MoEConfig, index: int) -> DecoderLayer:
+    """Makes layer ``index`` of a model, on the default device."""
     attention = Attention(
         config.hidden_size,
         config.num_attention_heads,
@@ -112,9 +113,9 @@ def _make_layer(config: MoEConfig, index: int) -> DecoderLayer:
             config.hidden_size,
             config.num_experts,
             config.num_experts_per_tok,
-            config.moe_intermediate_size,
+            config.packed_widths[index] if config.packed_widths else config.moe_intermediate_size,
             router=router,
-            shared_ffn_hidden_size=config.shared_expert_intermediate_size,
+            shared_ffn_hidden_size=config.shared_width(index),
             activation=config.hidden_act,
         )
         mlp.gate.layer = index
@@ -165,7 +166,7 @@ class MoECausalLM(AdaptedModel):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = None, **config_overrides: Any
+        cls, path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None, **config_overrides: Any
     ) -> MoECausalLM:
         """Reads a directory in Hugging Face format: config.json and safetensors.
 
@@ -173,13 +174,14 @@ class MoECausalLM(AdaptedModel):
             path: The directory, or the name of a model on the hub (``"organisation/name"``, ``"organisation/name@revision"``).
             dtype: Data type of the parameters in memory; by default torch's default dtype, which inside a Trainer
                 follows the precision (float32 for ``32-true`` and ``bf16-mixed``, bfloat16 for ``bf16-true``).
+            revision: Branch, tag or commit of a model on the hub; the same as ``@revision`` behind its name.
             **config_overrides: Replace fields of config.json, such as ``output_router_logits=True``.
 
         Raises:
             ConfigError: If the architecture or a field is not supported.
             CheckpointError: If a tensor is missing, unexpected or of the wrong shape, or a file is damaged.
         """
-        path = local_directory(path)
+        path = local_directory(path, revision=revision)
         config = MoEConfig.from_pretrained(path, **config_overrides)
         return cls._make(config, CheckpointWeights(HFCheckpoint(path), config), dtype)
 
@@ -259,6 +261,7 @@ class MoECausalLM(AdaptedModel):
         loss_weights: Tensor | None = None,
         loss_fn: LossFunction | None = None,
         gather_logits: bool = False,
+        last_logits: bool = False,
         cache: KeyValueCache | None = None,
         **extras: Any,
     ) -> CausalLMOutput:
@@ -278,8 +281,9 @@ class MoECausalLM(AdaptedModel):
             loss_fn: ``loss_fn(logits, labels, **extras) -> (sum, weight)`` replaces cross-entropy and gets whole logits
                 ``[B, S, V]``; the loss is the sum over all ranks divided by the weight over all ranks.
             gather_logits: Whether to return whole logits on every rank, even with tensor parallelism and with labels.
-            cache: Keys and values of the positions before ``input_ids``; those of ``input_ids`` are added. The logits
-                are then those of the last position, ``[B, 1, V]``, on every rank. Used by :meth:`generate`.
+            last_logits: Whether to return the logits of the last position only, ``[B, 1, V]``, on every rank.
+            cache: Keys and values of the positions before ``input_ids``; those of ``input_ids`` are added, and
+                ``last_logits`` is true. Used by :meth:`generate` where rows are not cut and layers are on one rank.
             **extras: Further arguments of ``loss_fn``; without a ``loss_fn`` they are an error.
 
         Returns:
@@ -301,7 +305,7 @@ class MoECausalLM(AdaptedModel):
                 "input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
                 "document_ids": document_ids, "loss_weights": loss_weights,
             }  # fmt: skip
-            return self.pipeline(tensors, loss_fn, gather_logits, extras)
+            return self.pipeline(tensors, loss_fn, gather_logits, last_logits, extras)
         axes = self.batch_axes()
         try:
             batch = read_batch(
@@ -313,9 +317,11 @@ class MoECausalLM(AdaptedModel):
             batch = stand_in(self.config, axes, self.num_microbatches, input_ids.device, error)
             cache = None
         batch.sequence.cache, batch.sequence.call = cache, self.next_call()
+        batch.sequence.adapter_call = self.next_adapter_call()
+        batch.last_only = last_logits or cache is not None
         with torch.autocast(input_ids.device.type, enabled=False):
             x_ND = batch.sequence.gather(self.model(batch))
-            wants_logits = gather_logits or cache is not None or (labels is None and self.tp.size == 1)
+            wants_logits = gather_logits or batch.last_only or (labels is None and self.tp.size == 1)
             logits = self.whole_logits(x_ND, batch) if wants_logits or loss_fn else None
             local = self.local_loss(x_ND, logits, batch, loss_fn, extras)
             step = self.take_step_labels(labels, loss_fn)
@@ -348,14 +354,22 @@ class MoECausalLM(AdaptedModel):
         """Returns the number of this call for routers with noise, the same for all micro-batches; None if no router has noise."""
         return next((call for call in [layer.gate.next_call() for layer in self.moe_layers().values()]), None)
 
+    def next_adapter_call(self) -> Tensor | None:
+        """Returns the number of this call for the dropout of an adapter; None if there is none."""
+        layers = [layer for layer in self.model.layers.values() if isinstance(layer, DecoderLayer)]
+        return next((call for call in [layer.next_adapter_call() for layer in layers] if call is not None), None)
+
     def whole_logits(self, x_ND: Tensor, batch: CausalLMBatch) -> Tensor:
         """Logits of whole rows, ``[B, S, V]``, on every rank of a data replica; cp ranks' gradients are summed.
 
-        With a cache, they are those of the last position only.
+        Or those of the last position only, without gradients.
         """
         rows, layout = batch.sequence.rows, batch.sequence.layout
-        if batch.sequence.cache is not None:
-            return self.lm_head.logits(x_ND.view(rows, batch.sequence.length, -1)[:, -1]).unsqueeze(1)
+        if batch.last_only:
+            holder, place = layout.find(batch.true_length - 1)
+            x_BD = x_ND.detach().view(rows, batch.sequence.length, -1)[:, place]
+            x_BD = comm.all_gather_raw(x_BD, layout.cp).unflatten(0, (layout.cp.size, rows))[holder]
+            return self.lm_head.logits(x_BD).unsqueeze(1)
         logits_BLV = self.lm_head.logits(x_ND).view(rows, batch.sequence.length, -1)
         if layout.cp.size == 1:
             return logits_BLV
@@ -420,11 +434,14 @@ class MoECausalLM(AdaptedModel):
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         seed: int | None = None,
+        stop_strings: Sequence[str] = (),
+        tokenizer: Any = None,
     ) -> Tensor:
         """Continues prompts, like the method of this name in ``transformers``. Collective: all ranks call it together.
 
-        Each data rank passes its own prompts, any number of them or none; the ranks of a tp group pass the same ones.
-        During the call the model is in evaluation mode, without gradients.
+        Each data rank passes its own prompts, any number of them or none; the ranks of its replica (tp, cp and pp) pass
+        the same ones. During the call the model is in evaluation mode, without gradients. Keys and values are cached
+        unless rows are cut over cp or layers over pp; there each new token takes a pass over whole rows.
 
         Args:
             input_ids: Prompts, ``[B, S]``, shorter ones padded on the left.
@@ -442,10 +459,12 @@ class MoECausalLM(AdaptedModel):
             seed: Seed of the draws. Row b of data rank r of R draws the numbers of row ``b * R + r``, so prompts dealt
                 in turn to the data ranks get the same texts under every fold. By default torch's generator gives the
                 seed.
+            stop_strings: A text ends, too, with the token that completes one of these.
+            tokenizer: Decodes tokens; ``stop_strings`` need it.
 
         Returns:
             Prompts and new tokens, ``[B, S + new]``, where ``new`` is the length of this rank's longest new text; equal
-            on all ranks of a tp group.
+            on all ranks of a replica.
 
         Raises:
             ValueError: If a prompt is empty, padded on the right, longer than ``max_position_embeddings`` or holds a
@@ -453,7 +472,8 @@ class MoECausalLM(AdaptedModel):
             PeerError: If another rank raised such an error.
         """
         sampling = Sampling(temperature, top_k, top_p, seed) if do_sample else None
-        return generate(self, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, pad_token_id)
+        stop = StopStrings(tuple(stop_strings), tokenizer)
+        return generate(self, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, pad_token_id, stop)
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
@@ -472,7 +492,7 @@ class MoECausalLM(AdaptedModel):
             max_shard_size: Maximum size of a file in bytes.
 
         Raises:
-            OSError: If the directory cannot be written; raised on every rank, and no incomplete files remain.
+            CheckpointError: If the directory cannot be written; PeerError on the other ranks. Nothing is left half-written.
         """
         self.release_gathered_weights()
         held: dict[str, Tensor] = dict(self.named_parameters()) | dict(self.stored_buffers())

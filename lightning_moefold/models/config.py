@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.errors import ConfigError
+from lightning_moefold.models.families import FAMILIES
 from lightning_moefold.models.fields import (
     ABOVE_ZERO,
     BOOLEAN,
@@ -25,12 +26,12 @@ from lightning_moefold.models.fields import (
     INTEGERS,
     NOT_NEGATIVE,
     NUMBER,
+    NUMEROUS,
     POSITIVE,
     STRING,
 )
 from lightning_moefold.modules.routers.options import RouterOptions
 
-FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 AuxLoss = Literal["huggingface", "microbatch", "sequence", "global_batch"]
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
@@ -58,11 +59,12 @@ NEUTRAL = frozenset(
 _KINDS = {
     **dict.fromkeys(
         (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "moe_intermediate_size", "num_experts", "num_experts_per_tok", "decoder_sparse_step",
+            "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "moe_intermediate_size",
+            "num_experts_per_tok", "decoder_sparse_step",
         ),
         POSITIVE,
     ),
+    **dict.fromkeys(("num_hidden_layers", "num_experts"), NUMEROUS),
     **dict.fromkeys(("intermediate_size", "shared_expert_intermediate_size"), COUNT),
     **dict.fromkeys(
         ("norm_topk_prob", "qkv_bias", "output_bias", "qk_norm", "tie_word_embeddings", "output_router_logits"), BOOLEAN
@@ -115,7 +117,12 @@ class MoEConfig:
         router_z_loss_coef: Weight of the z-loss; 0 for none.
         router: Options of the router, which chooses experts.
         initializer_range: Standard deviation of initial weights.
+        packed_widths: Widths of the experts of each layer, if they differ, and ``()`` for a dense layer; empty if all experts
+            have the width ``moe_intermediate_size``.
+        packed_shared_widths: Width of each layer's shared expert in a packed model.
         dtype: Data type of the stored weights, as a name such as ``"bfloat16"``; None if the file does not say.
+        family: The family under whose names it is read and written, if it is one that
+            :func:`~.families.register_family` has registered on top of ``model_type``.
         raw: The configuration dictionary as read, without overrides; :func:`~.hf_config.written_config` returns what is
             written.
     """
@@ -151,7 +158,10 @@ class MoEConfig:
     router_z_loss_coef: float = 0.0
     router: RouterOptions = RouterOptions()
     initializer_range: float = 0.02
+    packed_widths: tuple[tuple[int, ...], ...] = ()
+    packed_shared_widths: tuple[int, ...] = ()
     dtype: str | None = None
+    family: str | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -202,8 +212,38 @@ class MoEConfig:
             )
         for window in self.sliding_windows:
             POSITIVE.or_null.check("sliding_windows", window)
+        if self.packed_widths:
+            self._check_packed()
+
+    def _check_packed(self) -> None:
+        expected = [self.num_experts if self.is_moe_layer(i) else 0 for i in range(self.num_hidden_layers)]
+        if list(map(len, self.packed_widths)) != expected or len(self.packed_shared_widths) != self.num_hidden_layers:
+            raise ConfigError(
+                f"expert_widths must hold {self.num_experts} widths for each of the {self.num_hidden_layers} layers, none for "
+                "dense ones, and shared_expert_widths one for each layer."
+            )
+        INTEGERS.check("shared_expert_widths", self.packed_shared_widths)
+        for widths in (*self.packed_widths, self.packed_shared_widths):
+            INTEGERS.check("expert_widths", widths)
+            if any(width < 0 for width in widths):
+                raise ConfigError(f"expert_widths={list(widths)} must be 0 or more.")
 
     # ---- structure ---------------------------------------------------------------------------------------------
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether experts have widths of their own."""
+        return bool(self.packed_widths)
+
+    def mean_width(self, index: int) -> float:
+        """Returns the mean width of the experts of layer ``index``."""
+        if not self.packed_widths:
+            return self.moe_intermediate_size
+        return sum(self.packed_widths[index]) / self.num_experts
+
+    def shared_width(self, index: int) -> int:
+        """Returns the width of the shared expert of layer ``index``; 0 for none."""
+        return self.packed_shared_widths[index] if self.packed_widths else self.shared_expert_intermediate_size
 
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer ``index`` has experts (otherwise it is dense)."""
@@ -230,7 +270,7 @@ class MoEConfig:
         widths = {}
         if self.num_moe_layers < self.num_hidden_layers:
             widths["intermediate_size"] = self.intermediate_size
-        if self.shared_expert_intermediate_size and self.num_moe_layers:
+        if self.shared_expert_intermediate_size and self.num_moe_layers and not self.is_packed:
             widths["shared_expert_intermediate_size"] = self.shared_expert_intermediate_size
         return widths
 
@@ -238,7 +278,7 @@ class MoEConfig:
     def expert_widths(self) -> dict[str, int]:
         """Widths of experts, which are cut over etp, by config field."""
         name = "intermediate_size" if self.model_type == "mixtral" else "moe_intermediate_size"
-        return {name: self.moe_intermediate_size} if self.num_moe_layers else {}
+        return {name: self.moe_intermediate_size} if self.num_moe_layers and not self.is_packed else {}
 
     # ---- size and work -----------------------------------------------------------------------------------------
 
@@ -256,9 +296,9 @@ class MoEConfig:
         if not self.is_moe_layer(index):
             return total + 3 * self.hidden_size * self.intermediate_size
         experts = self.num_experts_per_tok if active else self.num_experts
-        total += self.hidden_size * self.num_experts + experts * 3 * self.hidden_size * self.moe_intermediate_size
-        if self.shared_expert_intermediate_size:
-            total += 3 * self.hidden_size * self.shared_expert_intermediate_size + self.hidden_size
+        total += self.hidden_size * self.num_experts + round(experts * 3 * self.hidden_size * self.mean_width(index))
+        if shared := self.shared_width(index):
+            total += 3 * self.hidden_size * shared + self.hidden_size
         return total
 
     def num_parameters(self, *, active: bool = False) -> int:
@@ -279,9 +319,9 @@ class MoEConfig:
             weights += self.hidden_size * (2 * q + 2 * kv)
             if self.is_moe_layer(index):
                 weights += self.hidden_size * self.num_experts
-                weights += 3 * self.hidden_size * self.num_experts_per_tok * self.moe_intermediate_size
-                if self.shared_expert_intermediate_size:
-                    weights += 3 * self.hidden_size * self.shared_expert_intermediate_size + self.hidden_size
+                weights += 3 * self.hidden_size * self.num_experts_per_tok * self.mean_width(index)
+                if shared := self.shared_width(index):
+                    weights += 3 * self.hidden_size * shared + self.hidden_size
             else:
                 weights += 3 * self.hidden_size * self.intermediate_size
             keys += self.attended_keys(index, sequence_length)
@@ -307,7 +347,7 @@ class MoEConfig:
             raise ConfigError(f"{file} does not exist; give a directory in Hugging Face format.")
         try:
             raw = json.loads(file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # of JSON, of its encoding, and of a number of too many digits
             raise ConfigError(f"{file} is not valid JSON ({error}).") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{file} does not hold a JSON object.")

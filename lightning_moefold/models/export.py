@@ -18,7 +18,7 @@ from lightning_moefold.adapters.adapter import merges_of
 from lightning_moefold.adapters.attach import is_adapter
 from lightning_moefold.adapters.config import LoRA
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
-from lightning_moefold.checkpoint.sharded import MODELS, StoredTensors, load_meta, tensors_of
+from lightning_moefold.checkpoint.sharded import MODELS, StoredTensors, load_meta
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.layout import Box
@@ -47,12 +47,12 @@ def export(checkpoint: str | Path, output: str | Path, model: Path | None = None
     Raises:
         CheckpointError: If the checkpoint is damaged, or holds no model or several; or if the base of its adapter is not where
             it was, nor at ``model``.
-        OSError: If ``output`` cannot be written.
+        OSError: If ``output`` holds other files.
     """
     meta = load_meta(checkpoint)
     name, described = _only_model(checkpoint, meta.get(MODELS, {}))
     config = MoEConfig.from_hf(described["config"])
-    stored = StoredTensors(tensors_of(checkpoint, meta))
+    stored = StoredTensors(checkpoint, meta)
     adapter = described.get("adapter")
     base = None if adapter is None else _base(checkpoint, adapter, config, model)
     tensors, whole = {}, {}

@@ -34,21 +34,27 @@ class Kind:
         return Kind(f"{self.words}, or null", lambda value: value is None or self.accepts(value))
 
 
+#: Larger integers are no sizes, and cannot be indices of tensors.
+_LARGEST = 1 << 62
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return (_is_int(value) and abs(value) < _LARGEST) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _all(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, (list, tuple)) and all(map(accepts, value))
 
 
-POSITIVE = Kind("a positive integer", lambda value: _is_int(value) and value > 0)
-COUNT = Kind("an integer, 0 or more", lambda value: _is_int(value) and value >= 0)
-INTEGER = Kind("an integer", _is_int)
+POSITIVE = Kind("a positive integer", lambda value: _is_int(value) and 0 < value < _LARGEST)
+#: Of layers and experts, which are made one by one.
+NUMEROUS = Kind("a positive integer up to 100,000", lambda value: _is_int(value) and 0 < value <= 100_000)
+COUNT = Kind("an integer, 0 or more", lambda value: _is_int(value) and 0 <= value < _LARGEST)
+INTEGER = Kind("an integer", lambda value: _is_int(value) and abs(value) < _LARGEST)
 NUMBER = Kind("a finite number", _is_number)
 NOT_NEGATIVE = Kind("a finite number, 0 or more", lambda value: _is_number(value) and value >= 0)
 ABOVE_ZERO = Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_moefold import comm
 from lightning_moefold.errors import InputError
@@ -78,10 +80,11 @@ def _uniforms(model: MoECausalLM, seed: int | None, rows: int, count: int, devic
 
     So a row's text depends neither on the fold nor on the other rows.
     """
-    data = (0, 1) if model.mesh is None else (model.mesh.dp_cp.index, model.mesh.dp_cp.size)
+    data = model.batch_axes().data_rank
     if seed is None:
         shared = torch.randint(1 << 62, (1,)).to(device)
-        comm.broadcast_flat([shared], model.tp)
+        for axis in (model.tp,) if model.mesh is None else map(model.mesh.axis, ("tp", "cp", "pp")):
+            comm.broadcast_flat([shared], axis)
         seed = int(shared)
     drawn = []
     for row in range(rows):
@@ -89,6 +92,38 @@ def _uniforms(model: MoECausalLM, seed: int | None, rows: int, count: int, devic
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         drawn.append(torch.rand(count, generator=generator, dtype=torch.float64))
     return torch.stack(drawn, dim=1).to(device)
+
+
+@dataclass(frozen=True)
+class StopStrings:
+    """Strings that end a text.
+
+    Args:
+        texts: The strings.
+        tokenizer: Decodes tokens.
+    """
+
+    texts: tuple[str, ...] = ()
+    tokenizer: Any = None
+
+    def check(self) -> None:
+        """Raises a ValueError if a string is empty, or no tokenizer is there to find them."""
+        if "" in self.texts:
+            raise InputError("a stop string is empty; leave it out.")
+        if self.texts and self.tokenizer is None:
+            raise InputError("stop_strings need the tokenizer that decodes the tokens; give tokenizer=... as well.")
+
+    def complete(self, token_Bn: Tensor, wanted_B: Tensor) -> Tensor:
+        """Returns which of the wanted rows hold a stop string in their new tokens, ``[B]`` bool."""
+        found_B = torch.zeros_like(wanted_B)
+        for row in wanted_B.nonzero().flatten().tolist():
+            text = self.tokenizer.decode(token_Bn[row].tolist(), skip_special_tokens=True)
+            found_B[row] = any(stop in text for stop in self.texts)
+        return found_B
+
+    def cut(self, text: str) -> str:
+        """Returns a new text up to the first stop string."""
+        return text[: min((place for stop in self.texts if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -161,12 +196,9 @@ def generate(
     sampling: Sampling | None,
     eos_token_id: int | Sequence[int] | None,
     pad_token_id: int | None,
+    stop: StopStrings,
 ) -> Tensor:
     """See :meth:`.causal_lm.MoECausalLM.generate`; ``sampling`` is None for the most probable token."""
-    if model.fold.cp > 1:
-        raise InputError(f"generate does not cut rows over ranks; use context_parallel_size=1, not {model.fold.cp}.")
-    if model.fold.pp > 1:
-        raise InputError(f"generate does not run a pipeline; use pipeline_parallel_size=1, not {model.fold.pp}.")
     # Inside the context, so that the other ranks learn of a bad prompt on one rank.
     with _evaluating(model), model.unequal_calls():
         if input_ids.dim() == 2 and not input_ids.shape[0]:
@@ -174,12 +206,13 @@ def generate(
         ends, pad = _special_tokens(model, eos_token_id, pad_token_id)
         real_BS = _read_mask(input_ids, attention_mask, ends, pad)
         _check_lengths(model, real_BS, max_new_tokens)
+        stop.check()
         uniform_nB = None
         if sampling is not None:
             sampling.check()
             uniform_nB = _uniforms(model, sampling.seed, len(input_ids), max_new_tokens, input_ids.device)
         pad = ends[0] if pad is None and ends else pad
-        return _continue(model, input_ids, real_BS, max_new_tokens, sampling, uniform_nB, ends, pad)
+        return _continue(model, input_ids, real_BS, max_new_tokens, sampling, uniform_nB, ends, pad, stop)
 
 
 def _continue(
@@ -191,12 +224,12 @@ def _continue(
     uniform_nB: Tensor | None,
     ends: list[int],
     pad: int | None,
+    stop: StopStrings,
 ) -> Tensor:
-    cache = KeyValueCache(real_BS, input_BS.shape[1] + count)
-    position_BS = (real_BS.cumsum(1) - 1).clamp(min=0)
     end_tokens = torch.tensor(ends, dtype=input_BS.dtype, device=input_BS.device)
     unfinished_B = torch.ones_like(real_BS[:, 0])
-    logits_BV = model(input_BS, attention_mask=real_BS, position_ids=position_BS, cache=cache).logits[:, -1]
+    rows = (_WholeRows if model.fold.cp * model.fold.pp > 1 else _CachedRows)(model, real_BS, count)
+    logits_BV = rows.first(input_BS)
     parts = [input_BS]
     for step in range(count):
         if sampling is None or uniform_nB is None:
@@ -207,11 +240,62 @@ def _continue(
             token_B = torch.where(unfinished_B, token_B, pad)
         unfinished_B = unfinished_B & ~torch.isin(token_B, end_tokens)
         parts.append(token_B.to(input_BS.dtype).unsqueeze(1))
+        if stop.texts:
+            unfinished_B = unfinished_B & ~stop.complete(torch.cat(parts[1:], dim=1), unfinished_B)
         if step + 1 == count or not bool(unfinished_B.any()):
             break
-        position_B1 = position_BS[:, -1:] + step + 1
-        logits_BV = model(parts[-1], position_ids=position_B1, cache=cache).logits[:, -1]
+        logits_BV = rows.then(parts[-1])
     return torch.cat(parts, dim=1)
+
+
+class _Rows(ABC):
+    """Rows that grow by a token a time.
+
+    Args:
+        model: The model.
+        real_BS: False for padding of the prompts.
+        count: Maximum number of new tokens.
+    """
+
+    def __init__(self, model: MoECausalLM, real_BS: Tensor, count: int) -> None:
+        self._model, self._real_BS, self._count = model, real_BS, count
+        self._position_BS = (real_BS.cumsum(1) - 1).clamp(min=0)
+
+    @abstractmethod
+    def first(self, token_BS: Tensor) -> Tensor:
+        """Returns the logits after the prompts, ``[B, V]``."""
+
+    @abstractmethod
+    def then(self, token_B1: Tensor) -> Tensor:
+        """Returns the logits after one more token."""
+
+
+class _CachedRows(_Rows):
+    """Keeps keys and values of earlier positions."""
+
+    def first(self, token_BS: Tensor) -> Tensor:
+        self._cache = KeyValueCache(self._real_BS, token_BS.shape[1] + self._count)
+        self._position_B1 = self._position_BS[:, -1:]
+        mask, positions = self._real_BS, self._position_BS
+        return self._model(token_BS, attention_mask=mask, position_ids=positions, cache=self._cache).logits[:, -1]
+
+    def then(self, token_B1: Tensor) -> Tensor:
+        self._position_B1 = self._position_B1 + 1
+        return self._model(token_B1, position_ids=self._position_B1, cache=self._cache).logits[:, -1]
+
+
+class _WholeRows(_Rows):
+    """Runs whole rows for every token, where ranks hold parts of rows, or of the layers of micro-batches."""
+
+    def first(self, token_BS: Tensor) -> Tensor:
+        self._token_BS = token_BS
+        mask, positions = self._real_BS, self._position_BS
+        return self._model(token_BS, attention_mask=mask, position_ids=positions, last_logits=True).logits[:, -1]
+
+    def then(self, token_B1: Tensor) -> Tensor:
+        self._real_BS = F.pad(self._real_BS, (0, 1), value=True)
+        self._position_BS = torch.cat([self._position_BS, self._position_BS[:, -1:] + 1], dim=1)
+        return self.first(torch.cat([self._token_BS, token_B1], dim=1))
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_moefold.errors import ConfigError
 from lightning_moefold.models import rope
-from lightning_moefold.models.config import FAMILIES, NEUTRAL, MoEConfig
+from lightning_moefold.models.config import NEUTRAL, MoEConfig
+from lightning_moefold.models.families import FAMILIES, known_families, registered_family
 from lightning_moefold.models.fields import (
     BOOLEAN,
     COUNT,
@@ -17,6 +18,7 @@ from lightning_moefold.models.fields import (
     INTEGERS,
     NOT_NEGATIVE,
     NUMBER,
+    NUMEROUS,
     POSITIVE,
     STRING,
     STRINGS,
@@ -25,6 +27,7 @@ from lightning_moefold.models.fields import (
     Kind,
     names_beside,
 )
+from lightning_moefold.models.packed_config import PACKED, join_packed, split_packed
 from lightning_moefold.modules.routers.options import RouterOptions
 from lightning_moefold.modules.routers.registry import router_options
 
@@ -41,16 +44,25 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
     Returns:
         The configuration, and the names of unknown fields.
     """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"a configuration is a mapping of fields to values, not {type(raw).__name__}.")
+    if raw.get("model_type") == PACKED:
+        plain, widths = split_packed(raw)
+        config, unknown = read_hf_config(plain, overrides)
+        return replace(config, **widths), unknown
     family = overrides.get("model_type", raw.get("model_type"))
+    if (registered := registered_family(family)) is not None:
+        config, unknown = read_hf_config(registered.to_base(raw), registered.overrides_to_base(overrides))
+        return replace(config, family=family, raw=dict(raw)), unknown
     if family not in FAMILIES:
         raise ConfigError(
-            f"model_type={family!r} is not supported; the supported architectures are {', '.join(FAMILIES)}."
+            f"model_type={family!r} is not supported; the supported architectures are {', '.join(known_families())}."
         )
     reader = FieldReader(_override(raw, overrides, family), family)
     reader.seen.add("model_type")
     _refuse(reader)
     _check_neutral(reader)
-    layers = reader.get("num_hidden_layers", POSITIVE, default=24 if family != "mixtral" else 32)
+    layers = reader.get("num_hidden_layers", NUMEROUS, default=24 if family != "mixtral" else 32)
     heads = reader.get("num_attention_heads", POSITIVE)
     hidden = reader.get("hidden_size", POSITIVE)
     vocabulary = reader.get("vocab_size", POSITIVE)
@@ -141,7 +153,7 @@ def _mixtral(reader: FieldReader, layers: int) -> dict[str, Any]:
         "intermediate_size": 0,
         "moe_intermediate_size": reader.get("intermediate_size", POSITIVE),
         "shared_expert_intermediate_size": 0,
-        "num_experts": reader.get("num_local_experts", POSITIVE, default=8),
+        "num_experts": reader.get("num_local_experts", NUMEROUS, default=8),
         "norm_topk_prob": True,
         "sliding_windows": (window,) * layers,
     }
@@ -155,7 +167,7 @@ def _qwen(reader: FieldReader, family: str, layers: int) -> dict[str, Any]:
         "intermediate_size": reader.get("intermediate_size", COUNT, default=5632 if qwen2 else 6144),
         "moe_intermediate_size": reader.get("moe_intermediate_size", POSITIVE),
         "shared_expert_intermediate_size": shared,
-        "num_experts": reader.get("num_experts", POSITIVE, default=60 if qwen2 else 128),
+        "num_experts": reader.get("num_experts", NUMEROUS, default=60 if qwen2 else 128),
         "norm_topk_prob": reader.get("norm_topk_prob", BOOLEAN, default=False),
         "decoder_sparse_step": reader.get("decoder_sparse_step", POSITIVE, default=1),
         "mlp_only_layers": tuple(mlp_only or ()),
@@ -221,6 +233,11 @@ def written_config(config: MoEConfig) -> dict[str, Any]:
     Raises:
         ConfigError: If a field of the configuration has no place in the family's ``config.json``.
     """
+    if config.is_packed:
+        return join_packed(config, written_config(replace(config, packed_widths=(), packed_shared_widths=())))
+    if (registered := registered_family(config.family)) is not None:
+        written = written_config(replace(config, family=None, raw=registered.to_base(config.raw)))
+        return registered.from_base(written, config.raw)
     now = to_hf_config(config)
     kept = NEUTRAL.union(_OF_CALLS) - {"dtype", "torch_dtype"}
     neutral = {name: value for name, value in config.raw.items() if name in kept}

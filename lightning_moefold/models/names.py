@@ -11,6 +11,10 @@ On disk, Mixtral's names have ``block_sparse_moe`` for ``mlp``, and ``w1 w3 w2``
 
     model.layers.3.mlp.experts.gate_up_proj  [E, 2F, D]
     model.layers.3.mlp.experts.down_proj     [E, D, F]
+
+The packed form of a pruned model has the channels of all experts of a layer one after the other, in memory and on disk::
+
+    model.layers.3.mlp.experts.{gate,up,down}_proj  [W, D]
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from lightning_moefold.errors import ConfigError
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.families import registered_family
 
 _MIXTRAL_EXPERT = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -62,6 +68,11 @@ def parameter_entries(config: MoEConfig) -> dict[str, ParameterEntry]:
 
     A tied head is not listed, because it is the embedding.
     """
+    return _as_stored(config, base_entries(config))
+
+
+def base_entries(config: MoEConfig) -> dict[str, ParameterEntry]:
+    """Lists the same, with the names on disk of the known family, whatever family is registered on top of it."""
     d = config.hidden_size
     entries = {"model.embed_tokens.weight": _single("model.embed_tokens.weight", config.vocab_size, d)}
     for index in range(config.num_hidden_layers):
@@ -106,12 +117,12 @@ def _layer_entries(config: MoEConfig, index: int) -> dict[str, ParameterEntry]:
         shapes |= {"self_attn.q_norm.weight": (h,), "self_attn.k_norm.weight": (h,)}
     if not config.is_moe_layer(index):
         shapes |= _gated("mlp", d, config.intermediate_size)
-    elif config.shared_expert_intermediate_size:
-        shapes |= _gated("mlp.shared_expert", d, config.shared_expert_intermediate_size)
+    elif width := config.shared_width(index):
+        shapes |= _gated("mlp.shared_expert", d, width)
         shapes["mlp.shared_expert_gate.weight"] = (1, d)
     entries = {f"{layer}.{name}": _single(f"{layer}.{name}", *shape) for name, shape in shapes.items()}
     if config.is_moe_layer(index):
-        entries |= _moe_entries(config, layer)
+        entries |= _moe_entries(config, index)
     return entries
 
 
@@ -123,11 +134,14 @@ def _gated(prefix: str, d: int, width: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _moe_entries(config: MoEConfig, layer: str) -> dict[str, ParameterEntry]:
-    mixtral = config.model_type == "mixtral"
+def _moe_entries(config: MoEConfig, index: int) -> dict[str, ParameterEntry]:
+    layer, mixtral = f"model.layers.{index}", config.model_type == "mixtral"
     e, f, d = config.num_experts, config.moe_intermediate_size, config.hidden_size
     block = f"{layer}.block_sparse_moe" if mixtral else f"{layer}.mlp"
     entries = {f"{layer}.mlp.gate.weight": _single(f"{block}.gate.weight", e, d)}
+    if config.packed_widths:
+        names = [f"{layer}.mlp.experts.{part}" for part in _MIXTRAL_EXPERT]
+        return entries | {name: _single(name, sum(config.packed_widths[index]), d) for name in names}
     for name, shape in (("gate_proj", (e, f, d)), ("up_proj", (e, f, d)), ("down_proj", (e, d, f))):
         part = _MIXTRAL_EXPERT[name] if mixtral else name
         sources = tuple(f"{block}.experts.{i}.{part}.weight" for i in range(e))
@@ -141,17 +155,41 @@ def entries_on_disk(config: MoEConfig, stored: Collection[str]) -> dict[str, Par
     Sources may differ from those that are written: the experts of a layer may be in one tensor, and Mixtral's blocks
     may be called ``mlp``.
     """
-    entries = parameter_entries(config)
+    entries = base_entries(config)
     for index in filter(config.is_moe_layer, range(config.num_hidden_layers)):
         block = f"model.layers.{index}.mlp"
         fused, down = f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj"
-        if fused in stored:
+        if disk_name(config, fused) in stored:
             for half, name in enumerate(("gate_proj", "up_proj")):
                 shape = entries[f"{block}.experts.{name}"].shape
                 entries[f"{block}.experts.{name}"] = ParameterEntry(shape, (fused,), halves=2, half=half)
             entries[down] = _single(down, *entries[down].shape)
         for name in (f"{block}.gate.weight", *(f"{block}.experts.{part}" for part in _MIXTRAL_EXPERT)):
             renamed = tuple(source.replace(".block_sparse_moe.", ".mlp.") for source in entries[name].sources)
-            if renamed[0] in stored:
+            if disk_name(config, renamed[0]) in stored:
                 entries[name] = replace(entries[name], sources=renamed)
-    return entries
+    return _as_stored(config, entries)
+
+
+def disk_name(config: MoEConfig, name: str) -> str:
+    """Returns the name on disk of a tensor that the known family calls ``name``."""
+    family = registered_family(config.family)
+    return name if family is None else family.disk_name(name)
+
+
+def _as_stored(config: MoEConfig, entries: dict[str, ParameterEntry]) -> dict[str, ParameterEntry]:
+    """Renames the sources to what the configuration's own family calls them.
+
+    Raises:
+        ConfigError: If two tensors would have the same name.
+    """
+    family = registered_family(config.family)
+    if family is None:
+        return entries
+    named = {n: replace(e, sources=tuple(map(family.disk_name, e.sources))) for n, e in entries.items()}
+    before, after = ({source for e in found.values() for source in e.sources} for found in (entries, named))
+    if len(after) < len(before):
+        raise ConfigError(
+            f"the names registered for {family.model_type!r} give two tensors the same name; change them."
+        )
+    return named

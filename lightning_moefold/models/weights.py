@@ -19,7 +19,7 @@ from lightning_moefold.errors import CheckpointError
 from lightning_moefold.layout import Box
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import written_config
-from lightning_moefold.models.names import ParameterEntry, bias_entries, entries_on_disk, parameter_entries
+from lightning_moefold.models.names import ParameterEntry, base_entries, bias_entries, disk_name, entries_on_disk
 from lightning_moefold.models.redundant import compare_redundant
 
 _DEFERRED: ContextVar[bool] = ContextVar("moefold_deferred_weights", default=False)
@@ -86,15 +86,16 @@ class CheckpointWeights:
         if any(name in checkpoint.tensors for name in biases):  # the check reports layers without one
             self._entries |= biases
             expected |= {name: entry.shape for name, entry in biases.items()}
+        lm_head = disk_name(config, "lm_head.weight")
         head: dict[str, tuple[int, ...]] = (
-            {"lm_head.weight": (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
+            {lm_head: (config.vocab_size, config.hidden_size)} if config.tie_word_embeddings else {}
         )
         rotary: dict[str, tuple[int, ...]] = {
             name: (config.head_dim // 2,) for name in checkpoint.tensors if name.endswith(".rotary_emb.inv_freq")
         }
-        if "lm_head.weight" in expected and "lm_head.weight" not in checkpoint.tensors:
+        if lm_head in expected and lm_head not in checkpoint.tensors:
             raise CheckpointError(
-                f"{checkpoint.path} has no tensor 'lm_head.weight', which the configuration asks for; if the head is the "
+                f"{checkpoint.path} has no tensor {lm_head!r}, which the configuration asks for; if the head is the "
                 "embedding, set tie_word_embeddings=True."
             )
         checkpoint.check(expected, head | rotary)
@@ -138,7 +139,7 @@ class SeededWeights:
 
     def __init__(self, config: MoEConfig, seed: int) -> None:
         self.config, self.seed = config, seed
-        self._entries = parameter_entries(config)
+        self._entries = base_entries(config)
 
     def fill(self, name: str, box: Box, out: Tensor) -> None:
         """See :class:`WeightSource`."""

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
+from lightning_moefold.modules.lora import Places, drop, row_norms
 
 
 class ParallelModule(nn.Module):
@@ -126,15 +127,24 @@ def parallel_roots(module: nn.Module) -> list[tuple[str, ParallelRoot]]:
 class Linear(nn.Module):
     """``y = x W^T + b`` on the local part of a weight ``[out, in]`` that may be stored as a DTensor.
 
-    With an adapter, ``y = x W^T + b + s (x A^T) B^T``, and ``x`` has two dimensions.
+    With an adapter, ``y = x W^T + b + s (d(x) A^T) B^T``, and ``x`` has two dimensions; d drops inputs in training. With DoRA
+    (arXiv 2402.09353) each row of ``W + s B A`` is scaled to a trained length.
 
     Attributes:
         lora_scale: s; None without an adapter (:meth:`adapt`).
+        lora_dropout: Probability with which an input of the adapter is dropped in training.
+        lora_lengths: Whether rows have trained lengths, ``lora_magnitude`` ``[out]``.
+        lora_inputs: Axis over which the inputs are cut.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_magnitude: nn.Parameter
     lora_scale: float | None = None
+    lora_lengths: bool = False
+    lora_dropout: float = 0.0
+    lora_inputs: Axis = SINGLE
+    _lora_key: int = 0
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -144,13 +154,31 @@ class Linear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def adapt(self, rank: int, scale: float) -> None:
-        """Adds an adapter without values, A ``[rank, in]`` and B ``[out, rank]``, where the weight is."""
+    def adapt(self, rank: int, scale: float, dropout: float = 0.0, dora: bool = False, key: int = 0) -> None:
+        """Adds an adapter without values, A ``[rank, in]`` and B ``[out, rank]``, where the weight is.
+
+        Args:
+            rank: Of A and B.
+            scale: s.
+            dropout: Probability with which an input of A is dropped.
+            dora: Whether rows have trained lengths.
+            key: By which dropout differs from that of other modules.
+        """
         self.lora_scale, (out_features, in_features) = scale, self.weight.shape
+        self.lora_dropout, self.lora_lengths, self._lora_key = dropout, dora, key
         self.lora_A = nn.Parameter(self.weight.new_empty(rank, in_features))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, rank))
+        if dora:
+            self.lora_magnitude = nn.Parameter(self.weight.new_empty(out_features))
 
-    def forward(self, x: Tensor, rows: slice | None = None, columns: slice | None = None, bias: bool = True) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rows: slice | None = None,
+        columns: slice | None = None,
+        bias: bool = True,
+        places: Places | None = None,
+    ) -> Tensor:
         """Multiplies, ``[..., in] -> [..., out]`` (local sizes).
 
         Args:
@@ -158,14 +186,33 @@ class Linear(nn.Module):
             rows: The outputs to make, of those whose weights are here; all by default.
             columns: The inputs that ``x`` has, of those whose weights are here; all by default.
             bias: Whether to add the bias.
+            places: Of the tokens; dropout in training needs them (:func:`placed`).
         """
         weight = _part(local(self.weight), rows, columns)
         b = None if self.bias is None or not bias else _part(local(self.bias), rows, None)
-        y = F.linear(x, weight, b)
         if self.lora_scale is None:
-            return y
-        z = F.linear(x, _part(local(self.lora_A), None, columns))
-        return y.addmm_(z, _part(local(self.lora_B), rows, None).t(), alpha=self.lora_scale)
+            return F.linear(x, weight, b)
+        dropped = x
+        if self.lora_dropout and self.training and places is not None:
+            first = self.lora_inputs.index * x.shape[-1] if columns is None else columns.start
+            dropped = drop(x, self.lora_dropout, self._lora_key, places, first)
+        a, lora_B = local(self.lora_A), _part(local(self.lora_B), rows, None)
+        z = F.linear(dropped, _part(a, None, columns))
+        if not self.lora_lengths:
+            return F.linear(x, weight, b).addmm_(z, lora_B.t(), alpha=self.lora_scale)
+        norm = row_norms(_part(local(self.weight), rows, None), a, lora_B, self.lora_scale, self.lora_inputs)
+        factor = (_part(local(self.lora_magnitude), rows, None) / norm).to(x.dtype)
+        base = F.linear(dropped, weight)
+        y = torch.addmm(base, z, lora_B.t(), alpha=self.lora_scale) * factor
+        if dropped is not x:
+            y = y + F.linear(x, weight) - base
+        return y if b is None else y + b
+
+
+def placed(part: nn.Module, places: Places) -> dict[str, Any]:
+    """Returns the arguments that say to a :class:`Linear` where its tokens are, if it drops inputs now."""
+    dropout: Any = getattr(part, "lora_dropout", None)
+    return {"places": places} if part.training and dropout else {}
 
 
 def row_plans(part: nn.Module, name: str, plan: ParameterPlan) -> dict[str, ParameterPlan]:
@@ -180,7 +227,11 @@ def row_plans(part: nn.Module, name: str, plan: ParameterPlan) -> dict[str, Para
     plans = {f"{name}.weight": plan}
     if getattr(part, "bias", None) is not None:
         plans[f"{name}.bias"] = plan
-    return plans if getattr(part, "lora_scale", None) is None else plans | {f"{name}.lora_B": plan}
+    if getattr(part, "lora_scale", None) is None:
+        return plans
+    if getattr(part, "lora_lengths", False):
+        plans[f"{name}.lora_magnitude"] = plan
+    return plans | {f"{name}.lora_B": plan}
 
 
 def column_plans(part: nn.Module, name: str, plan: ParameterPlan) -> dict[str, ParameterPlan]:
@@ -205,8 +256,39 @@ def local(parameter: Tensor) -> Tensor:
     (:class:`~lightning_moefold.parallel.gradients.GradientSum`) instead of one small collective each.
     """
     if isinstance(parameter, DTensor):
+        if _is_uneven(parameter):
+            return _UnevenLocal.apply(parameter)
         return parameter.to_local(grad_placements=parameter.placements)
     return parameter
+
+
+def _is_uneven(parameter: DTensor) -> bool:
+    """Whether a dimension behind the first is cut into unequal parts."""
+    return any(
+        isinstance(placement, Shard)
+        and placement.dim > 0
+        and parameter.shape[placement.dim] % parameter.device_mesh.size(i)
+        for i, placement in enumerate(parameter.placements)
+    )
+
+
+class _UnevenLocal(torch.autograd.Function):
+    """``to_local`` whose gradient has the strides of the parameter.
+
+    DTensor multiplies the strides of a part by the number of ranks. Where the parts are unequal this gives strides that no
+    parameter has, and autograd would copy the gradient into a new DTensor with equal parts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> Tensor:
+        ctx.like = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
+        return parameter.to_local().detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        mesh, placements, shape, stride = ctx.like
+        grad = grads[0].contiguous()
+        return DTensor.from_local(grad, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 
 from lightning_moefold.modules.attention import Attention
 from lightning_moefold.modules.base import ParallelRoot
+from lightning_moefold.modules.dropped import DroppedTensors, dropped
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.norm import RMSNorm
-from lightning_moefold.modules.recompute import Recompute, recomputed
+from lightning_moefold.modules.offload import OffloadedLayer
+from lightning_moefold.modules.recompute import recomputed
+from lightning_moefold.modules.recompute_parts import LAYER, Recompute, half_is_recomputed, recompute_parts
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.modules.standalone import run_standalone
 
@@ -39,12 +43,20 @@ class DecoderLayer(ParallelRoot):
         norm_eps: Epsilon of both norms.
 
     Attributes:
-        recompute: The part that is recomputed in backward instead of keeping activations: ``"full"`` for the whole
-            layer, ``"selective"`` for its attention half (the other half communicates, and experts recompute their
-            activations anyway), None for nothing.
+        recompute: The parts that are recomputed in backward instead of keeping activations: ``"full"`` for the whole
+            layer; ``"selective"`` for ``["attention"]``, its attention half (the other half communicates, and experts
+            recompute their activations anyway); a list of parts; None for nothing. ``"moe"`` and ``"mlp"`` are the
+            other half of a layer with experts, and of a dense one; ``"norm"`` is what the norms make for the halves
+            that are not recomputed; ``"expert_activation"`` concerns the experts, which are told themselves.
+        offload: Whether what is kept for backward goes to host memory.
+        counts_adapter_calls: Whether the layer counts training calls (``adapter_call``, int64 scalar), for the dropout of an
+            adapter.
     """
 
     recompute: Recompute | None = None
+    offload: bool = False
+    adapter_call: Tensor
+    counts_adapter_calls: bool = False
     _compiled: _Halves | None = None
     _broken: _Halves | None = None  # compiled for batches whose attention breaks the graph
 
@@ -68,11 +80,40 @@ class DecoderLayer(ParallelRoot):
         if batch is None:
             return run_standalone(self, hidden, self.self_attn.batch_of(hidden, self.compute_dtype))
         halves = self._halves(hidden, batch)
-        if self.recompute is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return halves.whole(hidden, batch)
-        if self.recompute == "full":
+        if not self.offload:
+            return self._run(halves, hidden, batch)
+        with OffloadedLayer(self, batch.offloaded) as batch.offloaded:
+            return self._run(halves, hidden, batch, batch.offloaded)
+
+    def _run(
+        self, halves: _Halves, hidden: Tensor, batch: SequenceBatch, offloaded: OffloadedLayer | None = None
+    ) -> Output:
+        """Runs the halves, each keeping for backward what :attr:`recompute` leaves."""
+        if self.recompute is None:
+            return halves.whole(hidden, batch)
+        parts = recompute_parts(self.recompute)
+        if LAYER in parts:
             return recomputed(halves.whole, hidden, batch)
-        return halves.feed(recomputed(halves.attend, hidden, batch), batch)
+        kept: Callable[..., Any] = partial(_without_norms, offloaded) if "norm" in parts else _called
+        attend: Callable[..., Any] = recomputed if "attention" in parts else kept
+        feed: Callable[..., Any] = recomputed if half_is_recomputed(parts, isinstance(self.mlp, MoELayer)) else kept
+        return feed(halves.feed, attend(halves.attend, hidden, batch), batch)
+
+    def count_adapter_calls(self) -> None:
+        """Counts training calls from now on, in a buffer: dropout of an adapter differs from call to call."""
+        device, self.counts_adapter_calls = self.input_layernorm.weight.device, True
+        self.register_buffer("adapter_call", torch.zeros((), dtype=torch.int64, device=device))
+
+    def next_adapter_call(self) -> Tensor | None:
+        """Returns the number of this training call, if it is counted; it advances in each call with gradients."""
+        if not self.counts_adapter_calls or not self.training:
+            return None
+        number = self.adapter_call.clone()
+        if torch.is_grad_enabled():
+            self.adapter_call += 1
+        return number
 
     def compile(self, *args: Any, fullgraph: bool = False, **kwargs: Any) -> None:
         """Compiles the layer in place: names of parameters, checkpoints and hooks do not change.
@@ -119,11 +160,23 @@ class DecoderLayer(ParallelRoot):
         return self._feed(self._attend(hidden, batch), batch)
 
     def _attend(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
-        return hidden + self.self_attn(self.input_layernorm(hidden), batch)
+        return hidden + self.self_attn(dropped(self.input_layernorm, hidden), batch)
 
     def _feed(self, hidden: Tensor, batch: SequenceBatch) -> Output:
-        output = self.mlp(self.post_attention_layernorm(hidden), batch)
+        output = self.mlp(dropped(self.post_attention_layernorm, hidden), batch)
         if not isinstance(output, tuple):
             return hidden + output
         change, routing_SE = output
         return hidden + change, routing_SE
+
+
+def _without_norms(
+    offloaded: OffloadedLayer | None, half: Callable[..., Any], hidden: Tensor, batch: SequenceBatch
+) -> Any:
+    """Calls a half of a layer, of which the output of the norm is not kept."""
+    with DroppedTensors(offloaded):
+        return half(hidden, batch)
+
+
+def _called(half: Callable[..., Any], hidden: Tensor, batch: SequenceBatch) -> Any:
+    return half(hidden, batch)

@@ -6,7 +6,7 @@ Legend: T tokens of this rank, K experts per token, R rows sent, M rows computed
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moefold import comm
-from lightning_moefold.balance.fast import CopyCounter
+from lightning_moefold.balance.fast import CopyCounter, FastPolicy
 from lightning_moefold.balance.placement import Placement, check_successor
 from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, Return, make_dispatcher, settle
 from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.balance import Routing
-from lightning_moefold.modules.base import Linear, ParallelRoot
+from lightning_moefold.modules.base import Linear, ParallelRoot, placed
 from lightning_moefold.modules.experts.experts import Experts, RoutedExperts
 from lightning_moefold.modules.experts.module_experts import ModuleExperts
+from lightning_moefold.modules.experts.packed import PackedExperts
 from lightning_moefold.modules.mlp import GatedMLP
 from lightning_moefold.modules.recompute import counted_once, is_recomputing
 from lightning_moefold.modules.routers import Router, RouterOptions, RouterOutput, RouterSpec, make_router
@@ -40,7 +41,8 @@ class MoELayer(ParallelRoot):
         hidden_size: Size of hidden states, D.
         num_experts: Number of experts, E.
         top_k: Number of experts per token.
-        ffn_hidden_size: Width of each gated expert.
+        ffn_hidden_size: Width of each gated expert, or the widths of all of them, which may differ and be 0
+            (:class:`~.experts.packed.PackedExperts`).
         expert: Function that makes one expert, instead of gated experts: any module from ``[rows, D]`` to ``[rows, D]``
             (:class:`~.module_experts.ModuleExperts`).
         router: The router that chooses experts: :class:`~.routers.RouterOptions`, the name of a registered router, a
@@ -70,7 +72,7 @@ class MoELayer(ParallelRoot):
         hidden_size: int,
         num_experts: int,
         top_k: int,
-        ffn_hidden_size: int | None = None,
+        ffn_hidden_size: int | Sequence[int] | None = None,
         *,
         expert: Callable[[], nn.Module] | None = None,
         router: RouterSpec | Callable[[int, int, int], Router] = RouterOptions(),
@@ -89,12 +91,16 @@ class MoELayer(ParallelRoot):
         make = router if callable(router) else partial(make_router, router)
         self.gate = make(hidden_size, num_experts, top_k)
         self.experts: RoutedExperts
-        if ffn_hidden_size is not None:
+        packed = isinstance(ffn_hidden_size, Sequence)
+        if isinstance(ffn_hidden_size, Sequence):
+            self.experts = PackedExperts(hidden_size, ffn_hidden_size, activation)
+            self.experts.check_number(num_experts)
+        elif ffn_hidden_size is not None:
             self.experts = Experts(hidden_size, num_experts, ffn_hidden_size, activation)
         elif expert is not None:
             self.experts = ModuleExperts(expert, num_experts)
         self.shared_expert = (
-            GatedMLP(hidden_size, shared_ffn_hidden_size, activation) if shared_ffn_hidden_size else None
+            GatedMLP(hidden_size, shared_ffn_hidden_size, activation, uneven=packed) if shared_ffn_hidden_size else None
         )
         self.shared_expert_gate = Linear(hidden_size, 1) if shared_ffn_hidden_size and shared_gate else None
         self.dispatch = dispatch
@@ -151,6 +157,18 @@ class MoELayer(ParallelRoot):
         rows_P = load_S.view(self.placement.parts, -1).sum(1)
         return rows_P if self._earlier_rows_P is None else rows_P + self._earlier_rows_P
 
+    def gained_rows(self) -> Tensor | None:
+        """Returns how many rows more each ep rank has computed because of copies, ``[P]``; on one of the ranks that share a plan.
+
+        Sums over ranks of :meth:`part_rows` and of this are the rows that parts have computed. None where nothing is to be added.
+        """
+        gained_R = self.copies.gained_R
+        return (
+            None
+            if gained_R is None or self.dispatcher.etp_ep.index
+            else torch.from_numpy(gained_R).to(self.load_E.device)
+        )
+
     def reset_load(self) -> None:
         """Sets the counters to zero."""
         self.load_E.zero_()
@@ -188,6 +206,12 @@ class MoELayer(ParallelRoot):
         if self.placement.parts != mesh.fold.ep:  # else experts may have moved already
             self.placement = Placement.contiguous(self.num_experts, mesh.fold.ep)
         self.dispatcher = make_dispatcher(config, self.num_experts, self.top_k, ExpertAxes.of(mesh, config))
+
+    def plan_copies_by(self, policy: FastPolicy) -> None:
+        """Plans copies from here on by another policy; between two steps, on all ranks alike."""
+        config = self.dispatcher.config
+        assert config.copies is not None, "the layer was set up without copies"
+        self.dispatcher.config = replace(config, copies=replace(config.copies, policy=policy))
 
     def forward(self, hidden: Tensor, batch: SequenceBatch | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Routes each token through its experts.
@@ -286,7 +310,8 @@ class MoELayer(ParallelRoot):
             return None
         shared_TD = self.shared_expert(x_TD, batch, halfway)
         if self.shared_expert_gate is not None:
-            shared_TD = self.shared_expert_gate(x_TD).sigmoid() * shared_TD
+            gate = self.shared_expert_gate
+            shared_TD = gate(x_TD, **placed(gate, batch.own_tokens(x_TD.device))).sigmoid() * shared_TD
         return shared_TD
 
     def _padded_capacity(self, tokens: int, batch: SequenceBatch) -> int | None:

@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_moefold.modules.experts.transformer_engine import recipe_contexts
-
-Recompute = Literal["selective", "full"]
 
 _AGAIN: ContextVar[bool] = ContextVar("moefold_recomputing", default=False)
 

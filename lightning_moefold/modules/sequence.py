@@ -21,6 +21,9 @@ from lightning_moefold.modules.attention.blockwise import Visibility
 from lightning_moefold.modules.attention.context import ContextLayout
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
+from lightning_moefold.modules.dropped import also_dropped
+from lightning_moefold.modules.lora import Places
+from lightning_moefold.modules.offload import OffloadedLayer
 
 
 class SequenceBatch:
@@ -54,6 +57,8 @@ class SequenceBatch:
         row_numbers: Number of each row among those of all data ranks: row b of rank r of R is ``b * R + r``, as rows
             are dealt.
         call: Number of the training call, for routers with noise.
+        adapter_call: Number of the training call, from which the dropout of adapters is made; None without.
+        offloaded: What the latest layer has sent to host memory; None if activations stay.
         cache: Keys and values of earlier positions during generation; None otherwise.
     """
 
@@ -76,6 +81,8 @@ class SequenceBatch:
         self.wants_routing = self.wants_z_loss = False
         self.row_numbers = range(rows)
         self.call: Tensor | None = None
+        self.adapter_call: Tensor | None = None
+        self.offloaded: OffloadedLayer | None = None
         self.cache: KeyValueCache | None = None
         self._visibility: dict[int | None, Visibility] = {}
         self._places: tuple[Tensor, Tensor] | None = None
@@ -107,7 +114,7 @@ class SequenceBatch:
 
     def gather(self, x_TD: Tensor) -> Tensor:
         """Gathers all tokens of the tp group, ``[T, D] -> [N, D]``; backward sums the gradients of the ranks."""
-        return self._cut(comm.all_gather(x_TD, self.tp))
+        return also_dropped(self._cut(comm.all_gather(x_TD, self.tp)), x_TD, self.gather)
 
     def enter(self, x_ND: Tensor) -> Tensor:
         """Takes this rank's tokens of those that every tp rank has, ``[N, D] -> [T, D]``; backward gathers the gradients."""
@@ -128,11 +135,25 @@ class SequenceBatch:
     def token_places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns the row number and the position in the row of each of this rank's tokens, each ``[T]`` int64."""
         if self._token_places is None:
-            numbers = self.row_numbers
-            row_B = numbers.start + numbers.step * torch.arange(len(numbers), device=device)
-            row_N, position_N = row_B.repeat_interleave(self.length), self.layout.positions(device).repeat(self.rows)
+            row_N, position_N = self._all_token_places(device)
             self._token_places = self.shard(row_N), self.shard(position_N)
         return self._token_places
+
+    def _all_token_places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        numbers = self.row_numbers
+        row_B = numbers.start + numbers.step * torch.arange(len(numbers), device=device)
+        return row_B.repeat_interleave(self.length), self.layout.positions(device).repeat(self.rows)
+
+    def own_tokens(self, device: torch.device) -> Places:
+        """Returns the places of this rank's tokens, ``[T]``, for dropout."""
+        return lambda: (self._adapter_call(device), *self.token_places(device))
+
+    def all_tokens(self, device: torch.device) -> Places:
+        """Returns the places of all tokens of the tp group, ``[N]``, for dropout."""
+        return lambda: (self._adapter_call(device), *self._all_token_places(device))
+
+    def _adapter_call(self, device: torch.device) -> Tensor:
+        return torch.zeros((), dtype=torch.int64, device=device) if self.adapter_call is None else self.adapter_call
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor, int]:
         """Returns row and position of every token of the cp x tp group, in the order of a gather over tp and then over cp.

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_moefold.errors import UnsupportedFeature
+from lightning_moefold.optim.muon import Muon
 from lightning_moefold.optim.stepping import step_inside
 
 #: Operations that combine elements of a tensor (without the ``_`` of in-place ones); all of ``linalg`` does, too.
@@ -41,7 +42,7 @@ class _Watch(TorchDispatchMode):
         if combines(func) and any(isinstance(x, Tensor) and x.numel() > 1 for x in tree_leaves((args, kwargs))):
             raise UnsupportedFeature(
                 f"{self.kind} combines the elements of a tensor (by {func}), and a rank holds only pieces of parameters; "
-                "use an optimizer that treats elements one by one, such as AdamW, SGD or Lion."
+                "use an optimizer that treats elements one by one, such as AdamW, SGD or Lion, or lightning_moefold.optim.Muon."
             )
         return func(*args, **kwargs)
 
@@ -63,6 +64,11 @@ def elementwise_only(optimizer: Optimizer) -> Iterator[None]:
     Raises:
         UnsupportedFeature: Raised by ``step`` if it combines elements, such as by a norm, a mean or a matrix product.
     """
+    if isinstance(optimizer, Muon) or isinstance(
+        getattr(optimizer, "inner", None), Muon
+    ):  # which gathers what it combines
+        yield
+        return
     watch = _Watch(type(optimizer).__name__)
     own = "step" in vars(optimizer)  # schedulers replace it by a wrapper
     step = optimizer.step

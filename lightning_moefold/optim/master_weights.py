@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_moefold.optim.muon import Muon
 from lightning_moefold.parallel import local_part
 
 _MASTER = "master"
@@ -29,7 +30,7 @@ class MasterWeights(Optimizer):
     step it holds 4 more bytes for the gradient in float32.
 
     Args:
-        optimizer_class: Class of an elementwise optimizer, such as ``torch.optim.AdamW``.
+        optimizer_class: Class of an elementwise optimizer, such as ``torch.optim.AdamW``, or :class:`~.muon.Muon`.
         params: Parameters or parameter groups, as for ``optimizer_class``.
         **kwargs: Further arguments of ``optimizer_class``.
 
@@ -56,6 +57,11 @@ class MasterWeights(Optimizer):
         if hasattr(self, "inner"):
             raise NotImplementedError("MasterWeights takes all parameter groups when it is made; add none later.")
         super().add_param_group(param_group)
+
+    def learn_names(self, names: Mapping[int, str]) -> None:
+        """Tells an optimizer that needs names (:class:`~.muon.Muon`) those of the masters; the strategy calls it."""
+        if isinstance(self.inner, Muon):
+            self.inner.learn_names({id(m): names[id(p)] for p, m in self._masters.items() if id(p) in names})
 
     @override
     @torch.no_grad()

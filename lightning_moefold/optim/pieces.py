@@ -9,8 +9,8 @@ results become DTensors again. Nothing of torch is replaced: a dispatch mode is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import MethodType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_moefold.optim.elementwise import combines
+from lightning_moefold.optim.master_weights import MasterWeights
+from lightning_moefold.optim.muon import Muon
 from lightning_moefold.optim.stepping import step_inside
 from lightning_moefold.parallel.gradients import like
 
@@ -87,12 +89,15 @@ def _whole(found: Any, models: dict[int, DTensor]) -> Any:
     )
 
 
-def run_on_pieces(optimizer: Optimizer) -> None:
+def run_on_pieces(optimizer: Optimizer, names: Mapping[int, str] = MappingProxyType({})) -> None:
     """Lets ``step`` and ``zero_grad`` of this optimizer use lists of parameters of all kinds.
 
     Args:
         optimizer: The optimizer; its bound methods are replaced, its class and torch are not changed.
+        names: Names of the parameters by ``id``, for optimizers that need them.
     """
+    if isinstance(optimizer, (Muon, MasterWeights)):
+        optimizer.learn_names(names)
     if getattr(optimizer.step, _MARK, False):
         return
     for name in ("step", "zero_grad"):

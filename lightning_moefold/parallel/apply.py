@@ -16,10 +16,14 @@ from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
 from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.experts import Experts
+from lightning_moefold.modules.experts.experts import RoutedExperts
+from lightning_moefold.modules.experts.packed import PackedExperts
 from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.modules.recompute_parts import half_is_recomputed, recompute_parts
 from lightning_moefold.parallel.compiling import compilable_layers, compile_layers
 from lightning_moefold.parallel.network.protocol import layered_networks
 from lightning_moefold.parallel.network.runner import NetworkRunner, cut_network, network_runners, runner_of
@@ -46,12 +50,15 @@ def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device:
         CheckpointError: If a weight cannot be read.
     """
     check_settings(module, mesh.fold, settings)
+    check_recompute(module, settings)
     for experts in (m for m in module.modules() if isinstance(m, Experts)):
         experts.check_kernel(
             settings.expert_kernel, mesh.fold, settings.sharding.mixed_dtype or experts.gate_proj.dtype, device
         )
+    for packed in (m for m in module.modules() if isinstance(m, PackedExperts)):
+        packed.check_kernel(settings.expert_kernel)
     earlier = [part.settings for part in parts_of(module) if part.mesh is not None]
-    _tell(module, settings)
+    tell(module, settings)
     if any(before.dispatch != settings.dispatch for before in earlier):
         _make_dispatchers(module, mesh)
     for network in layered_networks(module):
@@ -95,20 +102,42 @@ def check_settings(module: nn.Module, fold: Fold, settings: Settings) -> None:
         part.settings.check_successor(settings, fold.pp)
 
 
+def check_recompute(module: nn.Module, settings: Settings) -> None:
+    """Checks that there are the layers of which something is to be recomputed or to go to host memory.
+
+    Raises:
+        InputError: Naming the part.
+    """
+    if settings.offload and not any(isinstance(part, DecoderLayer) for part in module.modules()):
+        raise InputError(
+            f"offload_activations=True moves what decoder layers keep, but {type(module).__name__} holds none; leave it out."
+        )
+    parts = recompute_parts(settings.recompute)
+    for config in (root.config for _, root in parallel_roots(module) if isinstance(root, MoECausalLM)):
+        kinds = {"mlp": config.num_hidden_layers - config.num_moe_layers, "moe": config.num_moe_layers}
+        for part in sorted(part for part, number in kinds.items() if part in parts and not number):
+            what = "dense layer" if part == "mlp" else "layer with experts"
+            raise InputError(f"recompute names {part!r}, but the model has no {what}; leave it out.")
+
+
 def parts_of(module: nn.Module) -> list[ParallelRoot | NetworkRunner]:
     """The models, blocks and networks in a module that are cut, or to be cut, as one each."""
     return [*(root for _, root in parallel_roots(module)), *(runner for _, runner in network_runners(module))]
 
 
-def _tell(module: nn.Module, settings: Settings) -> None:
+def tell(module: nn.Module, settings: Settings) -> None:
     """Hands each part what concerns it."""
+    parts = recompute_parts(settings.recompute)
+    again = "expert_activation" in parts and not half_is_recomputed(parts, moe=True)
     for part in module.modules():
         if isinstance(part, DecoderLayer):
-            part.recompute = settings.recompute
+            part.recompute, part.offload = settings.recompute, settings.offload
         elif isinstance(part, MoELayer):
             part.use_dispatch(settings.dispatch)
-        elif isinstance(part, Experts):
-            part.kernel = settings.expert_kernel
+        elif isinstance(part, RoutedExperts):
+            part.again = again
+            if isinstance(part, Experts):
+                part.kernel = settings.expert_kernel
 
 
 def _make_dispatchers(module: nn.Module, mesh: FoldedMesh) -> None:

@@ -103,11 +103,11 @@ class ParameterRegistry:
         return found
 
     def everyones_placements(self) -> dict[str, Placement]:
-        """:meth:`placements` of the layers of all stages, sorted by name, the same on every rank. Collective over the world."""
-        mine, world = self.placements(), self.mesh.world
-        everyone: list[Any] = [mine] * world.size
-        if world.size > 1:
-            dist.all_gather_object(everyone, mine, group=world.group)
+        """:meth:`placements` of the layers of all stages, sorted by name, the same on every rank. Collective over ``pp``."""
+        mine, pp = self.placements(), self.mesh.axis("pp")  # ranks of a stage have the same
+        everyone: list[Any] = [mine] * pp.size
+        if pp.size > 1:
+            dist.all_gather_object(everyone, mine, group=pp.group)
         return dict(sorted((name, placement) for part in everyone for name, placement in part.items()))
 
     def moe_layers(self) -> dict[str, MoELayer]:
@@ -118,6 +118,10 @@ class ParameterRegistry:
     def sharded(self) -> bool:
         """Whether any parameter is stored in pieces by the strategy, even if one rank holds them all."""
         return bool(self.layouts)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters here, as they are stored, by name."""
+        return iter(self._parameters.items())
 
     def own(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The user's own parameters."""

@@ -54,7 +54,7 @@ def cut_root(model: ParallelRoot, mesh: FoldedMesh, settings: Settings, device: 
     if isinstance(model, MoECausalLM):
         mesh.fold.validate(model.config)
     make_groups(model, mesh)
-    plans = _collect_plans(model, mesh)
+    plans = collect_plans(model, mesh)
     model.layouts = {
         name: _layout(tuple(p.shape), plans.get(name, ParameterPlan()), mesh, sharding)
         for name, p in model.named_parameters()
@@ -82,7 +82,8 @@ def make_groups(module: nn.Module, mesh: FoldedMesh) -> None:
             part.make_groups(mesh)
 
 
-def _collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPlan]:
+def collect_plans(model: nn.Module, mesh: FoldedMesh) -> dict[str, ParameterPlan]:
+    """Returns how the blocks of a module cut their parameters, by name in it."""
     return {
         f"{prefix}.{name}".lstrip("."): plan
         for prefix, module in model.named_modules()
@@ -96,13 +97,18 @@ def _layout(shape: tuple[int, ...], plan: ParameterPlan, mesh: FoldedMesh, shard
     if sharding.mode == "none" or sharding.data_mesh(mesh, plan.family) is None:
         return layout
     sizes = layout.tensor_box(mesh.place).sizes
-    return replace(layout, data_dim=_data_dim(sizes, plan.family, mesh.fold.size(layout.data_axis)))
+    return replace(layout, data_dim=_data_dim(sizes, plan, mesh.fold.size(layout.data_axis)))
 
 
-def _data_dim(sizes: tuple[int, ...], family: Family, ranks: int) -> int:
-    """Experts whose local number does not divide by edp are cut along the next dimension instead, where that divides."""
-    if family is Family.DENSE:
+def _data_dim(sizes: tuple[int, ...], plan: ParameterPlan, ranks: int) -> int:
+    """Experts whose local number does not divide by edp are cut along the next dimension instead, where that divides.
+
+    Flat stacks have different lengths on the ranks of ep, so their first dimension must not decide.
+    """
+    if plan.family is Family.DENSE:
         return 0
+    if plan.flat:
+        return int(sizes[1] % ranks == 0)
     return next((dim for dim in (0, 1) if sizes[dim] % ranks == 0), 0)
 
 
@@ -142,10 +148,10 @@ def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, groups: lis
     reshard = sharding.mode == "full"
     plain_experts: set[nn.Parameter] = set()
     for module in model.modules():
-        if isinstance(module, RoutedExperts) and expert is None:
+        if isinstance(module, RoutedExperts) and (expert is None or _is_empty(module)):
             plain_experts |= set(module.parameters())
         elif isinstance(module, RoutedExperts) and expert is not None:
-            place = partial(_expert_placement, ranks=expert.size())
+            place = partial(_expert_placement, ranks=expert.size(), plan=module.plan)
             fully_shard(module, mesh=expert, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=place)
         elif isinstance(module, Router) and dense is not None and sharding.mixed_dtype is not None:
             # The router computes in float32 whatever the precision, so its weight is not cast.
@@ -191,6 +197,11 @@ def _prefetch(layers: list[nn.Module]) -> None:
             layer.set_modules_to_forward_prefetch(cast("list[FSDPModule]", ahead))
 
 
-def _expert_placement(parameter: nn.Parameter, ranks: int) -> Shard:
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a rank, and so all that hold the same experts, has none of their channels: FSDP2 reduces no empty gradients."""
+    return all(not (p.to_local() if isinstance(p, DTensor) else p).numel() for p in module.parameters())
+
+
+def _expert_placement(parameter: nn.Parameter, ranks: int, plan: ParameterPlan) -> Shard:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return Shard(_data_dim(tuple(local.shape), Family.EXPERT, ranks))
+    return Shard(_data_dim(tuple(local.shape), plan, ranks))

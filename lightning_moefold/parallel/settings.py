@@ -19,7 +19,7 @@ from lightning_moefold.layout import Family
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.attention.exchanges import EXCHANGES, Exchange
 from lightning_moefold.modules.experts.kernels import EXPERT_KERNELS, ExpertKernel
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import Recompute, recompute_parts
 from lightning_moefold.parallel.pipeline.plan import PipelinePlan
 
 ShardingMode = Literal["optimizer", "full", "none"]
@@ -70,9 +70,10 @@ class Settings:
         dispatch: How tokens travel, of MoE layers that were not made with a choice of their own; ``node_size`` is also that
             of layers that give none.
         expert_kernel: How gated experts compute.
-        recompute: What decoder layers compute again in backward.
+        recompute: What decoder layers compute again in backward: None, ``"selective"``, ``"full"``, or a list of parts.
         exchange: How attention works over cp.
         compiler: Back end of :func:`torch.compile` for decoder layers; None to leave them as they are.
+        offload: Whether what decoder layers keep for backward goes to host memory.
 
     Raises:
         InputError: For a value that is not known.
@@ -86,12 +87,17 @@ class Settings:
     recompute: Recompute | None = None
     exchange: Exchange = "auto"
     compiler: str | None = None
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.num_microbatches < 1:
             raise InputError(f"num_microbatches={self.num_microbatches} must be at least 1.")
         check_choice("expert_kernel", self.expert_kernel, EXPERT_KERNELS)
-        check_choice("recompute", self.recompute, (None, "selective", "full"))
+        if "norm" in recompute_parts(self.recompute) and self.compiles:
+            raise InputError(
+                "recompute names 'norm', which a compiled layer cannot drop by itself; leave it out, or use compile=False."
+            )
+        check_choice("offload_activations", self.offload, (False, True))
         check_choice("context_parallel_exchange", self.exchange, EXCHANGES)
 
     @property

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 EXPERT_LOAD = "expert_load.npz"
+EXPERT_PLACEMENT = "expert_placement.npz"
 PIPELINE_TIMELINE = "pipeline_timeline.json"
 ROUTING_TRACE = "routing_trace.npz"
 

@@ -12,14 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import DAMAGE, InputError
 from lightning_moefold.planner.cost.simulate import Event, Timeline
-from lightning_moefold.plots.files import EXPERT_LOAD, NO_EXPERT, PIPELINE_TIMELINE
+from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, NO_EXPERT, PIPELINE_TIMELINE
 
 METRICS_NAME = "metrics.csv"
 NEWEST = 4
@@ -63,6 +62,27 @@ class RecordedLoad:
         return np.divide(counts * experts, total, out=np.full_like(counts, np.nan), where=total > 0)
 
 
+@dataclass(frozen=True)
+class RecordedPlacement:
+    """Where the experts of a run lived, and what each rank computed.
+
+    Args:
+        first: Optimizer step with which the first interval began.
+        steps: Optimizer step at which each interval ended, ``[N]``.
+        layers: Number of each layer, ``[L]``.
+        parts_NLE: Rank of ep that each expert was on; negative if a layer has fewer experts.
+        home_NLP: Rows that each rank of ep would have computed if every expert had stayed where a run begins.
+        rows_NLP: Rows that it has computed.
+    """
+
+    first: int
+    steps: NDArray[np.int64]
+    layers: NDArray[np.int64]
+    parts_NLE: NDArray[np.int16]
+    home_NLP: NDArray[np.int64]
+    rows_NLP: NDArray[np.int64]
+
+
 @dataclass
 class Run:
     """The files of a run, as read.
@@ -71,6 +91,7 @@ class Run:
         folder: Folder of the run.
         versions: Metrics by name of each version of the run (a folder with a ``metrics.csv``), oldest first.
         load: The latest recorded expert loads, if any.
+        placement: The latest recorded placement of experts, if any.
         timeline: The latest recorded pipeline, if any.
         notes: Remarks about the files to print, one sentence each.
     """
@@ -78,6 +99,7 @@ class Run:
     folder: Path
     versions: dict[str, dict[str, Series]] = field(default_factory=dict)
     load: RecordedLoad | None = None
+    placement: RecordedPlacement | None = None
     timeline: Timeline | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -107,8 +129,9 @@ def read_run(folder: str | Path) -> Run:
     run = Run(folder)
     _read_versions(run)
     _read_load(run)
+    _read_placement(run)
     _read_timeline(run)
-    if not run.versions and run.load is None and run.timeline is None:
+    if not run.versions and run.load is None and run.placement is None and run.timeline is None:
         reason = " ".join(run.notes) or (
             f"{folder} holds neither a {METRICS_NAME} (written by Lightning's CSVLogger) nor an {EXPERT_LOAD} (by "
             f"LoadBalanceMonitor) nor a {PIPELINE_TIMELINE} (by PipelineTimeline)."
@@ -193,11 +216,26 @@ def _read_load(run: Run) -> None:
     try:
         with np.load(files[-1], allow_pickle=False) as saved:
             load = RecordedLoad(saved["steps"], saved["layers"], saved["counts"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except DAMAGE as error:
         run.notes.append(f"{files[-1]} is left out: it is not what LoadBalanceMonitor writes ({error}).")
         return
     if load.counts_NLE.ndim == 3 and load.counts_NLE.size:
         run.load = load
+
+
+def _read_placement(run: Run) -> None:
+    files = sorted(run.folder.rglob(EXPERT_PLACEMENT), key=lambda path: path.stat().st_mtime)
+    if not files:
+        return
+    try:
+        with np.load(files[-1], allow_pickle=False) as saved:
+            steps, *others = (saved[name] for name in ("steps", "layers", "parts", "home_rows", "rows"))
+            first = int(saved["first"])
+    except DAMAGE as error:
+        run.notes.append(f"{files[-1]} is left out: it is not what ExpertRebalancer writes ({error}).")
+        return
+    if len(steps):
+        run.placement = RecordedPlacement(first, steps, *others)
 
 
 def read_timeline(path: Path) -> Timeline:

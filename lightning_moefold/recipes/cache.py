@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_moefold.checkpoint.drafts import draft_of, publish, sync_file
+from lightning_moefold.checkpoint.reasons import reason_of
+from lightning_moefold.checkpoint.sums import check_archive
 from lightning_moefold.checkpoint.tokenizers import tokenizer_files
 from lightning_moefold.errors import InputError
+from lightning_moefold.mesh import SINGLE
 from lightning_moefold.recipes.documents import READABLE, dataset_files
 from lightning_moefold.recipes.packing import Packing, Plan, Rows, plan_rows
-from lightning_moefold.recipes.store import TokenStore
+from lightning_moefold.recipes.store import TokenStore, write_sums
 from lightning_moefold.recipes.tokenizing import Reading, tokenize
 
 #: Of what is kept; another number for tokens that the same text would not make today.
-_FORMAT = 3
+_FORMAT = 4
 
 
 class TokenCache:
@@ -94,15 +97,14 @@ class TokenCache:
         path = self.path(files)
         if path.exists():
             return path
-        draft = path.with_suffix(f".{secrets.token_hex(4)}")  # nodes that share a folder may have the same process ids
         try:
-            tokenize(files, self.reading, draft, processes)
-            draft.rename(path)
-        except OSError:
-            if not path.exists():  # another process was faster
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            with draft_of(path, SINGLE) as draft:
+                tokenize(files, self.reading, draft, processes)
+                write_sums(draft)
+                if not path.exists():  # another process may have been faster
+                    publish(draft, path)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot keep what is tokenised: {reason_of(error)}.") from error
         return path
 
     def open(self, files: Sequence[Path]) -> TokenStore:
@@ -139,6 +141,7 @@ class TokenCache:
             plans = [plan_rows(store, packing, length, chosen) for chosen in (_by_file(store) if apart else [None])]
             _write(path, lambda draft: torch.save(_packed(plans), draft))
         try:
+            check_archive(path)
             saved = torch.load(path, mmap=True, weights_only=True)
             return Rows(store, _unpacked(saved, length)), saved["sizes"]
         except Exception as error:
@@ -171,6 +174,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Complete or not at all."""
     draft = path.with_suffix(f".{secrets.token_hex(4)}")
     write(draft)
+    sync_file(draft)
     draft.replace(path)
 
 

@@ -92,6 +92,15 @@ class RowOrder:
             return self.mixture.draw(generator)
         return torch.arange(self.count) if generator is None else torch.randperm(self.count, generator=generator)
 
+    def rows_of_batch(self, number: int) -> list[int]:
+        """The rows of a global batch of this epoch, over all data ranks.
+
+        Args:
+            number: Of the batch in the epoch, counted from 0 and from the epoch's beginning, as Lightning does.
+        """
+        first = self._begin.rows + (number - self._begin.batches) * self.batch_size
+        return self.permutation(self._begin.epoch)[max(first, 0) : first + self.batch_size].tolist()
+
     def __iter__(self) -> Iterator[Tensor]:
         """Row numbers of this rank's batches, each ``[G / D]``."""
         begin = self._begin

@@ -6,6 +6,7 @@
     ends.bin          N int64, where each document ends
     origins.bin       N x 3 int64, file, row and :class:`~.template.Kind` of each
     counts.json       what happened to the rows on their way
+    checksums.json    of the blocks of these files; those of tokens.bin and trained.bin are compared when rows of them are read
 
 Legend: N documents, T tokens of all of them.
 """
@@ -19,8 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_moefold.checkpoint.drafts import sync_file
+from lightning_moefold.checkpoint.sums import ALGORITHM, is_known, pack_sums, sum_of, unpack_sums
+from lightning_moefold.errors import InputError
 from lightning_moefold.recipes.documents import name_of
 from lightning_moefold.recipes.template import Document, Kind
+
+#: File of the checksums, and bytes of a block that has one.
+SUMS, BLOCK = "checksums.json", 1 << 16
 
 
 @dataclass
@@ -52,6 +59,42 @@ class Counts:
             setattr(self, one.name, max(mine, others) if one.name == "largest" else mine + others)
 
 
+class CheckedArray:
+    """A mapped array whose blocks are compared with their checksums when something of them is first read.
+
+    Args:
+        array: The array.
+        sums: The checksum of each block of its bytes.
+        algorithm: Of the checksums.
+        block: Bytes of a block.
+        path: Its file.
+    """
+
+    def __init__(self, array: np.ndarray, sums: Sequence[str], algorithm: str, block: int, path: Path) -> None:
+        self._array, self._sums, self._algorithm, self._block, self._path = array, sums, algorithm, block, path
+        self._checked = bytearray(len(sums))
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        begin, end, _ = part.indices(len(self._array))
+        size = self._array.itemsize
+        for block in range(begin * size // self._block, -(-end * size // self._block)):
+            if not self._checked[block]:
+                self._check(block)
+        return self._array[part]
+
+    def _check(self, block: int) -> None:
+        found = self._array.view(np.uint8)[block * self._block : (block + 1) * self._block]
+        if sum_of(found, self._algorithm) != self._sums[block]:
+            raise InputError(
+                f"{self._path} is damaged: a part of it does not have its checksum; delete {self._path.parent}, and the text is "
+                "tokenised again."
+            )
+        self._checked[block] = 1
+
+
 @dataclass
 class TokenStore:
     """Documents as arrays, mapped or in memory.
@@ -65,8 +108,8 @@ class TokenStore:
         counts: What happened to the rows.
     """
 
-    tokens_T: np.ndarray
-    trained_T: np.ndarray | None
+    tokens_T: np.ndarray | CheckedArray
+    trained_T: np.ndarray | CheckedArray | None
     ends_N: np.ndarray
     origins_N3: np.ndarray
     files: Sequence[Path]
@@ -115,20 +158,48 @@ class TokenStore:
             folder: That a :class:`StoreWriter` has finished.
             files: Those that it was made of.
         """
+        found = unpack_sums((folder / SUMS).read_bytes(), folder / SUMS)
+        algorithm, block = found["algorithm"], int(found["block"])
+        sums = found["files"] if is_known(algorithm) else {}
+        for name in ("counts.json", "ends.bin", "origins.bin"):
+            if sums and _sums_of(folder / name, algorithm, block) != sums[name]:
+                raise ValueError(f"{name} does not have its checksum")
         counts = Counts(**json.loads((folder / "counts.json").read_text(encoding="utf-8")))
-        trained = _map(folder / "trained.bin", np.bool_) if counts.trained < counts.tokens else None
-        origins_N3 = _map(folder / "origins.bin", np.int64).reshape(-1, 3)
+
+        def checked(name: str, dtype: type) -> np.ndarray | CheckedArray:
+            array = _map(folder / name, dtype)
+            if sums and len(sums[name]) != -(-array.nbytes // block):
+                raise ValueError(f"{name} is not complete")
+            return CheckedArray(array, sums[name], algorithm, block, folder / name) if sums else array
+
         store = cls(
-            _map(folder / "tokens.bin", np.int32),
-            trained,
+            checked("tokens.bin", np.int32),
+            checked("trained.bin", np.bool_) if counts.trained < counts.tokens else None,
             _map(folder / "ends.bin", np.int64),
-            origins_N3,
+            _map(folder / "origins.bin", np.int64).reshape(-1, 3),
             files,
             counts,
         )
         if len(store) != counts.documents or len(store.tokens_T) != counts.tokens:
             raise ValueError("a file is not complete")
         return store
+
+
+def write_sums(folder: Path) -> None:
+    """Writes the checksums of the files of a folder, and waits until all of them are on disk."""
+    names = ("counts.json", "ends.bin", "origins.bin", "tokens.bin", "trained.bin")
+    packed = pack_sums({"files": {name: _sums_of(folder / name, ALGORITHM, BLOCK) for name in names}, "block": BLOCK})
+    (folder / SUMS).write_bytes(packed)
+    for name in (*names, SUMS):
+        sync_file(folder / name)
+
+
+def _sums_of(path: Path, algorithm: str, block: int) -> list[str]:
+    found = []
+    with path.open("rb") as file:
+        while content := file.read(block):
+            found.append(sum_of(content, algorithm))
+    return found
 
 
 def _map(path: Path, dtype: type) -> np.ndarray:

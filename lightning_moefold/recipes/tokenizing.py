@@ -223,7 +223,7 @@ def _share(
     files: Sequence[Path], reading: Reading, writer: StoreWriter, processes: int, advance: Callable[[int], Any]
 ) -> None:
     """Has processes tokenise, and joins what they wrote, chunk by chunk."""
-    with tempfile.TemporaryDirectory(dir=writer.folder.parent, prefix=".parts") as parts:
+    with tempfile.TemporaryDirectory(dir=writer.folder, prefix=".parts") as parts:
         job = {"files": list(map(str, files)), "reading": asdict(reading), "processes": processes}
         logs = [Path(parts, f"{number}.log") for number in range(processes)]
         started = [_start(job | {"number": n, "folder": f"{parts}/{n}"}, logs[n]) for n in range(processes)]

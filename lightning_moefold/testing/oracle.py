@@ -183,7 +183,7 @@ def _split_adapter(name: str, tensor: Tensor, experts: int) -> Iterator[tuple[st
     owner, _, part = name.removesuffix(".default.weight").rpartition(".")
     stem = owner.replace(".base_layer", "")
     if not stem.endswith(".experts"):
-        yield f"{stem}.{part}", tensor
+        yield f"{stem}.{part.replace('magnitude_vector', 'magnitude')}", tensor
         return
     matrix = "gate_up" if owner.endswith(".base_layer") else "down"
     if part == "lora_A":

@@ -178,6 +178,10 @@ def verify(
             )  # fmt: skip
     config = MoEConfig.from_pretrained(path, **overrides)
     parsed.validate(config)
+    if config.is_packed:
+        raise ConfigError(
+            f"{path} is packed, which transformers does not know; verify what moefold camera unpack makes of it."
+        )
     if config.router.changes_training or config.aux_loss != "huggingface" or config.wants_z_loss:
         raise ConfigError(
             f"{path} has routers or losses of routers that transformers does not know, so there is nothing to compare with; "

@@ -86,6 +86,60 @@ def test_theirs_in_ours(base: Path, tmp_path: Path, fields: dict[str, Any]) -> N
 
 
 @torch.no_grad()
+def test_dora_both_ways_and_merged(base: Path, tmp_path: Path) -> None:
+    """Rows of trained lengths: logits as PEFT's, ours loaded by PEFT and PEFT's by us, and the sum with its lengths written."""
+    gate = ["shared_expert_gate"] if base.name == "qwen2_moe" else []
+    fields = {"use_dora": True, "target_parameters": None, "rank_pattern": {}, "use_rslora": True}
+    path = make_adapter(tmp_path / "theirs", base, **fields)
+    ours, theirs = adapted(base, path, torch.float64), hf_reference(base)
+    PeftModel.from_pretrained(theirs, path)
+    held = peft_tensors(theirs)
+    assert held.keys() == set(ours.adapter.shapes)
+    assert sum(name.endswith("lora_magnitude") for name in held) >= 8
+    expected = theirs(input_ids=TOKENS).logits
+    torch.testing.assert_close(ours(TOKENS).logits, expected, rtol=1e-9, atol=1e-9)
+    ours.save_adapter(tmp_path / "ours")
+    plain = hf_reference(base)
+    PeftModel.from_pretrained(plain, tmp_path / "ours")
+    torch.testing.assert_close(plain(input_ids=TOKENS).logits, expected, rtol=1e-9, atol=1e-9)
+    command = [
+        "merge",
+        "--checkpoint",
+        str(base),
+        "--adapter",
+        str(tmp_path / "ours"),
+        "--output",
+        str(tmp_path / "merged"),
+    ]
+    assert main([*command, "--dtype", "float32"]) == 0
+    merged = MoECausalLM.from_pretrained(tmp_path / "merged", torch.float64)
+    torch.testing.assert_close(merged(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+    # A new one begins as the model without it.
+    fresh = MoECausalLM.from_pretrained(base, torch.float64)
+    logits = fresh(TOKENS).logits
+    fresh.add_adapter(LoRA(use_dora=True, targets=["q_proj", "o_proj", *gate]))
+    torch.testing.assert_close(fresh(TOKENS).logits, logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("lora", "says"),
+    [
+        (LoRA(use_dora=True, targets=["q_proj", "experts"]), "does not go with the target 'experts'"),
+        (LoRA(use_dora=True, targets=["gate"]), "does not go with the target 'gate'"),
+        (LoRA(use_dora=True, targets=["down_proj"]), "which PEFT adapts as a parameter"),
+        (LoRA(dropout=0.1, targets=["q_proj", "experts"]), "does not go with the target 'experts'"),
+        (LoRA(dropout=0.1, targets=["gate"]), "whose adapter has none"),
+    ],
+)
+def test_what_only_modules_can_have(qwen: Path, lora: LoRA, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        MoECausalLM.from_pretrained(qwen).add_adapter(lora)
+    for dropout in (-0.1, 1.0):
+        with pytest.raises(InputError, match="at least 0 and less than 1"):
+            LoRA(dropout=dropout)
+
+
+@torch.no_grad()
 def test_an_adapter_for_each_matrix_of_an_expert(base: Path, tmp_path: Path) -> None:
     """As files for older versions are: gate and up have an A each, so what they share has twice the rank."""
     mixtral = base.name == "mixtral"
@@ -216,7 +270,7 @@ def test_a_tied_head_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "no LoRA adapter"),
@@ -234,7 +288,7 @@ def test_files_that_are_refused(qwen: Path, tmp_path: Path, change: dict[str, An
         MoECausalLM.from_pretrained(qwen).load_adapter(path)
 
 
-def test_dropout_changes_nothing_but_training_which_is_refused(qwen: Path, tmp_path: Path) -> None:
+def test_dropout_of_experts_changes_nothing_but_training_which_is_refused(qwen: Path, tmp_path: Path) -> None:
     path = make_adapter(tmp_path / "adapter", qwen)
     logits = adapted(qwen, path)(TOKENS).logits
     config = json.loads((path / "adapter_config.json").read_text()) | {"lora_dropout": 0.1}

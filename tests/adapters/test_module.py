@@ -16,6 +16,7 @@ from tests.adapters import jobs
 LORA = {"rank": 4, "targets": ["q_proj", "gate", "experts", "down_proj"]}
 
 
+@pytest.mark.more
 def test_mixed_precision(pool: RankPool, tmp_path: Path) -> None:
     """A fold costs no more precision than bfloat16 costs one rank, against float32, over all steps."""
     path = str(make_checkpoint(tmp_path / "model", "qwen2_moe"))

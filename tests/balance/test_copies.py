@@ -173,9 +173,6 @@ def test_plans_that_cannot_be(policy: object, said: str) -> None:
     [
         (lambda: ExpertCopies("nobody"), "policy='nobody' of expert copies is not available; use one of 'joint', 'greedy',"),
         (lambda: ExpertCopies(max_copies_per_rank=0), "max_copies_per_rank=0 leaves no room for copies"),
-        (lambda: DispatchConfig("deduplicated", copies=ExpertCopies()), "expert_copies does not go with dispatcher='dedup"),
-        (lambda: DispatchConfig("hierarchical", copies=ExpertCopies()), "expert_copies does not go with dispatcher='hier"),
-        (lambda: DispatchConfig("allgather", copies=ExpertCopies()), "expert_copies does not go with dispatcher='allg"),
         (lambda: DispatchConfig(capacity_factor=1.0, pad_to_capacity=True, copies=ExpertCopies()), "pad_to_capacity gives"),
         (lambda: settle(DispatchConfig(copies=ExpertCopies()), 8, 2, Fold(2)), "expert_copies even out the ranks of ep"),
     ],

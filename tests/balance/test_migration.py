@@ -37,7 +37,7 @@ UNEVEN = {"num_experts": 6, "moe_intermediate_size": 7}
     [
         ("tp2 | ep2", 2, EVEN, {"dispatch": {"dispatch_chunks": 2}}),
         pytest.param("| ep4", 4, EVEN, {"dispatch": {"dispatcher": "deduplicated"}}, marks=pytest.mark.more),
-        ("| ep2 etp2", 4, EVEN, {"dispatch": {"dispatcher": "allgather"}}),
+        pytest.param("| ep2 etp2", 4, EVEN, {"dispatch": {"dispatcher": "allgather"}}, marks=pytest.mark.more),
         pytest.param("| ep2", 4, EVEN, {"dispatch": {"capacity_factor": 1.0}}, marks=pytest.mark.more),
         ("| ep2", 4, UNEVEN, {"sharding": "full", "moves": {"exchange": 1}}),
         pytest.param(

@@ -83,6 +83,7 @@ def test_the_base_of_an_adapter_moves_with_it(pool: RankPool, path: str, tmp_pat
             assert_close_by_name(whole(seen, part), whole(stays, part), 1e-9, part)
 
 
+@pytest.mark.more
 def test_another_trainer_finds_experts_where_they_are(pool: RankPool, path: str) -> None:
     """Also where it makes other dispatchers."""
     for losses, kept, kinds in pool.run(jobs.two_trainers, path, ranks=2):
@@ -115,6 +116,22 @@ def test_copies_and_moves_together(pool: RankPool, path: str) -> None:
         for one in both:
             assert one.report.losses == pytest.approx(stays[0].report.losses, rel=1e-9)
         assert_close_by_name(whole(both, "weights"), whole(stays, "weights"), 1e-9, "copies and moves")
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("policy", ["joint", "eplb", "flexmoe"])
+def test_copies_from_past_loads(pool: RankPool, path: str, policy: str) -> None:
+    """With homes that move and with homes that stay, the run stays what it was; copies come with the first check."""
+    stays = pool.run(jobs.rebalance, path, "| ep2", None, ranks=2)
+    given = {"policy": policy, "interval": 1, "margin": 0.0, "fast": False, "max_copies_per_rank": 1}
+    for slow in (True, False):
+        both = pool.run(jobs.rebalance, path, "| ep2", given | {"slow": slow}, ranks=2)
+        assert policy != "eplb" or both[0].copies > 0  # the others know that a copy of so small an expert does not pay
+        assert slow or both[0].moves == 0
+        for rank, one in enumerate(both):
+            assert one.report.losses == pytest.approx(stays[0].report.losses, rel=1e-9)
+            assert one.rows == one.read[:, rank].tolist()  # counters know what copies compute
+        assert_close_by_name(whole(both, "weights"), whole(stays, "weights"), 1e-9, policy)
 
 
 @pytest.mark.parametrize(("fold", "ranks"), [("tp2 | ep2", 2), pytest.param("pp2 | ep2", 4, marks=pytest.mark.more)])

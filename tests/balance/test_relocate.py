@@ -53,7 +53,7 @@ def test_near_the_best_of_all_placements(record_property) -> None:
         assert least_score(rows_E, 3, costs) <= min(scores) <= ours
         assert ours <= score(rows_E, np.asarray(home.part_of_expert), 3, costs, 1)
         gaps.append(ours / min(scores) - 1)
-    record_property("gap_mean", np.mean(gaps))
+    record_property("gap_mean", float(np.mean(gaps)))
     print("gaps to the best placement:", np.round(gaps, 4))
     assert np.mean(gaps) < 0.03
     assert max(gaps) < 0.15

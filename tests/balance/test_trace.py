@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lightning_moefold.balance.trace import RoutingTrace, read_trace
@@ -37,6 +39,21 @@ def test_sources_are_added_up_or_divided() -> None:
     three = trace.for_sources(3).counts_NLSE
     assert (three.sum(2) == counts.sum(2)).all()
     assert (np.ptp(three, axis=2) <= 1).all()
+
+
+def test_a_parquet_file_for_each_layer(tmp_path) -> None:
+    ids = np.random.default_rng(0).integers(0, 16, (100, 11, 3))
+    for layer in range(11):  # layer 10 behind layer 9
+        table = pyarrow.table({"scores": [[0.5] * 3] * 100, "indices": ids[:, layer].tolist()})
+        pyarrow.parquet.write_table(table, tmp_path / f"layer_{layer}.parquet")
+    np.savez(tmp_path / "same.npz", expert_ids=ids)
+    expected, trace = (read_trace(path, 16, window=30) for path in (tmp_path / "same.npz", tmp_path))
+    assert trace.counts_NLSE.shape == (3, 11, 1, 16)
+    assert (trace.counts_NLSE == expected.counts_NLSE).all()
+    for column, wrong in (("indices", [[1, 2], [1]]), ("scores", [[1]]), ("indices", [[1, 2, 3]])):
+        pyarrow.parquet.write_table(pyarrow.table({column: wrong}), tmp_path / "layer_3.parquet")
+        with pytest.raises(InputError, match=r"layer_3.parquet (has no column 'indices' with|holds 1 tokens)"):
+            read_trace(tmp_path)
 
 
 def test_megatron_lines(tmp_path) -> None:
@@ -98,5 +115,5 @@ def test_missing_and_unknown_files(tmp_path) -> None:
         read_trace(tmp_path / "a.txt")
     with pytest.raises(InputError, match="is no routing trace"):
         read_trace(tmp_path / "b.npz")
-    with pytest.raises(InputError, match="holds no .jsonl file"):
+    with pytest.raises(InputError, match="holds no .jsonl or .parquet file"):
         read_trace(tmp_path)

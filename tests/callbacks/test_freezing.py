@@ -17,6 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_moefold import MoECausalLM, MoEConfig
 from lightning_moefold.callbacks.freezing import Savings
 from lightning_moefold.callbacks.work import WorkModel
+from lightning_moefold.modules.recompute_parts import recompute_parts
+from lightning_moefold.parallel.apply import tell
+from lightning_moefold.parallel.settings import Settings
 from lightning_moefold.testing import make_checkpoint
 from tests.quick import quick
 
@@ -47,7 +50,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return MoECausalLM.from_pretrained(path, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("recompute", quick([None, "selective", "full"], None))
+@pytest.mark.parametrize(
+    "recompute", quick([None, "selective", "full", ["expert_activation"], ["moe"], ["norm", "mlp"]], None)
+)
 @pytest.mark.parametrize("what", FROZEN)
 def test_products_of_a_step(model: MoECausalLM, what: str, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen = set()
@@ -55,8 +60,7 @@ def test_products_of_a_step(model: MoECausalLM, what: str, recompute: Any, monke
         parameter.requires_grad_(not any(fnmatch.fnmatch(name, pattern) for pattern in FROZEN[what]))
         if not parameter.requires_grad:
             frozen.add(name)
-    for layer in model.model.layers.values():
-        layer.recompute = recompute
+    tell(model, Settings(recompute=recompute))
     # The counter knows nothing of fused attention on a CPU, so attention sees no keys here; see the next test.
     monkeypatch.setattr(MoEConfig, "attended_keys", lambda *_: 0.0)
     config = model.config
@@ -65,14 +69,16 @@ def test_products_of_a_step(model: MoECausalLM, what: str, recompute: Any, monke
         loss = model(ids, labels=ids).loss
         loss.backward()
     model.zero_grad()
-    per_token = 3 * config.forward_flops_per_token(LENGTH) - Savings(config, frozen, recompute).per_token(LENGTH)
+    per_token = 3 * config.forward_flops_per_token(LENGTH) - Savings(
+        config, frozen, recompute_parts(recompute)
+    ).per_token(LENGTH)
     head = 2 * config.vocab_size * config.hidden_size
     head *= 3 - ("lm_head.weight" in frozen) - (what == "everything but the head")
     unlabelled = 3 * head  # the last token of each row has no label, and skips the head
     assert counter.get_total_flops() == per_token * ids.numel() - unlabelled
 
 
-@pytest.mark.parametrize("recompute", [None, "full"])
+@pytest.mark.parametrize("recompute", quick([None, "full", ["expert_activation", "attention"]], None, "full"))
 @pytest.mark.parametrize(
     "targets", [["q_proj", "o_proj"], ["experts"], ["k_proj", "v_proj", "gate", "experts"]], ids=str
 )
@@ -82,14 +88,13 @@ def test_products_of_an_adapter(
     config = model.config
     model = MoECausalLM.from_config(config, dtype=torch.float64)
     model.add_adapter({"rank": 4, "expert_rank": 2, "targets": targets})
-    for layer in model.model.layers.values():
-        layer.recompute = recompute
+    tell(model, Settings(recompute=recompute))
     monkeypatch.setattr(MoEConfig, "attended_keys", lambda *_: 0.0)
     ids = torch.randint(1, config.vocab_size, (3, LENGTH))
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
         model(ids, labels=ids).loss.backward()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    savings = Savings(config, frozen, recompute, model.adapter.shapes)
+    savings = Savings(config, frozen, recompute_parts(recompute), model.adapter.shapes)
     per_token = 3 * config.forward_flops_per_token(LENGTH) - savings.per_token(LENGTH)
     unlabelled = 3 * 2 * 2 * config.vocab_size * config.hidden_size  # the last token of each row skips the head
     assert counter.get_total_flops() == per_token * ids.numel() - unlabelled
@@ -100,7 +105,7 @@ def test_products_of_an_adapter(
     work = WorkModel(module, None, False)
     found = work.count([work.read({"input_ids": ids})])
     assert found.hardware_flops == pytest.approx(per_token * ids.numel())
-    once = Savings(config, frozen, None, model.adapter.shapes).per_token(LENGTH)
+    once = Savings(config, frozen, frozenset(), model.adapter.shapes).per_token(LENGTH)
     assert found.flops == pytest.approx((3 * config.forward_flops_per_token(LENGTH) - once) * ids.numel())
 
 
@@ -115,6 +120,6 @@ def test_attention_by_hand(model: MoECausalLM) -> None:
     width = config.num_attention_heads * config.head_dim
     extra = savings.per_token(LENGTH) - savings.weights
     assert extra == pytest.approx(2 * 4 * 2 * width * (LENGTH + 1) / 2)
-    again = Savings(config, below, "selective")  # one layer trains, and makes its two products once more
+    again = Savings(config, below, frozenset({"attention"}))  # one layer trains, and makes its two products once more
     assert again.repeated_attention == [2]
     assert again.per_token(LENGTH) - again.weights == pytest.approx((2 * 4 - 2) * 2 * width * (LENGTH + 1) / 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_moefold.callbacks import GenerateSamples
-from lightning_moefold.callbacks.generate_samples import pad_left
+from lightning_moefold.models.texts import pad_left
 from lightning_moefold.testing import RankPool, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.callbacks import jobs_generate_samples

@@ -53,6 +53,7 @@ def recorded_fit(path: str, fold: str, root: str, spec: dict[str, Any]) -> tuple
     return len(recorder.records)
 
 
+@pytest.mark.more
 def test_every_fold_records_the_same_choices(pool: RankPool, checkpoint: Path, tmp_path: Path) -> None:
     recorded_fit(str(checkpoint), "", str(tmp_path / "one"), {})
     one = read_trace(tmp_path / "one" / "trace.npz")

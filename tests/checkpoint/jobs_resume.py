@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_moefold.checkpoint import hf_writer, sharded
+from lightning_moefold.checkpoint import drafts, sharded
 from tests.strategy import finetune
 from tests.strategy.finetune import Report
 
@@ -50,18 +50,18 @@ def crash(path: str, fold: str, folder: str, where: str) -> tuple[str, list[str]
 
     undo: list[tuple[Any, str, Any]] = []
     if where == "data" and rank == last:
-        undo = [(dcp.FileSystemWriter, "write_data", fail)]
+        undo = [(sharded, "write_chunks", fail)]
     elif where == "meta" and rank == 0:
         undo = [(torch, "save", fail)]
     elif where == "finish" and rank == 0:
-        undo = [(dcp.FileSystemWriter, "finish", fail)]
+        undo = [(sharded, "write_list", fail)]
     elif where == "replace" and rank == 0:
-        undo = [(sharded, "replace_directory", fail)]
+        undo = [(sharded, "publish", fail)]
     elif where == "rename" and rank == 0:  # the second of two renames, where the system cannot exchange names
-        replace = hf_writer.os.replace
+        replace = drafts.os.replace
         undo = [
-            (hf_writer, "_exchange", lambda *_: False),
-            (hf_writer.os, "replace", lambda a, b: fail() if str(a).endswith(".tmp") else replace(a, b)),
+            (drafts, "_exchange", lambda *_: False),
+            (drafts.os, "replace", lambda a, b: fail() if str(a).endswith(".tmp") else replace(a, b)),
         ]
     saved = [(place, name, getattr(place, name)) for place, name, _ in undo]
     for place, name, value in undo:
@@ -85,3 +85,25 @@ def crash(path: str, fold: str, folder: str, where: str) -> tuple[str, list[str]
 def _tree(folder: Path) -> list[str]:
     dist.barrier()
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def save_two(path: str, fold: str, folder: str) -> None:
+    """Two steps, saved after the second."""
+    options = _plan(fold)
+    module = finetune.Finetune(path)
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2)
+    finetune.make(fold, {"max_steps": 2, "callbacks": [saver], "enable_checkpointing": True}, **options).fit(module)
+
+
+def load_only(path: str, folds: list[str], checkpoint: str) -> list[Report]:
+    """What each fold holds after loading, in training that has no step left to do."""
+    reports = []
+    for fold in folds:
+        module = finetune.Finetune(path)
+        finetune.make(fold, {"max_steps": 3}, **_plan(fold)).fit(module, ckpt_path=checkpoint)
+        reports.append(module.report)
+    return reports
+
+
+def _plan(fold: str) -> dict[str, Any]:
+    return {"num_microbatches": 2} if "pp" in fold else {}

@@ -7,10 +7,9 @@ import contextlib
 from typing import Any
 
 import fsspec
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_moefold.checkpoint import stores
+from lightning_moefold.checkpoint import sharded, stores
 from tests.checkpoint import shared_store
 from tests.strategy import finetune
 from tests.strategy.finetune import Report
@@ -66,7 +65,7 @@ def crash(path: str, directory: str, where: str) -> tuple[str, list[str], list[s
     def fail(*_: Any, **__: Any) -> Any:
         raise _Broken("the network is gone")
 
-    with replaced(*{"data": (dcp.FileSystemWriter, "write_data"), "meta": (stores, "write")}[where], fail):
+    with replaced(*{"data": (sharded, "write_chunks"), "meta": (stores, "write")}[where], fail):
         error = told(lambda: run.save_checkpoint(target))
     after = tree(directory)
     again = finetune.make("", {"max_steps": 2})

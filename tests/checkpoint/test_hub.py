@@ -43,6 +43,7 @@ def test_a_model_of_the_cache(plain: Path) -> None:
         model = MoECausalLM.from_pretrained(name)
         assert all(torch.equal(p, expected.get_parameter(n)) for n, p in model.named_parameters())
     assert model.describe()["path"].endswith(COMMIT)
+    assert MoECausalLM.from_pretrained(NAME, revision="v1").describe() == model.describe()
     assert MoEConfig.from_pretrained(NAME) == find_model(NAME) == expected.config
 
 
@@ -53,6 +54,12 @@ def test_a_directory_goes_first(plain: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert local_directory(NAME) == Path(NAME)
     assert local_directory("plain") == Path("plain")
     assert local_directory("/some/where") == Path("/some/where")
+
+
+@pytest.mark.parametrize(("name", "sentence"), [(f"{NAME}@v1", "another revision"), (".", "is a directory")])
+def test_a_revision_that_does_not_fit(plain: Path, name: str, sentence: str) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        MoECausalLM.from_pretrained(name, revision="main")
 
 
 @pytest.mark.parametrize("name", ["someone/other", f"{NAME}@v2"])

@@ -58,16 +58,20 @@ def test_save_and_resume(
         assert_close_by_name(a, b, 1e-9, part)
     files = outcome[0][2]
     assert {name.partition("/")[0] for name in files} == {f"step={i}.ckpt" for i in range(1, 11)}
-    assert len(files) == 10 * (2 + ranks)  # meta.pt, the list of tensors, a file of each rank; no trial, no draft
+    assert len(files) == 10 * (
+        3 + ranks
+    )  # meta.pt, the list of tensors, their checksums, a file of each rank; no trial, no draft
     assert [p.name for p in tmp_path.iterdir()] == ([] if scheme == "memory" else ["run"])
 
 
+@pytest.mark.more
 def test_default_root(pool: RankPool, path: str, tmp_path: Path) -> None:
     for scheme in ("bucket", "file"):
         root = f"{scheme}://{tmp_path / scheme}"
         for best, files in pool.run(jobs.default_root, path, root, ranks=2):
             assert best.endswith("checkpoints/epoch=0-step=2.ckpt")
             assert sorted(file.rpartition("/")[2] for file in files) == [
+                ".checksums",
                 ".metadata",
                 "__0_0.distcp",
                 "__1_0.distcp",

@@ -62,7 +62,7 @@ def test_table_and_explanation(capsys, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--fold", "tp3"], "does not divide"), (["--fold", "ep16"], "num_experts=8"), (["--hardware", "tpu"], "not known"),
     (["--routing", "chaotic"], "neither a profile"), (["--micro-batch-size", "two"], "neither a positive number"),
-    (["--model", "gpt-5"], "neither a directory"), (["--recompute", "none,elsewhere"], "not known"),
+    (["--model", "gpt-5"], "neither a directory"), (["--recompute", "norm,elsewhere"], "no part of a layer"),
     (["--master-weights"], "bf16-mixed stores none"), (["--lora", "0"], "at least 1"),
 ])  # fmt: skip
 def test_errors_are_one_line(capsys, arguments, message):

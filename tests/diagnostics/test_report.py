@@ -178,6 +178,7 @@ def lose(names: Sequence[str], folder: Path) -> None:
             assert re.fullmatch(said, line), f"{name}: {line}"
 
 
+@pytest.mark.more
 def test_a_lost_rank(tmp_path: Path) -> None:
     lose(QUICK, tmp_path)
 

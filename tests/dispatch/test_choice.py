@@ -97,6 +97,7 @@ def test_two_levels_are_those_of_the_rank_groups(world: int, node_size: int) -> 
         pytest.param("ep8", 8, 2, 2, "AllToAllDispatcher", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.more
 def test_every_rank_takes_the_same(
     pool: RankPool, fold: str, ranks: int, node_size: int, top: int, expected: str
 ) -> None:

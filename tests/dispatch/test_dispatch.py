@@ -51,6 +51,7 @@ def test_bytes_on_the_wire(pool: RankPool) -> None:
 
 
 @pytest.mark.parametrize("name", quick(["alltoall", "deduplicated", "hierarchical"], "hierarchical"))
+@pytest.mark.more
 def test_rows_that_have_left_are_not_kept(pool: RankPool, name: str) -> None:
     assert pool.run(jobs_dispatch.held_while_experts_compute, name, 2, ranks=4) == [[False]] * 4
 
@@ -63,6 +64,7 @@ def test_rows_that_have_left_are_not_kept(pool: RankPool, name: str) -> None:
         pytest.param("ep8", 8, 2, [(1, 3, 5, 7), (0, 1), (0, 1)], marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.more
 def test_by_node(pool: RankPool, fold: str, ranks: int, node_size: int, axes_of_rank_1: list[tuple[int, ...]]) -> None:
     """Between nodes and then within: the sum of a loop; between nodes a token travels once to each node."""
     found = pool.run(jobs_dispatch.by_node, fold, node_size, KINDS, ranks=ranks)
@@ -92,6 +94,7 @@ def test_the_planner_expects_what_travels(pool: RankPool, fold: str, ranks: int,
 @pytest.mark.parametrize(
     ("fold", "node_size"), quick([("ep4", 4), ("ep4", 1), ("ep2 etp2", 2), ("ep4", 3)], ("ep4", 3))
 )
+@pytest.mark.more
 def test_where_nodes_do_not_cut_the_group_in_two(pool: RankPool, fold: str, node_size: int) -> None:
     assert pool.run(jobs_dispatch.by_node, fold, node_size, KINDS[:2], ranks=4) == [("DeduplicatedDispatcher", [])] * 4
 

@@ -72,6 +72,7 @@ def check_run(
         "optimizer": row["optimizer"],
         "exchange": row["exchange"] or "auto",
         "recompute": row["recompute"],
+        "offload": row.get("offload", False),
         "dispatch": {"dispatch_chunks": 2} if row["dispatch"] == "chunks" else {"dispatcher": row["dispatch"]},
         "zero_everything": row.get("zero_everything", False),
         "clip": 0.5,

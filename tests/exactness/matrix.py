@@ -37,7 +37,7 @@ FACTORS: dict[str, list[Any]] = {
     "frozen": ["nothing", "router", "experts", "first stage", "last stage"],
     "sharding": ["optimizer", "full", "none"],
     "optimizer": ["adamw", "sgd"],
-    "recompute": [None, "selective", "full"],
+    "recompute": [None, "selective", "full", ("norm", "expert_activation"), ("norm", "moe")],
     "dispatch": ["alltoall", "allgather", "deduplicated", "chunks"],
     "moves": [False, True],  # experts change places at random after every step
     "exchange": ["ring", "all_gather", "all_to_all"],  # cp > 1 only

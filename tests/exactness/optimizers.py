@@ -8,9 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_moefold.optim import Muon
 
 Parameters = Mapping[str, nn.Parameter]
 LR = 1e-2
@@ -117,6 +120,44 @@ def lion(parameters: Parameters, foreach: bool) -> Optimizer:
     return Lion(parameters.values(), LR, foreach=foreach)
 
 
+class PlainMuon(Optimizer):
+    """Muon as one writes it for whole tensors: the oracle of :class:`lightning_moefold.optim.Muon`."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters.values(), {"lr": LR})
+        self.names = {id(p): n for n, p in parameters.items()}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if p.grad is None:
+                continue
+            name, state = self.names[id(p)], self.state[p]
+            if p.dim() < 2 or any(part in name for part in ("embed_tokens", "lm_head", ".gate.")):
+                if not state:
+                    state["adamw"] = torch.optim.AdamW([p], lr=LR / 4, betas=(0.9, 0.95), weight_decay=0.1)
+                state["adamw"].step()
+                continue
+            buffer = state.setdefault("buffer", torch.zeros_like(p))
+            buffer.mul_(0.95).add_(p.grad, alpha=0.05)
+            update = 0.05 * p.grad + 0.95 * buffer
+            p.mul_(1 - LR * 0.1)
+            matrices = [(p, update)] if p.dim() == 2 else zip(p, update, strict=True)
+            for matrix, direction in matrices:
+                u, s, v = torch.linalg.svd(direction, full_matrices=False)
+                s = s / s.norm()
+                for _ in range(5):
+                    s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+                matrix.sub_(LR * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5 * (u * s) @ v)
+
+
+def muon(parameters: Parameters) -> Optimizer:
+    """Ours on ranks, and the plain one in the process that has everything whole."""
+    if not dist.is_initialized():
+        return PlainMuon(parameters)
+    return Muon(parameters.items(), lr=LR, adamw_lr=LR / 4)
+
+
 def _torch(kind: str, **options: Any) -> Callable[[Parameters], Optimizer]:
     return partial(plain, kind=kind, **options)
 
@@ -137,6 +178,7 @@ FACTORIES: dict[str, Callable[[Parameters], Any]] = {
     "nadam": _torch("NAdam", weight_decay=0.1),
     "radam": _torch("RAdam"),
     "asgd": _torch("ASGD"),
+    "muon": muon,
     "lion": partial(lion, foreach=False),
     "lion foreach": partial(lion, foreach=True),
 }

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_moefold import Fold, MoECausalLM, MoEFoldStrategy
-from lightning_moefold.modules import logit_chunks
+from lightning_moefold.modules import logit_chunks, offload
 from lightning_moefold.modules.experts import cpu_cache
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import Piece, owned_pieces
@@ -126,6 +126,8 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
     with (
         mock.patch.dict(logit_chunks.CHUNK_ELEMENTS, {"cpu": spec.get("chunk_elements", 1 << 22)}),
         mock.patch.object(cpu_cache, "SMALLEST", 256),  # small models, too
+        mock.patch.object(offload, "SMALLEST", 256),
+        mock.patch.object(offload, "DEVICES", {"cpu"}),
     ):
         _fit(module, fold, batches, spec)
     run.weights = owned_pieces(module.model)
@@ -144,6 +146,7 @@ def _fit(module: Case, fold: str, batches: list[list[dict[str, torch.Tensor]]], 
         data_parallel_sharding=spec.get("sharding", "optimizer"),
         context_parallel_exchange=spec.get("exchange", "auto"),
         recompute=spec.get("recompute"),
+        offload_activations=spec.get("offload", False),
         calculate_per_token_loss=spec.get("per_token"),
         **spec.get("dispatch", {}),
         **spec.get("pipeline", {}),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_moefold import Fold
+from lightning_moefold.balance.costs import BalanceCosts
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.testing import RankPool, make_batches, make_checkpoint, reference_run
 from tests.balance import plans
@@ -15,6 +16,8 @@ from tests.exactness import compare, runs
 from tests.quick import quick
 
 DRAWN = ExpertCopies(plans.drawn, 3)
+#: Of a machine whose links cost almost nothing, where copies pay for a few rows already.
+CHEAP = BalanceCosts.assumed("cpu", 1 << 12, parts=2, byte_ps=1)
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ep4": ("| ep4", {"dispatch": {"dispatch_chunks": 2, "capacity_factor": 0.9}}),
     "ep2 etp2": ("tp2 | ep2 etp2", {"recompute": "full"}),
+    "deduplicated": ("tp2 | ep2 etp2", {"dispatch": {"dispatcher": "deduplicated", "capacity_factor": 0.9}}),
+    "hierarchical": ("| ep4", {"dispatch": {"dispatcher": "hierarchical", "node_size": 2}, "recompute": "full"}),
+    "allgather": ("tp2 | ep2 etp2", {"dispatch": {"dispatcher": "allgather"}, "recompute": "full"}),
+    "allgather, edp2": ("| ep2", {"dispatch": {"dispatcher": "allgather", "capacity_factor": 0.9}, "accumulate": 2}),
+    "deduplicated, zbv": ("pp2 | ep2", {"dispatch": {"dispatcher": "deduplicated"}, "pipeline": {"pipeline_schedule": "zbv"}}),
     # Two replicas of every expert: a copy made outside of FSDP2's unit would lose the gradient of all of them.
     "ep2 edp2": ("| ep2", {"accumulate": 2}),
     "ep2 edp2, let go": ("cp2 | ep2", {"sharding": "full", "recompute": "selective"}),
@@ -37,13 +45,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"pipeline": {"pipeline_schedule": "interleaved_zero_bubble", "num_stages_per_rank": 2}, "frozen": ("*.down_proj",)},
     ),
     "dualpipev": ("pp2 | ep2", {"pipeline": {"pipeline_schedule": "dualpipev"}}),
+    "dualpipev, joint": (
+        "pp2 | ep2",
+        {"pipeline": {"pipeline_schedule": "dualpipev"}, "dispatch": {"expert_copies": ExpertCopies("joint", 3, CHEAP)}},
+    ),
 }  # fmt: skip
 #: What each of them shows, some of the others do, too.
-SLOW = ("1f1b", "interleaved zero bubble", "dualpipev", "ep2 edp2, let go")
+SLOW = ("1f1b", "interleaved zero bubble", "dualpipev", "ep2 edp2, let go", "deduplicated, zbv")
 
-CHOSEN = quick(
-    [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES], "ep2 etp2", "ep2 edp2", "zbv"
-)
+CHOSEN = quick([pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES], "ep2 etp2", "zbv")
 
 
 @pytest.mark.parametrize("case", CHOSEN)

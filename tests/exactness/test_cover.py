@@ -28,7 +28,7 @@ FORBIDDEN: list[tuple[str, object, str, object]] = [
     *(
         (name, value, "schedule", schedule)
         for schedule in ("interleaved_zero_bubble", "zbv", "dualpipev")
-        for name, value in (("sharding", "full"), ("recompute", "selective"), ("recompute", "full"))
+        for name, value in (("sharding", "full"), *(("recompute", r) for r in matrix.FACTORS["recompute"] if r))
     ),
     *(("exchange", exchange, "cp", False) for exchange in matrix.FACTORS["exchange"]),
     *(("schedule", schedule, "pp", False) for schedule in matrix.FACTORS["schedule"]),

@@ -42,11 +42,13 @@ def _weigh(batch: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("fold", quick(FOLDS, "tp2 | etp2"))
+@pytest.mark.more
 def test_loss_weights(pool: RankPool, checkpoint: str, fold: str) -> None:
     _run(pool, checkpoint, fold, _weigh)
 
 
 @pytest.mark.parametrize("fold", quick(["tp2 | ep2", "| ep2"], "tp2 | ep2"))
+@pytest.mark.more
 def test_small_chunks_of_an_uneven_vocabulary(pool: RankPool, checkpoint: str, fold: str) -> None:
     _run(pool, checkpoint, fold, lambda batch: None, {"chunk_elements": 150})
 
@@ -62,6 +64,7 @@ def test_different_batches_in_a_tp_group_are_refused(pool: RankPool, checkpoint:
 
 @pytest.mark.parametrize("sharding", quick(["optimizer", "full"], "full"))
 @pytest.mark.parametrize("fold", quick(["tp2 | ep2", "| ep2"], "| ep2"))
+@pytest.mark.more
 def test_a_forward_before_the_step_leaves_no_stale_weights(
     pool: RankPool, checkpoint: str, fold: str, sharding: str
 ) -> None:
@@ -72,11 +75,13 @@ def test_a_forward_before_the_step_leaves_no_stale_weights(
     "kernel", [{"fused": True}, pytest.param({"foreach": True}, marks=pytest.mark.slow)], ids=["fused", "foreach"]
 )
 @pytest.mark.parametrize("fold", quick(["| ep2", "tp2 | ep2", "tp2 | ep4", "tp2 | etp2 ep2"], "tp2 | ep2"))
+@pytest.mark.more
 def test_one_optimizer_for_both_meshes(pool: RankPool, checkpoint: str, fold: str, kernel: dict[str, bool]) -> None:
     _run(pool, checkpoint, fold, lambda batch: None, {"adamw": kernel}, world=4 if "tp2 | e" in fold else 2)
 
 
 @pytest.mark.parametrize("fold", quick(["tp2 | ep2", "cp2 | ep2"], "tp2 | ep2"))
+@pytest.mark.more
 def test_tokens_are_counted_once_whatever_is_recomputed(pool: RankPool, checkpoint: str, fold: str) -> None:
     batches = make_batches(2, 1, 4, 10, 97, seed=5)
     loads = []

@@ -65,8 +65,7 @@ def test_two_ranks(pool: RankPool, checkpoint: str, dispatch: str, fold: str) ->
     ("dispatch", "fold"),
     quick(
         [(d, LARGE[i % 4]) for i, d in enumerate(DISPATCH)] + [("probs", "tp2 cp2 | ep4")],
-        ("hierarchical", "cp2 pp2 | ep2"), ("probs", "tp2 cp2 | ep4"), ("padded chunks", "tp2 cp2 | ep4"),
-        ("position", "tp2 | ep2 etp2"),
+        ("hierarchical", "cp2 pp2 | ep2"), ("position", "tp2 | ep2 etp2"),
     ),
 )  # fmt: skip
 def test_four_ranks(pool: RankPool, checkpoint: str, dispatch: str, fold: str) -> None:
@@ -89,6 +88,7 @@ def test_four_ranks(pool: RankPool, checkpoint: str, dispatch: str, fold: str) -
         pytest.param("tp2 | ep4", 4, "DeduplicatedDispatcher", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.more
 def test_chosen_by_node(
     pool: RankPool, tmp_path_factory: pytest.TempPathFactory, fold: str, node_size: int, expected: str
 ) -> None:

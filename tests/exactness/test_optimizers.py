@@ -21,7 +21,6 @@ FOLDS = ["tp2 | ep2", "tp2 | ep2 etp2", "", "tp4 | etp2"]
 RARE = {"adadelta", "adamax", "radam", "nadam", "asgd", "adam amsgrad", "adamw foreach", "sgd foreach", "lion"}
 CASES = quick(
     [pytest.param(n, marks=pytest.mark.slow) if n in RARE else n for n in FACTORIES],
-    "some parameters",
     "groups with schedules",
 )
 

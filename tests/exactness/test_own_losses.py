@@ -34,10 +34,7 @@ CASES = [
     ("term", 4, "cp2 | ep2", "optimizer"),
 ]
 QUICK = [
-    ("preference", 4, "tp2 | ep4", "full"),
     ("term", 4, "tp2 | etp2 ep2", "none"),
-    ("calls", 2, "pp2", "optimizer"),
-    ("distillation", 2, "cp2", "optimizer"),
     ("focal", 4, "pp2 | ep2", "optimizer"),
 ]
 
@@ -70,6 +67,7 @@ def test_own_losses(pool: RankPool, checkpoints: list[str], loss: str, world: in
     assert_close_by_name(found, expected.weights, 1e-9, f"weights, {what}")
 
 
+@pytest.mark.more
 def test_a_loss_fn_beside_the_auxiliary_loss_in_a_pipeline(pool: RankPool, checkpoints: list[str]) -> None:
     """Its weight, here the number of labels, decides what the auxiliary loss weighs beside it."""
     batches = make_batches(3, 1, 4, 9, 97, seed=8, ignore="uneven")

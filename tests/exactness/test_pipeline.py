@@ -42,3 +42,10 @@ def test_schedules(pool: RankPool, folder: Path, schedule: str) -> None:
 )
 def test_special_stages(pool: RankPool, folder: Path, change: dict[str, Any]) -> None:
     compare.check(pool, folder, Fold.parse("pp2", 2), {**PLAIN, **change})
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(("fold", "ranks"), [("tp2 pp2", 4), pytest.param("tp4 pp2 | ep2", 8, marks=pytest.mark.slow)])
+def test_dualpipev_with_more_tensor_than_expert_ranks(pool: RankPool, folder: Path, fold: str, ranks: int) -> None:
+    """Passes that take turns while the ranks of tp hold replicas of the same experts."""
+    compare.check(pool, folder, Fold.parse(fold, ranks), {**PLAIN, "schedule": "dualpipev"})

@@ -33,6 +33,7 @@ def _check(pool: RankPool, run: drawn.Run) -> None:
 
 @settings(common, max_examples=2)
 @given(run=drawn.runs((1, 2, 4)))
+@pytest.mark.more
 def test_a_few_runs_are_those_of_one_process(pool: RankPool, run: drawn.Run) -> None:
     _check(pool, run)
 

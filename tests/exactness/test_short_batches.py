@@ -36,7 +36,7 @@ def short_batches(dp: int) -> list[list[dict[str, Tensor]]]:
 @pytest.mark.parametrize(
     ("world", "fold", "change"),
     [
-        (4, "tp2 | etp2 ep2", {"sharding": "full"}),
+        pytest.param(4, "tp2 | etp2 ep2", {"sharding": "full"}, marks=pytest.mark.more),
         pytest.param(4, "cp2 | ep2", {"dispatch": "deduplicated"}, marks=pytest.mark.more),
         pytest.param(4, "pp2 | ep2", {"schedule": "1f1b"}, marks=pytest.mark.more),
         (4, "pp2 | etp2", {"schedule": "zbv", "sharding": "none"}),
@@ -72,6 +72,7 @@ def losses(path: str, fold: str, batch: list[dict[str, Tensor]]) -> list[list[fl
 
 @pytest.mark.parametrize(("world", "fold"), quick([(2, "| ep2"), (4, "pp2 | ep2")], (4, "pp2 | ep2")))
 @pytest.mark.parametrize("filled", quick([True, False], False))
+@pytest.mark.more
 def test_two_rows_over_two_data_ranks(pool: RankPool, folder: Path, world: int, fold: str, filled: bool) -> None:
     """The auxiliary loss is that of the rows there are: not half of it, in training and in evaluation."""
     path = checkpoint(folder, "qwen3_moe", "6 experts, tied", 2)

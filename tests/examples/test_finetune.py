@@ -83,6 +83,7 @@ def test_train_export_and_resume_under_another_fold_with_torchrun(folder):
     assert [int(row["step"]) for row in logged(folder, 1) if row["train/loss"]] == [5, 6]
 
 
+@pytest.mark.more
 def test_an_error_of_the_user_is_one_sentence(folder):
     done = start([str(SCRIPT)], *arguments(folder, fold="tp3", devices=2))
     assert done.returncode == 1

@@ -17,12 +17,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("model") / "qwen", "qwen3_moe", num_experts=4))
 
 
+@pytest.mark.more
 def test_batches_that_were_looked_at_are_not_done(pool: RankPool, path: str, tmp_path: Path) -> None:
     """A checkpoint in the middle of a step goes on with the next batch, not with that of the next step."""
     for seen in pool.run(jobs_accumulation.places, path, str(tmp_path), ranks=2):
         assert seen == [({"done": number % 5}, {"at": number}) for number in range(1, 6)]
 
 
+@pytest.mark.more
 def test_what_cannot_be_counted_ahead(pool: RankPool, path: str) -> None:
     patterns = {
         "plain": "holds no MoECausalLM, whose labels are counted; leave it out.",

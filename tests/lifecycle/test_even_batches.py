@@ -76,6 +76,7 @@ def test_data_ends_on_some_ranks(pool: RankPool, path: str) -> None:
     "fold",
     ["pp2 | ep2", pytest.param("tp2 | etp2", marks=pytest.mark.slow), pytest.param("cp2", marks=pytest.mark.slow)],
 )
+@pytest.mark.more
 def test_data_ends_in_a_fold(pool: RankPool, path: str, fold: str) -> None:
     names = ["stream", "accumulated", "broken promise", "validation", "even"]
     check(pool, path, 4, fold, {name: {**CASES[name], "microbatches": 2} for name in names})

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 
+from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint, reference_run, routing_margin
 from lightning_moefold.testing.compare import assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
@@ -48,6 +52,16 @@ def clear_rows(path: Path) -> torch.Tensor:
     return torch.cat(drawn[:3])
 
 
+def test_what_lightnings_plugin_has_is_found() -> None:
+    """As under other strategies, a module may ask ``trainer.precision_plugin`` for the device of autocast, or the scaler."""
+    plugin = MoEFoldPrecision(MixedPrecision("bf16-mixed", "cpu"))
+    for one in (plugin, copy.deepcopy(plugin), pickle.loads(pickle.dumps(plugin))):
+        assert (one.device, one.scaler, one.precision) == ("cpu", None, "bf16-mixed")
+    with pytest.raises(AttributeError, match="device"):
+        _ = MoEFoldPrecision(Precision()).device
+
+
+@pytest.mark.more
 def test_single_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> None:
     batch = {"input_ids": tokens, "labels": tokens}
     expected = reference_run(
@@ -62,6 +76,7 @@ def test_single_precision(pool: RankPool, path: Path, tokens: torch.Tensor) -> N
         assert runs[0]["seen"]["storage"] == "['torch.float32']"
 
 
+@pytest.mark.more
 def test_mixed_precision(pool: RankPool, path: Path, clear_rows: torch.Tensor) -> None:
     """Weights and gradients in float32, computation in bfloat16, the router in float32, autocast for others only.
 
@@ -105,6 +120,7 @@ def test_mixed_precision(pool: RankPool, path: Path, clear_rows: torch.Tensor) -
         assemble(r["weights"] for r in runs)
 
 
+@pytest.mark.more
 def test_brain_float(pool: RankPool, path: Path) -> None:
     tokens = finetune.rows(2 * finetune.ROWS)
     [[exact]] = pool.run(jobs_precision.train_folds, str(path), FOLDS[:1], "32-true", tokens, ranks=1)
@@ -140,6 +156,7 @@ def test_number_of_collectives(pool: RankPool, path: Path) -> None:
 EXPECTED = {"_allgather_base_": 16, "_reduce_scatter_base_": 13, "allreduce_": 4, "alltoall_base_": 24}
 
 
+@pytest.mark.more
 def test_accumulation_blocks_reductions(pool: RankPool, path: Path) -> None:
     for seen in pool.run(jobs_precision.blocked, str(path), "| ep2", ranks=4):
         assert seen["flags"] == [[False], [True]]

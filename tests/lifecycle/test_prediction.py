@@ -49,6 +49,7 @@ def check(outcomes: list[dict[str, Any]], fold: str, counts: list[int], expected
 
 
 @pytest.mark.parametrize("sharding", quick(SHARDINGS, "full"))
+@pytest.mark.more
 def test_rows_of_unequal_batches(pool: RankPool, path: str, expected: Tensor, sharding: str) -> None:
     """Seven rows in batches of two on four data ranks, and a single row, with more micro-batches than rows."""
     options = {"data_parallel_sharding": sharding, "num_microbatches": 2}
@@ -80,6 +81,7 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.more
 def test_loaders_streams_and_several_models(pool: RankPool, path: str, expected: Tensor) -> None:
     outcomes = pool.run(jobs_prediction.cases, path, RUNS, ranks=4)
     for i, (fold, spec, _, _) in enumerate(RUNS):
@@ -102,6 +104,7 @@ def test_limits(pool: RankPool, path: str) -> None:
         assert sum(len(seen[limit]["rows"]) for seen in outcomes) == rows
 
 
+@pytest.mark.more
 def test_a_rank_that_fails(pool: RankPool, path: str) -> None:
     """Row 5 is on data rank 1, in its first batch; data rank 3 is a batch short and waits for the others."""
     messages = pool.run(jobs_prediction.failing, path, "| ep4", {"rows": [15], "fails": 5}, ranks=4)
@@ -128,6 +131,7 @@ def test_fewer_rows_than_ranks_without_a_model(pool: RankPool) -> None:
 
 
 @pytest.mark.parametrize("fold", quick(["tp2 | ep4", "| ep2"], "tp2 | ep4"))
+@pytest.mark.more
 def test_calls_outside_a_trainer(pool: RankPool, path: str, fold: str) -> None:
     for rank, seen in enumerate(pool.run(jobs_prediction.by_hand, path, fold, ranks=4)):
         assert seen["same"] == [True] * (rank // 2)

@@ -21,7 +21,7 @@ def _make(path: str, fold: str, **options: Any) -> MoECausalLM:
 
 def deal(rows: Tensor, model: MoECausalLM) -> Tensor:
     """This data rank's rows."""
-    place, size = (0, 1) if model.mesh is None else (model.mesh.dp_cp.index, model.mesh.dp_cp.size)
+    place, size = model.batch_axes().data_rank
     return rows[place::size]
 
 
@@ -29,7 +29,7 @@ def generate(path: str, fold: str, prompts: list[list[Tensor]], runs: list[dict[
     """``prompts[i]`` are given to the i-th data rank in turn, or dealt to all where there is one list only."""
     model = _make(path, fold, mode=mode)
     model.train()
-    place = 0 if model.mesh is None else model.mesh.dp_cp.index
+    place, _ = model.batch_axes().data_rank
     texts = []
     for options in runs:
         ids, mask = prompts[0] if len(prompts) == 1 else prompts[place]
@@ -62,7 +62,7 @@ def errors(path: str, fold: str, runs: dict[str, tuple[Any, dict[str, Any]]]) ->
 
     model = _make(path, fold)
     good = torch.tensor([[1, 2, 3]])
-    guilty = model.mesh is None or model.mesh.dp_cp.index == 0
+    guilty = model.batch_axes().data_rank[0] == 0
     seen = {}
     for name, (prompts, options) in runs.items():
         arguments = (*prompts, options) if guilty else (good, None, {})

@@ -24,7 +24,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {"sliding_window": 5, "vocab_size": 97}),
     "qwen3": ("qwen3_moe", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
 }
-FOLDS = ["tp2 | ep4", "tp2 | etp2 ep2", "tp4 | ep4", "| ep2"]
+FOLDS = [
+    "tp2 | ep4",
+    "tp2 | etp2 ep2",
+    "tp4 | ep4",
+    "| ep2",
+    "cp2 | ep2 etp2",
+    "tp2 pp2 | etp2",
+    "cp2 pp2",
+    "pp2 | ep2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +74,7 @@ def test_greedy_text_is_that_of_transformers(pool: RankPool, paths: dict[str, st
 
 
 @pytest.mark.parametrize("mode", quick(["full", "none"], "full"))
+@pytest.mark.more
 def test_stored_in_other_ways(pool: RankPool, paths: dict[str, str], mode: str) -> None:
     given = [prompts(2, 5, 4), prompts(3, 2, 5)]
     options = {"max_new_tokens": 6, "eos_token_id": ()}
@@ -76,6 +86,7 @@ def test_stored_in_other_ways(pool: RankPool, paths: dict[str, str], mode: str) 
 
 @pytest.mark.parametrize("name", quick(MODELS, "qwen2"))
 @pytest.mark.parametrize("fold", quick(["tp4 | ep4", "tp2 | etp2 ep2"], "tp2 | etp2 ep2"))
+@pytest.mark.more
 def test_cached_logits_are_those_of_whole_rows(pool: RankPool, paths: dict[str, str], name: str, fold: str) -> None:
     ids, mask = prompts(3, 5, 6)
     more = torch.randint(1, 96, (3, 9), generator=torch.Generator().manual_seed(7))
@@ -183,6 +194,7 @@ ERRORS: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("fold", quick(["", "tp2 | ep4"], "tp2 | ep4"))
+@pytest.mark.more
 def test_errors_reach_every_rank(pool: RankPool, paths: dict[str, str], fold: str) -> None:
     runs = {name: (given, options) for name, (given, options, _) in ERRORS.items()}
     for rank, seen in enumerate(pool.run(jobs_generation.errors, paths["qwen2"], fold, runs, ranks=4)):

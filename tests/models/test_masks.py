@@ -150,6 +150,7 @@ def test_integers_of_every_size(path: Path, kind: torch.dtype) -> None:
         assert model(**{name: x.to(kind) for name, x in data.items()}).loss == model(**data).loss
 
 
+@pytest.mark.more
 def test_masks_under_folds(pool: RankPool, path: Path) -> None:
     [(expected, validation)] = pool.run(jobs_masks.losses, str(path), "", 1, 1, ranks=1)
     assert len(expected) == 2

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.modules import DecoderLayer
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.testing import make_batches, make_checkpoint
 from tests.quick import quick
 
@@ -81,6 +81,7 @@ def test_one_graph_with_the_same_bits(family: str, recompute: Recompute | None, 
     assert [name for name, _ in compiled.named_parameters()] == names == list(compiled.state_dict())
 
 
+@pytest.mark.more
 def test_masks_and_loops_break_graphs_and_no_bits(tmp_path: Path) -> None:
     """Attention with a mask and experts in a loop run as they are, each with a break; counts of rows make no new graph."""
     path = make_checkpoint(tmp_path / "model", "qwen3_moe", num_experts=8, num_hidden_layers=2)

@@ -82,7 +82,7 @@ def _named(cases: list[Any]) -> list[Any]:
     return [pytest.param(*case, id=f"{case[0]}-{case[1]}-{i}") for i, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize(("world", "fold", "spec"), quick(_named(QUICK), *QUICK[:1], *QUICK[3:5]))
+@pytest.mark.parametrize(("world", "fold", "spec"), quick(_named(QUICK), QUICK[0], QUICK[4]))
 def test_a_layered_network(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
     check(pool, world, fold, spec)
 
@@ -93,6 +93,7 @@ def test_more_folds_and_schedules(pool: RankPool, world: int, fold: str, spec: d
     check(pool, world, fold, spec)
 
 
+@pytest.mark.more
 def test_resume_under_other_folds(pool: RankPool, tmp_path: Path) -> None:
     data = jobs_layered.make_data(3, 1)
     expected, _ = jobs_layered.train_alone(data, {"head": "pair"})
@@ -126,6 +127,7 @@ def test_a_rank_holds_its_stages_only(pool: RankPool) -> None:
 
 @pytest.mark.parametrize("fold", ["pp2", pytest.param("cp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sharding", ["optimizer", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.more
 def test_mixed_precision_is_near_float32(pool: RankPool, fold: str, sharding: str) -> None:
     data = jobs_layered.make_data(2, 1)
     spec = {"head": "pair", "balance": True, "sharding": sharding, "validate": False, "dtype": torch.float32}
@@ -148,6 +150,7 @@ def test_mixed_precision_is_near_float32(pool: RankPool, fold: str, sharding: st
         assert cosine > 0.95, name
 
 
+@pytest.mark.more
 def test_what_is_refused(pool: RankPool) -> None:
     patterns = {
         "block in head": "network.pool is in a custom network, whose layers pipeline parallelism cannot cut unless",
@@ -201,6 +204,7 @@ def test_errors_reach_all_ranks(pool: RankPool, fold: str) -> None:
     ("pp2", {"microbatches": 4, "schedule": "gpipe"}, {"microbatches": 2, "schedule": "1f1b"}),
     ("cp2", {"exchange": "ring"}, {"exchange": "all_gather"}),
 ])  # fmt: skip
+@pytest.mark.more
 def test_settings_of_a_second_trainer(pool: RankPool, fold: str, first: dict[str, Any], second: dict[str, Any]) -> None:
     """Apply as to a fresh network."""
     data = jobs_layered.make_data(2, 1, 4)

@@ -79,11 +79,13 @@ def test_a_network_under_a_fold(pool: RankPool, world: int, fold: str, spec: dic
     check(pool, world, fold, spec)
 
 
+@pytest.mark.more
 def test_copies_of_experts(pool: RankPool) -> None:
     spec = {"expert": True, "balance": True, "dispatch": {"expert_copies": ExpertCopies(plans.drawn, 2)}}
     check(pool, 4, "tp2 | ep2", spec)
 
 
+@pytest.mark.more
 def test_resume_under_other_folds(pool: RankPool, tmp_path: Path) -> None:
     data = jobs_networks.make_data(3, 1)
     expected = jobs_networks.train_alone(data, {"expert": False})
@@ -103,6 +105,7 @@ PREDICTIONS: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.more
 def test_predictions_of_unequal_number(pool: RankPool) -> None:
     """Each picture once, with the logits of one process; ranks with fewer batches, or none, keep nobody waiting."""
     outcomes = pool.run(jobs_networks.predict, PREDICTIONS, ranks=4)
@@ -130,6 +133,7 @@ def test_a_rank_whose_prediction_fails(pool: RankPool) -> None:
     quick([(1, ""), pytest.param(2, "tp2 | ep2", marks=pytest.mark.slow), (4, "tp2 | ep2"), (2, "")], (4, "tp2 | ep2")),
 )
 @pytest.mark.parametrize("sharding", quick(["full", "none"], "full"))
+@pytest.mark.more
 def test_mixed_precision_is_near_float32(pool: RankPool, world: int, fold: str, sharding: str) -> None:
     data = jobs_networks.make_data(2, Fold.parse(fold, world).dp)
     spec = {"expert": False, "balance": True, "sharding": sharding}

@@ -38,6 +38,7 @@ def test_every_optimizer_on_parameters_of_all_kinds(
         ("| ep2", "none", "bf16-true", ["master one by one", "master"]),
     ],
 )
+@pytest.mark.more
 def test_runs_of_the_trainer(pool: RankPool, fold: str, sharding: str, precision: str, kinds: list[str]) -> None:
     """The strategy lets them work, with schedules, clipping, gradients set to zero, and float32 masters."""
     for errors in pool.run(jobs_foreach.runs, fold, sharding, precision, kinds, ranks=2):

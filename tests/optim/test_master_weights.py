@@ -30,6 +30,7 @@ def _by_hand(weights: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
     return {name: master.detach() for name, master in masters.items()}
 
 
+@pytest.mark.more
 def test_masters_under_folds_and_resumed(pool: RankPool, tmp_path: Path) -> None:
     path = str(make_checkpoint(tmp_path / "model", "qwen3_moe", vocab_size=97, dtype=torch.bfloat16))
     full = pool.run(jobs_optimizers.masters, path, "tp2 | ep2", STEPS, str(tmp_path), ranks=4)

@@ -12,7 +12,7 @@ from lightning_moefold.testing.pieces import assemble
 from tests.optim import jobs_optimizers
 from tests.quick import quick
 
-NAMES = ["groups with schedules", "some parameters", "adagrad", "nadam", "lion foreach"]
+NAMES = ["groups with schedules", "some parameters", "adagrad", "nadam", "lion foreach", "muon"]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("fold", quick(["", "tp2 | etp2"], "tp2 | etp2"))
+@pytest.mark.more
 def test_optimizers_that_combine_elements(pool: RankPool, path: str, fold: str) -> None:
     """Known ones by their name, before training; unknown ones by what they do, before their first step has an effect."""
     specs = [{"kind": "Stranger", "how": how} for how in HOW] + [{"kind": kind} for kind in KINDS]

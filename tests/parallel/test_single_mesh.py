@@ -7,9 +7,10 @@ import pytest
 
 from lightning_moefold.testing import RankPool, assert_close_by_name
 from tests.parallel import jobs_single_mesh
+from tests.quick import quick
 
 
-@pytest.mark.parametrize(("text", "ranks"), [("", 1), ("| ep2", 2), ("", 2)])
+@pytest.mark.parametrize(("text", "ranks"), quick([("", 1), ("| ep2", 2), ("", 2)], ("| ep2", 2)))
 def test_gradients(pool: RankPool, text: str, ranks: int) -> None:
     """The same bits as with a divide factor of 1 and a forced sum on every mesh, without the division."""
     plain = pool.run(jobs_single_mesh.reduced, text, False, ranks=ranks)

@@ -6,15 +6,20 @@ from functools import lru_cache
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_moefold import LoRA
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.modules import Experts
 from lightning_moefold.modules.base import ParallelModule
+from lightning_moefold.modules.recompute_parts import parse_recompute
+from lightning_moefold.parallel.apply import tell
 from lightning_moefold.parallel.roots import _data_dim
+from lightning_moefold.parallel.settings import Settings
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job
 from lightning_moefold.planner.cost.schedules import RankLayers, pipeline_layout
 
@@ -123,38 +128,71 @@ def test_states_are_those_counted_on_ranks(ranks, text, sharding):
         assert predicted / 1e6 == pytest.approx(counted, abs=0.11)
 
 
-def saved_bytes(config, dtype, rows, length, lora_rank=None):
-    """Bytes of distinct storages that a forward pass keeps for backward, weights left out."""
+class Storages(TorchDispatchMode):
+    """Remembers the storages that operations make, without keeping them alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def alive(self):
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+def saved_bytes(config, dtype, rows, length, recompute=None, lora_rank=None):
+    """Bytes of the storages of a forward pass that live on, as autograd keeps them for backward."""
     model = MoECausalLM.from_config(config, seed=0).to(dtype)
     if lora_rank:
         model.add_adapter(LoRA(rank=lora_rank))
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept, sizes = [], {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
-
+    tell(model, Settings(recompute=recompute, expert_kernel="grouped_mm"))  # the planner is for GPUs
     ids = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with Storages() as storages:
         loss = model(input_ids=ids, labels=ids).loss
     assert loss.requires_grad
-    return sum(sizes.values())
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    return storages.alive() - sum(size for key, (_, size) in storages.made.items() if key in weights)
+
+
+RECOMPUTES = [
+    "none",
+    "selective",
+    "full",
+    "norm",
+    "attention,norm",
+    "expert_activation",
+    "norm,expert_activation",
+    "moe",
+    "norm,moe",
+]
 
 
 @pytest.mark.filterwarnings("ignore:router_aux_loss_coef")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora_rank", [None, 16])
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "32-true"), (torch.bfloat16, "bf16-true")])
-def test_what_autograd_keeps_of_a_layer(family, dtype, precision, lora_rank, monkeypatch):
-    # The planner is for GPUs, where the experts are three grouped products.
-    monkeypatch.setattr(Experts, "kernel", "grouped_mm")
+def test_what_autograd_keeps_of_a_layer(family, dtype, precision, lora_rank):
     configs = [MoEConfig(**TINY, model_type=family, num_hidden_layers=n, **FAMILIES[family]) for n in (1, 2)]
-    one, two = (saved_bytes(config, dtype, 2, 256, lora_rank) for config in configs)
-    predicted, _, _ = costs(configs[0], precision, lora_rank=lora_rank).memory._saved(1, 1, 1, 1, 2, "none", "alltoall")
-    assert predicted == pytest.approx(two - one, rel=0.015)
+    for recompute in RECOMPUTES[:3] if lora_rank else RECOMPUTES:
+        one, two = (saved_bytes(config, dtype, 2, 256, parse_recompute(recompute), lora_rank) for config in configs)
+        predicted, _, _ = costs(configs[0], precision, lora_rank=lora_rank).memory._saved(1, 1, 1, 1, 2, recompute, "alltoall")
+        assert predicted == pytest.approx(two - one, rel=0.025, abs=20_000), recompute
+
+
+@pytest.mark.filterwarnings("ignore:router_aux_loss_coef")
+def test_what_autograd_keeps_of_a_dense_layer():
+    sizes = TINY | FAMILIES["qwen2_moe"] | {"model_type": "qwen2_moe", "mlp_only_layers": (1,)}
+    configs = [MoEConfig(**sizes, num_hidden_layers=n) for n in (1, 2)]
+    for recompute in ("none", "norm", "mlp", "norm,mlp"):
+        one, two = (saved_bytes(config, torch.bfloat16, 2, 256, parse_recompute(recompute)) for config in configs)
+        _, predicted, _ = costs(configs[1], "bf16-true").memory._saved(1, 1, 1, 1, 2, recompute, "alltoall")
+        assert predicted == pytest.approx(two - one, rel=0.025, abs=20_000), recompute

@@ -12,15 +12,19 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_moefold.callbacks.expert_load import LoadHistory
+from lightning_moefold.balance.placement import Placement
+from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, LoadRow
+from lightning_moefold.callbacks.placement_history import PlacementHistory
 from lightning_moefold.cli.main import main
 from lightning_moefold.plots import read_run
 from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_speed, loss_names, other_names
-from lightning_moefold.plots.files import EXPERT_LOAD, NO_EXPERT
+from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, NO_EXPERT
 from lightning_moefold.plots.lines import smooth, top_of
 from lightning_moefold.plots.load import draw_expert_load, imbalance
+from lightning_moefold.plots.placement import draw_run_placement
 from lightning_moefold.plots.read import NEWEST, RecordedLoad, read_runs
 from lightning_moefold.plots.style import load_colors
+from tests.quick import quick
 
 MONITORED = {"train/mfu": 0.25, "train/tokens_per_second": 1e4, "train/step_time": 0.5, "train/memory_peak_gb": 3.0}
 
@@ -88,6 +92,32 @@ def test_load(tmp_path: Path) -> None:
     np.testing.assert_allclose(imbalance(load), [[2, 1.5], [1, nan]])
 
 
+def write_placement(folder: Path) -> None:
+    """Two layers of four and two experts; in the second interval the experts 1 and 2 of the first have changed places."""
+    history, rows = PlacementHistory(4), [LoadRow(1, "a", 4, None), LoadRow(3, "b", 2, None)]
+    for step, slots in ((10, (0, 1, 2, 3)), (20, (0, 2, 1, 3))):
+        counts_LE, rank_rows_LR = np.array([[6, 3, 1, 0], [5, 5, -1, -1]]), np.array([[4, 1, 3, 2], [3, 2, 2, 3]])
+        load = ExpertLoad(rows, counts_LE, np.zeros(2, np.int64), rank_rows_LR)  # two replicas of two ranks
+        history.add(step, load, {"a": Placement(slots, 2), "b": Placement.contiguous(2, 2)})
+    history.save(folder / EXPERT_PLACEMENT)
+
+
+def test_placement(tmp_path: Path) -> None:
+    write_placement(tmp_path)
+    run = read_run(tmp_path)
+    found = run.placement
+    assert found is not None
+    assert (found.first, found.steps.tolist(), found.layers.tolist()) == (4, [10, 20], [1, 3])
+    assert found.parts_NLE.tolist() == [[[0, 0, 1, 1], [0, 1, -1, -1]], [[0, 1, 0, 1], [0, 1, -1, -1]]]
+    assert found.home_NLP.tolist() == [[[9, 1], [5, 5]]] * 2
+    assert found.rows_NLP.tolist() == [[[7, 3], [5, 5]]] * 2
+    figure = draw_run_placement(run)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert "Layer 1: rank of each expert (2 moves, the most of any layer)" in titles
+    assert "Rows of each rank, if no expert had moved or been copied: busiest 1.80 times the mean" in titles
+    assert "Rows of each rank, as computed, with moves and copies: busiest 1.40 times the mean" in titles
+
+
 @pytest.mark.parametrize("missing", ["folder", "files", "step", "broken"])
 def test_nothing_to_draw(tmp_path: Path, missing: str, capsys: pytest.CaptureFixture[str]) -> None:
     expected = "neither a metrics.csv (written by Lightning's CSVLogger) nor an expert_load.npz (by LoadBalanceMonitor)"
@@ -136,15 +166,16 @@ def pngs(folder: Path) -> list[str]:
     return [file.stem for file in files]
 
 
-@pytest.mark.parametrize("versions", [1, 2])
+@pytest.mark.parametrize("versions", quick([1, 2], 2))
 def test_pictures_of_a_run(tmp_path: Path, versions: int, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     for version in range(versions):
         path = write_metrics(tmp_path, version, 300, **{"train/hfu": 0.2, "train/aux_loss": 2.0})
     write_load(path.parent)
+    write_placement(path.parent)
     assert main(["plot", str(tmp_path)]) == 0
-    assert pngs(tmp_path / "plots") == ["expert_load", "loss", "memory", "speed"]
-    assert capsys.readouterr().out.count("\n") == 4  # nothing is said about the pipeline, of which there is none
+    assert pngs(tmp_path / "plots") == ["expert_load", "loss", "memory", "placement", "speed"]
+    assert capsys.readouterr().out.count("\n") == 5  # nothing is said about the pipeline, of which there is none
     assert main(["plot", str(tmp_path)]) == 0  # its own pictures are in nobody's way
 
 

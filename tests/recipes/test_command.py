@@ -193,7 +193,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "dispatch_chunks": (2, 2),
     "node_size": (2, 2),
     "expert_kernel": ("loop", "loop"),
-    "recompute": ("full", "full"),
+    "recompute": (["moe", "attention"], ["moe", "attention"]),
+    "offload_activations": (True, True),
     "context_parallel_exchange": ("ring", "ring"),
     "data_parallel_sharding": ("full", "full"),
     "drop_policy": ("position", "position"),
@@ -340,6 +341,7 @@ def errors_of_commands(cases: list[list[str]]) -> list[tuple[int, str]]:
     return seen
 
 
+@pytest.mark.more
 def test_wrong_input_ends_on_all_ranks(pool: RankPool, folder: Path, tmp_path: Path) -> None:
     """The pool would see a rank that goes on waiting."""
     AutoTokenizer.from_pretrained(folder / "checkpoint").save_pretrained(tmp_path / "tokenizer")

@@ -100,6 +100,7 @@ def test_a_loader_of_a_dataset_of_ones_own_goes_on_where_it_stopped():
     assert (list(rest)[-1]["labels"][-1] == IGNORED).all()
 
 
+@pytest.mark.more
 def test_a_student_under_folds(pool: RankPool, tmp_path: Path):
     path = str(make_checkpoint(tmp_path / "student", "mixtral"))
     rows = distilled.make_rows(11, 96, 10, 5)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from lightning_moefold.cli.main import main
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.recipes import evaluated
 from tests.recipes.chats import chat_tokenizer
+from tests.recipes.running import ROOT
 
 lm_eval = pytest.importorskip("lm_eval")
 TASKS = "next_choice,next_text,next_said"
@@ -59,6 +62,26 @@ def test_tasks_under_folds_are_those_of_hugging_face(pool: RankPool, folder: Pat
                         assert value == pytest.approx(metrics[name][key], rel=1e-4)
             if "next_said" in tasks:
                 assert flat(answers["next_said"]) == flat(wanted["next_said"])
+
+
+@pytest.mark.slow  # as above, and two processes from scratch
+def test_the_command_on_two_ranks(folder: Path, tmp_path: Path):
+    _, metrics = by_hugging_face(folder)
+    output = tmp_path / "results.json"
+    words = [
+        sys.executable, "-m", "lightning_moefold", "eval", "--checkpoint", str(folder / "checkpoint"), "--tasks", TASKS,
+        "--include-path", str(folder / "tasks"), "--devices", "2", "--fold", "| ep2", "--accelerator", "cpu", "--precision",
+        "32-true", "--batch-size", "2", "--output", str(output),
+    ]  # fmt: skip
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("|next_choice|") == 1, "one rank prints the table"
+    results = json.loads(output.read_text())
+    assert set(results) == set(TASKS.split(","))
+    for name, wanted in metrics.items():
+        for key, value in wanted.items():
+            if isinstance(value, float) and "stderr" not in key:
+                assert results[name][key] == pytest.approx(value, rel=1e-4), (name, key)
 
 
 def test_wrong_arguments(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

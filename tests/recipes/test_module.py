@@ -20,6 +20,7 @@ from lightning_moefold.recipes.optimizer import parameter_groups, warmup_and_dec
 from lightning_moefold.recipes.packing import PADDING
 from lightning_moefold.testing import RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
+from tests.quick import quick
 from tests.recipes import jobs_module
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
@@ -48,7 +49,8 @@ def reference(folder: Path, packing: str) -> dict[int, tuple[float, int]]:
     return sums
 
 
-@pytest.mark.parametrize("packing", ["blocks", "documents"])
+@pytest.mark.parametrize("packing", quick(["blocks", "documents"], "documents"))
+@pytest.mark.more
 def test_losses_of_a_whole_data_set_and_of_its_documents(pool: RankPool, folder: Path, tmp_path: Path, packing: str):
     expected = reference(folder, packing)
     mean = sum(loss for loss, _ in expected.values()) / sum(count for _, count in expected.values())
@@ -69,6 +71,7 @@ def test_losses_of_a_whole_data_set_and_of_its_documents(pool: RankPool, folder:
             assert line["source"] == f"c.jsonl:{line['document'] + 1}"
 
 
+@pytest.mark.more
 def test_batches_weigh_as_many_tokens_as_they_have(pool: RankPool, folder: Path, tmp_path: Path):
     """The mean of batch losses is another number on this text: the tests above would not pass with it."""
     [whole] = pool.run(jobs_module.measure, str(folder), "", "documents", str(tmp_path / "a"), None, ranks=1)
@@ -88,6 +91,7 @@ def rows_of(reports: list[jobs_module.Report]) -> dict[int, list[tuple[int, ...]
     return {epoch: sorted(rows) for epoch, rows in given.items()}
 
 
+@pytest.mark.more
 def test_a_run_under_one_two_and_one_data_ranks_is_the_uninterrupted_run(pool: RankPool, folder: Path, tmp_path: Path):
     arguments = {"max_epochs": 2, "check_val_every_n_epoch": 1}
     common: tuple[Any, ...] = ({}, {"packing": "documents"}, arguments)
@@ -146,6 +150,7 @@ def test_other_batch_sizes_after_a_resume(pool: RankPool, folder: Path, tmp_path
 # ---- arguments ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_frozen_parameters_stay(pool: RankPool, folder: Path):
     patterns = ["*.mlp.gate.*", "*.experts.*"]
     source = dict(MoECausalLM.from_pretrained(folder / "checkpoint").named_parameters())
@@ -228,6 +233,7 @@ def test_rows_longer_than_the_model_was_made_for(folder: Path, recwarn: pytest.W
 # ---- accumulating ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.more
 def test_accumulated_batches_are_one_large_batch(pool: RankPool, folder: Path):
     """By default; the mean of batch losses is another number on this text."""
     found = {}

@@ -256,6 +256,7 @@ def reference_of(folder: Path) -> torch.Tensor:
     return torch.cat(rows).view(-1, 2).double()
 
 
+@pytest.mark.more
 def test_training_is_the_same_under_every_fold(pool: RankPool, folder: Path, tmp_path: Path):
     """Loss, reference and weights, with the auxiliary loss; a pipeline cuts micro-batches between pairs."""
     cases = [("dpo", "pp2 | ep2", 2), ("kto", "tp2 | ep2 etp2", 1), ("ipo", "cp2 | ep4", 2)]
@@ -283,6 +284,7 @@ def test_training_is_the_same_under_every_fold(pool: RankPool, folder: Path, tmp
             assert error < 1e-9, name
 
 
+@pytest.mark.more
 def test_a_resumed_run_keeps_its_reference(pool: RankPool, folder: Path, tmp_path: Path):
     case = {"folder": str(folder), "loss": "dpo", "fold": ""}
     [[whole]] = pool.run(preferred.several, [case | {"save": str(tmp_path)}], ranks=1)

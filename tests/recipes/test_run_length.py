@@ -58,6 +58,7 @@ def linear(total: int, steps: int) -> list[float]:
     return [0.5] + [1 - 0.9 * min(1.0, (step - 1) / (total - 1)) for step in range(1, steps)]
 
 
+@pytest.mark.more
 def test_learning_rates_of_streams_and_endless_runs(pool: RankPool, tmp_path: Path) -> None:
     path = str(make_checkpoint(tmp_path / "model", "qwen3_moe", vocab_size=96))
     falls: dict[str, Any] = {"schedule": "linear"}
@@ -86,6 +87,7 @@ def test_learning_rates_of_streams_and_endless_runs(pool: RankPool, tmp_path: Pa
             assert rates == pytest.approx(expected), case
 
 
+@pytest.mark.more
 def test_ranks_with_unequal_numbers_of_steps(pool: RankPool, tmp_path: Path) -> None:
     path = str(make_checkpoint(tmp_path / "model", "qwen3_moe", vocab_size=96))
     cases: list[Any] = [({}, {"max_epochs": 1}, 8), ({}, {"max_epochs": 1, "max_steps": 2}, 8)]

@@ -119,6 +119,7 @@ def test_conversations_and_small_blocks(tokenizer, tmp_path):
         list(short.train_dataloader())
 
 
+@pytest.mark.more
 def test_a_trainer_goes_on_with_the_first_row_not_trained_on(pool: RankPool, tokenizer, tmp_path):
     """Lightning takes a batch ahead where there is no length."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "mixtral", vocab_size=420)

@@ -25,6 +25,7 @@ def train(folder: str, tokenizer: str, checkpoint: str, output: str) -> None:
     module.model.save_pretrained(output)
 
 
+@pytest.mark.more
 def test_the_tokenizer_of_the_data_is_exported(
     pool: RankPool, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,9 @@ def test_folds_that_do_not_suit_the_model(pool: RankPool, tmp_path: Path) -> Non
     odd = make_checkpoint(tmp_path / "odd", "qwen3_moe", num_experts=3, moe_intermediate_size=15)
     for messages in pool.run(jobs_bad_input.starts, str(odd), ["ep2", "etp2"], ranks=2):
         assert "num_experts=3 does not split evenly over ep=2; use ep in 1,3." in messages["ep2"]
-        assert "moe_intermediate_size=15 does not divide by etp=2; use etp in 1,3,5." in messages["etp2"]
+        assert (
+            "moe_intermediate_size=15 does not divide by etp=2; use etp in 1,3,5, or a width of 16." in messages["etp2"]
+        )
 
 
 def test_features_that_cannot_work(pool: RankPool, path: str, tmp_path: Path) -> None:
@@ -149,6 +151,7 @@ def test_one_rank_cannot_read(pool: RankPool, path: str) -> None:
     assert peer == "PeerError: rank 1 failed: OSError: the disk is gone"
 
 
+@pytest.mark.more
 def test_one_traceback_is_printed(pool: RankPool, path: str) -> None:
     """By the rank that failed, or by rank 0 where all refuse the same; the others print one line each."""
     [first, second] = pool.run(jobs_bad_input.printed, path, ranks=2)

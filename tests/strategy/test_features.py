@@ -22,6 +22,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(folder, "qwen3_moe", num_experts=4, num_hidden_layers=2))
 
 
+@pytest.mark.more
 def test_features_that_work(pool: RankPool, path: str, tmp_path: Path) -> None:
     [expected] = pool.run(jobs_features.working, path, "", str(tmp_path / "1"), ranks=1)
     actual = pool.run(jobs_features.working, path, FOLD, str(tmp_path / "4"), ranks=4)
@@ -35,11 +36,13 @@ def test_features_that_work(pool: RankPool, path: str, tmp_path: Path) -> None:
         assert_close_by_name(weights, assemble([theirs.weights]), 1e-8, name)
 
 
+@pytest.mark.more
 def test_weights_only(pool: RankPool, path: str, tmp_path: Path) -> None:
     for before, after in pool.run(jobs_features.weights_only, path, FOLD, str(tmp_path), ranks=4):
         assert before == after
 
 
+@pytest.mark.more
 def test_features_that_are_refused(pool: RankPool, path: str, tmp_path: Path) -> None:
     for messages in pool.run(jobs_features.refused, path, "tp2 | ep2", str(tmp_path), ranks=2):
         for name, message in messages.items():
@@ -77,6 +80,7 @@ def test_every_row_of_the_page_is_tried() -> None:
         assert not missing, row
 
 
+@pytest.mark.more
 def test_anomalies_are_looked_for_over_data_ranks(pool: RankPool, path: str) -> None:
     assert pool.run(jobs_features.anomalies, path, "", ranks=2) == ["no error"] * 2
 

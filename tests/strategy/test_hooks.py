@@ -19,6 +19,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("kind", quick(["hook", "post"], "post"))
+@pytest.mark.more
 def test_hooks_work_on_one_rank(pool: RankPool, path: str, kind: str) -> None:
     for when in ("configure_model", "on_train_start"):
         [(moved, _)] = pool.run(jobs_hooks.one_rank, path, kind, when, ranks=1)

@@ -50,6 +50,7 @@ def test_entry_points(pool: RankPool, path: str, fold: str, early: bool) -> None
         )
 
 
+@pytest.mark.more
 def test_model_outside_a_trainer(pool: RankPool, path: str) -> None:
     [losses] = pool.run(jobs_life_cycle.outside, path, ranks=1)
     actual = pool.run(jobs_life_cycle.cases, path, FOLD, [({}, {"max_epochs": 1})], ranks=4)
@@ -110,6 +111,7 @@ def test_full_sharding_accumulates_in_pieces(pool: RankPool, path: str) -> None:
 
 
 @pytest.mark.parametrize("peek", quick([False, True], True), ids=["", "forward before the step"])
+@pytest.mark.more
 def test_model_beside_own_modules(pool: RankPool, path: str, tmp_path: Path, peek: bool) -> None:
     """Aliases of parts of the model, running statistics and extra state survive saving under a fold."""
     (tmp_path / "1").mkdir()
@@ -127,6 +129,7 @@ def test_model_beside_own_modules(pool: RankPool, path: str, tmp_path: Path, pee
         assert seen["note"] == "written"
 
 
+@pytest.mark.more
 def test_hyperparameters_that_cannot_be_read_back(pool: RankPool, path: str, tmp_path: Path) -> None:
     for message in pool.run(jobs_life_cycle.callback_state, path, str(tmp_path), ranks=2):
         assert "torch.nn.modules.linear.Linear" in message
@@ -142,6 +145,7 @@ def test_every_implementation_of_adamw(pool: RankPool, path: str, tmp_path: Path
         assert_close_by_name(other, whole[0], 1e-10, "weights")
 
 
+@pytest.mark.more
 def test_predict(pool: RankPool, path: str) -> None:
     [expected] = pool.run(jobs_life_cycle.predict, path, "", 16, ranks=1)
     actual = pool.run(jobs_life_cycle.predict, path, "tp2 | ep4", 16, ranks=4)

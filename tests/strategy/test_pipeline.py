@@ -26,7 +26,7 @@ def test_errors_reach_all_ranks(pool: RankPool, path: str) -> None:
         "other arguments on the last stage": "were given different batches or arguments",
         "loss_fn": "",
         "through logits": "only output.loss can be differentiated",
-        "generate": "generate does not run a pipeline",
+        "generate": "no error",
         "good again": "no error",
     }
     for rank, messages in enumerate(pool.run(jobs_pipeline.errors, path, ranks=4)):

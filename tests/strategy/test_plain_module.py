@@ -49,6 +49,7 @@ def test_two_backward_passes_by_hand(pool: RankPool) -> None:
 
 
 @pytest.mark.parametrize("ranks", quick([2, 4], 4))
+@pytest.mark.more
 def test_tensor_parallel_ranks_are_one_data_rank(pool: RankPool, ranks: int) -> None:
     """Under tp2, two ranks read the same samples and compute the same gradients, which are never summed over them."""
     expected = pool.run(plain_modules.fit_cases, None, CASES, ranks=ranks // 2)
@@ -63,6 +64,7 @@ def test_tensor_parallel_ranks_are_one_data_rank(pool: RankPool, ranks: int) -> 
 
 
 @pytest.mark.parametrize(("workers", "seed"), quick([(1, True), (0, False), (1, False)], (0, False)))
+@pytest.mark.more
 def test_tensor_parallel_ranks_draw_alike(pool: RankPool, workers: int, seed: bool) -> None:
     """Augmentations in workers and dropout are the same on the ranks of a data replica, and differ between replicas."""
     draws = pool.run(plain_modules.draw, "tp2", workers, seed, ranks=4)
@@ -72,6 +74,7 @@ def test_tensor_parallel_ranks_draw_alike(pool: RankPool, workers: int, seed: bo
     assert not torch.equal(draws[0][1][:, [1, 5]], draws[2][1][:, [1, 5]])
 
 
+@pytest.mark.more
 def test_checkpoint_is_a_plain_file(pool: RankPool, tmp_path: Path) -> None:
     """It loads with ``load_from_checkpoint`` and resumes under DDP, as DDP's resumes here."""
     folds: dict[str, str | None] = {"ours": "", "ddp": None}

@@ -12,6 +12,7 @@ import torch
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.quick import quick
 from tests.strategy import jobs_settings
 
 CAPACITY = {"fold": "| ep2", "capacity_factor": 0.5}
@@ -77,7 +78,7 @@ def test_every_argument_is_changed() -> None:
     assert set(inspect.signature(MoEFoldStrategy).parameters) <= changed | OTHERS
 
 
-@pytest.mark.parametrize("names", APPLIED)
+@pytest.mark.parametrize("names", quick(APPLIED, *list(APPLIED)[:3]))
 def test_applied(pool: RankPool, path: str, names: str) -> None:
     ranks, first, second = APPLIED[names]
     for before, changed, fresh in pool.run(jobs_settings.change, path, first, second, ranks=ranks):
@@ -96,6 +97,7 @@ def test_refused(pool: RankPool, path: str, ranks: int, first: dict[str, Any], o
             assert ("fold" if name.endswith("_size") else name) in message
 
 
+@pytest.mark.more
 def test_auto_goes_on_with_what_the_model_has(pool: RankPool, path: str) -> None:
     """Under its fold, with the settings of the first Trainer where none are given, and with those given."""
     for _, changed, _ in pool.run(jobs_settings.change, path, PIPELINE, {"fold": "auto", "recompute": "full"}, ranks=2):

@@ -16,6 +16,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(("fold", "ranks"), quick([("", 1), ("tp2 | ep2", 2)], ("tp2 | ep2", 2)))
+@pytest.mark.more
 def test_changed_models_are_refused(pool: RankPool, path: str, fold: str, ranks: int) -> None:
     for messages in pool.run(jobs_trees.refused, path, fold, ranks=ranks):
         for case, (_, pattern) in jobs_trees.CASES.items():

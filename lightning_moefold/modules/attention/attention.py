@@ -24,7 +24,7 @@ from lightning_moefold.modules.attention.blockwise import Seen, Span
 from lightning_moefold.modules.attention.context import context_attention
 from lightning_moefold.modules.attention.rotary import rotary_tables
 from lightning_moefold.modules.attention.varlen import attend_within_runs, takes_runs
-from lightning_moefold.modules.base import Linear, ParallelRoot, column_plans, local, row_plans
+from lightning_moefold.modules.base import Linear, ParallelRoot, column_plans, local, placed, row_plans
 from lightning_moefold.modules.norm import RMSNorm
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.modules.standalone import run_standalone
@@ -116,6 +116,8 @@ class Attention(ParallelRoot):
         """Receives the tensor parallel axis, and determines which heads this rank computes."""
         super().bind(mesh)
         self._place_heads()
+        if isinstance(self.o_proj, Linear) and self._q_rows is None:
+            self.o_proj.lora_inputs = self.tp
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Cuts rows of q, k, v and columns of o, each if tp divides its heads."""
@@ -148,13 +150,15 @@ class Attention(ParallelRoot):
         if batch is None:
             return run_standalone(self, hidden, self.batch_of(hidden, self.compute_dtype))
         x_ND = batch.gather(hidden)
-        rows, length = batch.rows, batch.length
-        q_BSQd = self._heads(self.q_proj(x_ND, self._q_rows), rows, length, self.q_norm, batch)
-        k_BSVd = self._heads(self.k_proj(x_ND, self._kv_rows), rows, length, self.k_norm, batch)
-        v_BSVd = self.v_proj(x_ND, self._kv_rows).view(rows, length, self.kv_heads, self.head_dim)
+        rows, length, places = batch.rows, batch.length, batch.all_tokens(hidden.device)
+        q_ND = self.q_proj(x_ND, self._q_rows, **placed(self.q_proj, places))
+        k_ND, v_ND = (part(x_ND, self._kv_rows, **placed(part, places)) for part in (self.k_proj, self.v_proj))
+        q_BSQd = self._heads(q_ND, rows, length, self.q_norm, batch)
+        k_BSVd = self._heads(k_ND, rows, length, self.k_norm, batch)
+        v_BSVd = v_ND.view(rows, length, self.kv_heads, self.head_dim)
         qkv = q_BSQd, k_BSVd, v_BSVd
         y_NO = self._attend(*qkv, batch) if self.is_one_kernel(batch) else comm.uncompiled(self._attend, *qkv, batch)
-        y_TD = batch.reduce_scatter(self.o_proj(y_NO, columns=self._q_rows, bias=False))
+        y_TD = batch.reduce_scatter(self.o_proj(y_NO, columns=self._q_rows, bias=False, **placed(self.o_proj, places)))
         # The bias is added once, to each rank's own tokens, after the sum over tp.
         return y_TD if self.o_proj.bias is None else y_TD + local(self.o_proj.bias)
 

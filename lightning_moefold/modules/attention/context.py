@@ -58,6 +58,16 @@ class ContextLayout:
         spans = self.spans(self.cp.index if rank is None else rank)
         return torch.cat([torch.arange(s.start, s.end, device=device) for s in spans])
 
+    def find(self, position: int) -> tuple[int, int]:
+        """Returns the rank that holds a position of the row, and its place among the positions of that rank."""
+        for rank in range(self.cp.size):
+            before = 0
+            for span in self.spans(rank):
+                if span.start <= position < span.end:
+                    return rank, before + position - span.start
+                before += span.end - span.start
+        raise IndexError(f"a row of {self.length} has no position {position}")
+
     def order(self, device: torch.device | None = None) -> Tensor:
         """Returns the index of each position of the row in the concatenation of all ranks, ``[S]``."""
         held = [torch.arange(s.start, s.end, device=device) for r in range(self.cp.size) for s in self.spans(r)]

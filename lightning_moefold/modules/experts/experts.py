@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lightning_moefold.modules.experts.products import grouped_never_waits
 from lightning_moefold.modules.experts.stack import split_stack
 from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts
 from lightning_moefold.modules.mlp import ACTIVATIONS
+from lightning_moefold.modules.recompute import recomputed
 
 _WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 _ADAPTER = ("gate_up_lora_A", "gate_lora_B", "up_lora_B", "down_lora_A", "down_lora_B")
@@ -40,9 +42,13 @@ class RoutedExperts(ParallelModule):
 
     Attributes:
         copy_bytes: That a copy of one of them took in the latest pass that planned copies, its gradient included.
+        plan: What the plans of all their parameters have in common.
+        again: Whether backward computes again what the experts would keep of their activations.
     """
 
     copy_bytes: int = 0
+    plan: ParameterPlan = ParameterPlan(Family.EXPERT)
+    again: bool = False
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -79,6 +85,15 @@ class RoutedExperts(ParallelModule):
             chunk: Which of the parcels this is; the same experts in every step.
         """
 
+    def split(self, stack: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+        """Cuts one of :meth:`stacks` into parts with these numbers of experts."""
+        return split_stack(stack, sizes)
+
+    @property
+    def computes_again(self) -> bool:
+        """Whether :meth:`compute` itself heeds :attr:`again`; what does not runs again as a whole."""
+        return False
+
     def compiles(self, x_AD: Tensor) -> bool:
         """Whether :meth:`compute` is one graph for all counts of rows; if not, compiled layers leave it as it is."""
         return False
@@ -100,8 +115,10 @@ class RoutedExperts(ParallelModule):
         if plan is not None and torch.is_grad_enabled():
             self.copy_bytes = bytes_of_copy(stacks)
         stacks, borrowed = lend(stacks, plan, dispatcher.ep)
-        chunks = list(zip(*(split_stack(stack, sizes) for stack in stacks), strict=True))
+        chunks = list(zip(*(self.split(stack, sizes) for stack in stacks), strict=True))
         returns, arriving = [], parcels[0]
+        whole = self.again and not self.computes_again and torch.is_grad_enabled()
+        compute = partial(recomputed, self.compute) if whole else self.compute
         for number in range(len(parcels)):
             parcel = arriving
             if number + 1 < len(parcels):
@@ -109,9 +126,9 @@ class RoutedExperts(ParallelModule):
             x_AD, rows = dispatcher.dispatch_postprocess(parcel)
             chunk = chunks[number] if number < len(chunks) else borrowed.arrive()
             if self.compiles(x_AD):
-                y_AD = self.compute(x_AD, rows, chunk, number)
+                y_AD = compute(x_AD, rows, chunk, number)
             else:
-                y_AD = comm.uncompiled(self.compute, x_AD, rows, chunk, number)
+                y_AD = comm.uncompiled(compute, x_AD, rows, chunk, number)
             y_AD = dispatcher.combine_preprocess(y_AD, parcel.plan)
             returns.append(dispatcher.token_combine(y_AD, parcel.plan))
         return returns
@@ -210,6 +227,11 @@ class Experts(RoutedExperts):
         names = _WEIGHTS if self.lora_scale is None else _WEIGHTS + _ADAPTER
         return tuple(local(self.get_parameter(name)) for name in names)
 
+    @property
+    def computes_again(self) -> bool:
+        """All kernels but Transformer Engine's."""
+        return self.kernel != "transformer_engine"
+
     def compiles(self, x_AD: Tensor) -> bool:
         """Where experts go by ``grouped_mm``, of which torch can trace bfloat16 only; a loop asks for the counts of rows."""
         cast = torch.is_autocast_enabled(x_AD.device.type)
@@ -230,7 +252,8 @@ class Experts(RoutedExperts):
             if self.lora_scale is not None:
                 up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR = adapter
                 lora = ExpertLoRA(up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR, self.lora_scale)
-            return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, self.kernel, lora)
+            weights = gate_LFD, up_LFD, down_LDF
+            return gated_experts(x_AD, rows, self.activation, *weights, self.kernel, lora, self.again)
         if x_AD.dtype == torch.float64:  # which Transformer Engine does not have
             return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, "loop")
         experts, width, hidden = gate_LFD.shape

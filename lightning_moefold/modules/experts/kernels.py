@@ -7,6 +7,8 @@ Two ways, by device, and a third one behind the same call in :mod:`.transformer_
   and the weighted sum per token stay in cache between the products;
 - CUDA: all rows at once, with the products of :mod:`.products` and the fused steps of :mod:`..kernels` between them.
 
+Backward can also compute the two products before the activation again (``again``), which then are not kept.
+
 The weight's gradient comes from the activation and the gradient of it: so backward needs no expert's output. Kept for backward are
 the two products before the activation and the tokens, ``A * D + 2 * M * F`` numbers on the first way, which needs no copy of
 a token per expert, and ``M * D + 2 * M * F`` on the second.
@@ -20,7 +22,7 @@ adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -73,6 +75,7 @@ def gated_experts(
     down_LDF: Tensor,
     kernel: Literal["auto", "loop", "grouped_mm", "fp8"] = "auto",
     lora: ExpertLoRA | None = None,
+    again: bool = False,
 ) -> Tensor:
     """Runs gated experts on their rows and sums them per token, ``[A, D] -> [A, D]``.
 
@@ -85,6 +88,7 @@ def gated_experts(
         down_LDF: Weights back to D.
         kernel: Which way; ``"auto"`` by device and shape. What ``"grouped_mm"`` cannot take (float64, odd widths) goes by loop.
         lora: An adapter of these experts; not for ``"fp8"``.
+        again: Whether backward computes the products of gate and up again instead of keeping them.
     """
     adapter, scale = ((), 0.0) if lora is None else (lora[:5], lora.scale)
     if kernel == "fp8":
@@ -93,8 +97,8 @@ def gated_experts(
         products = choose_products(x_AD, rows, (gate_LFD, *adapter), kernel)
     if products is not None:
         stacks = gate_LFD, up_LFD, down_LDF, *adapter
-        return _at_once(x_AD, rows, activation, *stacks, products=products, scale=scale)
-    job = _Job(rows.token_M, rows.distinct, host_counts(rows), activation, scale)
+        return _at_once(x_AD, rows, activation, *stacks, products=products, scale=scale, again=again)
+    job = _Job(rows.token_M, rows.distinct, host_counts(rows), activation, scale, again)
     return _ExpertByExpert.apply(x_AD, rows.weight_M, job, gate_LFD, up_LFD, down_LDF, *adapter)
 
 
@@ -102,10 +106,27 @@ def gated_experts(
 
 
 def _at_once(
-    x_AD: Tensor, rows: ExpertRows, activation: Activation, *stacks: Tensor, products: Products, scale: float = 0.0
+    x_AD: Tensor,
+    rows: ExpertRows,
+    activation: Activation,
+    *stacks: Tensor,
+    products: Products,
+    scale: float = 0.0,
+    again: bool = False,
 ) -> Tensor:
-    y_MD = _AtOnce.apply(read_tokens(x_AD, rows), rows.weight_M, products, activation, scale, *stacks)
+    y_MD = _AtOnce.apply(read_tokens(x_AD, rows), rows.weight_M, products, activation, scale, again, *stacks)
     return sum_rows(y_MD, rows, x_AD.shape[0])
+
+
+def _gate_and_up(
+    products: Products, x_MD: Tensor, gate_LFD: Tensor, up_LFD: Tensor, z_MR: Tensor | None, adapter: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The two products before the activation; ``z_MR`` is the product with the A they share, times s."""
+    gate_MF, up_MF = (products.forward(x_MD, w_LFD) for w_LFD in (gate_LFD, up_LFD))
+    if z_MR is not None:
+        gate_MF.add_(products.forward(z_MR, adapter[1]))
+        up_MF.add_(products.forward(z_MR, adapter[2]))
+    return gate_MF, up_MF
 
 
 class _AtOnce(torch.autograd.Function):
@@ -119,25 +140,22 @@ class _AtOnce(torch.autograd.Function):
         products: Products,
         activation: Activation,
         scale: float,
+        again: bool,
         gate_LFD: Tensor,
         up_LFD: Tensor,
         down_LDF: Tensor,
         *adapter: Tensor,
     ) -> Tensor:
-        gate_MF, up_MF = (products.forward(x_MD, w_LFD) for w_LFD in (gate_LFD, up_LFD))
-        z_MR = None
-        if adapter:
-            up_A, gate_B, up_B, down_A, down_B = adapter
-            z_MR = products.forward(x_MD, up_A).mul_(scale)
-            gate_MF.add_(products.forward(z_MR, gate_B))
-            up_MF.add_(products.forward(z_MR, up_B))
+        z_MR = products.forward(x_MD, adapter[0]).mul_(scale) if adapter else None
+        gate_MF, up_MF = _gate_and_up(products, x_MD, gate_LFD, up_LFD, z_MR, adapter)
         inner_MF = gated_forward(activation, gate_MF, up_MF, weight_M)
         y_MD = products.forward(inner_MF, down_LDF)
         v_MR = None
         if adapter:
-            v_MR = products.forward(inner_MF, down_A).mul_(scale)
-            y_MD.add_(products.forward(v_MR, down_B))
-        ctx.save_for_backward(x_MD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
+            v_MR = products.forward(inner_MF, adapter[3]).mul_(scale)
+            y_MD.add_(products.forward(v_MR, adapter[4]))
+        kept = (None, None) if again else (gate_MF, up_MF)
+        ctx.save_for_backward(x_MD, weight_M, *kept, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
         ctx.products, ctx.activation, ctx.scale = products, activation, scale
         return y_MD
 
@@ -145,7 +163,9 @@ class _AtOnce(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_MD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter = ctx.saved_tensors
         products, scale = ctx.products, ctx.scale
-        need_x, need_weight, _, _, _, need_gate, need_up, need_down, *need_adapter = ctx.needs_input_grad
+        if gate_MF is None:
+            gate_MF, up_MF = _gate_and_up(products, x_MD, gate_LFD, up_LFD, z_MR, adapter)
+        need_x, need_weight, _, _, _, _, need_gate, need_up, need_down, *need_adapter = ctx.needs_input_grad
         grad_MD = grads[0].contiguous()
         grad_inner_MF = products.input_gradient(grad_MD, down_LDF)
         if adapter:
@@ -180,7 +200,7 @@ class _AtOnce(torch.autograd.Function):
                 products.weight_gradient(q_MR, through.inner_MF, down_A),
                 products.weight_gradient(grad_MD, v_MR, down_B),
             ]
-        return grad_x, through.weight_M, None, None, None, grad_gate, grad_up, grad_down, *of_adapter
+        return grad_x, through.weight_M, None, None, None, None, grad_gate, grad_up, grad_down, *of_adapter
 
 
 class _Read(torch.autograd.Function):
@@ -230,10 +250,16 @@ class _Job:
     """What :class:`_ExpertByExpert` is told besides tensors with gradients."""
 
     def __init__(
-        self, token_M: Tensor | None, distinct: bool, counts: list[int], activation: Activation, scale: float = 0.0
+        self,
+        token_M: Tensor | None,
+        distinct: bool,
+        counts: list[int],
+        activation: Activation,
+        scale: float = 0.0,
+        again: bool = False,
     ) -> None:
         self.token_M, self.distinct, self.counts, self.activation = token_M, distinct, counts, activation
-        self.scale = scale
+        self.scale, self.again = scale, again
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor | slice, bool]]:
         """Experts that have rows, some of their rows, the tokens these read, and whether they are an expert's first."""
@@ -247,6 +273,21 @@ class _Job:
 
     def read(self, x_AD: Tensor, tokens: Tensor | slice) -> Tensor:
         return x_AD[tokens] if isinstance(tokens, slice) else x_AD.index_select(0, tokens)
+
+    def gate_and_up(
+        self,
+        x_cD: Tensor,
+        weights: Sequence[Tensor],
+        z_cR: Tensor | None,
+        adapter: Sequence[Tensor],
+        out: Sequence[Tensor | None] = (None, None),
+    ) -> list[Tensor]:
+        """The two products of an expert before the activation, of its weights and its adapter, if it has one."""
+        found = [torch.mm(x_cD, w.t(), out=o) for w, o in zip(weights, out, strict=True)]
+        if z_cR is not None:
+            for product, factor in zip(found, adapter[1:3], strict=True):
+                product.addmm_(z_cR, factor.t(), alpha=self.scale)
+        return found
 
     def total(self, x_AD: Tensor) -> Tensor:
         """Where rows are summed per token: in at least float32, unless nothing is summed."""
@@ -295,26 +336,27 @@ class _ExpertByExpert(torch.autograd.Function):
         down_LDF: Tensor,
         *adapter: Tensor,
     ) -> Tensor:
-        gate_MF, up_MF = (FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2))
+        kept: list[Tensor | None] = [None, None]
+        if not job.again:
+            kept = [FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2)]
         z_MR = v_MR = None
         if adapter:
             z_MR, v_MR = (x_AD.new_empty(weight_M.shape[0], adapter[a].shape[1]) for a in (0, 3))
         total_AD = job.total(x_AD)
         for expert, rows, tokens, _ in job.blocks(x_AD.dtype):
-            x_cD, gate, up = job.read(x_AD, tokens), gate_MF[rows], up_MF[rows]
-            torch.mm(x_cD, gate_LFD[expert].t(), out=gate)
-            torch.mm(x_cD, up_LFD[expert].t(), out=up)
+            x_cD, z_cR = job.read(x_AD, tokens), None
+            weights, factors = [stack[expert] for stack in (gate_LFD, up_LFD)], [stack[expert] for stack in adapter]
             if z_MR is not None:
-                up_A, gate_B, up_B, down_A, down_B = (stack[expert] for stack in adapter)
-                z_cR = torch.mm(x_cD, up_A.t(), out=z_MR[rows])
-                gate.addmm_(z_cR, gate_B.t(), alpha=job.scale)
-                up.addmm_(z_cR, up_B.t(), alpha=job.scale)
+                z_cR = torch.mm(x_cD, factors[0].t(), out=z_MR[rows])
+            out = [None if whole is None else whole[rows] for whole in kept]
+            gate, up = job.gate_and_up(x_cD, weights, z_cR, factors, out)
             inner_cF = job.activation(gate).mul_(up)
             y_cD = inner_cF @ down_LDF[expert].t()
             if v_MR is not None:
+                down_A, down_B = factors[3:]
                 y_cD.addmm_(torch.mm(inner_cF, down_A.t(), out=v_MR[rows]), down_B.t(), alpha=job.scale)
             job.add(total_AD, tokens, y_cD.mul_(weight_M[rows].unsqueeze(1)))
-        ctx.save_for_backward(x_AD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
+        ctx.save_for_backward(x_AD, weight_M, *kept, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
         ctx.job = job
         return total_AD.to(x_AD.dtype)
 
@@ -339,8 +381,14 @@ class _ExpertByExpert(torch.autograd.Function):
                 up_A, gate_B, up_B, down_A, down_B = (stack[expert] for stack in adapter)
                 q_cR = grad_cD @ down_B
                 grad_inner.addmm_(q_cR, down_A, alpha=job.scale)
-            active = job.activation(gate_MF[rows])
-            inner = active * up_MF[rows]
+            if gate_MF is None:
+                z_cR = z_MR[rows] if adapter else None
+                weights, factors = (gate_LFD[expert], up_LFD[expert]), [stack[expert] for stack in adapter]
+                gate, up = job.gate_and_up(job.read(x_AD, tokens), weights, z_cR, factors)
+            else:
+                gate, up = gate_MF[rows], up_MF[rows]
+            active = job.activation(gate)
+            inner = active * up
             if grad_weight is not None:
                 grad_weight[rows] = torch.linalg.vecdot(inner.to(weight_M.dtype), grad_inner.to(weight_M.dtype))
             if grad_down is not None:
@@ -352,7 +400,7 @@ class _ExpertByExpert(torch.autograd.Function):
                 _add_product(of_adapter[4][expert], grad_cD.t(), v_MR[rows].clone().mul_(factor_c1), first)
             grad_inner.mul_(weight_c1)
             grad_up_cF = active.mul_(grad_inner)
-            grad_gate_cF = through_activation(job.activation, gate_MF[rows], grad_inner.mul_(up_MF[rows]))
+            grad_gate_cF = through_activation(job.activation, gate, grad_inner.mul_(up))
             if grad_gate is not None or grad_up is not None or trains_adapter:
                 x_cD = job.read(x_AD, tokens)
             if grad_gate is not None:

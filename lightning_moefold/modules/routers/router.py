@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_moefold.kernels.float32 import exact_linear
 from lightning_moefold.modules.base import ParallelModule, local, wide
-from lightning_moefold.modules.routers.noise import hashed, uniform
+from lightning_moefold.modules.noise import hashed, uniform
 from lightning_moefold.modules.routers.options import RouterOptions
 from lightning_moefold.modules.routers.registry import register_router
 from lightning_moefold.modules.sequence import SequenceBatch

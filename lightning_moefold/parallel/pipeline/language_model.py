@@ -52,6 +52,7 @@ class LanguageCall(Call):
         labelled: Whether there are labels.
         wants_logits: Whether logits are kept.
         gather_logits: Whether every rank is to have them.
+        last_logits: Whether they are those of the last position.
         step: The optimizer step whose labels the loss is divided by, if not those of the batch.
 
     Attributes:
@@ -72,6 +73,7 @@ class LanguageCall(Call):
     labelled: bool
     wants_logits: bool
     gather_logits: bool
+    last_logits: bool
     step: StepLabels | None
     labels: float = 1.0
     factors: Factors = Factors()
@@ -119,6 +121,7 @@ class StagedLanguageModel(Staged[LanguageCall]):
         tensors: Mapping[str, Any],
         loss_fn: LossFunction | None,
         gather_logits: bool,
+        last_logits: bool,
         extras: Mapping[str, Any],
     ) -> LanguageCall:
         """Reads the arguments of :meth:`.MoECausalLM.forward`.
@@ -127,22 +130,24 @@ class StagedLanguageModel(Staged[LanguageCall]):
             tensors: Its tensor arguments by name.
             loss_fn: Runs on the last stage, on one micro-batch at a time.
             gather_logits: Send whole logits to every stage.
+            last_logits: Send those of the last position to every stage.
             extras: Of ``loss_fn``; tensors with an entry for each row of the batch are cut like the batch.
         """
         labelled = tensors["labels"] is not None
         training = labelled and torch.is_grad_enabled()
         batches, parts = self._microbatches(tensors, extras, keep_all=gather_logits or loss_fn is not None)
-        mode = 8 * training + 4 * labelled + 2 * gather_logits + (loss_fn is not None)
+        mode = 16 * last_logits + 8 * training + 4 * labelled + 2 * gather_logits + (loss_fn is not None)
         number = torch.full((), mode, device=batches[0].faults.device)
         for batch in batches:
+            batch.last_only = last_logits
             number = (number * 31 + batch.fingerprint + 17 * batch.sequence.rows) % PRIME
         ahead = loss_fn is not None or self._balances_batch()
         return LanguageCall(
             batches=batches, device=next(self.module.parameters()).device, training=training, number=number,
             fault=batches[0].error, may_fail=loss_fn is not None,
             looks_ahead=training and batches[0].sequence.wants_routing and ahead,
-            loss_fn=loss_fn, extras=parts, labelled=labelled, gather_logits=gather_logits,
-            wants_logits=gather_logits or (not labelled and self.mesh.tp.size == 1),
+            loss_fn=loss_fn, extras=parts, labelled=labelled, gather_logits=gather_logits or last_logits,
+            last_logits=last_logits, wants_logits=gather_logits or last_logits or (not labelled and self.mesh.tp.size == 1),
             step=self.module.take_step_labels(tensors["labels"], loss_fn),
         )  # fmt: skip
 
@@ -211,8 +216,9 @@ class StagedLanguageModel(Staged[LanguageCall]):
         call.scale = call.factors.lm / call.factors.routers / call.labels
         sequences = [batch.sequence for batch in batches]
         groups, turn = max(s.num_groups for s in sequences), self.module.next_call()
+        adapter_turn = self.module.next_adapter_call()
         for sequence in sequences:
-            sequence.num_groups, sequence.call = groups, turn
+            sequence.num_groups, sequence.call, sequence.adapter_call = groups, turn, adapter_turn
         call.lengths = [(s.tokens + s.padding) // s.tp.size for s in sequences]
         call.wires = (Wire((max(call.lengths), config.hidden_size), self._dtype),)
         if sequences[0].wants_routing:
@@ -332,7 +338,8 @@ class StagedLanguageModel(Staged[LanguageCall]):
         if not call.gather_logits:
             return mine
         rows = sum(b.sequence.rows for b in call.batches if not b.is_empty)
-        shape = (rows, call.batches[0].true_length, self.module.config.vocab_size)
+        length = 1 if call.last_logits else call.batches[0].true_length
+        shape = (rows, length, self.module.config.vocab_size)
         return runner.from_last(mine, Wire(shape, self._dtype), call.device)
 
     @property

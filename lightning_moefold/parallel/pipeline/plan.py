@@ -19,6 +19,7 @@ from functools import cache
 
 from lightning_moefold.errors import InputError
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.modules.recompute_parts import Recompute
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
 #: Two stages a rank, there and back again.
@@ -67,7 +68,7 @@ class PipelinePlan:
         return 2 if self.schedule in V_SHAPED else self.stages_per_rank
 
     def check(
-        self, pp: int, num_microbatches: int, sharding: str, recompute: str | None = None, compiled: bool = False
+        self, pp: int, num_microbatches: int, sharding: str, recompute: Recompute | None = None, compiled: bool = False
     ) -> None:
         """Whether ``pp`` ranks can run the schedule.
 

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lightning_moefold.fold import Fold
-from lightning_moefold.planner.cost.layer import Block, LayerCosts, combine
+from lightning_moefold.modules.recompute_parts import parse_recompute, recompute_parts
+from lightning_moefold.planner.cost.layer import Block, LayerCosts, combine, seconds_again
 from lightning_moefold.planner.cost.memory import LocalParameters, Memory, MemoryModel
 from lightning_moefold.planner.cost.parameters import adapter_parameters
 from lightning_moefold.planner.cost.schedules import RankLayers, bubble, pipeline_layout
@@ -191,9 +192,8 @@ class CostModel:
         moe, dense = self.layers.layers(fold.tp, fold.cp, fold.ep, fold.etp, size, plan.dispatcher)
         embedding, head = self.layers.ends(fold.tp, fold.cp, size)
         block = combine([(held.moe, moe), (held.dense, dense), (held.first, embedding), (held.last, head)])
-        layers = held.moe * moe.forward_total + held.dense * dense.forward_total
-        again = {"none": 0.0, "selective": block.attention_half, "full": layers}
-        recompute = again[plan.recompute]
+        parts = recompute_parts(parse_recompute(plan.recompute))
+        recompute = held.moe * seconds_again(moe, parts, "moe") + held.dense * seconds_again(dense, parts, "mlp")
         if self.job.sharding != "full":
             return RankTimes(block, recompute, 0.0, 0.0)
         gather, scatter = self._sharded_traffic(fold, held)

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
+from types import MappingProxyType
 
 from lightning_moefold.fold import expert_nodes
 from lightning_moefold.modules.attention.exchanges import exchange_for, padded_length
+from lightning_moefold.modules.recompute_parts import LAYER
 from lightning_moefold.planner.cost.pairs import Pairs, pairs_of
 from lightning_moefold.planner.machine.kernels import Compute
 from lightning_moefold.planner.machine.links import GroupShape, Links, group_shape
@@ -43,13 +45,14 @@ class Block:
         forward: Seconds of forward by kind of work.
         backward: Seconds of backward by kind of work, gradients of weights included.
         weight: The part of ``backward`` that computes gradients of weights, for which no other rank waits.
-        attention_half: Seconds of the forward pass that selective recomputation repeats.
+        again: Seconds of what backward may repeat: of ``"attention"``, the half of a layer; of ``"experts"``, two of the three
+            products; of ``"attention norm"`` and ``"feed norm"``, the norm of each half with its gather over tp.
     """
 
     forward: Mapping[str, float]
     backward: Mapping[str, float]
     weight: float = 0.0
-    attention_half: float = 0.0
+    again: Mapping[str, float] = field(default_factory=dict)
     forward_total: float = field(init=False)
     backward_total: float = field(init=False)
 
@@ -62,17 +65,35 @@ def combine(parts: list[tuple[float, Block]]) -> Block:
     """Adds blocks, each multiplied by its number."""
     forward: dict[str, float] = {}
     backward: dict[str, float] = {}
-    weight = attention_half = 0.0
+    repeated: dict[str, float] = {}
+    weight = 0.0
     for times, block in parts:
         if not times:
             continue
-        for name, value in block.forward.items():
-            forward[name] = forward.get(name, 0.0) + times * value
-        for name, value in block.backward.items():
-            backward[name] = backward.get(name, 0.0) + times * value
+        for total, seconds in ((forward, block.forward), (backward, block.backward), (repeated, block.again)):
+            for name, value in seconds.items():
+                total[name] = total.get(name, 0.0) + times * value
         weight += times * block.weight
-        attention_half += times * block.attention_half
-    return Block(forward, backward, weight, attention_half)
+    return Block(forward, backward, weight, repeated)
+
+
+def seconds_again(layer: Block, parts: frozenset[str], half: str) -> float:
+    """Returns the seconds of a layer's forward pass that backward repeats.
+
+    Args:
+        layer: The layer.
+        parts: Of :func:`~.recompute_parts.recompute_parts`.
+        half: What the half after attention is called: ``"moe"`` or ``"mlp"``.
+    """
+    attention, whole = layer.again["attention"], LAYER in parts
+    seconds = attention if whole or "attention" in parts else 0.0
+    if "norm" in parts and not seconds:
+        seconds += layer.again["attention norm"]
+    if whole or half in parts:
+        return seconds + layer.forward_total - attention
+    if "norm" in parts:
+        seconds += layer.again["feed norm"]
+    return seconds + layer.again.get("experts", 0.0) * ("expert_activation" in parts)
 
 
 class LayerCosts:
@@ -158,7 +179,13 @@ class LayerCosts:
             forward["cp"], backward["cp"] = self._meet(
                 exchange, self.shape(cp, tp), n * q * b, 2 * n * kv * b, core, core_backward
             )
-        return self._with_launches("attention", forward, backward, self._weights * gemm + adapter)
+        norm = self._norm(n / tp) + self.links.gather(self.shape(tp, 1), n * d * b)
+        made = self._weights * gemm + adapter
+        return self._with_launches("attention", forward, backward, made, again={"attention norm": norm})
+
+    def _norm(self, tokens: float) -> float:
+        """Returns the seconds of a norm, which reads and writes each token."""
+        return self.compute.stream(2 * self.job.activation_bytes * tokens * self.model.hidden_size)
 
     def _adapter(self, n: int, q: int, kv: int) -> float:
         """Returns the seconds of the products of an adapter on q, k, v and o, forward; backward makes twice as many."""
@@ -236,7 +263,9 @@ class LayerCosts:
         if sync:
             forward["launch"] = sync
         more = _LAUNCHES["chunk"] * (self.chunks(ep) - 1)
-        return self._with_launches("experts", forward, backward, self._weights * (experts + router), more)
+        repeated = {"experts": 2 * product, "feed norm": self._norm(tokens)}
+        made = self._weights * (experts + router)
+        return self._with_launches("experts", forward, backward, made, more, repeated)
 
     def chunks(self, ep: int) -> int:
         """Returns the number of parts of the token exchange; at most the number of experts per rank."""
@@ -328,7 +357,9 @@ class LayerCosts:
         forward = {"gemm": gemm, "elementwise": elementwise, "tp": comm}
         backward = {"gemm": self._backward * gemm, "elementwise": _ELEMENTWISE_BACKWARD * elementwise, "tp": comm}
         self._add_casts(forward, backward, n, d + f, 2 * f + d)
-        return self._with_launches("mlp", forward, backward, self._weights * gemm)
+        gather = self.links.gather(self.shape(tp, 1), n * d * b)
+        norm = gather + (self._norm(n / tp) if own_norm else 0.0)
+        return self._with_launches("mlp", forward, backward, self._weights * gemm, again={"feed norm": norm})
 
     def _ends(self, tp: int, cp: int, micro_batch: int) -> tuple[Block, Block]:
         """Computes the ends of the model: the embedding; and the final norm, head and loss."""
@@ -353,7 +384,13 @@ class LayerCosts:
             backward["elementwise"] += self.compute.stream((2 + 1 + 1) * rows * outputs)
 
     def _with_launches(
-        self, kind: str, forward: dict[str, float], backward: dict[str, float], weight: float, more: int = 0
+        self,
+        kind: str,
+        forward: dict[str, float],
+        backward: dict[str, float],
+        weight: float,
+        more: int = 0,
+        again: Mapping[str, float] = MappingProxyType({}),
     ) -> Block:
         """Raises the time of a block to the time the host needs to launch its kernels, plus ``more`` launches."""
         floor = (_LAUNCHES[kind] + more) * self.job.hardware.kernels.launch
@@ -361,7 +398,8 @@ class LayerCosts:
             missing = least - sum(seconds.values())
             if missing > 0:
                 seconds["launch"] = seconds.get("launch", 0.0) + missing
-        return Block(forward, backward, weight, sum(forward.values()) if kind == "attention" else 0.0)
+        half = {"attention": sum(forward.values())} if kind == "attention" else {}
+        return Block(forward, backward, weight, {**again, **half})
 
     # ---- layers ------------------------------------------------------------------------------------------------
 

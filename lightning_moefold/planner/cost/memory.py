@@ -20,6 +20,7 @@ from math import ceil
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.modules.logit_chunks import chunk_rows
+from lightning_moefold.modules.recompute_parts import LAYER, parse_recompute, recompute_parts
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.parameters import (
     adapter_parameters,
@@ -181,22 +182,36 @@ class MemoryModel:
         # Copies of experts stay until backward, where they have gradients of their own.
         copies = (self.job.copies_per_rank if ep > 1 else 0) * 3 * f * d * b
         experts = t * d * b + router + rows * d * b + 2 * gated + 12 * rows + copies
+        # What the norm makes: the gathered input of products, and that of the router if it is not cast.
+        normed = router - 2 * t * model.num_experts * 4 if b >= 4 else 0.0
         if shared:
             experts += n * d * b + 3 * n * shared * b + t * d * b
+            normed += n * d * b
         dense = t * d * b + n * d * b + 3 * n * ceil(model.intermediate_size / tp) * b
         if self.job.lora_rank:  # each projection keeps its rows times A; frozen products need no inputs
             attention += 4 * n * self.job.lora_rank * b
             experts -= router - 2 * t * model.num_experts * 4 + (n * d * b + n * shared * b if shared else 0)
             dense -= n * d * b + n * ceil(model.intermediate_size / tp) * b
-        everything = attention + experts, attention + dense
+            normed = 0.0
         exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
         live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f) + copies)
-        if recompute == "full":
-            return t * d * b, t * d * b, live + max(everything[0] if self.costs.num_moe else 0.0, everything[1])
-        if recompute == "selective":  # the attention half keeps its input
-            kept = t * d * b
-            return kept + experts, kept + dense, live + attention
-        return everything[0], everything[1], live
+        parts, layer = recompute_parts(parse_recompute(recompute)), t * d * b
+        if LAYER in parts:
+            most = max(experts if self.costs.num_moe else 0.0, dense)
+            return layer, layer, live + attention + most
+        made: list[float] = [attention] if "attention" in parts else [norm] if "norm" in parts else []
+        kept = layer if "attention" in parts else attention - norm * ("norm" in parts)
+        sizes: list[float] = []
+        for half, all_of_it, of_norm in (("moe", experts, normed), ("mlp", dense, norm)):
+            activation = 2 * gated if half == "moe" and "expert_activation" in parts else 0.0
+            if half in parts:
+                made.append(all_of_it if half == "mlp" or self.costs.num_moe else 0.0)
+                sizes.append(kept + layer)
+            else:
+                dropped = activation + of_norm * ("norm" in parts)
+                made.append(dropped)
+                sizes.append(kept + all_of_it - dropped)
+        return sizes[0], sizes[1], live + max(made)
 
     def _under_way(self, spread: int, ep: int, etp: int, dispatcher: str) -> float:
         """Returns the rows per token of a rank that exist during the exchange: rows sent, and rows received by the busiest rank.

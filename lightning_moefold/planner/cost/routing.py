@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import DAMAGE, InputError
 
 Shares = npt.NDArray[np.float64]
 _LAYERS, _TOKENS, _SEED = 24, 1024, 0
@@ -66,7 +66,13 @@ class RoutingProfile:
         file = Path(path)
         if not file.is_file():
             raise InputError(f"routing {str(path)!r} is neither a profile ({', '.join(PROFILES)}) nor a file.")
-        counts = _read_counts(file)
+        try:
+            counts = _read_counts(file)
+        except InputError:
+            raise
+        except DAMAGE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{file} holds no counts of routing ({type(error).__name__}: {reason}).") from None
         if counts.ndim == 4:
             counts = counts.sum(2)
         if counts.ndim == 3:

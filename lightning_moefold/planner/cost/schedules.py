@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.modules.recompute_parts import parse_recompute
 from lightning_moefold.parallel.pipeline.plan import V_SHAPED, PipelinePlan, stage_owner
 
 
@@ -122,7 +123,7 @@ def legal(
     if schedule in V_SHAPED and model.tie_word_embeddings:
         return f"{schedule} does not go with tied embeddings"
     try:
-        PipelinePlan(schedule, chunks).check(pp, microbatches, sharding, None if recompute == "none" else recompute)
+        PipelinePlan(schedule, chunks).check(pp, microbatches, sharding, parse_recompute(recompute))
     except ValueError as error:
         return str(error).rstrip(".")
     return None

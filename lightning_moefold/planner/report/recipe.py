@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import expert_nodes
+from lightning_moefold.modules.recompute_parts import parse_recompute
 from lightning_moefold.planner.cost.cost import Estimate
 
 
@@ -31,7 +32,6 @@ def strategy_arguments(estimate: Estimate) -> dict[str, Any]:
     elif estimate.microbatches > 1:  # accumulated batches: every label weighs as in the one planned batch
         arguments["calculate_per_token_loss"] = True
     by_node = expert_nodes(fold.ep, fold.etp, job.hardware.gpus_per_node) > 1 and plan.dispatcher == "hierarchical"
-    recompute: Any = plan.recompute.split(",") if "," in plan.recompute else plan.recompute
     optional = (
         ("dispatcher", plan.dispatcher, "alltoall"),
         ("node_size", job.hardware.gpus_per_node if by_node else None, None),
@@ -40,7 +40,7 @@ def strategy_arguments(estimate: Estimate) -> dict[str, Any]:
         ("pad_to_capacity", job.pad_to_capacity, False),
         ("dispatch_chunks", job.dispatch_chunks, 1),
         ("data_parallel_sharding", job.sharding, "optimizer"),
-        ("recompute", recompute, "none"),
+        ("recompute", parse_recompute(plan.recompute), None),
     )
     return arguments | {name: value for name, value, default in optional if value != default}
 

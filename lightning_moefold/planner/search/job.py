@@ -10,6 +10,7 @@ from lightning_moefold.dispatch.config import DISPATCHER_NAMES, DROP_SCOPES
 from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import Fold
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.modules.recompute_parts import PARTS as RECOMPUTE_PARTS
 from lightning_moefold.parallel.pipeline.plan import SCHEDULES, SPLIT_BACKWARD, V_SHAPED
 from lightning_moefold.planner.cost.routing import BALANCED, RoutingProfile
 from lightning_moefold.planner.machine.hardware import Hardware
@@ -24,11 +25,12 @@ PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
     "64-true": ("fp64", 8, 8, 8, 8, 16),
 }
 SHARDINGS = ("none", "optimizer", "full")
+#: Settings that a search tries, the fastest first. Others are parts of a layer, joined by commas, such as ``"norm,moe"``.
 RECOMPUTES = ("none", "selective", "full")
 DISPATCHERS = tuple(name for name in DISPATCHER_NAMES if name != "auto")
 __all__ = [
-    "DISPATCHERS", "DROP_SCOPES", "PRECISIONS", "RECOMPUTES", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD", "V_SHAPED", "Job", "Plan",
-    "PlanError",
+    "DISPATCHERS", "DROP_SCOPES", "PRECISIONS", "RECOMPUTES", "RECOMPUTE_PARTS", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD",
+    "V_SHAPED", "Job", "Plan", "PlanError",
 ]  # fmt: skip
 
 
@@ -74,6 +76,10 @@ class Job:
     name: str = ""
 
     def __post_init__(self) -> None:
+        if self.model.is_packed:
+            raise PlanError(
+                "the planner does not know experts of uneven widths; plan the model that was pruned, and give its fold."
+            )
         for name in ("world_size", "global_batch_size", "sequence_length", "dispatch_chunks"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name}={getattr(self, name)} must be at least 1.")
@@ -159,8 +165,8 @@ class Plan:
         micro_batch_size: Number of sequences in a micro-batch of one data-parallel rank.
         schedule: Pipeline schedule; it has no effect at pp = 1.
         num_stages_per_rank: Number of model chunks per rank in interleaved and V-shaped schedules.
-        recompute: ``"none"``, ``"selective"`` (the attention half of each layer) or ``"full"`` (whole layers), as in
-            the strategy.
+        recompute: ``"none"``, ``"selective"`` (the attention half of each layer), ``"full"`` (whole layers), as in the
+            strategy; or its parts, joined by commas (:data:`RECOMPUTE_PARTS`).
         dispatcher: Name of the dispatcher.
     """
 

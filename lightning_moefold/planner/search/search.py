@@ -18,6 +18,7 @@ from typing import cast
 
 from lightning_moefold.errors import FoldError, PlanError
 from lightning_moefold.fold import Fold, FoldableConfig, divisors
+from lightning_moefold.modules.recompute_parts import parse_recompute
 from lightning_moefold.planner.cost.cost import CostModel, Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.schedules import legal, pipeline_layout
@@ -31,7 +32,7 @@ class Space:
     Args:
         micro_batch_sizes: Sequences per micro-batch to try; None for the powers of two up to ``largest_micro_batch``.
         schedules: Pipeline schedules to try.
-        recomputes: Recomputation settings to try.
+        recomputes: Recomputation settings to try, the fastest first; see :class:`Plan`.
         dispatchers: Token dispatchers to try.
         largest_micro_batch: Largest micro-batch size tried if ``micro_batch_sizes`` is None.
         num_microbatches: Number of micro-batches per step of a pipeline; None for any.
@@ -55,12 +56,14 @@ class Space:
 
     def __post_init__(self) -> None:
         for name, values, known in (
-            ("schedule", self.schedules, SCHEDULES), ("recompute", self.recomputes, RECOMPUTES),
-            ("dispatcher", self.dispatchers, DISPATCHERS), ("sharding", self.shardings, SHARDINGS),
+            ("schedule", self.schedules, SCHEDULES), ("dispatcher", self.dispatchers, DISPATCHERS),
+            ("sharding", self.shardings, SHARDINGS),
         ):  # fmt: skip
             for value in values:
                 if value not in known:
                     raise PlanError(f"{name}={value!r} is not known; use one of {', '.join(known)}.")
+        for recompute in self.recomputes:
+            parse_recompute(recompute)
 
 
 def _powers_of_two(largest: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, TensorGradient
+from lightning_moefold.modules.recompute_parts import LAYER, half_is_recomputed, recompute_parts
 from lightning_moefold.modules.vocabulary import chunk_rows
 from lightning_moefold.testing.rehearsal.expected_context import attention_messages
 from lightning_moefold.testing.rehearsal.messages import Expected, Message
@@ -63,9 +64,11 @@ class _Parts:
         # The last position of a row, on the first cp rank, predicts nothing.
         self.labels = self.s - rows * (self.place["cp"] == 0)
         self.t = self.s // fold.tp
-        # Forward passes of the two halves of a layer, recomputation included.
-        self.attends = 2 if step.recompute else 1
-        self.feeds = 2 if step.recompute == "full" else 1
+        # Forward passes of the two halves of a layer, recomputation included, and gathers of a norm's output alone.
+        parts = recompute_parts(step.recompute)
+        self.attends = 1 + bool({LAYER, "attention"} & parts)
+        self.feeds, self.dense_feeds = (1 + half_is_recomputed(parts, moe) for moe in (True, False))
+        self.norms = "norm" in parts
         self.wants_routing = self.config.output_router_logits and self.config.num_moe_layers > 0
 
     def group(self, axis: str) -> tuple[int, ...]:
@@ -94,9 +97,14 @@ class _Parts:
         moe, calls = sum(config.is_moe_layer(i) for i in layers), self.m * len(layers)
         tokens = self.s * config.hidden_size * _HALF
         yield from self._there_and_back("attention", tokens, calls, calls, self.attends)
+        if self.norms and self.attends == 1:
+            yield self._over("tp", "attention", "all-gather", tokens, calls)
         yield from attention_messages(self.step, fold, self.rank, self.group("cp"), self.rows, calls)
-        wide = self.m * (moe * bool(config.shared_expert_intermediate_size) + len(layers) - moe)
-        yield from self._there_and_back("shared expert, dense layer", tokens, wide, wide, self.feeds)
+        shared, dense = self.m * moe * bool(config.shared_expert_intermediate_size), self.m * (len(layers) - moe)
+        for wide, passes in ((shared, self.feeds), (dense, self.dense_feeds)):
+            yield from self._there_and_back("shared expert, dense layer", tokens, wide, wide, passes)
+            if self.norms and passes == 1:
+                yield self._over("tp", "shared expert, dense layer", "all-gather", tokens, wide)
         rows = self.t * config.num_experts_per_tok
         sizes = (("rows", rows * config.hidden_size * _HALF, 1), ("router weights", rows * _SINGLE, 0))
         joint, calls = fold.etp * fold.ep, self.m * moe

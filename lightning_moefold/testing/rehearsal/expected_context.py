@@ -23,6 +23,7 @@ from lightning_moefold.layout import even_split
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.modules.attention.context import MESSAGE_BYTES
 from lightning_moefold.modules.attention.exchanges import exchange_for
+from lightning_moefold.modules.recompute_parts import LAYER, recompute_parts
 from lightning_moefold.testing.rehearsal.messages import Expected, Message
 from lightning_moefold.testing.rehearsal.scale import Step
 
@@ -50,7 +51,7 @@ def attention_messages(
     exchange = step.exchange
     if exchange == "auto":
         exchange = exchange_for(cp, heads, kv_heads, 2 * kv_heads * a_head * _HALF * cp)
-    forward = 2 if step.recompute else 1
+    forward = 1 + bool({LAYER, "attention"} & recompute_parts(step.recompute))
     if exchange == "all_to_all":
         for purpose, number in (("queries and outputs", heads), ("keys and values", kv_heads)):
             message = Message("all-to-all", group, number * a_head * _HALF)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_moefold.fold import Fold
+from lightning_moefold.modules.recompute_parts import recompute_text
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.memory import Memory, MemoryModel
 from lightning_moefold.planner.cost.schedules import pipeline_layout
@@ -23,7 +24,7 @@ def planned(step: Step, fold: Fold, rank: int) -> Memory:
     config, chunks, m = step.config, step.plan.chunks, step.num_microbatches
     job = Job(config, fold.world_size, find_hardware("cpu"), fold.dp * m, step.sequence_length)
     # Without a pipeline, all rows pass through the layers at once.
-    plan = Plan(fold, 1 if fold.pp > 1 else m, step.plan.schedule, chunks, step.recompute or "none")
+    plan = Plan(fold, 1 if fold.pp > 1 else m, step.plan.schedule, chunks, recompute_text(step.recompute))
     stage = fold.coordinates(rank)["pp"]
     layers = pipeline_layout(config, fold.pp, chunks, step.plan.schedule)[stage]
     return MemoryModel(LayerCosts(job)).on_rank(plan, stage, layers)

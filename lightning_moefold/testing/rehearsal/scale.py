@@ -35,7 +35,7 @@ from lightning_moefold.mesh import FoldedMesh, forget_groups
 from lightning_moefold.models import MoECausalLM, MoEConfig, causal_lm
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.attention.exchanges import Exchange
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.parallel import (
     GradientNorm,
     GradientSum,

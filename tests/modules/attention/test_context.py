@@ -38,7 +38,7 @@ def check(pool: RankPool, ranks: int, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all", "auto"])
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", quick(MASKS, MASKS[0], MASKS[-1]), ids=str)
 @pytest.mark.parametrize(("ranks", "kv_heads"), quick([(2, 2), (4, 4), (4, 8)], (4, 4)))
 def test_over_ranks(pool: RankPool, ranks: int, kv_heads: int, mask: dict[str, Any], exchange: str) -> None:
     check(pool, ranks, {"length": 24, "heads": 8, "kv_heads": kv_heads, "block": 2, "exchange": exchange, **mask})
@@ -47,6 +47,7 @@ def test_over_ranks(pool: RankPool, ranks: int, kv_heads: int, mask: dict[str, A
 @pytest.mark.parametrize("exchange", ["ring", "all_gather"])
 @pytest.mark.parametrize("mask", quick([MASKS[0], MASKS[-1]], MASKS[-1]), ids=str)
 @pytest.mark.parametrize("message", [1, 2 * 2 * 2 * 6 * jobs_context.SIZE * 8], ids=["a head", "two heads of three"])
+@pytest.mark.more
 def test_some_heads_after_the_others(pool: RankPool, message: int, mask: dict[str, Any], exchange: str) -> None:
     """Six positions on a rank, two rows, float64: the second size is keys and values of two heads, exactly."""
     shape = {"length": 24, "heads": 6, "kv_heads": 3, "block": 2, "message": message, "exchange": exchange}
@@ -88,6 +89,7 @@ def test_many_short_documents_go_by_blocks() -> None:
     assert len(Visibility(5).pieces(Span(0, 5000))) == 5
 
 
+@pytest.mark.more
 def test_heads_that_do_not_divide(pool: RankPool) -> None:
     check(pool, 4, {"length": 16, "heads": 6, "kv_heads": 1, "exchange": "auto"})
     with pytest.raises(RankError) as caught:

@@ -24,6 +24,7 @@ from tests.modules.routers import jobs_network
         ),
     ],
 )
+@pytest.mark.more
 def test_a_network_under_a_fold(pool: RankPool, world: int, fold: str, routers: str) -> None:
     draw = torch.Generator().manual_seed(6)
     data = [torch.randn(4, 5, jobs_network.SIZE, generator=draw, dtype=torch.float64) for _ in range(4)]

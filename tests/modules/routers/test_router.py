@@ -22,10 +22,11 @@ from lightning_moefold.modules import (
     RouterOptions,
     SwipeOptions,
     TopologyAwareOptions,
+    noise,
     router_z_loss,
     update_expert_bias,
 )
-from lightning_moefold.modules.routers import make_router, noise
+from lightning_moefold.modules.routers import make_router
 from lightning_moefold.modules.sequence import SequenceBatch
 from lightning_moefold.testing import lifted
 from tests.modules.routers import custom_router, naive

@@ -81,6 +81,20 @@ def test_sharding_and_recomputation_save_memory():
     assert saved == sorted(saved, reverse=True)
 
 
+def test_parts_cost_what_they_save():
+    """More parts keep fewer bytes and repeat more seconds; all of them together are as slow as the whole layer."""
+    model, plan = costs("qwen3-235b-a22b"), Plan(Fold.parse("tp2 pp4 | ep16", 64))
+    ladder = ["none", "norm", "norm,expert_activation", "norm,moe", "attention,moe"]
+    found = [model.estimate(replace(plan, recompute=r)) for r in ladder]
+    assert [e.memory.activations for e in found] == sorted((e.memory.activations for e in found), reverse=True)
+    again = [e.times.get("recompute", 0.0) for e in found]
+    assert again == sorted(set(again))
+    assert again[0] == 0
+    full = model.estimate(replace(plan, recompute="full"))
+    assert again[-1] == pytest.approx(full.times["recompute"])
+    assert full.memory.activations < found[-1].memory.activations
+
+
 def test_a_cpu_under_another_name_has_the_logits_of_a_cpu():
     """A machine that was measured is called what its owner calls it; chunks are of the kind of device."""
     fold, cpu = Fold.parse("tp2 pp2 | ep8", 64), PRESETS["cpu"]

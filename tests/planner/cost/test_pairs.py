@@ -8,6 +8,7 @@ import pytest
 
 from lightning_moefold.planner.cost.pairs import chosen_part, fit_weights, odds_under, pairs_of, used_places
 from lightning_moefold.planner.cost.routing import PROFILES, RoutingProfile
+from tests.quick import quick
 
 
 def every_set(weight, served, top_k, places):
@@ -79,7 +80,7 @@ def counted(tokens, experts, places, limit=None):
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (64, 8)])
-@pytest.mark.parametrize("sigma", [0.4, 1.5])
+@pytest.mark.parametrize("sigma", quick([0.4, 1.5], 1.5))
 @pytest.mark.parametrize("limit", [None, 1.0])
 def test_drawn_tokens_are_counted(experts, top_k, sigma, limit):
     tokens, profile = drawn(sigma, experts, top_k), RoutingProfile("drawn", sigma)

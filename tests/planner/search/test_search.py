@@ -12,6 +12,7 @@ from lightning_moefold.planner import MODELS, PRESETS, Job, PlanError, Planner, 
 from lightning_moefold.planner.report.advice import hints, why_not
 from lightning_moefold.planner.search.robust import evaluate, search
 from lightning_moefold.planner.search.search import legal_folds
+from tests.quick import quick
 
 
 def job_for(model, ranks, batch=256, **changes):
@@ -26,6 +27,7 @@ def test_folds_are_those_of_the_fold_module(model, ranks):
 
 
 @pytest.mark.parametrize("sharding", ["optimizer", "full"])
+@pytest.mark.more
 def test_bounds_lose_nothing(sharding):
     job = job_for("qwen2-57b-a14b", 32, batch=64, sharding=sharding)
     planner = Planner(job)
@@ -50,6 +52,7 @@ def test_plain_expert_parallelism_is_always_there():
         assert result.best.step_time <= result.plain.step_time
 
 
+@pytest.mark.more
 def test_skew_makes_ep_smaller():
     """SmartMoE's pattern, and the pool: more skew, smaller ep."""
     result = search(job_for("qwen2-57b-a14b", 64), keep=1)
@@ -127,6 +130,7 @@ def test_errors_name_the_way_out():
 
 
 @pytest.mark.parametrize("change", [{"inter": 2.0}, {"memory": 2.0}])
+@pytest.mark.more
 def test_a_better_machine_is_never_worse(change):
     job = job_for("mixtral-8x22b", 64)
     machine = job.hardware
@@ -148,7 +152,8 @@ def test_load_slows_a_plan_down():
     assert times[2] > 1.3 * times[0]
 
 
-@pytest.mark.parametrize(("ranks", "seconds"), [(1024, 12), (16384, 40)])
+@pytest.mark.parametrize(("ranks", "seconds"), quick([(1024, 12), (16384, 40)], (1024, 12)))
+@pytest.mark.more
 def test_large_searches_are_fast(ranks, seconds):
     """2 and 4 CPU seconds where nothing else runs; the limits allow for a loaded machine."""
     started = time.process_time()

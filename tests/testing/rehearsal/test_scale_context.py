@@ -11,7 +11,7 @@ import torch
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.attention import context
 from lightning_moefold.modules.attention.exchanges import Exchange
-from lightning_moefold.modules.recompute import Recompute
+from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.parallel import PipelinePlan
 from lightning_moefold.planner.search.models_zoo import MODELS
 from lightning_moefold.testing.rehearsal.scale import Step
@@ -21,7 +21,7 @@ from tests.testing.rehearsal.rehearsing import SMALL, check, differences
 @pytest.mark.parametrize(
     ("fold", "exchange", "recompute"),
     [("tp2 cp2 pp2 | ep4 etp2", "ring", None), ("tp2 cp4 | ep4 etp2", "all_gather", "full"),
-     ("cp2 | ep4", "all_to_all", "selective")],
+     ("cp2 | ep4", "all_to_all", "selective"), ("tp2 cp2 | ep4 etp2", "ring", ["norm", "expert_activation"])],
 )  # fmt: skip
 def test_exchanges(fold: str, exchange: Exchange, recompute: Recompute | None) -> None:
     check(Step(SMALL, 2, 8192, PipelinePlan(), exchange, recompute), fold, 32, 13)
@@ -50,6 +50,7 @@ def test_long_rows(name: str, fold: str, world: int, length: int, rank: int) -> 
     check(Step(config, 8, length, PipelinePlan("1f1b"), recompute="selective"), fold, world, rank)
 
 
+@pytest.mark.more
 def test_heads_that_tp_does_not_divide() -> None:
     # Of 10 query and 5 key/value heads, a rank of 4 has 3, 3, 2 or 2 and repeats keys where its queries share them unequally.
     config = replace(SMALL, num_attention_heads=10, num_key_value_heads=5)

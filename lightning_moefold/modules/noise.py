@@ -26,9 +26,16 @@ def hashed(*coordinates: Tensor | int) -> Tensor:
     return value
 
 
-def uniform(key_T: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """Returns ``[T, D]`` numbers in [0, 1), multiples of 2^-24, from one hash per token."""
-    component_D = torch.arange(1, size + 1, device=key_T.device) * _STEP
+def uniform(key_T: Tensor, size: int, dtype: torch.dtype, first: int = 0) -> Tensor:
+    """Returns ``[T, D]`` numbers in [0, 1), multiples of 2^-24, from one hash per token.
+
+    Args:
+        key_T: The hashes.
+        size: Number of components, D.
+        dtype: Of the numbers.
+        first: Number of the first component.
+    """
+    component_D = torch.arange(first + 1, first + size + 1, device=key_T.device) * _STEP
     bits_TD = _shift(_mix(key_T.unsqueeze(-1) + component_D), 40)
     return bits_TD.to(dtype) * 2.0**-24
 

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SaveOnInterrupt: Ctrl-C and SIGTERM end a run with a checkpoint, one line, and an exit status that says so.
+
+A signal may reach some ranks and not others, or all of them at different moments, and a checkpoint is collective. So whoever
+gets one writes into the store of the process group after which batch all ranks stop: the next but one, which no rank can have
+passed, since every batch has collectives of all ranks. Ranks ask the store after each batch, without waiting for a device.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import override
+
+from lightning_moefold.checkpoint import stores
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_KEY = "moefold/interrupt"
+#: A second Ctrl-C within so many seconds is the first one, passed on by the process that has started this one.
+_SAME = 1.0
+
+
+class SaveOnInterrupt(pl.Callback):
+    """Stops a run in order when the user or the scheduler interrupts it.
+
+    On Ctrl-C (SIGINT) or SIGTERM, on whatever rank, all ranks finish the same batch, write ``last.ckpt`` beside the run's other
+    checkpoints, say in one line at which step they stopped and how to resume, and exit with status 130 or 143, by which a scheduler
+    knows that the job is not done. A second Ctrl-C ends at once, without a checkpoint. A signal during validation is honoured after
+    the next training batch. ``moefold fit`` has this callback unless the configuration has one.
+
+    Args:
+        save: Whether to write the checkpoint.
+
+    Attributes:
+        signal: The signal received on this rank, or None.
+    """
+
+    def __init__(self, save: bool = True) -> None:
+        super().__init__()
+        self.save = save
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._received, self._batches = 0.0, 0
+        self._trainer: pl.Trainer | None = None
+
+    # ---- signals -----------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.signal, self._batches, self._trainer = None, 0, trainer
+        for number in _SIGNALS:
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread, where signals do not arrive
+                return
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            if number == signal.SIGINT and time.monotonic() - self._received > _SAME:
+                raise KeyboardInterrupt
+            return
+        self.signal, self._received = signal.Signals(number), time.monotonic()
+        launcher = None if self._trainer is None else self._trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(number)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+        self._trainer = None
+
+    # ---- batches -----------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._batches += 1
+        if (number := self._due(trainer)) is None:
+            return
+        path = self._path(trainer) if self.save else None
+        if path is not None:
+            trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            how = (
+                "not saved, since the run keeps no checkpoints"
+                if path is None
+                else f"saved; resume with --ckpt_path {path}"
+            )
+            how = how if self.save else "not saved, since save=False"
+            print(f"stopped by {number.name} after step {trainer.global_step}, {how}", flush=True)
+        raise SystemExit(128 + number)
+
+    def _due(self, trainer: pl.Trainer) -> signal.Signals | None:
+        """The signal for which all ranks stop after this batch."""
+        if trainer.world_size == 1 or not dist.is_initialized():
+            return self.signal
+        store = dist.distributed_c10d._get_default_store()
+        if not store.check([_KEY]):
+            if self.signal is None:
+                return None
+            # The first rank to write decides for all.
+            store.compare_set(_KEY, "", f"{self._batches + 2} {int(self.signal)}")
+        last, number = store.get(_KEY).decode().split()
+        return signal.Signals(int(number)) if self._batches >= int(last) else None
+
+    @staticmethod
+    def _path(trainer: pl.Trainer) -> str | None:
+        saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        if saver is None or saver.dirpath is None:
+            return None
+        return str(stores.join(stores.parse_path(saver.dirpath), f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"))

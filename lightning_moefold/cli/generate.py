@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moefold generate``: continues the prompts of a file, under a fold."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from lightning_moefold.checkpoint.tokenizers import load_tokenizer
+from lightning_moefold.cli.one_step import add_run_arguments, make_trainer, run_once
+from lightning_moefold.errors import InputError
+from lightning_moefold.models import MoECausalLM
+from lightning_moefold.models.texts import continue_texts
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments."""
+    add_run_arguments(parser)
+    add = parser.add_argument
+    add(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a prompt a line; .jsonl: rows with prompt or messages",
+    )
+    add("--adapter", type=Path, metavar="DIR", help="adapter in PEFT's format")
+    add("--output", type=Path, metavar="FILE", help="where rows of prompt and text go as JSON lines (default: printed)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="of each text (128)")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts of a call, over all data ranks (8)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text, and is cut off (may be repeated)")
+    add("--sample", action="store_true", help="draw tokens instead of taking the most probable one")
+    add("--temperature", type=float, default=1.0, help="divides the logits (1.0)")
+    add("--top-k", type=int, help="draw from this many tokens")
+    add("--top-p", type=float, help="draw from the most probable tokens that have this probability together")
+    add("--seed", type=int, default=0, help="of the draws (0)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Continues the prompts and writes or prints the texts; returns the exit status."""
+    from lightning_moefold.cli.terminal import peers_end_too
+
+    if arguments.batch_size < 1:
+        raise InputError(f"--batch-size {arguments.batch_size} must be at least 1.")
+    if not arguments.sample and (arguments.temperature != 1.0 or arguments.top_k or arguments.top_p):
+        raise InputError("--temperature, --top-k and --top-p are for drawing tokens; add --sample.")
+    tokenizer = cache(lambda: load_tokenizer(arguments.checkpoint))
+    prompts = list(read_prompts(arguments.prompts, tokenizer))
+    trainer = make_trainer(arguments)
+    with peers_end_too(trainer):
+        texts = run_once(
+            trainer, partial(_make, arguments), lambda model: _continue(model, prompts, tokenizer, arguments)
+        )
+    if trainer.is_global_zero:
+        _write(prompts, texts, arguments.output)
+    return 0
+
+
+def read_prompts(path: Path, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """Yields each prompt, and whether the tokenizer is to add its special tokens, which a chat template writes itself.
+
+    Args:
+        path: A text file with a prompt a line, or JSON lines with ``prompt`` (text) or ``messages`` (a conversation).
+        tokenizer: Returns the tokenizer, whose chat template is used.
+
+    Raises:
+        InputError: Naming file and line.
+    """
+    number = 0
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            raise InputError(f"{where}: there is no prompt; leave empty lines out.")
+        if path.suffix != ".jsonl":
+            yield line, True
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise InputError(f'{where}: this is no JSON; write one object a line, such as {{"prompt": ...}}.') from None
+        if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list):
+            raise InputError(f"{where}: a row holds either a text 'prompt' or a list 'messages'.")
+        if isinstance(row.get("prompt"), str):
+            yield row["prompt"], True
+        else:
+            yield _conversation(row["messages"], tokenizer(), where), False
+    if not number:
+        raise InputError(f"{path} holds no prompt; write one a line.")
+
+
+def _conversation(messages: list[Any], tokenizer: Any, where: str) -> str:
+    if not tokenizer.chat_template:
+        raise InputError(f"{where}: 'messages' need a chat template, which the tokenizer does not have; give 'prompt'.")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # of the template, which is a program
+        raise InputError(f"{where}: the chat template refuses the messages: {error}") from error
+
+
+def _make(arguments: argparse.Namespace) -> MoECausalLM:
+    model = MoECausalLM.from_pretrained(arguments.checkpoint, output_router_logits=False, router_aux_loss_coef=0.0)
+    if arguments.adapter is not None:
+        model.load_adapter(arguments.adapter)
+    return model
+
+
+def _continue(
+    model: MoECausalLM, prompts: list[tuple[str, bool]], tokenizer: Any, arguments: argparse.Namespace
+) -> list[str]:
+    drawn = {
+        "do_sample": True,
+        "temperature": arguments.temperature,
+        "top_k": arguments.top_k,
+        "top_p": arguments.top_p,
+    }
+    options = {"max_new_tokens": arguments.max_new_tokens, "stop_strings": arguments.stop}
+    options |= drawn if arguments.sample else {}
+    texts: dict[int, str] = {}
+    for special in (True, False):
+        numbers = [number for number, (_, adds) in enumerate(prompts) if adds == special]
+        for start in range(0, len(numbers), arguments.batch_size):
+            batch = numbers[start : start + arguments.batch_size]
+            found = continue_texts(
+                model, [prompts[n][0] for n in batch], tokenizer, special_tokens=special, seed=arguments.seed + batch[0],
+                **options,
+            )  # fmt: skip
+            texts |= dict(zip(batch, found, strict=True))
+    return [texts[number] for number in range(len(prompts))]
+
+
+def _write(prompts: list[tuple[str, bool]], texts: list[str], output: Path | None) -> None:
+    rows = [{"prompt": prompt, "text": text} for (prompt, _), text in zip(prompts, texts, strict=True)]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is None:
+        sys.stdout.write(lines)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(lines, encoding="utf-8")

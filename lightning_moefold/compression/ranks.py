@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs an analysis in this process, on CPU ranks of this machine, or on the ranks that a launcher has started."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lightning_moefold.compression.analysis import Progress
+from lightning_moefold.compression.stream import Computing
+from lightning_moefold.errors import InputError
+from lightning_moefold.fold import Fold
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.testing.pool import RankPool
+
+T_co = TypeVar("T_co", covariant=True)
+
+_HOURS = 7 * 24 * 3600.0
+
+
+class Work(Protocol[T_co]):
+    """What each rank does; picklable."""
+
+    def __call__(self, *, computing: Computing, progress: Progress) -> T_co:
+        """Computes on this rank, and tells of progress after each layer."""
+        ...
+
+
+def run_on_ranks(
+    work: Work[T_co], fold: str = "", ranks: int = 1, dtype: torch.dtype = torch.float32, batch_size: int = 1
+) -> tuple[T_co, bool]:
+    """Runs the work under a fold with a progress bar.
+
+    Under torchrun the ranks are those that it has started, on their GPUs if there are any. Otherwise one rank is this process,
+    on a GPU if there is one, and several are CPU processes of this machine.
+
+    Args:
+        work: A function at the top level of a module, or a partial of one.
+        fold: Text of the fold, such as ``"tp2 | ep4"``.
+        ranks: Number of ranks.
+        dtype: Of weights and hidden states.
+        batch_size: Rows of a forward pass.
+
+    Returns:
+        The result of the first rank, and whether this process is the one that writes.
+
+    Raises:
+        FoldError: If the fold is not one of these ranks.
+        RankError: If a rank failed.
+    """
+    if batch_size < 1 or ranks < 1:
+        raise InputError(f"--ranks {ranks} and --batch-size {batch_size} must be at least 1.")
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ
+    if launched:
+        return _on_launched_ranks(work, fold, dtype, batch_size)
+    Fold.parse(fold, ranks)
+    with _Bar() as bar:
+        if ranks == 1:
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return work(computing=Computing(None, dtype, device, batch_size), progress=bar.show), True
+        with tempfile.TemporaryDirectory() as folder, RankPool(ranks) as pool, bar.watching(Path(folder) / "done"):
+            file = str(Path(folder) / "done")
+            found = pool.run(_on_pool_rank, work, fold, dtype, batch_size, file, ranks=ranks, timeout=_HOURS)
+            return found[0], True
+
+
+def _on_pool_rank(work: Work[T_co], fold: str, dtype: torch.dtype, batch_size: int, file: str) -> T_co | None:
+    mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu", replicated=True)
+
+    def tell(done: int, total: int) -> None:
+        if mesh.rank == 0:
+            draft = Path(file).with_suffix(".tmp")
+            draft.write_text(f"{done} {total}")
+            draft.replace(file)
+
+    result = work(computing=Computing(mesh, dtype, torch.device("cpu"), batch_size), progress=tell)
+    return result if mesh.rank == 0 else None
+
+
+def _on_launched_ranks(work: Work[T_co], fold: str, dtype: torch.dtype, batch_size: int) -> tuple[T_co, bool]:
+    on_gpu, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), device.type, replicated=True)
+        with _Bar(quiet=mesh.rank > 0) as bar:
+            return work(computing=Computing(mesh, dtype, device, batch_size), progress=bar.show), mesh.rank == 0
+    finally:
+        dist.destroy_process_group()
+
+
+class _Bar:
+    """Shows layers done: a line that is written again in a terminal, nothing elsewhere.
+
+    Args:
+        quiet: Whether to show nothing.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet or not sys.stderr.isatty()
+
+    def show(self, done: int, total: int) -> None:
+        """Shows that ``done`` of ``total`` layers are done."""
+        if not self._quiet:
+            filled = 30 * done // total
+            print(f"\r{'#' * filled}{'.' * (30 - filled)} layer {done}/{total}", end="", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def watching(self, file: Path) -> Iterator[None]:
+        """Shows what ranks write into a file."""
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.5):
+                if file.is_file():
+                    done, total = map(int, file.read_text().split())
+                    self.show(done, total)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        if not self._quiet:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            if thread.is_alive():
+                thread.join()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if not self._quiet:
+            print(file=sys.stderr)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations in host memory between forward and backward.
+
+A layer's forward pass copies what autograd keeps to pinned memory, on a stream of its own, while the layer computes. When backward
+enters a layer, all of it comes back on another stream, and so does what the layer before it kept. On CPU, where tensors are in host
+memory already, they stay where they are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+
+#: Bytes below which a copy costs more than it saves.
+SMALLEST = 1 << 20
+#: Devices whose tensors are copied. Tests add the CPU.
+DEVICES = {"cuda"}
+
+
+class _Streams:
+    """One stream each way, on the current device."""
+
+    def __init__(self) -> None:
+        self.there, self.back = torch.cuda.Stream(), torch.cuda.Stream()
+
+
+class _Kept:
+    """A tensor on its way to host memory and back. Backward may read it several times.
+
+    Args:
+        tensor: The tensor.
+        streams: None on CPU.
+    """
+
+    def __init__(self, tensor: Tensor, streams: _Streams | None) -> None:
+        self.streams, self.device = streams, tensor.device
+        self._back: tuple[Tensor, Any] | None = None
+        self.times = self._reads = 0
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=streams is not None)
+        if streams is None:
+            self.host.copy_(tensor)
+            return
+        streams.there.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(streams.there):
+            self.host.copy_(tensor, non_blocking=True)
+            self._copied = streams.there.record_event()
+        tensor.record_stream(streams.there)  # so that its memory is not given away before it has been read
+
+    def fetch(self) -> None:
+        """Starts the way back."""
+        if self._back is not None or self.streams is None:
+            return
+        with torch.cuda.stream(self.streams.back):
+            self.streams.back.wait_event(self._copied)
+            tensor = self.host.to(self.device, non_blocking=True)
+            self._back = tensor, self.streams.back.record_event()
+
+    def read(self) -> Tensor:
+        """Returns the tensor; what has come back is let go of when it was read as often as it was kept."""
+        self._reads += 1
+        if self.streams is None:
+            return self.host.clone()
+        self.fetch()
+        assert self._back is not None
+        tensor, event = self._back
+        if self._reads % self.times == 0:
+            self._back = None
+        torch.cuda.current_stream().wait_event(event)
+        tensor.record_stream(torch.cuda.current_stream())
+        return tensor
+
+
+class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
+    """Within this context, large tensors that autograd keeps go to host memory; weights of the layer stay.
+
+    Args:
+        layer: The layer.
+        before: What the layer before it has kept, which comes back while backward is in this layer.
+
+    Attributes:
+        count: Number of tensors that went.
+    """
+
+    def __init__(self, layer: nn.Module, before: OffloadedLayer | None = None) -> None:
+        self._layer, self._before = layer, None if before is None else weakref.ref(before)
+        self._members: list[weakref.ref[_Kept]] = []
+        self.count = 0
+        self._by_storage: dict[int, tuple[Tensor, _Kept]] = {}
+        self._streams = _Streams() if torch.cuda.is_available() and "cuda" in DEVICES else None
+
+    def __enter__(self) -> OffloadedLayer:
+        self._hooks = saved_tensors_hooks(self.pack, unpack)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._hooks.__exit__(*exc_info)
+        self._by_storage.clear()
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Returns what autograd keeps instead of a tensor."""
+        whole = tensor.untyped_storage()
+        if isinstance(tensor, DTensor) or tensor.device.type not in DEVICES or whole.nbytes() < SMALLEST:
+            return tensor
+        if tensor.numel() * tensor.element_size() != whole.nbytes() or whole._cdata in set(self._weights()):
+            return tensor
+        found = self._by_storage.get(whole._cdata)
+        if found is None:  # several operations may keep the same tensor, which travels once
+            flat = tensor.detach().as_strided((tensor.numel(),), (1,), 0)
+            kept = _Kept(flat, self._streams if tensor.is_cuda else None)
+            self._members.append(weakref.ref(kept))
+            self.count += 1
+            found = self._by_storage[whole._cdata] = tensor, kept
+        found[1].times += 1
+        return self, found[1], tensor.size(), tensor.stride()
+
+    def fetch(self) -> None:
+        """Starts the way back of all that the layer has kept."""
+        for reference in self._members:
+            if (kept := reference()) is not None:
+                kept.fetch()
+        self._members = []
+
+    def fetch_before(self) -> None:
+        """Starts the way back of what the layer before it has kept."""
+        before = None if self._before is None else self._before()
+        if before is not None:
+            before.fetch()
+
+    def _weights(self) -> Iterator[int]:
+        for parameter in self._layer.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            yield local.untyped_storage()._cdata
+
+
+def unpack(packed: Any) -> Tensor:
+    """Returns the tensor that was packed."""
+    if isinstance(packed, Tensor):
+        return packed
+    layer, kept, size, stride = packed
+    layer.fetch()
+    tensor: Tensor = kept.read().as_strided(size, stride)
+    layer.fetch_before()
+    return tensor

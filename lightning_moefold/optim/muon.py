@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Muon: momentum whose matrices are made orthogonal by Newton-Schulz iterations, the same under every fold.
+
+The iteration needs whole matrices, so each is gathered over what cuts it, and a rank keeps its piece of the result. All else
+(embedding, head, routers, norms, biases) goes by AdamW.
+
+Legend: E experts, A rows, B columns of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_moefold.errors import InputError
+from lightning_moefold.optim.matrices import cuts_of, gather_matrices, own_piece
+from lightning_moefold.parallel.gradients import local_part
+
+#: Names of matrices that go by AdamW.
+BY_ADAMW = ("*embed*", "*lm_head*", "*.gate.*")
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al., 2024) for the matrices of a model, AdamW for the rest.
+
+    Weights with two dimensions and each matrix of each expert go by Newton-Schulz, with the learning rate times
+    ``sqrt(max(1, rows / columns))``. They are told by their names: under :class:`~lightning_moefold.MoEFoldStrategy` plain
+    ``module.parameters()`` will do, elsewhere give ``module.named_parameters()``. A step gathers each matrix that is cut, and
+    every rank that holds a piece of it computes its update.
+
+    Args:
+        params: Parameters, pairs of name and parameter, or groups of either.
+        lr: Learning rate of the matrices.
+        momentum: Of the matrices.
+        nesterov: Whether the update looks one step of momentum ahead.
+        weight_decay: Decoupled decay of all parameters.
+        ns_steps: Newton-Schulz iterations; in bfloat16, in float64 for float64 parameters.
+        adamw_lr: Learning rate of the rest; a schedule of ``lr`` scales it too.
+        adamw_betas: Of AdamW.
+        adamw_eps: Of AdamW.
+        adamw_names: Patterns of names of matrices that go by AdamW.
+
+    Raises:
+        InputError: If a value is out of range; in a step, if a matrix has no name.
+
+    Example::
+
+        def configure_optimizers(self):
+            return Muon(self.parameters(), lr=0.02, adamw_lr=3e-4)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        ns_steps: int = 5,
+        adamw_lr: float = 3e-4,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_names: Sequence[str] = BY_ADAMW,
+    ) -> None:
+        for name, value in (
+            ("lr", lr),
+            ("weight_decay", weight_decay),
+            ("adamw_lr", adamw_lr),
+            ("adamw_eps", adamw_eps),
+        ):
+            if not value >= 0:
+                raise InputError(f"{name}={value} of Muon must not be negative.")
+        for name, value in (
+            ("momentum", momentum),
+            *((f"adamw_betas[{i}]", beta) for i, beta in enumerate(adamw_betas)),
+        ):
+            if not 0 <= value < 1:
+                raise InputError(f"{name}={value} of Muon must be at least 0 and less than 1.")
+        if ns_steps < 1:
+            raise InputError(f"ns_steps={ns_steps} of Muon must be at least 1.")
+        if lr == 0:
+            raise InputError(
+                "lr=0 of Muon leaves nothing by which a schedule could scale adamw_lr; use a positive one."
+            )
+        self._names: dict[int, str] = {}
+        self._patterns = tuple(adamw_names)
+        defaults = {
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "ns_steps": ns_steps,
+            "adamw_ratio": adamw_lr / lr, "adamw_betas": tuple(adamw_betas), "adamw_eps": adamw_eps,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # Not in the group, which a checkpoint stores for all pipeline stages.
+        self._names |= {id(p): n for p, n in zip(group["params"], group.pop("param_names", ()), strict=False)}
+
+    def learn_names(self, names: Mapping[int, str]) -> None:
+        """Receives the names of parameters, by ``id``; the strategy calls it."""
+        self._names = {**self._names, **names}
+
+    @override
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            matrices: list[tuple[nn.Parameter, bool]] = []
+            for parameter in group["params"]:
+                if parameter.grad is None or not parameter.numel():
+                    continue
+                kind = self._kind(parameter)
+                if kind is None:
+                    self._by_adamw(group, parameter)
+                else:
+                    matrices.append((parameter, kind == "experts"))
+            self._by_newton_schulz(group, matrices)
+        return loss
+
+    def _kind(self, parameter: nn.Parameter) -> str | None:
+        """Returns ``"matrix"``, ``"experts"`` for a stack with a matrix of each expert, or None for AdamW."""
+        if parameter.dim() < 2:
+            return None
+        name = self._names.get(id(parameter))
+        if name is None:
+            raise InputError(
+                f"Muon does not know the name of a parameter of shape {list(parameter.shape)}, and so not whether it is an "
+                "embedding, a head or a router; give it module.named_parameters()."
+            )
+        if any(fnmatchcase(f".{name}", pattern) for pattern in self._patterns):
+            return None
+        if ".experts." in f".{name}":
+            return "experts" if parameter.dim() == 3 else None
+        return "matrix" if parameter.dim() == 2 else None
+
+    def _by_newton_schulz(self, group: dict[str, Any], matrices: list[tuple[nn.Parameter, bool]]) -> None:
+        updates = []
+        for parameter, _ in matrices:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            assert parameter.grad is not None
+            grad, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
+            buffer.lerp_(grad.to(buffer.dtype), 1 - group["momentum"])
+            updates.append(grad.lerp(buffer.to(grad.dtype), group["momentum"]) if group["nesterov"] else buffer)
+        cuts = [cuts_of(parameter, experts) for parameter, experts in matrices]
+        whole = gather_matrices(updates, cuts)
+        for (parameter, _), update, cut in zip(matrices, whole, cuts, strict=True):
+            rows, columns = update.shape[-2:]
+            if not update.numel():
+                continue
+            direction = own_piece(orthogonal(update, group["ns_steps"]), cut)
+            piece = local_part(parameter)
+            piece.mul_(1 - group["lr"] * group["weight_decay"])
+            piece.add_(direction.to(piece.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _by_adamw(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["adamw_betas"]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        step, lr = float(state["step"]), group["lr"] * group["adamw_ratio"]
+        assert parameter.grad is not None
+        pieces = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        piece, grad, mean, square = map(local_part, pieces)
+        piece.mul_(1 - lr * group["weight_decay"])
+        mean.lerp_(grad.to(mean.dtype), 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["adamw_eps"])
+        piece.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+
+
+def orthogonal(matrix: Tensor, steps: int) -> Tensor:
+    """Returns nearly the nearest orthogonal matrix, by quintic Newton-Schulz iterations: singular values between 0.5 and 1.5.
+
+    Args:
+        matrix: ``[A, B]``, or ``[E, A, B]`` for a matrix of each expert.
+        steps: Number of iterations.
+    """
+    a, b, c = _COEFFICIENTS
+    x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    product: Callable[..., Tensor] = torch.addmm if x.dim() == 2 else torch.baddbmm
+    for _ in range(steps):
+        square = x @ x.mT
+        x = product(x, product(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

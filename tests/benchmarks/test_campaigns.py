@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The campaigns of docs/checkpoints.md, in short: each ends with status 0, and says what it has done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(script: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.more
+def test_kills() -> None:
+    said = _run("kills.py", "--kills", "4")
+    assert said.count("4 kills on 2 ranks") == 4
+    assert "0 faults so far" in said
+
+
+@pytest.mark.more
+def test_damage() -> None:
+    readers = ("training", "config", "cache", "trace")
+    said = _run("damage.py", "--cases", "30", "--readers", *readers)
+    for reader in readers:
+        assert f"{reader}: 30 cases in" in said
+
+
+@pytest.mark.slow
+def test_fold_pairs() -> None:
+    said = _run("fold_pairs.py", "--ranks", "2", "--families", "qwen2_moe", "--next", "2")
+    assert "8 pairs on 2 ranks" in said
+    assert "0 faults" in said

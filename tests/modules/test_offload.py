@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What layers keep for backward travels to host memory and back with every bit; tried on CPU, where it is a plain copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_moefold import Fold, MoECausalLM
+from lightning_moefold.errors import InputError
+from lightning_moefold.modules import offload
+from lightning_moefold.parallel.apply import check_recompute, tell
+from lightning_moefold.parallel.settings import Settings
+from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.exactness import compare, matrix
+from tests.quick import quick
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return make_checkpoint(folder, "qwen2_moe", num_hidden_layers=3, mlp_only_layers=[1], num_experts=8)
+
+
+def run(path: Path, offloaded: bool, recompute: Any, twice: bool = False) -> dict[str, torch.Tensor]:
+    model = MoECausalLM.from_pretrained(path, dtype=torch.float64, output_router_logits=True)
+    tell(model, Settings(recompute=recompute, offload=offloaded))
+    ids = torch.randint(1, 96, (3, 9), generator=torch.Generator().manual_seed(0))
+    loss = model(ids, labels=ids).loss
+    if twice:
+        loss.backward(retain_graph=True)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+RECOMPUTES = [None, "full", "selective", ["norm"], ["norm", "expert_activation"], ["moe", "norm"]]
+
+
+@pytest.mark.parametrize("recompute", quick(RECOMPUTES, None, "full", ["norm"]), ids=str)
+def test_the_same_bits(checkpoint: Path, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(checkpoint, False, recompute)
+    monkeypatch.setattr(offload, "DEVICES", {"cpu"})
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    went: list[tuple[int, ...]] = []
+    make = offload._Kept.__init__
+
+    def seen(self: Any, tensor: torch.Tensor, streams: Any) -> None:
+        went.append(tuple(tensor.shape))
+        make(self, tensor, streams)
+
+    monkeypatch.setattr(offload._Kept, "__init__", seen)
+    found = run(checkpoint, True, recompute)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert len(went) == 3 if recompute == "full" else len(went) > 9  # the inputs of the layers; more
+    weights = {p.numel() for p in MoECausalLM.from_pretrained(checkpoint).parameters() if p.dim() > 1}
+    assert not any(size[0] in weights for size in went)
+
+
+def test_a_graph_that_is_kept(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "DEVICES", {"cpu"})
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    once, both = (run(checkpoint, True, None, twice) for twice in (False, True))
+    for name in once.keys() - {"loss"}:
+        torch.testing.assert_close(both[name], 2 * once[name], rtol=1e-12, atol=1e-12)
+
+
+CASES = [
+    ("tp2 | ep2 etp2", {"recompute": ("norm",), "sharding": "full"}), ("cp2 | ep2", {"recompute": "full"}),
+    ("pp2 | ep2", {"schedule": "zbv", "microbatches": 4}), ("pp2 tp2 | etp2", {"schedule": "1f1b", "microbatches": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fold", "factors"), quick(CASES, CASES[0]), ids=[fold for fold, _ in CASES])
+def test_folds(pool: RankPool, tmp_path: Path, fold: str, factors: dict[str, Any]) -> None:
+    row = {**matrix.PLAIN, "exchange": "ring" if "cp" in fold else None, "offload": True, **factors}
+    compare.check(pool, tmp_path, Fold.parse(fold, 4), row)
+
+
+def test_nothing_to_offload() -> None:
+    with pytest.raises(InputError, match="Linear holds none"):
+        check_recompute(torch.nn.Linear(2, 2), Settings(offload=True))
+    with pytest.raises(InputError, match="offload_activations='cpu'"):
+        Settings(offload="cpu")  # type: ignore[arg-type]

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every recipe can be read, and holds what the planner gives for its model and machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_moefold import Fold, MoEFoldStrategy
+from lightning_moefold.planner.search.models_zoo import MODELS
+from lightning_moefold.recipes import FineTuneModule, TextData
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("make_recipes", ROOT / "scripts" / "make_recipes.py")
+assert spec is not None
+assert spec.loader is not None
+make_recipes: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_recipes)
+CASES = [(model, gpus) for model in make_recipes.CHECKPOINTS for gpus in make_recipes.BATCHES]
+
+
+@pytest.mark.parametrize(("model", "gpus"), CASES)
+def test_recipe(model: str, gpus: int) -> None:
+    text = (ROOT / "recipes" / make_recipes.name_of(model, gpus)).read_text()
+    assert text == make_recipes.recipe(model, gpus), "run scripts/make_recipes.py"
+    config = yaml.safe_load(text)
+    trainer, given = config["trainer"], config["trainer"]["strategy"]["init_args"]
+    strategy = MoEFoldStrategy(**given)
+    sizes = {name: size for name, size in given.items() if name.endswith("_parallel_size")}
+    fold = Fold(trainer["devices"] * trainer["num_nodes"], **sizes)
+    assert fold.world_size == gpus
+    fold.validate(MODELS[model])
+    strategy.settings.check_pipeline(fold.pp)
+    for part, kind in (("model", FineTuneModule), ("data", TextData)):  # made with a name on the hub, they would ask it
+        assert config[part]["class_path"] == f"lightning_moefold.recipes.{kind.__name__}"
+        inspect.signature(kind).bind(**config[part]["init_args"])
+    rows = make_recipes.BATCHES[gpus] // trainer.get("accumulate_grad_batches", 1)
+    assert config["data"]["init_args"]["batch_size"] == rows
+    assert rows % (fold.dp * given.get("num_microbatches", 1)) == 0
+
+
+def test_there_are_no_others() -> None:
+    assert {path.name for path in (ROOT / "recipes").iterdir()} == {make_recipes.name_of(*case) for case in CASES}
