@@ -54,7 +54,7 @@ def layouts(name, text, world):
     for key, parameter in model.named_parameters():
         layout = ParameterLayout(tuple(parameter.shape), plans.get(key, ParameterPlan()))
         sizes, ranks = layout.tensor_box(fold.coordinates(0)).sizes, fold.size(layout.data_axis)
-        found.append(replace(layout, data_dim=_data_dim(sizes, layout.plan.family, ranks) if ranks > 1 else None))
+        found.append(replace(layout, data_dim=_data_dim(sizes, layout.plan, ranks) if ranks > 1 else None))
     return fold, found
 
 
