@@ -20,6 +20,7 @@ from lightning_moefold.cli.terminal import peers_end_too, progress_display, quie
 from lightning_moefold.errors import InputError, is_users, sentence
 from lightning_moefold.recipes.data import TextData
 from lightning_moefold.recipes.module import FineTuneModule
+from lightning_moefold.strategy import MoEFoldStrategy
 
 try:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -40,7 +41,7 @@ def run(subcommand: str, arguments: list[str]) -> int:
     quiet()
     try:
         _need_jsonargparse()
-        MoEFoldCLI(args=[subcommand, *arguments])
+        MoEFoldCLI(args=[subcommand, *_with_classes(arguments)])
     except Exception as error:
         if not is_users(error):
             raise
@@ -48,6 +49,17 @@ def run(subcommand: str, arguments: list[str]) -> int:
             print(f"moefold {subcommand}: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _with_classes(arguments: list[str]) -> list[str]:
+    """Returns the arguments with the default class after a ``--model.help`` that names none, and its siblings."""
+    defaults = {"--model.help": FineTuneModule, "--data.help": TextData, "--trainer.strategy.help": MoEFoldStrategy}
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        found.append(argument)
+        if argument in defaults and following.startswith("--"):
+            found.append(f"{defaults[argument].__module__}.{defaults[argument].__qualname__}")
+    return found
 
 
 def _need_jsonargparse() -> None:
@@ -140,7 +152,11 @@ class MoEFoldCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds this package's module and data as defaults."""
+        """Adds this package's module and data as defaults, and says where their keys are listed."""
+        parser.epilog = (
+            "The keys of the module, the data and the strategy: moefold fit --model.help, --data.help, --trainer.strategy.help "
+            "(of another class: --model.help CLASS_PATH)."
+        )
         for key, kind in (("model", FineTuneModule), ("data", TextData)):
             parser.set_defaults({key: {"class_path": f"{kind.__module__}.{kind.__qualname__}"}})
 

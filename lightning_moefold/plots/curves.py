@@ -27,6 +27,9 @@ _MEMORY = (
     ("train/memory_allocated_gb", "allocated"),
 )
 
+#: Metrics in the picture of those that have no picture of their own.
+MOST = 12
+
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
@@ -128,3 +131,29 @@ def draw_memory(run: Run) -> Any:
     finish(axes, "GB (10⁹ bytes)", zero=True)
     axes.set(xlabel=STEP)
     return figure
+
+
+# ---- everything else -------------------------------------------------------------------------------------------------
+
+
+def draw_metrics(run: Run) -> Any:
+    """Draws every other metric: the learning rate, the gradient norm, and whatever the user has logged, such as ``val/acc``."""
+    names = [name for name in other_names(run.names()) if any(len(s.values) > 1 for s in run.having(name).values())]
+    if not names:
+        return None
+    figure, panels = make_figure(f"Other metrics: {run.title}", [1.9] * len(names), share_x=True)
+    for axes, name in zip(panels, names, strict=True):
+        draw_versions(axes, run, name, "")
+        finish(axes, name)
+    panels[-1].set(xlabel=STEP)
+    return figure
+
+
+def other_names(names: Sequence[str]) -> list[str]:
+    """Selects the metrics that no other picture shows, the learning rate and the gradient norm first, at most :data:`MOST`."""
+    drawn = {name for name, *_ in (*_SPEED, *_MEMORY)} | {name for group in loss_names(names) for name in group}
+    rest = [
+        n for n in names if n not in drawn and n != "epoch" and not n.startswith(("moe/", "train/hfu", "train/memory"))
+    ]
+    rest = [n for n in rest if not _LOSS.search(n)]
+    return sorted(rest, key=lambda n: (not n.startswith("lr"), "grad" not in n, n))[:MOST]

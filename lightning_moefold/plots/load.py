@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_moefold.plots.lines import STEP, finish
 from lightning_moefold.plots.read import RecordedLoad, Run
-from lightning_moefold.plots.style import COLORS, draw_heatmap, make_figure
+from lightning_moefold.plots.style import COLORS, draw_heatmap, load_colors, make_figure
 
 FEW_LAYERS = 8
 """Up to so many are drawn as lines."""
@@ -50,6 +50,9 @@ def draw_expert_load(run: Run) -> Any:
     panels[2].set_title("Imbalance of each layer over the run", loc="left", fontsize=10)
     (_draw_imbalance if len(layers) <= FEW_LAYERS else _draw_imbalance_map)(panels[2], load)
     panels[2].set(xlabel=STEP)
+    edges = _interval_edges(load)
+    for axes in panels[1:3]:  # one time axis
+        axes.set_xlim(edges[0], edges[-1])
     _draw_distribution(panels[3], load, share_NLE)
     return figure
 
@@ -70,7 +73,7 @@ def _draw_over_time(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64
     experts = share_NLE.shape[2]
     share_RN = share_NLE[:, shown].reshape(len(load.steps), -1).T
     rows = np.arange(len(share_RN) + 1) - 0.5
-    image = axes.pcolormesh(_interval_edges(load), rows, share_RN, cmap="coolwarm", vmin=0, vmax=2)
+    image = axes.pcolormesh(_interval_edges(load), rows, share_RN, cmap="coolwarm", norm=load_colors(share_RN))
     axes.set_yticks(
         [(i + 0.5) * experts - 0.5 for i in range(len(shown))], [f"layer {load.layers[layer]}" for layer in shown]
     )
@@ -79,7 +82,7 @@ def _draw_over_time(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64
         axes.axhline(border, color="black", linewidth=0.8)
     axes.invert_yaxis()
     axes.set(xlabel=STEP, ylabel=f"experts 0 to {experts - 1}")
-    axes.figure.colorbar(image, ax=axes, label="load / fair share", extend="max")
+    axes.figure.colorbar(image, ax=axes, label="load / fair share")
 
 
 def _interval_edges(load: RecordedLoad) -> NDArray[np.float64]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_speed
-from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, PIPELINE_TIMELINE
+from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_metrics, draw_speed
+from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT
 from lightning_moefold.plots.load import draw_expert_load
 from lightning_moefold.plots.placement import draw_run_placement
 from lightning_moefold.plots.read import Run
@@ -28,12 +28,12 @@ class Picture:
     Args:
         name: Name of its file, without ``.png``.
         draw: Function that returns the figure, or None if the run has no data for it.
-        missing: Sentence to print in that case.
+        missing: Sentence to print in that case; None to say nothing.
     """
 
     name: str
     draw: Callable[[Run], Any]
-    missing: str
+    missing: str | None
 
 
 def write_pictures(run: Run, folder: Path) -> tuple[list[Path], list[str]]:
@@ -52,6 +52,8 @@ def write_pictures(run: Run, folder: Path) -> tuple[list[Path], list[str]]:
     written, missing = [], []
     for picture in PICTURES:
         figure = picture.draw(run)
+        if figure is None and picture.missing is None:
+            continue
         if figure is None:
             missing.append(f"No {picture.name}.png: {picture.missing}")
         else:
@@ -67,5 +69,6 @@ PICTURES = (
     Picture(
         "placement", draw_run_placement, f"no {EXPERT_PLACEMENT}, which ExpertRebalancer writes when training ends."
     ),
-    Picture("pipeline", draw_timeline, f"no {PIPELINE_TIMELINE}, which PipelineTimeline writes under pp > 1."),
+    Picture("pipeline", draw_timeline, None),  # most runs have no pipeline
+    Picture("metrics", draw_metrics, None),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,6 +138,19 @@ def read_run(folder: str | Path) -> Run:
         )
         raise InputError(reason)
     return run
+
+
+def read_runs(folders: Sequence[Path]) -> Run:
+    """Reads several runs to compare: the newest version of each, the last folder as the newest; expert loads and pipeline are its.
+
+    Raises:
+        ValueError: If a folder does not exist or holds no file that can be read.
+    """
+    runs = {str(folder): read_run(folder) for folder in folders}
+    last = list(runs.values())[-1]
+    newest = {name: list(run.versions.values())[-1] for name, run in runs.items() if run.versions}
+    notes = [note for run in runs.values() for note in run.notes]
+    return Run(last.folder, newest, last.load, last.placement, last.timeline, notes)
 
 
 def _read_versions(run: Run) -> None:

@@ -59,11 +59,19 @@ def save_figure(figure: Any, path: Path) -> Path:
 
 
 def draw_heatmap(axes: Any, share_LE: NDArray[np.float64], layers: Sequence[int]) -> None:
-    """Draws the load of each expert over its layer's mean, cut off at 2; NaN stays white."""
+    """Draws the load of each expert over its layer's mean; NaN stays white."""
     axes.grid(visible=False)
-    image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", vmin=0, vmax=2, interpolation="nearest")
+    image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", norm=load_colors(share_LE), interpolation="nearest")
     shown = range(0, len(layers), -(-len(layers) // 32))
     axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="expert", ylabel="layer")
-    axes.figure.colorbar(image, ax=axes, label="load / fair share", extend="max")
+    axes.figure.colorbar(image, ax=axes, label="load / fair share")
+
+
+def load_colors(share: NDArray[np.float64]) -> Any:
+    """Returns the colour scale of loads: blue below the mean of 1, red from there to the largest load, at least 2."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    finite = share[np.isfinite(share)]
+    return TwoSlopeNorm(1.0, 0.0, max(2.0, float(finite.max()) if finite.size else 2.0))

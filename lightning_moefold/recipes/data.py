@@ -89,8 +89,8 @@ class TextData(pl.LightningDataModule):
 
     Args:
         files: What to train on, a path or a list of them: .txt files (one document each); .jsonl, .json and .parquet files of
-            rows, each of which may be a .gz file; or directories that ``datasets`` has written with ``save_to_disk``. A row is a text or a conversation
-            (:mod:`.conversation`).
+            rows, each of which may be a .gz file; or directories that ``datasets`` has written with ``save_to_disk``. A row is
+            a text or a conversation (:mod:`.conversation`).
         tokenizer: Directory with a tokenizer of ``transformers``, usually the checkpoint.
         sequence_length: L.
         batch_size: Rows of a batch over all data ranks together; a multiple of their number.

@@ -13,14 +13,14 @@ BASE += ["--sequence-length", "4096", "--capacity-factor", "1"]
 
 
 def test_json(capsys):
-    assert main([*BASE, "--top", "3", "--json"]) == 0
+    assert main([*BASE, "--top", "3", "--json", "--routing", "balanced", "--sharding", "optimizer"]) == 0
     out = json.loads(capsys.readouterr().out)
     best = out["plans"][0]
     assert {"fold", "mfu", "step_time_s", "memory_bytes", "fits", "bound_by"} <= set(best)
     assert best["fits"]
     assert best["mfu"] >= 0.493
     assert out["plain_expert_parallel"]["fold"] in [p["fold"] for p in out["plans"]]
-    assert set(out["pool"]) == {"balanced", "mild", "skewed"}
+    assert set(out["pool"]) == {"balanced"}
     assert sum(best["times_s"].values()) == pytest.approx(best["step_time_s"])
 
 
@@ -33,10 +33,21 @@ def test_one_fold(capsys):
 
 
 def test_table_and_explanation(capsys, tmp_path):
-    assert main([*BASE, "--top", "2"]) == 0
+    small = [
+        "plan",
+        "--model",
+        "qwen1.5-moe-a2.7b",
+        "--gpus",
+        "8",
+        "--global-batch-size",
+        "16",
+        "--dispatcher",
+        "alltoall",
+    ]
+    assert main([*small, "--top", "2"]) == 0
     table = capsys.readouterr().out
     assert table.startswith("Run tp")
-    assert "on 128 GPUs (16 nodes of dgx-h100), batch" in table
+    assert "on 8 GPUs (1 node of dgx-h100), batch" in table
     assert "strategy = MoEFoldStrategy(" in table
     assert "where the time goes" in table
     assert "plans are ranked by the mean of these" in table
@@ -51,7 +62,7 @@ def test_table_and_explanation(capsys, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--fold", "tp3"], "does not divide"), (["--fold", "ep16"], "num_experts=8"), (["--hardware", "tpu"], "not known"),
     (["--routing", "chaotic"], "neither a profile"), (["--micro-batch-size", "two"], "neither a positive number"),
-    (["--model", "gpt-5"], "neither a directory"), (["--recompute", "none,elsewhere"], "not known"),
+    (["--model", "gpt-5"], "neither a directory"), (["--recompute", "norm,elsewhere"], "no part of a layer"),
     (["--master-weights"], "bf16-mixed stores none"), (["--lora", "0"], "at least 1"),
 ])  # fmt: skip
 def test_errors_are_one_line(capsys, arguments, message):
@@ -73,6 +84,7 @@ def test_a_directory_with_a_config_alone(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["plans"][0]["fits"]
 
 
+@pytest.mark.more
 def test_an_impossible_request_says_what_would_help(capsys):
     arguments = ["plan", "--model", "qwen3-235b-a22b", "--gpus", "8", "--global-batch-size", "64"]
     assert main(arguments) == 1

@@ -17,12 +17,13 @@ from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, Loa
 from lightning_moefold.callbacks.placement_history import PlacementHistory
 from lightning_moefold.cli.main import main
 from lightning_moefold.plots import read_run
-from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_speed, loss_names
+from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_speed, loss_names, other_names
 from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, NO_EXPERT
 from lightning_moefold.plots.lines import smooth, top_of
 from lightning_moefold.plots.load import draw_expert_load, imbalance
 from lightning_moefold.plots.placement import draw_run_placement
-from lightning_moefold.plots.read import NEWEST, RecordedLoad
+from lightning_moefold.plots.read import NEWEST, RecordedLoad, read_runs
+from lightning_moefold.plots.style import load_colors
 from tests.quick import quick
 
 MONITORED = {"train/mfu": 0.25, "train/tokens_per_second": 1e4, "train/step_time": 0.5, "train/memory_peak_gb": 3.0}
@@ -174,7 +175,7 @@ def test_pictures_of_a_run(tmp_path: Path, versions: int, capsys: pytest.Capture
     write_placement(path.parent)
     assert main(["plot", str(tmp_path)]) == 0
     assert pngs(tmp_path / "plots") == ["expert_load", "loss", "memory", "placement", "speed"]
-    assert capsys.readouterr().out.count("\n") == 6  # and a sentence about the pipeline, of which there is none
+    assert capsys.readouterr().out.count("\n") == 5  # nothing is said about the pipeline, of which there is none
     assert main(["plot", str(tmp_path)]) == 0  # its own pictures are in nobody's way
 
 
@@ -255,3 +256,23 @@ def test_without_matplotlib(
 def test_no_expert_is_no_load() -> None:
     load = RecordedLoad(np.array([1]), np.array([0]), np.array([[[3, NO_EXPERT, 1]]]))
     np.testing.assert_allclose(load.shares(), [[[1.5, np.nan, 0.5]]])
+
+
+def test_metrics_of_the_users_own_are_drawn():
+    names = ["epoch", "grad_norm", "lr-AdamW", "moe/rank_load_max_over_mean", "train/loss", "train/mfu", "val/acc"]
+    assert other_names(names) == ["lr-AdamW", "grad_norm", "val/acc"]
+
+
+def test_colours_tell_high_loads_apart():
+    pytest.importorskip("matplotlib")
+    colours = load_colors(np.array([[0.0, 1.0, 2.1, 4.0]]))
+    assert colours(2.1) < colours(4.0) == 1
+    assert colours(1.0) == 0.5
+
+
+def test_several_runs_in_one_picture(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_metrics(tmp_path / name, version=0)
+        write_metrics(tmp_path / name, version=1)
+    run = read_runs([tmp_path / "a", tmp_path / "b"])
+    assert list(run.versions) == [str(tmp_path / "a"), str(tmp_path / "b")]

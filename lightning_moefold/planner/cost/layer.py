@@ -180,9 +180,8 @@ class LayerCosts:
                 exchange, self.shape(cp, tp), n * q * b, 2 * n * kv * b, core, core_backward
             )
         norm = self._norm(n / tp) + self.links.gather(self.shape(tp, 1), n * d * b)
-        return self._with_launches(
-            "attention", forward, backward, self._weights * gemm + adapter, again={"attention norm": norm}
-        )
+        made = self._weights * gemm + adapter
+        return self._with_launches("attention", forward, backward, made, again={"attention norm": norm})
 
     def _norm(self, tokens: float) -> float:
         """Returns the seconds of a norm, which reads and writes each token."""
@@ -265,7 +264,8 @@ class LayerCosts:
             forward["launch"] = sync
         more = _LAUNCHES["chunk"] * (self.chunks(ep) - 1)
         repeated = {"experts": 2 * product, "feed norm": self._norm(tokens)}
-        return self._with_launches("experts", forward, backward, self._weights * (experts + router), more, repeated)
+        made = self._weights * (experts + router)
+        return self._with_launches("experts", forward, backward, made, more, repeated)
 
     def chunks(self, ep: int) -> int:
         """Returns the number of parts of the token exchange; at most the number of experts per rank."""

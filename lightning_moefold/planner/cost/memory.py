@@ -188,12 +188,11 @@ class MemoryModel:
             experts += n * d * b + 3 * n * shared * b + t * d * b
             normed += n * d * b
         dense = t * d * b + n * d * b + 3 * n * ceil(model.intermediate_size / tp) * b
-        dense_normed = norm
         if self.job.lora_rank:  # each projection keeps its rows times A; frozen products need no inputs
             attention += 4 * n * self.job.lora_rank * b
             experts -= router - 2 * t * model.num_experts * 4 + (n * d * b + n * shared * b if shared else 0)
             dense -= n * d * b + n * ceil(model.intermediate_size / tp) * b
-            normed, dense_normed = 0.0, 0
+            normed = 0.0
         exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
         live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f) + copies)
         parts, layer = recompute_parts(parse_recompute(recompute)), t * d * b
@@ -203,7 +202,7 @@ class MemoryModel:
         made: list[float] = [attention] if "attention" in parts else [norm] if "norm" in parts else []
         kept = layer if "attention" in parts else attention - norm * ("norm" in parts)
         sizes: list[float] = []
-        for half, all_of_it, of_norm in (("moe", experts, normed), ("mlp", dense, dense_normed)):
+        for half, all_of_it, of_norm in (("moe", experts, normed), ("mlp", dense, norm)):
             activation = 2 * gated if half == "moe" and "expert_activation" in parts else 0.0
             if half in parts:
                 made.append(all_of_it if half == "mlp" or self.costs.num_moe else 0.0)

@@ -90,6 +90,7 @@ def test_a_faster_setting_of_the_same_fold_is_named():
     assert any("The same fold is faster as" in line for line in hints(result, space, fold))
 
 
+@pytest.mark.more
 def test_the_first_plan_is_best_over_the_routing_profiles():
     """The mean of the steps under all three, against brute force; a plan that does not fit under one counts twice there."""
     job = job_for("mixtral-8x7b", 8, batch=16, precision="bf16-true")
@@ -188,6 +189,7 @@ def test_master_weights_cost_their_memory():
         job_for("mixtral-8x7b", 8, master_weights=True)
 
 
+@pytest.mark.more
 def test_the_same_job_on_more_ranks():
     """One, two, eight and sixteen GPUs: more ranks are never slower, and one rank has nothing to shard or to exchange."""
     job = Job(MODELS["qwen1.5-moe-a2.7b"], 1, PRESETS["dgx-h200"], 16, 2048, "bf16-true")
