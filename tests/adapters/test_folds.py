@@ -116,7 +116,9 @@ FOLDS = ["tp2 | ep2 etp2", "cp2 tp2 | ep2", "| ep2", "pp2 | etp2"]
 @pytest.mark.parametrize("recompute", quick([None, "full", ["attention", "norm"]], None))
 def test_dropout_is_the_same_under_every_fold(pool: RankPool, dropping: tuple[Path, Path], recompute: Any) -> None:
     base, adapter = dropping
-    rows = make_batches(3, 1, 4, 7, 96, seed=3)
+    rows = make_batches(
+        3, 1, 8, 7, 96, seed=3
+    )  # two a data rank: as many as micro-batches, whose auxiliary loss they share
     spec = {"overrides": {"output_router_logits": True}, "adapter": str(adapter), "clip": 0.5, "num_microbatches": 2}
     whole: dict[int, Any] = {}
     for fold in FOLDS:
