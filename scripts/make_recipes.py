@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from lightning_moefold.planner.machine.hardware import find_hardware
-from lightning_moefold.planner.report.explain import strategy_arguments, trainer_arguments
+from lightning_moefold.planner.report.recipe import strategy_arguments, trainer_arguments
 from lightning_moefold.planner.search.job import Job
 from lightning_moefold.planner.search.models_zoo import MODELS
-from lightning_moefold.planner.search.search import Space, search
+from lightning_moefold.planner.search.robust import search
+from lightning_moefold.planner.search.search import Space
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 CHECKPOINTS = {
@@ -36,17 +37,16 @@ def recipe(model: str, gpus: int) -> str:
     space = Space(largest_micro_batch=2)
     for precision in ("bf16-mixed", "bf16-true"):
         job = Job(MODELS[model], gpus, find_hardware("dgx-h100"), BATCHES[gpus], LENGTH, precision)
-        best = search(job, space, 1, pool=False).best
+        best = search(job, space, 1, [job.routing]).best
         if best.fits:
             break
     else:
         raise ValueError(f"{model} does not fit on {gpus} GPUs")
-    arguments = strategy_arguments(job, best)
-    trained = trainer_arguments(job, best)
+    arguments, trained = strategy_arguments(best), trainer_arguments(best)
     config: dict[str, Any] = {
         "trainer": {
             "strategy": {"class_path": "lightning_moefold.MoEFoldStrategy", "init_args": arguments},
-            "accelerator": "gpu", "devices": min(gpus, 8), "num_nodes": max(gpus // 8, 1), **trained, "max_epochs": 1,
+            **trained, "max_epochs": 1,
             "gradient_clip_val": 1.0, "default_root_dir": f"runs/{model}",
         },
         "model": {

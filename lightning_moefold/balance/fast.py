@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -116,7 +116,7 @@ class CopyCounter:
     busiest_home: int = 0
     busiest: int = 0
     mean: float = 0.0
-    gained_R: Counts | None = None
+    gained_R: Counts | None = field(default=None, compare=False)
 
     def count(self, plan: CopyPlan, bytes_of_copy: int) -> None:
         """Counts a pass.

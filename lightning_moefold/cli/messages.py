@@ -49,7 +49,7 @@ def _closest(sentence: str) -> str | None:
 def _most_like(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that is most similar to one that is unknown, or of which it has the initials: ``lr``."""
     names = list(known)
-    initials = (other for other in names if "_" in other and "".join(word[0] for word in other.split("_")) == name)
+    initials = (other for other in names if "_" in other and "".join(word[:1] for word in other.split("_")) == name)
     return next(iter([*difflib.get_close_matches(name, names, 1), *initials]), None)
 
 

@@ -132,7 +132,7 @@ def register_family(
 
 def registered_family(model_type: str | None) -> Family | None:
     """Returns the family that a user has registered under this name; None if there is none."""
-    return None if model_type is None else _REGISTERED.get(model_type)
+    return _REGISTERED.get(model_type) if isinstance(model_type, str) else None
 
 
 def known_families() -> Collection[str]:

@@ -40,7 +40,13 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
             assert main(block.split()[1:]) == 0
     printed = capsys.readouterr().out
     assert "[ 4  8 12] [0 1] (3, 2, 8)" in printed
-    assert sorted(path.stem for path in Path("runs/tiny/plots").iterdir()) == ["expert_load", "loss", "memory", "speed"]
+    assert sorted(path.stem for path in Path("runs/tiny/plots").iterdir()) == [
+        "expert_load",
+        "loss",
+        "memory",
+        "metrics",
+        "speed",
+    ]
     with next(Path("runs").rglob("metrics.csv")).open() as file:
         logged = set(next(csv.reader(file))) - {"epoch", "step", "train/loss"}
     assert logged >= {*TIME_KEYS, *LOAD_KEYS} - {f"moe/layer_2/{name}" for name in ("cv", "dead_expert_frac")}

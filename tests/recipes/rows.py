@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_moefold.recipes.packing import Packing, Rows, plan_rows
-from lightning_moefold.recipes.store import StoreWriter, TokenStore
+from lightning_moefold.recipes.store import StoreWriter, TokenStore, write_sums
 from lightning_moefold.recipes.template import Document, Kind
 from lightning_moefold.recipes.tokenizing import Reading, tokenize
 
@@ -24,6 +24,7 @@ def rows_of(documents: Sequence[Document], packing: Packing, length: int) -> Row
     for number, document in enumerate(documents):
         writer.add([document], 0, number + 1, document.kind != Kind.TEXT)
     writer.close()
+    write_sums(folder)
     store = TokenStore.open(folder, [Path("a.jsonl")])
     return Rows(store, plan_rows(store, packing, length))
 
@@ -32,6 +33,7 @@ def tokenized(files: Sequence[Path], tokenizer: Path, length: int, packing: Pack
     """Files tokenised in this process and packed."""
     folder = Path(tempfile.mkdtemp())
     tokenize(files, Reading(str(tokenizer), **reading), folder, processes=1)
+    write_sums(folder)
     store = TokenStore.open(folder, files)
     return Rows(store, plan_rows(store, packing, length))
 

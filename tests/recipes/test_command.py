@@ -202,6 +202,8 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "sequence_parallel": (True, True),
     "calculate_per_token_loss": (True, True),
     "compile": (True, True),
+    "checksums": (False, False),
+    "async_save": (True, True),
     "timeout": ("0:10:00", timedelta(minutes=10)),
     "process_group_backend": ("gloo", "gloo"),
 }

@@ -171,7 +171,7 @@ def test_checkpoints_that_do_not_fit(pool: RankPool, path: str, tmp_path: Path) 
     patterns = {
         "other model": "which the module does not have",
         "other optimizer": "configure it alike",
-        "truncated": "cannot read",
+        "truncated": "is cut off",
         "single file": "is a single file, not a checkpoint of this strategy",
         "empty": "has no meta.pt",
         "absent": "absent.ckpt",

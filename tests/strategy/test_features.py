@@ -56,7 +56,7 @@ def test_every_row_of_the_page_is_tried() -> None:
     root = Path(__file__).parents[2]
     places = {
         "optim": "test_optimizers",
-        "checkpoint": "jobs_saved test_saved test_stores",
+        "checkpoint": "jobs_saved test_saved test_stores jobs_background test_background",
         "lifecycle": "jobs_precision jobs_accumulation jobs_even_batches",
         "strategy": "jobs_features jobs_bad_input jobs_hooks test_hooks jobs_trees jobs_like_lightning",
         "balance": "jobs_rebalancer test_rebalancer",

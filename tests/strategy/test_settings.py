@@ -34,6 +34,7 @@ APPLIED: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "compile calculate_per_token_loss": (
         1, {"accumulate_grad_batches": 2, "compile": True}, {"accumulate_grad_batches": 2, "calculate_per_token_loss": True},
     ),
+    "offload_activations": (1, {}, {"offload_activations": True}),
     "context_parallel_exchange timeout": (
         2, {"fold": "cp2", "timeout": jobs_settings.LONG},
         {"fold": "cp2", "timeout": jobs_settings.SHORT, "context_parallel_exchange": "all_gather"},
@@ -53,8 +54,9 @@ REFUSED: list[tuple[int, dict[str, Any], dict[str, dict[str, Any]]]] = [
     (2, PIPELINE, {"num_stages_per_rank": LOOPED, "pipeline_split": {**PIPELINE, "pipeline_split": [1, 3]}}),
     (2, LOOPED, {"pipeline_schedule": {**PIPELINE, "pipeline_schedule": "zbv"}}),
 ]  # fmt: skip
-#: Of which a module knows nothing: ``auto`` says what ``fold="auto"`` is to plan for, the other takes one value.
-OTHERS = {"auto", "sequence_parallel"}
+#: Of which a module knows nothing: ``auto`` says what ``fold="auto"`` is to plan for, ``sequence_parallel`` takes one value, and
+#: the others are for checkpoints.
+OTHERS = {"auto", "sequence_parallel", "checksums", "async_save"}
 #: What ``make test`` changes: one of each kind of refusal, and of each place to which settings go.
 FIRST = {
     "capacity_factor",
