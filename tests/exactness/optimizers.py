@@ -145,7 +145,7 @@ class PlainMuon(Optimizer):
             matrices = [(p, update)] if p.dim() == 2 else zip(p, update, strict=True)
             for matrix, direction in matrices:
                 u, s, v = torch.linalg.svd(direction, full_matrices=False)
-                s = s / s.norm()
+                s = s / s.norm().clamp(min=1e-7)  # an expert without tokens has no direction
                 for _ in range(5):
                     s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
                 matrix.sub_(LR * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5 * (u * s) @ v)
