@@ -132,10 +132,7 @@ class Lease:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._released = threading.Event()
-        with path.open("x") as file:
-            json.dump(_myself(), file)
-            file.flush()
-            os.fsync(file.fileno())
+        _create(path, json.dumps(_myself()).encode())
         threading.Thread(target=self._renew, name="moefold lease", daemon=True).start()
 
     def _renew(self) -> None:
@@ -148,6 +145,24 @@ class Lease:
         self._released.set()
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
+
+
+def _create(path: Path, content: bytes) -> None:
+    """Creates a file with its content, in one step where the system can: an empty lease would be that of an unknown process."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            handle = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE, 0o644)
+            try:
+                os.write(handle, content)
+                os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=folder, follow_symlinks=True)
+            finally:
+                os.close(handle)
+        finally:
+            os.close(folder)
+    except (OSError, AttributeError):  # not on this file system, or not on this operating system
+        with path.open("xb") as file:
+            file.write(content)
 
 
 def sweep(directory: Path) -> list[str]:
