@@ -120,7 +120,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             rank then needs batches of the same shape.
         dispatch_chunks: Parts in which a layer's tokens travel, by expert, so that one part's exchange hides behind
             another's computation; the same bits. For ``"alltoall"``.
-        node_size: Ranks that share fast links, for ``"hierarchical"`` and ``"auto"``; those of one machine if not given.
+        node_size: Ranks that share fast links, for ``"hierarchical"``, ``"auto"`` and ``fold="auto"``; by default a machine's.
         expert_copies: Copies of busy experts on other ranks of ep, made anew in each pass
             (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. Not with padding.
         expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, so with

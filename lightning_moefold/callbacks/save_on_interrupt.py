@@ -2,8 +2,9 @@
 """SaveOnInterrupt: Ctrl-C and SIGTERM end a run with a checkpoint, one line, and an exit status that says so.
 
 A signal may reach some ranks and not others, or all of them at different moments, and a checkpoint is collective. So whoever
-gets one writes into the store of the process group after which batch all ranks stop: the next but one, which no rank can have
-passed, since every batch has collectives of all ranks. Ranks ask the store after each batch, without waiting for a device.
+gets one writes into the store of the process group after which batch all ranks stop: that which ends the optimizer step after
+the next, which no rank can have passed, since every step has collectives of all ranks. Ranks ask the store after each batch,
+without waiting for a device.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from lightning_moefold.checkpoint import stores
+from lightning_moefold.strategy import MoEFoldStrategy
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KEY = "moefold/interrupt"
@@ -29,10 +31,10 @@ _SAME = 1.0
 class SaveOnInterrupt(pl.Callback):
     """Stops a run in order when the user or the scheduler interrupts it.
 
-    On Ctrl-C (SIGINT) or SIGTERM, on whatever rank, all ranks finish the same batch, write ``last.ckpt`` beside the run's other
-    checkpoints, say in one line at which step they stopped and how to resume, and exit with status 130 or 143, by which a scheduler
-    knows that the job is not done. A second Ctrl-C ends at once, without a checkpoint. A signal during validation is honoured after
-    the next training batch. ``moefold fit`` has this callback unless the configuration has one.
+    On Ctrl-C (SIGINT) or SIGTERM, on whatever rank, all ranks finish the same optimizer step, write ``last.ckpt`` beside the
+    run's other checkpoints, say in one line at which step they stopped and how to resume, and exit with status 130 or 143, by
+    which a scheduler knows that the job is not done. A second Ctrl-C ends at once, without a checkpoint. A signal during
+    validation is honoured after the next training batches. ``moefold fit`` has this callback unless the configuration has one.
 
     Args:
         save: Whether to write the checkpoint.
@@ -54,6 +56,9 @@ class SaveOnInterrupt(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.signal, self._batches, self._trainer = None, 0, trainer
+        if trainer.is_global_zero and trainer.world_size > 1 and dist.is_initialized():
+            # What an earlier fit of these processes was stopped for. Others ask after their first batch, which needs this rank.
+            dist.distributed_c10d._get_default_store().delete_key(_KEY)
         for number in _SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._note)
@@ -71,7 +76,14 @@ class SaveOnInterrupt(pl.Callback):
             launcher.kill(number)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restore()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -82,11 +94,14 @@ class SaveOnInterrupt(pl.Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self._batches += 1
-        if (number := self._due(trainer)) is None:
+        number = self._due(trainer)
+        if number is None or trainer.fit_loop.epoch_loop._should_accumulate():  # gradients of half a step would be lost
             return
         path = self._path(trainer) if self.save else None
         if path is not None:
             trainer.save_checkpoint(path)
+            if isinstance(trainer.strategy, MoEFoldStrategy):
+                trainer.strategy.finish_saves()
         if trainer.is_global_zero:
             how = (
                 "not saved, since the run keeps no checkpoints"
@@ -106,7 +121,7 @@ class SaveOnInterrupt(pl.Callback):
             if self.signal is None:
                 return None
             # The first rank to write decides for all.
-            store.compare_set(_KEY, "", f"{self._batches + 2} {int(self.signal)}")
+            store.compare_set(_KEY, "", f"{self._batches + 2 * trainer.accumulate_grad_batches} {int(self.signal)}")
         last, number = store.get(_KEY).decode().split()
         return signal.Signals(int(number)) if self._batches >= int(last) else None
 
