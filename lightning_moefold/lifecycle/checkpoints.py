@@ -25,6 +25,7 @@ from lightning_moefold.errors import CheckpointError, InputTypeError, Unsupporte
 from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.lifecycle.accumulation import StepAhead
 from lightning_moefold.lifecycle.background import BackgroundSaves, check_background
+from lightning_moefold.lifecycle.data_positions import gather_positions, take_position
 from lightning_moefold.lifecycle.training_state import (
     check_saveable,
     check_state,
@@ -171,6 +172,8 @@ class SharedCheckpoints(ParallelStrategy):
         assert self._registry is not None
         if self._choice is not None:
             checkpoint[fold_choice.RECORD] = self._choice
+        assert self.lightning_module is not None
+        gather_positions(checkpoint, self.lightning_module.trainer, self._registry.mesh)
         path = self.broadcast(filepath)
         self.finish_saves()
         packed, tensors = describe_training_state(path, checkpoint, self._registry, summed=self.checksums)
@@ -248,6 +251,8 @@ class SharedCheckpoints(ParallelStrategy):
             fold_choice.announce(remark)
         self._release_gathered_weights()
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            take_position(meta, path, self.lightning_module.trainer, self._registry.mesh)
         optimizers = self.optimizers if fitting else []
         load_training_state(path, meta, self._registry, self.lightning_module, optimizers, check=self.checksums)
         return meta

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Positions in the data of each data rank in a checkpoint, where they differ: those of loaders with ``state_dict``.
+
+Lightning's checkpoint has the position of one rank. It is everyone's where loaders count rows of all data ranks, as this package's
+do. A streaming dataset that is split by rank, or torchdata's ``StatefulDataLoader``, has a position of its own on each data rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from lightning_moefold.errors import CheckpointError
+from lightning_moefold.mesh import FoldedMesh
+
+#: Key of the positions in a checkpoint: by data rank, :func:`_positions`.
+POSITIONS = "moefold_data_positions"
+_LOADERS = "combined_loader"
+
+
+def gather_positions(checkpoint: dict[str, Any], trainer: pl.Trainer, mesh: FoldedMesh) -> None:
+    """Adds the positions of all data ranks to Lightning's checkpoint, if they differ. Collective, where a loader has a state."""
+    mine = _positions(checkpoint, trainer)
+    if mesh.fold.dp == 1 or all(state is None for state in mine):  # the same kinds of loaders are on all ranks
+        return
+    everyone: list[Any] = [None] * mesh.world.size
+    dist.all_gather_object(everyone, (mesh.place["dp"], mine), group=mesh.world.group)
+    by_data_rank: list[Any] = [None] * mesh.fold.dp
+    for data_rank, position in reversed(everyone):  # what the first of those who share rows says counts
+        by_data_rank[data_rank] = position
+    if not all(_same(theirs, by_data_rank[0]) for theirs in by_data_rank):
+        checkpoint[POSITIONS] = by_data_rank
+
+
+def take_position(meta: dict[str, Any], path: Any, trainer: pl.Trainer, mesh: FoldedMesh) -> None:
+    """Puts this data rank's position where Lightning looks for it, and takes the others out.
+
+    Raises:
+        CheckpointError: If the checkpoint has the positions of another number of data ranks; raised on all ranks alike.
+    """
+    everyone = meta.pop(POSITIONS, None)
+    if everyone is None:
+        return
+    if len(everyone) != mesh.fold.dp:
+        raise CheckpointError(
+            f"{path} holds a position in the data for each of {len(everyone)} data ranks, which says nothing about {mesh.fold.dp}; "
+            f"resume under a fold with dp={len(everyone)}, or train from a loader that deals rows to any number of ranks, such as "
+            "recipes.DatasetLoader."
+        )
+    loaders, data = everyone[mesh.place["dp"]]
+    if loaders is not None:
+        meta["loops"]["fit_loop"]["state_dict"][_LOADERS] = loaders
+    if data is not None:
+        meta[_data_key(trainer)] = data
+
+
+def _positions(checkpoint: dict[str, Any], trainer: pl.Trainer) -> tuple[Any, Any]:
+    """Returns the states of this rank's loaders and of its data module; None for what has none."""
+    loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+    return loops.get(_LOADERS), checkpoint.get(_data_key(trainer))
+
+
+def _data_key(trainer: pl.Trainer) -> str:
+    return type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
+
+
+def _same(first: Any, second: Any) -> bool:
+    (ours, form), (theirs, other) = tree_flatten(first), tree_flatten(second)
+    return form == other and all(_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return bool(np.array_equal(first, second)) if isinstance(first, np.ndarray) else bool(first == second)
