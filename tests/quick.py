@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses the cases of a parametrized test that ``make test`` runs; the others are for ``make test-more``."""
+"""Chooses the cases of a parametrized test that ``make test`` and ``make test-more`` run; the rest is for ``make test-all``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+EVERY = 3
+"""Of this many cases that ``make test`` leaves out, ``make test-more`` runs one."""
+
 
 def quick(cases: Iterable[Any], *chosen: Any) -> list[Any]:
-    """Marks all of ``cases`` as ``more``, except those that are chosen.
+    """Marks those of ``cases`` that are not chosen: the first of every three as ``more``, the others as ``slow``.
 
     Args:
         cases: Arguments of ``pytest.mark.parametrize``: values, tuples of values, or ``pytest.param``. What is marked
@@ -20,7 +23,7 @@ def quick(cases: Iterable[Any], *chosen: Any) -> list[Any]:
     Returns:
         The cases in the same order.
     """
-    marked, found = [], []
+    marked, found, others = [], [], 0
     for case in cases:
         known = hasattr(case, "marks")
         values = case.values if known else (case if isinstance(case, tuple) else (case,))
@@ -29,7 +32,8 @@ def quick(cases: Iterable[Any], *chosen: Any) -> list[Any]:
         if value in chosen:
             found.append(value)
         elif not any(mark.name == "slow" for mark in marks):
-            marks = [*marks, pytest.mark.more]
+            marks = [*marks, pytest.mark.slow if others % EVERY else pytest.mark.more]
+            others += 1
         marked.append(pytest.param(*values, marks=marks, id=name))
     missing = [value for value in chosen if value not in found]
     assert not missing, f"{missing} are not among the cases"

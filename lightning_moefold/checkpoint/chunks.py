@@ -144,12 +144,18 @@ class _Chunk:
         self.length, self.data = 0, -1
 
     def save(self) -> None:
+        """Writes the tensor, as ``torch.save`` does.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         try:
             torch.save(self._tensor, self)  # type: ignore[arg-type]
         except RuntimeError as error:  # torch's, over that of the system
             raise self._error or error from None
 
     def write(self, data: Any) -> int:
+        """Passes on what torch writes, and notes where the tensor's own bytes begin."""
         view = memoryview(data)
         if 0 < view.nbytes == self._tensor.nbytes and _address(view) == self._tensor.data_ptr():
             self.data = self.length

@@ -33,7 +33,7 @@ def run_and_stop(arguments: list[str], number: signal.Signals, whom: str) -> tup
             os.killpg(run.pid, number)
         else:
             os.kill(run.pid if whom == "first" else children[0].pid, number)
-        printed = run.communicate(timeout=90)[0]
+        printed = run.communicate(timeout=120)[0]
         gone, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
         return run.returncode, printed
@@ -54,5 +54,7 @@ def test_a_stopped_run_is_saved_and_goes_on(tmp_path: Path) -> None:
         assert found is not None, printed
         assert found[2] == last
         assert int(found[1]) > step  # where the run before it stopped
+        batches = {int(number) for number in re.findall(r"saved with (\d+) batches", printed)}
+        assert batches == {3 * int(found[1])}  # a whole number of steps, the same on both ranks
         step = int(found[1])
         assert status == 128 + number
