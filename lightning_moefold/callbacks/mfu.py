@@ -66,7 +66,7 @@ class MFUMonitor(pl.Callback):
     dtype is measured at the start of training, on all ranks at the same time.
 
     There is one collective at the start of training, one at each log step (a few numbers per rank), and none per batch.
-    With pipeline stages there is one more at the start, and one after parameters are frozen or unfrozen.
+    With pipeline stages there is one more at the start, and two after parameters are frozen or unfrozen.
 
     Args:
         log_every_n_steps: Number of optimizer steps between logs; by default the Trainer's. If the Trainer does not log
@@ -196,13 +196,11 @@ class MFUMonitor(pl.Callback):
     def _figures(self, trainer: pl.Trainer) -> dict[str, float]:
         figures = {}
         if self._steps:
-            row = self._measure(trainer.strategy.root_device)
-            mine_1K = torch.tensor([row], dtype=torch.float64, device=self._device)
-            table_WK = comm.all_gather_raw(mine_1K, self._axis).cpu()
-            figures = summarize(table_WK, _data_share(trainer), len(self._steps), self.peak)
-            if table_WK[:, -1].any():  # parameters were frozen on a stage; all ranks know of it at the next log step
-                figures.pop("train/hfu", None)
+            table_WK = self._table(trainer)
+            if table_WK[:, -1].any():  # a stage has frozen or unfrozen parameters, which changes the work of all ranks
                 self._work.share_frozen(self._axis)
+                table_WK = self._table(trainer)
+            figures = summarize(table_WK, _data_share(trainer), len(self._steps), self.peak)
         precision: Any = trainer.precision_plugin
         norm = getattr(precision, "grad_norm", None)
         if isinstance(norm, Tensor):
@@ -213,6 +211,12 @@ class MFUMonitor(pl.Callback):
                 "train/grad_norm_expert": expert,
             }
         return figures
+
+    def _table(self, trainer: pl.Trainer) -> Tensor:
+        """Gathers each rank's row as ``[W, K]`` on the host. Collective."""
+        row = self._measure(trainer.strategy.root_device)
+        mine_1K = torch.tensor([row], dtype=torch.float64, device=self._device)
+        return comm.all_gather_raw(mine_1K, self._axis).cpu()
 
     def _measure(self, device: torch.device) -> list[float]:
         """Returns this rank's row: seconds, tokens, FLOPs of the window, bytes of memory, whether freezing has changed."""
