@@ -132,7 +132,7 @@ def install(extra: str) -> None:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text(f"torch=={torch}\n")
         say(f"installing lightning-moefold[{extra}] ...")
-        pip("install", "--editable", f".[{extra}]", "--constraint", constraints)
+        pip("--editable", f".[{extra}]", "--constraint", constraints)
     if installed_torch() != torch:
         sys.exit(f"setup: torch was {torch} and is now {installed_torch()}: remove .venv and report this")
 
@@ -143,7 +143,7 @@ def provide_pip() -> None:
         subprocess.run([VENV_PYTHON, "-I", "-m", "ensurepip"], check=True)
         version = output([VENV_PYTHON, "-I", "-m", "pip", "--version"]) or "pip 0.0"
     if numbers(version.split()[1]) < OLDEST_PIP:
-        pip("install", "--upgrade", "pip")
+        pip("--upgrade", "pip")
 
 
 # --- torch -----------------------------------------------------------------------------------------------------
@@ -153,12 +153,12 @@ def install_torch() -> None:
     requirement = torch_requirement()
     if has_nvidia_gpu():
         say(f"torch: an NVIDIA GPU is here, installing {requirement} ...")
-        pip("install", requirement)
+        pip(requirement)
         cuda = output([VENV_PYTHON, "-I", "-c", "import torch; print(torch.version.cuda or '')"])
         chosen = f"the CUDA {cuda} build" if cuda else "a build without CUDA, the only one that pip's settings offer"
     elif sys.platform != "linux":
         say(f"torch: installing {requirement} ...")
-        pip("install", requirement)
+        pip(requirement)
         chosen = "the build for this system"
     else:
         chosen = install_cpu_build()
@@ -172,13 +172,13 @@ def install_cpu_build() -> str:
     build. Only the last one can bring CUDA libraries.
     """
     say(f"torch: no NVIDIA GPU, installing {CPU_BUILD} ...")
-    if pip_succeeds("install", CPU_BUILD):
+    if pip_succeeds(CPU_BUILD):
         return "the CPU build that pip's settings offer"
-    if pip_succeeds("install", CPU_BUILD, "--extra-index-url", CPU_INDEX, "--timeout", "20", "--retries", "1"):
+    if pip_succeeds(CPU_BUILD, "--extra-index-url", CPU_INDEX, "--timeout", "20", "--retries", "1"):
         return "the CPU build of PyTorch's own index"
     plain = CPU_BUILD.split("+")[0]
     say(f"torch: no CPU build in pip's settings or at {CPU_INDEX}; installing {plain}, which may be a large CUDA build")
-    pip("install", plain)
+    pip(plain)
     return "pip's default build"
 
 
@@ -217,7 +217,9 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def pip_command(*arguments: str | Path) -> list[str | Path]:
-    return [VENV_PYTHON, "-I", "-m", "pip", "-qq", "--no-input", "--disable-pip-version-check", *arguments]
+    """The command that installs; modules are compiled when they are first imported, and most never are."""
+    options = ["-qq", "--no-input", "--disable-pip-version-check", "--no-compile"]
+    return [VENV_PYTHON, "-I", "-m", "pip", "install", *options, *arguments]
 
 
 def pip(*arguments: str | Path) -> None:

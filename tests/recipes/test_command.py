@@ -85,6 +85,7 @@ def save_for_transformers(folder: str, checkpoint: str, output: str) -> None:
     module.model.save_pretrained(output)
 
 
+@pytest.mark.more
 def test_the_example_from_fit_to_transformers(
     pool: RankPool, folder: Path, tmp_path: Path, fitted: tuple[Path, subprocess.CompletedProcess[str]], capsys: Any
 ) -> None:

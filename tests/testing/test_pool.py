@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_moefold.testing import PoolEnvironment, RankError, RankPool, RankTimeout
+from tests.quick import quick
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def refuse_devices() -> None:
     PoolEnvironment().validate_settings(num_devices=3, num_nodes=1)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", quick([1, 2, 4], 4))
 def test_results_come_in_rank_order(pool: RankPool, ranks: int) -> None:
     results = pool.run(total, 1.0, ranks=ranks)
     assert [result["rank"] for result in results] == list(range(ranks))
@@ -137,6 +138,7 @@ def test_processes_persist(pool: RankPool) -> None:
     assert [result["pid"] for result in first] == [result["pid"] for result in second]
 
 
+@pytest.mark.more
 def test_failure_while_others_wait_in_a_collective(pool: RankPool) -> None:
     before = pool.run(total, 0.0, ranks=4)
     start = time.monotonic()
@@ -160,6 +162,7 @@ def test_cases_do_not_see_each_other(pool: RankPool) -> None:
     assert expected[0][:3] == (torch.float32, True, 1)
 
 
+@pytest.mark.more
 def test_equal_meshes_of_different_groups(pool: RankPool) -> None:
     for shape in [(4,), (2, 2), (1, 4), (4,)]:
         assert pool.run(dtensor_sum, shape, ranks=4, timeout=30.0) == [240.0] * 4
@@ -216,6 +219,7 @@ def test_death_of_a_process(pool: RankPool) -> None:
     assert "exit code 3" in caught.value.messages[1]
 
 
+@pytest.mark.more
 def test_deadline(pool: RankPool) -> None:
     start = time.monotonic()
     with pytest.raises(RankTimeout, match="hang_on.*ranks \\[1\\] of 2") as caught:
@@ -227,6 +231,7 @@ def test_deadline(pool: RankPool) -> None:
     assert len(pool.run(total, 0.0, ranks=2)) == 2
 
 
+@pytest.mark.more
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 def test_ranks_die_with_their_parent(tmp_path: Path) -> None:
     script = (

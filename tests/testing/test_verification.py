@@ -25,6 +25,7 @@ def test_an_exact_fold(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "\nexact: errors below 1e-09" in printed
 
 
+@pytest.mark.more
 def test_a_wrong_gradient_is_named(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

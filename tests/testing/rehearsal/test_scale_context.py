@@ -15,13 +15,17 @@ from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.parallel import PipelinePlan
 from lightning_moefold.planner.search.models_zoo import MODELS
 from lightning_moefold.testing.rehearsal.scale import Step
+from tests.quick import quick
 from tests.testing.rehearsal.rehearsing import SMALL, check, differences
 
 
 @pytest.mark.parametrize(
     ("fold", "exchange", "recompute"),
-    [("tp2 cp2 pp2 | ep4 etp2", "ring", None), ("tp2 cp4 | ep4 etp2", "all_gather", "full"),
-     ("cp2 | ep4", "all_to_all", "selective"), ("tp2 cp2 | ep4 etp2", "ring", ["norm", "expert_activation"])],
+    quick(
+        [("tp2 cp2 pp2 | ep4 etp2", "ring", None), ("tp2 cp4 | ep4 etp2", "all_gather", "full"),
+         ("cp2 | ep4", "all_to_all", "selective"), ("tp2 cp2 | ep4 etp2", "ring", ["norm", "expert_activation"])],
+        ("tp2 cp4 | ep4 etp2", "all_gather", "full"),
+    ),
 )  # fmt: skip
 def test_exchanges(fold: str, exchange: Exchange, recompute: Recompute | None) -> None:
     check(Step(SMALL, 2, 8192, PipelinePlan(), exchange, recompute), fold, 32, 13)
