@@ -136,7 +136,7 @@ def tell(module: nn.Module, settings: Settings) -> None:
             part.use_dispatch(settings.dispatch)
         elif isinstance(part, RoutedExperts):
             part.again = again
-            if isinstance(part, Experts):
+            if isinstance(part, Experts | PackedExperts):
                 part.kernel = settings.expert_kernel
 
 

@@ -109,10 +109,11 @@ CASES = [
     {"fold": "tp4", "data_parallel_sharding": "none"},
     {"fold": "| ep2", "dispatch_chunks": 2, "recompute": "full"},
     {"fold": "| ep4", "dispatcher": "allgather"},
+    {"fold": "tp2 | ep2", "recompute": ["expert_activation"]},
 ]
 
 
-SOME, OTHERS = (0, 1, 3), (2, 4, 5, 6)
+SOME, OTHERS = (0, 1, 3), (2, 4, 5, 6, 7)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ experts, w of local ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,10 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.modules.base import local
+from lightning_moefold.modules.experts.buckets import Buckets, in_buckets, make_buckets
 from lightning_moefold.modules.experts.experts import RoutedExperts
 from lightning_moefold.modules.experts.kernels import ExpertKernel, read_tokens, sum_rows
-from lightning_moefold.modules.experts.products import host_counts
+from lightning_moefold.modules.experts.products import grouped_never_waits, host_counts
 from lightning_moefold.modules.experts.stack import split_stack
 from lightning_moefold.modules.mlp import ACTIVATIONS
 
@@ -31,7 +34,7 @@ _WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class PackedExperts(RoutedExperts):
-    """E gated experts ``down(act(gate(x)) * up(x))`` of their own widths, one after the other on every device.
+    """E gated experts ``down(act(gate(x)) * up(x))`` of their own widths: one after the other, or in :mod:`.buckets`.
 
     Experts spread over ep as always, E / ep on each rank, so the ranks hold different numbers of channels. A width is not cut
     over etp.
@@ -40,8 +43,12 @@ class PackedExperts(RoutedExperts):
         hidden_size: D.
         widths: Width of each expert, 0 or more.
         activation: A name in :data:`~.mlp.ACTIVATIONS`.
+
+    Attributes:
+        kernel: ``"loop"``, ``"grouped_mm"`` (buckets), or ``"auto"``: buckets where grouped products are one kernel.
     """
 
+    kernel: ExpertKernel = "auto"
     plan = ParameterPlan(Family.EXPERT, flat=True)
 
     def __init__(self, hidden_size: int, widths: Sequence[int], activation: str = "silu") -> None:
@@ -64,7 +71,7 @@ class PackedExperts(RoutedExperts):
 
     def check_kernel(self, kernel: ExpertKernel) -> None:
         """Raises InputError for a kernel that needs experts of one width."""
-        if kernel not in ("auto", "loop"):
+        if kernel not in ("auto", "loop", "grouped_mm"):
             raise InputError(f"expert_kernel={kernel!r} needs experts of one width; use 'auto' for a packed model.")
 
     def check_copies(self) -> None:
@@ -111,16 +118,32 @@ class PackedExperts(RoutedExperts):
         if not stacks[0].numel():  # not wrapped by FSDP2, and so not cast
             stacks = [stack.to(x_AD.dtype) for stack in stacks]
         first = self._starts[chunk]
-        widths = list(self._local_widths[first : first + len(counts)])
-        parts = zip(
-            read_tokens(x_AD, rows).split(counts),
-            rows.weight_M.split(counts),
-            *(stack.split(widths) for stack in stacks),
-            strict=True,
-        )
-        y_MD = torch.cat([self._one(*part) for part in parts])
+        widths = self._local_widths[first : first + len(counts)]
+        grouped = self._grouped(x_AD) and sum(counts) and sum(widths)
+        if grouped and torch.is_autocast_enabled(x_AD.device.type):  # autocast knows no custom function
+            dtype = torch.get_autocast_dtype(x_AD.device.type)
+            x_AD, *stacks = (t.to(dtype) for t in (x_AD, *stacks))
+        x_MD = read_tokens(x_AD, rows)
+        if grouped:
+            buckets = _buckets(widths, x_AD.device)
+            y_MD = in_buckets(x_MD, rows.weight_M, counts, stacks, buckets, self.activation)
+        else:
+            flat = (stack.split(widths) for stack in stacks)
+            parts = zip(x_MD.split(counts), rows.weight_M.split(counts), *flat, strict=True)
+            y_MD = torch.cat([self._one(*part) for part in parts])
         return sum_rows(y_MD, rows, x_AD.shape[0])
+
+    def _grouped(self, x_AD: Tensor) -> bool:
+        if self.kernel == "auto":
+            return x_AD.is_cuda and grouped_never_waits(x_AD.dtype, x_AD.device)
+        return self.kernel == "grouped_mm" and x_AD.dtype != torch.float64
 
     def _one(self, x_cD: Tensor, weight_c: Tensor, gate_FD: Tensor, up_FD: Tensor, down_FD: Tensor) -> Tensor:
         inner_cF = self.activation(x_cD @ gate_FD.t()) * (x_cD @ up_FD.t())
         return ((inner_cF @ down_FD) * weight_c.unsqueeze(1)).to(x_cD.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _buckets(widths: tuple[int, ...], device: torch.device) -> Buckets:
+    buckets = make_buckets(widths)
+    return replace(buckets, place_w=buckets.place_w.to(device))
