@@ -40,6 +40,7 @@ class Adapter:
     Attributes:
         lora: Configuration of the adapter.
         shapes: Global shape of each A and B, by name.
+        dtype: Their dtype, at least float32.
         source: Source of their values: a file or a seed.
         base: A hash of the model that it was added to; None where the model has no source of weights.
         trained: Names of parameters of the base that have been trainable in a step.
@@ -58,6 +59,7 @@ class Adapter:
             self.lora = files.lora
         attach(model, self.lora)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
+        self.dtype = model.get_parameter(next(iter(self.shapes))).dtype
         self.source: _Source = SeededAdapter(self.lora.seed, self.shapes) if files is None else files
         if files is not None:
             files.adopt(self.shapes)
@@ -74,14 +76,29 @@ class Adapter:
         """Remembers which parameters of the base train in the step that begins: checkpoints hold them from then on.
 
         Raises:
-            InputError: If the adapter is one whose experts or routers train with dropout.
+            InputError: If the adapter is one whose experts or routers train with dropout; see also :meth:`check_trained`.
         """
         if isinstance(self.source, AdapterFiles) and self.source.dropout:
             raise InputError(
                 f"the adapter of {self.source.path} trains experts or routers with lora_dropout={self.source.dropout}, which is "
                 "not supported here; set it to 0 in its adapter_config.json to go on without."
             )
+        self.check_trained(model)
         self.trained |= {n for n, p in model.named_parameters() if p.requires_grad and n not in self.shapes}
+
+    def check_trained(self, model: nn.Module) -> None:
+        """Checks that trained parameters have one dtype, as FSDP2 requires of what it reduces together.
+
+        Raises:
+            InputError: Naming a parameter of the base that trains in another dtype than the adapter.
+        """
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in self.shapes and parameter.dtype != self.dtype:
+                ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, parameter.dtype))
+                raise InputError(
+                    f"{name!r} of the base trains in {theirs} beside an adapter in {ours}, and one dtype is reduced; freeze it, "
+                    "or use a base in float32 with precision='bf16-mixed'."
+                )
 
     def left_out(self, model: nn.Module) -> set[str]:
         """Returns the unchanged parameters of the base; checkpoints name the base instead of containing them."""

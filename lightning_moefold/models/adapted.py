@@ -81,6 +81,13 @@ class AdaptedModel(ParallelRoot):
                 self.fill(name, self.get_parameter(name))
         self.adapter.source.close()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedModel:
+        super()._apply(fn, recurse)
+        if self.adapter is not None:  # a pipeline stage without adapters has been converted before it was cut
+            own = (p.dtype for name, p in self.named_parameters() if name in self.adapter.shapes)
+            self.adapter.dtype = next(own, self.adapter.dtype)
+        return self
+
     def fill(self, name: str, parameter: Tensor) -> None:
         """Fills this rank's piece of a parameter from where its values come from."""
         mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -137,9 +144,11 @@ class AdaptedModel(ParallelRoot):
     def adapter_tensors(self) -> dict[str, OutputTensor]:
         """Returns the layouts of all A and B."""
         assert self.adapter is not None
-        ranks, dtype = list(range(self.fold.world_size)), next(self.parameters()).dtype
+        ranks = list(range(self.fold.world_size))
         return {
-            name: OutputTensor(shape, dtype, (name,), False, tuple(self.layouts[name].owners(self.fold, ranks)))
+            name: OutputTensor(
+                shape, self.adapter.dtype, (name,), False, tuple(self.layouts[name].owners(self.fold, ranks))
+            )
             for name, shape in self.adapter.shapes.items()
         }
 

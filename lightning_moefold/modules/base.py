@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ class Linear(nn.Module):
     """``y = x W^T + b`` on the local part of a weight ``[out, in]`` that may be stored as a DTensor.
 
     With an adapter, ``y = x W^T + b + s (d(x) A^T) B^T``, and ``x`` has two dimensions; d drops inputs in training. With DoRA
-    (arXiv 2402.09353) each row of ``W + s B A`` is scaled to a trained length.
+    (arXiv 2402.09353) each row of ``W + s B A`` is scaled to a trained length. A and B are multiplied in the dtype of ``x``.
 
     Attributes:
         lora_scale: s; None without an adapter (:meth:`adapt`).
@@ -166,10 +166,13 @@ class Linear(nn.Module):
         """
         self.lora_scale, (out_features, in_features) = scale, self.weight.shape
         self.lora_dropout, self.lora_lengths, self._lora_key = dropout, dora, key
-        self.lora_A = nn.Parameter(self.weight.new_empty(rank, in_features))
-        self.lora_B = nn.Parameter(self.weight.new_empty(out_features, rank))
+        self.lora_A = new_adapter(self.weight, rank, in_features)
+        self.lora_B = new_adapter(self.weight, out_features, rank)
         if dora:
-            self.lora_magnitude = nn.Parameter(self.weight.new_empty(out_features))
+            self.lora_magnitude = new_adapter(self.weight, out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        return super()._apply(sparing_adapters(self, fn), recurse)
 
     def forward(
         self,
@@ -196,7 +199,7 @@ class Linear(nn.Module):
         if self.lora_dropout and self.training and places is not None:
             first = self.lora_inputs.index * x.shape[-1] if columns is None else columns.start
             dropped = drop(x, self.lora_dropout, self._lora_key, places, first)
-        a, lora_B = local(self.lora_A), _part(local(self.lora_B), rows, None)
+        a, lora_B = local(self.lora_A).to(x.dtype), _part(local(self.lora_B).to(x.dtype), rows, None)
         z = F.linear(dropped, _part(a, None, columns))
         if not self.lora_lengths:
             return F.linear(x, weight, b).addmm_(z, lora_B.t(), alpha=self.lora_scale)
@@ -289,6 +292,27 @@ class _UnevenLocal(torch.autograd.Function):
         mesh, placements, shape, stride = ctx.like
         grad = grads[0].contiguous()
         return DTensor.from_local(grad, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def new_adapter(weight: Tensor, *shape: int) -> nn.Parameter:
+    """Makes a parameter of an adapter of ``weight``, without values.
+
+    It is stored in at least float32, and in torch's default dtype if that is wider: small steps would be lost in 16 bits.
+    """
+    dtype = torch.promote_types(wide(weight.dtype), torch.get_default_dtype())
+    return nn.Parameter(weight.new_empty(shape, dtype=dtype))
+
+
+def sparing_adapters(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Returns a conversion of a module's tensors that leaves its adapter's parameters in at least float32."""
+    adapters = [p for name, p in module.named_parameters(recurse=False) if "lora_" in name]
+
+    def converted(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        spared = result.dtype != wide(result.dtype) and any(tensor is p or tensor is p.grad for p in adapters)
+        return tensor.to(result.device) if spared else result
+
+    return converted if adapters else fn
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

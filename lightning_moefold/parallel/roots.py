@@ -47,12 +47,14 @@ def cut_root(model: ParallelRoot, mesh: FoldedMesh, settings: Settings, device: 
 
     Raises:
         FoldError: If the fold does not suit the model.
-        InputError: If the model cannot be cut into the stages.
+        InputError: If the model cannot be cut into the stages, or trains parameters beside an adapter of another dtype.
         CheckpointError: If a weight cannot be read.
     """
     sharding = settings.sharding
     if isinstance(model, MoECausalLM):
         mesh.fold.validate(model.config)
+        if model.adapter is not None:
+            model.adapter.check_trained(model)
     make_groups(model, mesh)
     plans = collect_plans(model, mesh)
     model.layouts = {

@@ -15,7 +15,14 @@ from tests.strategy.plain_modules import trainer
 
 
 class Recorded(FineTuneModule):
-    """Remembers its losses, and in what dtype the adapter of a router and of attention computes."""
+    """Remembers its losses, and in what dtype the adapter of a router and of attention is while they compute."""
+
+    thawed: str | None = None
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self.thawed is not None:
+            self.model.get_parameter(self.thawed).requires_grad_(True)
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -35,10 +42,11 @@ class Recorded(FineTuneModule):
 
 
 def fit(
-    path: str, fold: str, lora: Any, precision: Any = "bf16-mixed"
+    path: str, fold: str, lora: Any, precision: Any = "bf16-mixed", thawed: str | None = None
 ) -> tuple[list[float], dict[str, torch.dtype], int]:
-    """Losses of a run in bf16-mixed, dtypes, and for how many parameters the optimizer holds state."""
+    """Losses of a run, dtypes, and for how many parameters the optimizer holds state."""
     module = Recorded(path, adapter=lora, learning_rate=2e-2, warmup_steps=1, schedule="constant")
+    module.thawed = thawed
     run = trainer(MoEFoldStrategy(fold=fold), precision=precision, max_epochs=1)
     run.fit(module)
     return module.losses, module.dtypes, len(run.optimizers[0].state)

@@ -56,7 +56,7 @@ def check_run(
         path: The checkpoint.
         fold: Of the parallel run.
         row: Of its factors, those that are about training; ``optimizer`` may be a factory, with ``zero_everything``; and
-            ``adapter``, a directory of one.
+            ``adapter``, a directory of one; and ``storage``, the dtype in which the weights of the model are stored.
         frozen: Patterns of names.
         batches: Of every data rank.
 
@@ -78,8 +78,7 @@ def check_run(
         "clip": 0.5,
         "lr": 1e-2,
     }
-    if "adapter" in row:
-        spec["adapter"] = row["adapter"]
+    spec |= {name: row[name] for name in ("adapter", "storage") if name in row}
     if fold.pp > 1:
         plan = matrix.plan(row)
         spec["pipeline"] = {"pipeline_schedule": plan.schedule, "num_stages_per_rank": plan.stages_per_rank}

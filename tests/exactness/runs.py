@@ -16,11 +16,14 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_moefold import Fold, MoECausalLM, MoEFoldStrategy
+from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 from lightning_moefold.modules import logit_chunks, offload
 from lightning_moefold.modules.experts import cpu_cache
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import Piece, owned_pieces
 from tests.balance.moving import RandomMoves
+
+_MIXED = MoEFoldPrecision.mixed_dtype
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Case(pl.LightningModule):
     def configure_model(self) -> None:
         if self.model is not None:
             return
-        self.model = MoECausalLM.from_pretrained(self.path, **self.spec.get("overrides", {}))
+        self.model = MoECausalLM.from_pretrained(self.path, self.spec.get("storage"), **self.spec.get("overrides", {}))
         if "adapter" in self.spec:
             self.model.load_adapter(self.spec["adapter"])
         for name, parameter in self.model.named_parameters():
@@ -128,6 +131,8 @@ def train(path: str, fold: str, batches: list[list[dict[str, torch.Tensor]]], sp
         mock.patch.object(cpu_cache, "SMALLEST", 256),  # small models, too
         mock.patch.object(offload, "SMALLEST", 256),
         mock.patch.object(offload, "DEVICES", {"cpu"}),
+        # What is stored in another dtype is computed in float64, too.
+        mock.patch.object(MoEFoldPrecision, "mixed_dtype", torch.float64 if "storage" in spec else _MIXED),
     ):
         _fit(module, fold, batches, spec)
     run.weights = owned_pieces(module.model)

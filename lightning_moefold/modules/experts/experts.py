@@ -8,7 +8,7 @@ width (cut over etp).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_moefold.dispatch import ExpertRows, Parcel, Return, TokenDispatch
 from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient, even_split
-from lightning_moefold.modules.base import ParallelModule, local
+from lightning_moefold.modules.base import ParallelModule, local, new_adapter, sparing_adapters
 from lightning_moefold.modules.experts.copied import bytes_of_copy, lend
 from lightning_moefold.modules.experts.float8_products import check_float8
 from lightning_moefold.modules.experts.kernels import ExpertKernel, ExpertLoRA, gated_experts
@@ -178,7 +178,10 @@ class Experts(RoutedExperts):
         self.lora_scale, (e, f, d) = scale, self.gate_proj.shape
         shapes = (e, gate_up_rank, d), (e, f, gate_up_rank), (e, f, gate_up_rank), (e, down_rank, f), (e, d, down_rank)
         for name, shape in zip(_ADAPTER, shapes, strict=True):
-            self.register_parameter(name, nn.Parameter(self.gate_proj.new_empty(shape)))
+            self.register_parameter(name, new_adapter(self.gate_proj, *shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        return super()._apply(sparing_adapters(self, fn), recurse)
 
     def plans(self, fold: Fold) -> dict[str, ParameterPlan]:
         """Experts over ep, their width over etp.
@@ -223,9 +226,13 @@ class Experts(RoutedExperts):
             )
 
     def stacks(self) -> tuple[Tensor, ...]:
-        """Gate and up ``[L, F, D]``, down ``[L, D, F]``; with an adapter, its five stacks in the order of :meth:`adapt`."""
-        names = _WEIGHTS if self.lora_scale is None else _WEIGHTS + _ADAPTER
-        return tuple(local(self.get_parameter(name)) for name in names)
+        """Gate and up ``[L, F, D]``, down ``[L, D, F]``; with an adapter, its five stacks in the order of :meth:`adapt`.
+
+        The adapter's are in the dtype of the others, in which they are multiplied.
+        """
+        weights = [local(self.get_parameter(name)) for name in _WEIGHTS]
+        names = () if self.lora_scale is None else _ADAPTER
+        return (*weights, *(local(self.get_parameter(name)).to(weights[0].dtype) for name in names))
 
     @property
     def computes_again(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_moefold.kernels.float32 import exact_linear
-from lightning_moefold.modules.base import ParallelModule, local, wide
+from lightning_moefold.modules.base import ParallelModule, local, new_adapter, sparing_adapters, wide
 from lightning_moefold.modules.noise import hashed, uniform
 from lightning_moefold.modules.routers.options import RouterOptions
 from lightning_moefold.modules.routers.registry import register_router
@@ -90,9 +90,9 @@ class Router(ParallelModule):
         self.register_buffer("call", torch.zeros((), dtype=torch.int64) if has_noise else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Keeps the bias in float32, because in 16 bits most of its small steps would be lost."""
+        """Keeps the bias and the adapter in float32, because in 16 bits most of their small steps would be lost."""
         bias = self.e_score_correction_bias
-        super()._apply(fn, recurse)
+        super()._apply(sparing_adapters(self, fn), recurse)
         now = self.e_score_correction_bias
         if bias is not None and now is not None and now.dtype != wide(now.dtype):
             self.e_score_correction_bias = bias.to(now.device)
@@ -101,8 +101,8 @@ class Router(ParallelModule):
     def adapt(self, rank: int, scale: float) -> None:
         """Adds an adapter without values, A ``[rank, D]`` and B ``[E, rank]``, in the unit of the router's weight."""
         self.lora_scale = scale
-        self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.weight.shape[1]))
-        self.lora_B = nn.Parameter(self.weight.new_empty(self.num_experts, rank))
+        self.lora_A = new_adapter(self.weight, rank, self.weight.shape[1])
+        self.lora_B = new_adapter(self.weight, self.num_experts, rank)
 
     def forward(self, x_TD: Tensor, batch: SequenceBatch | None = None) -> RouterOutput:
         """Chooses experts.

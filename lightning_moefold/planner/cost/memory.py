@@ -144,11 +144,11 @@ class MemoryModel:
             if self.job.lora_rank is None:
                 gradients += mine * stored + reducing * reduced
                 optimizer += mine * self.job.state_bytes
-            elif i == 0:  # only the adapter is trained, of the dense family
+            elif i == 0:  # only the adapter is trained, of the dense family, in at least float32
                 number = adapter_parameters(self.model, fold.tp, layers.layers, self.job.lora_rank)
-                mine = ceil(number / spread)
-                weights += mine * stored + number * gathered
-                gradients += mine * stored + (number - mine) * reduced
+                mine, own = ceil(number / spread), max(4, stored)
+                weights += mine * own + number * (gathered if gathered < stored else own)
+                gradients += mine * own + (number - mine) * reduced
                 optimizer += mine * self.job.state_bytes
         return weights, gradients, optimizer
 

@@ -122,7 +122,12 @@ class Job:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes per trained number that the optimizer keeps: both moments, and the float32 master with its float32 moments."""
+        """Bytes per trained number that the optimizer keeps: both moments, and the float32 master with its float32 moments.
+
+        Moments have the dtype of what is trained; that of an adapter is at least float32.
+        """
+        if self.lora_rank is not None:
+            return 2 * max(4, PRECISIONS[self.precision][2])
         return 4 + 8 if self.master_weights else PRECISIONS[self.precision][5]
 
     @cached_property
