@@ -9,7 +9,7 @@ ARGS ?=
 BENCH ?= run
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-more test-all lint types bench gpu clean setup-demo setup-test
+.PHONY: help demo test test-more test-all lint types docs bench gpu clean setup-demo setup-test setup-docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: setup-test ## check the style and the layout of the code (ruff)
 types: setup-test ## check the types of the package (mypy)
 	$(PYTHON) -m mypy
 
+docs: setup-docs ## set up, then write the documentation as a site into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict $(ARGS)
+
 bench: setup-test ## run a benchmark: BENCH=run (training steps), moe_layer, expert_parallel, dispatch, overlap, loading, memory, context, bubble, scale, balance
 	$(PYTHON) benchmarks/$(BENCH).py $(ARGS)
 
@@ -48,3 +51,6 @@ setup-demo:
 
 setup-test:
 	@$(MOEFOLD_PYTHON) scripts/setup_env.py test
+
+setup-docs:
+	@$(MOEFOLD_PYTHON) scripts/setup_env.py docs

@@ -3,6 +3,9 @@
 
     python scripts/make_recipes.py
 
+All parameters are trained where the planner finds room for them, otherwise an adapter on a base in bfloat16. Where that does
+not fit either, there is no recipe, and the script says so.
+
 Run it when the planner changes; tests/recipes/test_recipes.py compares what is there with what it would write.
 """
 
@@ -28,21 +31,36 @@ CHECKPOINTS = {
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B-Base",
 }
 #: Sequences of an optimizer step, by number of GPUs.
-BATCHES = {8: 64, 64: 256}
+BATCHES = {1: 16, 8: 64, 64: 256}
 LENGTH = 4096
+#: Ways to train, the best first. Without float32 copies, most updates of weights in bfloat16 would be lost.
+WAYS: tuple[dict[str, Any], ...] = (
+    {"precision": "bf16-mixed"},
+    {"precision": "bf16-true", "master_weights": True},
+    {"precision": "bf16-true", "lora_rank": 16},
+)
 
 
-def recipe(model: str, gpus: int) -> str:
-    """Returns the text of a recipe: float32 weights where they fit, otherwise bfloat16 ones."""
+def recipe(model: str, gpus: int) -> str | None:
+    """Returns the text of a recipe for the best way that fits; None if none does."""
     space = Space(largest_micro_batch=2)
-    for precision in ("bf16-mixed", "bf16-true"):
-        job = Job(MODELS[model], gpus, find_hardware("dgx-h100"), BATCHES[gpus], LENGTH, precision)
+    for way in WAYS:
+        job = Job(MODELS[model], gpus, find_hardware("dgx-h100"), BATCHES[gpus], LENGTH, **way)
         best = search(job, space, 1, [job.routing]).best
         if best.fits:
             break
     else:
-        raise ValueError(f"{model} does not fit on {gpus} GPUs")
+        return None
     arguments, trained = strategy_arguments(best), trainer_arguments(best)
+    module: dict[str, Any] = {
+        "checkpoint": CHECKPOINTS[model],
+        "learning_rate": 1e-5 if job.lora_rank is None else 1e-4,
+    }
+    if job.master_weights:
+        module["master_weights"] = True
+    if job.lora_rank is not None:
+        module["adapter"] = {"rank": job.lora_rank}
+    what = "all parameters" if job.lora_rank is None else f"LoRA of rank {job.lora_rank} on attention"
     config: dict[str, Any] = {
         "trainer": {
             "strategy": {"class_path": "lightning_moefold.MoEFoldStrategy", "init_args": arguments},
@@ -51,7 +69,7 @@ def recipe(model: str, gpus: int) -> str:
         },
         "model": {
             "class_path": "lightning_moefold.recipes.FineTuneModule",
-            "init_args": {"checkpoint": CHECKPOINTS[model], "learning_rate": 1e-5},
+            "init_args": module,
         },
         "data": {
             "class_path": "lightning_moefold.recipes.TextData",
@@ -62,7 +80,7 @@ def recipe(model: str, gpus: int) -> str:
         },
     }  # fmt: skip
     head = (
-        f"# {model} on {gpus} H100: all parameters, {LENGTH} tokens a row, {job.global_batch_size} rows a step.\n"
+        f"# {model} on {gpus} H100: {what}, {LENGTH} tokens a row, {job.global_batch_size} rows a step.\n"
         f"# The planner expects {best.mfu:.0%} MFU, {best.step_time:.1f} s a step and {best.memory.total / 1e9:.0f} of "
         f"{best.limit / 1e9:.0f} GB on the fullest GPU; not measured.\n"
         f"# {best.plan}\n#\n#     moefold fit --config recipes/{name_of(model, gpus)} --data.files '[my.jsonl]'\n\n"
@@ -79,7 +97,12 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for model in CHECKPOINTS:
         for gpus in BATCHES:
-            (FOLDER / name_of(model, gpus)).write_text(recipe(model, gpus))
+            text, path = recipe(model, gpus), FOLDER / name_of(model, gpus)
+            path.unlink(missing_ok=True)
+            if text is None:
+                print(f"{model} fits on {gpus} H100 in no way that is tried here, so there is no recipe.")
+            else:
+                path.write_text(text)
 
 
 if __name__ == "__main__":

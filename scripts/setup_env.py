@@ -1,6 +1,6 @@
 """Makes the repository's virtual environment `.venv`, or finds it made. Called by the Makefile.
 
-    python3 scripts/setup_env.py {demo,test}
+    python3 scripts/setup_env.py {demo,test,docs}
 
 Needs nothing but Python's standard library. A call costs a few milliseconds once all is installed. What is
 installed is recorded in `.venv/.setup.json`:
@@ -36,8 +36,8 @@ VENV_PYTHON = VENV / "bin" / "python"
 RECORD = VENV / ".setup.json"
 LOCK = VENV / ".setup.lock"
 
-EXTRA_OF = {"demo": "demo", "test": "dev"}
-INCLUDES = {"demo": {"demo"}, "test": {"demo", "test"}}  # the extra `dev` contains `demo`
+EXTRA_OF = {"demo": "demo", "test": "dev", "docs": "docs"}
+INCLUDES = {"demo": {"demo"}, "test": {"demo", "test"}, "docs": {"docs"}}  # the extra `dev` contains `demo`
 
 # Without an NVIDIA GPU we want this build: PyPI's Linux wheels bring gigabytes of CUDA libraries.
 CPU_BUILD = "torch==2.13.0+cpu"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.testing import PoolEnvironment, RankPool, make_checkpoint
@@ -37,6 +39,26 @@ PAGES = [
         "compression",
     )
 ]
+
+
+def test_the_site_has_every_page_and_the_reference_names_what_exists() -> None:
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+    def listed(part: Any) -> list[str]:
+        if isinstance(part, str):
+            return [part]
+        return [page for inner in (part.values() if isinstance(part, dict) else part) for page in listed(inner)]
+
+    docs = ROOT / "docs"
+    outside = {"benchmarks/RESULTS.md", "CHANGELOG.md"}
+    pages = listed(site["nav"])
+    assert len(pages) == len(set(pages))
+    assert set(pages) - outside == {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
+    assert all((ROOT / page).exists() for page in outside)
+    named = re.findall(r"^::: (\S+)$", "\n".join(p.read_text() for p in (docs / "reference").iterdir()), re.MULTILINE)
+    assert len(named) > 40
+    for name in named:
+        assert pkgutil.resolve_name(name).__doc__, name
 
 
 def names_of(page: str, folder: Path) -> dict[str, Any]:

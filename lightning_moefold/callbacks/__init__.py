@@ -8,6 +8,7 @@ from lightning_moefold.callbacks.mfu import MFUMonitor
 from lightning_moefold.callbacks.non_finite_guard import NonFiniteGuard
 from lightning_moefold.callbacks.replica_guard import ReplicaGuard
 from lightning_moefold.callbacks.routing_trace import RoutingTraceRecorder
+from lightning_moefold.callbacks.save_adapter import SaveAdapter
 from lightning_moefold.callbacks.save_on_interrupt import SaveOnInterrupt
 from lightning_moefold.callbacks.summary import FoldSummary
 from lightning_moefold.callbacks.timeline import PipelineTimeline
@@ -22,5 +23,6 @@ __all__ = [
     "PipelineTimeline",
     "ReplicaGuard",
     "RoutingTraceRecorder",
+    "SaveAdapter",
     "SaveOnInterrupt",
 ]

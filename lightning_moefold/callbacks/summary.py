@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -254,6 +255,9 @@ class FoldSummary(pl.Callback):
     For each kind of module and each family it prints the parameters in total, active per token, trainable, frozen, and
     the fewest and most that a rank stores; then the memory of weights, gradients and optimizer states per rank. Turn
     Lightning's own summary off with ``Trainer(enable_model_summary=False)``. The table uses rich if that is installed.
+
+    Loggers get the fold and the totals as hyperparameters (``fold``, ``ranks``, ``parameters``, ``active_parameters``,
+    ``trainable_parameters``), and a WandbLogger gets the table as ``fold``.
     """
 
     @override
@@ -261,7 +265,18 @@ class FoldSummary(pl.Callback):
         strategy, optimizers = trainer.strategy, trainer.optimizers
         # Under another strategy every rank is assumed to hold the whole model.
         fold = strategy.fold if isinstance(strategy, MoEFoldStrategy) else Fold(1)
-        self._print(summarize_model(pl_module, fold), optimizers[0] if len(optimizers) == 1 else None)
+        summary = summarize_model(pl_module, fold)
+        self._print(summary, optimizers[0] if len(optimizers) == 1 else None)
+        total = summary.total
+        totals = {
+            "parameters": total.total,
+            "active_parameters": round(total.active),
+            "trainable_parameters": total.trainable,
+        }
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"fold": str(fold), "ranks": trainer.world_size, **totals})
+            if isinstance(logger, WandbLogger):
+                logger.log_table("fold", list(_HEAD), [list(row) for row in summary.rows()])
 
     @rank_zero_only
     def _print(self, summary: ModelSummary, optimizer: Optimizer | None) -> None:

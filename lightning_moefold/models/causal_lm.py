@@ -47,7 +47,7 @@ class CausalLMOutput(NamedTuple):
 
     It is a tuple, because FSDP2 (in torch 2.11) finds the tensors in tuples but not in dataclasses.
 
-    Args:
+    Attributes:
         loss: Language-model loss plus weighted auxiliary losses over the *global* batch, bit-identical on every rank.
             None without labels.
         lm_loss: Mean loss of all label tokens on all ranks.

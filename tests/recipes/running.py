@@ -5,10 +5,30 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples" / "finetune.yaml"
+_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.distributed", "lightning.fabric.utilities.seed"
+)  # fmt: skip
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Puts back what a command sets for its process: the seed's variables, and which loggers are silent."""
+    environment, levels = dict(os.environ), [logging.getLogger(name).level for name in _LOGGERS]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        for name, level in zip(_LOGGERS, levels, strict=True):
+            logging.getLogger(name).setLevel(level)
 
 
 def arguments(folder: Path, output: Path, config: Path = CONFIG, **changes: object) -> list[str]:

@@ -8,7 +8,6 @@ import filecmp
 import inspect
 import io
 import json
-import logging
 import os
 import shlex
 import subprocess
@@ -30,7 +29,7 @@ from lightning_moefold.cli import fit
 from lightning_moefold.cli.main import main
 from lightning_moefold.recipes import FineTuneModule, TextData
 from lightning_moefold.testing import RankPool, make_checkpoint
-from tests.recipes.running import CONFIG, ROOT, arguments, logged
+from tests.recipes.running import CONFIG, ROOT, arguments, logged, restored
 from tests.strategy.plain_modules import trainer
 
 # Lightning calls functions of jsonargparse that the next one has no more.
@@ -38,32 +37,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning.pytorch.cli")
 
 
 @pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """What a command sets for its process: the seed's variables, and which loggers are silent."""
-    with _restored():
+def process() -> Iterator[None]:
+    """Is as it was before a command."""
+    with restored():
         yield
-
-
-class _restored:
-    NAMES = (
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.fabric.utilities.distributed",
-        "lightning.fabric.utilities.seed",
-    )
-
-    def __enter__(self) -> None:
-        self.environment, self.levels = dict(os.environ), [logging.getLogger(name).level for name in self.NAMES]
-
-    def __exit__(self, *_: object) -> None:
-        os.environ.clear()
-        os.environ.update(self.environment)
-        for name, level in zip(self.NAMES, self.levels, strict=True):
-            logging.getLogger(name).setLevel(level)
 
 
 def in_pool(argv: list[str]) -> int:
     """Runs a command on a rank of the pool."""
-    with _restored():
+    with restored():
         return main([*argv, "--trainer.plugins", '[{"class_path": "lightning_moefold.testing.PoolEnvironment"}]'])
 
 
