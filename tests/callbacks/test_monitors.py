@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -350,13 +351,19 @@ def test_wandb_offline(pool: RankPool, checkpoint: Path, tmp_path: Path, monkeyp
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run(pool, checkpoint, tmp_path, "| ep2", 2, batches(2), wandb=str(tmp_path), load={"heatmap": True})
+    run(pool, checkpoint, tmp_path, "| ep2", 2, batches(2), wandb=str(tmp_path), load={"heatmap": True}, summary=True)
     files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 1
     written = files[0].read_bytes()
     for name in ("train/mfu", "moe/load_imbalance", "moe/layer_2/cv", "moe/load_histogram", "moe/load_heatmap"):
         assert name.encode() in written, name
-    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/moe/load_heatmap*.png"))
+    for name in ("trainable_parameters", "tp1 cp1 dp2 pp1 | etp1 ep2 edp1"):  # the configuration
+        assert name.encode() in written, name
+    [media] = tmp_path.glob("wandb/offline-run-*/files/media")
+    assert list(media.glob("images/moe/load_heatmap*.png"))
+    table = json.loads(next(media.glob("table/fold*.table.json")).read_text())
+    assert table["columns"][:2] == ["parameters", "total"]
+    assert {"experts", "router", "total"} <= {row[0] for row in table["data"]}
 
 
 # ---- summary ---------------------------------------------------------------------------------------------------------

@@ -91,6 +91,9 @@ def _narrower(job: Job) -> list[tuple[str, dict[str, Any]]]:
         "--precision bf16-true, in which most updates are lost",
         {"precision": "bf16-true", "master_weights": False},
     )
+    if job.lora_rank is not None:  # an adapter stays in float32
+        narrow = ("--precision bf16-true", {"precision": "bf16-true", "master_weights": False})
+        return {"32-true": [mixed, narrow], "bf16-mixed": [narrow]}.get(job.precision, [])
     known: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "32-true": [mixed, masters, true],
         "bf16-mixed": [masters, true],
@@ -139,7 +142,7 @@ def hints(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
     lines = _batch_hint(job) if fold is None else _same_fold(result, space, fold)
     if job.precision == "fp8-mixed":
         lines.append("fp8-mixed is planned only: the strategy does not run it.")
-    if job.precision == "bf16-true" and not job.master_weights:
+    if job.precision == "bf16-true" and not job.master_weights and job.lora_rank is None:
         lines.append(
             "With bf16-true most updates are smaller than the spacing of bfloat16 numbers and are lost: add --master-weights "
             "(docs/training.md), or use bf16-mixed."

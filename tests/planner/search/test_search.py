@@ -163,12 +163,16 @@ def test_large_searches_are_fast(ranks, seconds):
 
 
 def test_an_adapter_is_planned_as_its_training_runs():
-    """No gradients and no states of the frozen model, two products of three, and the adapter's own numbers."""
-    fold = Fold.parse("tp2 | ep4", 8)
+    """No gradients and no states of the frozen model, two products of three, and the adapter's own numbers in float32."""
+    fold, space = Fold.parse("tp2 | ep4", 8), Space(recomputes=("none",))
     full, lora = (
-        evaluate(job_for("mixtral-8x7b", 8, batch=16, lora_rank=rank), fold, Space(recomputes=("none",))).best
-        for rank in (None, 16)
+        evaluate(job_for("mixtral-8x7b", 8, batch=16, lora_rank=rank), fold, space).best for rank in (None, 16)
     )
+    narrow = evaluate(job_for("mixtral-8x7b", 8, batch=16, lora_rank=16, precision="bf16-true"), fold, space)
+    assert narrow.best.memory.optimizer == lora.memory.optimizer
+    assert narrow.best.memory.gradients == lora.memory.gradients
+    assert narrow.best.memory.weights < 0.8 * lora.memory.weights
+    assert not any("lost" in hint for hint in hints(narrow, space, fold))
     assert lora.memory.optimizer < 0.01 * full.memory.optimizer
     assert lora.memory.gradients < 0.01 * full.memory.gradients
     assert lora.times["experts"] == pytest.approx(2 / 3 * full.times["experts"])

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SaveAdapter and what it gives to Weights & Biases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from safetensors.torch import load_file
+
+from lightning_moefold import LoRA, MoECausalLM
+from lightning_moefold.callbacks import SaveAdapter
+from lightning_moefold.errors import InputError
+from lightning_moefold.testing import make_checkpoint
+
+FILES = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+class Module(L.LightningModule):
+    def __init__(self, path: Path, adapter: LoRA | None) -> None:
+        super().__init__()
+        self.model = MoECausalLM.from_pretrained(path)
+        if adapter is not None:
+            self.model.add_adapter(adapter)
+
+
+def trainer(folder: Path, *loggers: Any) -> Any:
+    return mock.Mock(spec=L.Trainer, default_root_dir=str(folder), loggers=list(loggers), is_global_zero=True)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "mixtral", "mixtral")
+
+
+def test_the_adapter_is_written_and_uploaded(path: Path, tmp_path: Path) -> None:
+    module, logger = Module(path, LoRA(rank=2, targets=["q_proj", "experts"])), mock.Mock(spec=WandbLogger)
+    with torch.no_grad():
+        module.model.model.layers["0"].self_attn.q_proj.lora_B.fill_(1.0)
+    callback, run = SaveAdapter(artifact="mine"), trainer(tmp_path, logger)
+    callback.on_train_start(run, module)
+    callback.on_train_end(run, module)
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == FILES
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert bool((stored["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"] == 1).all())
+    [artifact] = logger.experiment.log_artifact.call_args.args
+    assert (artifact.name, artifact.type, set(artifact.manifest.entries)) == ("mine", "model", FILES)
+    SaveAdapter(tmp_path / "elsewhere").on_train_end(trainer(tmp_path), module)
+    assert {file.name for file in (tmp_path / "elsewhere").iterdir()} == FILES
+
+
+def test_what_cannot_be_saved_is_said_before_training(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found no model with an adapter"):
+        SaveAdapter().on_train_start(trainer(tmp_path), Module(path, None))
+    with pytest.raises(InputError, match="artifact='mine' of SaveAdapter needs a WandbLogger"):
+        SaveAdapter(artifact="mine").on_train_start(trainer(tmp_path), Module(path, LoRA(rank=2)))
