@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_moefold.callbacks.save_on_interrupt import SaveOnInterrupt
@@ -23,9 +24,10 @@ from lightning_moefold.recipes.module import FineTuneModule
 from lightning_moefold.strategy import MoEFoldStrategy
 
 try:
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    import yaml
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 except ImportError:  # Lightning's own file needs yaml
-    LightningArgumentParser, LightningCLI = object, object  # type: ignore[assignment, misc]
+    LightningArgumentParser, LightningCLI, SaveConfigCallback = object, object, object  # type: ignore[assignment, misc]
 
 #: Defaults of a run, which a configuration may replace.
 SEED = 1
@@ -118,6 +120,15 @@ def _short(path: str | Path) -> str:
     return parsed if isinstance(parsed, str) else os.path.relpath(parsed)
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration as a file beside the logs, and as the configuration of a run of Weights & Biases."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hands it to each WandbLogger; called on rank zero."""
+        for logger in (logger for logger in trainer.loggers if isinstance(logger, WandbLogger)):
+            logger.log_hyperparams(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+
+
 class MoEFoldCLI(LightningCLI):
     """LightningCLI whose Trainer has the strategy ``moefold``, and whose module and data may be replaced by class path.
 
@@ -138,6 +149,7 @@ class MoEFoldCLI(LightningCLI):
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults=defaults,
             seed_everything_default=SEED,

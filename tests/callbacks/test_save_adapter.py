@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SaveAdapter and what it gives to Weights & Biases."""
+"""SaveAdapter, and what a run gives to Weights & Biases: adapters, and the configuration of ``moefold fit``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from lightning_moefold import LoRA, MoECausalLM
 from lightning_moefold.callbacks import SaveAdapter
+from lightning_moefold.cli.fit import SaveConfig
 from lightning_moefold.errors import InputError
 from lightning_moefold.testing import make_checkpoint
 
@@ -59,3 +60,13 @@ def test_what_cannot_be_saved_is_said_before_training(path: Path, tmp_path: Path
         SaveAdapter().on_train_start(trainer(tmp_path), Module(path, None))
     with pytest.raises(InputError, match="artifact='mine' of SaveAdapter needs a WandbLogger"):
         SaveAdapter(artifact="mine").on_train_start(trainer(tmp_path), Module(path, LoRA(rank=2)))
+
+
+def test_wandb_gets_the_configuration(path: Path, tmp_path: Path) -> None:
+    logger, parser = mock.Mock(spec=WandbLogger), mock.Mock()
+    parser.dump.return_value = "trainer: {devices: 2}\nmodel: {init_args: {learning_rate: 0.1}}\n"
+    saving = SaveConfig(parser, mock.Mock())
+    saving.save_config(trainer(tmp_path, mock.Mock(), logger), Module(path, None), "fit")
+    logger.log_hyperparams.assert_called_once_with(
+        {"trainer": {"devices": 2}, "model": {"init_args": {"learning_rate": 0.1}}}
+    )
