@@ -61,6 +61,22 @@ def test_the_site_has_every_page_and_the_reference_names_what_exists() -> None:
         assert pkgutil.resolve_name(name).__doc__, name
 
 
+def test_links_lead_somewhere() -> None:
+    """Files and headings; `make docs` checks the same of the site."""
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target, heading in re.findall(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]*))?\)", text):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page}: {target}"
+            assert not heading or heading in headings(file), f"{page}: {target}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page, as MkDocs and GitHub name them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
 def names_of(page: str, folder: Path) -> dict[str, Any]:
     """What a page's code takes as given."""
     for name in ("teacher", "student") if page == "docs/distillation.md" else ():
