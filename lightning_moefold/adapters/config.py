@@ -14,6 +14,8 @@ from lightning_moefold.errors import InputError, InputTypeError
 class LoRA:
     """A low-rank adapter: each targeted weight W becomes ``W + s B A``, where A and B are trained and W is frozen.
 
+    A and B are stored in at least float32, also beside a W in 16 bits, and multiplied in the dtype of the model.
+
     Args:
         rank: Rank of A and B in attention, dense layers, shared experts and routers.
         alpha: Scale: s is ``alpha / rank``.
