@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ assert spec is not None
 assert spec.loader is not None
 make_recipes: Any = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_recipes)
-CASES = [(model, gpus) for model in make_recipes.CHECKPOINTS for gpus in make_recipes.BATCHES]
+#: Nothing fits: the base alone takes more than a GPU has.
+NONE = [("mixtral-8x7b", 1), ("qwen2-57b-a14b", 1)]
+CASES = [case for case in product(make_recipes.CHECKPOINTS, make_recipes.BATCHES) if case not in NONE]
+#: All parameters do not fit, with float32 weights or copies of them.
+LORA = [("mixtral-8x7b", 8), ("qwen1.5-moe-a2.7b", 1), ("qwen2-57b-a14b", 8), ("qwen3-30b-a3b", 1)]
 
 
 @pytest.mark.parametrize(("model", "gpus"), CASES)
@@ -39,9 +44,15 @@ def test_recipe(model: str, gpus: int) -> None:
     for part, kind in (("model", FineTuneModule), ("data", TextData)):  # made with a name on the hub, they would ask it
         assert config[part]["class_path"] == f"lightning_moefold.recipes.{kind.__name__}"
         inspect.signature(kind).bind(**config[part]["init_args"])
+    adapter, precision = config["model"]["init_args"].get("adapter"), trainer["precision"]
+    assert (adapter, precision) == (({"rank": 16}, "bf16-true") if (model, gpus) in LORA else (None, "bf16-mixed"))
     rows = make_recipes.BATCHES[gpus] // trainer.get("accumulate_grad_batches", 1)
     assert config["data"]["init_args"]["batch_size"] == rows
     assert rows % (fold.dp * given.get("num_microbatches", 1)) == 0
+
+
+def test_there_is_none_where_nothing_fits() -> None:
+    assert [make_recipes.recipe(*case) for case in NONE] == [None, None]
 
 
 def test_there_are_no_others() -> None:
