@@ -159,6 +159,10 @@ def _cut_blocks(store: TokenStore, chosen: np.ndarray, length: int) -> Plan:
 def _pack_documents(store: TokenStore, chosen: np.ndarray, length: int) -> Plan:
     """The longest go first, each into the fullest row that still has room for it."""
     begin_P, size_P, owner_P, cut, dropped = _pieces(store, chosen, length)
+    if not len(size_P) and dropped:
+        raise InputError(
+            f"none of the {dropped} conversations has anything that is trained on in its first {length} tokens; use longer rows."
+        )
     if not len(size_P):
         raise InputError("the text holds no document of at least two tokens; give files with text.")
     row_P = _best_fit(size_P, length)

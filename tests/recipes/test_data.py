@@ -202,6 +202,10 @@ def test_texts_among_conversations_are_cut_into_pieces():
     assert int(trained_NL.sum()) == 25 + 5
     assert (rows.plan.cut, rows.plan.dropped) == (1, 0)
     assert torch.equal(rows.take([-1]).document_BL, torch.full((1, 10), PADDING, dtype=torch.int32))
+    with pytest.raises(
+        InputError, match="none of the 1 conversations has anything that is trained on in its first 10 tokens"
+    ):
+        rows_of([Document([2] * 25, [False] * 20 + [True] * 5, Kind.CHAT)], "documents", 10)
 
 
 # ---- mixtures ----------------------------------------------------------------------------------------------------
