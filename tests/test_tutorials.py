@@ -22,8 +22,8 @@ FOLDER = Path(__file__).parents[1] / "docs" / "tutorials"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 #: The tutorials, and when each is tested: by what it takes.
 WHEN = {
-    "balance": [], "planning": [pytest.mark.more], "lora": [pytest.mark.more], "full": [pytest.mark.slow],
-    "dpo": [pytest.mark.slow], "distillation": [pytest.mark.slow], "evaluation": [pytest.mark.slow],
+    "balance": [], "planning": [pytest.mark.more], "dpo": [pytest.mark.more], "full": [pytest.mark.slow],
+    "lora": [pytest.mark.slow], "distillation": [pytest.mark.slow], "evaluation": [pytest.mark.slow],
 }  # fmt: skip
 #: Instead of the four ranks of a page.
 ONE_RANK = {

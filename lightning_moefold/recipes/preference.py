@@ -83,7 +83,8 @@ class PreferenceModule(FineTuneModule):
         desirable_weight: Of desired answers, for KTO.
         undesirable_weight: Of undesired answers, for KTO.
         learning_rate: After the rise.
-        **options: Those of :class:`~.module.FineTuneModule`. Accumulated batches are averaged.
+        calculate_per_token_loss: False, because losses of pairs are averaged, in accumulated batches too.
+        **options: The others of :class:`~.module.FineTuneModule`.
 
     Raises:
         InputError: For values that cannot be.
@@ -97,8 +98,11 @@ class PreferenceModule(FineTuneModule):
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         learning_rate: float = 1e-6,
+        calculate_per_token_loss: bool = False,
         **options: Any,
     ) -> None:
+        if calculate_per_token_loss:
+            raise InputError("calculate_per_token_loss=True divides by labels, and preferences count pairs; leave it out.")
         if loss not in ("dpo", "ipo", "kto"):
             raise InputError(f"loss={loss!r} is not known; use 'dpo', 'ipo' or 'kto'.")
         if not beta > 0:

@@ -225,6 +225,8 @@ def test_wrong_settings(tmp_path):
         PreferenceModule(str(tmp_path), "orpo")
     with pytest.raises(InputError, match="beta=0 must be greater"):
         PreferenceModule(str(tmp_path), beta=0)
+    with pytest.raises(InputError, match="preferences count pairs"):
+        PreferenceModule(str(tmp_path), calculate_per_token_loss=True)
     with pytest.raises(InputError, match="kind='pairs'"):
         PreferenceData(["a.jsonl"], str(tmp_path), "pairs")
 
