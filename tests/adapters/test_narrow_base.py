@@ -63,6 +63,11 @@ def test_dtypes_and_files(made: tuple[Path, Path], tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert all(tensor.dtype == torch.float32 and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     PeftModel.from_pretrained(hf_reference(made[0], dtype=BF16), tmp_path / "again")
+    model.save_pretrained(tmp_path / "merged")
+    q = model.model.layers["1"].self_attn.q_proj
+    expected = torch.addmm(q.weight.double(), q.lora_B.double(), q.lora_A.double(), alpha=q.lora_scale).to(BF16)
+    merged = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
+    torch.testing.assert_close(merged, expected, rtol=0, atol=0)
     model.to(torch.float16)
     assert {p.dtype for n, p in model.named_parameters() if is_adapter(n)} == {torch.float32}
     model.double().save_adapter(tmp_path / "wide")
