@@ -46,6 +46,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.lifecycle.accumulation import StepAhead
 from lightning_moefold.lifecycle.checkpoints import SharedCheckpoints
+from lightning_moefold.lifecycle.data_order import DataOrder
 from lightning_moefold.lifecycle.even_batches import EvenBatches
 from lightning_moefold.lifecycle.loaders import seed_workers
 from lightning_moefold.lifecycle.precision import MoEFoldPrecision
@@ -569,6 +570,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         seed_workers(dataloader, self.dp_rank)
+        assert self.lightning_module is not None
+        self._data_order.prepare(dataloader, self.lightning_module.trainer, self.dp_rank, self.dp_size)
         if self._even is not None:
             self._even.check_loader(dataloader)
         return dataloader
@@ -579,6 +582,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     def on_train_start(self) -> None:
         self._check_hooks()  # hooks may have been registered since the set-up
         self._stop_quietly()
+        assert self.lightning_module is not None
+        DataOrder.check_together(self.lightning_module.trainer)
         if self._even is not None:
             self._even.begin_training()
 
