@@ -96,15 +96,17 @@ def train(arguments: argparse.Namespace) -> None:
 
 def agent(folder: Path, nodes: str, ranks: int, port: int, steps: int) -> subprocess.Popen[bytes]:
     """Starts a launcher agent."""
-    # An agent that is not heard of for three seconds is gone; one second after enough agents are there, ranks are started.
-    settings = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=1"
+    # An agent that is not heard of for ten seconds is gone; ranks are started ten seconds after the least number of agents.
+    settings = "keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=10"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", str(ranks), "--max-restarts", "3",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", folder.name, "--rdzv-conf", settings,
         __file__, "--worker", str(folder), "--steps", str(steps),
     ]  # fmt: skip
     root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])}
+    # With a store shared by all rounds, agents of torch 2.13 that come later wait for an address which nobody tells them.
+    shared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    environment = {**os.environ, **shared, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([root, *sys.path[1:]])}
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True

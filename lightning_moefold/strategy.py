@@ -52,7 +52,7 @@ from lightning_moefold.lifecycle.loaders import seed_workers
 from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 from lightning_moefold.lifecycle.prediction import Predicting
 from lightning_moefold.lifecycle.processes import connect_processes
-from lightning_moefold.lifecycle.signals import stop_quietly
+from lightning_moefold.lifecycle.signals import requeue_together, stop_quietly
 from lightning_moefold.lifecycle.step_check import NotFinite
 from lightning_moefold.lifecycle.strategy_arguments import check_fold_arguments, check_run_arguments
 from lightning_moefold.lifecycle.unsupported import (
@@ -576,6 +576,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._check_hooks()  # hooks may have been registered since the set-up
         self._stop_quietly()
         assert self.lightning_module is not None
+        requeue_together(self.lightning_module.trainer)
         DataOrder.check_together(self.lightning_module.trainer)
         if self._even is not None:
             self._even.begin_training()

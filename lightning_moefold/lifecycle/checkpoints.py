@@ -97,7 +97,9 @@ class SharedCheckpoints(ParallelStrategy):
         Raises:
             CheckpointError: If a place cannot be written, or not all ranks see it.
         """
-        stores.parse_path(trainer.default_root_dir)
+        root = stores.parse_path(trainer.default_root_dir)
+        if isinstance(root, Path) and world.index == 0:
+            self._sweep(root)  # where Lightning saves before a job is requeued
         for callback in trainer.checkpoint_callbacks:
             directory = getattr(callback, "dirpath", None)
             if directory is None:
