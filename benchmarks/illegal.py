@@ -116,7 +116,7 @@ CLI: list[tuple[list[str], dict[str, list[str]]]] = [
         "--recompute": ["x", "moe,x"], "--exchange": ["x"],
         "--schedule": ["x", ""], "--stages-per-rank": ["0", "-1", "x"],
     }),
-    (["balance", "skewed", "--ep", "4"], {
+    (["balance", "rotating_hotspot", "--ep", "4"], {
         "--ep": [*_WHOLE, "7"], "--etp": _WHOLE, "--edp": _WHOLE, "--max-copies-per-rank": ["-1", "x", "1.5"],
         "--policies": ["x", "eplb,x", "", ","], "--model": ["x", "no/such"], "--hardware": ["x"], "--precision": ["x"],
         "--num-microbatches": _WHOLE, "--every": _WHOLE, "--window": _WHOLE,

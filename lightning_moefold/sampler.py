@@ -8,7 +8,7 @@ read so far, and not on D.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,40 +83,54 @@ class ResumableSampler(DistributedSampler[Any]):
         self._dealt: tuple[int, int] | None = None
         self._begin: _Place | None = None
         self._drawn: tuple[int, list[int]] | None = None
+        self._done: Callable[[], int] | None = None
+        self._done_before = 0
+        self._asked: int | None = None
 
-    def deal(self, rank: int, ranks: int, rows: int) -> None:
+    def deal(self, rank: int, ranks: int, rows: int, done: Callable[[], int] | None = None) -> None:
         """Sets for whom this sampler draws, from the first row on. ``MoEFoldStrategy`` calls this.
 
         Args:
             rank: This data rank.
             ranks: Number of data ranks; without this call, those of the process group.
             rows: Rows of a batch on this rank.
+            done: Counts the batches that were trained on, from any number. Where it says less than an epoch when the next begins,
+                this one goes on where that one stopped; without it every epoch is thought to be read to its end.
 
         Raises:
             InputError: If the dataset has fewer rows than a batch on all ranks.
         """
         self.rank, self.num_replicas, self._rows = rank, ranks, rows
-        self._dealt, self._begin = (rank, ranks), None
+        self._dealt, self._begin, self._done = (rank, ranks), None, done
+        self._asked = None
+        self._count_from_here()
         if self._per_epoch < 1:
             raise InputError(
                 f"a batch has {rows} rows on each of {ranks} data ranks, and the dataset of ResumableSampler only {self._count} "
                 "rows; use a smaller batch_size."
             )
 
-    def place_after(self, batches: int) -> dict[str, int]:
-        """Returns the place after so many batches of this epoch, the same on all ranks."""
-        return asdict(self._place_after(batches))
+    def place(self) -> dict[str, int]:
+        """Returns how far training has come, the same on all ranks; without ``done``, where this epoch begins."""
+        now = self._now
+        return asdict(self._place_after(now.batches + (0 if self._done is None else self._done() - self._done_before)))
 
     def go_on(self, place: Mapping[str, int]) -> None:
         """Begins at a place, under any number of data ranks and rows of a batch."""
         begin = _Place(**place)
-        self._begin = begin if begin.end - begin.row >= self._batch else self._next_epoch(begin, begin.epoch + 1)
+        self._begin = begin if self._batches_left(begin) > 0 else self._next_epoch(begin, begin.epoch + 1)
 
     @override
     def set_epoch(self, epoch: int) -> None:
         """Begins an epoch, unless the sampler was told to go on in the middle of it. Lightning calls this."""
-        now = self._now
-        if epoch > now.epoch:
+        now, asked, self._asked = self._now, self._asked, epoch
+        if self._done is not None:  # rows that were trained on say more than Lightning's number, which may be one ahead
+            here = _Place(**self.place())
+            if here.row > now.row:
+                end = here.row + self._per_epoch * self._batch
+                self._begin = here if epoch == asked else _Place(now.epoch + 1, 0, here.row, end)
+                self._count_from_here()
+        elif epoch > now.epoch:
             self._begin = self._next_epoch(now, epoch)
         elif epoch < now.epoch:
             self._begin = self._next_epoch(_Place(-1, 0, 0, 0), epoch)
@@ -138,6 +152,9 @@ class ResumableSampler(DistributedSampler[Any]):
         now = self._now
         for at in range(now.row + rank, now.row + self._batches_left(now) * self._batch, ranks):
             yield self._row(at)
+
+    def _count_from_here(self) -> None:
+        self._done_before = 0 if self._done is None else self._done()
 
     @property
     def _rank_and_ranks(self) -> tuple[int, int]:

@@ -46,7 +46,6 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.lifecycle.accumulation import StepAhead
 from lightning_moefold.lifecycle.checkpoints import SharedCheckpoints
-from lightning_moefold.lifecycle.data_order import DataOrder
 from lightning_moefold.lifecycle.even_batches import EvenBatches
 from lightning_moefold.lifecycle.loaders import seed_workers
 from lightning_moefold.lifecycle.precision import MoEFoldPrecision
@@ -577,7 +576,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._stop_quietly()
         assert self.lightning_module is not None
         requeue_together(self.lightning_module.trainer)
-        DataOrder.check_together(self.lightning_module.trainer)
+        self._data_order.begin(self.lightning_module.trainer, self.dp_size)
         if self._even is not None:
             self._even.begin_training()
 

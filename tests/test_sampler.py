@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ def test_resumed_runs_read_the_rows_of_the_uninterrupted_one(count: int, stages:
             assert all(read_now[i] == sampler.rows_of_batch(done + i) for i in range(taken))
             seen += [row for batch in read_now for row in batch]
             batches, done = batches - taken, done + taken
-            places = [loader.sampler.place_after(done) for loader in found]
+            places = [asdict(loader.sampler._place_after(done)) for loader in found]
             assert places == [places[0]] * ranks
             place = places[0]
             if batches:
@@ -89,7 +90,7 @@ def test_epochs_of_whole_batches() -> None:
 def test_workers_read_ahead_and_the_place_is_that_of_training() -> None:
     found = loaders(40, 2, 2, workers=2)
     first = read(found, 3)
-    place = found[0].sampler.place_after(3)
+    place = asdict(found[0].sampler._place_after(3))
     rest = read(loaders(40, 1, 4, place), 7)
     assert first + rest == read(loaders(40, 1, 4), 10)
 
@@ -101,6 +102,19 @@ def test_the_order_is_that_of_text_data() -> None:
         order.set_epoch(epoch)
         loader.sampler.set_epoch(epoch)
         assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in order]
+
+
+def test_an_epoch_that_was_cut_short() -> None:
+    """The next one goes on with the first row that was not trained on, whatever was read ahead."""
+    trained = [7]
+    sampler = ResumableSampler(range(40), shuffle=False)
+    sampler.deal(0, 1, 4, lambda: trained[0])
+    assert list(sampler) == list(range(40))
+    trained[0] += 3
+    assert sampler.place() == {"epoch": 0, "batches": 3, "row": 12, "end": 40}
+    sampler.set_epoch(1)
+    assert list(sampler)[:4] == [12, 13, 14, 15]
+    assert len(sampler) == 40
 
 
 def test_rows_in_order() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
@@ -28,8 +29,9 @@ class DataOrder:
 
     def __init__(self) -> None:
         self._places: list[Any] = []
-        self._path, self._keeps_place = "", True
+        self._path, self._keeps_place, self._loaded = "", True, False
         self._ranks_before: int | None = None
+        self._early: list[object] = []  # training loaders that were made before a checkpoint was loaded
 
     def save(self, checkpoint: dict[str, Any], trainer: pl.Trainer, ranks: int) -> None:
         """Adds the places to Lightning's checkpoint, the same on all ranks.
@@ -42,9 +44,8 @@ class DataOrder:
         loop = trainer.fit_loop
         if "loops" not in checkpoint or loop._combined_loader is None:
             return
-        done = loop.epoch_loop.batch_progress.current.processed
         samplers = map(_sampler, loop._combined_loader.flattened)
-        places = [None if sampler is None else sampler.place_after(done) for sampler in samplers]
+        places = [None if sampler is None else sampler.place() for sampler in samplers]
         checkpoint[ORDER] = {"dp": ranks, "places": places}
 
     def load(self, checkpoint: Mapping[str, Any], path: Any, trainer: pl.Trainer) -> None:
@@ -60,6 +61,7 @@ class DataOrder:
         progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
         within = progress is not None and progress["current"]["ready"] > 0 and not progress["is_last_batch"]
         self._keeps_place = bool(data_module_state(checkpoint, trainer)) or not within
+        self._loaded = True
 
     def prepare(self, dataloader: object, trainer: pl.Trainer, rank: int, ranks: int) -> None:
         """Deals the sampler of a loader that Lightning is about to read.
@@ -82,9 +84,10 @@ class DataOrder:
                     "every row is evaluated."
                 )
             return
-        place = self._places.pop(0) if self._places else None
+        if not self._loaded:
+            self._early.append(dataloader)
         if sampler is None:
-            self._check_resumable(dataloader, ranks)
+            self._go_on(dataloader, ranks)
             return
         if isinstance(dataloader, _Stateful):
             raise UnsupportedFeature(
@@ -97,12 +100,16 @@ class DataOrder:
             )
         assert isinstance(dataloader, DataLoader)
         batches: Any = dataloader.batch_sampler
-        sampler.deal(rank, ranks, 1 if batches is None else batches.batch_size)
-        if place is not None:
-            sampler.go_on(place)
+        progress = trainer.fit_loop.epoch_loop.batch_progress  # of all epochs, not of this one, which may be cut short
+        sampler.deal(rank, ranks, 1 if batches is None else batches.batch_size, lambda: progress.total.processed)
+        self._go_on(dataloader, ranks)
 
-    def _check_resumable(self, dataloader: object, ranks: int) -> None:
-        if self._keeps_place or self._ranks_before in (None, ranks):
+    def _go_on(self, dataloader: object, ranks: int) -> None:
+        """Puts a loader where the checkpoint says; refuses one of which nothing is known."""
+        place, sampler = self._places.pop(0) if self._places else None, _sampler(dataloader)
+        if sampler is not None and place is not None:
+            sampler.go_on(place)
+        if sampler is not None or self._keeps_place or self._ranks_before in (None, ranks):
             return
         name, stateful = type(dataloader).__name__, isinstance(dataloader, _Stateful)
         # Workers of torchdata's loader, and its samplers, count the rows of one rank.
@@ -119,14 +126,30 @@ class DataOrder:
             "beginning, or resume at the end of an epoch."
         )
 
-    @staticmethod
-    def check_together(trainer: pl.Trainer) -> None:
-        """Checks the training loaders together, before the first batch.
+    def begin(self, trainer: pl.Trainer, ranks: int) -> None:
+        """Finishes what the loaders need before the first batch.
+
+        Args:
+            trainer: The Trainer, about to train.
+            ranks: Number of data ranks.
 
         Raises:
             UnsupportedFeature: If loaders of different lengths are read together.
+            CheckpointError: If the run cannot go on with a loader.
         """
-        loaders = trainer.fit_loop._combined_loader
+        loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:
+            # Lightning 2.6 takes an epoch that has ended for one in the middle if max_steps is given, and reads one batch more.
+            loop.epoch_progress.increment_completed()
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+            loop.reset_restart_stage()
+            loop.epoch_loop.reset_restart_stage()
+        early, self._early = self._early if self._loaded else [], []
+        for dataloader in early:  # estimated_stepping_batches asks for them before
+            self._go_on(dataloader, ranks)
+        if any(map(_sampler, early)) and loop._data_fetcher is not None:
+            iter(loop._data_fetcher)  # again, as workers may have read ahead
+        loaders = loop._combined_loader
         ours = [] if loaders is None else [one for one in loaders.flattened if _sampler(one) is not None]
         lengths = {len(one) for one in (loaders.flattened if ours and loaders is not None else [])}
         if len(lengths) > 1:

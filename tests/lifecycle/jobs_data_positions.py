@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_moefold import ResumableSampler
+from lightning_moefold.recipes.order import RowLoader, RowOrder
 from tests.strategy import finetune
 from tests.strategy.finetune import Finetune, make
 
@@ -146,6 +148,64 @@ def deal(
     except ValueError as error:
         said = f"{type(error).__name__}: {error}"
     return module.seen, losses, said
+
+
+class Rows(_Dealt, BoringModel):
+    """Plain layers on rows in the order of ``TextData``, or of the sampler; may ask for the number of steps at the beginning."""
+
+    plain = True
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.seen = kind, []
+
+    def configure_optimizers(self) -> Any:
+        if self.kind == "asks":
+            assert self.trainer.estimated_stepping_batches > 0
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def train_dataloader(self) -> Any:
+        if self.kind != "text":
+            return super().train_dataloader()
+        order = RowOrder(20, 4, 0, 1, shuffle=True, seed=3)
+        return RowLoader(order, lambda row_B: {"row": row_B, "x": torch.ones(len(row_B), 32)})
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Any:
+        self.seen.append(batch["row"].tolist())
+        return super().training_step(batch["x"], index)
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None: ...
+
+
+def ends_of_epochs(folder: str) -> list[tuple[Any, ...]]:
+    """For several runs what was read from step 10 on, and what a run reads that resumes at the end of the second epoch."""
+    found: list[tuple[Any, ...]] = []
+    for kind in ("text", "sampler", "asks"):
+        for limits in ({"max_steps": 18}, {"max_epochs": 4}):
+            for batches in (0, 1):
+                here = Path(folder, f"{kind} {limits} {batches}")
+
+                def fit(checkpoint: Path | None, kind: str = kind, here: Path = here, **more: Any) -> Any:
+                    savers = [
+                        ModelCheckpoint(here, "end-{epoch}", save_top_k=-1, save_on_train_epoch_end=True),
+                        ModelCheckpoint(
+                            here, "val-{epoch}", save_top_k=-1, save_on_train_epoch_end=False, every_n_epochs=2
+                        ),
+                        ModelCheckpoint(here, "{step}", save_top_k=-1, every_n_train_steps=10),
+                    ]
+                    module = Rows(kind)
+                    arguments = {"callbacks": savers, "enable_checkpointing": True, "num_sanity_val_steps": 0, **more}
+                    run = make("", {**arguments, "precision": "32-true"})
+                    run.fit(module, ckpt_path=checkpoint)
+                    return module.seen
+
+                arguments = {**limits, "limit_val_batches": batches}
+                whole = fit(None, **arguments)
+                for name in ("end-epoch=1", "val-epoch=1", "step=10"):
+                    if (here / f"{name}.ckpt").exists():
+                        seen = fit(here / f"{name}.ckpt", **arguments)
+                        found.append((f"{kind}, {arguments}, {name}", seen, whole[10:]))
+    return found
 
 
 def deal_all(cases: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[tuple[list[list[int]], list[float], str]]:

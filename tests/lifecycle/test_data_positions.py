@@ -92,3 +92,11 @@ def test_other_loaders_under_another_number_of_data_ranks(pool: RankPool, tmp_pa
             assert seen == []
             assert said.startswith("UnsupportedFeature"), said
             assert what in said
+
+
+def test_ends_of_epochs(pool: RankPool, tmp_path: Path) -> None:
+    """Whatever a checkpoint at the end of an epoch was saved for, the next epoch is the one that would have followed."""
+    [found] = pool.run(jobs_data_positions.ends_of_epochs, str(tmp_path), ranks=1)
+    assert len(found) >= 3 * 2 * 5
+    for what, seen, expected in found:
+        assert seen == expected, what
