@@ -117,6 +117,7 @@ class Saver:
 def rank_main(part: str, folder: Path, rank: int, ranks: int, done: Synchronized[int]) -> None:
     """Saves until it is killed; notes on the first rank what is complete."""
     torch.set_num_threads(1)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"})
     world = SINGLE
     if ranks > 1:
         store = dist.FileStore(str(folder.parent / f"store-{folder.name}"), ranks)
@@ -273,6 +274,10 @@ def kill_once(
     until = time.monotonic() + 60
     while done.value < 2 and time.monotonic() < until:
         time.sleep(0.002)
+    if done.value < 2:
+        for process in processes:
+            process.kill()
+        return "the ranks have not done their work twice within a minute", False, 0
     time.sleep(draw.uniform(0, 0.5 if part == "move" else 0.15))
     victims = processes if draw.random() < 0.5 else [draw.choice(processes)]
     for process in victims:
