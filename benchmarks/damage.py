@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged files, through each reader: no crash, no hang, no wrong load.
 
-    python benchmarks/damage.py [--cases 1000] [--readers hf training ...] [--seed 0]
+    python benchmarks/damage.py [--cases 1000] [--minutes 20] [--readers hf training ...] [--seed 0]
 
 A case damages one file of a directory that has been read well before: it flips bits, cuts bytes off or out, zeroes or inserts
 some, exchanges two ranges or removes the file; of a configuration it may also give a field a value of another kind. What then
@@ -15,7 +15,8 @@ happens is one of these:
     CRASH       any other error, or the end of the process
     HANG        no end within a minute
 
-Exit status 0 if there are none of the last three. Cases run in children of this process, fifty in each.
+Exit status 0 if there are none of the last three. Cases run in children of this process, two hundred in each, in memory where the
+system has a place for files there; readers take turns.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from lightning_moefold.models.export import export
 from lightning_moefold.testing import make_checkpoint
 
 FAULTS = ("WRONG", "CRASH", "HANG")
-_BATCH, _SECONDS = 50, 60
+_BATCH, _SECONDS = 200, 60
 #: Values of other kinds, for fields of a configuration.
 _ODD: tuple[Any, ...] = (
     {}, {"a": 1}, [], [1], ["x"], [{}], "", "x\0y", "1e5", -1, 0, 1, 10**30, 0.5, float("nan"), float("inf"), True, False, None,
@@ -306,21 +307,28 @@ def _batch(name: str, seeds: range, source: Path) -> list[tuple[int, str, str, s
     return [results[seed] for seed in sorted(results)]
 
 
-def run(names: list[str], cases: int, seed: int, folder: Path) -> dict[str, Counter[str]]:
-    """Runs ``cases`` of each reader; prints faults as they come."""
-    counts: dict[str, Counter[str]] = {}
+def run(names: list[str], cases: int, seed: int, minutes: float, folder: Path) -> dict[str, Counter[str]]:
+    """Runs ``cases`` of each reader, or as many as the time allows; prints faults as they come."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in names}
+    seconds = dict.fromkeys(names, 0.0)
+    begin = time.monotonic()
     for name in names:
-        begin, counts[name] = time.monotonic(), Counter()
-        source = folder / name
         random.seed(seed)
-        READERS[name].make(source)
-        for first in range(seed, seed + cases, _BATCH):
-            for number, outcome, done, said in _batch(name, range(first, min(first + _BATCH, seed + cases)), source):
+        READERS[name].make(folder / name)
+    for first in range(seed, seed + cases, _BATCH):
+        for name in names:
+            if time.monotonic() - begin > 60 * minutes:
+                break
+            start = time.monotonic()
+            for number, outcome, done, said in _batch(
+                name, range(first, min(first + _BATCH, seed + cases)), folder / name
+            ):
                 counts[name][outcome] += 1
                 if outcome in FAULTS:
                     print(f"{name}, case {number}: {outcome} after {done}: {said}", flush=True)
-        told = ", ".join(f"{outcome} {count}" for outcome, count in counts[name].most_common())
-        print(f"{name}: {cases} cases in {time.monotonic() - begin:.0f} s: {told}", flush=True)
+            seconds[name] += time.monotonic() - start
+            told = ", ".join(f"{outcome} {count}" for outcome, count in counts[name].most_common())
+            print(f"{name}: {counts[name].total()} cases in {seconds[name]:.0f} s: {told}", flush=True)
     return counts
 
 
@@ -329,10 +337,13 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1000, help="of each reader")
     parser.add_argument("--readers", nargs="+", choices=READERS, default=list(READERS))
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further cases are begun")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if Path("/dev/shm").is_dir():
+        tempfile.tempdir = "/dev/shm"
     with tempfile.TemporaryDirectory() as folder:
-        counts = run(arguments.readers, arguments.cases, arguments.seed, Path(folder))
+        counts = run(arguments.readers, arguments.cases, arguments.seed, arguments.minutes, Path(folder))
     return 1 if any(count[fault] for count in counts.values() for fault in FAULTS) else 0
 
 

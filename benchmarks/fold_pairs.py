@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints saved under one fold and loaded under another, pair by pair: every tensor and all optimizer state, bit for bit.
 
-    python benchmarks/fold_pairs.py [--ranks 8] [--families mixtral qwen2_moe qwen3_moe] [--next 6]
+    python benchmarks/fold_pairs.py [--ranks 8] [--families mixtral qwen2_moe qwen3_moe] [--reach 2]
 
-Under each fold two steps of AdamW are trained and saved in the middle of an epoch. Each checkpoint is then loaded under the next
-``--next`` folds of the list (the list is a ring, so pairs are met in both directions), and what the ranks hold is put together and
-compared with what the ranks of the saving fold hold after loading their own. Families take turns. Exit status 0 if all agree.
+Under each fold two steps of AdamW are trained and saved in the middle of an epoch. The list of folds is a ring: each checkpoint is
+loaded under the ``--reach`` folds before and after its own, so every pair is met in both directions. What the ranks then hold is
+assembled and compared with what the ranks of the saving fold hold after loading their own. Families take turns. Exit status 0 if
+all agree.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, choices=FOLDS, default=8)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--next", type=int, default=6)
+    parser.add_argument("--reach", type=int, default=2)
     arguments = parser.parse_args()
     folds, pairs, faults, tensors = FOLDS[arguments.ranks], 0, 0, 0
     sizes = {"num_hidden_layers": 4, "num_experts": 8, "vocab_size": 97, "num_attention_heads": 8, "num_key_value_heads": 8,
@@ -69,7 +70,8 @@ def main() -> int:
             limits = {"ranks": arguments.ranks, "timeout": 300.0}
             pool.run(jobs_resume.save_two, paths[family], fold, str(folder), **limits)
             checkpoint = str(folder / "step=2.ckpt")
-            others = [folds[(i + j) % len(folds)] for j in range(1, min(arguments.next, len(folds) - 1) + 1)]
+            near = [step for j in range(1, arguments.reach + 1) for step in (j, -j)]
+            others = list(dict.fromkeys(folds[(i + j) % len(folds)] for j in near if j % len(folds)))
             outcome = pool.run(jobs_resume.load_only, paths[family], [fold, *others], checkpoint, **limits)
             own = [reports[0] for reports in outcome]
             tensors += len(whole(own, "loaded")) + len(whole(own, "loaded_state"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes killed at random moments of saving: nothing that was complete is lost, nothing incomplete is seen or left behind.
+"""Processes killed at random moments: nothing that was complete is lost, nothing incomplete is seen or left behind.
 
     python benchmarks/kills.py [--kills 100] [--ranks 2] [--parts save background export] [--seed 0]
 
@@ -12,8 +12,10 @@ all. Then
     after the next start's sweep there is nothing else in the directory.
 
 Parts: ``save`` is a training checkpoint under a new name, of which the last two are kept; ``replace`` one under the same name;
-``background`` like ``save``, in the background; ``export`` a Hugging Face directory that is replaced. Ranks are forks of this
-process with a process group each, so that a kill costs no imports. Exit status 0 if all of this held.
+``background`` like ``save``, in the background; ``export`` a Hugging Face directory that is replaced; ``load`` reads a checkpoint
+again and again; ``move`` trains a small model, and moves experts between ranks ten times after every step, before it saves (what is
+saved must be the state of a run that was not killed, so more than one rank is needed). Ranks are forks of this process with a
+process group each, so that a kill costs no imports. Exit status 0 if all of this held.
 """
 
 from __future__ import annotations
@@ -29,23 +31,30 @@ import time
 from collections.abc import Callable
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
 
+from lightning_moefold import MoECausalLM, MoEFoldStrategy
+from lightning_moefold.balance.placement import Placement
 from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.checkpoint.chunks import TensorPiece
 from lightning_moefold.checkpoint.drafts import remove_directory, sweep
 from lightning_moefold.checkpoint.hf_writer import OutputTensor, write_hf_checkpoint
-from lightning_moefold.checkpoint.sharded import StoredTensors, load_meta, pack, save_sharded
+from lightning_moefold.checkpoint.sharded import StoredTensors, load_meta, load_sharded, pack, save_sharded
 from lightning_moefold.layout import Box
 from lightning_moefold.lifecycle.background import BackgroundSaves
 from lightning_moefold.mesh import SINGLE, Axis
+from lightning_moefold.testing import PoolEnvironment, make_checkpoint
 
-PARTS = ("save", "replace", "background", "export")
+PARTS = ("save", "replace", "background", "export", "load", "move")
 SHAPE = (8, 64, 64)
 TENSORS = 6
+#: Steps of the part ``move``; kills come before.
+MOVES = 12
 
 
 def state(step: int) -> dict[str, torch.Tensor]:
@@ -108,11 +117,17 @@ class Saver:
 def rank_main(part: str, folder: Path, rank: int, ranks: int, done: Synchronized[int]) -> None:
     """Saves until it is killed; notes on the first rank what is complete."""
     torch.set_num_threads(1)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0"})
     world = SINGLE
     if ranks > 1:
         store = dist.FileStore(str(folder.parent / f"store-{folder.name}"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         world = Axis("world", tuple(range(ranks)), rank, dist.group.WORLD)
+    if part == "move":
+        train_and_move(folder, done)
+        return
+    if part == "load":
+        read_again(folder / "step=1.ckpt", world, done)
     saver = Saver(part, folder, world)
     step = 0
     while True:
@@ -120,6 +135,77 @@ def rank_main(part: str, folder: Path, rank: int, ranks: int, done: Synchronized
         complete = saver.save(step)
         if rank == 0:
             done.value = complete
+
+
+def read_again(path: Path, world: Axis, done: Synchronized[int]) -> NoReturn:
+    """Loads this rank's part of a checkpoint without a pause."""
+    while True:
+        wanted = {n: piece(torch.zeros(SHAPE), world.index, world.size) for n in state(1)}
+        load_sharded(StoredTensors(path, load_meta(path)), wanted, world)
+        if world.index == 0:
+            done.value += 1
+
+
+class MoveAndSave(Callback):
+    """Moves all experts to and fro after a step, by draws from its number, saves, and keeps the last two checkpoints."""
+
+    def __init__(self, folder: Path, done: Synchronized[int] | None) -> None:
+        self.folder, self.done = folder, done
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        strategy: Any = trainer.strategy
+        step, draw = trainer.global_step, random.Random(trainer.global_step)
+        for _ in range(10):
+            layers = strategy.registry.moe_layers()
+            slots = range(layers[min(layers)].num_experts)
+            strategy.move_experts(
+                {n: Placement(tuple(draw.sample(slots, len(slots))), strategy.fold.ep) for n in sorted(layers)}
+            )
+        trainer.save_checkpoint(self.folder / f"step={step}.ckpt")
+        if self.done is not None and trainer.is_global_zero:
+            self.done.value = step
+            if step > 2:
+                remove_directory(self.folder / f"step={step - 2}.ckpt")
+
+
+class Finetune(pl.LightningModule):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path, self.model = path, None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = MoECausalLM.from_pretrained(self.path)
+
+    def train_dataloader(self) -> Any:
+        draw = torch.Generator().manual_seed(self.trainer.strategy.dp_rank)
+        return [{"input_ids": ids, "labels": ids} for ids in torch.randint(96, (MOVES, 2, 8), generator=draw)]
+
+    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        return self.model(**batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def train_and_move(folder: Path, done: Synchronized[int] | None) -> None:
+    """Trains to the end of the data, or until it is killed."""
+    trainer = pl.Trainer(
+        strategy=MoEFoldStrategy(expert_parallel_size=dist.get_world_size()), accelerator="cpu", max_epochs=1, logger=False,
+        devices=dist.get_world_size(), plugins=[PoolEnvironment()], callbacks=[MoveAndSave(folder, done)],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(Finetune(str(folder.parent / "model")))
+
+
+def prepare(part: str, folder: Path) -> None:
+    """Writes what the ranks begin with."""
+    folder.mkdir()
+    if part == "load":
+        tensors = {n: TensorPiece(t, (Box.whole(t.shape),), SHAPE, stacked=True) for n, t in state(1).items()}
+        save_sharded(pack(folder / "step=1.ckpt", {"step": 1}, SINGLE), tensors, SINGLE)
+    elif part == "move":
+        make_checkpoint(folder.parent / "model", "qwen3_moe", num_experts=4)
 
 
 def _read(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
@@ -133,10 +219,10 @@ def _read(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
         return json.loads((path / "config.json").read_text())["step"], {n: t.clone() for n, t in tensors.items()}
     meta = load_meta(path)
     kept = StoredTensors(path, meta)
-    return meta["step"], {name: kept.read(name) for name in kept.items}
+    return meta.get("step", meta.get("global_step")), {name: kept.read(name) for name in kept.items}
 
 
-def judge(folder: Path, complete: int) -> str:
+def judge(folder: Path, complete: int, expect: Callable[[int], dict[str, torch.Tensor]]) -> str:
     """What is wrong with what the killed processes have left; empty if nothing is."""
     sweep(folder)
     steps = []
@@ -147,7 +233,7 @@ def judge(folder: Path, complete: int) -> str:
             step, tensors = _read(path)
         except Exception as error:
             return f"{path.name} does not load: {error}"
-        expected = state(step)
+        expected = expect(step)
         if set(tensors) != set(expected) or not all(torch.equal(tensors[name], expected[name]) for name in expected):
             return f"{path.name} is not the state of step {step}"
         steps.append(step)
@@ -156,7 +242,21 @@ def judge(folder: Path, complete: int) -> str:
     return ""
 
 
-def kill_once(part: str, ranks: int, draw: random.Random, folder: Path) -> tuple[str, bool, int]:
+def unharmed(ranks: int, folder: Path) -> Callable[[int], dict[str, torch.Tensor]]:
+    """Trains and moves without a kill; returns what gives the state of a step."""
+    prepare("move", folder)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=rank_main, args=("move", folder, rank, ranks, None)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return lambda step: _read(folder / f"step={step}.ckpt")[1]
+
+
+def kill_once(
+    part: str, ranks: int, draw: random.Random, folder: Path, expect: Callable[[int], dict[str, torch.Tensor]]
+) -> tuple[str, bool, int]:
     """Starts ranks, kills; returns what is wrong, whether a save was cut off, and the step that was complete."""
     fork = multiprocessing.get_context("fork")
     done: Any = fork.Value("i", 0)
@@ -174,7 +274,11 @@ def kill_once(part: str, ranks: int, draw: random.Random, folder: Path) -> tuple
     until = time.monotonic() + 60
     while done.value < 2 and time.monotonic() < until:
         time.sleep(0.002)
-    time.sleep(draw.uniform(0, 0.15))
+    if done.value < 2:
+        for process in processes:
+            process.kill()
+        return "the ranks have not done their work twice within a minute", False, 0
+    time.sleep(draw.uniform(0, 0.5 if part == "move" else 0.15))
     victims = processes if draw.random() < 0.5 else [draw.choice(processes)]
     for process in victims:
         os.kill(process.pid, signal.SIGKILL)
@@ -184,9 +288,9 @@ def kill_once(part: str, ranks: int, draw: random.Random, folder: Path) -> tuple
         if process.is_alive():
             process.kill()
             return "a rank that was left has not ended within a minute", False, 0
-    complete = complete or done.value
+    complete = min(complete or done.value, 1 if part == "load" else MOVES)
     cut = any(path.suffix in (".tmp", ".old", ".lease") for path in folder.iterdir())
-    return judge(folder, complete), cut, complete
+    return judge(folder, complete, expect), cut, complete
 
 
 def run(parts: list[str], kills: int, ranks: int, seed: int) -> int:
@@ -194,11 +298,13 @@ def run(parts: list[str], kills: int, ranks: int, seed: int) -> int:
     faults = 0
     for part in parts:
         begin, cut_off, steps = time.monotonic(), 0, 0
+        whole = tempfile.TemporaryDirectory()
+        expect = state if part != "move" else unharmed(ranks, Path(whole.name, "run"))
         for number in range(kills):
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch, "run")
-                folder.mkdir()
-                wrong, cut, complete = kill_once(part, ranks, random.Random(f"{part} {seed + number}"), folder)
+                prepare(part, folder)
+                wrong, cut, complete = kill_once(part, ranks, random.Random(f"{part} {seed + number}"), folder, expect)
             cut_off += cut
             steps += complete
             if wrong:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MFUMonitor and LoadBalanceMonitor cost: one run in which they take turns with nothing, block by block of steps.
+"""What callbacks cost: one run in which they take turns with nothing, block by block of steps.
 
     python benchmarks/monitors.py [--blocks 12] [--hidden 512] ...
-    torchrun --nproc-per-node 2 benchmarks/monitors.py --fold "tp2 | ep2"
+    torchrun --nproc-per-node 2 benchmarks/monitors.py --fold "tp2 | ep2" [--of non_finite_guard]
+
+``--of monitors`` are MFUMonitor and LoadBalanceMonitor, ``non_finite_guard`` is NonFiniteGuard, ``replica_guard`` is ReplicaGuard,
+here after every step instead of every thousandth.
 
 A block is one logging interval, and so has exactly one log step. Two figures are printed: the ratio of neighbouring
 blocks' times, which says what a user pays but is as noisy as the machine; and the time spent in the monitors' hooks and
@@ -29,7 +32,7 @@ from step import Tokens
 from torch.utils.data import DataLoader
 
 from lightning_moefold import Fold, MoECausalLM, MoEFoldStrategy
-from lightning_moefold.callbacks import LoadBalanceMonitor, MFUMonitor
+from lightning_moefold.callbacks import LoadBalanceMonitor, MFUMonitor, NonFiniteGuard, ReplicaGuard
 
 HOOKS = ("on_train_batch_start", "on_train_batch_end")
 
@@ -59,6 +62,10 @@ class Module(pl.LightningModule):
         for monitor in self.monitors:
             for name in HOOKS:
                 setattr(monitor, name, self.timed(getattr(monitor, name)))
+        self.check = self.trainer.strategy._precision.step_check  # that of NonFiniteGuard
+        if self.check is not None:
+            for name in ("saw_loss", "_numbers"):
+                setattr(self.check, name, self.timed(getattr(self.check, name)))
         connector = self.trainer._logger_connector  # where Lightning writes what was logged
         connector.update_train_step_metrics = self.timed(connector.update_train_step_metrics)
         self.others = [c for c in self.trainer.callbacks if c not in self.monitors]
@@ -83,6 +90,7 @@ class Module(pl.LightningModule):
         now, on = time.perf_counter(), self.monitors[0] in self.trainer.callbacks
         self.blocks.append((on, now - self.start, self.extra))
         self.trainer.callbacks = self.others if on else [*self.others, *self.monitors]
+        self.trainer.strategy._precision.step_check = None if on else self.check
         self.start, self.extra = time.perf_counter(), 0.0
 
 
@@ -92,6 +100,7 @@ def main() -> None:
                           ("ffn", 256), ("experts", 16), ("top-k", 2), ("vocab", 4000)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--fold", default="")
+    parser.add_argument("--of", default="monitors", choices=("monitors", "non_finite_guard", "replica_guard"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -101,7 +110,11 @@ def main() -> None:
         "moe_intermediate_size": args.ffn, "shared_expert_intermediate_size": args.ffn, "num_experts_per_tok": args.top_k,
         "decoder_sparse_step": 1, "router_aux_loss_coef": 0.001, "output_router_logits": True,
     }  # fmt: skip
-    monitors: list[pl.Callback] = [MFUMonitor(), LoadBalanceMonitor(keep_history=False)]
+    kinds: dict[str, list[pl.Callback]] = {
+        "monitors": [MFUMonitor(), LoadBalanceMonitor(keep_history=False)], "non_finite_guard": [NonFiniteGuard()],
+        "replica_guard": [ReplicaGuard(every_n_steps=1)],
+    }  # fmt: skip
+    monitors = kinds[args.of]
     module = Module(config, monitors, args.interval)
     steps = args.interval * (args.blocks + 2) + 1  # the first block warms up, the last is not complete
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +136,8 @@ def report(blocks: list[tuple[bool, float, float]], keys: int, args: argparse.Na
     ratios = [b / a for a, b in zip(without, monitored, strict=True)]
     extra = [(pair[1][2] - pair[0][2]) / args.interval * 1e3 for pair in pairs]
     shares = [e / a for e, a in zip(extra, without, strict=True)]
-    print(f"{args.layers} MoE layers of {args.experts} experts, fold '{args.fold}' on {world} rank(s), {args.rows * world} rows of "
+    print(f"{args.of}: {args.layers} MoE layers of {args.experts} experts, fold '{args.fold}' on {world} rank(s), "
+          f"{args.rows * world} rows of "
           f"{args.length} tokens, log_every_n_steps={args.interval}, {keys} keys, {len(pairs)} pairs of blocks")  # fmt: skip
     print(f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}, "
           f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")  # fmt: skip
@@ -131,7 +145,7 @@ def report(blocks: list[tuple[bool, float, float]], keys: int, args: argparse.Na
     print(f"ms per step with      {statistics.median(monitored):8.2f}")
     print(f"ratio, median         {statistics.median(ratios):8.4f}  (of pairs: {' '.join(f'{r:.3f}' for r in ratios)})")
     print(
-        f"ms in the monitors    {statistics.median(extra):8.3f}  per step, log step included: {statistics.median(shares):.2%}"
+        f"ms in the callbacks   {statistics.median(extra):8.3f}  per step, log step included: {statistics.median(shares):.2%}"
     )
 
 

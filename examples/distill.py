@@ -17,9 +17,10 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_moefold import MoECausalLM, MoEFoldStrategy
-from lightning_moefold.recipes import DatasetLoader, TextData, distillation_loss, top_log_probabilities
+from lightning_moefold import MoECausalLM, MoEFoldStrategy, ResumableSampler
+from lightning_moefold.recipes import TextData, distillation_loss, top_log_probabilities
 
 
 def store(args: argparse.Namespace) -> Path:
@@ -68,9 +69,12 @@ class Distill(L.LightningModule):
         if self.model is None:
             self.model = MoECausalLM.from_pretrained(self.student, output_router_logits=True)
 
-    def train_dataloader(self) -> DatasetLoader:
-        strategy = self.trainer.strategy
-        return DatasetLoader(Rows(self.path), self.args.batch_size, strategy.dp_rank, strategy.dp_size)
+    def train_dataloader(self) -> DataLoader:
+        rows = Rows(self.path)
+        here, left = divmod(self.args.batch_size, self.trainer.strategy.dp_size)
+        if left:
+            raise SystemExit(f"--batch-size {self.args.batch_size} is no multiple of the number of data ranks")
+        return DataLoader(rows, batch_size=here, sampler=ResumableSampler(rows))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         output = self.model(
@@ -106,7 +110,7 @@ def main() -> None:
     trainer = L.Trainer(
         strategy=MoEFoldStrategy(fold=args.fold, num_microbatches=args.num_microbatches), accelerator="auto",
         devices=args.devices, max_epochs=args.epochs, log_every_n_steps=1, logger=False, enable_checkpointing=False,
-        enable_model_summary=False, use_distributed_sampler=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
     trainer.fit(module)
     module.model.save_pretrained(args.output / "model")

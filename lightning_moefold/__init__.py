@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from lightning_moefold.models.causal_lm import MoECausalLM
     from lightning_moefold.models.config import MoEConfig
     from lightning_moefold.planner.search.auto import AutoFold
+    from lightning_moefold.sampler import ResumableSampler
     from lightning_moefold.strategy import MoEFoldStrategy
 
 __version__ = "0.1.0"
-__all__ = ["AutoFold", "Fold", "FoldError", "LoRA", "MoECausalLM", "MoEConfig", "MoEFoldError", "MoEFoldStrategy"]
+__all__ = [
+    "AutoFold", "Fold", "FoldError", "LoRA", "MoECausalLM", "MoEConfig", "MoEFoldError", "MoEFoldStrategy",
+    "ResumableSampler",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
@@ -28,6 +32,7 @@ __getattr__, __dir__ = lazy_names(
         "MoEConfig": "models.config",
         "MoEFoldError": "errors",
         "MoEFoldStrategy": "strategy",
+        "ResumableSampler": "sampler",
     },
 )
 

@@ -51,8 +51,9 @@ from lightning_moefold.lifecycle.loaders import seed_workers
 from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 from lightning_moefold.lifecycle.prediction import Predicting
 from lightning_moefold.lifecycle.processes import connect_processes
-from lightning_moefold.lifecycle.signals import stop_quietly
+from lightning_moefold.lifecycle.signals import requeue_together, stop_quietly
 from lightning_moefold.lifecycle.step_check import NotFinite
+from lightning_moefold.lifecycle.strategy_arguments import check_fold_arguments, check_run_arguments
 from lightning_moefold.lifecycle.unsupported import (
     check_blocks,
     check_compilation,
@@ -77,7 +78,7 @@ from lightning_moefold.parallel.hooks import check_hooks
 from lightning_moefold.parallel.migration import Moved, move_experts
 from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.parallel.replicated import ReplicatedModules, align_blocks, align_randomness
-from lightning_moefold.parallel.settings import ShardingMode, check_choice
+from lightning_moefold.parallel.settings import ShardingMode
 from lightning_moefold.parallel.spare import spare_parameters
 from lightning_moefold.parallel.tree import check_trees
 from lightning_moefold.planner.search.auto import AutoFold
@@ -199,17 +200,9 @@ class MoEFoldStrategy(SharedCheckpoints):
         sizes = (
             tensor_parallel_size, context_parallel_size, pipeline_parallel_size, expert_parallel_size, expert_tensor_parallel_size,
         )  # fmt: skip
-        if fold is not None and any(size != 1 for size in sizes):
-            raise InputError(f"fold={fold!r} and parallel sizes are both given; use one or the other.")
-        if auto is not None and fold != "auto":
-            raise InputError('auto=AutoFold(...) is for fold="auto"; leave one out or give both.')
-        if fold == "auto" and pipeline_split is not None:
-            raise InputError('pipeline_split is for a pipeline of known size; leave it out with fold="auto".')
-        if isinstance(fold, (list, tuple)) and (not fold or "auto" in fold):
-            raise InputError(f'fold={fold!r} must name folds in order of preference; use fold="auto" alone.')
-        check_choice("sequence_parallel", sequence_parallel, (None, True))
-        for name, value in {"compile": compile, "checksums": checksums, "async_save": async_save}.items():
-            check_choice(name, value, (False, True))
+        check_fold_arguments(fold, sizes, auto, pipeline_split)
+        flags = {"compile": compile, "checksums": checksums, "async_save": async_save}
+        check_run_arguments(flags, calculate_per_token_loss, sequence_parallel, timeout, process_group_backend)
         split = None if pipeline_split is None else tuple(pipeline_split)
         dispatch = DispatchConfig(
             dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
@@ -569,6 +562,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         seed_workers(dataloader, self.dp_rank)
+        assert self.lightning_module is not None
+        self._data_order.prepare(dataloader, self.lightning_module.trainer, self.dp_rank, self.dp_size)
         if self._even is not None:
             self._even.check_loader(dataloader)
         return dataloader
@@ -579,6 +574,9 @@ class MoEFoldStrategy(SharedCheckpoints):
     def on_train_start(self) -> None:
         self._check_hooks()  # hooks may have been registered since the set-up
         self._stop_quietly()
+        assert self.lightning_module is not None
+        requeue_together(self.lightning_module.trainer)
+        self._data_order.begin(self.lightning_module.trainer, self.dp_size)
         if self._even is not None:
             self._even.begin_training()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_moefold.arguments import check_count
 from lightning_moefold.balance.copies import CopyPlan, Counts, owners
 from lightning_moefold.balance.greedy import greedy
 from lightning_moefold.errors import InputError
@@ -46,6 +47,7 @@ class ExpertCopies:
             raise InputError(
                 f"policy={self.policy!r} of expert copies is not available; use one of {known}, or a function."
             )
+        check_count("max_copies_per_rank", self.max_copies_per_rank, least=0)
         if self.max_copies_per_rank < 1:
             raise InputError(
                 f"max_copies_per_rank={self.max_copies_per_rank} leaves no room for copies; use at least 1, or no expert copies."

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SaveOnInterrupt: Ctrl-C and SIGTERM end a run with a checkpoint, one line, and an exit status that says so.
 
-A signal may reach some ranks and not others, or all of them at different moments, and a checkpoint is collective. So whoever
-gets one writes into the store of the process group after which batch all ranks stop: that which ends the optimizer step after
-the next, which no rank can have passed, since every step has collectives of all ranks. Ranks ask the store after each batch,
-without waiting for a device.
+A signal may reach some ranks and not others, or all of them at different moments, and a checkpoint is collective. So all ranks
+agree after which batch they stop (:class:`~lightning_moefold.lifecycle.signals.SameBatch`).
 """
 
 from __future__ import annotations
@@ -15,15 +13,14 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from lightning_moefold.checkpoint import stores
+from lightning_moefold.lifecycle.signals import SameBatch
 from lightning_moefold.strategy import MoEFoldStrategy
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_KEY = "moefold/interrupt"
 #: A second Ctrl-C within so many seconds is the first one, passed on by the process that has started this one.
 _SAME = 1.0
 
@@ -48,17 +45,16 @@ class SaveOnInterrupt(pl.Callback):
         self.save = save
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._received, self._batches = 0.0, 0
+        self._received = 0.0
+        self._batch: SameBatch | None = None
         self._trainer: pl.Trainer | None = None
 
     # ---- signals -----------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.signal, self._batches, self._trainer = None, 0, trainer
-        if trainer.is_global_zero and trainer.world_size > 1 and dist.is_initialized():
-            # What an earlier fit of these processes was stopped for. Others ask after their first batch, which needs this rank.
-            dist.distributed_c10d._get_default_store().delete_key(_KEY)
+        self.signal, self._trainer = None, trainer
+        self._batch = SameBatch(trainer, "moefold/interrupt")
         for number in _SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._note)
@@ -93,10 +89,10 @@ class SaveOnInterrupt(pl.Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self._batches += 1
-        number = self._due(trainer)
-        if number is None or trainer.fit_loop.epoch_loop._should_accumulate():  # gradients of half a step would be lost
+        told = None if self._batch is None else self._batch.ended(self.signal)
+        if told is None:
             return
+        number = signal.Signals(told)
         path = self._path(trainer) if self.save else None
         if path is not None:
             trainer.save_checkpoint(path)
@@ -111,19 +107,6 @@ class SaveOnInterrupt(pl.Callback):
             how = how if self.save else "not saved, since save=False"
             print(f"stopped by {number.name} after step {trainer.global_step}, {how}", flush=True)
         raise SystemExit(128 + number)
-
-    def _due(self, trainer: pl.Trainer) -> signal.Signals | None:
-        """The signal for which all ranks stop after this batch."""
-        if trainer.world_size == 1 or not dist.is_initialized():
-            return self.signal
-        store = dist.distributed_c10d._get_default_store()
-        if not store.check([_KEY]):
-            if self.signal is None:
-                return None
-            # The first rank to write decides for all.
-            store.compare_set(_KEY, "", f"{self._batches + 2 * trainer.accumulate_grad_batches} {int(self.signal)}")
-        last, number = store.get(_KEY).decode().split()
-        return signal.Signals(int(number)) if self._batches >= int(last) else None
 
     @staticmethod
     def _path(trainer: pl.Trainer) -> str | None:

@@ -5,6 +5,8 @@ The draft of ``DIR/NAME`` is ``DIR/.NAME.xxxxxxxx.tmp``. As long as it exists, t
 says who writes it, and is touched again and again. A killed process leaves both; the next start removes them
 (:func:`sweep`) if the writer is certainly gone: on this machine, if no process has its number and start time; on another
 one, whose processes cannot be seen, if the lease has not been renewed for ten minutes.
+
+Lightning takes any name with ``hpc_ckpt_`` for a checkpoint of a requeued job, so drafts of those are named ``hpc-ckpt-``.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from lightning_moefold.mesh import Axis
 RENEWAL, LIMIT = 20.0, 600.0
 _LEASE = re.compile(r"^\.(?P<name>.+)\.(?P<number>[0-9a-f]{8})\.lease$")
 
+_REQUEUED = ("hpc_ckpt_", "hpc-ckpt-")
+
 
 @contextmanager
 def draft_of(target: Path, world: Axis) -> Iterator[Path]:
@@ -51,7 +55,7 @@ def draft_of(target: Path, world: Axis) -> Iterator[Path]:
     number = [uuid.uuid4().hex[:8]]
     if world.size > 1:
         dist.broadcast_object_list(number, src=world.ranks[0], group=world.group)
-    work = target.with_name(f".{target.name}.{number[0]}.tmp")
+    work = _draft_name(target, number[0])
     lease: Lease | None = None
     try:
         with agreeing(world):
@@ -65,6 +69,10 @@ def draft_of(target: Path, world: Axis) -> Iterator[Path]:
         if lease is not None:
             shutil.rmtree(work, ignore_errors=True)
             lease.release()
+
+
+def _draft_name(target: Path, number: str) -> Path:
+    return target.with_name(f".{target.name.replace(*_REQUEUED)}.{number}.tmp")
 
 
 def publish(work: Path, target: Path) -> None:
@@ -96,7 +104,7 @@ def publish(work: Path, target: Path) -> None:
 
 def remove_directory(path: Path) -> None:
     """Removes a directory that is complete at any moment while it is under its name."""
-    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    work = _draft_name(path, uuid.uuid4().hex[:8])
     lease = Lease(work.with_suffix(".lease"))
     try:
         os.replace(path, work)
@@ -180,7 +188,7 @@ def sweep(directory: Path) -> list[str]:
             match = _LEASE.match(path.name)
             if match is None or not _is_gone(path):
                 continue
-            old, target = path.with_suffix(".old"), directory / match["name"]
+            old, target = path.with_suffix(".old"), directory / match["name"].replace(*_REQUEUED[::-1])
             with suppress(OSError):
                 if old.exists() and not target.exists():
                     os.replace(old, target)  # killed between two renames
@@ -189,7 +197,7 @@ def sweep(directory: Path) -> list[str]:
                     if left.exists() or left.is_symlink():
                         _remove(left)
                 path.unlink(missing_ok=True)
-                gone.append(match["name"])
+                gone.append(target.name)
     return gone
 
 

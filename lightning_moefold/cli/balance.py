@@ -85,7 +85,7 @@ def read(arguments: argparse.Namespace) -> RoutingTrace:
     Raises:
         InputError: If arguments contradict each other.
     """
-    for name in ("etp", "edp", "max_copies_per_rank", "num_microbatches", "every"):
+    for name in ("etp", "edp", "max_copies_per_rank", "num_microbatches", "every", "window"):
         if (value := getattr(arguments, name)) < 1:
             option = "--" + name.replace("_", "-")
             more = "; to see moves alone, use --policies contiguous,smartmoe_greedy" if "copies" in name else ""

@@ -47,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be at least 1.")
-    if not arguments.sample and (arguments.temperature != 1.0 or arguments.top_k or arguments.top_p):
+    given = arguments.temperature != 1.0 or arguments.top_k is not None or arguments.top_p is not None
+    if given and not arguments.sample:
         raise InputError("--temperature, --top-k and --top-p are for drawing tokens; add --sample.")
     tokenizer = cache(lambda: load_tokenizer(arguments.checkpoint))
     prompts = list(read_prompts(arguments.prompts, tokenizer))

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     job = read_job(arguments)
     space = read_space(arguments, job)
     started = time.perf_counter()
-    profiles = (job.routing,) if arguments.routing else None
+    profiles = (job.routing,) if arguments.routing is not None else None
     text = arguments.fold or arguments.explain
     fold = Fold.parse(text, job.world_size) if text else None
     result = evaluate(job, fold, space, profiles) if fold else search(job, space, arguments.top, profiles)
@@ -124,7 +124,7 @@ def read_job(arguments: argparse.Namespace) -> Job:
         arguments.precision,
         arguments.sharding or "optimizer",
         arguments.capacity_factor,
-        find_routing(arguments.routing or "balanced"),
+        find_routing("balanced" if arguments.routing is None else arguments.routing),
         arguments.drop_scope,
         arguments.pad_to_capacity,
         arguments.dispatch_chunks,

@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lightning_moefold.arguments import check_choice, check_count, is_number
 from lightning_moefold.balance.fast import ExpertCopies
-from lightning_moefold.errors import FoldError, InputError
+from lightning_moefold.errors import FoldError, InputError, InputTypeError
 from lightning_moefold.fold import Fold, expert_nodes
 
 DispatcherName = Literal["alltoall", "allgather", "deduplicated", "hierarchical", "auto"]
@@ -59,22 +60,20 @@ class DispatchConfig:
     copies: ExpertCopies | None = None
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("dispatcher", self.dispatcher, DISPATCHER_NAMES),
-            ("drop_policy", self.drop_policy, ("probs", "position")),
-            ("drop_scope", self.drop_scope, DROP_SCOPES),
-        ):
-            if value not in known:
-                raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
+        check_choice("dispatcher", self.dispatcher, DISPATCHER_NAMES)
+        check_choice("drop_policy", self.drop_policy, ("probs", "position"))
+        check_choice("drop_scope", self.drop_scope, DROP_SCOPES)
+        check_choice("pad_to_capacity", self.pad_to_capacity, (False, True))
         factor = self.capacity_factor
-        if factor is not None and not (0 < factor < math.inf):
-            raise InputError(f"capacity_factor={factor} must be a positive number, or None to drop no tokens.")
+        if factor is not None and not (is_number(factor) and factor > 0):
+            raise InputError(f"capacity_factor={factor!r} must be a positive number, or None to drop no tokens.")
         if self.pad_to_capacity and factor is None:
             raise InputError("pad_to_capacity=True needs a capacity_factor, which says how far to pad.")
-        if self.chunks < 1:
-            raise InputError(f"dispatch_chunks={self.chunks} must be at least 1.")
-        if self.node_size is not None and self.node_size < 1:
-            raise InputError(f"node_size={self.node_size} must be at least 1.")
+        check_count("dispatch_chunks", self.chunks)
+        if self.node_size is not None:
+            check_count("node_size", self.node_size)
+        if not (self.copies is None or isinstance(self.copies, ExpertCopies)):
+            raise InputTypeError(f"expert_copies={self.copies!r} is not available; use ExpertCopies(...), or None.")
         if self.dispatcher in ("allgather", "deduplicated", "hierarchical"):
             for name, given in (
                 ("pad_to_capacity", self.pad_to_capacity),

@@ -25,6 +25,7 @@ from lightning_moefold.errors import CheckpointError, InputTypeError, Unsupporte
 from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.lifecycle.accumulation import StepAhead
 from lightning_moefold.lifecycle.background import BackgroundSaves, check_background
+from lightning_moefold.lifecycle.data_order import DataOrder
 from lightning_moefold.lifecycle.data_positions import gather_positions, take_position
 from lightning_moefold.lifecycle.training_state import (
     check_saveable,
@@ -53,12 +54,15 @@ class SharedCheckpoints(ParallelStrategy):
     _mesh: FoldedMesh | None = None
     #: The choice of ``fold="auto"``, as it is stored in checkpoints.
     _choice: dict[str, Any] | None = None
+    #: Deals the user's samplers.
+    _data_order: DataOrder
     #: Counts the labels of the optimizer step, if its loss is divided by them.
     _step_ahead: StepAhead | None = None
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
         self._registry = None  # belongs to an earlier entry point, perhaps of another module
+        self._data_order = DataOrder()
         super().connect(model)
 
     @property
@@ -93,7 +97,9 @@ class SharedCheckpoints(ParallelStrategy):
         Raises:
             CheckpointError: If a place cannot be written, or not all ranks see it.
         """
-        stores.parse_path(trainer.default_root_dir)
+        root = stores.parse_path(trainer.default_root_dir)
+        if isinstance(root, Path) and world.index == 0:
+            self._sweep(root)  # where Lightning saves before a job is requeued
         for callback in trainer.checkpoint_callbacks:
             directory = getattr(callback, "dirpath", None)
             if directory is None:
@@ -162,6 +168,9 @@ class SharedCheckpoints(ParallelStrategy):
             return
         if self._step_ahead is not None:
             self._step_ahead.correct(checkpoint)
+        assert self.lightning_module is not None
+        if self._mesh is not None:
+            self._data_order.save(checkpoint, self.lightning_module.trainer, self._mesh.fold.dp)
         if not self._sharded:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -172,7 +181,6 @@ class SharedCheckpoints(ParallelStrategy):
         assert self._registry is not None
         if self._choice is not None:
             checkpoint[fold_choice.RECORD] = self._choice
-        assert self.lightning_module is not None
         gather_positions(checkpoint, self.lightning_module.trainer, self._registry.mesh)
         path = self.broadcast(filepath)
         self.finish_saves()
@@ -237,7 +245,9 @@ class SharedCheckpoints(ParallelStrategy):
         if not self._sharded:
             if not str(path).startswith("http") and stores.is_file(stores.join(path, META)):
                 raise UnsupportedFeature(f"{path} was saved by a model with MoE layers; this module has none.")
-            return super().load_checkpoint(path, weights_only)
+            checkpoint = super().load_checkpoint(path, weights_only)
+            self._load_order(checkpoint, path)
+            return checkpoint
         if stores.is_file(path):
             raise UnsupportedFeature(
                 f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
@@ -253,9 +263,15 @@ class SharedCheckpoints(ParallelStrategy):
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
         if fitting:
             take_position(meta, path, self.lightning_module.trainer, self._registry.mesh)
+        self._load_order(meta, path)
         optimizers = self.optimizers if fitting else []
         load_training_state(path, meta, self._registry, self.lightning_module, optimizers, check=self.checksums)
         return meta
+
+    def _load_order(self, checkpoint: Mapping[str, Any], path: Any) -> None:
+        module = self.lightning_module
+        if module is not None and module.trainer.state.fn == TrainerFn.FITTING:
+            self._data_order.load(checkpoint, path, module.trainer)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

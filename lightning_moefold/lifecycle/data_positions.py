@@ -7,6 +7,7 @@ do. A streaming dataset that is split by rank, or torchdata's ``StatefulDataLoad
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -50,8 +51,7 @@ def take_position(meta: dict[str, Any], path: Any, trainer: pl.Trainer, mesh: Fo
     if len(everyone) != mesh.fold.dp:
         raise CheckpointError(
             f"{path} holds a position in the data for each of {len(everyone)} data ranks, which says nothing about {mesh.fold.dp}; "
-            f"resume under a fold with dp={len(everyone)}, or train from a loader that deals rows to any number of ranks, such as "
-            "recipes.DatasetLoader."
+            f"resume under a fold with dp={len(everyone)}, or train from a DataLoader with sampler=ResumableSampler(dataset)."
         )
     loaders, data = everyone[mesh.place["dp"]]
     if loaders is not None:
@@ -60,10 +60,15 @@ def take_position(meta: dict[str, Any], path: Any, trainer: pl.Trainer, mesh: Fo
         meta[_data_key(trainer)] = data
 
 
-def _positions(checkpoint: dict[str, Any], trainer: pl.Trainer) -> tuple[Any, Any]:
+def _positions(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> tuple[Any, Any]:
     """Returns the states of this rank's loaders and of its data module; None for what has none."""
     loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
-    return loops.get(_LOADERS), checkpoint.get(_data_key(trainer))
+    return loops.get(_LOADERS), data_module_state(checkpoint, trainer)
+
+
+def data_module_state(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> Any:
+    """Returns the state of the data module in a checkpoint; None if it has none."""
+    return checkpoint.get(_data_key(trainer))
 
 
 def _data_key(trainer: pl.Trainer) -> str:

@@ -217,7 +217,10 @@ def _is_counted(loader: Any) -> bool:
     if type(loader) is not DataLoader:
         return getattr(loader, "has_exact_length", False)
     samplers = [s for s in (loader.sampler, loader.batch_sampler) if s is not None]
-    known = all(type(s).__module__.partition(".")[0] in ("torch", "lightning") for s in samplers)
+    known = all(
+        type(s).__module__.partition(".")[0] in ("torch", "lightning") or getattr(s, "has_exact_length", False)
+        for s in samplers
+    )
     return known and not isinstance(loader.dataset, IterableDataset)
 
 

@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_moefold.sampler import ResumableSampler
+
 
 def seed_workers(dataloader: object, dp_rank: int) -> None:
     """Seeds workers by data rank, where Lightning would seed them by global rank.
@@ -25,7 +27,8 @@ def seed_workers(dataloader: object, dp_rank: int) -> None:
     if not isinstance(dataloader, DataLoader):
         return
     sampler = dataloader.sampler
-    if isinstance(sampler, DistributedSampler) and sampler.shuffle and dataloader.generator is not None:
+    lightnings_order = isinstance(sampler, DistributedSampler) and not isinstance(sampler, ResumableSampler)
+    if lightnings_order and sampler.shuffle and dataloader.generator is not None:
         rank_zero_warn(
             "the generator of a DataLoader does not set the order of its rows, which Lightning's sampler draws from the "
             "seed of seed_everything; Trainer(use_distributed_sampler=False) keeps the loader's own."

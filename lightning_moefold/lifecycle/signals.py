@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM ends a run at the end of a batch, on whatever rank it arrives.
+"""Signals end or requeue a run at the end of a batch, on whatever rank they arrive.
 
-Lightning's own handler broadcasts over all ranks from inside the signal handler, possibly in the middle of another
-collective; under a fold the two meet and all ranks hang. Here the handler only sets a flag, and passes the signal to
-the processes that this one has launched. Lightning checks the flag and stops at the end of the batch. Ranks that did
-not receive the signal lose contact and end with one line each.
+Lightning's own handlers use collectives from inside the signal handler, possibly in the middle of another one: on SIGTERM it
+broadcasts, and on the requeue signal of SLURM it saves a checkpoint. Under a fold the two meet and all ranks hang. Here a
+handler only sets a flag, and passes SIGTERM to the processes that this one has launched.
+
+After SIGTERM Lightning checks the flag and stops at the end of the batch; ranks that did not receive the signal lose contact
+and end with one line each. After the requeue signal all ranks save after the same batch (:class:`SameBatch`), then Lightning
+requeues the job.
 """
 
 from __future__ import annotations
@@ -13,6 +16,50 @@ import signal
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+
+class SameBatch:
+    """Lets all ranks act after the same batch on what any of them was told, at whatever moment.
+
+    Whoever was told something writes into the store of the process group after which batch all ranks act: that which ends the
+    optimizer step after the next, which no rank can have passed, since every step has collectives of all ranks. Ranks ask
+    the store after each batch, without waiting for a device.
+
+    Args:
+        trainer: The Trainer, about to train.
+        key: Name in the store.
+    """
+
+    def __init__(self, trainer: pl.Trainer, key: str) -> None:
+        self._trainer, self._key, self._batches = trainer, key, 0
+        if trainer.is_global_zero and self._shared:
+            # What an earlier fit of these processes was told. Others ask after their first batch, which needs this rank.
+            dist.distributed_c10d._get_default_store().delete_key(key)
+
+    @property
+    def _shared(self) -> bool:
+        return self._trainer.world_size > 1 and dist.is_initialized()
+
+    def ended(self, told: int | None) -> int | None:
+        """Returns on all ranks what one was told if they act after this batch, else None. Once after each batch.
+
+        Args:
+            told: What this rank was told, None for nothing.
+        """
+        self._batches += 1
+        accumulates = self._trainer.fit_loop.epoch_loop._should_accumulate()  # gradients of half a step would be lost
+        if not self._shared:
+            return None if accumulates else told
+        store = dist.distributed_c10d._get_default_store()
+        if not store.check([self._key]):
+            if told is None:
+                return None
+            # The first rank to write decides for all.
+            store.compare_set(self._key, "", f"{self._batches + 2 * self._trainer.accumulate_grad_batches} {told}")
+        last, number = store.get(self._key).decode().split()
+        return int(number) if self._batches >= int(last) and not accumulates else None
 
 
 def stop_quietly(trainer: pl.Trainer) -> None:
@@ -34,3 +81,41 @@ def stop_quietly(trainer: pl.Trainer) -> None:
 
     notifier = connector._sigterm_notifier_fn
     handlers[:] = [take_note if handler == notifier else handler for handler in handlers]
+
+
+class RequeueTogether(Callback):
+    """Takes the place of Lightning's handler of SLURM's requeue signal, which it calls after a batch on all ranks.
+
+    Args:
+        trainer: The Trainer, about to train.
+        handler: Lightning's handler.
+    """
+
+    def __init__(self, trainer: pl.Trainer, handler: Any) -> None:
+        self._handler = handler
+        self._told: int | None = None
+        self._batch = SameBatch(trainer, "moefold/requeue")
+        others = [c for c in trainer.callbacks if not isinstance(c, RequeueTogether)]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+
+    def __call__(self, signum: int, _: Any) -> None:
+        """Notes the signal."""
+        self._told = int(signum)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Saves and requeues once, if a rank was told to."""
+        if self._handler is not None and (number := self._batch.ended(self._told)) is not None:
+            handler, self._handler = self._handler, None
+            handler(number, None)
+
+
+def requeue_together(trainer: pl.Trainer) -> None:
+    """Replaces Lightning's handler of the requeue signal, where SLURM is to requeue jobs; the user's own handlers stay."""
+    connector = trainer._signal_connector
+    environment = trainer._accelerator_connector.cluster_environment
+    number = getattr(environment, "requeue_signal", None)
+    composed = signal.getsignal(number) if number is not None else None
+    handlers: list[Any] = getattr(composed, "signal_handlers", [])
+    ours = connector._slurm_sigusr_handler_fn
+    if ours in handlers:
+        handlers[:] = [RequeueTogether(trainer, ours) if handler == ours else handler for handler in handlers]

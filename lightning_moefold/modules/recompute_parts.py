@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import InputError, InputTypeError
 
 RecomputePart = Literal["norm", "attention", "expert_activation", "moe", "mlp"]
 Recompute = Literal["selective", "full"] | list[RecomputePart]
@@ -33,6 +33,10 @@ def recompute_parts(recompute: str | Sequence[str] | None) -> frozenset[str]:
                 f"recompute={recompute!r} is not available; use None, 'selective', 'full', or a list of {', '.join(PARTS)}."
             )
         return frozenset({"attention"} if recompute == "selective" else {LAYER})
+    if not isinstance(recompute, (list, tuple)):
+        raise InputTypeError(
+            f"recompute={recompute!r} is not available; use None, 'selective', 'full', or a list of {', '.join(PARTS)}."
+        )
     if not recompute:
         raise InputError(f"recompute=[] names no part; use None, or some of {', '.join(PARTS)}.")
     for number, part in enumerate(recompute):

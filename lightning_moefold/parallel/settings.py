@@ -13,6 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from lightning_moefold.arguments import check_choice, check_count
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.errors import InputError
 from lightning_moefold.layout import Family
@@ -23,12 +24,6 @@ from lightning_moefold.modules.recompute_parts import Recompute, recompute_parts
 from lightning_moefold.parallel.pipeline.plan import PipelinePlan
 
 ShardingMode = Literal["optimizer", "full", "none"]
-
-
-def check_choice(name: str, value: object, known: tuple[object, ...]) -> None:
-    """Raises an InputError unless the value of an argument is among those that are known."""
-    if value not in known:
-        raise InputError(f"{name}={value!r} is not available; use {' or '.join(map(repr, known))}.")
 
 
 @dataclass(frozen=True)
@@ -90,8 +85,7 @@ class Settings:
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_microbatches < 1:
-            raise InputError(f"num_microbatches={self.num_microbatches} must be at least 1.")
+        check_count("num_microbatches", self.num_microbatches)
         check_choice("expert_kernel", self.expert_kernel, EXPERT_KERNELS)
         if "norm" in recompute_parts(self.recompute) and self.compiles:
             raise InputError(

@@ -5,13 +5,11 @@ from lightning_moefold.errors import InputError, is_users
 from lightning_moefold.recipes.data import TextData
 from lightning_moefold.recipes.distill import distillation_loss, top_log_probabilities
 from lightning_moefold.recipes.module import FineTuneModule
-from lightning_moefold.recipes.order import DatasetLoader
 from lightning_moefold.recipes.pairs import PreferenceData
 from lightning_moefold.recipes.preference import PreferenceModule
 from lightning_moefold.recipes.stream import StreamData
 
 __all__ = [
-    "DatasetLoader",
     "FineTuneModule",
     "InputError",
     "PreferenceData",

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from lightning_moefold.errors import InputError
-from lightning_moefold.models.masks import IGNORED
 from lightning_moefold.recipes.mixture import Mixture
+from lightning_moefold.sampler import generator_of_epoch, order_of_rows
 
 #: Stands for a row without any token that counts.
 EMPTY = -1
@@ -87,10 +85,9 @@ class RowOrder:
 
     def permutation(self, epoch: int) -> Tensor:
         """The order of all rows in an epoch."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch) if self.shuffle else None
         if self.mixture is not None:
-            return self.mixture.draw(generator)
-        return torch.arange(self.count) if generator is None else torch.randperm(self.count, generator=generator)
+            return self.mixture.draw(generator_of_epoch(self.seed, epoch) if self.shuffle else None)
+        return order_of_rows(self.count, self.seed, epoch) if self.shuffle else torch.arange(self.count)
 
     def rows_of_batch(self, number: int) -> list[int]:
         """The rows of a global batch of this epoch, over all data ranks.
@@ -140,39 +137,3 @@ class RowLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from a position, under any number of ranks and batch size."""
         self.sampler.go_on(Position(**state))
-
-
-class DatasetLoader(RowLoader):
-    """Batches of a map-style dataset of the user's own, in the order of :class:`RowOrder`.
-
-    What is read depends on the seed and on the rows read so far alone. Its state is kept by Lightning, so that a run goes on
-    with the first row not yet read, under any number of data ranks with the same ``batch_size``. Make it in
-    ``train_dataloader`` with ``rank=strategy.dp_rank, ranks=strategy.dp_size``, and turn the Trainer's
-    ``use_distributed_sampler`` off.
-
-    Args:
-        dataset: Of mappings with tensors ``labels``; where rows run out, a rank is given row 0 with all labels ignored.
-        batch_size: Rows of a batch over all data ranks.
-        rank: This data rank.
-        ranks: Number of data ranks.
-        shuffle: Whether the order is drawn anew each epoch.
-        seed: Of the order.
-        collate_fn: Makes a batch of a list of rows; by default PyTorch's.
-
-    Raises:
-        InputError: If the ranks do not divide the batch.
-    """
-
-    def __init__(
-        self, dataset: Any, batch_size: int, rank: int = 0, ranks: int = 1, *, shuffle: bool = True, seed: int = 0,
-        collate_fn: Callable[[list[Any]], Any] = default_collate,
-    ) -> None:  # fmt: skip
-        def collate(index_B: Tensor) -> dict[str, Tensor]:
-            batch = collate_fn([dataset[max(number, 0)] for number in index_B.tolist()])
-            empty_B = index_B == EMPTY
-            if bool(empty_B.any()):
-                batch["labels"] = batch["labels"].clone()
-                batch["labels"][empty_B] = IGNORED
-            return batch
-
-        super().__init__(RowOrder(len(dataset), batch_size, rank, ranks, shuffle=shuffle, seed=seed), collate)

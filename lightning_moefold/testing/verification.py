@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_moefold.arguments import check_count
 from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.errors import ConfigError, InputError
@@ -162,6 +163,7 @@ def verify(
 
     Raises:
         FoldError: If the fold does not fit the ranks or the model.
+        InputError: For another argument that cannot be honoured; before ranks are started.
         ConfigError: If ``transformers`` does not have the model's routers or their losses.
         RankError: If a rank failed.
     """
@@ -169,6 +171,9 @@ def verify(
     arguments = {**(strategy or {}), "fold": fold}
     microbatches = arguments.get("num_microbatches") or 1
     parsed = Fold.parse(fold, ranks)
+    for name, value in {"steps": steps, "length": length}.items():
+        check_count(name, value)
+    MoEFoldStrategy(**arguments).settings.check_pipeline(parsed.pp)
     overrides: dict[str, Any] = {"output_router_logits": True}
     if layers is not None:
         with tempfile.TemporaryDirectory() as folder:

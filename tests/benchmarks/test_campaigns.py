@@ -24,7 +24,7 @@ def _run(script: str, *arguments: str) -> str:
 @pytest.mark.more
 def test_kills() -> None:
     said = _run("kills.py", "--kills", "4")
-    assert said.count("4 kills on 2 ranks") == 4
+    assert said.count("4 kills on 2 ranks") == 6
     assert "0 faults so far" in said
 
 
@@ -38,6 +38,23 @@ def test_damage() -> None:
 
 @pytest.mark.slow
 def test_fold_pairs() -> None:
-    said = _run("fold_pairs.py", "--ranks", "2", "--families", "qwen2_moe", "--next", "2")
+    said = _run("fold_pairs.py", "--ranks", "2", "--families", "qwen2_moe", "--reach", "1")
     assert "8 pairs on 2 ranks" in said
     assert "0 faults" in said
+
+
+@pytest.mark.slow
+def test_elastic() -> None:
+    assert "largest relative difference of a loss" in _run("elastic.py")
+
+
+@pytest.mark.more
+def test_illegal_requests() -> None:
+    said = _run("illegal.py", "--cases", "200", "--surfaces", "strategy")
+    assert "strategy: 200 requests" in said
+
+
+@pytest.mark.slow
+def test_illegal_commands() -> None:
+    said = _run("illegal.py", "--cases", "100", "--surfaces", "cli", "fit")
+    assert "cli: 50 requests" in said

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lightning_moefold import MoECausalLM, MoEFoldStrategy
+from lightning_moefold import MoECausalLM, MoEFoldStrategy, ResumableSampler
 from lightning_moefold.callbacks import NonFiniteGuard
 from lightning_moefold.callbacks.non_finite_guard import NonFinite
 from lightning_moefold.errors import NonFiniteError
 from lightning_moefold.modules.routers import RouterOptions
 from lightning_moefold.optim import MasterWeights
-from lightning_moefold.recipes.order import DatasetLoader
 from tests.strategy import finetune
 from tests.strategy.finetune import Finetune, Report
 from tests.strategy.plain_modules import trainer
@@ -163,8 +163,8 @@ def spiking(path: str, fold: str) -> list[dict[str, Any]]:
 
         def train_dataloader(self) -> Any:
             rows = [{"input_ids": row, "labels": row} for row in finetune.rows(48)]
-            strategy = self.trainer.strategy
-            return DatasetLoader(rows, 2, strategy.dp_rank, strategy.dp_size, shuffle=False)
+            sampler = ResumableSampler(rows, shuffle=False)
+            return DataLoader(rows, batch_size=2 // self.trainer.strategy.dp_size, sampler=sampler)  # type: ignore[arg-type]
 
     guard = NonFiniteGuard()
     run = trainer(

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -38,3 +40,62 @@ def test_sigterm_ends_all_ranks(tmp_path: Path, who: str) -> None:
         for process in psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []:
             process.kill()
         run.kill()
+
+
+def start_task(rank: int, ranks: int, port: int, path: Path, folder: Path) -> subprocess.Popen[str]:
+    """A rank as ``srun`` starts it; ``scontrol`` notes what it is told."""
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ, "PYTHONPATH": str(root), "PATH": f"{folder.parent}:{os.environ['PATH']}", "SLURM_NTASKS": str(ranks),
+        "SLURM_NTASKS_PER_NODE": str(ranks), "SLURM_NNODES": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "4242",
+        "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
+    command = [sys.executable, str(root / "tests/lifecycle/jobs_requeue.py"), str(path), str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def read_steps(task: subprocess.Popen[str], count: int) -> list[list[int]]:
+    """The next steps: their numbers, and their rows."""
+    assert task.stdout is not None
+    found: list[list[int]] = []
+    while len(found) < count:
+        line = task.stdout.readline()
+        assert line, "the run ended by itself"
+        if line.startswith("step "):
+            found.append([int(word) for word in line.split()[1:]])
+    return found
+
+
+@pytest.mark.slow
+def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
+    """SIGUSR1 reaches one rank only: both save after the same step and the job is requeued; then it resumes on one rank."""
+    path, folder = make_checkpoint(tmp_path / "model", "qwen3_moe", num_experts=4), tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tasks = [start_task(rank, 2, port, path, folder) for rank in range(2)]
+    try:
+        read_steps(tasks[0], 3)
+        tasks[1].send_signal(signal.SIGUSR1)
+        until = time.monotonic() + 120
+        while not (tmp_path / "said").exists():
+            assert time.monotonic() < until
+            read_steps(tasks[0], 1)
+        assert (tmp_path / "said").read_text() == "requeue 4242\n"
+        assert [p.name for p in folder.iterdir()] == ["hpc_ckpt_1.ckpt"]
+        read_steps(tasks[0], 5)  # it goes on until the scheduler ends it
+        for task in tasks:
+            task.kill()
+        (folder / ".hpc-ckpt-2.ckpt.0123abcd.tmp").mkdir()  # as a save that was killed leaves it
+        tasks += [start_task(0, 1, port, path, folder)]
+        [[step, *rows]] = read_steps(tasks[2], 1)
+        assert step > 2
+        assert rows == [2 * step, 2 * step + 1]
+    finally:
+        for task in tasks:
+            task.kill()
+            task.wait()

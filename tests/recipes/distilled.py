@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_moefold import MoEFoldStrategy
-from lightning_moefold.recipes import DatasetLoader, FineTuneModule, distillation_loss
+from lightning_moefold import MoEFoldStrategy, ResumableSampler
+from lightning_moefold.recipes import FineTuneModule, distillation_loss
 from tests.strategy.plain_modules import trainer
 
 
@@ -19,8 +20,8 @@ class Student(FineTuneModule):
         self.rows, self.size, self.losses, self.seen = rows, batch_size, [], []
 
     def train_dataloader(self) -> Any:
-        strategy = self.trainer.strategy
-        return DatasetLoader(self.rows, self.size, strategy.dp_rank, strategy.dp_size, seed=4)
+        rows: Any = self.rows
+        return DataLoader(rows, self.size // self.trainer.strategy.dp_size, sampler=ResumableSampler(rows, seed=4))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         output = self.model(**batch, loss_fn=distillation_loss(0.7, 2.0))
@@ -34,7 +35,6 @@ def fit(path: str, rows: list[dict[str, Tensor]], fold: str, microbatches: int) 
     student = Student(path, rows)
     run = trainer(
         MoEFoldStrategy(fold=fold, num_microbatches=microbatches), precision="64-true", max_epochs=1, max_steps=-1,
-        use_distributed_sampler=False,
     )  # fmt: skip
     run.fit(student)
     assert isinstance(student.model, nn.Module)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lightning_moefold.models.batch import IGNORED
-from lightning_moefold.recipes import DatasetLoader, InputError, distillation_loss, top_log_probabilities
+from lightning_moefold.recipes import InputError, distillation_loss, top_log_probabilities
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.recipes import distilled
 from tests.recipes.running import ROOT
@@ -80,32 +80,12 @@ def test_wrong_teachers():
         top_log_probabilities(logits, 7)
 
 
-def test_a_loader_of_a_dataset_of_ones_own_goes_on_where_it_stopped():
-    rows = distilled.make_rows(11, 13, 4, 2)
-
-    def first(batch: dict[str, torch.Tensor]) -> list[int]:
-        return [
-            n for n, label in zip(batch["input_ids"][:, 0].tolist(), batch["labels"], strict=True) if (label >= 0).any()
-        ]
-
-    whole = [n for batch in DatasetLoader(rows, 4, seed=1) for n in first(batch)]
-    assert sorted(whole) == list(range(11))
-    two = [DatasetLoader(rows, 4, rank, 2, seed=1) for rank in range(2)]
-    dealt = [next(iter(loader)) for loader in two]
-    seen = [n for pair in zip(*map(first, dealt), strict=True) for n in pair]
-    rest = DatasetLoader(rows, 4, seed=1)
-    rest.load_state_dict(two[0].state_dict())
-    seen += [n for batch in rest for n in first(batch)]
-    assert seen == whole
-    assert (list(rest)[-1]["labels"][-1] == IGNORED).all()
-
-
 @pytest.mark.more
 def test_a_student_under_folds(pool: RankPool, tmp_path: Path):
     path = str(make_checkpoint(tmp_path / "student", "mixtral"))
-    rows = distilled.make_rows(11, 96, 10, 5)
+    rows = distilled.make_rows(12, 96, 10, 5)
     [(losses, seen)] = pool.run(distilled.fit, path, rows, "", 2, ranks=1)
-    assert sorted(seen) == list(range(11))
+    assert sorted(seen) == list(range(12))
     assert losses[-1] < losses[0]
     for fold in ("pp2 | ep2", "tp2 cp2 | ep4"):
         for other, _ in pool.run(distilled.fit, path, rows, fold, 2, ranks=4):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from lightning_moefold.arguments import check_count
 from lightning_moefold.errors import InputError
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules.recompute_parts import Recompute
@@ -50,7 +51,12 @@ class PipelinePlan:
             raise InputError(
                 f"pipeline_schedule={self.schedule!r} is not known; use {' or '.join(map(repr, SCHEDULES))}."
             )
-        if self.split is not None and any(layers < 1 for layers in self.split):
+        if self.split is not None and not self.split:
+            raise InputError("pipeline_split=[] names no stage; give one number of layers for each, or None.")
+        for layers in self.split or ():
+            check_count("pipeline_split", layers, least=0)
+        check_count("num_stages_per_rank", self.stages_per_rank)
+        if self.split is not None and 0 in self.split:
             raise InputError(f"pipeline_split={list(self.split)} has a stage without layers; give each at least one.")
         v = self.stages_per_rank
         looped = self.schedule.startswith("interleaved")
