@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_moefold.callbacks.save_on_interrupt import SaveOnInterrupt
 from lightning_moefold.checkpoint.stores import parse_path
 from lightning_moefold.cli.messages import one_sentence
+from lightning_moefold.cli.resuming import endings, last_checkpoint, remove_empty_start
 from lightning_moefold.cli.terminal import peers_end_too, progress_display, quiet
 from lightning_moefold.errors import InputError, is_users, sentence
 from lightning_moefold.recipes.data import TextData
@@ -29,6 +31,8 @@ except ImportError:  # Lightning's own file needs yaml
 
 #: Defaults of a run, which a configuration may replace.
 SEED = 1
+#: Seconds that other ranks leave the first to say why all of them end.
+_GRACE = 10.0
 
 
 def run(subcommand: str, arguments: list[str]) -> int:
@@ -46,7 +50,11 @@ def run(subcommand: str, arguments: list[str]) -> int:
         if not is_users(error):
             raise
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            print(f"moefold {subcommand}: {sentence(error)}", file=sys.stderr)
+            print(f"moefold {subcommand}: {sentence(error)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(
+                _GRACE
+            )  # launchers kill the first rank when another ends; the first ends the others when it has spoken
         return 2
     return 0
 
@@ -181,7 +189,10 @@ class MoEFoldCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_fit(self) -> None:
-        """Prints the paths of the checkpoints."""
+        """Prints why a run ended early or made no step, and the paths of the checkpoints."""
+        if self.trainer.is_global_zero:
+            for line in endings(self.trainer):
+                print(line)
         saved = [
             c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c._last_checkpoint_saved
         ]
@@ -204,6 +215,17 @@ class MoEFoldCLI(LightningCLI):
             print(f"predictions  {_short(path)}  ({documents} document{'s' * (documents != 1)})")
 
     def _run_subcommand(self, subcommand: str) -> None:
+        began = time.time()
+        if self._get(self.config_init, "ckpt_path") == "last":
+            found = last_checkpoint(self.trainer)
+            self.config_init[subcommand]["ckpt_path"] = found
+            self.config[subcommand]["ckpt_path"] = found  # which config.yaml of the run records
         check_checkpoint(self._get(self.config_init, "ckpt_path"))
-        with peers_end_too(self.trainer):
-            super()._run_subcommand(subcommand)
+        try:
+            with peers_end_too(self.trainer):
+                super()._run_subcommand(subcommand)
+        except BaseException:
+            remove_empty_start(self.trainer, began)
+            raise
+        if subcommand == "fit":
+            remove_empty_start(self.trainer, began)  # a resumed run without a step to make

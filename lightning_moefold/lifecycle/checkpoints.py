@@ -55,10 +55,13 @@ class SharedCheckpoints(ParallelStrategy):
     _choice: dict[str, Any] | None = None
     #: Counts the labels of the optimizer step, if its loss is divided by them.
     _step_ahead: StepAhead | None = None
+    #: Step of the checkpoint from which this fit goes on; None for a fit from the beginning.
+    resumed_step: int | None = None
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
         self._registry = None  # belongs to an earlier entry point, perhaps of another module
+        self.resumed_step = None
         super().connect(model)
 
     @property
@@ -237,7 +240,9 @@ class SharedCheckpoints(ParallelStrategy):
         if not self._sharded:
             if not str(path).startswith("http") and stores.is_file(stores.join(path, META)):
                 raise UnsupportedFeature(f"{path} was saved by a model with MoE layers; this module has none.")
-            return super().load_checkpoint(path, weights_only)
+            checkpoint = super().load_checkpoint(path, weights_only)
+            self._say_resumed(path, checkpoint)
+            return checkpoint
         if stores.is_file(path):
             raise UnsupportedFeature(
                 f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
@@ -255,7 +260,18 @@ class SharedCheckpoints(ParallelStrategy):
             take_position(meta, path, self.lightning_module.trainer, self._registry.mesh)
         optimizers = self.optimizers if fitting else []
         load_training_state(path, meta, self._registry, self.lightning_module, optimizers, check=self.checksums)
+        self._say_resumed(path, meta)
         return meta
+
+    def _say_resumed(self, path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+        """Says after which step, and under which fold, a fit goes on."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.resumed_step = checkpoint.get("global_step")
+        before, now = checkpoint.get("fold"), "" if self._mesh is None else str(self._mesh.fold)
+        folds = f", fold {before} to {now}" if before not in (None, now) else f", fold {now}" if now else ""
+        fold_choice.announce(f"resuming after step {self.resumed_step}{folds}: {path}")
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
