@@ -62,7 +62,7 @@ def write_load(folder: Path) -> None:
 def test_metrics_by_step(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     run = read_run(tmp_path)
-    assert list(run.versions) == ["logs/version_0"]
+    assert list(run.versions) == ["version_0"]
     (loss,), (val,) = run.having("train/loss").values(), run.having("val/loss").values()
     assert loss.steps.tolist() == [1, 2, 3, 4]
     assert loss.values.tolist() == [4, 3, 2, 1]

@@ -51,6 +51,8 @@ def search(
     pool: dict[str, Estimate] = {}
     examined = 0
     own = by_profile[job.routing.name]
+    # No plan is faster under uneven routing than under balanced routing, whose bounds therefore serve every profile.
+    order = [*own.values()][-1].in_order() if job.routing == BALANCED else None
     for name, planners in by_profile.items():
         kept: dict[Fold, Estimate] = {}
         if planners is not own:  # begins with the plans found so far, to leave out those that are slower
@@ -58,7 +60,7 @@ def search(
             best = sorted((e for e in known if e.fits), key=lambda e: e.step_time, reverse=True)
             kept = {e.plan.fold: e for e in best[-_OF_OTHERS:]}
         first, *others = planners.values()
-        examined += first.collect(kept, keep if planners is own else _OF_OTHERS, others)
+        examined += first.collect(kept, keep if planners is own else _OF_OTHERS, others, order)
         found += kept.values()
         if kept:
             pool[name] = min(kept.values(), key=lambda e: e.step_time)

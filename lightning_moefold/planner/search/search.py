@@ -265,18 +265,26 @@ class Planner:
             return Result(self.job, sorted(kept.values(), key=_rank), plain, examined)
         return Result(self.job, [self.smallest()], plain, examined)
 
-    def collect(self, kept: dict[Fold, Estimate], keep: int, others: Sequence[Planner] = ()) -> int:
+    def collect(
+        self,
+        kept: dict[Fold, Estimate],
+        keep: int,
+        others: Sequence[Planner] = (),
+        order: Sequence[tuple[float, Fold, int]] | None = None,
+    ) -> int:
         """Adds the best plans to ``kept``, which then has the ``keep`` fastest folds; returns how many were examined.
 
         Args:
             kept: The best plan of each fold so far.
             keep: Number of folds to keep.
             others: Planners of the same job under other shardings, which need less memory and are not faster.
+            order: Folds and micro-batch sizes with lower bounds of their step time, the lowest first; by default those of
+                :meth:`bounded`.
         """
         examined = 0
         slowest = max(e.step_time for e in kept.values()) if len(kept) >= keep else float("inf")
         planners = (self, *others)
-        for bound, fold, size in sorted(planners[-1].bounded(), key=lambda item: item[0]):
+        for bound, fold, size in planners[-1].in_order() if order is None else order:
             if bound >= slowest:
                 break
             examined += 1
@@ -291,6 +299,10 @@ class Planner:
             if len(kept) == keep:
                 slowest = max(e.step_time for e in kept.values())
         return examined
+
+    def in_order(self) -> list[tuple[float, Fold, int]]:
+        """Returns the folds and micro-batch sizes of :meth:`bounded`, those with the lowest bounds first."""
+        return sorted(self.bounded(), key=lambda item: item[0])
 
     def bounded(self) -> Iterator[tuple[float, Fold, int]]:
         """Yields folds and micro-batch sizes whose weights and states fit, with a lower bound of their step time."""
