@@ -220,16 +220,28 @@ class Planner:
         """
         bounds = {name: self.costs.lower_bound(fold, micro_batch, name) for name in self._dispatchers(fold)}
         best: Estimate | None = None
+
+        def too_slow(bound: float) -> bool:
+            return bound >= (min(slowest, best.step_time) if best is not None and best.fits else slowest)
+
+        fastest = min(bounds, key=bounds.__getitem__)
         for dispatcher in sorted(bounds, key=bounds.__getitem__):
-            if bounds[dispatcher] >= (min(slowest, best.step_time) if best is not None and best.fits else slowest):
+            if too_slow(bounds[dispatcher]):
                 break
-            ladders = list(self.plans(fold, micro_batch, dispatcher))
-            found = [e for ladder in ladders if (e := self._first_that_fits(ladder, only_fitting)) is not None]
-            best = min([*found, *([best] if best else [])], key=_rank, default=None)
-            if len(found) == len(ladders) and all(
-                e.fits and e.plan.recompute == self.space.recomputes[0] for e in found
-            ):
-                return best, bool(found)
+            ladders = [
+                (bounds[dispatcher] + self.costs.least_bubble(ladder[0], bounds[dispatcher]), ladder)
+                for ladder in self.plans(fold, micro_batch, dispatcher)
+            ]
+            settled = bool(ladders)
+            for bound, ladder in sorted(ladders, key=lambda item: item[0]):
+                if too_slow(bound):
+                    break
+                found = self._first_that_fits(ladder, only_fitting)
+                settled &= found is not None and found.fits and found.plan.recompute == self.space.recomputes[0]
+                if found is not None and (best is None or _rank(found) < _rank(best)):
+                    best = found
+            if settled:
+                return best, best is not None and dispatcher == fastest
         return best, False
 
     def _first_that_fits(self, ladder: list[Plan], only_fitting: bool) -> Estimate | None:
