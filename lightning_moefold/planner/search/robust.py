@@ -2,9 +2,9 @@
 """The search that answers "what shall I run?": plans ranked by their steps under several routing profiles. Pure Python.
 
 How evenly tokens will choose experts is not known before a run, and a MoE layer waits for its busiest rank. So each profile is
-searched on its own, under every sharding (uneven ones over the most promising folds, if there are many). The best plans under the job's own profile, and the best three under each other one, are
-then predicted under all profiles, and ranked by the mean of their seconds per step. A step that does not fit counts
-:data:`~.cost.NO_FIT` times, because such a run stops.
+searched on its own, under every sharding; uneven ones over the most promising folds, if there are very many. The best plans under
+the job's own profile, and the best three under each other one, are then predicted under all profiles, and ranked by the mean of
+their seconds per step. A step that does not fit counts :data:`~.cost.NO_FIT` times, because such a run stops.
 """
 
 from __future__ import annotations
