@@ -14,9 +14,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_moefold.cli.resuming import endings, last_checkpoint, remove_empty_start
 from lightning_moefold.errors import CheckpointError
+from lightning_moefold.lifecycle.checkpoints import SharedCheckpoints
 
 
 def checkpoint(folder: Path, name: str, when: int, complete: bool = True) -> Path:
@@ -77,6 +79,24 @@ def test_a_fit_says_why_it_ended() -> None:
     assert endings(trainer) == [f"{told}val/loss has not improved on 2.5 in 2 validations"]
     trainer.callbacks = []
     assert endings(trainer) == [f"{told}a callback or the module has set trainer.should_stop"]
+
+
+@pytest.mark.parametrize(("before", "told"), [
+    ("tp1 | ep2", "resuming after step 12, fold tp1 | ep2 to tp2 | ep1: last.ckpt"),
+    ("tp2 | ep1", "resuming after step 12, fold tp2 | ep1: last.ckpt"),
+    (None, "resuming after step 12, fold tp2 | ep1: last.ckpt"),  # a single file of Lightning's, which names no fold
+])  # fmt: skip
+def test_a_resumed_run_says_where_it_goes_on(capsys: pytest.CaptureFixture[str], before: str | None, told: str) -> None:
+    strategy: Any = SimpleNamespace(
+        lightning_module=SimpleNamespace(trainer=SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))),
+        _mesh=SimpleNamespace(fold="tp2 | ep1"), resumed_step=None,
+    )  # fmt: skip
+    SharedCheckpoints._say_resumed(strategy, "last.ckpt", {"global_step": 12, "fold": before})
+    assert capsys.readouterr().out.strip() == told
+    assert strategy.resumed_step == 12
+    strategy.lightning_module.trainer.state.fn = TrainerFn.VALIDATING
+    SharedCheckpoints._say_resumed(strategy, "last.ckpt", {"global_step": 12})
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("logger", ["csv", "tensorboard"])
