@@ -73,5 +73,6 @@ def _different_fields(meta: Mapping[str, Any], registry: ParameterRegistry) -> l
             f"{field} is {before.get(field)} there and {now.get(field)} here"
             for field in dict.fromkeys((*before, *now))
             if now and field not in NEUTRAL and before.get(field) != now.get(field)
+            if not isinstance(before.get(field, now.get(field)), (list, dict))  # which follow from numbers
         ]
     return [*fields[:_MOST], *(["..."] if len(fields) > _MOST else [])]
