@@ -120,8 +120,13 @@ def _metrics(path: Path, notes: list[str]) -> dict[str, Series]:
 
 
 def _parent(version: Version, places: Sequence[Path]) -> Path | None:
-    """Returns the folder of the version whose checkpoint this one resumes from, if it is among the places."""
+    """Returns the folder of the version whose checkpoint this one resumes from, if it is among the places.
+
+    A validation of a checkpoint is not a resumed run: its metrics are logged at the first step.
+    """
     given = version.settings.get("ckpt_path")
+    if min(series.steps[0] for series in version.metrics.values()) <= 1:
+        return None
     above = set(Path(given).absolute().parents) if isinstance(given, str) else set()
     known = (version.folder, *version.chain)
     return next((place for place in places if place.absolute() in above and place not in known), None)

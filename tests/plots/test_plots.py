@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -334,7 +335,17 @@ def test_a_resumed_run_is_joined_with_the_run_before(tmp_path: Path) -> None:
     assert metrics["train/loss"].values.tolist() == [4, 3, 2, 1, 0, -1]
     assert metrics["val/loss"].steps.tolist() == [2, 6]  # that of step 4 was measured by the first run, and not again
     assert run.notes == []
+    validated = CSVLogger(tmp_path, name="logs", version=3)  # moefold validate --ckpt_path
+    validated.log_metrics({"val/loss": 2.0}, 0)
+    validated.save()
+    configure(Path(validated.log_dir) / "metrics.csv", 0.001, then.parent / "checkpoints" / "last.ckpt")
+    assert list(read_run(tmp_path).versions) == ["version_1 (resumed from version_0)", "version_3"]
+    shutil.rmtree(validated.log_dir)
     elsewhere = write_metrics(tmp_path.parent / f"{tmp_path.name}-more", 0, 8)
+    rows = elsewhere.read_text().splitlines()
+    elsewhere.write_text(
+        "\n".join(row for row in rows if row and row.split(",")[step] not in ("0", "1", "2", "3", "4", "5"))
+    )
     configure(elsewhere, 0.001, then.parent / "checkpoints" / "last.ckpt")
     run = read_runs([tmp_path, elsewhere.parents[2]])
     assert list(run.versions) == ["version_0 (resumed from version_0 and version_1)"]
