@@ -137,7 +137,8 @@ def read_runs(folders: Sequence[Path]) -> Run:
     names = name_versions([version for _, version in newest], [folder for folder, _ in newest])
     versions = dict(zip(names, (version.metrics for _, version in newest), strict=True))
     last = runs[-1]
-    return Run(last.folder, ", ".join(names), versions, last.load, last.placement, last.timeline, notes)
+    title = ", ".join(name.partition(" (")[0] for name in names)
+    return Run(last.folder, title, versions, last.load, last.placement, last.timeline, notes)
 
 
 def _read_load(run: Run) -> None:
