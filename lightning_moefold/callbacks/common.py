@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import SINGLE, Axis
@@ -28,11 +29,11 @@ class LogSchedule:
         if every_n_steps is not None and every_n_steps < 1:
             raise InputError(f"log_every_n_steps={every_n_steps} must be at least 1, or None for the Trainer's.")
         self.every_n_steps = every_n_steps
-        self._step = self._previous = 0
+        self._step = self._previous = self._first = 0
 
     def start(self, trainer: pl.Trainer) -> None:
         """Starts to count at the Trainer's current step, which is not zero after a restart."""
-        self._step = self._previous = trainer.global_step
+        self._step = self._previous = self._first = trainer.global_step
 
     def step_ended(self, trainer: pl.Trainer) -> bool:
         """Whether an optimizer step was made since the last call. Must be called once at the end of each batch."""
@@ -45,6 +46,16 @@ class LogSchedule:
             # Private, but Lightning's own monitors use it; it is valid from the start to the end of a batch.
             return trainer._logger_connector.should_update_logs
         return self._step // self.every_n_steps > self._previous // self.every_n_steps
+
+    def explain_silence(self, trainer: pl.Trainer, monitor: pl.Callback) -> None:
+        """Warns at the end of a fit of which no step was logged, and says why."""
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        made = trainer.global_step - self._first
+        if made and not trainer.barebones and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"{type(monitor).__name__} has logged nothing: it logs every {every} optimizer steps, and this fit made {made}; "
+                "lower log_every_n_steps."
+            )
 
 
 def world_axis(trainer: pl.Trainer) -> Axis:

@@ -103,6 +103,8 @@ class LoadBalanceMonitor(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.latest and self._reader is not None and self._reader.rows:
+            self._schedule.explain_silence(trainer, self)
         self._reader = None
         if not self.keep_history or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

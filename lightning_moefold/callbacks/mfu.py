@@ -128,6 +128,11 @@ class MFUMonitor(pl.Callback):
         self.peak = self._total_peak(trainer)
         self._work.share_frozen(self._axis)
         self._stopwatch = Stopwatch(self._make_clock(trainer.strategy.root_device))
+        if not self._work.knows_flops:
+            rank_zero_warn(
+                "MFUMonitor does not know how many FLOPs this module computes, so it logs no MFU; give the module the attribute "
+                "flops_per_token or flops_per_batch."
+            )
 
     def _make_clock(self, device: torch.device) -> Clock:
         if self.clock is not None:
@@ -190,6 +195,8 @@ class MFUMonitor(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stopwatch = None
+        if not self.latest:
+            self._schedule.explain_silence(trainer, self)
 
     # ---- figures -------------------------------------------------------------------------------------------------
 

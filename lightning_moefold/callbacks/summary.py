@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FoldSummary: prints a model's parameters and how a fold spreads them. Sizes come from layouts, without communication."""
+"""FoldSummary: prints a model's parameters and how a fold spreads them, from layouts."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
+from lightning_moefold.mesh import Axis
 from lightning_moefold.modules import Attention, GatedMLP, MoELayer, RMSNorm, Router
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.experts.experts import RoutedExperts
@@ -116,14 +118,14 @@ class ModelSummary:
 
     def size_range(self, name: str = "total") -> tuple[int, int]:
         """Returns the fewest and most parameters of a group that a rank stores."""
-        return self.groups[name].range(self.fold.world_size // self.fold.pp)
+        return self.groups[name].range(self.fold.world_size)
 
     def memory(self, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:
         """Returns the fewest and most bytes that a rank keeps between steps: weights, gradients, optimizer states, and their sum.
 
         Gathered weights and activations are not included. An optimizer whose states are unknown is left out.
         """
-        ranks = range(self.fold.world_size // self.fold.pp)
+        ranks = range(self.fold.world_size)
         parts = {
             "weights": [self.weight_bytes[rank] for rank in ranks],
             "gradients": [self.gradient_bytes[rank] for rank in ranks],
@@ -145,42 +147,65 @@ class ModelSummary:
         table = [_HEAD, *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(len(_HEAD))]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
-        title = f"Fold {self.fold}" + (", the layers of the first pipeline rank" if self.fold.pp > 1 else "")
-        return "\n".join([title, lines[0], "-" * len(lines[0]), *lines[1:]])
+        return "\n".join([f"Fold {self.fold}", lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 _HEAD = ("parameters", "total", "active", "trainable", "frozen", "per rank")
 
 
-def summarize_model(module: nn.Module, fold: Fold) -> ModelSummary:
-    """Counts the parameters of a module under ``fold``, without communication; in a pipeline only those of this rank's stages.
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: its layout, its kind, the share of it that a token uses, whether it is trained, and bytes per element."""
+
+    layout: ParameterLayout
+    kind: str
+    active: float
+    trainable: bool
+    element_size: int
+
+
+def summarize_model(module: nn.Module, fold: Fold, pp: Axis | None = None) -> ModelSummary:
+    """Counts the parameters of a module under ``fold``. Collective over ``pp`` if it is given.
 
     Args:
         module: Usually a LightningModule. Parameters of language models and blocks have layouts; every rank stores all
             other parameters.
         fold: The fold under which the module has been parallelised, or any fold if it has not.
+        pp: The ranks that hold the other stages of the model; None counts the parameters that are here.
     """
-    layouts = _layouts_of(module)
+    entries = _entries(module)
+    parts = [entries]
+    if pp is not None and pp.size > 1:
+        everyone: list[Any] = [None] * pp.size
+        dist.all_gather_object(everyone, entries, group=pp.group)
+        parts = everyone
+    whole = {name: entry for part in parts for name, entry in part.items()}  # two stages hold a tied embedding
     kinds: dict[str, Size] = defaultdict(Size)
     families: dict[str, Size] = defaultdict(Size)
     total, weight_bytes, gradient_bytes = Size(), Counter[int](), Counter[int]()
     stored: dict[ParameterLayout, Counter[int]] = {}  # layers repeat, and there may be thousands of ranks
-    roles = _Roles(module)
-    for name, parameter in module.named_parameters():
-        layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
+    for entry in whole.values():
+        layout = entry.layout
         if layout not in stored:
             stored[layout] = Counter({rank: layout.stored_box(fold, rank).numel for rank in range(fold.world_size)})
-        kind, active = roles.of(name)
         # A model that has not been parallelised has no families in its layouts yet.
-        family = Family.EXPERT if kind == "experts" else layout.plan.family
-        for size in (kinds[kind], families[family.value], total):
-            _add(size, layout, active, parameter.requires_grad, stored[layout])
+        family = Family.EXPERT if entry.kind == "experts" else layout.plan.family
+        for size in (kinds[entry.kind], families[family.value], total):
+            _add(size, layout, entry.active, entry.trainable, stored[layout])
         for rank, number in stored[layout].items():
-            weight_bytes[rank] += number * parameter.element_size()
-            gradient_bytes[rank] += number * parameter.element_size() * parameter.requires_grad
+            weight_bytes[rank] += number * entry.element_size
+            gradient_bytes[rank] += number * entry.element_size * entry.trainable
     groups = {kind: kinds[kind] for kind in _ORDER if kind in kinds}
     groups |= {f"{f.value} family": families[f.value] for f in Family if f.value in families}
     return ModelSummary(fold, groups | {"total": total}, weight_bytes, gradient_bytes)
+
+
+def _entries(module: nn.Module) -> dict[str, Entry]:
+    layouts, roles, entries = _layouts_of(module), _Roles(module), {}
+    for name, parameter in module.named_parameters():
+        layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
+        entries[name] = Entry(layout, *roles.of(name), parameter.requires_grad, parameter.element_size())
+    return entries
 
 
 def _layouts_of(module: nn.Module) -> dict[int, ParameterLayout]:
@@ -264,8 +289,9 @@ class FoldSummary(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy, optimizers = trainer.strategy, trainer.optimizers
         # Under another strategy every rank is assumed to hold the whole model.
-        fold = strategy.fold if isinstance(strategy, MoEFoldStrategy) else Fold(1)
-        summary = summarize_model(pl_module, fold)
+        folded = isinstance(strategy, MoEFoldStrategy)
+        fold, pp = (strategy.fold, strategy.mesh.axis("pp")) if folded else (Fold(1), None)
+        summary = summarize_model(pl_module, fold, pp)
         self._print(summary, optimizers[0] if len(optimizers) == 1 else None)
         total = summary.total
         totals = {

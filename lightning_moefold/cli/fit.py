@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,8 +16,10 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_moefold.callbacks.save_on_interrupt import SaveOnInterrupt
+from lightning_moefold.checkpoint.sharded import META
 from lightning_moefold.checkpoint.stores import parse_path
-from lightning_moefold.cli.messages import one_sentence
+from lightning_moefold.cli.messages import one_sentence, unlogged
+from lightning_moefold.cli.resuming import endings, last_checkpoint, remove_empty_start
 from lightning_moefold.cli.terminal import peers_end_too, progress_display, quiet
 from lightning_moefold.errors import InputError, is_users, sentence
 from lightning_moefold.recipes.data import TextData
@@ -31,6 +34,12 @@ except ImportError:  # Lightning's own file needs yaml
 
 #: Defaults of a run, which a configuration may replace.
 SEED = 1
+#: Seconds that other ranks leave the first to say why all of them end.
+_GRACE = 10.0
+#: What Lightning finds by itself.
+_NAMED = ("last", "best", "hpc")
+#: So many checkpoints of a directory are named.
+_SHOWN = 5
 
 
 def run(subcommand: str, arguments: list[str]) -> int:
@@ -48,7 +57,11 @@ def run(subcommand: str, arguments: list[str]) -> int:
         if not is_users(error):
             raise
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            print(f"moefold {subcommand}: {sentence(error)}", file=sys.stderr)
+            print(f"moefold {subcommand}: {unlogged(str(error)) or sentence(error)}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(
+                _GRACE
+            )  # launchers kill the first rank when another ends; the first ends the others when it has spoken
         return 2
     return 0
 
@@ -98,20 +111,29 @@ def launched() -> dict[str, int]:
 
 
 def check_checkpoint(given: Any) -> None:
-    """Refuses a ``--ckpt_path`` that is a directory of something else than a run's checkpoint, before any rank is started.
+    """Refuses a ``--ckpt_path`` that is absent or something else than a run's checkpoint, before any rank is started.
 
     Raises:
-        InputError: If it is a model in Hugging Face format, or a directory that holds checkpoints.
+        InputError: If there is nothing, a model in Hugging Face format, or a directory that holds checkpoints.
     """
-    if not isinstance(given, (str, Path)) or not Path(given).is_dir() or (Path(given) / "meta.pt").is_file():
+    text = str(given)
+    if not isinstance(given, (str, Path)) or text in _NAMED or text.startswith(("http", "registry")):
         return
-    if (Path(given) / "config.json").is_file():
+    path = parse_path(given)
+    if isinstance(path, str) or path.is_file() or (path / META).is_file():
+        return
+    if not path.exists():
+        raise InputError(
+            f"--ckpt_path {given} does not exist; --ckpt_path last takes the newest checkpoint of the run."
+        )
+    if (path / "config.json").is_file():
         raise InputError(
             f"--ckpt_path {given} is a model in Hugging Face format, not a checkpoint of a run; give it as --model.checkpoint."
         )
-    inside = sorted(path.name for path in Path(given).iterdir() if path.suffix == ".ckpt")
+    inside = sorted(str(found.relative_to(path)) for found in path.rglob("*.ckpt"))
     if inside:
-        raise InputError(f"--ckpt_path {given} is a directory of checkpoints; give one of them: {', '.join(inside)}.")
+        shown = ", ".join(inside[:_SHOWN]) + f" and {len(inside) - _SHOWN} more" * (len(inside) > _SHOWN)
+        raise InputError(f"--ckpt_path {given} is a directory of checkpoints; give one of them: {shown}.")
 
 
 def _short(path: str | Path) -> str:
@@ -193,7 +215,10 @@ class MoEFoldCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_fit(self) -> None:
-        """Prints the paths of the checkpoints."""
+        """Prints why a run ended early or made no step, and the paths of the checkpoints."""
+        if self.trainer.is_global_zero:
+            for line in endings(self.trainer):
+                print(line)
         saved = [
             c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c._last_checkpoint_saved
         ]
@@ -216,6 +241,17 @@ class MoEFoldCLI(LightningCLI):
             print(f"predictions  {_short(path)}  ({documents} document{'s' * (documents != 1)})")
 
     def _run_subcommand(self, subcommand: str) -> None:
+        began = time.time()
+        if self._get(self.config_init, "ckpt_path") == "last":
+            found = last_checkpoint(self.trainer)
+            self.config_init[subcommand]["ckpt_path"] = found
+            self.config[subcommand]["ckpt_path"] = found  # which config.yaml of the run records
         check_checkpoint(self._get(self.config_init, "ckpt_path"))
-        with peers_end_too(self.trainer):
-            super()._run_subcommand(subcommand)
+        try:
+            with peers_end_too(self.trainer):
+                super()._run_subcommand(subcommand)
+        except BaseException:
+            remove_empty_start(self.trainer, began)
+            raise
+        if subcommand == "fit":
+            remove_empty_start(self.trainer, began)  # a resumed run without a step to make

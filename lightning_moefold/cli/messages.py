@@ -20,12 +20,32 @@ _SECTIONS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_sch
 _OWNERS = {"model": FineTuneModule, "data": TextData, "trainer": pl.Trainer, "trainer.strategy": MoEFoldStrategy}
 _UNKNOWN_OPTION = r"([\w.]+): Option '(\w+)' is not accepted$|unrecognized arguments: --([\w.]+)\.(\w+)"
 
+#: Lightning's messages by callback: the metric, and the list of those that were logged.
+_UNLOGGED = {
+    "EarlyStopping": r"Early stopping conditioned on metric `([^`]+)`.*following: (.*)",
+    "ModelCheckpoint": r"`ModelCheckpoint\(monitor='([^']+)'\)` could not find.*?metrics: \[(.*?)\]",
+}
+_SHOWN = 5
+
 
 def one_sentence(message: str) -> str:
     """Returns the reason of an error, with the known name that is most similar to an unknown one."""
     sentence = _reason(message)
     close = _closest(sentence)
     return f"{sentence}; did you mean {close}?" if close else sentence
+
+
+def unlogged(message: str) -> str | None:
+    """Shortens Lightning's messages about a monitored metric that was never logged; returns None for other messages."""
+    for callback, pattern in _UNLOGGED.items():
+        if found := re.match(pattern, message, re.DOTALL):
+            name, known = found[1], re.findall(r"[`']([^`']+)[`']", found[2])
+            close = _most_like(name, known)
+            others = [other for other in known if not other.startswith(("moe/", "lr-"))][:_SHOWN]
+            more = " and others" if len(others) < len(known) else ""
+            hint = f"did you mean {close}?" if close else f"logged are {', '.join(others)}{more}." if others else ""
+            return f"{callback} monitors {name}, which was never logged; {hint or 'log it with self.log.'}"
+    return None
 
 
 def _closest(sentence: str) -> str | None:

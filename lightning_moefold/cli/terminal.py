@@ -19,6 +19,9 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 def quiet() -> None:
     """Silences messages that do not help the user: tips, device lists, advice on data loading."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.trainer.connectors.signal_connector").setLevel(
+        logging.WARNING
+    )  # SIGTERM to peers
     logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     for pattern in (
@@ -47,6 +50,8 @@ def peers_end_too(trainer: pl.Trainer) -> Iterator[None]:
         launcher = trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGTERM)
+            # Lightning's watcher of these processes would kill this one, which may not have said yet why it fails.
+            getattr(launcher, "procs", []).clear()
         raise
 
 

@@ -58,11 +58,14 @@ class SharedCheckpoints(ParallelStrategy):
     _data_order: DataOrder
     #: Counts the labels of the optimizer step, if its loss is divided by them.
     _step_ahead: StepAhead | None = None
+    #: Step of the checkpoint from which this fit goes on; None for a fit from the beginning.
+    resumed_step: int | None = None
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
         self._registry = None  # belongs to an earlier entry point, perhaps of another module
         self._data_order = DataOrder()
+        self.resumed_step = None
         super().connect(model)
 
     @property
@@ -247,6 +250,7 @@ class SharedCheckpoints(ParallelStrategy):
                 raise UnsupportedFeature(f"{path} was saved by a model with MoE layers; this module has none.")
             checkpoint = super().load_checkpoint(path, weights_only)
             self._load_order(checkpoint, path)
+            self._say_resumed(path, checkpoint)
             return checkpoint
         if stores.is_file(path):
             raise UnsupportedFeature(
@@ -266,12 +270,23 @@ class SharedCheckpoints(ParallelStrategy):
         self._load_order(meta, path)
         optimizers = self.optimizers if fitting else []
         load_training_state(path, meta, self._registry, self.lightning_module, optimizers, check=self.checksums)
+        self._say_resumed(path, meta)
         return meta
 
     def _load_order(self, checkpoint: Mapping[str, Any], path: Any) -> None:
         module = self.lightning_module
         if module is not None and module.trainer.state.fn == TrainerFn.FITTING:
             self._data_order.load(checkpoint, path, module.trainer)
+
+    def _say_resumed(self, path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+        """Says after which step, and under which fold, a fit goes on."""
+        assert self.lightning_module is not None
+        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.resumed_step = checkpoint.get("global_step")
+        before, now = checkpoint.get("fold"), "" if self._mesh is None else str(self._mesh.fold)
+        folds = f", fold {before} to {now}" if before not in (None, now) else f", fold {now}" if now else ""
+        fold_choice.announce(f"resuming after step {self.resumed_step}{folds}: {path}")
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

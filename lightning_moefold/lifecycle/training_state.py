@@ -36,6 +36,7 @@ from lightning_moefold.checkpoint.sharded import (
 )
 from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.lifecycle import adapter_runs
+from lightning_moefold.lifecycle.same_model import check_same_model
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.optim.state_offload import bring_state
@@ -295,12 +296,8 @@ def load_training_state(
     state = {
         name: value for name, value in module.state_dict().items() if isinstance(value, Tensor) and name not in of_base
     }
-    missing = [name for name in state if f"model.{name}" not in stored.items]
-    known = {f"model.{name}" for name in (*state, *registry.elsewhere)}
-    extra = [name for name in stored.items if name.startswith("model.") and name not in known]
-    if missing or extra:
-        what = f"has no {'model.' + missing[0]!r}" if missing else f"holds {extra[0]!r}, which the module does not have"
-        raise CheckpointError(f"{path} {what}; load it with the module it was saved from.")
+    with agreeing(world, CheckpointError):  # another stage of a pipeline may hold what differs
+        check_same_model(path, meta, state, {name: tuple(item.size) for name, item in stored.items.items()}, registry)
     groups = meta.pop("optimizer_groups", [])
     if optimizers and not groups:
         raise CheckpointError(
@@ -338,9 +335,7 @@ def _prepare_optimizer(
     names = _names(optimizer, registry)
     mine = [set(g["params"]) for g in _groups(optimizer, names)]
     if [set(g["params"]) - registry.elsewhere for g in groups] != mine:
-        raise CheckpointError(
-            f"optimizer {index} groups its parameters differently from the checkpoint; configure it alike."
-        )
+        raise CheckpointError(f"optimizer {index} {_other_groups(groups, mine, registry)}; configure it alike.")
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
         group.update({k: v for k, v in saved.items() if k != "params"})
     by_name = {names[id(p)]: p for g in optimizer.param_groups for p in g["params"] if id(p) in names}
@@ -362,6 +357,22 @@ def _prepare_optimizer(
         tensors[full] = _describe(value, name, registry)
         values.setdefault(parameter, {})[key] = value
     return optimizer, values
+
+
+def _other_groups(saved: list[dict[str, Any]], mine: list[set[str]], registry: ParameterRegistry) -> str:
+    """Says in what an optimizer's groups differ from those of the checkpoint."""
+    if len(saved) != len(mine):
+        return f"has {len(mine)} parameter groups, and the checkpoint holds the state of {len(saved)}"
+    of_checkpoint = {
+        name: i for i, group in enumerate(saved) for name in group["params"] if name not in registry.elsewhere
+    }
+    of_run = {name: i for i, group in enumerate(mine) for name in group}
+    name = min(n for n in of_checkpoint | of_run if of_checkpoint.get(n) != of_run.get(n))
+    if name not in of_run:
+        return f"does not have {name!r}, whose state the checkpoint holds"
+    if name not in of_checkpoint:
+        return f"has {name!r}, which was frozen or had another optimizer when the checkpoint was saved"
+    return f"has {name!r} in group {of_run[name]}, and the checkpoint in group {of_checkpoint[name]}"
 
 
 def _empty_state(parameter: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from lightning_moefold.plots.lines import LONG, STEP, draw_series, draw_versions, finish, top_of
-from lightning_moefold.plots.read import Run, Series
+from lightning_moefold.plots.read import Run
 from lightning_moefold.plots.style import COLORS, make_figure
+from lightning_moefold.plots.versions import Series
 
 _LOSS = re.compile(r"(^|[/_.])loss(_step|_epoch)?$")
 _VALIDATION = re.compile(r"^(val|valid|validation|eval|test)[/_.]")
@@ -27,8 +28,12 @@ _MEMORY = (
     ("train/memory_allocated_gb", "allocated"),
 )
 
-#: Metrics in the picture of those that have no picture of their own.
+#: Panels in the picture of metrics that have no picture of their own.
 MOST = 12
+#: Metrics that say what others say, in other units.
+_SAME = ("epoch", "train/tflops_per_device", "train/tokens_per_second_per_device")
+#: From this ratio of values on, lines in one panel are drawn on a logarithmic axis.
+_WIDE = 20.0
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
@@ -108,7 +113,7 @@ def draw_speed(run: Run) -> Any:
         typical = float(np.median(list(found.values())[-1].values)) * scale
         axes.axhline(typical, color="0.5", linewidth=0.9, linestyle=":")
         figure_text = f"{typical:,.3g}" if typical < 1000 else f"{typical:,.0f}"
-        axes.set_title(f"median {figure_text} {unit}", loc="right", fontsize=9)
+        axes.set_title(f"median {figure_text}{unit if unit == '%' else ' ' + unit}", loc="right", fontsize=9)
         finish(axes, label, zero=True)
     panels[-1].set(xlabel=STEP)
     return figure
@@ -139,21 +144,50 @@ def draw_memory(run: Run) -> Any:
 def draw_metrics(run: Run) -> Any:
     """Draws every other metric: the learning rate, the gradient norm, and whatever the user has logged, such as ``val/acc``."""
     names = [name for name in other_names(run.names()) if any(len(s.values) > 1 for s in run.having(name).values())]
-    if not names:
+    panels = metric_panels(names)
+    if not panels:
         return None
-    figure, panels = make_figure(f"Other metrics: {run.title}", [1.9] * len(names), share_x=True)
-    for axes, name in zip(panels, names, strict=True):
-        draw_versions(axes, run, name, "")
-        finish(axes, name)
-    panels[-1].set(xlabel=STEP)
+    figure, axes = make_figure(f"Other metrics: {run.title}", [1.9] * len(panels), share_x=True)
+    for one, (title, members) in zip(axes, panels.items(), strict=True):
+        one.set_title(title, loc="left", fontsize=10)
+        if len(run.versions) > 1:  # one line per version, or there would be too many
+            draw_versions(one, run, members[0], "")
+        else:
+            _draw_together(one, run, members)
+        finish(one, "")
+    axes[-1].set(xlabel=STEP)
     return figure
 
 
+def metric_panels(names: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the panels of a picture by title, at most :data:`MOST`: learning rates and gradient norms share one each."""
+    panels: dict[str, list[str]] = {}
+    for name in names:
+        title = "learning rate" if name.startswith("lr") else "gradient norm" if "grad_norm" in name else name
+        panels.setdefault(title, []).append(name)
+    return dict(list(panels.items())[:MOST])
+
+
+def _draw_together(axes: Any, run: Run, names: Sequence[str]) -> None:
+    """Draws several metrics of one version; those with equal values, such as the rates of two parameter groups, as one line."""
+    lines: dict[tuple[bytes, bytes], list[str]] = {}
+    for name in names:
+        (series,) = run.having(name).values()
+        lines.setdefault((series.steps.tobytes(), series.values.tobytes()), []).append(name)
+    drawn = [run.having(members[0]) for members in lines.values()]
+    for index, (found, members) in enumerate(zip(drawn, lines.values(), strict=True)):
+        (series,) = found.values()
+        draw_series(
+            axes, series, ", ".join(members) if len(names) > 1 else "", COLORS[index % len(COLORS)], dashed=index > 0
+        )
+    values = np.concatenate([series.values for found in drawn for series in found.values()])
+    if len(drawn) > 1 and values.min() > 0 and values.max() > _WIDE * values.min():
+        axes.set_yscale("log")
+
+
 def other_names(names: Sequence[str]) -> list[str]:
-    """Selects the metrics that no other picture shows, the learning rate and the gradient norm first, at most :data:`MOST`."""
+    """Selects the metrics that no other picture shows, the learning rate and the gradient norm first."""
     drawn = {name for name, *_ in (*_SPEED, *_MEMORY)} | {name for group in loss_names(names) for name in group}
-    rest = [
-        n for n in names if n not in drawn and n != "epoch" and not n.startswith(("moe/", "train/hfu", "train/memory"))
-    ]
-    rest = [n for n in rest if not _LOSS.search(n)]
-    return sorted(rest, key=lambda n: (not n.startswith("lr"), "grad" not in n, n))[:MOST]
+    rest = [n for n in names if n not in drawn and n not in _SAME and not _LOSS.search(n)]
+    rest = [n for n in rest if not n.startswith(("moe/", "train/hfu", "train/memory"))]
+    return sorted(rest, key=lambda n: (not n.startswith("lr"), "grad_norm" not in n, n))

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.plots.read import Run, Series
+from lightning_moefold.plots.read import Run
 from lightning_moefold.plots.style import COLORS
+from lightning_moefold.plots.versions import Series
 
 LONG = 150
 """Number of points from which a line is smoothed and drawn over its pale raw points."""

@@ -41,12 +41,13 @@ def draw_expert_load(run: Run) -> Any:
     first = steps[-2] + 1 if len(steps) > 1 else None
     since = f"up to step {steps[-1]}" if first is None else f"steps {first} to {steps[-1]}"
     since = f"step {steps[-1]}" if first == steps[-1] else since
-    draw_heatmap(panels[0], share_NLE[-1], [int(i) for i in layers])
+    colors = load_colors(share_NLE)  # the same in both panels
+    draw_heatmap(panels[0], share_NLE[-1], [int(i) for i in layers], colors)
     idle = " (white: without load)" if np.isnan(share_NLE[-1]).any() else ""
     panels[0].set_title(f"Latest interval, {since}{idle}", loc="left", fontsize=10)
     some = f", the {len(shown)} most uneven of {len(layers)} layers" if len(shown) < len(layers) else ""
     panels[1].set_title(f"Each expert over the run{some}", loc="left", fontsize=10)
-    _draw_over_time(panels[1], load, share_NLE, shown)
+    _draw_over_time(panels[1], load, share_NLE, shown, colors)
     panels[2].set_title("Imbalance of each layer over the run", loc="left", fontsize=10)
     (_draw_imbalance if len(layers) <= FEW_LAYERS else _draw_imbalance_map)(panels[2], load)
     panels[2].set(xlabel=STEP)
@@ -67,13 +68,13 @@ def _most_uneven(share_NLE: NDArray[np.float64]) -> list[int]:
     return sorted(np.argsort(-spread_L, kind="stable")[:room].tolist())
 
 
-def _draw_over_time(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64], shown: list[int]) -> None:
+def _draw_over_time(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64], shown: list[int], norm: Any) -> None:
     """Draws one row of colors per expert, grouped by layer."""
     axes.grid(visible=False)
     experts = share_NLE.shape[2]
     share_RN = share_NLE[:, shown].reshape(len(load.steps), -1).T
     rows = np.arange(len(share_RN) + 1) - 0.5
-    image = axes.pcolormesh(_interval_edges(load), rows, share_RN, cmap="coolwarm", norm=load_colors(share_RN))
+    image = axes.pcolormesh(_interval_edges(load), rows, share_RN, cmap="coolwarm", norm=norm)
     axes.set_yticks(
         [(i + 0.5) * experts - 0.5 for i in range(len(shown))], [f"layer {load.layers[layer]}" for layer in shown]
     )

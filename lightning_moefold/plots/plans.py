@@ -16,6 +16,8 @@ from lightning_moefold.plots.style import make_figure, save_figure
 
 #: Height of one fold's bar in inches.
 _ROW = 0.5
+#: Height of a bar as a share of that.
+_BAR = 0.42
 #: Colours of kinds of time and of memory, the same in every picture and all different.
 _COLORS = {
     "compute": "#1f5f99", "memory bandwidth": "#5aa9c9", "launch": "#8f8f8f", "a2a": "#a33b5e", "etp": "#e0a3a3",
@@ -72,8 +74,14 @@ def read_plans(path: Path) -> dict[str, Any]:
     return found
 
 
-def _folds(found: Mapping[str, Any]) -> list[str]:
-    return [f"{number}  {plan['fold']}\n{_settings(plan)}" for number, plan in enumerate(found["plans"], 1)]
+def _name_rows(axes: Any, found: Mapping[str, Any]) -> None:
+    """Writes the number, fold and settings of each plan above its bar, so that bars have the whole width."""
+    for row, plan in enumerate(found["plans"]):
+        text = f"{row + 1}  {plan['fold']}   {_settings(plan)}"
+        axes.text(0.004, row - 0.25, text, va="bottom", fontsize="small", transform=axes.get_yaxis_transform())
+    axes.set_yticks([])
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(len(found["plans"]) - 0.6, -0.75)
 
 
 def _settings(plan: Mapping[str, Any]) -> str:
@@ -85,17 +93,18 @@ def _settings(plan: Mapping[str, Any]) -> str:
 
 
 def _draw_mfu(axes: Any, found: Mapping[str, Any]) -> None:
-    names, plans = _folds(found), found["plans"]
-    axes.barh(names, [100 * plan["mfu"] for plan in plans], color=["C0" if plan["fits"] else "0.7" for plan in plans])
+    plans = found["plans"]
+    colors = [_COLORS["compute"] if plan["fits"] else "0.7" for plan in plans]
+    axes.barh(range(len(plans)), [100 * plan["mfu"] for plan in plans], _BAR, color=colors)
     for row, plan in enumerate(plans):
         notes = f" {plan['mfu']:.1%}, then {plan['largest_overhead']}"
         notes += "" if plan["fits"] else " (does not fit)"
         axes.text(100 * plan["mfu"], row, notes, va="center", fontsize="small")
     axes.set(
-        xlabel="MFU, percent; beside it what takes most time besides compute",
-        xlim=(0, 200 * max(p["mfu"] for p in plans)),
+        xlabel="MFU in percent, and what takes most time besides compute",
+        xlim=(0, 140 * max(p["mfu"] for p in plans)),
     )
-    axes.invert_yaxis()
+    _name_rows(axes, found)
 
 
 def _draw_times(axes: Any, found: Mapping[str, Any]) -> None:
@@ -107,22 +116,28 @@ def _draw_memory(axes: Any, found: Mapping[str, Any]) -> None:
     _stack(axes, found, "memory", 2.0**30)
     limit = found["plans"][0]["memory_limit_bytes"] / 2**30
     axes.axvline(
-        limit, color="black", linestyle="--", label=f"limit: {limit:.1f} GiB\nof a rank's memory,\nwithout the reserve"
+        limit, color="black", linestyle="--", label=f"limit: {limit:.1f} GiB of a rank's memory, without the reserve"
     )
-    axes.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _legend_below(axes)
     axes.set(xlabel="GiB")
 
 
 def _stack(axes: Any, found: Mapping[str, Any], field: str, unit: float) -> None:
     """Draws one stacked bar per plan from the parts in ``field``."""
-    names, plans = _folds(found), found["plans"]
-    left = [0.0] * len(names)
+    plans = found["plans"]
+    left = [0.0] * len(plans)
     for part in dict.fromkeys(part for plan in plans for part in plan[field]):
         widths = [plan[field].get(part, 0.0) / unit for plan in plans]
-        axes.barh(names, widths, left=left, label=part, color=_COLORS.get(part, "0.85"))
+        axes.barh(range(len(plans)), widths, _BAR, left=left, label=part, color=_COLORS.get(part, "0.85"))
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.invert_yaxis()
-    axes.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _name_rows(axes, found)
+    _legend_below(axes)
+
+
+def _legend_below(axes: Any) -> None:
+    axes.legend(
+        fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, -60 / axes.bbox.height), ncol=5
+    )
 
 
 def _draw_roofline(axes: Any, found: Mapping[str, Any]) -> None:
@@ -141,7 +156,9 @@ def _draw_roofline(axes: Any, found: Mapping[str, Any]) -> None:
             ", ".join(map(str, numbers)), max(points), textcoords="offset points", xytext=(6, -3), fontsize="small"
         )
     axes.set(
-        xscale="log", xlabel="expert compute over exchange, forward and backward", ylabel="expert FLOP/s over the peak"
+        xscale="log",
+        xlabel="seconds of expert products / seconds of token exchange, forward and backward",
+        ylabel="expert FLOP/s over the peak",
     )
     axes.legend(title="one point per layer; numbers are those of the table", fontsize="small")
     axes.set_title(

@@ -6,9 +6,7 @@ Legend: N intervals, L MoE layers, E experts.
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,25 +17,7 @@ from numpy.typing import NDArray
 from lightning_moefold.errors import DAMAGE, InputError
 from lightning_moefold.planner.cost.simulate import Event, Timeline
 from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, NO_EXPERT, PIPELINE_TIMELINE
-
-METRICS_NAME = "metrics.csv"
-NEWEST = 4
-"""Versions of a run that are read; a picture of more has too many lines."""
-
-
-@dataclass(frozen=True)
-class Series:
-    """One metric of one version of a run.
-
-    Args:
-        steps: Optimizer steps, counted from 1, in ascending order.
-        values: First finite value logged at each step.
-        left_out: Number of values that were not finite.
-    """
-
-    steps: NDArray[np.float64]
-    values: NDArray[np.float64]
-    left_out: int = 0
+from lightning_moefold.plots.versions import METRICS_NAME, Series, find_versions, name_versions
 
 
 @dataclass(frozen=True)
@@ -89,6 +69,7 @@ class Run:
 
     Args:
         folder: Folder of the run.
+        name: What titles call it; by default its folder's name and the parent folder's.
         versions: Metrics by name of each version of the run (a folder with a ``metrics.csv``), oldest first.
         load: The latest recorded expert loads, if any.
         placement: The latest recorded placement of experts, if any.
@@ -97,6 +78,7 @@ class Run:
     """
 
     folder: Path
+    name: str = ""
     versions: dict[str, dict[str, Series]] = field(default_factory=dict)
     load: RecordedLoad | None = None
     placement: RecordedPlacement | None = None
@@ -105,8 +87,8 @@ class Run:
 
     @property
     def title(self) -> str:
-        """The name of the run: its folder's name and the parent folder's."""
-        return "/".join(self.folder.resolve().parts[-2:])
+        """The name of the run."""
+        return self.name or "/".join(self.folder.resolve().parts[-2:])
 
     def having(self, name: str) -> dict[str, Series]:
         """Returns a metric of each version that has it."""
@@ -127,7 +109,8 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise InputError(f"{folder} is no directory; give the one in which a run has written its logs.")
     run = Run(folder)
-    _read_versions(run)
+    found = [version for _, version in find_versions([folder], run.notes)]
+    run.versions = dict(zip(name_versions(found), (version.metrics for version in found), strict=True))
     _read_load(run)
     _read_placement(run)
     _read_timeline(run)
@@ -141,73 +124,21 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_runs(folders: Sequence[Path]) -> Run:
-    """Reads several runs to compare: the newest version of each, the last folder as the newest; expert loads and pipeline are its.
+    """Reads several runs to compare: the newest version of each. Expert loads and pipeline are those of the last folder.
+
+    A run from which another of them goes on is joined with it.
 
     Raises:
         ValueError: If a folder does not exist or holds no file that can be read.
     """
-    runs = {str(folder): read_run(folder) for folder in folders}
-    last = list(runs.values())[-1]
-    newest = {name: list(run.versions.values())[-1] for name, run in runs.items() if run.versions}
-    notes = [note for run in runs.values() for note in run.notes]
-    return Run(last.folder, newest, last.load, last.placement, last.timeline, notes)
-
-
-def _read_versions(run: Run) -> None:
-    files = sorted(run.folder.rglob(METRICS_NAME), key=lambda path: path.stat().st_mtime)
-    if len(files) > NEWEST:
-        run.notes.append(f"{len(files)} versions were found; the pictures show the newest {NEWEST}.")
-    for path in files[-NEWEST:]:
-        label = str(path.parent.relative_to(run.folder))
-        try:
-            metrics = read_metrics(path)
-        except (ValueError, csv.Error) as error:
-            run.notes.append(f"{path} is left out: {error}")
-            continue
-        if metrics:
-            run.versions[run.folder.name if label == "." else label] = metrics
-        for name, series in metrics.items():
-            if series.left_out:
-                run.notes.append(f"{name} in {path} has {series.left_out} values that are not finite and not shown.")
-
-
-def read_metrics(path: Path) -> dict[str, Series]:
-    """Reads the metrics in a file of Lightning's CSVLogger by name; metrics without any finite value are left out.
-
-    Lightning calls the first optimizer step 0; here, and in everything that is printed, it is step 1. If a metric was
-    logged twice at a step, for example by a validation after training, the first value counts.
-
-    Raises:
-        ValueError: If the file has another format.
-    """
-    found: dict[str, dict[float, float]] = {}
-    left_out: dict[str, int] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if rows.fieldnames is None or "step" not in rows.fieldnames:
-            raise InputError("it has no column named step.")
-        for row in rows:
-            step = _number(row.pop("step"))
-            for name, text in row.items():
-                value = _number(text)
-                if name is None or value is None or step is None:
-                    continue
-                if math.isfinite(value):
-                    found.setdefault(name, {}).setdefault(step + 1, value)
-                else:
-                    left_out[name] = left_out.get(name, 0) + 1
-    metrics = {}
-    for name, values in found.items():
-        steps = sorted(values)
-        metrics[name] = Series(np.array(steps), np.array([values[step] for step in steps]), left_out.pop(name, 0))
-    return metrics
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text or "")
-    except (TypeError, ValueError):
-        return None
+    runs = [read_run(folder) for folder in folders]
+    notes = [note for run in runs for note in run.notes]
+    newest = find_versions(folders, [], most=1)
+    names = name_versions([version for _, version in newest], [folder for folder, _ in newest])
+    versions = dict(zip(names, (version.metrics for _, version in newest), strict=True))
+    last = runs[-1]
+    title = ", ".join(name.partition(" (")[0] for name in names)
+    return Run(last.folder, title, versions, last.load, last.placement, last.timeline, notes)
 
 
 def _read_load(run: Run) -> None:

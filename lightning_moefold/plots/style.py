@@ -58,10 +58,11 @@ def save_figure(figure: Any, path: Path) -> Path:
     return path
 
 
-def draw_heatmap(axes: Any, share_LE: NDArray[np.float64], layers: Sequence[int]) -> None:
-    """Draws the load of each expert over its layer's mean; NaN stays white."""
+def draw_heatmap(axes: Any, share_LE: NDArray[np.float64], layers: Sequence[int], norm: Any = None) -> None:
+    """Draws the load of each expert over its layer's mean; NaN stays white. The colours are those of ``norm``, if it is given."""
     axes.grid(visible=False)
-    image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", norm=load_colors(share_LE), interpolation="nearest")
+    norm = norm or load_colors(share_LE)
+    image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", norm=norm, interpolation="nearest")
     shown = range(0, len(layers), -(-len(layers) // 32))
     axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
     axes.xaxis.get_major_locator().set_params(integer=True)

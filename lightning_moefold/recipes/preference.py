@@ -102,7 +102,9 @@ class PreferenceModule(FineTuneModule):
         **options: Any,
     ) -> None:
         if calculate_per_token_loss:
-            raise InputError("calculate_per_token_loss=True divides by labels, and preferences count pairs; leave it out.")
+            raise InputError(
+                "calculate_per_token_loss=True divides by labels, and preferences count pairs; leave it out."
+            )
         if loss not in ("dpo", "ipo", "kto"):
             raise InputError(f"loss={loss!r} is not known; use 'dpo', 'ipo' or 'kto'.")
         if not beta > 0:

@@ -85,6 +85,7 @@ class Seen:
     expert_rows: list[int] = field(default_factory=list)
     stored: int = 0
     stored_range: tuple[int, int] = (0, 0)
+    total: int = 0
     kept: tuple[int, int, int] = (0, 0, 0)
     kept_range: dict[str, tuple[int, int]] = field(default_factory=dict)
     peak: float = 0.0
@@ -198,8 +199,11 @@ def _record_sizes(seen: Seen, module: TimedCase, fold: Fold) -> None:
     module.model.release_gathered_weights()
     parameters = list(module.parameters())
     seen.stored = sum(local_part(p).numel() for p in parameters)
-    summary, optimizer = summarize_model(module, fold), module.optimizers().optimizer
-    seen.stored_range = summary.size_range()
+    summary, optimizer = (
+        summarize_model(module, fold, module.trainer.strategy.mesh.axis("pp")),
+        module.optimizers().optimizer,
+    )
+    seen.stored_range, seen.total = summary.size_range(), summary.total.total
     states = [t for state in optimizer.state.values() for t in state.values() if t.dim() > 0]
     gradients = [p for p in parameters if p.requires_grad]
     seen.kept = tuple(sum(local_part(t).nbytes for t in tensors) for tensors in (parameters, gradients, states))

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 
 from lightning_moefold.balance.placement import Placement
+from lightning_moefold.callbacks.common import LogSchedule
 from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, LoadReader, LoadRow
 from lightning_moefold.callbacks.load_balance import LoadBalanceMonitor, load_figures
 from lightning_moefold.callbacks.load_images import LoadImages, fair_shares
@@ -146,3 +147,15 @@ def test_history_goes_on_from_where_a_fit_starts(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["load.npz"]
     history.begin([0, 1], 20)
     assert history.entries == []
+
+
+def test_a_monitor_that_logs_nothing_says_why() -> None:
+    trainer: Any = SimpleNamespace(global_step=3, barebones=False, fast_dev_run=False, log_every_n_steps=10)
+    for schedule, every in ((LogSchedule(50), 50), (LogSchedule(None), 10)):
+        trainer.global_step = 3
+        schedule.start(trainer)
+        trainer.global_step = 11
+        with pytest.warns(
+            UserWarning, match=f"LoadBalanceMonitor has logged nothing: it logs every {every} .* made 8; lower"
+        ):
+            schedule.explain_silence(trainer, LoadBalanceMonitor())

@@ -369,15 +369,21 @@ def test_wandb_offline(pool: RankPool, checkpoint: Path, tmp_path: Path, monkeyp
 # ---- summary ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fold", "ranks"), quick([("", 1), ("tp2 | ep2", 4), ("| etp2 ep2", 4)], ("| etp2 ep2", 4)))
+@pytest.mark.parametrize(
+    ("fold", "ranks"), quick([("", 1), ("tp2 | ep2", 4), ("| etp2 ep2", 4), ("pp2 | ep2", 4)], ("pp2 | ep2", 4))
+)
 @pytest.mark.more
 def test_summary_knows_what_ranks_store(
     pool: RankPool, checkpoint: Path, tmp_path: Path, fold: str, ranks: int
 ) -> None:
     spec = {"optimizer": "adamw", "frozen": ["*embed_tokens*"], "summary": True}
+    if "pp" in fold:
+        spec["strategy"] = {"num_microbatches": 2}
     seen = run(pool, checkpoint, tmp_path, fold, ranks, batches(1), **spec)
     stored = [rank.stored for rank in seen]
     assert all(rank.stored_range == (min(stored), max(stored)) for rank in seen)
+    whole = MoEConfig.from_pretrained(checkpoint).num_parameters()
+    assert all(rank.total == whole for rank in seen)  # of all stages, on each of them
     for index, name in enumerate(("weights", "gradients", "Adam states")):
         kept = [rank.kept[index] for rank in seen]
         assert all(rank.kept_range[name] == (min(kept), max(kept)) for rank in seen), name

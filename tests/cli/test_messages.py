@@ -3,14 +3,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_moefold
 from lightning_moefold.cli.fit import check_checkpoint
 from lightning_moefold.cli.main import main
-from lightning_moefold.cli.messages import one_sentence
+from lightning_moefold.cli.messages import one_sentence, unlogged
 from lightning_moefold.errors import InputError, is_users, sentence
 from lightning_moefold.recipes import TextData
 
@@ -36,6 +38,20 @@ def test_a_metric_that_was_never_logged_is_the_users():
         EarlyStopping(monitor="val/los")._validate_condition_metric({})
     assert is_users(found.value)
     assert "\n" not in sentence(found.value)
+    with pytest.raises(RuntimeError) as found:
+        EarlyStopping(monitor="val/los")._validate_condition_metric({"train/loss": 1, "val/loss": 2, "lr-AdamW": 3})
+    assert (
+        unlogged(str(found.value)) == "EarlyStopping monitors val/los, which was never logged; did you mean val/loss?"
+    )
+    saver = ModelCheckpoint(monitor="accuracy")
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(val_loop=SimpleNamespace(_has_run=True)))
+    trainer = SimpleNamespace(callback_metrics={"train/loss": 1, "val/loss": 2, "moe/cv": 3}, fit_loop=loop)
+    with pytest.raises(MisconfigurationException) as missing:
+        saver._save_topk_checkpoint(trainer, dict(trainer.callback_metrics))
+    assert unlogged(str(missing.value)) == (
+        "ModelCheckpoint monitors accuracy, which was never logged; logged are train/loss, val/loss and others."
+    )
+    assert unlogged("another error") is None
     assert not is_users(RuntimeError("a bug"))
 
 
@@ -46,6 +62,17 @@ def test_what_is_no_checkpoint_of_a_run(tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
     with pytest.raises(InputError, match=r"give one of them: last\.ckpt, step1\.ckpt"):
         check_checkpoint(str(tmp_path / "runs"))
+    with pytest.raises(InputError, match=r"give one of them: runs/last\.ckpt, runs/step1\.ckpt"):
+        check_checkpoint(tmp_path)
+    for number in range(2, 8):
+        (tmp_path / "runs" / f"step{number}.ckpt").mkdir()
+    with pytest.raises(InputError, match=r"step4\.ckpt and 3 more"):
+        check_checkpoint(tmp_path / "runs")
+    with pytest.raises(InputError, match=r"absent\.ckpt does not exist; --ckpt_path last takes"):
+        check_checkpoint(str(tmp_path / "absent.ckpt"))
+    check_checkpoint("s3://bucket/last.ckpt")
+    (tmp_path / "runs" / "last.ckpt" / "meta.pt").write_bytes(b"")
+    check_checkpoint(tmp_path / "runs" / "last.ckpt")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps({}))
     with pytest.raises(InputError, match="Hugging Face format"):

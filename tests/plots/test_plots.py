@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_moefold.balance.placement import Placement
@@ -17,13 +19,22 @@ from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, Loa
 from lightning_moefold.callbacks.placement_history import PlacementHistory
 from lightning_moefold.cli.main import main
 from lightning_moefold.plots import read_run
-from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_speed, loss_names, other_names
+from lightning_moefold.plots.curves import (
+    draw_loss,
+    draw_memory,
+    draw_metrics,
+    draw_speed,
+    loss_names,
+    metric_panels,
+    other_names,
+)
 from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, NO_EXPERT
 from lightning_moefold.plots.lines import smooth, top_of
 from lightning_moefold.plots.load import draw_expert_load, imbalance
 from lightning_moefold.plots.placement import draw_run_placement
-from lightning_moefold.plots.read import NEWEST, RecordedLoad, read_runs
+from lightning_moefold.plots.read import RecordedLoad, read_runs
 from lightning_moefold.plots.style import load_colors
+from lightning_moefold.plots.versions import NEWEST
 from tests.quick import quick
 
 MONITORED = {"train/mfu": 0.25, "train/tokens_per_second": 1e4, "train/step_time": 0.5, "train/memory_peak_gb": 3.0}
@@ -52,7 +63,7 @@ def write_load(folder: Path) -> None:
 def test_metrics_by_step(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     run = read_run(tmp_path)
-    assert list(run.versions) == ["logs/version_0"]
+    assert list(run.versions) == ["version_0"]
     (loss,), (val,) = run.having("train/loss").values(), run.having("val/loss").values()
     assert loss.steps.tolist() == [1, 2, 3, 4]
     assert loss.values.tolist() == [4, 3, 2, 1]
@@ -67,7 +78,7 @@ def test_newest_versions(tmp_path: Path) -> None:
     for version in range(NEWEST + 2):
         write_metrics(tmp_path, version, age=version)  # the first is the newest
     run = read_run(tmp_path)
-    assert list(run.versions) == [f"logs/version_{v}" for v in reversed(range(NEWEST))]
+    assert list(run.versions) == [f"version_{v}" for v in reversed(range(NEWEST))]
     assert run.notes == [f"{NEWEST + 2} versions were found; the pictures show the newest {NEWEST}."]
 
 
@@ -187,7 +198,7 @@ def test_words_in_pictures(tmp_path: Path) -> None:
     (line,) = memory.get_lines()  # on a CPU there is one figure
     assert (line.get_label(), line.get_ydata().tolist()) == ("resident", [2.9] * 4)
     titles = [axes.get_title(loc="right") for axes in draw_speed(run).axes]
-    assert titles == ["median 25 %", "median 10,000 tokens/s", "median 0.5 s"]
+    assert titles == ["median 25%", "median 10,000 tokens/s", "median 0.5 s"]
 
     on_gpu = tmp_path / "gpu"
     write_metrics(on_gpu, **{"train/memory_allocated_gb": 2.9, "train/memory_reserved_gb": 3.5})
@@ -209,10 +220,10 @@ def test_a_version_has_one_color(tmp_path: Path) -> None:
     lines = draw_loss(read_run(tmp_path)).axes[0].get_lines()
     colors = {line.get_label(): line.get_color() for line in lines}
     assert colors.keys() == {
-        f"{name} (logs/version_{v})" for name, v in (("train/loss", 0), ("val/loss", 0), ("val/loss", 1))
+        f"{name} (version_{v})" for name, v in (("train/loss", 0), ("val/loss", 0), ("val/loss", 1))
     }
-    assert colors["train/loss (logs/version_0)"] == colors["val/loss (logs/version_0)"]
-    assert colors["val/loss (logs/version_1)"] != colors["val/loss (logs/version_0)"]
+    assert colors["train/loss (version_0)"] == colors["val/loss (version_0)"]
+    assert colors["val/loss (version_1)"] != colors["val/loss (version_0)"]
 
 
 def test_each_expert_over_the_run(tmp_path: Path) -> None:
@@ -261,6 +272,17 @@ def test_no_expert_is_no_load() -> None:
 def test_metrics_of_the_users_own_are_drawn():
     names = ["epoch", "grad_norm", "lr-AdamW", "moe/rank_load_max_over_mean", "train/loss", "train/mfu", "val/acc"]
     assert other_names(names) == ["lr-AdamW", "grad_norm", "val/acc"]
+    pairs = ["lr-AdamW/pg1", "lr-AdamW/pg2", "train/grad_norm", "train/grad_norm_expert", "val/acc"]
+    assert metric_panels(pairs) == {"learning rate": pairs[:2], "gradient norm": pairs[2:4], "val/acc": ["val/acc"]}
+
+
+def test_equal_learning_rates_are_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_metrics(tmp_path, **{"lr/pg1": 0.5, "lr/pg2": 0.5, "train/grad_norm": 3.0, "train/grad_norm_expert": 0.01})
+    rate, norm = draw_metrics(read_run(tmp_path)).axes
+    assert [line.get_label() for line in rate.get_lines()] == ["lr/pg1, lr/pg2"]
+    assert [line.get_label() for line in norm.get_lines()] == ["train/grad_norm", "train/grad_norm_expert"]
+    assert (rate.get_yscale(), norm.get_yscale()) == ("linear", "log")
 
 
 def test_colours_tell_high_loads_apart():
@@ -275,4 +297,55 @@ def test_several_runs_in_one_picture(tmp_path: Path) -> None:
         write_metrics(tmp_path / name, version=0)
         write_metrics(tmp_path / name, version=1)
     run = read_runs([tmp_path / "a", tmp_path / "b"])
-    assert list(run.versions) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert list(run.versions) == ["a", "b"]
+    assert run.title == "a, b"
+
+
+def configure(metrics: Path, learning_rate: float, checkpoint: Path | None = None) -> None:
+    text = {
+        "ckpt_path": None if checkpoint is None else str(checkpoint),
+        "model": {"init_args": {"learning_rate": learning_rate}},
+        "trainer": {"default_root_dir": str(metrics.parent), "callbacks": [{"class_path": str(metrics)}]},
+    }
+    (metrics.parent / "config.yaml").write_text(yaml.safe_dump(text))
+
+
+def test_legends_name_the_settings_that_differ(tmp_path: Path) -> None:
+    configure(write_metrics(tmp_path, 0, age=1), 0.001)
+    configure(write_metrics(tmp_path, 1), 0.01)
+    assert list(read_run(tmp_path).versions) == ["version_0 (learning_rate 0.001)", "version_1 (learning_rate 0.01)"]
+
+
+def test_a_resumed_run_is_joined_with_the_run_before(tmp_path: Path) -> None:
+    first, then = write_metrics(tmp_path, 0, 4, age=2), write_metrics(tmp_path, 1, 6, age=1)
+    rows = [line for line in then.read_text().splitlines() if line]
+    step = rows[0].split(",").index("step")
+    then.write_text("\n".join(row for row in rows if row.split(",")[step] not in ("0", "1", "2")))  # from step 4 on
+    os.utime(then, (1e9 - 1, 1e9 - 1))
+    configure(first, 0.001)
+    configure(then, 0.001, first.parent / "checkpoints" / "last.ckpt")
+    aborted = tmp_path / "logs" / "version_2" / "metrics.csv"
+    aborted.parent.mkdir()
+    aborted.write_text("")
+    configure(aborted, 0.001)
+    run = read_run(tmp_path)
+    assert list(run.versions) == ["version_1 (resumed from version_0)"]
+    (metrics,) = run.versions.values()
+    assert metrics["train/loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert metrics["train/loss"].values.tolist() == [4, 3, 2, 1, 0, -1]
+    assert metrics["val/loss"].steps.tolist() == [2, 6]  # that of step 4 was measured by the first run, and not again
+    assert run.notes == []
+    validated = CSVLogger(tmp_path, name="logs", version=3)  # moefold validate --ckpt_path
+    validated.log_metrics({"val/loss": 2.0}, 0)
+    validated.save()
+    configure(Path(validated.log_dir) / "metrics.csv", 0.001, then.parent / "checkpoints" / "last.ckpt")
+    assert list(read_run(tmp_path).versions) == ["version_1 (resumed from version_0)", "version_3"]
+    shutil.rmtree(validated.log_dir)
+    elsewhere = write_metrics(tmp_path.parent / f"{tmp_path.name}-more", 0, 8)
+    rows = elsewhere.read_text().splitlines()
+    elsewhere.write_text(
+        "\n".join(row for row in rows if row and row.split(",")[step] not in ("0", "1", "2", "3", "4", "5"))
+    )
+    configure(elsewhere, 0.001, then.parent / "checkpoints" / "last.ckpt")
+    run = read_runs([tmp_path, elsewhere.parents[2]])
+    assert list(run.versions) == ["version_0 (resumed from version_0 and version_1)"]

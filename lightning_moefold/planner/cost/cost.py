@@ -172,6 +172,22 @@ class CostModel:
         work = self.layers.whole(fold.tp, fold.cp, fold.ep, fold.etp, micro_batch, dispatchers)
         return work / fold.pp * (self.job.global_batch_size // (fold.dp * micro_batch))
 
+    def least_bubble(self, plan: Plan, bound: float) -> float:
+        """Returns a lower bound of the seconds that the slowest pipeline rank waits.
+
+        It is that of equal stages: whatever makes a stage slower adds more work to the slowest rank than it takes from the wait.
+
+        Args:
+            plan: A plan with any recomputation.
+            bound: Result of :meth:`lower_bound` for its fold, micro-batch and dispatcher.
+        """
+        chunks = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": plan.num_stages_per_rank}.get(plan.schedule)
+        if chunks is None:  # gradients of weights may fill the bubble
+            return 0.0
+        return (
+            self.job.hardware.kernels.waiting * bound * (plan.fold.pp - 1) / (plan.num_microbatches(self.job) * chunks)
+        )
+
     # ---- a micro-batch -----------------------------------------------------------------------------------------
 
     def ranks(self, plan: Plan) -> list[RankTimes]:

@@ -15,8 +15,10 @@ These were measured by others, on other machines than those of the published run
   about 360 of 450 GB/s in all-gathers of nccl-tests.
 - all-to-all: a rank uses only its own port, but fills it (NVIDIA/nccl-tests issue 267); Megatron-Core's
   dispatch over 8 ranks of a node (arXiv 2603.07685: 1,265 us) runs at 0.9 of an all-gather's rate.
+- launches: the host submits a kernel in 4 to 6 us (susun-blog.com/blog/pegainfer-3-cuda-graph, CUDA 13); 5 us are taken. What
+  PyTorch's dispatcher adds in eager mode is not counted; ``gemm_efficiency``, calibrated on eager runs, contains it.
 
-The rest (launch and collective start-up, memory efficiency, half size of a product, host waits, split backward) are round
+The rest (collective start-up, memory efficiency, half size of a product, host waits, split backward) are round
 numbers.
 """
 

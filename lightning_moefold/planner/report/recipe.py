@@ -114,8 +114,7 @@ def python_recipe(estimate: Estimate) -> str:
     return "\n".join([
         f"strategy = MoEFoldStrategy({_call(strategy_arguments(estimate))})",
         f"trainer = L.Trainer(strategy=strategy, {_call(trainer)})",
-        f"# batches of {rows_per_batch(estimate)} rows of {job.sequence_length} tokens on each of the {estimate.plan.fold.dp} "
-        "data ranks",
+        f"# batches of {rows_per_batch(estimate)} rows of {job.sequence_length} tokens on each data rank ({estimate.plan.fold.dp})",
         *model,
     ]) + "\n"  # fmt: skip
 

@@ -17,7 +17,7 @@ _WHAT = {
     "attention": "attention cores",
     "elementwise": "element-wise work, permutation",
     "head": "head, loss, embedding",
-    "launch": "launches and host waits",
+    "launch": "exposed launches and host waits (the calibrated products contain those of eager runs)",
     "tp": "all-gather and reduce-scatter over tp",
     "cp": "exposed ring attention messages",
     "a2a": "token exchange over ep",

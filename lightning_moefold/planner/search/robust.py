@@ -2,9 +2,9 @@
 """The search that answers "what shall I run?": plans ranked by their steps under several routing profiles. Pure Python.
 
 How evenly tokens will choose experts is not known before a run, and a MoE layer waits for its busiest rank. So each profile is
-searched on its own, under every sharding. The best plans under the job's own profile, and the best three under each other one, are
-then predicted under all profiles, and ranked by the mean of their seconds per step. A step that does not fit counts
-:data:`~.cost.NO_FIT` times, because such a run stops.
+searched on its own, under every sharding; uneven ones over the most promising folds, if there are very many. The best plans under
+the job's own profile, and the best three under each other one, are then predicted under all profiles, and ranked by the mean of
+their seconds per step. A step that does not fit counts :data:`~.cost.NO_FIT` times, because such a run stops.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lightning_moefold.planner.search.search import Planner, Result, Space
 
 #: Plans that are taken from the search under a profile other than the job's.
 _OF_OTHERS = 3
+#: Folds and micro-batch sizes that such a search looks at, those with the lowest bounds; more only matter for thousands of ranks.
+_MOST_EXAMINED = 5000
 #: The planners of a routing profile, by sharding.
 _Planners = dict[str, Planner]
 
@@ -51,6 +53,8 @@ def search(
     pool: dict[str, Estimate] = {}
     examined = 0
     own = by_profile[job.routing.name]
+    # No plan is faster under uneven routing than under balanced routing, whose bounds therefore serve every profile.
+    order = [*own.values()][-1].in_order() if job.routing == BALANCED else None
     for name, planners in by_profile.items():
         kept: dict[Fold, Estimate] = {}
         if planners is not own:  # begins with the plans found so far, to leave out those that are slower
@@ -58,7 +62,10 @@ def search(
             best = sorted((e for e in known if e.fits), key=lambda e: e.step_time, reverse=True)
             kept = {e.plan.fold: e for e in best[-_OF_OTHERS:]}
         first, *others = planners.values()
-        examined += first.collect(kept, keep if planners is own else _OF_OTHERS, others)
+        if planners is own:
+            examined += first.collect(kept, keep, others, order)
+        else:
+            examined += first.collect(kept, _OF_OTHERS, others, order and order[:_MOST_EXAMINED])
         found += kept.values()
         if kept:
             pool[name] = min(kept.values(), key=lambda e: e.step_time)

@@ -220,16 +220,28 @@ class Planner:
         """
         bounds = {name: self.costs.lower_bound(fold, micro_batch, name) for name in self._dispatchers(fold)}
         best: Estimate | None = None
+
+        def too_slow(bound: float) -> bool:
+            return bound >= (min(slowest, best.step_time) if best is not None and best.fits else slowest)
+
+        fastest = min(bounds, key=bounds.__getitem__)
         for dispatcher in sorted(bounds, key=bounds.__getitem__):
-            if bounds[dispatcher] >= (min(slowest, best.step_time) if best is not None and best.fits else slowest):
+            if too_slow(bounds[dispatcher]):
                 break
-            ladders = list(self.plans(fold, micro_batch, dispatcher))
-            found = [e for ladder in ladders if (e := self._first_that_fits(ladder, only_fitting)) is not None]
-            best = min([*found, *([best] if best else [])], key=_rank, default=None)
-            if len(found) == len(ladders) and all(
-                e.fits and e.plan.recompute == self.space.recomputes[0] for e in found
-            ):
-                return best, bool(found)
+            ladders = [
+                (bounds[dispatcher] + self.costs.least_bubble(ladder[0], bounds[dispatcher]), ladder)
+                for ladder in self.plans(fold, micro_batch, dispatcher)
+            ]
+            settled = bool(ladders)
+            for bound, ladder in sorted(ladders, key=lambda item: item[0]):
+                if too_slow(bound):
+                    break
+                found = self._first_that_fits(ladder, only_fitting)
+                settled &= found is not None and found.fits and found.plan.recompute == self.space.recomputes[0]
+                if found is not None and (best is None or _rank(found) < _rank(best)):
+                    best = found
+            if settled:
+                return best, best is not None and dispatcher == fastest
         return best, False
 
     def _first_that_fits(self, ladder: list[Plan], only_fitting: bool) -> Estimate | None:
@@ -265,18 +277,26 @@ class Planner:
             return Result(self.job, sorted(kept.values(), key=_rank), plain, examined)
         return Result(self.job, [self.smallest()], plain, examined)
 
-    def collect(self, kept: dict[Fold, Estimate], keep: int, others: Sequence[Planner] = ()) -> int:
+    def collect(
+        self,
+        kept: dict[Fold, Estimate],
+        keep: int,
+        others: Sequence[Planner] = (),
+        order: Sequence[tuple[float, Fold, int]] | None = None,
+    ) -> int:
         """Adds the best plans to ``kept``, which then has the ``keep`` fastest folds; returns how many were examined.
 
         Args:
             kept: The best plan of each fold so far.
             keep: Number of folds to keep.
             others: Planners of the same job under other shardings, which need less memory and are not faster.
+            order: Folds and micro-batch sizes with lower bounds of their step time, the lowest first; by default those of
+                :meth:`bounded`.
         """
         examined = 0
         slowest = max(e.step_time for e in kept.values()) if len(kept) >= keep else float("inf")
         planners = (self, *others)
-        for bound, fold, size in sorted(planners[-1].bounded(), key=lambda item: item[0]):
+        for bound, fold, size in planners[-1].in_order() if order is None else order:
             if bound >= slowest:
                 break
             examined += 1
@@ -291,6 +311,10 @@ class Planner:
             if len(kept) == keep:
                 slowest = max(e.step_time for e in kept.values())
         return examined
+
+    def in_order(self) -> list[tuple[float, Fold, int]]:
+        """Returns the folds and micro-batch sizes of :meth:`bounded`, those with the lowest bounds first."""
+        return sorted(self.bounded(), key=lambda item: item[0])
 
     def bounded(self) -> Iterator[tuple[float, Fold, int]]:
         """Yields folds and micro-batch sizes whose weights and states fit, with a lower bound of their step time."""
