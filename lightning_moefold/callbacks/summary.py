@@ -289,8 +289,9 @@ class FoldSummary(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy, optimizers = trainer.strategy, trainer.optimizers
         # Under another strategy every rank is assumed to hold the whole model.
-        folded = isinstance(strategy, MoEFoldStrategy)
-        fold, pp = (strategy.fold, strategy.mesh.axis("pp")) if folded else (Fold(1), None)
+        fold, pp = (
+            (strategy.fold, strategy.mesh.axis("pp")) if isinstance(strategy, MoEFoldStrategy) else (Fold(1), None)
+        )
         summary = summarize_model(pl_module, fold, pp)
         self._print(summary, optimizers[0] if len(optimizers) == 1 else None)
         total = summary.total

@@ -119,7 +119,7 @@ class PackedExperts(RoutedExperts):
             stacks = [stack.to(x_AD.dtype) for stack in stacks]
         first = self._starts[chunk]
         widths = self._local_widths[first : first + len(counts)]
-        grouped = self._grouped(x_AD) and sum(counts) and sum(widths)
+        grouped = self._grouped(x_AD) and sum(counts) > 0 and sum(widths) > 0
         if grouped and torch.is_autocast_enabled(x_AD.device.type):  # autocast knows no custom function
             dtype = torch.get_autocast_dtype(x_AD.device.type)
             x_AD, *stacks = (t.to(dtype) for t in (x_AD, *stacks))
