@@ -37,6 +37,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
 
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
 from lightning_moefold.balance.placement import Placement
@@ -179,7 +180,8 @@ class Finetune(pl.LightningModule):
 
     def train_dataloader(self) -> Any:
         draw = torch.Generator().manual_seed(self.trainer.strategy.dp_rank)
-        return [{"input_ids": ids, "labels": ids} for ids in torch.randint(96, (MOVES, 2, 8), generator=draw)]
+        rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(96, (MOVES, 2, 8), generator=draw)]
+        return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         return self.model(**batch).loss

@@ -119,6 +119,7 @@ class ResumableSampler(DistributedSampler[Any]):
         """Begins at a place, under any number of data ranks and rows of a batch."""
         begin = _Place(**place)
         self._begin = begin if self._batches_left(begin) > 0 else self._next_epoch(begin, begin.epoch + 1)
+        self._count_from_here()
 
     @override
     def set_epoch(self, epoch: int) -> None:

@@ -77,6 +77,23 @@ def _with_classes(arguments: list[str]) -> list[str]:
     return found
 
 
+def named_class(arguments: list[str], key: str) -> str | None:
+    """Returns the class that the arguments, or their configuration files, name last for ``model`` or ``data``; None without one."""
+    found: str | None = None
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = argument.partition("=")
+        value = value or following
+        if name in (f"--{key}", f"--{key}.class_path"):
+            found = value
+        elif name in ("--config", "-c"):
+            try:
+                section = yaml.safe_load(Path(value).read_text())[key]
+            except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):  # the parser says what is wrong
+                continue
+            found = section.get("class_path", found) if isinstance(section, dict) else section
+    return found
+
+
 def _need_jsonargparse() -> None:
     try:
         import docstring_parser  # noqa: F401 - what Lightning's parser needs
@@ -166,6 +183,7 @@ class MoEFoldCLI(LightningCLI):
             "enable_model_summary": False,
             **launched(),
         }
+        self._given = args
         super().__init__(
             pl.LightningModule,
             pl.LightningDataModule,
@@ -192,7 +210,10 @@ class MoEFoldCLI(LightningCLI):
             "(of another class: --model.help CLASS_PATH)."
         )
         for key, kind in (("model", FineTuneModule), ("data", TextData)):
-            parser.set_defaults({key: {"class_path": f"{kind.__module__}.{kind.__qualname__}"}})
+            # Of another class it must be the default itself, or it would get the values that are ours by default.
+            path = named_class(self._given, key) or f"{kind.__module__}.{kind.__qualname__}"
+            if "." in path and not path.endswith((".yaml", ".yml", ".json")):
+                parser.set_defaults({key: {"class_path": path}})
 
     def instantiate_classes(self) -> None:
         """Makes module, data and Trainer; errors of their constructors reach the user unchanged."""

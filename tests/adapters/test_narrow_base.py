@@ -18,7 +18,6 @@ from tests.adapters import jobs
 from tests.adapters.made import make_adapter
 from tests.exactness import compare, matrix
 from tests.exactness.shapes import SHAPES, checkpoint
-from tests.quick import quick
 
 BF16 = torch.bfloat16
 
@@ -100,7 +99,9 @@ CASES = [
 ]
 
 
-MARKED = [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:4]), *quick(CASES[4:], None)]
+MARKED = [
+    CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:4]), pytest.param(*CASES[4], marks=pytest.mark.more)
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("fold", "factors"), MARKED, ids=[fold for fold, _ in CASES])

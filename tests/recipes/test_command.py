@@ -49,6 +49,29 @@ def in_pool(argv: list[str]) -> int:
         return main([*argv, "--trainer.plugins", '[{"class_path": "lightning_moefold.testing.PoolEnvironment"}]'])
 
 
+@pytest.mark.more
+@pytest.mark.parametrize("by", ["file", "argument"])
+def test_defaults_are_those_of_the_class_that_is_named(tmp_path: Path, capsys: Any, by: str) -> None:
+    """The learning rate of another module is not that of FineTuneModule, nor is what it shares with it."""
+    named = {
+        key: f"lightning_moefold.recipes.Preference{kind}" for key, kind in (("model", "Module"), ("data", "Data"))
+    }
+    given = {"model": {"checkpoint": "here"}, "data": {"files": ["a.jsonl"], "tokenizer": "here"}}
+    if by == "file":
+        config = {key: {"class_path": named[key], "init_args": values} for key, values in given.items()}
+        words = ["--config", str(tmp_path / "run.yaml")]
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    else:
+        values = ["--model.checkpoint", "here", "--data.files", "[a.jsonl]", "--data.tokenizer", "here"]
+        words = ["--model", named["model"], "--data", named["data"], *values]
+    with contextlib.suppress(SystemExit):
+        main(["fit", *words, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    module = printed["model"]["init_args"]
+    assert (module["learning_rate"], module["calculate_per_token_loss"]) == (1e-6, False)
+    assert printed["data"]["init_args"]["kind"] == "preference"
+
+
 def in_pool_with_output(argv: list[str]) -> tuple[int, str, str]:
     """The same, with what it prints and warns of."""
     out, err = io.StringIO(), io.StringIO()
