@@ -100,7 +100,9 @@ class DataOrder:
             )
         assert isinstance(dataloader, DataLoader)
         batches: Any = dataloader.batch_sampler
-        progress = trainer.fit_loop.epoch_loop.batch_progress  # of all epochs, not of this one, which may be cut short
+        progress: Any = (
+            trainer.fit_loop.epoch_loop.batch_progress
+        )  # of all epochs, not of this one, which may be cut short
         sampler.deal(rank, ranks, 1 if batches is None else batches.batch_size, lambda: progress.total.processed)
         self._go_on(dataloader, ranks)
 

@@ -27,8 +27,12 @@ def seed_workers(dataloader: object, dp_rank: int) -> None:
     if not isinstance(dataloader, DataLoader):
         return
     sampler = dataloader.sampler
-    lightnings_order = isinstance(sampler, DistributedSampler) and not isinstance(sampler, ResumableSampler)
-    if lightnings_order and sampler.shuffle and dataloader.generator is not None:
+    if (
+        isinstance(sampler, DistributedSampler)
+        and not isinstance(sampler, ResumableSampler)
+        and sampler.shuffle
+        and dataloader.generator is not None
+    ):
         rank_zero_warn(
             "the generator of a DataLoader does not set the order of its rows, which Lightning's sampler draws from the "
             "seed of seed_everything; Trainer(use_distributed_sampler=False) keeps the loader's own."

@@ -85,15 +85,19 @@ def _ways_out(job: Job, space: Space) -> list[str]:
 
 def _narrower(job: Job) -> list[tuple[str, dict[str, Any]]]:
     """Returns the changes of precision that save memory, with their options."""
-    mixed = ("--precision bf16-mixed", {"precision": "bf16-mixed"})
+    mixed: tuple[str, dict[str, Any]] = ("--precision bf16-mixed", {"precision": "bf16-mixed"})
     masters = ("--precision bf16-true --master-weights", {"precision": "bf16-true", "master_weights": True})
     true = (
         "--precision bf16-true, in which most updates are lost",
         {"precision": "bf16-true", "master_weights": False},
     )
     if job.lora_rank is not None:  # an adapter stays in float32
-        narrow = ("--precision bf16-true", {"precision": "bf16-true", "master_weights": False})
-        return {"32-true": [mixed, narrow], "bf16-mixed": [narrow]}.get(job.precision, [])
+        narrow: tuple[str, dict[str, Any]] = (
+            "--precision bf16-true",
+            {"precision": "bf16-true", "master_weights": False},
+        )
+        of_adapters = {"32-true": [mixed, narrow], "bf16-mixed": [narrow]}
+        return of_adapters.get(job.precision, [])
     known: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "32-true": [mixed, masters, true],
         "bf16-mixed": [masters, true],
