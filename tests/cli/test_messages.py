@@ -70,7 +70,7 @@ def test_what_is_no_checkpoint_of_a_run(tmp_path):
         check_checkpoint(tmp_path / "runs")
     with pytest.raises(InputError, match=r"absent\.ckpt does not exist; --ckpt_path last takes"):
         check_checkpoint(str(tmp_path / "absent.ckpt"))
-    check_checkpoint("s3://bucket/last.ckpt")
+    check_checkpoint("memory://bucket/last.ckpt")  # a store
     (tmp_path / "runs" / "last.ckpt" / "meta.pt").write_bytes(b"")
     check_checkpoint(tmp_path / "runs" / "last.ckpt")
     (tmp_path / "model").mkdir()
