@@ -103,7 +103,7 @@ class ResumableSampler(DistributedSampler[Any]):
         self.rank, self.num_replicas, self._rows = rank, ranks, rows
         self._dealt, self._begin, self._done = (rank, ranks), None, done
         self._asked = None
-        self._count_from_here()
+        self.count_from_here()
         if self._per_epoch < 1:
             raise InputError(
                 f"a batch has {rows} rows on each of {ranks} data ranks, and the dataset of ResumableSampler only {self._count} "
@@ -119,7 +119,7 @@ class ResumableSampler(DistributedSampler[Any]):
         """Begins at a place, under any number of data ranks and rows of a batch."""
         begin = _Place(**place)
         self._begin = begin if self._batches_left(begin) > 0 else self._next_epoch(begin, begin.epoch + 1)
-        self._count_from_here()
+        self.count_from_here()
 
     @override
     def set_epoch(self, epoch: int) -> None:
@@ -130,7 +130,7 @@ class ResumableSampler(DistributedSampler[Any]):
             if here.row > now.row:
                 end = here.row + self._per_epoch * self._batch
                 self._begin = here if epoch == asked else _Place(now.epoch + 1, 0, here.row, end)
-                self._count_from_here()
+                self.count_from_here()
         elif epoch > now.epoch:
             self._begin = self._next_epoch(now, epoch)
         elif epoch < now.epoch:
@@ -154,7 +154,8 @@ class ResumableSampler(DistributedSampler[Any]):
         for at in range(now.row + rank, now.row + self._batches_left(now) * self._batch, ranks):
             yield self._row(at)
 
-    def _count_from_here(self) -> None:
+    def count_from_here(self) -> None:
+        """Takes what ``done`` says now for the beginning of this epoch, or of what is left of it."""
         self._done_before = 0 if self._done is None else self._done()
 
     @property

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
 import time
 from pathlib import Path
@@ -212,8 +213,11 @@ class MoEFoldCLI(LightningCLI):
         for key, kind in (("model", FineTuneModule), ("data", TextData)):
             # Of another class it must be the default itself, or it would get the values that are ours by default.
             path = named_class(self._given, key) or f"{kind.__module__}.{kind.__qualname__}"
-            if "." in path and not path.endswith((".yaml", ".yml", ".json")):
-                parser.set_defaults({key: {"class_path": path}})
+            try:
+                pkgutil.resolve_name(path)
+            except Exception:  # a short name, or one that the parser refuses in a sentence: without a default
+                continue
+            parser.set_defaults({key: {"class_path": path}})
 
     def instantiate_classes(self) -> None:
         """Makes module, data and Trainer; errors of their constructors reach the user unchanged."""

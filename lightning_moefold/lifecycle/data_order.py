@@ -31,6 +31,7 @@ class DataOrder:
         self._places: list[Any] = []
         self._path, self._keeps_place, self._loaded = "", True, False
         self._ranks_before: int | None = None
+        self._fresh: list[ResumableSampler] = []
         self._early: list[object] = []  # training loaders that were made before a checkpoint was loaded
 
     def save(self, checkpoint: dict[str, Any], trainer: pl.Trainer, ranks: int) -> None:
@@ -104,6 +105,7 @@ class DataOrder:
             trainer.fit_loop.epoch_loop.batch_progress
         )  # of all epochs, not of this one, which may be cut short
         sampler.deal(rank, ranks, 1 if batches is None else batches.batch_size, lambda: progress.total.processed)
+        self._fresh.append(sampler)
         self._go_on(dataloader, ranks)
 
     def _go_on(self, dataloader: object, ranks: int) -> None:
@@ -151,6 +153,9 @@ class DataOrder:
             self._go_on(dataloader, ranks)
         if any(map(_sampler, early)) and loop._data_fetcher is not None:
             iter(loop._data_fetcher)  # again, as workers may have read ahead
+        fresh, self._fresh = self._fresh, []
+        for sampler in fresh:  # whatever was counted when they were dealt, perhaps before the loops were restored
+            sampler.count_from_here()
         loaders = loop._combined_loader
         ours = [] if loaders is None else [one for one in loaders.flattened if _sampler(one) is not None]
         lengths = {len(one) for one in (loaders.flattened if ours and loaders is not None else [])}
