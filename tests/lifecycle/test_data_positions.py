@@ -57,6 +57,7 @@ def test_a_sampler_reads_the_rows_of_the_uninterrupted_run(pool: RankPool, tmp_p
     assert again == whole[8:]
 
 
+@pytest.mark.more
 def test_other_loaders_under_another_number_of_data_ranks(pool: RankPool, tmp_path: Path) -> None:
     path = str(make_checkpoint(tmp_path / "model", "qwen3_moe", num_experts=4))
 
@@ -94,6 +95,7 @@ def test_other_loaders_under_another_number_of_data_ranks(pool: RankPool, tmp_pa
             assert what in said
 
 
+@pytest.mark.more
 def test_ends_of_epochs(pool: RankPool, tmp_path: Path) -> None:
     """Whatever a checkpoint at the end of an epoch was saved for, the next epoch is the one that would have followed."""
     [found] = pool.run(jobs_data_positions.ends_of_epochs, str(tmp_path), ranks=1)
