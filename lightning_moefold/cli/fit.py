@@ -79,7 +79,10 @@ def _with_classes(arguments: list[str]) -> list[str]:
 
 
 def named_class(arguments: list[str], key: str) -> str | None:
-    """Returns the class that the arguments, or their configuration files, name last for ``model`` or ``data``; None without one."""
+    """Returns the class that the arguments, or their configuration files, name last for ``model`` or ``data``.
+
+    None without one, and if a file sets arguments of the class that is taken by default.
+    """
     found: str | None = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = argument.partition("=")
@@ -91,6 +94,8 @@ def named_class(arguments: list[str], key: str) -> str | None:
                 section = yaml.safe_load(Path(value).read_text())[key]
             except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):  # the parser says what is wrong
                 continue
+            if isinstance(section, dict) and "class_path" not in section and found is None:
+                return None
             found = section.get("class_path", found) if isinstance(section, dict) else section
     return found
 

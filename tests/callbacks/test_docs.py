@@ -44,7 +44,6 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         "expert_load",
         "loss",
         "memory",
-        "metrics",
         "speed",
     ]
     with next(Path("runs").rglob("metrics.csv")).open() as file:
