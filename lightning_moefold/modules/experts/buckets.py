@@ -81,27 +81,32 @@ class _Pad(torch.autograd.Function):
 
 
 class _Kept:
-    """Keeps flat stacks for backward in place of the padded ones, which are made again once for all that reads them."""
+    """Keeps flat stacks for backward in place of the padded ones, which are made again once for all that reads them.
+
+    Other tensors go where they would go without these hooks: to recomputation, which drops them, or to host memory.
+    """
 
     def __init__(self, flat: Sequence[Tensor], padded: Sequence[Tensor], buckets: Buckets) -> None:
+        # Private, but no public function tells which hooks these hide.
+        self.others = torch._C._autograd._top_saved_tensors_default_hooks(True)
         self.flat, self.buckets = [stack.detach() for stack in flat], buckets
         self.numbers = {stack.untyped_storage().data_ptr(): number for number, stack in enumerate(padded)}
         self.again: dict[int, Tensor] = {}
 
-    def pack(self, tensor: Tensor) -> Tensor | tuple[int, Tensor]:
+    def pack(self, tensor: Tensor) -> Any:
         """Forgets the memory of a view of a padded stack."""
         number = self.numbers.get(tensor.untyped_storage().data_ptr())
         if number is None:
-            return tensor
+            return None, tensor if self.others is None else self.others[0](tensor)
         return number, torch.empty(0, dtype=tensor.dtype, device="meta").as_strided(
             tensor.shape, tensor.stride(), tensor.storage_offset()
         )
 
-    def unpack(self, kept: Tensor | tuple[int, Tensor]) -> Tensor:
+    def unpack(self, kept: tuple[int | None, Any]) -> Tensor:
         """Returns what was packed."""
-        if isinstance(kept, Tensor):
-            return kept
         number, view = kept
+        if number is None:
+            return view if self.others is None else self.others[1](view)
         if number not in self.again:
             flat, places = self.flat[number], self.buckets.place_w
             self.again[number] = flat.new_zeros(self.buckets.channels, flat.shape[1]).index_copy_(0, places, flat)

@@ -13,6 +13,7 @@ from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.modules.experts import buckets
 from lightning_moefold.modules.experts.buckets import NARROWEST, make_buckets
 from lightning_moefold.modules.experts.packed import PackedExperts
+from lightning_moefold.modules.recompute import recomputed
 
 HIDDEN = 16
 WIDTHS = [40, 3, 0, 64, 9, 60, 1, 0, 33]
@@ -70,8 +71,8 @@ def test_padded_stacks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def note(self: Any, tensor: Tensor) -> Any:
         packed = pack(self, tensor)
-        if isinstance(packed, Tensor):
-            kept[packed.untyped_storage().data_ptr()] = packed.untyped_storage().nbytes()
+        if packed[0] is None:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return packed
 
     monkeypatch.setattr(buckets._Kept, "pack", note)
@@ -80,3 +81,32 @@ def test_padded_stacks_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     y_AD = experts.compute(x_AD, rows, experts.stacks())
     assert 2 * 4 * 512 * 4 <= sum(kept.values()) < 4 * 4 * 512 * 4
     y_AD.sum().backward()
+
+
+def test_recomputation_drops_what_buckets_would_keep() -> None:
+    """Hooks hide those around them: without care, recomputed experts kept their rows and products all the same."""
+    asked: list[int] = []
+
+    def away(tensor: Tensor) -> tuple[int, Tensor]:
+        asked.append(tensor.untyped_storage().nbytes())
+        return tensor._version, tensor.clone()
+
+    experts = PackedExperts(HIDDEN, [512, 500, 480])
+    experts.kernel = "grouped_mm"
+    rows = ExpertRows(torch.arange(4), torch.ones(4), torch.tensor([2, 1, 1]), distinct=True)
+    found = []
+    for again in (False, True):
+        experts.zero_grad()
+        x_AD = torch.ones(4, HIDDEN).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(away, lambda kept: kept[1]):
+            if again:
+                y_AD = recomputed(experts.compute, x_AD, rows, experts.stacks())
+            else:
+                y_AD = experts.compute(x_AD, rows, experts.stacks())
+        assert (max(asked) >= 2 * 512 * 4) is not again, "products were kept"
+        assert max(asked) < 512 * HIDDEN * 4, "weights were kept"
+        y_AD.square().sum().backward()
+        found.append([x_AD.grad, *(p.grad.clone() for p in experts.parameters())])
+        asked.clear()
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
