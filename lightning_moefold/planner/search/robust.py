@@ -53,8 +53,10 @@ def search(
     pool: dict[str, Estimate] = {}
     examined = 0
     own = by_profile[job.routing.name]
-    # No plan is faster under uneven routing than under balanced routing, whose bounds therefore serve every profile.
     order = [*own.values()][-1].in_order() if job.routing == BALANCED else None
+    # No plan is faster under uneven routing than under balanced routing, whose bounds therefore serve every profile; unless
+    # busy experts drop tokens, which makes uneven routing less work.
+    drops = job.capacity_factor is not None and not job.pad_to_capacity
     for name, planners in by_profile.items():
         kept: dict[Fold, Estimate] = {}
         if planners is not own:  # begins with the plans found so far, to leave out those that are slower
@@ -65,7 +67,8 @@ def search(
         if planners is own:
             examined += first.collect(kept, keep, others, order)
         else:
-            examined += first.collect(kept, _OF_OTHERS, others, order and order[:_MOST_EXAMINED])
+            bounds = [*planners.values()][-1].in_order() if order is not None and drops else order
+            examined += first.collect(kept, _OF_OTHERS, others, None if bounds is None else bounds[:_MOST_EXAMINED])
         found += kept.values()
         if kept:
             pool[name] = min(kept.values(), key=lambda e: e.step_time)
