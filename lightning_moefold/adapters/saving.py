@@ -42,8 +42,7 @@ def write_adapter(
         CheckpointError: If ``path`` is in a store or cannot be written; on other ranks PeerError.
         OSError: If the directory holds other files.
     """
-    target = local_path(path, "the adapter's directory")
-    on_first_rank(world, lambda: _check_target(target))
+    target = check_target(path, world)
     with in_one_sentence(target), draft_of(target, world) as work:
         whole = {name: gather_whole(tensor, piece(name), 0, world) for name, tensor in tensors.items()}
 
@@ -58,7 +57,23 @@ def write_adapter(
         on_first_rank(world, write)
 
 
-def _check_target(target: Path) -> None:
+def check_target(path: str | Path, world: Axis) -> Path:
+    """Returns the directory of an adapter, if one may be written there. Collective.
+
+    Args:
+        path: Directory, as the user gave it.
+        world: All ranks.
+
+    Raises:
+        CheckpointError: If it is in a store.
+        OSError: If it is a file, or holds other files than those of an adapter; on other ranks PeerError.
+    """
+    target = local_path(path, "the adapter's directory")
+    on_first_rank(world, lambda: _check_files(target))
+    return target
+
+
+def _check_files(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; give a directory that is new or holds an adapter.")
     foreign = sorted(p.name for p in target.iterdir() if p.name not in (CONFIG, TENSORS)) if target.is_dir() else []

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lightning_moefold import LoRA, MoECausalLM
 from lightning_moefold.callbacks import SaveAdapter
 from lightning_moefold.cli.fit import SaveConfig
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.testing import make_checkpoint
 
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
@@ -31,7 +31,9 @@ class Module(L.LightningModule):
 
 
 def trainer(folder: Path, *loggers: Any) -> Any:
-    return mock.Mock(spec=L.Trainer, default_root_dir=str(folder), loggers=list(loggers), is_global_zero=True)
+    return mock.Mock(
+        spec=L.Trainer, default_root_dir=str(folder), loggers=list(loggers), is_global_zero=True, fast_dev_run=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,28 @@ def test_what_cannot_be_saved_is_said_before_training(path: Path, tmp_path: Path
         SaveAdapter().on_train_start(trainer(tmp_path), Module(path, None))
     with pytest.raises(InputError, match="artifact='mine' of SaveAdapter needs a WandbLogger"):
         SaveAdapter(artifact="mine").on_train_start(trainer(tmp_path), Module(path, LoRA(rank=2)))
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_training(path: Path, tmp_path: Path) -> None:
+    """At the end of training it would be too late: the adapter would be lost."""
+    module = Module(path, LoRA(rank=2, targets=["q_proj"]))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds 'notes.txt', which is no part of an adapter"):
+        SaveAdapter(tmp_path).on_train_start(trainer(tmp_path), module)
+    run = trainer(tmp_path)
+    run.default_root_dir = "memory://bucket/run"
+    for callback in (SaveAdapter(), SaveAdapter("memory://bucket/adapter")):
+        with pytest.raises(CheckpointError, match="is in a store"):
+            callback.on_train_start(run, module)
+
+
+def test_a_trial_run_leaves_an_adapter_as_it_is(path: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.fast_dev_run = 1
+    callback, module = SaveAdapter(artifact="mine"), Module(path, LoRA(rank=2, targets=["q_proj"]))
+    callback.on_train_start(run, module)
+    callback.on_train_end(run, module)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_wandb_gets_the_configuration(path: Path, tmp_path: Path) -> None:
