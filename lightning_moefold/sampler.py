@@ -104,7 +104,7 @@ class ResumableSampler(DistributedSampler[Any]):
         self._dealt, self._begin, self._done = (rank, ranks), None, done
         self._asked = None
         self.count_from_here()
-        if self._per_epoch < 1:
+        if self.batches_per_epoch < 1:
             raise InputError(
                 f"a batch has {rows} rows on each of {ranks} data ranks, and the dataset of ResumableSampler only {self._count} "
                 "rows; use a smaller batch_size."
@@ -121,20 +121,32 @@ class ResumableSampler(DistributedSampler[Any]):
         self._begin = begin if self._batches_left(begin) > 0 else self._next_epoch(begin, begin.epoch + 1)
         self.count_from_here()
 
+    def begin_after(self, place: Mapping[str, int]) -> None:
+        """Begins a whole epoch at a place, with the rows that were left of the epoch before it."""
+        row = place["row"]
+        self._begin = _Place(place["epoch"] + 1, 0, row, row + self.batches_per_epoch * self._batch)
+        self.count_from_here()
+
     @override
     def set_epoch(self, epoch: int) -> None:
         """Begins an epoch, unless the sampler was told to go on in the middle of it. Lightning calls this."""
         now, asked, self._asked = self._now, self._asked, epoch
         if self._done is not None:  # rows that were trained on say more than Lightning's number, which may be one ahead
-            here = _Place(**self.place())
-            if here.row > now.row:
-                end = here.row + self._per_epoch * self._batch
-                self._begin = here if epoch == asked else _Place(now.epoch + 1, 0, here.row, end)
+            here = self.place()
+            if here["row"] > now.row and epoch != asked:
+                self.begin_after(here)
+            elif here["row"] > now.row:
+                self._begin = _Place(**here)
                 self.count_from_here()
         elif epoch > now.epoch:
             self._begin = self._next_epoch(now, epoch)
         elif epoch < now.epoch:
             self._begin = self._next_epoch(_Place(-1, 0, 0, 0), epoch)
+
+    @property
+    def order(self) -> tuple[int, bool, int]:
+        """Number of rows, whether they are shuffled, and the seed: a place says nothing about another order."""
+        return self._count, self.shuffle, self.seed
 
     def rows_of_batch(self, number: int) -> list[int]:
         """Returns the row numbers of a batch of this epoch, over all data ranks."""
@@ -171,7 +183,8 @@ class ResumableSampler(DistributedSampler[Any]):
         return self._rows * self._rank_and_ranks[1]
 
     @property
-    def _per_epoch(self) -> int:
+    def batches_per_epoch(self) -> int:
+        """Batches of an epoch that is read from its beginning."""
         return self._count // self._batch
 
     @property
@@ -189,7 +202,7 @@ class ResumableSampler(DistributedSampler[Any]):
 
     def _next_epoch(self, place: _Place, epoch: int) -> _Place:
         """Returns the beginning of a later epoch than that of ``place``."""
-        rows = self._per_epoch * self._batch
+        rows = self.batches_per_epoch * self._batch
         row = place.row + self._batches_left(place) * self._batch + (epoch - place.epoch - 1) * rows
         return _Place(epoch, 0, row, row + rows)
 

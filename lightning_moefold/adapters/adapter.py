@@ -92,8 +92,9 @@ class Adapter:
         Raises:
             InputError: Naming a parameter of the base that trains in another dtype than the adapter.
         """
+        gathered = getattr(model, "compute_dtype", None)  # of weights that an earlier forward of the step has gathered
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name not in self.shapes and parameter.dtype != self.dtype:
+            if parameter.requires_grad and name not in self.shapes and parameter.dtype not in (self.dtype, gathered):
                 ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, parameter.dtype))
                 raise InputError(
                     f"{name!r} of the base trains in {theirs} beside an adapter in {ours}, and one dtype is reduced; freeze it, "

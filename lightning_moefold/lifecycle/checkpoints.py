@@ -64,7 +64,7 @@ class SharedCheckpoints(ParallelStrategy):
     @override
     def connect(self, model: pl.LightningModule) -> None:
         self._registry = None  # belongs to an earlier entry point, perhaps of another module
-        self._data_order = DataOrder()
+        self._data_order = DataOrder(getattr(self, "_data_order", None))
         self.resumed_step = None
         super().connect(model)
 

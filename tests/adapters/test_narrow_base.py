@@ -84,6 +84,19 @@ def test_a_base_that_trains_in_another_dtype_is_refused(made: tuple[Path, Path])
         model(ids, labels=ids)
 
 
+def test_gathered_weights_are_not_taken_for_another_dtype(made: tuple[Path, Path]) -> None:
+    """In bf16-mixed FSDP2 shows weights in bfloat16 after the first forward of a step; a second one was refused."""
+    model = MoECausalLM.from_pretrained(made[0], torch.float32)
+    model.add_adapter(LoRA(rank=2))
+    weight = model.model.norm.weight.requires_grad_(True)
+    model.compute_dtype, weight.data = BF16, weight.data.to(BF16)
+    assert model.adapter is not None
+    model.adapter.check_trained(model)
+    model.compute_dtype = None
+    with pytest.raises(InputError, match="trains in bfloat16 beside an adapter in float32"):
+        model.adapter.check_trained(model)
+
+
 ROW = {
     "family": "qwen2_moe", "shape": "12 experts", "accumulate": 1, "auxiliary": True, "microbatches": 1,
     "uneven rows": False, "padding": "none", "documents": False, "ignore": "uneven", "frozen": "none",

@@ -208,6 +208,49 @@ def ends_of_epochs(folder: str) -> list[tuple[Any, ...]]:
     return found
 
 
+class Wide(Rows):
+    """Batches of as many rows as are asked for, of 24; notes after how many batches it was validated."""
+
+    def __init__(self, rows: int, seed: int = 3, kind: str = "") -> None:
+        super().__init__(kind)
+        self.rows, self.seed, self.validated = rows, seed, []
+
+    def train_dataloader(self) -> Any:
+        data = Numbered(True, 24)
+        return DataLoader(data, batch_size=self.rows, sampler=ResumableSampler(data, seed=self.seed))
+
+    def on_validation_start(self) -> None:
+        self.validated.append(len(self.seen))
+
+
+def later_fits(folder: str) -> dict[str, Any]:
+    """Resumes in the middle of an epoch with more and fewer rows, another order and another interval; and fits twice."""
+
+    def trainer(**more: Any) -> Any:
+        return make("", {"limit_val_batches": 1, "num_sanity_val_steps": 0, "precision": "32-true", **more})
+
+    saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=6)
+    trainer(callbacks=[saver], enable_checkpointing=True, max_epochs=1).fit(Wide(2))
+    found: dict[str, Any] = {}
+    for name, module, more in [
+        ("four", Wide(4), {}), ("one", Wide(1), {}), ("asks", Wide(4, kind="asks"), {}),
+        ("seed", Wide(2, seed=4), {}), ("interval", Wide(4), {"val_check_interval": 8}),
+    ]:  # fmt: skip
+        said = ""
+        try:
+            trainer(max_epochs=3, **more).fit(module, ckpt_path=f"{folder}/step=6.ckpt")
+        except ValueError as error:
+            said = str(error)
+        found[name] = [row for batch in module.seen for [row] in batch], module.validated, said
+    again, twice = trainer(max_epochs=1, limit_train_batches=4), Wide(4)
+    again.fit(twice)
+    again.fit_loop.max_epochs = 2
+    again.validate(twice)
+    again.fit(twice)
+    found["twice"] = [row for batch in twice.seen for [row] in batch], twice.validated, ""
+    return found
+
+
 def deal_all(cases: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[tuple[list[list[int]], list[float], str]]:
     return [deal(*positional, **named) for positional, named in cases]
 

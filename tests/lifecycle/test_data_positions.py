@@ -102,3 +102,19 @@ def test_ends_of_epochs(pool: RankPool, tmp_path: Path) -> None:
     assert len(found) >= 3 * 2 * 5
     for what, seen, expected in found:
         assert seen == expected, what
+
+
+@pytest.mark.slow
+def test_later_epochs_and_later_fits(pool: RankPool, tmp_path: Path) -> None:
+    """Epochs after that of the checkpoint are read and validated whole, whatever their number of batches; so is a second fit."""
+    [found] = pool.run(jobs_data_positions.later_fits, str(tmp_path), ranks=1)
+    order = [row for epoch in range(3) for row in order_of_rows(24, 3, epoch).tolist()]
+    for name, validated in {"four": [3, 9, 15], "one": [12, 36, 60], "asks": [3, 9, 15]}.items():
+        assert found[name] == (order[12:], validated, ""), name
+    assert found["seed"][0] == []
+    assert "24 rows, shuffle=True and seed=3, and this one has 24 rows, shuffle=True and seed=4" in found["seed"][2]
+    assert found["interval"][0] == []
+    assert (
+        "val_check_interval=8 is more than the 6 training batches of the epochs after this one" in found["interval"][2]
+    )
+    assert found["twice"][0] == order[:32]
