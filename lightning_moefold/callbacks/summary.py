@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
@@ -301,7 +301,12 @@ class FoldSummary(pl.Callback):
             "trainable_parameters": total.trainable,
         }
         for logger in trainer.loggers:
-            logger.log_hyperparams({"fold": str(fold), "ranks": trainer.world_size, **totals})
+            try:
+                logger.log_hyperparams({"fold": str(fold), "ranks": trainer.world_size, **totals})
+            except Exception as error:  # a rank that raises alone would leave the others waiting
+                # MLflow refuses other values than those that a resumed run has, and a run may resume under another fold.
+                reason = " ".join(str(error).split())[:200]
+                rank_zero_warn(f"{type(logger).__name__} did not take the fold {fold} ({reason}).")
             if isinstance(logger, WandbLogger):
                 logger.log_table("fold", list(_HEAD), [list(row) for row in summary.rows()])
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 
 from lightning_moefold import Fold, MoECausalLM
 from lightning_moefold.callbacks import FoldSummary
@@ -121,3 +123,15 @@ def test_it_is_printed_once(
         "3.07 K",
     ):
         assert word in printed
+
+
+def test_a_logger_that_refuses_the_fold_stops_no_run(tmp_path: Path) -> None:
+    """MLflow does, of a run that goes on under another fold; on the first rank alone."""
+    refusing, taking = mock.Mock(spec=Logger), mock.Mock(spec=Logger)
+    refusing.log_hyperparams.side_effect = RuntimeError("Changing param values is not allowed")
+    trainer = pl.Trainer(
+        logger=[refusing, taking], enable_checkpointing=False, accelerator="cpu", default_root_dir=tmp_path
+    )
+    with pytest.warns(UserWarning, match=r"did not take the fold .* \(Changing param values is not allowed\)"):
+        FoldSummary().on_fit_start(trainer, torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    taking.log_hyperparams.assert_called_once()
