@@ -35,7 +35,7 @@ class DataOrder:
 
     def __init__(self, earlier: DataOrder | None = None) -> None:
         self._samplers: list[ResumableSampler | None] = []  # of the training loaders
-        self._before = [] if earlier is None else earlier._samplers or earlier._before
+        self._before: list[ResumableSampler | None] = [] if earlier is None else earlier._samplers or earlier._before
         self._places: list[Any] = []
         self._orders: list[Any] = []
         self._path, self._keeps_place, self._loaded = "", True, False
@@ -189,7 +189,7 @@ class DataOrder:
         loaders = loop._combined_loader
         ours = [] if loaders is None else [one for one in loaders.flattened if _sampler(one) is not None]
         lengths = {len(one) for one in (loaders.flattened if ours and loaders is not None else [])}
-        every: Any = trainer.val_check_interval  # type: ignore[attr-defined]
+        every: Any = trainer.val_check_interval
         later = [sampler.batches_per_epoch for one in ours if (sampler := _sampler(one)) is not None]
         validates = trainer.enable_validation and trainer.check_val_every_n_epoch is not None  # type: ignore[attr-defined]
         if self._loaded and validates and isinstance(every, int) and later and every > min(later):
@@ -221,11 +221,11 @@ def count_batches(trainer: pl.Trainer) -> None:
     loaders: Any = trainer.fit_loop._combined_loader
     if not any(map(_sampler, loaders.flattened)):
         return
-    part: Any = trainer.limit_train_batches  # type: ignore[attr-defined]
+    part: Any = trainer.limit_train_batches
     loaders.limits = [_parse_num_batches(RunningStage.TRAINING, len(loader), part) for loader in loaders.flattened]
     trainer.fit_loop.max_batches = number = loaders.limits[0]  # the others have as many
-    if isinstance(trainer.val_check_interval, float):  # type: ignore[attr-defined]
-        trainer.val_check_batch = max(1, int(number * trainer.val_check_interval))  # type: ignore[attr-defined]
+    if isinstance(trainer.val_check_interval, float):
+        trainer.val_check_batch = max(1, int(number * trainer.val_check_interval))
 
 
 def _sampler(dataloader: object) -> ResumableSampler | None:
