@@ -190,8 +190,8 @@ class DataOrder:
         ours = [] if loaders is None else [one for one in loaders.flattened if _sampler(one) is not None]
         lengths = {len(one) for one in (loaders.flattened if ours and loaders is not None else [])}
         every: Any = trainer.val_check_interval
-        later = [sampler.batches_per_epoch for one in ours if (sampler := _sampler(one)) is not None]
-        validates = trainer.enable_validation and trainer.check_val_every_n_epoch is not None  # type: ignore[attr-defined]
+        later = [found.batches_per_epoch for one in ours if (found := _sampler(one)) is not None]
+        validates = trainer.enable_validation and trainer.check_val_every_n_epoch is not None
         if self._loaded and validates and isinstance(every, int) and later and every > min(later):
             raise InputError(
                 f"val_check_interval={every} is more than the {min(later)} training batches of the epochs after this one, "
