@@ -39,7 +39,6 @@ def test_a_packed_student_heals_under_folds(pool: RankPool, tmp_path: Path) -> N
     both_forms(tmp_path, "qwen2_moe")
     rows = rows_of_teacher(tmp_path / "model")
     [(losses, _)] = pool.run(distilled.fit, str(tmp_path / "zeroed"), rows, "", 2, ranks=1)
-    assert losses[-1] < losses[0]
     assert not torch.allclose(ours(tmp_path / "packed"), ours(tmp_path / "model"))
     for fold in ("pp2 | ep2", "tp2 cp2 | ep4"):
         for other, _ in pool.run(distilled.fit, str(tmp_path / "packed"), rows, fold, 2, ranks=4):

@@ -30,11 +30,13 @@ class Student(FineTuneModule):
         return output.loss
 
 
-def fit(path: str, rows: list[dict[str, Tensor]], fold: str, microbatches: int) -> tuple[list[float], list[int]]:
-    """Losses of an epoch, and the first token of each row that counted here."""
+def fit(
+    path: str, rows: list[dict[str, Tensor]], fold: str, microbatches: int, epochs: int = 1
+) -> tuple[list[float], list[int]]:
+    """Losses of the batches, and the first token of each row that counted here."""
     student = Student(path, rows)
     run = trainer(
-        MoEFoldStrategy(fold=fold, num_microbatches=microbatches), precision="64-true", max_epochs=1, max_steps=-1,
+        MoEFoldStrategy(fold=fold, num_microbatches=microbatches), precision="64-true", max_epochs=epochs, max_steps=-1,
     )  # fmt: skip
     run.fit(student)
     assert isinstance(student.model, nn.Module)

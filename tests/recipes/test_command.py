@@ -367,7 +367,7 @@ def test_wrong_input_ends_on_all_ranks(pool: RankPool, folder: Path, tmp_path: P
         ),
         ({"data__batch_size": 3, "trainer__strategy__init_args__fold": "ep2"}, "dealt evenly to 2 data ranks"),
         ({"model__freeze": '["*.expert.*"]'}, "no parameter is named like '*.expert.*'"),
-        ({"ckpt_path": tmp_path / "none.ckpt"}, "none.ckpt is not a checkpoint of this strategy"),
+        ({"ckpt_path": tmp_path / "none.ckpt"}, "none.ckpt does not exist; --ckpt_path last takes"),
         ({"trainer__strategy__init_args__fold": "ep3"}, "expert_parallel_size=3"),
     ]
     argvs = [["fit", *arguments(folder, tmp_path, **case)] for case, _ in cases]

@@ -63,7 +63,7 @@ def _describe(module: Changing, *, trained: bool) -> dict[str, Any]:
         if isinstance(part, MoELayer):
             parts[name] = type(part.dispatcher).__name__, part.dispatcher.config, getattr(part.experts, "kernel", None)
         elif isinstance(part, DecoderLayer):
-            parts[name] = part.recompute, part._compiled is not None
+            parts[name] = part.recompute, part.offload, part._compiled is not None
     if model.pipeline is not None:
         runner = model.pipeline.runner  # type: ignore[attr-defined]
         parts["pipeline"] = runner.plan.schedule, [s.index for s in runner.stages]
