@@ -83,23 +83,27 @@ class Adapter:
                 f"the adapter of {self.source.path} trains experts or routers with lora_dropout={self.source.dropout}, which is "
                 "not supported here; set it to 0 in its adapter_config.json to go on without."
             )
-        self.check_trained(model)
-        self.trained |= {n for n, p in model.named_parameters() if p.requires_grad and n not in self.shapes}
+        self.trained |= self.check_trained(model)
 
-    def check_trained(self, model: nn.Module) -> None:
+    def check_trained(self, model: nn.Module) -> set[str]:
         """Checks that trained parameters have one dtype, as FSDP2 requires of what it reduces together.
+
+        Returns:
+            Names of those of the base.
 
         Raises:
             InputError: Naming a parameter of the base that trains in another dtype than the adapter.
         """
         gathered = getattr(model, "compute_dtype", None)  # of weights that an earlier forward of the step has gathered
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name not in self.shapes and parameter.dtype not in (self.dtype, gathered):
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in self.shapes}
+        for name, parameter in trained.items():
+            if parameter.dtype not in (self.dtype, gathered):
                 ours, theirs = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, parameter.dtype))
                 raise InputError(
                     f"{name!r} of the base trains in {theirs} beside an adapter in {ours}, and one dtype is reduced; freeze it, "
                     "or use a base in float32 with precision='bf16-mixed'."
                 )
+        return set(trained)
 
     def left_out(self, model: nn.Module) -> set[str]:
         """Returns the unchanged parameters of the base; checkpoints name the base instead of containing them."""

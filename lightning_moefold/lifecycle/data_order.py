@@ -229,7 +229,7 @@ def count_batches(trainer: pl.Trainer) -> None:
 
 
 def _sampler(dataloader: object) -> ResumableSampler | None:
-    """Returns the sampler of a loader, given as ``sampler`` or in a ``BatchSampler``."""
+    """Returns the sampler of a loader, given as ``sampler`` or, where Lightning does not replace it, in a ``BatchSampler``."""
     if not isinstance(dataloader, DataLoader):
         return None
     batches = getattr(dataloader.batch_sampler, "sampler", None)

@@ -192,15 +192,9 @@ def verify(
             f"{path} has routers or losses of routers that transformers does not know, so there is nothing to compare with; "
             "take router, aux_loss and router_z_loss_coef out of a copy of its config.json."
         )
+    rows = rows or 2 * microbatches
     batches = make_batches(
-        steps,
-        parsed.dp,
-        rows or 2 * microbatches,
-        length,
-        config.vocab_size,
-        seed=seed,
-        padding="right",
-        ignore="uneven",
+        steps, parsed.dp, rows, length, config.vocab_size, seed=seed, padding="right", ignore="uneven"
     )
     with RankPool(ranks) as pool:
         records = pool.run(train_on_rank, str(path), overrides, batches, arguments, ranks=ranks, timeout=3600.0)

@@ -39,6 +39,8 @@ def test_a_packed_student_heals_under_folds(pool: RankPool, tmp_path: Path) -> N
     both_forms(tmp_path, "qwen2_moe")
     rows = rows_of_teacher(tmp_path / "model")
     [(losses, _)] = pool.run(distilled.fit, str(tmp_path / "zeroed"), rows, "", 2, ranks=1)
+    many = pool.run(distilled.fit, str(tmp_path / "packed"), rows, "| ep2", 2, epochs=6, ranks=2)[0][0]
+    assert sum(many[-3:]) < sum(many[:3])  # three batches are an epoch
     assert not torch.allclose(ours(tmp_path / "packed"), ours(tmp_path / "model"))
     for fold in ("pp2 | ep2", "tp2 cp2 | ep4"):
         for other, _ in pool.run(distilled.fit, str(tmp_path / "packed"), rows, fold, 2, ranks=4):

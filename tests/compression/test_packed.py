@@ -110,10 +110,17 @@ CASES = [
     {"fold": "| ep2", "dispatch_chunks": 2, "recompute": "full"},
     {"fold": "| ep4", "dispatcher": "allgather"},
     {"fold": "tp2 | ep2", "recompute": ["expert_activation"]},
+    {
+        "fold": "| ep2",
+        "expert_kernel": "grouped_mm",
+        "recompute": ["expert_activation"],
+        "data_parallel_sharding": "full",
+    },
+    {"fold": "pp2 | ep2", "expert_kernel": "grouped_mm", "dispatch_chunks": 2, "num_microbatches": 2},
 ]
 
 
-SOME, OTHERS = (0, 1, 3), (2, 4, 5, 6, 7)
+SOME, OTHERS = (0, 1, 3, 8), (2, 4, 5, 6, 7, 9)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +129,7 @@ SOME, OTHERS = (0, 1, 3), (2, 4, 5, 6, 7)
 def test_training_is_the_same_under_every_fold(
     pool: RankPool, tmp_path: Path, family: str, chosen: tuple[int, ...]
 ) -> None:
-    """With an ep rank that holds no channel, uneven widths over tp, and edp > 1."""
+    """With an ep rank that holds no channel, uneven widths over tp, edp > 1, and experts in buckets."""
     pruned, cases = both_forms(tmp_path, family), []
     for case in (CASES[number] for number in chosen):
         rows = 2 * case.get("num_microbatches", 1)

@@ -12,22 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_moefold import MoECausalLM, MoEFoldStrategy, ResumableSampler
+from lightning_moefold import MoEFoldStrategy, ResumableSampler
 from lightning_moefold.cli.terminal import quiet
+from tests.lifecycle.jobs_signals import Endless
 
 
-class Counting(pl.LightningModule):
+class Counting(Endless):
     """Prints the rows of each batch."""
-
-    def configure_model(self) -> None:
-        self.model = MoECausalLM.from_pretrained(sys.argv[1])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         print("step", self.global_step, *batch.pop("row").tolist(), flush=True)
         return self.model(**batch).loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 if __name__ == "__main__":
