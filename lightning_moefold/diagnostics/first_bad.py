@@ -86,6 +86,7 @@ def family_of(name: str) -> str:
     return "module"
 
 
+@torch.no_grad()  # a check that autograd sees keeps tensors for backward, which recomputation then misses in its second run
 def all_finite(tensors: Iterable[Tensor]) -> Tensor | None:
     """Returns whether all numbers of the floating-point ``tensors`` are finite, a bool on their device; None without any."""
     members = [t for t in tensors if t.is_floating_point() and t.numel()]
