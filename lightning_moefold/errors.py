@@ -7,6 +7,7 @@ import sys
 import traceback
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from zipfile import BadZipFile
 
 
@@ -73,7 +74,7 @@ class PeerError(MoEFoldError, RuntimeError):
 #: What Python's and NumPy's readers raise at damaged archives and texts, for those who turn it into a sentence.
 DAMAGE = (
     OSError, EOFError, BadZipFile, zlib.error, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-    MemoryError, NotImplementedError, RuntimeError,
+    MemoryError, NotImplementedError, RuntimeError, SyntaxError, TokenError,
 )  # fmt: skip
 
 

@@ -13,44 +13,29 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.distributed import (
-    _distributed_is_initialized,
-    _sync_ddp_if_available,
-)
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_moefold import comm
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.balance.placement import Placement
-from lightning_moefold.diagnostics.liveness import RollCall
 from lightning_moefold.diagnostics.report import Place, print_without_traceback
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.dispatch.config import DispatcherName, DropPolicy, DropScope
 from lightning_moefold.errors import HookError, InputError
-from lightning_moefold.fold import Fold
-from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.lifecycle.accumulation import StepAhead
 from lightning_moefold.lifecycle.checkpoints import SharedCheckpoints
 from lightning_moefold.lifecycle.even_batches import EvenBatches
 from lightning_moefold.lifecycle.loaders import seed_workers
 from lightning_moefold.lifecycle.precision import MoEFoldPrecision
 from lightning_moefold.lifecycle.prediction import Predicting
-from lightning_moefold.lifecycle.processes import connect_processes
 from lightning_moefold.lifecycle.signals import requeue_together, stop_quietly
 from lightning_moefold.lifecycle.step_check import NotFinite
 from lightning_moefold.lifecycle.strategy_arguments import check_fold_arguments, check_run_arguments
@@ -61,7 +46,6 @@ from lightning_moefold.lifecycle.unsupported import (
     check_optimizers,
     check_trainer,
 )
-from lightning_moefold.mesh import Axis, FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.experts import cpu_cache
@@ -72,7 +56,7 @@ from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
 from lightning_moefold.optim.state_offload import bring_state
 from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Settings, Sharding, parallelize
-from lightning_moefold.parallel.apply import check_settings, parts_of
+from lightning_moefold.parallel.apply import check_settings
 from lightning_moefold.parallel.compiling import COMPILER, has_compiler
 from lightning_moefold.parallel.hooks import check_hooks
 from lightning_moefold.parallel.migration import Moved, move_experts
@@ -207,7 +191,6 @@ class MoEFoldStrategy(SharedCheckpoints):
         dispatch = DispatchConfig(
             dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
         )  # fmt: skip
-        #: Without what only a run knows: the precision, and which ranks share a machine.
         self.settings = Settings(
             Sharding(data_parallel_sharding),
             PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
@@ -223,70 +206,13 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._sizes, self._fold_text = sizes, fold if isinstance(fold, str) or fold is None else tuple(fold)
         self._auto = auto or AutoFold()
         self.calculate_per_token_loss, self.checksums, self.async_save = calculate_per_token_loss, checksums, async_save
-        self.num_nodes = 1
         self._timeout = timeout
         self._process_group_backend = process_group_backend
-        self._mesh: FoldedMesh | None = None
         self._converted: weakref.ref[torch.nn.Module] | None = None
         self._own: ReplicatedModules | None = None
-        self._roll_call: RollCall | None = None
         self._predicting: Predicting | None = None
         self._even: EvenBatches | None = None
         self._watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-
-    # ---- the fold ----------------------------------------------------------------------------------------------
-
-    def copy_experts(self, copies: ExpertCopies) -> None:
-        """Asks for copies of busy experts where nothing speaks against them; for callbacks, before the set-up.
-
-        Nothing changes if the strategy has its own ``expert_copies``, or padding or a kernel that does not go with copies, or if
-        one rank holds all experts.
-        """
-        dispatch = self.settings.dispatch
-        unfit = (
-            dispatch.pad_to_capacity or self.settings.expert_kernel == "transformer_engine" or self._fold_text == "auto"
-        )
-        if dispatch.copies is None and not unfit and self.fold.ep > 1:
-            self.settings = replace(self.settings, dispatch=replace(dispatch, copies=copies))
-
-    @property
-    def fold(self) -> Fold:
-        """The fold. Known once the world size is: before the processes start, from the Trainer's devices and nodes.
-
-        Raises:
-            RuntimeError: Outside a Trainer, and with ``fold="auto"`` before the planner has chosen.
-        """
-        if self._mesh is None and self._fold_text != "auto" and self.parallel_devices:
-            return self._make_fold()
-        return self.mesh.fold
-
-    @property
-    def mesh(self) -> FoldedMesh:
-        """Process groups and device meshes.
-
-        Raises:
-            RuntimeError: Before the processes have started.
-        """
-        if self._mesh is None and self._fold_text == "auto" and _distributed_is_initialized():
-            raise RuntimeError(
-                'fold="auto" is chosen once the model is there, after configure_model; ask later, make the model in __init__, or '
-                "say what it is with auto=AutoFold(model=...)."
-            )
-        if self._mesh is None:
-            raise RuntimeError(
-                "the fold is known once the processes have started; ask for it inside a hook, not before fit."
-            )
-        return self._mesh
-
-    @property
-    def dp_rank(self) -> int:
-        """Which part of the data this rank reads; the same on all ranks of a tp, cp or pp group."""
-        return self.fold.coordinates(self.global_rank)["dp"]
-
-    @property
-    def dp_size(self) -> int:
-        """Number of parts the data is split into."""
-        return self.fold.dp
 
     # ---- what Lightning asks -----------------------------------------------------------------------------------
 
@@ -297,22 +223,6 @@ class MoEFoldStrategy(SharedCheckpoints):
         On one rank it is true of a model that ranks could share, which is dealt the same rows under every fold.
         """
         return self.world_size > 1 or self._sharded
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_processes(self) -> int:
-        """Processes on this node."""
-        return len(self.parallel_devices or ())
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.dp_size, "rank": self.dp_rank}
 
     @property
     @override
@@ -329,115 +239,6 @@ class MoEFoldStrategy(SharedCheckpoints):
     def _precision(self) -> MoEFoldPrecision:
         assert isinstance(self.precision_plugin, MoEFoldPrecision)
         return self.precision_plugin
-
-    # ---- processes ---------------------------------------------------------------------------------------------
-
-    @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if self._fold_text != "auto":
-            self._make_fold()  # an illegal fold is refused before any process is started
-        # One process is here already, also in a notebook, where Lightning starts no script.
-        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-
-    def set_world_ranks(self) -> None:
-        """Tells the cluster environment and Lightning's rank-zero helpers who we are."""
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
-
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        reset_seed()
-        self.set_world_ranks()
-        if self._fold_text != "auto":
-            self._make_fold()
-        assert self.cluster_environment is not None
-        connect_processes(self.cluster_environment, self.root_device, self._process_group_backend, self._timeout)
-        self._join_roll_call()
-        self._choose_fold(last_call=False)
-        if self._fold_text != "auto":
-            self._make_mesh()
-
-    def _make_mesh(self) -> None:
-        fold = self._make_fold()
-        if isinstance(self._fold_text, tuple) and self.is_global_zero:
-            fold_choice.announce(
-                f"fold {fold} is the first of {list(self._fold_text)} that {self.world_size} ranks can form."
-            )
-        if self._mesh is None or self._mesh.fold != fold:
-            self._mesh = self._mesh_of_earlier_trainer(fold)
-            if self._mesh is not None:
-                self._mesh.set_timeout(self._timeout)
-        if self._mesh is None:
-            # FSDP2 casts the parameters in mixed precision, so there even a data axis of one rank is wrapped.
-            mixed = self._precision.mixed_dtype is not None
-            self._mesh = FoldedMesh(
-                fold,
-                self.root_device.type,
-                timeout=self._timeout,
-                wrap_single=mixed,
-                replicated=self.settings.sharding.mode == "none",
-            )
-
-    def _mesh_of_earlier_trainer(self, fold: Fold) -> FoldedMesh | None:
-        """The mesh on which another Trainer has parallelised the module's model, if its fold is ours."""
-        meshes = [part.mesh for part in ([] if self.lightning_module is None else parts_of(self.lightning_module))]
-        return next((mesh for mesh in meshes if mesh is not None and mesh.fold == fold and mesh.is_alive), None)
-
-    def _make_fold(self) -> Fold:
-        text, world = self._fold_text, self.world_size
-        if text is None:
-            fold = Fold(world, *self._sizes)
-        else:
-            fold = Fold.parse(text, world) if isinstance(text, str) else Fold.first(text, world)
-        if fold.pp > 1 and not self._microbatches_given:
-            raise InputError(
-                f"pipeline_parallel_size={fold.pp} needs num_microbatches; {2 * fold.pp} or more keep ranks busy."
-            )
-        self.settings.check_pipeline(fold.pp)
-        return fold
-
-    def _choose_fold(self, last_call: bool) -> None:
-        """Lets the planner choose, if it is to and the model is known. Collective.
-
-        Args:
-            last_call: Whether the model has to be known by now.
-        """
-        module = self.lightning_module
-        if self._fold_text != "auto" or module is None:
-            return
-        fixed = fold_choice.Fixed(
-            self.world_size, self.num_processes, str(self._precision.precision), self.settings,
-            self.settings.num_microbatches if self._microbatches_given else None,
-        )  # fmt: skip
-        if (earlier := fold_choice.earlier_root(module)) is not None:
-            self._fold_text, self._microbatches_given = str(earlier.fold), True
-            self.settings = fixed.going_on(earlier.settings)
-            return
-        choice = fold_choice.agreed(
-            lambda: fold_choice.choose_for(self._auto, fixed, module, self.root_device, last_call),
-            self.broadcast,
-            self.global_rank,
-        )
-        if choice is None:
-            return
-        self._fold_text, self.settings = str(choice.estimate.plan.fold), fixed.taking(choice)
-        self._microbatches_given = self._microbatches_given or choice.estimate.plan.fold.pp > 1
-        self._choice = {**choice.record, "num_microbatches": self.settings.num_microbatches}
-        fold_choice.announce(choice.reason)
-
-    def _join_roll_call(self) -> None:
-        """Lets peers see whether this process lives, should a collective fail."""
-        if self.world_size == 1:
-            return
-        store = dist.distributed_c10d._get_default_store()
-        if self._roll_call is None or self._roll_call.store is not store:  # the process group may be another by now
-            self._roll_call = RollCall(store, self.global_rank)
-        self._roll_call.announce()
 
     # ---- set-up ------------------------------------------------------------------------------------------------
 
@@ -705,7 +506,20 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     on_test_end = on_predict_end = on_validation_end
 
-    # ---- experts that move -------------------------------------------------------------------------------------
+    # ---- experts that are copied, and that move ------------------------------------------------------------------
+
+    def copy_experts(self, copies: ExpertCopies) -> None:
+        """Asks for copies of busy experts where nothing speaks against them; for callbacks, before the set-up.
+
+        Nothing changes if the strategy has its own ``expert_copies``, or padding or a kernel that does not go with copies, or if
+        one rank holds all experts.
+        """
+        dispatch = self.settings.dispatch
+        unfit = (
+            dispatch.pad_to_capacity or self.settings.expert_kernel == "transformer_engine" or self._fold_text == "auto"
+        )
+        if dispatch.copies is None and not unfit and self.fold.ep > 1:
+            self.settings = replace(self.settings, dispatch=replace(dispatch, copies=copies))
 
     def move_experts(self, placements: Mapping[str, Placement]) -> Moved:
         """Brings experts to other ranks, with gradients and optimizer state. Collective, between two optimizer steps.
@@ -739,46 +553,6 @@ class MoEFoldStrategy(SharedCheckpoints):
         if self._registry is None:
             raise RuntimeError("parameters have their places once the strategy is set up; ask in a hook of the fit.")
         return self._registry
-
-    # ---- communication -----------------------------------------------------------------------------------------
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if _distributed_is_initialized():
-            on_cuda = self.root_device.type == "cuda"
-            dist.barrier(device_ids=[self.root_device.index] if on_cuda else None)
-
-    @override
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not _distributed_is_initialized():
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
-
-    @override
-    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduces over the ranks that read different data (dp), unless a group is given.
-
-        Ranks of a tp, cp or pp group hold the same values; counting them again would be wrong for sums.
-        """
-        if not isinstance(tensor, Tensor):
-            return tensor
-        if group is None:
-            if self.fold.dp == 1 or not _distributed_is_initialized():
-                return tensor
-            group = self.mesh.axis("dp").group
-        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        # Over the world, whatever reduce() does: every rank must take the same decision.
-        # With fold="auto", data is set up before there is a mesh.
-        if not _distributed_is_initialized():
-            return decision
-        world = Axis("world", tuple(range(self.world_size)), self.global_rank, dist.group.WORLD)
-        value = comm.all_reduce_raw(torch.tensor(int(decision), device=self.root_device), world)
-        return bool(value == world.size) if all else bool(value)
 
     # ---- the end -----------------------------------------------------------------------------------------------
 

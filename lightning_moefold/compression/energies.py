@@ -6,14 +6,13 @@ Legend: L MoE layers, E experts, F expert width, S width of the shared expert.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import DAMAGE, InputError
 
 _ARRAYS = ("energy", "shared_energy", "load", "layers")
 
@@ -74,7 +73,7 @@ class Energies:
                 found = {field.name: file[field.name] for field in fields(cls)}
         except FileNotFoundError:
             raise InputError(f"{path} does not exist; moefold camera analyze writes such a file.") from None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except DAMAGE as error:
             raise InputError(
                 f"{path} holds no energies ({type(error).__name__}: {error}); moefold camera analyze writes such a file."
             ) from None

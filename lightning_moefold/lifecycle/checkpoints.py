@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
@@ -27,6 +26,7 @@ from lightning_moefold.lifecycle.accumulation import StepAhead
 from lightning_moefold.lifecycle.background import BackgroundSaves, check_background
 from lightning_moefold.lifecycle.data_order import DataOrder
 from lightning_moefold.lifecycle.data_positions import gather_positions, take_position
+from lightning_moefold.lifecycle.ranks import FoldedRanks
 from lightning_moefold.lifecycle.training_state import (
     check_saveable,
     check_state,
@@ -34,12 +34,12 @@ from lightning_moefold.lifecycle.training_state import (
     load_training_state,
     optimizer_state,
 )
-from lightning_moefold.mesh import Axis, FoldedMesh
+from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.parallel.parameters import ParameterRegistry
 
 
-class SharedCheckpoints(ParallelStrategy):
+class SharedCheckpoints(FoldedRanks):
     """A strategy whose checkpoints are layout-free directories if a model is stored in pieces.
 
     A module without such a model is saved and loaded as under any strategy.
@@ -51,9 +51,6 @@ class SharedCheckpoints(ParallelStrategy):
     async_save: bool = False
     _background: BackgroundSaves | None = None
     _registry: ParameterRegistry | None = None
-    _mesh: FoldedMesh | None = None
-    #: The choice of ``fold="auto"``, as it is stored in checkpoints.
-    _choice: dict[str, Any] | None = None
     #: Deals the user's samplers.
     _data_order: DataOrder
     #: Counts the labels of the optimizer step, if its loss is divided by them.

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 
 import numpy as np
 import pyarrow
@@ -103,6 +105,16 @@ def test_table_of_expert_ids(tmp_path) -> None:
 def test_bad_files(tmp_path, arrays: dict, message: str) -> None:
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(InputError, match=message):
+        read_trace(tmp_path / "bad.npz")
+
+
+def test_a_header_of_python_2_that_does_not_end(tmp_path) -> None:
+    """NumPy reads headers that Python cannot with ``tokenize``, whose error is no ValueError."""
+    array = io.BytesIO()
+    np.save(array, np.ones((2, 3, 4), dtype=int))
+    with zipfile.ZipFile(tmp_path / "bad.npz", "w") as file:
+        file.writestr("counts.npy", array.getvalue().replace(b"4), }", b"4,   "))
+    with pytest.raises(InputError, match="is no routing trace"):
         read_trace(tmp_path / "bad.npz")
 
 

@@ -18,10 +18,11 @@ import lightning_moefold
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.lifecycle.checkpoints import SharedCheckpoints
 from lightning_moefold.lifecycle.precision import MoEFoldPrecision
+from lightning_moefold.lifecycle.ranks import FoldedRanks
 
 
 def _overrides() -> list[Any]:
-    strategies = ((kind, ParallelStrategy) for kind in (MoEFoldStrategy, SharedCheckpoints))
+    strategies = ((kind, ParallelStrategy) for kind in (MoEFoldStrategy, SharedCheckpoints, FoldedRanks))
     pairs = (*strategies, (MoEFoldPrecision, Precision))
     return [
         pytest.param(getattr(ours, name), getattr(base, name), id=f"{ours.__name__}.{name}")
@@ -52,7 +53,7 @@ def test_override_takes_what_the_base_takes(ours: Any, base: Any) -> None:
 
 
 def test_properties_stay_properties() -> None:
-    for name in (*vars(MoEFoldStrategy), *vars(SharedCheckpoints)):
+    for name in (*vars(MoEFoldStrategy), *vars(SharedCheckpoints), *vars(FoldedRanks)):
         base = inspect.getattr_static(ParallelStrategy, name, None)
         if isinstance(base, property) and not name.startswith("__"):
             assert isinstance(inspect.getattr_static(MoEFoldStrategy, name), property), name
