@@ -7,6 +7,9 @@ Each contender has processes of its own, in which it makes ``--steps`` steps aft
 contenders. All have the same Mixtral of random weights and the same tokens; adapters are on attention and on each expert. A step
 is forward, backward and AdamW; "fwd+bwd" leaves out the last. Peak memory is the resident size of the process at its highest. CPU
 seconds are of all threads, and fair on a busy machine where wall-clock time is not (``OMP_NUM_THREADS=1``).
+
+``--ranks 2`` trains by Lightning on as many ranks, which share the tokens: PEFT under ``DDPStrategy``, ours with the experts
+spread over the ranks (``| ep2``). Figures are then of a whole step, CPU seconds of all ranks together and memory of the fullest.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from torch.utils.data import DataLoader
 
 PEFT, LORA, FULL = "PEFT + HF", "moefold LoRA", "moefold full"
 CONTENDERS = (PEFT, LORA, FULL)
@@ -82,23 +87,82 @@ def work(contender: str, args: argparse.Namespace) -> None:
     print(json.dumps(figures))
 
 
+class Steps(pl.LightningModule):
+    """The steps of one contender on several ranks."""
+
+    def __init__(self, contender: str, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.contender, self.args, self.model, self.seconds = contender, args, None, []
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            torch.manual_seed(0)
+            self.model = make(self.contender, self.args)
+
+    def train_dataloader(self) -> Any:
+        ids = torch.randint(1000, (self.args.tokens // 512, 512), generator=torch.Generator().manual_seed(0))
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+        return DataLoader(rows * (1 + self.args.steps), batch_size=len(rows) // self.args.ranks)  # type: ignore[arg-type]
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.start = time.process_time()
+
+    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        return self.model(**batch).loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seconds.append(time.process_time() - self.start)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4, fused=True)
+
+
+def work_together(contender: str, args: argparse.Namespace) -> None:
+    """One contender's steps on several ranks; the first rank prints the figures."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    from lightning_moefold import MoEFoldStrategy
+
+    strategy = DDPStrategy() if contender == PEFT else MoEFoldStrategy(fold=f"| ep{args.ranks}")
+    module = Steps(contender, args)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=args.ranks, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module)
+    step = statistics.median(module.seconds[1:])
+    mine = (step, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, trained_here(module))
+    everyone: list[Any] = [None] * args.ranks
+    torch.distributed.all_gather_object(everyone, mine)
+    if trainer.is_global_zero:
+        steps, peaks, counts = zip(*everyone, strict=True)
+        seconds = [sum(steps)] * 2
+        print(json.dumps({"pass": seconds, "step": seconds, "peak": max(peaks), "trained": max(counts)}))
+
+
+def trained_here(module: pl.LightningModule) -> int:
+    """Number of trained parameters of the whole model: a tensor in pieces has the shape of the whole."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
         ("experts", 64), ("top-k", 4), ("hidden", 1024), ("width", 512), ("rank", 16), ("tokens", 4096), ("layers", 2),
-        ("steps", 2), ("rounds", 2),
+        ("steps", 2), ("rounds", 2), ("ranks", 1),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--worker", choices=CONTENDERS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker, args)
+        (work if args.ranks == 1 else work_together)(args.worker, args)
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for _ in range(args.rounds):
         for name in CONTENDERS:
-            command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--worker", name]
+            launcher = [] if args.ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={args.ranks}"]
+            command = [sys.executable, *launcher, str(Path(__file__)), *sys.argv[1:], "--worker", name]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[name].append(json.loads(out.splitlines()[-1]))
     print(f"torch {torch.__version__}, {json.dumps(vars(args))}\n")
