@@ -163,9 +163,7 @@ class FoldedRanks(ParallelStrategy):
         else:
             fold = Fold.parse(text, world) if isinstance(text, str) else Fold.first(text, world)
         if fold.pp > 1 and not self._microbatches_given:
-            raise InputError(
-                f"pipeline_parallel_size={fold.pp} needs num_microbatches; {2 * fold.pp} or more keep ranks busy."
-            )
+            raise self.settings.plan.needs_microbatches(fold.pp)
         self.settings.check_pipeline(fold.pp)
         return fold
 

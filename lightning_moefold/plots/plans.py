@@ -22,7 +22,7 @@ _BAR = 0.42
 _COLORS = {
     "compute": "#1f5f99", "memory bandwidth": "#5aa9c9", "launch": "#8f8f8f", "a2a": "#a33b5e", "etp": "#e0a3a3",
     "tp": "#e8c547", "cp": "#b3892b", "pipeline messages": "#7b5ea7", "bubble": "#d9d9d9", "data parallel": "#3b8f5c",
-    "recompute": "#d1603d",
+    "recompute": "#d1603d", "host link": "#3a3a3a",
     "weights": "#1f5f99", "gradients": "#3b8f5c", "optimizer": "#b3892b", "activations": "#d1603d", "buffers": "#7b5ea7",
     "logits": "#5aa9c9",
 }  # fmt: skip
@@ -88,6 +88,7 @@ def _settings(plan: Mapping[str, Any]) -> str:
     stages = f" x{plan['num_stages_per_rank']}" if plan["num_stages_per_rank"] > 1 else ""
     parts = [f"{plan['schedule']}{stages}"] if plan["schedule"] else []
     parts += [f"recompute {plan['recompute']}"] if plan["recompute"] != "none" else []
+    parts += [f"offload {plan['offload']}"] if plan.get("offload", "none") != "none" else []
     parts += [f"sharding {plan['sharding']}", f"micro-batches {plan['micro_batch_size']} x {plan['num_microbatches']}"]
     return ", ".join(parts)
 
