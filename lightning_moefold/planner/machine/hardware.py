@@ -15,12 +15,11 @@ These were measured by others, on other machines than those of the published run
   about 360 of 450 GB/s in all-gathers of nccl-tests.
 - all-to-all: a rank uses only its own port, but fills it (NVIDIA/nccl-tests issue 267); Megatron-Core's
   dispatch over 8 ranks of a node (arXiv 2603.07685: 1,265 us) runs at 0.9 of an all-gather's rate.
-- launches: the host submits a kernel in 4 to 6 us (susun-blog.com/blog/pegainfer-3-cuda-graph, CUDA 13; developers name 5 us as usual,
-  too: NVIDIA forum, "Any way to measure the latency of a kernel launch?", thread 221413); 5 us are taken. If the queue is empty, as
-  after a host wait, the kernel of a PyTorch operation starts about 20 us after its call (V100; NVIDIA technical blog, "Understanding
-  the Visualization of Overhead and Latency in NVIDIA Nsight Systems"); ``host_sync`` contains that once. What
-  PyTorch's dispatcher adds in eager mode is not counted; ``gemm_efficiency``, calibrated on eager runs, contains it.
-
+- launches: the host submits a kernel in 4 to 6 us (susun-blog.com/blog/pegainfer-3-cuda-graph, CUDA 13; 5 us are what developers
+  expect, too: NVIDIA forum, thread 221413 on the latency of a kernel launch); 5 us are taken. If the queue is empty, as after a
+  host wait, a PyTorch kernel starts about 20 us after its call (V100; NVIDIA technical blog, "Understanding the Visualization of
+  Overhead and Latency in NVIDIA Nsight Systems"); ``host_sync`` contains that once. What PyTorch's dispatcher adds in eager
+  mode is not counted; ``gemm_efficiency``, calibrated on eager runs, contains it.
 - host memory: an H100 copies 57 of the 64 GB/s of PCIe 5.0 x16 one way, with pinned memory (NVIDIA/nvbandwidth issue 6), an A100 25
   of the 32 GB/s of PCIe 4.0 (ZaidQureshi/bam issue 54). The memory of such hosts is not slower: 614 GB/s of sixteen DDR5-4800
   channels for eight H100, 410 GB/s of sixteen DDR4-3200 channels for eight A100.
