@@ -163,7 +163,7 @@ def check_checkpoint(given: Any) -> None:
 def _short(path: str | Path) -> str:
     """Returns the shortest form of a path, relative or absolute."""
     parsed = parse_path(path)
-    return parsed if isinstance(parsed, str) else os.path.relpath(parsed)
+    return parsed if isinstance(parsed, str) else min(os.path.relpath(parsed), str(parsed.absolute()), key=len)
 
 
 class SaveConfig(SaveConfigCallback):

@@ -95,3 +95,10 @@ def test_one_file_needs_no_list(tmp_path):
     text.write_text("words")
     data = TextData(files=str(text), tokenizer=str(tmp_path), cache_dir=str(tmp_path / "tokens"))
     assert data._files["train"] == [Path(text)]
+
+
+def test_an_unknown_key_without_a_near_name_says_what_lists_them():
+    told = one_sentence("model: Option 'lrr' is not accepted")
+    assert told == "model: Option 'lrr' is not accepted; --model.help lists those that are"
+    assert one_sentence("model: Option 'lr' is not accepted").endswith("did you mean learning_rate?")
+    assert one_sentence("trainer: Option 'xyzw' is not accepted") == "trainer: Option 'xyzw' is not accepted"
