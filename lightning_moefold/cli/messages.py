@@ -37,7 +37,7 @@ def one_sentence(message: str) -> str:
         return f"{sentence}; did you mean {close}?"
     unknown = re.match(_UNKNOWN_OPTION, sentence)
     section = unknown and (unknown[1] or unknown[3])
-    return f"{sentence}; --{section}.help lists those that are" if section in _HELPS else sentence
+    return f"{sentence}; --{section}.help lists the known ones" if section in _HELPS else sentence
 
 
 def unlogged(message: str) -> str | None:

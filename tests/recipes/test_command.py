@@ -288,7 +288,7 @@ def test_the_commands_of_the_pages_are_understood(page: str, monkeypatch: pytest
         (["--trainer.maxsteps", "3"], "--trainer.maxsteps 3; did you mean max_steps?\n"),
         (
             ["--trainer.strategy.nonsense", "3"],
-            "'nonsense' is not accepted; --trainer.strategy.help lists those that are\n",
+            "'nonsense' is not accepted; --trainer.strategy.help lists the known ones\n",
         ),
         (["--trainer.strategy.num_microbatches", "x"], "num_microbatches: x is not int or null"),
         (["--trainer.strategy.num_microbatches", "0"], "num_microbatches=0 must be at least 1."),
