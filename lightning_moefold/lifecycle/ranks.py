@@ -23,7 +23,6 @@ from typing_extensions import override
 
 from lightning_moefold import comm
 from lightning_moefold.diagnostics.liveness import RollCall
-from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.lifecycle.precision import MoEFoldPrecision
