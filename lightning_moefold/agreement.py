@@ -43,20 +43,24 @@ def same_batch_slots(number: Tensor, mesh: FoldedMesh) -> Tensor:
     return slots
 
 
-def check_readable(unreadable: bool, error: Exception | None) -> None:
-    """Raises if the batch of any rank cannot be read: that rank raises its own error, the others say that there is one.
+def check_readable(unreadable: bool, error: Exception | None, axis: Axis | None) -> None:
+    """Raises on all ranks of an axis if one of them cannot begin a call: its batch cannot be read, or its model not trained.
 
     Args:
-        unreadable: Whether the batch of any rank cannot be read.
-        error: The error of reading this rank's batch, or None.
+        unreadable: Whether any rank of the axis cannot, the same on all of them.
+        error: This rank's error, or None.
+        axis: The ranks that know; None in a single process.
 
     Raises:
-        BatchError: Raised on ranks without an error of their own.
+        Exception: This rank's own error; on ranks without one, a BatchError that quotes it.
     """
+    if unreadable and axis is not None:
+        try:
+            agree_on_error(error, axis)
+        except PeerError as peers:
+            raise BatchError(str(peers)) from None
     if error is not None:
         raise error
-    if unreadable:
-        raise BatchError("the batch of another rank cannot be read; that rank's own error says why.")
 
 
 def check_same_batch(totals: Tensor, ranks: int) -> None:

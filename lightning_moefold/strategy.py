@@ -374,9 +374,9 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def on_train_start(self) -> None:
         self._check_hooks()  # hooks may have been registered since the set-up
-        self._stop_quietly()
         assert self.lightning_module is not None
         requeue_together(self.lightning_module.trainer)
+        self._stop_quietly()
         self._data_order.begin(self.lightning_module.trainer, self.dp_size)
         if self._even is not None:
             self._even.begin_training()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from lightning_moefold.checkpoint import stores
-from lightning_moefold.lifecycle.signals import SameBatch
+from lightning_moefold.lifecycle.signals import SameBatch, requeue_signal
 from lightning_moefold.strategy import MoEFoldStrategy
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -31,7 +32,8 @@ class SaveOnInterrupt(pl.Callback):
     On Ctrl-C (SIGINT) or SIGTERM, on whatever rank, all ranks finish the same optimizer step, write ``last.ckpt`` beside the
     run's other checkpoints, say in one line at which step they stopped and how to resume, and exit with status 130 or 143, by
     which a scheduler knows that the job is not done. A second Ctrl-C ends at once, without a checkpoint. A signal during
-    validation is honoured after the next training batches. ``moefold fit`` has this callback unless the configuration has one.
+    validation is honoured after the next training batches. A signal at which SLURM requeues the job
+    (``SLURMEnvironment(requeue_signal=...)``) does so instead. ``moefold fit`` has this callback unless the configuration has one.
 
     Args:
         save: Whether to write the checkpoint.
@@ -56,6 +58,8 @@ class SaveOnInterrupt(pl.Callback):
         self.signal, self._trainer = None, trainer
         self._batch = SameBatch(trainer, "moefold/interrupt")
         for number in _SIGNALS:
+            if number == requeue_signal(trainer):
+                continue
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not in the main thread, where signals do not arrive
@@ -113,4 +117,5 @@ class SaveOnInterrupt(pl.Callback):
         saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
         if saver is None or saver.dirpath is None:
             return None
-        return str(stores.join(stores.parse_path(saver.dirpath), f"{saver.CHECKPOINT_NAME_LAST}{saver.FILE_EXTENSION}"))
+        name = saver.format_checkpoint_name(saver._monitor_candidates(trainer), saver.CHECKPOINT_NAME_LAST)
+        return str(stores.join(stores.parse_path(saver.dirpath), Path(name).name))

@@ -38,6 +38,8 @@ def reason_of(error: BaseException) -> str:
         name = f" ({Path(place).name})" if isinstance(place, str) and found.errno == errno.ENOENT else ""
         return f"{_WORDS[found.errno]}{name}"
     text = " ".join(str(error).split("\n", 1)[0].split())
+    if isinstance(error, CheckpointError):
+        return text
     if isinstance(error, EOFError) or "PytorchStreamReader failed" in text:
         return "it is cut off or damaged"
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

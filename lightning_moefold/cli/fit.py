@@ -20,9 +20,10 @@ from lightning_moefold.callbacks.save_on_interrupt import SaveOnInterrupt
 from lightning_moefold.checkpoint.sharded import META
 from lightning_moefold.checkpoint.stores import parse_path
 from lightning_moefold.cli.messages import one_sentence, unlogged
-from lightning_moefold.cli.resuming import endings, last_checkpoint, remove_empty_start
+from lightning_moefold.cli.resuming import agreed_last_checkpoint, endings, remove_empty_start
 from lightning_moefold.cli.terminal import peers_end_too, progress_display, quiet
 from lightning_moefold.errors import InputError, is_users, sentence
+from lightning_moefold.lifecycle.fold_choice import announce
 from lightning_moefold.recipes.data import TextData
 from lightning_moefold.recipes.module import FineTuneModule
 from lightning_moefold.strategy import MoEFoldStrategy
@@ -162,7 +163,7 @@ def check_checkpoint(given: Any) -> None:
 def _short(path: str | Path) -> str:
     """Returns the shortest form of a path, relative or absolute."""
     parsed = parse_path(path)
-    return parsed if isinstance(parsed, str) else os.path.relpath(parsed)
+    return parsed if isinstance(parsed, str) else min(os.path.relpath(parsed), str(parsed.absolute()), key=len)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -273,9 +274,11 @@ class MoEFoldCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         began = time.time()
         if self._get(self.config_init, "ckpt_path") == "last":
-            found = last_checkpoint(self.trainer)
+            found = agreed_last_checkpoint(self.trainer)
             self.config_init[subcommand]["ckpt_path"] = found
             self.config[subcommand]["ckpt_path"] = found  # which config.yaml of the run records
+            if subcommand != "fit":  # a fit says it when it resumes
+                announce(f"--ckpt_path last is {found}")
         check_checkpoint(self._get(self.config_init, "ckpt_path"))
         try:
             with peers_end_too(self.trainer):

@@ -18,6 +18,8 @@ from lightning_moefold.strategy import MoEFoldStrategy
 
 _SECTIONS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "ckpt_path")
 _OWNERS = {"model": FineTuneModule, "data": TextData, "trainer": pl.Trainer, "trainer.strategy": MoEFoldStrategy}
+#: Sections whose keys a command lists.
+_HELPS = ("model", "data", "trainer.strategy")
 _UNKNOWN_OPTION = r"([\w.]+): Option '(\w+)' is not accepted$|unrecognized arguments: --([\w.]+)\.(\w+)"
 
 #: Lightning's messages by callback: the metric, and the list of those that were logged.
@@ -31,8 +33,11 @@ _SHOWN = 5
 def one_sentence(message: str) -> str:
     """Returns the reason of an error, with the known name that is most similar to an unknown one."""
     sentence = _reason(message)
-    close = _closest(sentence)
-    return f"{sentence}; did you mean {close}?" if close else sentence
+    if close := _closest(sentence):
+        return f"{sentence}; did you mean {close}?"
+    unknown = re.match(_UNKNOWN_OPTION, sentence)
+    section = unknown and (unknown[1] or unknown[3])
+    return f"{sentence}; --{section}.help lists the known ones" if section in _HELPS else sentence
 
 
 def unlogged(message: str) -> str | None:

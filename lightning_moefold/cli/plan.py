@@ -32,6 +32,7 @@ from lightning_moefold.planner.report.walk import walk
 from lightning_moefold.planner.search.job import (
     DISPATCHERS,
     DROP_SCOPES,
+    OFFLOADS,
     PRECISIONS,
     RECOMPUTES,
     SCHEDULES,
@@ -69,6 +70,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     chosen(
         "--recompute", action="append", metavar="PART[,PART]",
         help=f"{', '.join(RECOMPUTES)}, or parts of a layer (may be repeated, to choose from several)",
+    )  # fmt: skip
+    chosen(
+        "--offload", choices=(*OFFLOADS, "any"), action="append",
+        help="what to keep in host memory (may be repeated, to choose from several; default: nothing, if a plan fits without)",
     )  # fmt: skip
     chosen("--sharding", choices=SHARDINGS, help="data-parallel sharding (default: optimizer or full)")
     chosen("--dispatcher", choices=(*DISPATCHERS, "any"), help="token dispatcher (default: any)")
@@ -149,6 +154,8 @@ def read_space(arguments: argparse.Namespace, job: Job) -> Space:
     )
     if arguments.schedule:
         space = replace(space, schedules=tuple(arguments.schedule))
+    if arguments.offload:
+        space = replace(space, offloads=tuple(name for name in OFFLOADS if {name, "any"} & set(arguments.offload)))
     if arguments.recompute:
         space = replace(space, recomputes=tuple(sorted(arguments.recompute, key=_costs_more)))
     size = arguments.micro_batch_size

@@ -14,10 +14,36 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.checkpoint.sharded import META
 from lightning_moefold.errors import CheckpointError
-from lightning_moefold.lifecycle.fold_choice import announce
+from lightning_moefold.lifecycle.fold_choice import agreed, announce
+from lightning_moefold.lifecycle.processes import connect_processes
+from lightning_moefold.strategy import MoEFoldStrategy
 
+#: Variable in which the first process hands the checkpoint that it has found to those that it starts.
+_DECIDED = "MOEFOLD_LAST_CHECKPOINT"
 #: What the folder of a run holds before its first step; event files are TensorBoard's.
 _OF_A_START = ("config.yaml", "hparams.yaml", "metrics.csv", "events.out.tfevents.*")
+
+
+def agreed_last_checkpoint(trainer: pl.Trainer) -> str | None:
+    """Returns what :func:`last_checkpoint` finds on the first rank, on all ranks: another run may save between two looks.
+
+    Ranks that a launcher has started connect for it. The processes that this one will start inherit it in their environment.
+
+    Raises:
+        CheckpointError: On all ranks, if there is none.
+    """
+    strategy, decided = trainer.strategy, os.environ.get(_DECIDED)
+    if decided is not None and trainer.local_rank > 0:
+        return decided or None
+    environment = getattr(strategy, "cluster_environment", None)
+    if isinstance(strategy, MoEFoldStrategy) and environment is not None and environment.creates_processes_externally:
+        assert strategy.accelerator is not None
+        strategy.accelerator.setup_device(strategy.root_device)
+        connect_processes(environment, strategy.root_device, strategy._process_group_backend, strategy._timeout)
+        return agreed(lambda: last_checkpoint(trainer), strategy.broadcast, trainer.global_rank)
+    found = last_checkpoint(trainer)
+    os.environ[_DECIDED] = found or ""
+    return found
 
 
 def last_checkpoint(trainer: pl.Trainer) -> str | None:

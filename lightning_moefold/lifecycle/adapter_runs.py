@@ -9,8 +9,9 @@ from typing import Any
 
 from lightning_moefold.adapters.adapter import Adapter
 from lightning_moefold.adapters.config import LoRA
+from lightning_moefold.agreement import agreeing
 from lightning_moefold.checkpoint.sharded import MODELS
-from lightning_moefold.errors import CheckpointError
+from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.parallel.parameters import ParameterRegistry
 
@@ -26,9 +27,15 @@ def left_out(registry: ParameterRegistry) -> set[str]:
 
 
 def note_trained(registry: ParameterRegistry) -> None:
-    """Records the trainable parameters again, because they may have changed."""
-    for _, model, adapter in _adapted(registry):
-        adapter.note_trained(model)
+    """Records the trainable parameters again, because they may have changed. Collective.
+
+    Raises:
+        InputError: If one cannot train beside the adapter; PeerError on the other ranks, which may hold other stages.
+    """
+    if adapted := _adapted(registry):
+        with agreeing(registry.mesh.world, InputError):
+            for _, model, adapter in adapted:
+                adapter.note_trained(model)
 
 
 def check_bases(path: str | Path, meta: Mapping[str, Any], registry: ParameterRegistry) -> None:

@@ -53,11 +53,12 @@ class Fixed:
     settings: Settings
     num_microbatches: int | None
 
-    def space(self, dispatchers: tuple[str, ...]) -> Space:
+    def space(self, dispatchers: tuple[str, ...], offloads: bool = False) -> Space:
         """Returns the settings that are left to choose, among those that the strategy runs in one call of the model.
 
         Args:
             dispatchers: Dispatchers that support the job's settings.
+            offloads: Whether activations go to host memory.
         """
         plan, recompute, dispatcher = self.settings.plan, self.settings.recompute, self.settings.dispatch.dispatcher
         looped = plan.schedule.startswith("interleaved")
@@ -68,6 +69,7 @@ class Fixed:
             num_microbatches=self.num_microbatches,
             num_stages_per_rank=plan.stages_per_rank if looped else None,
             accumulates=False,
+            offloads=("activations",) if offloads else ("none",),
         )
 
     def taking(self, choice: Choice) -> Settings:
@@ -156,7 +158,8 @@ def choose_for(
         dispatch.copies.max_copies_per_rank if dispatch.copies else 0,
     )  # fmt: skip
     profiles = None if auto.routing is None else (job.routing,)
-    return choose(job, fixed.space(job.dispatchers), None if total else rows, profiles)
+    space = fixed.space(job.dispatchers, fixed.settings.offload and hardware.device != "cpu")
+    return choose(job, space, None if total else rows, profiles)
 
 
 def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None:

@@ -23,7 +23,6 @@ from typing_extensions import override
 
 from lightning_moefold import comm
 from lightning_moefold.diagnostics.liveness import RollCall
-from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.lifecycle import fold_choice
 from lightning_moefold.lifecycle.precision import MoEFoldPrecision
@@ -163,9 +162,7 @@ class FoldedRanks(ParallelStrategy):
         else:
             fold = Fold.parse(text, world) if isinstance(text, str) else Fold.first(text, world)
         if fold.pp > 1 and not self._microbatches_given:
-            raise InputError(
-                f"pipeline_parallel_size={fold.pp} needs num_microbatches; {2 * fold.pp} or more keep ranks busy."
-            )
+            raise self.settings.plan.needs_microbatches(fold.pp)
         self.settings.check_pipeline(fold.pp)
         return fold
 

@@ -107,15 +107,35 @@ class RequeueTogether(Callback):
         if self._handler is not None and (number := self._batch.ended(self._told)) is not None:
             handler, self._handler = self._handler, None
             handler(number, None)
+            if number == signal.SIGTERM:  # Lightning then stops after this batch
+                trainer._signal_connector.received_sigterm = True
 
 
 def requeue_together(trainer: pl.Trainer) -> None:
-    """Replaces Lightning's handler of the requeue signal, where SLURM is to requeue jobs; the user's own handlers stay."""
-    connector = trainer._signal_connector
-    environment = trainer._accelerator_connector.cluster_environment
-    number = getattr(environment, "requeue_signal", None)
-    composed = signal.getsignal(number) if number is not None else None
+    """Replaces Lightning's handler of the requeue signal, where SLURM is to requeue jobs; the user's own handlers stay.
+
+    If the signal is SIGTERM, it no longer stops the run at once, but when all ranks have saved and the job is requeued.
+    """
+    connector, number = trainer._signal_connector, requeue_signal(trainer)
+    if number is None:
+        return
+    outer, ours = signal.getsignal(number), connector._slurm_sigusr_handler_fn
+    handlers = _handlers_with(outer, ours)
+    handlers[:] = [RequeueTogether(trainer, ours) if handler == ours else handler for handler in handlers]
+    if handlers := _handlers_with(outer, connector._sigterm_notifier_fn):
+        handlers.remove(connector._sigterm_notifier_fn)
+
+
+def requeue_signal(trainer: pl.Trainer) -> int | None:
+    """Returns the signal at which Lightning requeues the SLURM job of this process, or None if there is none."""
+    number: int | None = getattr(trainer._accelerator_connector.cluster_environment, "requeue_signal", None)
+    ours = trainer._signal_connector._slurm_sigusr_handler_fn
+    return number if number is not None and _handlers_with(signal.getsignal(number), ours) else None
+
+
+def _handlers_with(composed: Any, wanted: Any) -> list[Any]:
+    """Returns the list that holds a handler, of handlers that Lightning has composed, perhaps of composed ones; or an empty one."""
     handlers: list[Any] = getattr(composed, "signal_handlers", [])
-    ours = connector._slurm_sigusr_handler_fn
-    if ours in handlers:
-        handlers[:] = [RequeueTogether(trainer, ours) if handler == ours else handler for handler in handlers]
+    if wanted in handlers:
+        return handlers
+    return next((found for handler in handlers if (found := _handlers_with(handler, wanted))), [])

@@ -298,8 +298,6 @@ class MoECausalLM(AdaptedModel):
             raise InputTypeError(
                 f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras."
             )
-        if self.adapter is not None and self.training and torch.is_grad_enabled():
-            self.adapter.note_trained(self)
         if self.pipeline is not None:
             tensors = {
                 "input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -308,6 +306,7 @@ class MoECausalLM(AdaptedModel):
             return self.pipeline(tensors, loss_fn, gather_logits, last_logits, extras)
         axes = self.batch_axes()
         try:
+            self.note_trained()
             batch = read_batch(
                 self.config, axes, self.num_microbatches, input_ids=input_ids, labels=labels,
                 attention_mask=attention_mask, position_ids=position_ids, document_ids=document_ids,
@@ -327,6 +326,15 @@ class MoECausalLM(AdaptedModel):
             step = self.take_step_labels(labels, loss_fn)
             losses = GlobalLoss(self.config, self.mesh, wide(x_ND.dtype), step).reduce(local, batch)
         return self.make_output(losses, logits if wants_logits else None, labels is not None)
+
+    def note_trained(self) -> None:
+        """Remembers, before a training pass, which parameters train beside an adapter.
+
+        Raises:
+            InputError: If they cannot; the caller lets all ranks know, since another stage may hold other parameters.
+        """
+        if self.adapter is not None and self.training and torch.is_grad_enabled():
+            self.adapter.note_trained(self)
 
     def batch_axes(self) -> BatchAxes:
         """The axes over which batches are spread."""

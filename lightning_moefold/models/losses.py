@@ -142,7 +142,7 @@ class GlobalLoss:
             comm.all_reduce_raw(totals, self.mesh.stage)
         sums, faults, sizes, known, prints, ahead = totals.split([2, 3, 2, len(known), len(prints), len(ahead)])
         tokens, labels, unreadable = faults.tolist()
-        check_readable(bool(unreadable), batch.error)
+        check_readable(bool(unreadable), batch.error, None if self.mesh is None else self.mesh.stage)
         check_faults(tokens, labels, self.config.vocab_size)
         if self.mesh is not None and len(prints):
             check_same_batch(prints, self.mesh.fold.tp * self.mesh.fold.cp)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_moefold.plots.lines import LONG, STEP, draw_series, draw_versions, finish, top_of
+from lightning_moefold.plots.lines import LONG, STEP, color_of, draw_series, draw_versions, finish, top_of
 from lightning_moefold.plots.read import Run
 from lightning_moefold.plots.style import COLORS, make_figure
 from lightning_moefold.plots.versions import Series
@@ -58,10 +58,11 @@ def draw_loss(run: Run) -> Any:
     figure, panels = make_figure(f"Loss: {run.title}", [4.5] * main + [2.2] * bool(auxiliary), share_x=True)
     if main:
         _draw_losses(panels[0], run, training, validation)
+    only = len(auxiliary) == 1 and main  # the panel above says which run has which colour
     for name in auxiliary:
         draw_versions(panels[-1], run, name, name)
     if auxiliary:
-        finish(panels[-1], "auxiliary loss")
+        finish(panels[-1], auxiliary[0] if only else "auxiliary loss", legend=not only)
     panels[-1].set(xlabel=STEP)
     return figure
 
@@ -110,11 +111,14 @@ def draw_speed(run: Run) -> Any:
         draw_versions(axes, run, name, "MFU" if both else "", scale)
         if both:
             draw_versions(axes, run, "train/hfu", "HFU", scale, dashed=True)
-        typical = float(np.median(list(found.values())[-1].values)) * scale
-        axes.axhline(typical, color="0.5", linewidth=0.9, linestyle=":")
-        figure_text = f"{typical:,.3g}" if typical < 1000 else f"{typical:,.0f}"
-        axes.set_title(f"median {figure_text}{unit if unit == '%' else ' ' + unit}", loc="right", fontsize=9)
-        finish(axes, label, zero=True)
+        typical = {version: float(np.median(series.values)) * scale for version, series in found.items()}
+        for version, value in typical.items():
+            color = color_of(run, version) if len(run.versions) > 1 else "0.5"
+            axes.axhline(value, color=color, linewidth=0.9, linestyle=":")
+        texts = [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in typical.values()]
+        words = f"{'medians' if len(texts) > 1 else 'median'} {' and '.join(texts)}"
+        axes.set_title(f"{words}{unit if unit == '%' else ' ' + unit}", loc="right", fontsize=9)
+        finish(axes, label, zero=True, legend=axes is panels[0] or both)
     panels[-1].set(xlabel=STEP)
     return figure
 
@@ -154,7 +158,7 @@ def draw_metrics(run: Run) -> Any:
             draw_versions(one, run, members[0], "")
         else:
             _draw_together(one, run, members)
-        finish(one, "")
+        finish(one, "", legend=one is axes[0] or len(run.versions) == 1)
     axes[-1].set(xlabel=STEP)
     return figure
 

@@ -49,17 +49,21 @@ def draw_series(axes: Any, series: Series, label: str, color: str, scale: float 
 
 def draw_versions(axes: Any, run: Run, metric: str, name: str, scale: float = 1.0, dashed: bool = False) -> None:
     """Draws a metric of every version that has it. A version has the same color in all panels, the newest the first color."""
-    newest_first = list(run.versions)[::-1]
     for version, series in run.having(metric).items():
-        label = name if len(newest_first) == 1 else f"{name} ({version})" if name else version
-        draw_series(axes, series, label, COLORS[newest_first.index(version) % len(COLORS)], scale, dashed)
+        label = name if len(run.versions) == 1 else f"{name}, {version}" if name else version
+        draw_series(axes, series, label, color_of(run, version), scale, dashed)
 
 
-def finish(axes: Any, ylabel: str, *, zero: bool = False) -> None:
-    """Sets label, ticks and legend of a panel; with ``zero`` the y axis starts at zero."""
+def color_of(run: Run, version: str) -> str:
+    """Returns the color of a version in all panels."""
+    return COLORS[list(run.versions)[::-1].index(version) % len(COLORS)]
+
+
+def finish(axes: Any, ylabel: str, *, zero: bool = False, legend: bool = True) -> None:
+    """Sets label, ticks and, if it is to have one, legend of a panel; with ``zero`` the y axis starts at zero."""
     axes.set(ylabel=ylabel)
     axes.xaxis.get_major_locator().set_params(integer=True)
     if zero:
         axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # room for the legend
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize="small", frameon=False)
+    if legend and axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize="small", edgecolor="none", framealpha=0.8)

@@ -36,7 +36,8 @@ def draw_expert_load(run: Run) -> Any:
     tall = min(6.5, max(1.6, 0.22 * len(layers) + 1))
     shown = _most_uneven(share_NLE)
     figure, panels = make_figure(
-        f"Expert load: {run.title}", [tall, min(6.5, max(1.8, 0.09 * len(shown) * share_NLE.shape[2] + 1)), 3.2, 2.6]
+        f"Expert load: {run.load_title}",
+        [tall, min(6.5, max(1.8, 0.09 * len(shown) * share_NLE.shape[2] + 1)), 3.2, 2.6],
     )
     first = steps[-2] + 1 if len(steps) > 1 else None
     since = f"up to step {steps[-1]}" if first is None else f"steps {first} to {steps[-1]}"
@@ -82,6 +83,7 @@ def _draw_over_time(axes: Any, load: RecordedLoad, share_NLE: NDArray[np.float64
     for border in rows[::experts][1:-1]:
         axes.axhline(border, color="black", linewidth=0.8)
     axes.invert_yaxis()
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=STEP, ylabel=f"experts 0 to {experts - 1}")
     axes.figure.colorbar(image, ax=axes, label="load / fair share")
 

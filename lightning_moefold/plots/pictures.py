@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moefold.plots.curves import draw_loss, draw_memory, draw_metrics, draw_speed
-from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT
+from lightning_moefold.plots.files import EXPERT_LOAD
 from lightning_moefold.plots.load import draw_expert_load
 from lightning_moefold.plots.placement import draw_run_placement
 from lightning_moefold.plots.read import Run
@@ -66,9 +66,7 @@ PICTURES = (
     Picture("speed", draw_speed, "no train/mfu, train/tokens_per_second or train/step_time, which MFUMonitor logs."),
     Picture("memory", draw_memory, "no train/memory_..._gb, which MFUMonitor logs."),
     Picture("expert_load", draw_expert_load, f"no {EXPERT_LOAD}, which LoadBalanceMonitor writes when training ends."),
-    Picture(
-        "placement", draw_run_placement, f"no {EXPERT_PLACEMENT}, which ExpertRebalancer writes when training ends."
-    ),
-    Picture("pipeline", draw_timeline, None),  # most runs have no pipeline
+    Picture("placement", draw_run_placement, None),  # most runs neither move experts nor have a pipeline
+    Picture("pipeline", draw_timeline, None),
     Picture("metrics", draw_metrics, None),
 )

@@ -22,7 +22,7 @@ _BAR = 0.42
 _COLORS = {
     "compute": "#1f5f99", "memory bandwidth": "#5aa9c9", "launch": "#8f8f8f", "a2a": "#a33b5e", "etp": "#e0a3a3",
     "tp": "#e8c547", "cp": "#b3892b", "pipeline messages": "#7b5ea7", "bubble": "#d9d9d9", "data parallel": "#3b8f5c",
-    "recompute": "#d1603d",
+    "recompute": "#d1603d", "host link": "#3a3a3a",
     "weights": "#1f5f99", "gradients": "#3b8f5c", "optimizer": "#b3892b", "activations": "#d1603d", "buffers": "#7b5ea7",
     "logits": "#5aa9c9",
 }  # fmt: skip
@@ -88,6 +88,7 @@ def _settings(plan: Mapping[str, Any]) -> str:
     stages = f" x{plan['num_stages_per_rank']}" if plan["num_stages_per_rank"] > 1 else ""
     parts = [f"{plan['schedule']}{stages}"] if plan["schedule"] else []
     parts += [f"recompute {plan['recompute']}"] if plan["recompute"] != "none" else []
+    parts += [f"offload {plan['offload'].replace(',', ' and ')}"] if plan.get("offload", "none") != "none" else []
     parts += [f"sharding {plan['sharding']}", f"micro-batches {plan['micro_batch_size']} x {plan['num_microbatches']}"]
     return ", ".join(parts)
 
@@ -109,7 +110,9 @@ def _draw_mfu(axes: Any, found: Mapping[str, Any]) -> None:
 
 def _draw_times(axes: Any, found: Mapping[str, Any]) -> None:
     _stack(axes, found, "bounds_s", 1.0)
-    axes.set(xlabel="seconds per step, by what they go to")
+    axes.set(
+        xlabel="seconds per step, by what they go to", xlim=(0, 1.03 * max(p["step_time_s"] for p in found["plans"]))
+    )
 
 
 def _draw_memory(axes: Any, found: Mapping[str, Any]) -> None:
@@ -150,11 +153,12 @@ def _draw_roofline(axes: Any, found: Mapping[str, Any]) -> None:
     for number, plan in enumerate(found["plans"], 1):
         points = tuple((min(layer["ratio"] or ratios[-1], ratios[-1]), layer["achieved"]) for layer in plan["roofline"])
         places.setdefault(points, []).append(number)
-    for points, numbers in places.items():
+    for turn, (points, numbers) in enumerate(sorted(places.items(), key=lambda item: max(item[0]))):
         axes.scatter(*zip(*points, strict=True), s=18, zorder=3)
         axes.annotate(
-            ", ".join(map(str, numbers)), max(points), textcoords="offset points", xytext=(6, -3), fontsize="small"
-        )
+            ", ".join(map(str, numbers)), max(points), textcoords="offset points", fontsize="small", ha="center",
+            xytext=(0, 7 if turn % 2 else -14),  # neighbours below and above in turn, or they would overlap
+        )  # fmt: skip
     axes.set(
         xscale="log",
         xlabel="seconds of expert products / seconds of token exchange, forward and backward",

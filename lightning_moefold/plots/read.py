@@ -72,6 +72,7 @@ class Run:
         name: What titles call it; by default its folder's name and the parent folder's.
         versions: Metrics by name of each version of the run (a folder with a ``metrics.csv``), oldest first.
         load: The latest recorded expert loads, if any.
+        load_from: Folder of their file.
         placement: The latest recorded placement of experts, if any.
         timeline: The latest recorded pipeline, if any.
         notes: Remarks about the files to print, one sentence each.
@@ -81,6 +82,7 @@ class Run:
     name: str = ""
     versions: dict[str, dict[str, Series]] = field(default_factory=dict)
     load: RecordedLoad | None = None
+    load_from: Path | None = None
     placement: RecordedPlacement | None = None
     timeline: Timeline | None = None
     notes: list[str] = field(default_factory=list)
@@ -89,6 +91,13 @@ class Run:
     def title(self) -> str:
         """The name of the run."""
         return self.name or "/".join(self.folder.resolve().parts[-2:])
+
+    @property
+    def load_title(self) -> str:
+        """The name of the version whose expert loads are drawn, if there are several."""
+        if self.load_from is None or len(self.versions) < 2:
+            return self.title
+        return "/".join(self.load_from.resolve().parts[-2:])
 
     def having(self, name: str) -> dict[str, Series]:
         """Returns a metric of each version that has it."""
@@ -138,7 +147,7 @@ def read_runs(folders: Sequence[Path]) -> Run:
     versions = dict(zip(names, (version.metrics for _, version in newest), strict=True))
     last = runs[-1]
     title = ", ".join(name.partition(" (")[0] for name in names)
-    return Run(last.folder, title, versions, last.load, last.placement, last.timeline, notes)
+    return Run(last.folder, title, versions, last.load, last.load_from, last.placement, last.timeline, notes)
 
 
 def _read_load(run: Run) -> None:
@@ -152,7 +161,7 @@ def _read_load(run: Run) -> None:
         run.notes.append(f"{files[-1]} is left out: it is not what LoadBalanceMonitor writes ({error}).")
         return
     if load.counts_NLE.ndim == 3 and load.counts_NLE.size:
-        run.load = load
+        run.load, run.load_from = load, files[-1].parent
 
 
 def _read_placement(run: Run) -> None:

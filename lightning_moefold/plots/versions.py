@@ -120,16 +120,17 @@ def _metrics(path: Path, notes: list[str]) -> dict[str, Series]:
 
 
 def _parent(version: Version, places: Sequence[Path]) -> Path | None:
-    """Returns the folder of the version whose checkpoint this one resumes from, if it is among the places.
+    """Returns the folder of the version whose checkpoint this one resumes from: one of the places, or another that still exists.
 
     A validation of a checkpoint is not a resumed run: its metrics are logged at the first step.
     """
     given = version.settings.get("ckpt_path")
     if min(series.steps[0] for series in version.metrics.values()) <= 1:
         return None
-    above = set(Path(given).absolute().parents) if isinstance(given, str) else set()
-    known = (version.folder, *version.chain)
-    return next((place for place in places if place.absolute() in above and place not in known), None)
+    above = list(Path(given).absolute().parents) if isinstance(given, str) else []
+    known = {folder.absolute() for folder in (version.folder, *version.chain)}
+    candidates = [*(place for place in places if place.absolute() in above), *above]
+    return next((p for p in candidates if p.absolute() not in known and (p / METRICS_NAME).is_file()), None)
 
 
 def _join(first: Version, then: Version) -> Version:

@@ -20,7 +20,7 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.masks import shortest_window
-from lightning_moefold.optim import MasterWeights
+from lightning_moefold.optim import MasterWeights, offload_state
 from lightning_moefold.recipes.metrics import DocumentLosses, MeanLoss, write_document_losses
 from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, run_length, warmup_and_decay
 from lightning_moefold.strategy import MoEFoldStrategy
@@ -54,6 +54,8 @@ class FineTuneModule(pl.LightningModule):
             label weighs the same (:class:`~lightning_moefold.MoEFoldStrategy`); otherwise their losses are averaged.
         master_weights: Whether to update float32 copies of the weights (:class:`~lightning_moefold.optim.MasterWeights`), for
             ``precision="bf16-true"``.
+        offload_state: Whether the optimizer's state is in host memory between steps
+            (:func:`~lightning_moefold.optim.offload_state`).
         predictions: File that ``predict`` writes; predictions.jsonl in the Trainer's default_root_dir if not given.
 
     Attributes:
@@ -79,6 +81,7 @@ class FineTuneModule(pl.LightningModule):
         adapter: dict[str, Any] | None = None,
         adapter_path: str | None = None,
         master_weights: bool = False,
+        offload_state: bool = False,
     ) -> None:
         super().__init__()
         if total_steps is not None and total_steps < 1:
@@ -157,6 +160,8 @@ class FineTuneModule(pl.LightningModule):
         groups = parameter_groups(self, values["weight_decay"])
         options = {"lr": values["learning_rate"], "betas": tuple(values["betas"]), "fused": True}
         optimizer = MasterWeights(AdamW, groups, **options) if values["master_weights"] else AdamW(groups, **options)
+        if values["offload_state"]:
+            offload_state(optimizer)
         schedule = warmup_and_decay(
             optimizer,
             values["warmup_steps"],

@@ -6,11 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from lightning_moefold import MoEFoldStrategy
+from lightning_moefold import Fold, LoRA, MoECausalLM, MoEFoldStrategy
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.parallel import PipelinePlan, Settings, parallelize
 from lightning_moefold.recipes import FineTuneModule
 from tests.strategy.finetune import ROWS, Steps, rows
+from tests.strategy.jobs_bad_input import told
 from tests.strategy.plain_modules import trainer
 
 
@@ -50,3 +54,18 @@ def fit(
     run = trainer(MoEFoldStrategy(fold=fold), precision=precision, max_epochs=1)
     run.fit(module)
     return module.losses, module.dtypes, len(run.optimizers[0].state)
+
+
+def thaw(path: str, fold: str) -> list[str]:
+    """Errors of a training call, and of the next one, when a parameter of the last stage's base has begun to train."""
+    model = MoECausalLM.from_pretrained(path, torch.bfloat16)
+    model.add_adapter(LoRA(rank=2))
+    mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
+    parallelize(model, mesh, Settings(plan=PipelinePlan("1f1b"), num_microbatches=2), torch.device("cpu"))
+    ids, norms = rows(4), [p for name, p in model.named_parameters() if name == "model.norm.weight"]
+    found = []
+    for trains in (True, False):
+        for norm in norms:
+            norm.requires_grad_(trains)
+        found.append(told(lambda: model(ids, labels=ids).loss.backward()))
+    return found

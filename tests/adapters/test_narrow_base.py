@@ -142,3 +142,10 @@ def test_runs(pool: RankPool, made: tuple[Path, Path]) -> None:
         assert dtypes == {"router": torch.float32, "attention": torch.float32}
     with pytest.raises(RankError, match="beside an adapter in float32"):
         pool.run(jobs.fit, path, "| ep2", lora, "bf16-true", "model.norm.weight", ranks=2)
+
+
+def test_a_stage_that_cannot_train_lets_all_know(pool: RankPool, made: tuple[Path, Path]) -> None:
+    """Only the last stage holds the parameter; the others waited for it, and a run said nothing on its first rank."""
+    for before, after in pool.run(jobs.thaw, str(made[0]), "pp2", ranks=2):
+        assert "'model.norm.weight' of the base trains in bfloat16 beside an adapter in float32" in before
+        assert after == "no error"

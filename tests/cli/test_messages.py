@@ -87,7 +87,7 @@ def test_what_is_no_checkpoint_of_a_run(tmp_path):
 ])  # fmt: skip
 def test_short_names_are_understood(message, name):
     said = one_sentence(message)
-    assert said == message + (f"; did you mean {name}?" if name else "")
+    assert said == message + (f"; did you mean {name}?" if name else "; --model.help lists the known ones")
 
 
 def test_one_file_needs_no_list(tmp_path):
@@ -95,3 +95,10 @@ def test_one_file_needs_no_list(tmp_path):
     text.write_text("words")
     data = TextData(files=str(text), tokenizer=str(tmp_path), cache_dir=str(tmp_path / "tokens"))
     assert data._files["train"] == [Path(text)]
+
+
+def test_an_unknown_key_without_a_near_name_says_what_lists_them():
+    told = one_sentence("model: Option 'lrr' is not accepted")
+    assert told == "model: Option 'lrr' is not accepted; --model.help lists the known ones"
+    assert one_sentence("model: Option 'lr' is not accepted").endswith("did you mean learning_rate?")
+    assert one_sentence("trainer: Option 'xyzw' is not accepted") == "trainer: Option 'xyzw' is not accepted"

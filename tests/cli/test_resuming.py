@@ -16,9 +16,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_moefold.cli.resuming import endings, last_checkpoint, remove_empty_start
+from lightning_moefold.cli.resuming import agreed_last_checkpoint, endings, last_checkpoint, remove_empty_start
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.lifecycle.checkpoints import SharedCheckpoints
+from lightning_moefold.testing import RankPool
+from tests.cli import jobs_resuming
 
 
 def checkpoint(folder: Path, name: str, when: int, complete: bool = True) -> Path:
@@ -59,6 +61,29 @@ def test_last_is_the_newest_complete_checkpoint_of_all_runs(
     single.parent.mkdir(parents=True)
     single.write_bytes(b"")
     assert last_checkpoint(trainer_of(root)) == str(single)
+
+
+def test_all_ranks_resume_from_what_the_first_finds(pool: RankPool, tmp_path: Path) -> None:
+    """Each rank looked for itself: a save of another run between two looks made them resume from different steps."""
+    early, late, none = tmp_path / "early", tmp_path / "late", tmp_path / "none"
+    first = str(checkpoint(early, "last.ckpt", 10))
+    checkpoint(late, "last.ckpt", 10)
+    checkpoint(late, "other.ckpt", 20)
+    assert pool.run(jobs_resuming.last_of, [str(early), str(late)], ranks=2) == [first, first]
+    for said in pool.run(jobs_resuming.last_of, [str(none), str(late)], ranks=2):
+        assert f"finds no complete checkpoint in {none}" in str(said)
+
+
+def test_started_processes_inherit_what_the_first_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEFOLD_LAST_CHECKPOINT", "")  # so that it is restored
+    found = str(checkpoint(tmp_path, "last.ckpt", 10))
+
+    def process(local_rank: int) -> Any:
+        return SimpleNamespace(**vars(trainer_of(tmp_path)), strategy=None, local_rank=local_rank)
+
+    assert agreed_last_checkpoint(process(0)) == found
+    checkpoint(tmp_path, "newer.ckpt", 20)
+    assert agreed_last_checkpoint(process(1)) == found
 
 
 def test_a_fit_says_why_it_ended() -> None:

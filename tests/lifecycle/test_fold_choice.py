@@ -93,6 +93,13 @@ def test_a_given_dispatcher_is_planned_as_itself(name: str) -> None:
         assert fixed.space(("alltoall", name)).dispatchers == expected
 
 
+def test_activations_are_offloaded_as_the_strategy_does() -> None:
+    """And not otherwise: the strategy cannot offload an optimizer's state."""
+    fixed = Fixed(8, 8, "bf16-mixed", Settings(offload=True), None)
+    assert fixed.space(("alltoall",), offloads=True).offloads == ("activations",)
+    assert fixed.space(("alltoall",)).offloads == ("none",)
+
+
 def test_a_node_is_what_shares_fast_links() -> None:
     """``node_size``, where it was given; the memory is that of the machine's ranks."""
     of_four, of_two = (machine_at_hand(AutoFold(), 4, torch.device("cpu"), size) for size in (None, 2))

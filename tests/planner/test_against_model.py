@@ -15,13 +15,16 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.modules import offload
 from lightning_moefold.modules.base import ParallelModule
 from lightning_moefold.modules.recompute_parts import parse_recompute
+from lightning_moefold.optim import offload_state
 from lightning_moefold.parallel.apply import tell
 from lightning_moefold.parallel.roots import _data_dim
 from lightning_moefold.parallel.settings import Settings
-from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job
+from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan
 from lightning_moefold.planner.cost.schedules import RankLayers, pipeline_layout
+from tests.quick import quick
 
 TINY = {
     "vocab_size": 512, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
@@ -198,3 +201,45 @@ def test_what_autograd_keeps_of_a_dense_layer():
         one, two = (saved_bytes(config, torch.bfloat16, 2, 256, parse_recompute(recompute)) for config in configs)
         _, predicted, _ = costs(configs[1], "bf16-true").memory._saved(1, 1, 1, 1, 2, recompute, "alltoall")
         assert predicted == pytest.approx(two - one, rel=0.025, abs=20_000), recompute
+
+
+OFFLOADED = [(family, recompute) for family in FAMILIES for recompute in ("none", "norm", "full")]
+
+
+def moved_bytes(monkeypatch, config, dtype, recompute):
+    """Bytes that a step of a model copies to host memory: activations, then the optimizer's state."""
+    monkeypatch.setattr(offload, "DEVICES", {"cpu"})
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    moved, make = [], offload._Kept.__init__
+
+    def count(self, tensor, streams):
+        moved.append(tensor.nbytes)
+        make(self, tensor, streams)
+
+    monkeypatch.setattr(offload._Kept, "__init__", count)
+    model = MoECausalLM.from_config(config, seed=0).to(dtype)
+    tell(model, Settings(recompute=parse_recompute(recompute), expert_kernel="grouped_mm", offload=True))
+    optimizer = offload_state(torch.optim.AdamW(model.parameters()))
+    ids = torch.randint(0, config.vocab_size, (2, 256), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    return sum(moved), sum(host.nbytes for _, _, host in vars(optimizer)["_moefold_offloaded"]._away)
+
+
+@pytest.mark.filterwarnings("ignore:router_aux_loss_coef")
+@pytest.mark.parametrize(("family", "recompute"), quick(OFFLOADED, ("qwen2_moe", "norm")))
+def test_what_offloading_moves(monkeypatch, family, recompute):
+    """Host memory receives what the planner counts, and the device keeps two layers' activations."""
+    config = MoEConfig(**TINY, model_type=family, num_hidden_layers=3, **FAMILIES[family])
+    activations, state = moved_bytes(monkeypatch, config, torch.bfloat16, recompute)
+    memory = costs(config, "bf16-true").memory
+    plan = Plan(Fold(1), 2, recompute=recompute)
+    stays, goes = (memory.estimate(replace(plan, offload=name)) for name in ("none", "activations,state"))
+    assert goes.host_activations == stays.activations == pytest.approx(activations, rel=0.025, abs=20_000)
+    assert goes.host_state == stays.optimizer == pytest.approx(state, rel=0.001)
+    assert goes.activations == pytest.approx(2 / 3 * stays.activations)
+    # The state is whole during the step, when nothing of forward and backward is there.
+    before = stays.weights + stays.gradients
+    assert goes.total == pytest.approx(
+        max(before + state, before + goes.activations + goes.buffers + goes.logits), rel=0.01
+    )

@@ -220,10 +220,10 @@ def test_a_version_has_one_color(tmp_path: Path) -> None:
     lines = draw_loss(read_run(tmp_path)).axes[0].get_lines()
     colors = {line.get_label(): line.get_color() for line in lines}
     assert colors.keys() == {
-        f"{name} (version_{v})" for name, v in (("train/loss", 0), ("val/loss", 0), ("val/loss", 1))
+        f"{name}, version_{v}" for name, v in (("train/loss", 0), ("val/loss", 0), ("val/loss", 1))
     }
-    assert colors["train/loss (version_0)"] == colors["val/loss (version_0)"]
-    assert colors["val/loss (version_1)"] != colors["val/loss (version_0)"]
+    assert colors["train/loss, version_0"] == colors["val/loss, version_0"]
+    assert colors["val/loss, version_1"] != colors["val/loss, version_0"]
 
 
 def test_each_expert_over_the_run(tmp_path: Path) -> None:
@@ -313,7 +313,15 @@ def configure(metrics: Path, learning_rate: float, checkpoint: Path | None = Non
 def test_legends_name_the_settings_that_differ(tmp_path: Path) -> None:
     configure(write_metrics(tmp_path, 0, age=1), 0.001)
     configure(write_metrics(tmp_path, 1), 0.01)
-    assert list(read_run(tmp_path).versions) == ["version_0 (learning_rate 0.001)", "version_1 (learning_rate 0.01)"]
+    run = read_run(tmp_path)
+    assert list(run.versions) == ["version_0 (learning_rate 0.001)", "version_1 (learning_rate 0.01)"]
+    pytest.importorskip("matplotlib")
+    speed = draw_speed(run).axes
+    assert [axes.get_legend() is not None for axes in speed] == [True, False, False]  # once is enough
+    assert speed[0].get_title(loc="right") == "medians 25 and 25%"
+    run.load = RecordedLoad(np.array([5]), np.arange(2), np.ones((1, 2, 4), dtype=np.int64))
+    run.load_from = tmp_path / "logs" / "version_1"
+    assert draw_expert_load(run).get_suptitle() == "Expert load: logs/version_1"  # that of one of them
 
 
 def test_a_resumed_run_is_joined_with_the_run_before(tmp_path: Path) -> None:
@@ -335,6 +343,9 @@ def test_a_resumed_run_is_joined_with_the_run_before(tmp_path: Path) -> None:
     assert metrics["train/loss"].values.tolist() == [4, 3, 2, 1, 0, -1]
     assert metrics["val/loss"].steps.tolist() == [2, 6]  # that of step 4 was measured by the first run, and not again
     assert run.notes == []
+    alone = read_run(then.parent)  # also if only the second is named
+    (metrics,) = alone.versions.values()
+    assert metrics["train/loss"].steps.tolist() == [1, 2, 3, 4, 5, 6]
     validated = CSVLogger(tmp_path, name="logs", version=3)  # moefold validate --ckpt_path
     validated.log_metrics({"val/loss": 2.0}, 0)
     validated.save()

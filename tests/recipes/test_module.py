@@ -199,6 +199,13 @@ def test_weight_decay_is_for_matrices(folder: Path):
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())) - 1
 
 
+@pytest.mark.parametrize("offloads", [False, True])
+def test_state_is_offloaded_if_asked_for(folder: Path, offloads: bool):
+    module = FineTuneModule(str(folder / "checkpoint"), offload_state=offloads, schedule="constant")
+    module.configure_model()
+    assert ("_moefold_offloaded" in vars(module.configure_optimizers()["optimizer"])) == offloads
+
+
 @pytest.mark.parametrize(("decay", "half"), [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
 def test_the_learning_rate_rises_and_falls(decay: Any, half: float):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

@@ -34,13 +34,13 @@ def test_one_rank_has_a_bad_batch(pool: RankPool, path: str, fold: str) -> None:
         "token": "1 token ids .* outside the vocabulary of 96",
         "negative token": "1 token ids .* outside the vocabulary of 96",
         "label": "1 labels .* outside the vocabulary of 96",
-        "no rows": "holds no token|another rank",
-        "shape of labels": "make them equal|another rank",
-        "shape of mask": "make them equal|another rank",
-        "floats": "must be integers|another rank",
-        "mask of floats": "has the dtype torch.float32|another rank",
-        "negative mask": "holds -1|another rank",
-        "one dimension": "must be integers|another rank",
+        "no rows": "holds no token",
+        "shape of labels": "make them equal",
+        "shape of mask": "make them equal",
+        "floats": "must be integers",
+        "mask of floats": "has the dtype torch.float32",
+        "negative mask": "holds -1",
+        "one dimension": "must be integers",
     }
     for messages in outcomes:
         for name, pattern in patterns.items():

@@ -77,4 +77,4 @@ def test_refusals(pool: RankPool, path: str, tmp_path: Path) -> None:
         assert "holds no MoECausalLM to cut into stages" in messages["plain module"]
         assert "a second name for a part of a model that another pipeline stage holds" in messages["second name"]
         assert "does not go with tied embeddings" in messages["tied"]
-        assert "needs num_microbatches" in messages["microbatches"]
+        assert "needs num_microbatches; '1f1b' runs with 2 or more" in messages["microbatches"]

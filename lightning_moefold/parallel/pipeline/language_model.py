@@ -162,6 +162,7 @@ class StagedLanguageModel(Staged[LanguageCall]):
         model, input_ids, m = self.module, tensors["input_ids"], self.module.num_microbatches
         axes = model.batch_axes()
         try:
+            model.note_trained()
             check_shapes(**tensors)
             if m == 1:
                 return [read_batch(model.config, axes, 1, keep_all=keep_all, **tensors)], [dict(extras)]

@@ -74,7 +74,7 @@ class Pipeline:
         same = same_batch_slots(call.number, self.mesh).flatten()
         mine = torch.cat([fault, same, self.network.numbers(call)])
         faults, same, totals = comm.all_reduce_raw(mine, self.mesh.world).cpu().tensor_split([1, 1 + len(same)])
-        check_readable(bool(faults), call.fault)
+        check_readable(bool(faults), call.fault, self.mesh.world)
         check_same_batch(same, self.mesh.world.size // self.mesh.fold.dp)
         self.network.agree(call, totals)
 

@@ -73,6 +73,17 @@ class PipelinePlan:
         """Stages on each rank, v."""
         return 2 if self.schedule in V_SHAPED else self.stages_per_rank
 
+    def least_microbatches(self, pp: int) -> int:
+        """Returns the smallest number of micro-batches with which ``pp`` ranks can run the schedule."""
+        return {"1f1b": pp, "dualpipev": 2 * pp}.get(self.schedule, 1)
+
+    def needs_microbatches(self, pp: int) -> InputError:
+        """Returns the error for a pipeline whose number of micro-batches is not given."""
+        return InputError(
+            f"pipeline_parallel_size={pp} needs num_microbatches; {self.schedule!r} runs with {self.least_microbatches(pp)} or "
+            f"more, and {2 * pp} or more keep ranks busy."
+        )
+
     def check(
         self, pp: int, num_microbatches: int, sharding: str, recompute: Recompute | None = None, compiled: bool = False
     ) -> None:
@@ -89,7 +100,7 @@ class PipelinePlan:
                 f"pipeline_split={list(self.split)} names {len(self.split)} stages, but there are {pp * self.chunks} "
                 f"(pipeline_parallel_size={pp} x {self.chunks} a rank); give one number of layers for each."
             )
-        least = {"1f1b": pp, "dualpipev": 2 * pp}.get(name, 1)
+        least = self.least_microbatches(pp)
         if m < least:
             raise InputError(
                 f"num_microbatches={m} is too few for {name!r} with pipeline_parallel_size={pp}; use at least {least}"

@@ -8,7 +8,8 @@ A step is the sum of
 - the pipeline bubble, and messages between stages,
 - the exposed part of the gradient reduction (overlapped with the last backward) and of the weight gather (overlapped
   with the first forward),
-- the optimizer.
+- the optimizer,
+- what offloading copies to and from host memory, as far as computation does not hide it (``_offloaded``).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ BOUNDS: dict[str, tuple[str, ...]] = {
     "bubble": ("bubble",),
     "data parallel": ("sharding", "gradients"),
     "recompute": ("recompute",),
+    "host link": ("offload",),
 }
 
 
@@ -110,16 +112,18 @@ class RankTimes:
     recompute: float
     sharding_forward: float
     sharding_backward: float
+    offload_forward: float = 0.0
+    offload_backward: float = 0.0
 
     @property
     def forward(self) -> float:
         """Seconds of the forward pass, F."""
-        return self.block.forward_total + self.sharding_forward
+        return self.block.forward_total + self.sharding_forward + self.offload_forward
 
     @property
     def backward(self) -> float:
         """Seconds of the backward pass, B."""
-        return self.block.backward_total + self.recompute + self.sharding_backward
+        return self.block.backward_total + self.recompute + self.sharding_backward + self.offload_backward
 
 
 class CostModel:
@@ -159,6 +163,10 @@ class CostModel:
         held = layout[slowest]
         times["gradients"] = self.gradients(fold, held, ranks[slowest])
         times["optimizer"] = self.optimizer(fold, held)
+        if plan.offloads("state"):
+            times["offload"] += self._moved_state(
+                plan, held, microbatches * (ranks[slowest].forward + ranks[slowest].backward)
+            )
         step = sum(times.values())
         mfu = job.model_flops / (step * job.peak_flops * job.world_size)
         memory, load = memory or self.memory.estimate(plan), self.layers.load(fold.ep, fold.tp * fold.cp)
@@ -198,7 +206,15 @@ class CostModel:
     def chunk(self, plan: Plan, held: RankLayers) -> RankTimes:
         """Returns the times of a micro-batch in the given layers of the model."""
         fold = plan.fold
-        key = (fold, plan.micro_batch_size, plan.recompute, plan.dispatcher, held)
+        key = (
+            fold,
+            plan.micro_batch_size,
+            plan.recompute,
+            plan.dispatcher,
+            plan.offload,
+            plan.num_stages_per_rank,
+            held,
+        )
         if key not in self._cache:
             self._cache[key] = self._rank_times(plan, held)
         return self._cache[key]
@@ -210,13 +226,52 @@ class CostModel:
         block = combine([(held.moe, moe), (held.dense, dense), (held.first, embedding), (held.last, head)])
         parts = recompute_parts(parse_recompute(plan.recompute))
         recompute = held.moe * seconds_again(moe, parts, "moe") + held.dense * seconds_again(dense, parts, "mlp")
+        there, back = self._offloaded(plan, held, moe, dense, block.forward_total)
         if self.job.sharding != "full":
-            return RankTimes(block, recompute, 0.0, 0.0)
+            return RankTimes(block, recompute, 0.0, 0.0, there, back)
         gather, scatter = self._sharded_traffic(fold, held)
         forward = self._links.hidden(gather, block.forward_total)
         return RankTimes(
-            block, recompute, forward, self._links.hidden(gather + scatter, block.backward_total + recompute)
+            block,
+            recompute,
+            forward,
+            self._links.hidden(gather + scatter, block.backward_total + recompute),
+            there,
+            back,
         )
+
+    def _offloaded(self, plan: Plan, held: RankLayers, moe: Block, dense: Block, forward: float) -> tuple[float, float]:
+        """Returns the exposed seconds, forward and backward, in which a rank's activations of a micro-batch travel.
+
+        A layer's way there hides behind the forward pass of this layer and those after it; its way back, behind the backward
+        pass of the layer after it. Nothing hides the way back of a chunk's last layer.
+
+        Args:
+            plan: The plan.
+            held: The layers.
+            moe: A layer with experts.
+            dense: A dense layer.
+            forward: Seconds of forward of all that the rank holds.
+        """
+        if not plan.offloads("activations"):
+            return 0.0, 0.0
+        links, saved = self._links, self.memory.saved(plan)
+        there = links.hidden(
+            sum(n * links.to_host(b) for n, b in zip((held.moe, held.dense), saved, strict=True)), forward
+        )
+        back = plan.num_stages_per_rank * links.to_host(self.memory.largest_layer(held, saved))
+        for number, size, layer in ((held.moe, saved[0], moe), (held.dense, saved[1], dense)):
+            back += number * links.hidden(links.to_host(size), layer.backward_total)
+        return there, back
+
+    def _moved_state(self, plan: Plan, held: RankLayers, window: float) -> float:
+        """Returns the exposed seconds in which the optimizer's state travels.
+
+        Its way to the host hides behind the next step's ``window`` seconds of computation. Its way back begins when the gradients
+        are complete, and the step waits for it.
+        """
+        way = self._links.to_host(self.memory.states(plan.fold, held, False)[2])
+        return way + self._links.hidden(way, window)
 
     def _casts(self, fold: Fold, held: RankLayers) -> tuple[float, float]:
         """Returns the seconds to cast this rank's pieces of weights before they are gathered, and gradients afterwards.
@@ -245,6 +300,8 @@ class CostModel:
             times["recompute"] += microbatches * rank.recompute
         if rank.sharding_forward or rank.sharding_backward:
             times["sharding"] += microbatches * (rank.sharding_forward + rank.sharding_backward)
+        if rank.offload_backward:
+            times["offload"] += microbatches * (rank.offload_forward + rank.offload_backward)
 
     # ---- data parallel -----------------------------------------------------------------------------------------
 

@@ -10,6 +10,10 @@ example, the 8 rows of a router over 256 ranks are gathered as 256 rows, in floa
 ``"optimizer"`` keeps the gathered weights and, while micro-batches accumulate, whole gradients. ``"full"`` gathers only
 two layers at a time and scatters the gradients of each micro-batch. ``"none"`` shards nothing. Activations are the
 tensors that autograd saves between forward and backward, times the chunks in flight of the pipeline schedule.
+
+Offloaded activations leave two layers' on the device: that in which backward is, and the one before it, which comes back
+meanwhile. Offloaded state is away in forward and backward, and whole during the optimizer's step, when no activations
+exist; so it counts as far as it is larger than what exists only before the step.
 """
 
 from __future__ import annotations
@@ -41,11 +45,14 @@ class Memory:
     Args:
         weights: Bytes of stored and gathered weights.
         gradients: Bytes of gradients at their peak.
-        optimizer: Bytes of both moments (the fp32 copy is the stored weight).
-        activations: Bytes saved for backward.
+        optimizer: Bytes of both moments (the fp32 copy is the stored weight). Of offloaded ones, the bytes beyond
+            ``activations``, ``buffers`` and ``logits``, in whose place they are during the step.
+        activations: Bytes saved for backward, without those in host memory.
         buffers: Temporary bytes inside one layer: rows being exchanged, or the experts' backward pass.
         logits: Bytes of one chunk of logits with the gradients of head and hidden states, beyond the memory of
             ``buffers``, which is free at that moment.
+        host_activations: Bytes of activations in host memory, which are no part of the total.
+        host_state: Bytes of the optimizer's state there, likewise.
     """
 
     weights: float
@@ -54,6 +61,8 @@ class Memory:
     activations: float
     buffers: float
     logits: float
+    host_activations: float = 0.0
+    host_state: float = 0.0
 
     @property
     def total(self) -> float:
@@ -61,8 +70,13 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.logits
 
     def as_dict(self) -> dict[str, float]:
-        """Returns the bytes of each part."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        """Returns the bytes of each part of the total."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("host_")}
+
+    @property
+    def host(self) -> float:
+        """Bytes in host memory."""
+        return self.host_activations + self.host_state
 
 
 @dataclass(frozen=True)
@@ -261,8 +275,10 @@ class MemoryModel:
         weights, gradients, optimizer = self.states(fold, layers, microbatches > 1)
         flight = chunks_in_flight(plan.schedule, fold.pp, chunks, microbatches, rank) / chunks
         one = layers.moe * saved[0] + layers.dense * saved[1]
-        activations = flight * one
-        if fold.pp > 1 and plan.schedule in ("gpipe", "1f1b") and flight >= microbatches:
+        activations, away, state = flight * one, 0.0, 0.0
+        if plan.offloads("activations"):
+            away, activations = activations, min(activations, 2 * self.largest_layer(layers, saved))
+        elif fold.pp > 1 and plan.schedule in ("gpipe", "1f1b") and flight >= microbatches:
             # No forward follows a backward, so whole gradients never exist together with the activations they came
             # from.
             activations -= min(gradients, one)
@@ -270,7 +286,22 @@ class MemoryModel:
         if layers.last:
             transient, kept = self._loss(fold, self.costs.tokens(plan.micro_batch_size, fold.cp))
             logits = max(transient - saved[2], 0.0) + (flight - 1) * kept
-        return Memory(weights, gradients, optimizer, activations, saved[2], logits)
+        if plan.offloads("state"):
+            state, optimizer = optimizer, max(optimizer - activations - saved[2] - logits, 0.0)
+        return Memory(weights, gradients, optimizer, activations, saved[2], logits, away, state)
+
+    @staticmethod
+    def largest_layer(layers: RankLayers, saved: tuple[float, ...]) -> float:
+        """Returns the bytes that the fuller kind of layer on a rank keeps for backward."""
+        return max(saved[0] if layers.moe else 0.0, saved[1] if layers.dense else 0.0)
+
+    def saved(self, plan: Plan) -> tuple[float, float]:
+        """Returns the bytes that a layer with experts and a dense layer keep of a micro-batch for backward."""
+        fold = plan.fold
+        moe, dense, _ = self._saved(
+            fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher
+        )
+        return moe, dense
 
     def _loss(self, fold: Fold, n: int) -> tuple[float, float]:
         """Returns the peak bytes at the head, and the bytes that the head keeps for backward.

@@ -15,8 +15,14 @@ These were measured by others, on other machines than those of the published run
   about 360 of 450 GB/s in all-gathers of nccl-tests.
 - all-to-all: a rank uses only its own port, but fills it (NVIDIA/nccl-tests issue 267); Megatron-Core's
   dispatch over 8 ranks of a node (arXiv 2603.07685: 1,265 us) runs at 0.9 of an all-gather's rate.
-- launches: the host submits a kernel in 4 to 6 us (susun-blog.com/blog/pegainfer-3-cuda-graph, CUDA 13); 5 us are taken. What
-  PyTorch's dispatcher adds in eager mode is not counted; ``gemm_efficiency``, calibrated on eager runs, contains it.
+- launches: the host submits a kernel in 4 to 6 us (susun-blog.com/blog/pegainfer-3-cuda-graph, CUDA 13; 5 us are what developers
+  expect, too: NVIDIA forum, thread 221413 on the latency of a kernel launch); 5 us are taken. If the queue is empty, as after a
+  host wait, a PyTorch kernel starts about 20 us after its call (V100; NVIDIA technical blog, "Understanding the Visualization of
+  Overhead and Latency in NVIDIA Nsight Systems"); ``host_sync`` contains that once. What PyTorch's dispatcher adds in eager
+  mode is not counted; ``gemm_efficiency``, calibrated on eager runs, contains it.
+- host memory: an H100 copies 57 of the 64 GB/s of PCIe 5.0 x16 one way, with pinned memory (NVIDIA/nvbandwidth issue 6), an A100 25
+  of the 32 GB/s of PCIe 4.0 (ZaidQureshi/bam issue 54). The memory of such hosts is not slower: 614 GB/s of sixteen DDR5-4800
+  channels for eight H100, 410 GB/s of sixteen DDR4-3200 channels for eight A100.
 
 The rest (collective start-up, memory efficiency, half size of a product, host waits, split backward) are round
 numbers.
@@ -104,6 +110,11 @@ class Kernels:
     waiting: float = 1.0
 
 
+#: PCIe 5.0 and 4.0, sixteen lanes, with what copies of pinned memory reach.
+_PCIE5 = Link(64e9, 10e-6, 0.89)
+_PCIE4 = Link(32e9, 10e-6, 0.78)
+
+
 @dataclass(frozen=True)
 class Hardware:
     """A cluster of equal nodes.
@@ -116,6 +127,7 @@ class Hardware:
         memory_bandwidth: Bytes/s of one rank.
         intra: Link between ranks of a node.
         inter: Link between nodes; its bandwidth is the share of one rank.
+        host: Link between a rank and its host's memory, one way.
         reserved_bytes: Memory that the model cannot use: driver context, communication buffers, 5% fragmentation.
         kernels: Efficiencies of kernels.
         device: Kind of device that a rank is: ``"cuda"`` or ``"cpu"``.
@@ -131,6 +143,7 @@ class Hardware:
     reserved_bytes: float = 8e9
     kernels: Kernels = Kernels()
     device: str = "cuda"
+    host: Link = _PCIE5
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -190,7 +203,7 @@ class Hardware:
             "[peak_tflops]",
             *(f"{dtype} = {value / 1e12:.6g}" for dtype, value in self.peak_flops.items()),
         ]
-        for name in ("intra", "inter"):
+        for name in ("intra", "inter", "host"):
             link: Link = getattr(self, name)
             lines += [
                 "",
@@ -205,7 +218,7 @@ class Hardware:
 
 def _from_mapping(raw: dict[str, Any], stem: str) -> Hardware:
     known = {"base", "name", "device", "gpus_per_node", "memory_gib", "reserved_gib", "memory_bandwidth_gb_s",
-             "peak_tflops", "intra", "inter", "kernels"}  # fmt: skip
+             "peak_tflops", "intra", "inter", "host", "kernels"}  # fmt: skip
     unknown = sorted(set(raw) - known)
     if unknown:
         raise HardwareError(_unknown(unknown[0], "", known))
@@ -226,7 +239,7 @@ def _from_mapping(raw: dict[str, Any], stem: str) -> Hardware:
         intra = _link("intra", raw["intra"], base.intra)
         base = replace(base, intra=intra, inter=_link("inter", raw["inter"], base.inter) if "inter" in raw else intra)
     links: dict[str, Any] = {
-        name: _link(name, raw[name], getattr(base, name)) for name in ("intra", "inter") if name in raw
+        name: _link(name, raw[name], getattr(base, name)) for name in ("intra", "inter", "host") if name in raw
     }
     changes: dict[str, Any] = {
         "name": raw.get("name", stem),
@@ -305,7 +318,7 @@ PRESETS: dict[str, Hardware] = {
     "a100": Hardware(
         "a100", 8, {"bf16": 312e12, "fp32": 19.5e12, "fp64": 19.5e12}, 80 * GIB, 2.04e12,
         Link(300e9, 2e-6, 0.80), Link(25e9, 6e-6, 0.85),
-        kernels=Kernels(gemm_efficiency=0.85, gemm_half_size=96.0, attention_efficiency=0.62),
+        kernels=Kernels(gemm_efficiency=0.85, gemm_half_size=96.0, attention_efficiency=0.62), host=_PCIE4,
     ),
     # NVIDIA DGX B200 datasheet: 2.25 PFLOP/s bf16 dense, 180 GB, 8 TB/s; NVLink 1.8 TB/s both ways; 8 x 400 Gb/s.
     "b200": Hardware(

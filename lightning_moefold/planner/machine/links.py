@@ -124,6 +124,10 @@ class Links:
         link: Link = self.hardware.inter if shape.crosses else self.hardware.intra
         return sent_bytes / link.rate + link.latency + self.hardware.kernels.collective
 
+    def to_host(self, moved_bytes: float) -> float:
+        """Returns the time to copy bytes between a rank and its host's memory, one way."""
+        return moved_bytes / self.hardware.host.rate + self.hardware.host.latency if moved_bytes > 0 else 0.0
+
     def empty(self, shape: GroupShape) -> float:
         """Returns the time of a collective over the group with negligible bytes."""
         return 0.0 if shape.size == 1 else self._hops(shape)

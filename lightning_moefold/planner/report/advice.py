@@ -160,6 +160,15 @@ def hints(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
                 else ", and plans that would are much slower on average; --routing NAME ranks for such routing alone."
             )
         )
+    if best.plan.offload != "none":
+        ranks = min(job.world_size, job.hardware.gpus_per_node)
+        lines.append(
+            ("Without offloading no plan fits. " if space.offloads is None else "")
+            + f"Offloading takes {_gb(best.memory.host)} of host memory a rank, {_gb(best.memory.host * ranks)} a node if all "
+            "are as full as the fullest. Its time is computed from the link's bandwidth; it was not measured on GPUs."
+        )
+    elif space.offloads is None and best.plan.recompute != "none" and job.hardware.device != "cpu":
+        lines.append("This plan recomputes to save memory; --offload any tries host memory, too.")
     if best.load > 1.2 and job.capacity_factor is None:
         lines.append(
             f"The busiest expert-parallel rank computes {best.load:.2f} times the mean: experts placed by load, "

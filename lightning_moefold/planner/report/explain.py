@@ -26,6 +26,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "bubble": (".", "bright_black"),
     "data parallel": ("d", "blue"),
     "recompute": ("r", "red"),
+    "host link": ("h", "bright_red"),
 }
 assert set(STYLES) == set(BOUNDS)
 #: Known models as their makers write them.
@@ -65,6 +66,8 @@ def plan_json(estimate: Estimate) -> dict[str, Any]:
         "schedule": plan.schedule if plan.fold.pp > 1 else None,
         "num_stages_per_rank": plan.num_stages_per_rank,
         "recompute": plan.recompute,
+        "offload": plan.offload,
+        "host_memory_bytes": estimate.memory.host,
         "dispatcher": plan.dispatcher,
         "sharding": job.sharding,
         "busiest_rank_load": estimate.load,
@@ -192,6 +195,8 @@ def _settings(estimate: Estimate) -> str:
         parts.append(plan.schedule + (f" x{plan.num_stages_per_rank}" if plan.num_stages_per_rank > 1 else ""))
     if plan.recompute != "none":
         parts.append(f"recompute {plan.recompute}")
+    if plan.offload != "none":
+        parts.append(f"offload {plan.offload.replace(',', ' and ')}")
     return ", ".join(
         [*parts, f"sharding {estimate.job.sharding}", *([plan.dispatcher] if _exchanges(estimate) else [])]
     )
@@ -274,7 +279,7 @@ def legend(result: Result | None = None) -> list[str]:
     return [
         "fold: ranks of attention (tp tensor, cp context, dp data, pp pipeline) | of experts (etp tensor, ep experts, edp data)",
         "micro-batches: rows of one x micro-batches of a data rank in a step; settings: schedule (x stages per rank), "
-        "recomputation if any, sharding of the data ranks, dispatcher",
+        "recomputation if any, what is offloaded to host memory if anything, sharding of the data ranks, dispatcher",
         ranking,
         bar,
         "memory: of the fullest rank; # is used and - is free, a tenth each; bound by: what takes most of the time, and the "

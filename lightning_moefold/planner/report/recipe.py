@@ -41,6 +41,7 @@ def strategy_arguments(estimate: Estimate) -> dict[str, Any]:
         ("dispatch_chunks", job.dispatch_chunks, 1),
         ("data_parallel_sharding", job.sharding, "optimizer"),
         ("recompute", parse_recompute(plan.recompute), None),
+        ("offload_activations", plan.offloads("activations"), False),
     )
     return arguments | {name: value for name, value, default in optional if value != default}
 
@@ -86,6 +87,7 @@ def yaml_recipe(estimate: Estimate) -> str:
         "  init_args:",
         f"    checkpoint: {_checkpoint(estimate)}",
         *(["    master_weights: true"] if job.master_weights else []),
+        *(["    offload_state: true"] if estimate.plan.offloads("state") else []),
         *([f"    adapter: {{rank: {job.lora_rank}}}"] if job.lora_rank else []),
         "data:",
         "  class_path: lightning_moefold.recipes.TextData",
@@ -106,8 +108,12 @@ def python_recipe(estimate: Estimate) -> str:
     """
     _check(estimate)
     job, model = estimate.job, []
-    if job.master_weights:
-        model.append("# configure_optimizers: return MasterWeights(torch.optim.AdamW, self.parameters(), ...)")
+    if job.master_weights or estimate.plan.offloads("state"):
+        made = "MasterWeights(torch.optim.AdamW, " if job.master_weights else "torch.optim.AdamW("
+        made += "self.parameters(), ...)"
+        model.append(
+            f"# configure_optimizers: return {f'offload_state({made})' if estimate.plan.offloads('state') else made}"
+        )
     if job.lora_rank:
         model.append(f"# configure_model: self.model.add_adapter(LoRA(rank={job.lora_rank}))")
     trainer = trainer_arguments(estimate)

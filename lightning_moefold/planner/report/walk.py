@@ -23,6 +23,7 @@ _WHAT = {
     "a2a": "token exchange over ep",
     "etp": "all-gather and reduce-scatter over etp",
     "recompute": "recomputation",
+    "offload": "exposed copies to and from host memory",
     "sharding": "exposed weight gathers, gradient scatters",
     "bubble": "pipeline bubble",
     "p2p": "exposed messages between stages",
@@ -50,6 +51,9 @@ def walk(job: Job, estimate: Estimate) -> Iterator[str]:
     yield from _times(job, estimate)
     yield ""
     yield from _memory(estimate)
+    if estimate.plan.offload != "none":
+        yield ""
+        yield from _offload(job, estimate, costs)
 
 
 def _groups(job: Job, estimate: Estimate) -> Iterator[str]:
@@ -154,3 +158,34 @@ def _memory(estimate: Estimate) -> Iterator[str]:
         yield f"  {size / 2**30:8.2f} GiB  {'=' * round(size / estimate.limit * 40):41}{name}"
     verdict = "fits" if estimate.fits else "does NOT fit"
     yield f"  {estimate.memory.total / 2**30:8.2f} GiB of {estimate.limit / 2**30:.2f} GiB: {verdict}"
+
+
+def _offload(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
+    """Yields what travels over the host link, and how much of the time is seen."""
+    plan, link, memory = estimate.plan, job.hardware.host, estimate.memory
+    yield (
+        f"offloaded over the host link ({link.rate / 1e9:.0f} GB/s each way): {_gib(memory.host)} of host memory for this rank, "
+        f"{_gib(memory.host * min(job.world_size, job.hardware.gpus_per_node))} on a node whose ranks are all as full"
+    )
+    if plan.offloads("activations"):
+        moe, dense = costs.memory.saved(plan)
+        sparse = job.model.num_moe_layers
+        for name, size, layers in (("MoE", moe, sparse), ("dense", dense, job.model.num_hidden_layers - sparse)):
+            if layers:
+                way = costs.layers.links.to_host(size)
+                yield f"  activations of a {name} layer: {_mib(size)}, {way * 1e3:.2f} ms each way in every micro-batch"
+        yield "  those of two layers stay on the device; copies overlap with computation, but for the last layer's way back"
+    if plan.offloads("state"):
+        way = costs.layers.links.to_host(memory.host_state)
+        yield (
+            f"  optimizer state: {_gib(memory.host_state)}, {way * 1e3:.0f} ms back before the optimizer step, which waits, and "
+            f"{way * 1e3:.0f} ms to the host behind the next forward and backward pass"
+        )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"

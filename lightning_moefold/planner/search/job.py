@@ -27,10 +27,13 @@ PRECISIONS: dict[str, tuple[str, int, int, int, int, int]] = {
 SHARDINGS = ("none", "optimizer", "full")
 #: Settings that a search tries, the fastest first. Others are parts of a layer, joined by commas, such as ``"norm,moe"``.
 RECOMPUTES = ("none", "selective", "full")
+#: What may travel to host memory: activations between forward and backward (``offload_activations``), the optimizer's state
+#: between its steps (``offload_state``).
+OFFLOADS = ("none", "activations", "state", "activations,state")
 DISPATCHERS = tuple(name for name in DISPATCHER_NAMES if name != "auto")
 __all__ = [
-    "DISPATCHERS", "DROP_SCOPES", "PRECISIONS", "RECOMPUTES", "RECOMPUTE_PARTS", "SCHEDULES", "SHARDINGS", "SPLIT_BACKWARD",
-    "V_SHAPED", "Job", "Plan", "PlanError",
+    "DISPATCHERS", "DROP_SCOPES", "OFFLOADS", "PRECISIONS", "RECOMPUTES", "RECOMPUTE_PARTS", "SCHEDULES", "SHARDINGS",
+    "SPLIT_BACKWARD", "V_SHAPED", "Job", "Plan", "PlanError",
 ]  # fmt: skip
 
 
@@ -173,6 +176,7 @@ class Plan:
         recompute: ``"none"``, ``"selective"`` (the attention half of each layer), ``"full"`` (whole layers), as in the
             strategy; or its parts, joined by commas (:data:`RECOMPUTE_PARTS`).
         dispatcher: Name of the dispatcher.
+        offload: One of :data:`OFFLOADS`.
     """
 
     fold: Fold
@@ -181,6 +185,11 @@ class Plan:
     num_stages_per_rank: int = 1
     recompute: str = "none"
     dispatcher: str = "alltoall"
+    offload: str = "none"
+
+    def offloads(self, what: str) -> bool:
+        """Whether ``"activations"`` or ``"state"`` travel to host memory."""
+        return what in self.offload.split(",")
 
     def num_microbatches(self, job: Job) -> int:
         """Returns the number of micro-batches per step on one data-parallel rank."""
@@ -193,4 +202,6 @@ class Plan:
             text += f"  {self.schedule}{chunks}"
         if self.recompute != "none":
             text += f"  recompute {self.recompute}"
+        if self.offload != "none":
+            text += f"  offload {self.offload}"
         return text + (f"  {self.dispatcher}" if self.dispatcher != "alltoall" else "")

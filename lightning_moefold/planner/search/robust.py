@@ -5,6 +5,8 @@ How evenly tokens will choose experts is not known before a run, and a MoE layer
 searched on its own, under every sharding; uneven ones over the most promising folds, if there are very many. The best plans under
 the job's own profile, and the best three under each other one, are then predicted under all profiles, and ranked by the mean of
 their seconds per step. A step that does not fit counts :data:`~.cost.NO_FIT` times, because such a run stops.
+
+If no plan fits, all is searched once more with activations, the optimizer's state, or both in host memory.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.planner.cost.cost import Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.routing import BALANCED, PROFILES, RoutingProfile
-from lightning_moefold.planner.search.job import Job
+from lightning_moefold.planner.search.job import OFFLOADS, Job
 from lightning_moefold.planner.search.search import Planner, Result, Space
 
 #: Plans that are taken from the search under a profile other than the job's.
@@ -48,6 +50,20 @@ def search(
         PlanError: If no fold is legal for the batch.
     """
     space = space or Space()
+    result = _search(job, space, keep, profiles)
+    return (
+        result
+        if not _may_offload(result, space)
+        else _search(job, replace(space, offloads=OFFLOADS[1:]), keep, profiles)
+    )
+
+
+def _may_offload(result: Result, space: Space) -> bool:
+    """Whether offloading could help: no plan fits, the user leaves it open, and the devices have memory of their own."""
+    return space.offloads is None and not result.best.fits and result.job.hardware.device != "cpu"
+
+
+def _search(job: Job, space: Space, keep: int, profiles: Iterable[RoutingProfile] | None) -> Result:
     by_profile = _by_profile(job, space, profiles)
     found: list[Estimate] = []
     pool: dict[str, Estimate] = {}
@@ -95,6 +111,15 @@ def evaluate(
         PlanError: If dp does not divide the batch.
     """
     space = space or Space()
+    result = _evaluate(job, fold, space, profiles)
+    return (
+        result
+        if not _may_offload(result, space)
+        else _evaluate(job, fold, replace(space, offloads=OFFLOADS[1:]), profiles)
+    )
+
+
+def _evaluate(job: Job, fold: Fold, space: Space, profiles: Iterable[RoutingProfile] | None) -> Result:
     by_profile = _by_profile(job, space, profiles)
     found: list[Estimate] = []
     refusals: list[PlanError] = []

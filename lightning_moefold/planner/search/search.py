@@ -22,7 +22,16 @@ from lightning_moefold.modules.recompute_parts import parse_recompute
 from lightning_moefold.planner.cost.cost import CostModel, Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.schedules import legal, pipeline_layout
-from lightning_moefold.planner.search.job import DISPATCHERS, RECOMPUTES, SCHEDULES, SHARDINGS, V_SHAPED, Job, Plan
+from lightning_moefold.planner.search.job import (
+    DISPATCHERS,
+    OFFLOADS,
+    RECOMPUTES,
+    SCHEDULES,
+    SHARDINGS,
+    V_SHAPED,
+    Job,
+    Plan,
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Space:
         num_stages_per_rank: Number of stages per rank in interleaved schedules; None for any that divides the layers.
         data_parallel_size: Required dp of the folds; None for any.
         shardings: Data-parallel shardings to try; empty for that of the job.
+        offloads: What to keep in host memory, to try; None for nothing, or whatever makes a plan fit if none does
+            (:mod:`.robust`).
     """
 
     micro_batch_sizes: tuple[int, ...] | None = None
@@ -53,11 +64,12 @@ class Space:
     num_stages_per_rank: int | None = None
     data_parallel_size: int | None = None
     shardings: tuple[str, ...] = ()
+    offloads: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, values, known in (
             ("schedule", self.schedules, SCHEDULES), ("dispatcher", self.dispatchers, DISPATCHERS),
-            ("sharding", self.shardings, SHARDINGS),
+            ("sharding", self.shardings, SHARDINGS), ("offload", self.offloads or (), OFFLOADS),
         ):  # fmt: skip
             for value in values:
                 if value not in known:
@@ -154,12 +166,15 @@ class Planner:
                 f"dispatcher={wrong[0]!r} neither pads to a capacity nor sends tokens in parts; use 'alltoall', or leave out "
                 "pad_to_capacity and dispatch_chunks."
             )
+        self._offloads = self.space.offloads or OFFLOADS[:1]
+        if job.hardware.device == "cpu" and self._offloads != OFFLOADS[:1]:
+            raise PlanError("offload moves nothing on CPU ranks, whose memory is the host's; leave it out.")
         self.costs = CostModel(job, layers)
 
     # ---- one fold ----------------------------------------------------------------------------------------------
 
     def plans(self, fold: Fold, micro_batch: int, dispatcher: str) -> Iterator[list[Plan]]:
-        """Yields, for each schedule, the plans with each recomputation setting, fastest first."""
+        """Yields, for each schedule and offloading, the plans with each recomputation setting, fastest first."""
         microbatches = Plan(fold, micro_batch).num_microbatches(self.job)
         model, sharding = self.job.model, self.job.sharding
         for schedule, chunks in self._schedules(fold.pp):
@@ -167,8 +182,8 @@ class Planner:
                 r for r in self.space.recomputes
                 if legal(schedule, fold.pp, chunks, microbatches, model, sharding, r) is None
             ]  # fmt: skip
-            if recomputes:
-                yield [Plan(fold, micro_batch, schedule, chunks, r, dispatcher) for r in recomputes]
+            for offload in self._offloads if recomputes else ():
+                yield [Plan(fold, micro_batch, schedule, chunks, r, dispatcher, offload) for r in recomputes]
 
     def _schedules(self, pp: int) -> Iterator[tuple[str, int]]:
         layers = self.job.model.num_hidden_layers
@@ -357,7 +372,9 @@ class Planner:
         Raises:
             PlanError: If no fold is legal for the batch.
         """
-        tightest = replace(self.space, recomputes=(self.space.recomputes[-1],), schedules=("1f1b",))
+        tightest = replace(
+            self.space, recomputes=(self.space.recomputes[-1],), schedules=("1f1b",), offloads=self._offloads[-1:]
+        )
         planner = Planner(self.job, tightest)
         best: Estimate | None = None
         for fold in sorted(legal_folds(self.job, self.space), key=self._states)[:200]:

@@ -89,6 +89,22 @@ def test_what_cannot_run_is_refused(plan: dict[str, Any], microbatches: int, sha
         PipelinePlan(**plan).check(4, microbatches, sharding)
 
 
+LEAST = {"gpipe": 1, "1f1b": 4, "interleaved_1f1b": 1, "interleaved_zero_bubble": 1, "zbv": 1, "dualpipev": 8}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_least_number_of_micro_batches_runs(schedule: str) -> None:
+    """``test_p2p_order`` plays each schedule with every number that is accepted."""
+    plan = PipelinePlan(schedule, 2 if schedule.startswith("interleaved") else 1)
+    assert plan.least_microbatches(4) == LEAST[schedule]
+    plan.check(4, LEAST[schedule], "optimizer")
+    if LEAST[schedule] > 1:
+        with pytest.raises(ValueError, match=f"use at least {LEAST[schedule]}"):
+            plan.check(4, LEAST[schedule] - 1, "optimizer")
+    told = f"needs num_microbatches; '{schedule}' runs with {LEAST[schedule]} or more, and 8 or more keep ranks busy"
+    assert told in str(plan.needs_microbatches(4))
+
+
 def test_what_splits_backward_cannot_recompute() -> None:
     PipelinePlan("1f1b").check(4, 8, "optimizer", "full")
     with pytest.raises(ValueError, match="use recompute=None"):

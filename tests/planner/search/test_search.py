@@ -192,7 +192,7 @@ def test_large_searches_are_fast(ranks, seconds):
 
 def test_an_adapter_is_planned_as_its_training_runs():
     """No gradients and no states of the frozen model, two products of three, and the adapter's own numbers in float32."""
-    fold, space = Fold.parse("tp2 | ep4", 8), Space(recomputes=("none",))
+    fold, space = Fold.parse("tp2 | ep4", 8), Space(recomputes=("none",), offloads=("none",))
     full, lora = (
         evaluate(job_for("mixtral-8x7b", 8, batch=16, lora_rank=rank), fold, space).best for rank in (None, 16)
     )
@@ -212,7 +212,11 @@ def test_master_weights_cost_their_memory():
     """bf16-true holds 2 + 2 + 4 bytes of a number on its rank, and 8 more with float32 masters and moments."""
     fold = Fold.parse("ep8", 8)
     plain, masters = (
-        evaluate(job_for("mixtral-8x7b", 8, batch=8, precision="bf16-true", master_weights=on), fold).best
+        evaluate(
+            job_for("mixtral-8x7b", 8, batch=8, precision="bf16-true", master_weights=on),
+            fold,
+            Space(offloads=("none",)),
+        ).best
         for on in (False, True)
     )
     assert masters.memory.optimizer == 3 * plain.memory.optimizer
