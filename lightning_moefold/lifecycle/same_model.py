@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_moefold.checkpoint.sharded import MODELS
@@ -30,6 +31,8 @@ def check_same_model(
 ) -> None:
     """Checks that a checkpoint holds the parameters of this module in their shapes, before anything is read.
 
+    Fields of the configuration that differ although all shapes fit, such as the number of experts of a token, are a warning.
+
     Args:
         path: The checkpoint.
         meta: Result of :func:`~.checkpoint.sharded.load_meta`.
@@ -44,7 +47,11 @@ def check_same_model(
     missing = [name for name in state if name not in held]
     extra = [name for name in held if name not in state and name not in registry.elsewhere]
     others = [name for name, value in state.items() if name in held and held[name] != _shape(name, value, registry)]
+    fields = _different_fields(meta, registry)
+    some = f" ({', '.join(fields)})" if fields else ""
     if not missing and not extra and not others:
+        if fields:
+            rank_zero_warn(f"{path} was saved with another configuration{some}; the run goes on with that of here.")
         return
     if missing:
         what = f"it has no {missing[0]!r}"
@@ -53,8 +60,6 @@ def check_same_model(
     else:
         name = others[0]
         what = f"its {name!r} has shape {list(held[name])}, and the module's has {list(_shape(name, state[name], registry))}"
-    fields = _different_fields(meta, registry)
-    some = f" ({', '.join(fields)})" if fields else ""
     raise CheckpointError(f"{path} is of another model{some}: {what}; load it with the model it was saved from.")
 
 

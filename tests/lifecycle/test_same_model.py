@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_another_model_is_named() -> None:
     others = refusal(hidden_size=16, num_experts=8, vocab_size=30, moe_intermediate_size=6)
     assert others is not None
     assert others.partition(")")[0].endswith(", ...")
+
+
+def test_another_configuration_of_the_same_shapes_is_a_warning() -> None:
+    with pytest.warns(
+        UserWarning, match=r"configuration \(num_experts_per_tok is 1 there and 2 here\); the run goes on"
+    ):
+        assert refusal(num_experts_per_tok=1) is None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert refusal() is None
+    assert not [w for w in said if "another configuration" in str(w.message)]
 
 
 def test_what_other_stages_hold_is_not_missed() -> None:
