@@ -28,6 +28,7 @@ from lightning_moefold.modules.experts.products import grouped_never_waits
 from lightning_moefold.modules.experts.stack import split_stack
 from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts
 from lightning_moefold.modules.mlp import ACTIVATIONS
+from lightning_moefold.modules.quantized import CodedModule, CodedStack
 from lightning_moefold.modules.recompute import recomputed
 
 _WEIGHTS = ("gate_proj", "up_proj", "down_proj")
@@ -134,7 +135,7 @@ class RoutedExperts(ParallelModule):
         return returns
 
 
-class Experts(RoutedExperts):
+class Experts(RoutedExperts, CodedModule):
     """E gated feed-forward experts: ``down(act(gate(x)) * up(x))``, each on its own rows.
 
     Args:
@@ -158,7 +159,7 @@ class Experts(RoutedExperts):
 
     def __init__(self, hidden_size: int, num_experts: int, ffn_hidden_size: int, activation: str = "silu") -> None:
         super().__init__(num_experts)
-        self.ffn_hidden_size = ffn_hidden_size
+        self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.activation = ACTIVATIONS[activation]
         self.gate_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
@@ -175,10 +176,11 @@ class Experts(RoutedExperts):
             down_rank: Of A ``[E, rank, F]`` and B ``[E, D, rank]``.
             scale: s.
         """
-        self.lora_scale, (e, f, d) = scale, self.gate_proj.shape
+        self.lora_scale, e, f, d = scale, self.num_experts, self.ffn_hidden_size, self.hidden_size
+        like = self.gate_proj if self.codec is None else self.gate_proj.new_empty(0, dtype=self.codec.dtype)
         shapes = (e, gate_up_rank, d), (e, f, gate_up_rank), (e, f, gate_up_rank), (e, down_rank, f), (e, d, down_rank)
         for name, shape in zip(_ADAPTER, shapes, strict=True):
-            self.register_parameter(name, new_adapter(self.gate_proj, *shape))
+            self.register_parameter(name, new_adapter(like, *shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         return super()._apply(sparing_adapters(self, fn), recurse)
@@ -203,6 +205,8 @@ class Experts(RoutedExperts):
 
     def bound_to_place(self, hidden_size: int) -> str | None:
         """See :meth:`RoutedExperts.bound_to_place`."""
+        if self.codec is not None:
+            return f"quantize={self.codec.kind!r} keeps their weights as bytes"
         if self.kernel == "transformer_engine":
             return "expert_kernel='transformer_engine' keeps FP8 scales for each place and not for each expert"
         return super().bound_to_place(hidden_size)
@@ -213,8 +217,12 @@ class Experts(RoutedExperts):
             raise InputError(
                 f"expert_kernel={kernel!r} computes no adapters of experts; use 'auto', or leave 'experts' out of the targets."
             )
+        if self.codec is not None and kernel in ("fp8", "transformer_engine"):
+            raise InputError(
+                f"expert_kernel={kernel!r} does not compute with quantize={self.codec.kind!r}; use 'auto', or leave quantize out."
+            )
         if kernel == "fp8":
-            sizes = {"hidden_size": self.gate_proj.shape[-1], "ffn_hidden_size": self.ffn_hidden_size // fold.etp}
+            sizes = {"hidden_size": self.hidden_size, "ffn_hidden_size": self.ffn_hidden_size // fold.etp}
             check_float8(sizes, dtype, device)
 
     def check_copies(self) -> None:
@@ -228,8 +236,13 @@ class Experts(RoutedExperts):
     def stacks(self) -> tuple[Tensor, ...]:
         """Gate and up ``[L, F, D]``, down ``[L, D, F]``; with an adapter, its five stacks in the order of :meth:`adapt`.
 
-        The adapter's are in the dtype of the others, in which they are multiplied.
+        The adapter's are in the dtype of the others, in which they are multiplied. Weights of a quantised base are bytes
+        ``[L, X]``.
         """
+        if self.codec is not None:
+            return tuple(
+                local(getattr(self, n)) for n in (*_WEIGHTS, *(_ADAPTER if self.lora_scale is not None else ()))
+            )
         weights = [local(self.get_parameter(name)) for name in _WEIGHTS]
         names = () if self.lora_scale is None else _ADAPTER
         return (*weights, *(local(self.get_parameter(name)).to(weights[0].dtype) for name in names))
@@ -245,7 +258,7 @@ class Experts(RoutedExperts):
         dtype = torch.get_autocast_dtype(x_AD.device.type) if cast else x_AD.dtype
         by_itself = self.kernel == "auto" and x_AD.is_cuda and grouped_never_waits(dtype, x_AD.device)
         fits = dtype == torch.bfloat16 and all(n % 8 == 0 for n in self.gate_proj.shape[1:])
-        fits = fits and self.lora_scale is None
+        fits = fits and self.lora_scale is None and self.codec is None
         return fits and (by_itself or self.kernel == "grouped_mm")
 
     def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
@@ -256,10 +269,15 @@ class Experts(RoutedExperts):
         (gate_LFD, up_LFD, down_LDF), adapter = stacks[:3], stacks[3:]
         if self.kernel != "transformer_engine":
             lora = None
+            if self.codec is not None:
+                adapter = [stack.to(x_AD.dtype) for stack in adapter]
             if self.lora_scale is not None:
                 up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR = adapter
                 lora = ExpertLoRA(up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR, self.lora_scale)
-            weights = gate_LFD, up_LFD, down_LDF
+            weights: Any = gate_LFD, up_LFD, down_LDF
+            if self.codec is not None:
+                shapes = [self.coded[name][1:] for name in _WEIGHTS]
+                weights = [CodedStack(w, s, self.codec, x_AD.dtype) for w, s in zip(weights, shapes, strict=True)]
             return gated_experts(x_AD, rows, self.activation, *weights, self.kernel, lora, self.again)
         if x_AD.dtype == torch.float64:  # which Transformer Engine does not have
             return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, "loop")

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on a base in fewer bytes: under every fold what PEFT computes with the rounded weights in one process."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_moefold import Fold, MoECausalLM
+from lightning_moefold.errors import FoldError, InputError
+from lightning_moefold.models.quantized import check_blocks
+from lightning_moefold.modules.quantized import BITS, Codec, coded_weights
+from lightning_moefold.testing import RankPool, make_checkpoint
+from tests.adapters.made import make_adapter
+from tests.adapters.rounded import round_checkpoint, round_weight
+from tests.adapters.test_folds import ROW
+from tests.exactness import compare, matrix
+from tests.quick import quick
+
+SIZES = {
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "intermediate_size": 128,
+}
+
+CASES = [
+    ("tp2 | etp2", "int8", {"sharding": "full", "recompute": ("expert_activation",)}),
+    ("tp2 | etp2 ep2", "nf4", {"dispatch": "chunks", "padding": "left", "sharding": "none"}),
+    (" | ep2", "nf4", {"family": "qwen3_moe", "accumulate": 2, "recompute": "full"}),
+    ("cp2 | etp2", "int8", {"family": "mixtral", "recompute": "selective", "offload": True}),
+    ("tp2 cp2 | ep4", "nf4", {"family": "mixtral"}),
+    ("pp2 | ep2", "nf4", {"microbatches": 2, "sharding": "none"}),
+    ("pp2 tp2 | etp2", "int8", {"microbatches": 2, "schedule": "zbv", "family": "qwen3_moe"}),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quantized")
+
+
+def base_of(folder: Path, family: str, layers: int) -> Path:
+    path = folder / f"{family}-{layers}"
+    if not path.exists():
+        widths = {"shared_expert_intermediate_size": 128} if family == "qwen2_moe" else {}
+        widths |= {} if family == "mixtral" else {"moe_intermediate_size": 128}
+        widths |= {"head_dim": 16} if family == "qwen3_moe" else {}
+        make_checkpoint(path, family, num_hidden_layers=layers, **SIZES, **widths)
+    return path
+
+
+@pytest.mark.parametrize(("fold", "kind", "factors"), quick(CASES, CASES[0]), ids=[f"{f} {k}" for f, k, _ in CASES])
+def test_folds(pool: RankPool, folder: Path, fold: str, kind: Any, factors: dict[str, Any]) -> None:
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    row, parsed = {**ROW, "shape": "12 experts", **factors}, Fold.parse(fold, 2 if fold == "tp2 | etp2" else 4)
+    base = base_of(folder, row["family"], matrix.layers(parsed, row))
+    rounded = round_checkpoint(base, folder / f"{base.name}-{kind}", kind)
+    adapter = folder / f"{base.name}-adapter"
+    if not adapter.exists():
+        make_adapter(adapter, base)
+    batches = compare.draw_batches(
+        parsed, row, row["accumulate"] * (compare.STEPS - (row["accumulate"] > 1)), 97, length=5
+    )
+    row |= {"adapter": str(adapter), "quantize": kind, "rounded": rounded}
+    compare.check_run(pool, base, parsed, row, [], batches)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_codec(kind: Any) -> None:
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    weight = torch.randn(48, 192, generator=torch.Generator().manual_seed(0))
+    weight[3, 64:128] = 0
+    codec = Codec(kind, torch.float32)
+    expected = round_weight(weight, kind)
+    expected[3, 64:128] = 0
+    stored = codec.encode(weight)
+    assert stored.numel() * 8 == weight.numel() * BITS[kind]
+    assert stored.shape == codec.room(weight.shape, weight.device).shape
+    torch.testing.assert_close(codec.decode(stored, (48, 192), torch.float64), expected.double(), rtol=1e-6, atol=0)
+    for dtype in (torch.bfloat16, torch.float32):  # one rounding, and what is rounded is rounded no further
+        again = codec.decode(codec.encode(expected.to(dtype)), (48, 192), dtype)
+        torch.testing.assert_close(again, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
+    torch.testing.assert_close(
+        codec.decode(stored, (48, 192), torch.bfloat16),
+        codec.decode(stored, (48, 192), torch.float32).bfloat16(),
+        rtol=0,
+        atol=0,
+    )
+    # A cut of inputs at a block, or of outputs anywhere, is a cut of what is stored.
+    for part in (weight[:, 64:], weight[5:17]):
+        cut = codec.decode(codec.encode(part), tuple(part.shape), torch.float32)
+        place = (slice(None), slice(64, None)) if part.shape[0] == 48 else (slice(5, 17), slice(None))
+        torch.testing.assert_close(cut, codec.decode(stored, (48, 192), torch.float32)[place], rtol=0, atol=0)
+
+
+def test_what_is_bytes(folder: Path) -> None:
+    base = base_of(folder, "qwen2_moe", 2)
+    whole = MoECausalLM.from_pretrained(base)
+    model = MoECausalLM.from_pretrained(base, quantize="int8")
+    coded = {name: module.get_buffer(leaf) for name, module, leaf in coded_weights(model)}
+    kept = dict(model.named_parameters())
+    assert coded.keys() | kept.keys() == dict(whole.named_parameters()).keys()
+    assert not coded.keys() & kept.keys()
+    numbers = sum(whole.get_parameter(name).numel() for name in coded)
+    assert sum(b.nbytes for b in coded.values()) * 8 == numbers * 8.5
+    assert not any(name in coded for name in model.state_dict())
+    left = {re.sub(r"model.layers.\d.", "", name) for name in kept if not name.endswith("bias")}
+    assert left == {
+        "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "input_layernorm.weight",
+        "post_attention_layernorm.weight", "mlp.gate.weight", "mlp.shared_expert_gate.weight",
+    }  # fmt: skip
+
+
+def test_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of(folder, "qwen2_moe", 2)
+    with pytest.raises(InputError, match="quantize='int3' is not available; use 'nf4' or 'int8'"):
+        MoECausalLM.from_pretrained(base, quantize="int3")  # type: ignore[arg-type]
+    model = MoECausalLM.from_pretrained(base, quantize="int8")
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(InputError, match="add an adapter"):
+        model(ids, labels=ids)
+    with pytest.raises(InputError, match="save_adapter, and moefold merge"):
+        model.save_pretrained(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert model.eval()(ids, labels=ids).loss.isfinite()
+    for fold, words in (("tp4", "over tp=4 is no multiple of the 64"), ("| etp4", "use etp in \\[1, 2\\]")):
+        with pytest.raises(FoldError, match=words):
+            check_blocks(model.config, Fold.parse(fold, 4))
+    with pytest.raises(InputError, match="hidden_size=32 is no multiple"):
+        MoECausalLM.from_config(make_checkpoint(tmp_path / "narrow", "mixtral"), quantize="int8")
+    monkeypatch.setattr("lightning_moefold.modules.quantized.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=r"pip install 'lightning-moefold\[quantized\]'"):
+        MoECausalLM.from_pretrained(base, quantize="nf4")
