@@ -29,7 +29,8 @@ def round_weight(weight: Tensor, kind: str) -> Tensor:
     if kind == "int8":
         rounded = (blocks / (largest / 127)).round() * (largest / 127)
     else:
-        rounded = NF4[((blocks / largest).unsqueeze(-1) - NF4).abs().argmin(-1)] * largest
+        middles = (NF4[1:] + NF4[:-1]) / 2
+        rounded = NF4[torch.bucketize(blocks * (1 / largest), middles)] * largest
     return rounded.view(weight.shape)
 
 

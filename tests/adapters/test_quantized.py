@@ -50,8 +50,8 @@ def base_of(folder: Path, family: str, layers: int) -> Path:
     if not path.exists():
         widths = {"shared_expert_intermediate_size": 128} if family == "qwen2_moe" else {}
         widths |= {} if family == "mixtral" else {"moe_intermediate_size": 128}
-        widths |= {"head_dim": 16} if family == "qwen3_moe" else {}
-        make_checkpoint(path, family, num_hidden_layers=layers, **SIZES, **widths)
+        widths |= {"num_attention_heads": 32} if family == "qwen3_moe" else {}  # of 12 numbers
+        make_checkpoint(path, family, num_hidden_layers=layers, **SIZES | widths)
     return path
 
 

@@ -77,6 +77,22 @@ def expert_shapes(model: MoEConfig, ep: int, etp: int, layers: int) -> Shapes:
     return shapes
 
 
+def without(shapes: Shapes, others: Shapes) -> Shapes:
+    """Returns the shapes of the parameters that are not among ``others``."""
+    left = {shape: number - others.get(shape, 0) for shape, number in shapes.items()}
+    return {shape: number for shape, number in left.items() if number}
+
+
+def quantized_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
+    """Returns the shapes of the dense matrices that ``quantize`` stores in fewer bytes; of experts it stores all."""
+    shapes: Shapes = {}
+    _merge(shapes, {s: n for s, n in attention_shapes(model, tp).items() if len(s) == 2}, layers.layers)
+    if model.shared_expert_intermediate_size:
+        _merge(shapes, gated_shapes(model, model.shared_expert_intermediate_size, tp), layers.moe)
+    _merge(shapes, gated_shapes(model, model.intermediate_size, tp), layers.dense)
+    return shapes
+
+
 def adapter_parameters(model: MoEConfig, tp: int, layers: int, rank: int) -> int:
     """Returns the parameters of LoRA on all attention projections of ``layers`` layers, on one tp rank.
 
