@@ -9,15 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from lightning_moefold import Fold, MoECausalLM
-from lightning_moefold.errors import FoldError, InputError
+from lightning_moefold import Fold, LoRA, MoECausalLM
+from lightning_moefold.adapters.attach import is_adapter
+from lightning_moefold.checkpoint.sharded import StoredTensors
+from lightning_moefold.cli.main import main
+from lightning_moefold.errors import FoldError, InputError, PlanError
 from lightning_moefold.models.quantized import check_blocks
-from lightning_moefold.modules.quantized import BITS, Codec, coded_weights
-from lightning_moefold.testing import RankPool, make_checkpoint
+from lightning_moefold.modules.quantized import BITS, QUANTIZATIONS, Codec, coded_weights
+from lightning_moefold.parallel.apply import check_compiler
+from lightning_moefold.parallel.settings import Settings
+from lightning_moefold.planner import PRESETS, CostModel, Job
+from lightning_moefold.planner.cost.schedules import pipeline_layout
+from lightning_moefold.recipes import FineTuneModule
+from lightning_moefold.testing import RankError, RankPool, assert_close_by_name, make_checkpoint
+from lightning_moefold.testing.pieces import assemble
 from tests.adapters.made import make_adapter
 from tests.adapters.rounded import round_checkpoint, round_weight
 from tests.adapters.test_folds import ROW
+from tests.checkpoint import jobs_resume
 from tests.exactness import compare, matrix
 from tests.quick import quick
 
@@ -119,6 +131,81 @@ def test_what_is_bytes(folder: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("targets", [["experts"], ["q_proj", "o_proj", "gate_proj", "down_proj"]])
+def test_nothing_decoded_is_kept(folder: Path, targets: list[str]) -> None:
+    """Between forward and backward there are as many bytes as with a base of numbers."""
+    base, ids = (
+        base_of(folder, "qwen2_moe", 2),
+        torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0)),
+    )
+    found = {}
+    for kind in (None, "int8"):
+        model = MoECausalLM.from_pretrained(base, quantize=kind, output_router_logits=True)  # type: ignore[arg-type]
+        model.add_adapter(LoRA(rank=2, targets=targets))
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept |= {} if storage.data_ptr() in own else {storage.data_ptr(): storage.nbytes()}
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        found[kind] = sum(kept.values())
+    assert found["int8"] <= found[None]
+
+
+@pytest.mark.slow
+def test_a_run(pool: RankPool, folder: Path, tmp_path: Path) -> None:
+    """Its checkpoints hold the adapter, resume under other folds, and are exported with the base as it was."""
+    base = str(base_of(folder, "qwen2_moe", 2))
+    lora = {"rank": 4, "expert_rank": 2, "targets": ["q_proj", "o_proj", "down_proj", "gate", "experts"]}
+    spec: dict[str, Any] = {"adapter": lora, "quantize": "int8"}
+    full = pool.run(jobs_resume.save_and_go_on, base, "tp2 | etp2", spec, str(tmp_path), ranks=2)
+    weights = assemble(report.weights for report in full)
+    checkpoint = tmp_path / "step=3.ckpt"
+    held = {n.removeprefix("model.model.") for n in StoredTensors(checkpoint, {}).items if n.startswith("model.")}
+    assert held == {n for n in weights if is_adapter(n)}
+    resumed = pool.run(jobs_resume.resume, base, ["tp2 | etp2 ep2", "pp2 | ep2"], spec, str(checkpoint), ranks=4)
+    for number in range(2):
+        reports = [run[number] for run in resumed]
+        assert reports[0].losses == pytest.approx(full[0].losses[3:], rel=1e-9)
+        assert_close_by_name(assemble(r.weights for r in reports), weights, 1e-9, "weights")
+    with pytest.raises(RankError) as caught:
+        pool.run(jobs_resume.resume, base, ["tp2 | etp2"], {"adapter": lora}, str(checkpoint), ranks=2)
+    assert all("quantize='int8', and the model has quantize=None" in m for m in caught.value.messages.values())
+    assert (
+        main(["export", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "whole"), "--dtype", "float64"])
+        == 0
+    )
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", Path(base)))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert 1e-6 < float((ours[name] - theirs[name].double()).abs().max()) < 1
+    assert torch.equal(
+        ours["model.layers.0.self_attn.k_proj.weight"], theirs[name.replace("q_proj", "k_proj")].double()
+    )
+
+
+def test_planned_bytes(folder: Path) -> None:
+    """The planner counts the bytes that a model holds."""
+    config = MoECausalLM.from_pretrained(base_of(folder, "qwen2_moe", 2), quantize="int8").config
+    for kind in QUANTIZATIONS:
+        memory = CostModel(Job(config, 1, PRESETS["dgx-h100"], 1, 8, lora_rank=4, quantize=kind)).memory
+        numbers = MoECausalLM.from_pretrained(base_of(folder, "qwen2_moe", 2), quantize="int8")
+        held = sum(module.get_buffer(leaf).nbytes for _, module, leaf in coded_weights(numbers))
+        assert (
+            memory.quantized_bytes(1, 1, 1, pipeline_layout(config, 1, 1, "1f1b")[0])
+            == held * BITS[kind] / BITS["int8"]
+        )
+        left = sum(p.numel() for p in numbers.parameters())
+        counted = memory.parameters(1, 1, 1, pipeline_layout(config, 1, 1, "1f1b")[0])
+        assert counted.dense + counted.expert == left
+    with pytest.raises(PlanError, match="give lora_rank too"):
+        Job(config, 1, PRESETS["dgx-h100"], 1, 8, quantize="nf4")
+
+
 def test_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of(folder, "qwen2_moe", 2)
     with pytest.raises(InputError, match="quantize='int3' is not available; use 'nf4' or 'int8'"):
@@ -136,6 +223,16 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             check_blocks(model.config, Fold.parse(fold, 4))
     with pytest.raises(InputError, match="hidden_size=32 is no multiple"):
         MoECausalLM.from_config(make_checkpoint(tmp_path / "narrow", "mixtral"), quantize="int8")
+    with pytest.raises(InputError, match="give an adapter too"):
+        FineTuneModule(str(base), quantize="int8")
+    with pytest.raises(InputError, match="is not available"):
+        FineTuneModule(str(base), quantize="nf8", adapter={"rank": 2})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="compile=True does not compile"):
+        check_compiler(model, Settings(compiler="inductor"))
+    experts = model.model.layers["0"].mlp.experts
+    with pytest.raises(InputError, match="expert_kernel='fp8' does not compute with quantize"):
+        experts.check_kernel("fp8", Fold(1), torch.bfloat16, torch.device("cpu"))
+    assert "quantize='int8'" in str(experts.bound_to_place(128))
     monkeypatch.setattr("lightning_moefold.modules.quantized.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install 'lightning-moefold\[quantized\]'"):
         MoECausalLM.from_pretrained(base, quantize="nf4")

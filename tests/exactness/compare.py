@@ -89,7 +89,8 @@ def check_run(
     if row.get("moves"):
         spec["moves"] = {"keep": False}
     expected = reference_run(
-        row.get("rounded", path), batches, clip=spec["clip"], lr=spec["lr"], optimizer=spec["optimizer"], accumulate=spec["accumulate"],
+        row.get("rounded", path), batches,
+        clip=spec["clip"], lr=spec["lr"], optimizer=spec["optimizer"], accumulate=spec["accumulate"],
         config_overrides=spec["overrides"], frozen=spec["frozen"], num_microbatches=spec["num_microbatches"],
         adapter=row.get("adapter"),
     )  # fmt: skip
