@@ -153,9 +153,11 @@ class AdapterFiles:
     _separate_gate_up = False
 
     def _describe_linear(self, name: str, module: nn.Module, config: dict[str, Any]) -> tuple[int, float]:
-        assert isinstance(module, (Linear, Router))
-        is_linear = isinstance(module, Linear)
-        out_features, in_features = (module.out_features, module.in_features) if is_linear else module.weight.shape
+        if isinstance(module, Linear):
+            out_features, in_features = module.out_features, module.in_features
+        else:
+            assert isinstance(module, Router)
+            out_features, in_features = module.weight.shape
         rank = self._rank_of(name, config)
         self._expect(f"{self._places[name]}.lora_A.weight", (rank, in_features), name)
         self._expect(f"{self._places[name]}.lora_B.weight", (out_features, rank), name)

@@ -37,7 +37,10 @@ def attention_shapes(model: MoEConfig, tp: int) -> Shapes:
 def gated_shapes(model: MoEConfig, width: int, tp: int) -> Shapes:
     """Returns the shapes of a dense gated feed-forward layer."""
     f, d = ceil(width / tp), model.hidden_size
-    return {(f, d): 2, (d, f): 1}
+    shapes: Shapes = {}
+    _add(shapes, (f, d), 2)
+    _add(shapes, (d, f), 1)
+    return shapes
 
 
 def dense_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
