@@ -73,8 +73,11 @@ class QuantizedModel(ParallelRoot):
             plans: How the fold cuts parameters, by name.
             mesh: Of the fold.
         """
+        shapes, self.coded_layouts = {name: old.shape for name, old in self.coded_layouts.items()}, {}
         for name, module, leaf in coded_weights(self):
-            layout = ParameterLayout(self.coded_layouts[name].shape, plans.get(name, ParameterPlan()))
+            layer = ".".join(name.split(".")[:3])
+            stages = self.layouts[f"{layer}.input_layernorm.weight"].stages
+            layout = ParameterLayout(shapes[name], plans.get(name, ParameterPlan()), stages=stages)
             self.coded_layouts[name] = layout
             module.cut_coded(leaf, layout.tensor_box(mesh.place).sizes)
 

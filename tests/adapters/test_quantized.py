@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from lightning_moefold import Fold, LoRA, MoECausalLM
 from lightning_moefold.adapters.attach import is_adapter
+from lightning_moefold.callbacks.summary import summarize_model
+from lightning_moefold.callbacks.work import WorkModel
 from lightning_moefold.checkpoint.sharded import StoredTensors
 from lightning_moefold.cli.main import main
 from lightning_moefold.errors import FoldError, InputError, PlanError
@@ -186,6 +189,24 @@ def test_a_run(pool: RankPool, folder: Path, tmp_path: Path) -> None:
     assert torch.equal(
         ours["model.layers.0.self_attn.k_proj.weight"], theirs[name.replace("q_proj", "k_proj")].double()
     )
+
+
+def test_callbacks_count_it(folder: Path) -> None:
+    """As many parameters and FLOPs as with a base of numbers, in fewer bytes."""
+    found = {}
+    for kind in (None, "int8"):
+        model = MoECausalLM.from_pretrained(base_of(folder, "qwen2_moe", 2), quantize=kind)  # type: ignore[arg-type]
+        model.add_adapter(LoRA(rank=2, targets=["q_proj", "experts"]))
+        summary = summarize_model(model, Fold(1))
+        found[kind] = (
+            summary,
+            WorkModel(model, None, False)._flops_per_token(64, WorkModel(model, None, False)._frozen()),
+        )
+    (numbers, flops), (coded, same) = found[None], found["int8"]
+    assert coded.rows() == numbers.rows()
+    assert same == flops
+    layouts = model.coded_layouts.values()
+    assert numbers.weight_bytes[0] - coded.weight_bytes[0] == sum(prod(x.shape) for x in layouts) * (4 - 8.5 / 8)
 
 
 def test_planned_bytes(folder: Path) -> None:
