@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,12 +21,14 @@ from lightning_moefold.callbacks.work import WorkModel
 from lightning_moefold.checkpoint.sharded import StoredTensors
 from lightning_moefold.cli.main import main
 from lightning_moefold.errors import FoldError, InputError, PlanError
+from lightning_moefold.lifecycle.fold_choice import _frozen_base
 from lightning_moefold.models.quantized import check_blocks
 from lightning_moefold.modules.quantized import BITS, QUANTIZATIONS, Codec, coded_weights
 from lightning_moefold.parallel.apply import check_compiler
 from lightning_moefold.parallel.settings import Settings
 from lightning_moefold.planner import PRESETS, CostModel, Job
 from lightning_moefold.planner.cost.schedules import pipeline_layout
+from lightning_moefold.planner.search.search import Planner
 from lightning_moefold.recipes import FineTuneModule
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
@@ -223,6 +226,13 @@ def test_planned_bytes(folder: Path) -> None:
         left = sum(p.numel() for p in numbers.parameters())
         counted = memory.parameters(1, 1, 1, pipeline_layout(config, 1, 1, "1f1b")[0])
         assert counted.dense + counted.expert == left
+    model = pl.LightningModule()
+    model.model = MoECausalLM.from_pretrained(base_of(folder, "qwen2_moe", 2), quantize="int8")
+    assert _frozen_base(model, model.model.config) == {}
+    model.model.add_adapter({"rank": 3})
+    assert _frozen_base(model, model.model.config) == {"quantize": "int8", "lora_rank": 3}
+    search = Planner(Job(config, 4, PRESETS["dgx-h100"], 4, 8, lora_rank=3, quantize="int8"))
+    assert {fold.etp for _, fold, _ in search.bounded()} == {1, 2}  # four would cut inside a block
     with pytest.raises(PlanError, match="give lora_rank too"):
         Job(config, 1, PRESETS["dgx-h100"], 1, 8, quantize="nf4")
 
