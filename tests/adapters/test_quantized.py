@@ -90,6 +90,30 @@ def test_folds(pool: RankPool, folder: Path, fold: str, kind: Any, factors: dict
     compare.check_run(pool, base, parsed, row, [], batches)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fold", ["tp2 | ep2 etp2", "tp2 pp2 | ep2"])
+def test_dora(pool: RankPool, folder: Path, fold: str) -> None:
+    row, parsed = {**ROW, "shape": "12 experts", "microbatches": 2, "sharding": "none"}, Fold.parse(fold, 4)
+    base = base_of(folder, "qwen2_moe", matrix.layers(parsed, row))
+    rounded, adapter = round_checkpoint(base, folder / f"{base.name}-int8", "int8"), folder / f"{base.name}-dora"
+    if not adapter.exists():
+        make_adapter(adapter, base, use_dora=True, target_parameters=None, rank_pattern={})
+    batches = compare.draw_batches(parsed, row, compare.STEPS, 97, length=5)
+    row |= {"adapter": str(adapter), "quantize": "int8", "rounded": rounded}
+    compare.check_run(pool, base, parsed, row, [], batches)
+
+
+def test_dora_starts_with_rounded_rows(folder: Path) -> None:
+    base = base_of(folder, "qwen2_moe", 2)
+    rounded = MoECausalLM.from_pretrained(round_checkpoint(base, folder / f"{base.name}-int8", "int8"))
+    model = MoECausalLM.from_pretrained(base, quantize="int8")
+    for part in (model, rounded):
+        part.add_adapter(LoRA(rank=2, use_dora=True))
+    for layer in ("0", "1"):
+        ours, theirs = (m.model.layers[layer].self_attn.o_proj.lora_magnitude for m in (model, rounded))
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_codec(kind: Any) -> None:
     if kind == "nf4":
