@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import Fold, LoRA, MoECausalLM
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.modules.noise import hashed, uniform
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.adapters.made import make_adapter
+from tests.balance import plans
 from tests.exactness import compare, matrix, runs
 from tests.exactness.shapes import SHAPES, checkpoint
 from tests.quick import quick
@@ -175,6 +177,7 @@ EXPERT_FOLDS = [
     ("cp2 tp2 | ep4", {"dispatch": {"dispatcher": "deduplicated"}, "recompute": "full"}),
     ("| ep2", {"dispatch": {"dispatcher": "allgather"}, "sharding": "full", "recompute": ["expert_activation"]}),
     ("pp2 | etp2", {"overrides": {"quantize": "int8"}}),
+    ("| ep4", {"dispatch": {"expert_copies": ExpertCopies(plans.drawn, 3)}, "overrides": {"quantize": "int8"}}),
 ]
 
 
@@ -186,10 +189,11 @@ def test_experts_drop_the_same_under_every_fold(pool: RankPool, folder: Path, fo
         make_checkpoint(base, "qwen2_moe", **sizes)
     rows = make_batches(3, 1, 8, 7, 96, seed=3)
     lora = {"rank": 3, "targets": ["experts", "q_proj"], "dropout": 0.3}
-    overrides = {"output_router_logits": True, **more.pop("overrides", {})}
+    overrides = {"output_router_logits": True, **more.get("overrides", {})}
     spec = {"lora": lora, "clip": 0.5, "num_microbatches": 2, "overrides": overrides}
     batches = [[{k: v[d :: parsed.dp] for k, v in step[0].items()} for d in range(parsed.dp)] for step in rows]
-    found = pool.run(runs.train, str(base), fold, batches, spec | more, ranks=4)
+    found = pool.run(runs.train, str(base), fold, batches, spec | more | {"overrides": overrides}, ranks=4)
+    assert ("expert_copies" in more.get("dispatch", {})) == (found[0].copies > 0)
     [alone] = pool.run(runs.train, str(base), "", _joined(batches), spec, ranks=1)
     assert found[0].losses == pytest.approx(alone.losses, rel=1e-9)
     for step, grads in enumerate(alone.grads):

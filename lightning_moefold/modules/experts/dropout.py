@@ -65,10 +65,13 @@ def dropping_experts(
     drop: Drop,
 ) -> Tensor:
     """As :func:`.kernels.gated_experts`. Experts without rows compute none, so that all have a gradient."""
-    counts = host_counts(rows)
+    counts, x_MD = host_counts(rows), read_tokens(x_AD, rows)
+    if not counts:  # in a pass with copies of experts, none of which is here; their gradients travel all the same
+        numbers = [stack for stack in (*stacks, *lora[:5]) if isinstance(stack, Tensor)]
+        return sum_rows(x_MD * torch.stack([stack.sum() for stack in numbers]).sum(), rows, x_AD.shape[0])
     key_M = drop.key_A if rows.token_M is None else drop.key_A[rows.token_M]
     parts = zip(
-        read_tokens(x_AD, rows).split(counts), key_M.split(counts), rows.weight_M.split(counts),
+        x_MD.split(counts), key_M.split(counts), rows.weight_M.split(counts),
         *map(_matrices, stacks), *(stack.unbind() for stack in lora[:5]), strict=True,
     )  # fmt: skip
     y_MD = torch.cat([_one(activation, lora.scale, drop, *part) for part in parts])
