@@ -103,6 +103,23 @@ def test_dora(pool: RankPool, folder: Path, fold: str) -> None:
     compare.check_run(pool, base, parsed, row, [], batches)
 
 
+def test_bfloat16(folder: Path) -> None:
+    """The bits of a base in bfloat16 with the rounded weights, gradients included."""
+    base, ids = (
+        base_of(folder, "qwen2_moe", 2),
+        torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0)),
+    )
+    rounded = MoECausalLM.from_pretrained(round_checkpoint(base, folder / f"{base.name}-int8", "int8"), torch.bfloat16)
+    model = MoECausalLM.from_pretrained(base, torch.bfloat16, quantize="int8")
+    grads = []
+    for part in (model, rounded):
+        part.add_adapter(LoRA(rank=2, targets=["o_proj", "down_proj", "experts"]))
+        part(ids, labels=ids).loss.backward()
+        grads.append({n: p.grad for n, p in part.named_parameters() if p.requires_grad})
+    assert all(p.dtype == torch.float32 for p in grads[0].values())
+    assert all(torch.equal(grads[0][name], grad) for name, grad in grads[1].items())
+
+
 def test_dora_starts_with_rounded_rows(folder: Path) -> None:
     base = base_of(folder, "qwen2_moe", 2)
     rounded = MoECausalLM.from_pretrained(round_checkpoint(base, folder / f"{base.name}-int8", "int8"))

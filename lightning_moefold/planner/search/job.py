@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lightning_moefold.dispatch.config import DISPATCHER_NAMES, DROP_SCOPES
-from lightning_moefold.errors import PlanError
+from lightning_moefold.errors import FoldError, PlanError
 from lightning_moefold.fold import Fold
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.quantized import check_blocks
 from lightning_moefold.modules.quantized import BITS, QUANTIZATIONS, Quantization
 from lightning_moefold.modules.recompute_parts import PARTS as RECOMPUTE_PARTS
 from lightning_moefold.parallel.pipeline.plan import SCHEDULES, SPLIT_BACKWARD, V_SHAPED
@@ -104,6 +105,11 @@ class Job:
             raise PlanError(f"quantize={self.quantize!r} is not known; use one of {', '.join(QUANTIZATIONS)}.")
         if self.quantize is not None and self.lora_rank is None:
             raise PlanError(f"quantize={self.quantize!r} stores frozen weights; give lora_rank too, or leave it out.")
+        if self.quantize is not None:
+            try:
+                check_blocks(self.model, Fold(1))
+            except FoldError as error:
+                raise PlanError(f"quantize={self.quantize!r} does not fit: {error}") from None
         if self.master_weights and self.precision != "bf16-true":
             raise PlanError(
                 f"master_weights are float32 copies of bfloat16 weights, and {self.precision} stores none; use bf16-true, or "
