@@ -217,8 +217,7 @@ class Linear(CodedModule):
     def _base(self, x: Tensor, rows: slice | None, columns: slice | None, bias: Tensor | None = None) -> Tensor:
         if self.codec is None:
             return F.linear(x, _part(local(self.weight), rows, columns), bias)
-        y = product(x, lambda dtype: _part(self.decode("weight", dtype), rows, columns))
-        return y if bias is None else y + bias
+        return product(x, lambda dtype: _part(self.decode("weight", dtype), rows, columns), bias)
 
 
 def placed(part: nn.Module, places: Places) -> dict[str, Any]:

@@ -122,21 +122,23 @@ def decoded(stack: Tensor | CodedStack) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """``x W^T`` with a weight that is decoded again for backward, instead of being kept."""
+    """``x W^T + b`` with a weight that is decoded again for backward, instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
+    def forward(ctx: Any, x_NI: Tensor, weight: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        return F.linear(x_NI, weight(x_NI.dtype))
+        return F.linear(x_NI, weight(x_NI.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.weight(grads[0].dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        [grad_NO] = grads
+        grad_bias = grad_NO.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_NO @ ctx.weight(grad_NO.dtype), None, grad_bias
 
 
-def product(x_NI: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
-    """Returns ``x W^T``; ``weight`` returns W ``[O, I]`` in a dtype, and is called again in backward."""
-    return _Product.apply(x_NI, weight)
+def product(x_NI: Tensor, weight: Callable[[torch.dtype], Tensor], bias: Tensor | None = None) -> Tensor:
+    """Returns ``x W^T + b``; ``weight`` returns W ``[O, I]`` in a dtype, and is called again in backward."""
+    return _Product.apply(x_NI, weight, bias)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
