@@ -87,7 +87,8 @@ def names_of(page: str, folder: Path) -> dict[str, Any]:
         chat_tokenizer(folder / "path" / "to" / "checkpoint", "qwen2")
         write(folder / "chats.jsonl", [{"messages": TALK[: 2 * n + 3]} for n in (0, 1) for _ in range(10)])
     if page in ("docs/adapters.md", "docs/compression.md"):
-        make_checkpoint(folder / "model", "mixtral")
+        wide = {"hidden_size": 64, "intermediate_size": 64} if page == "docs/adapters.md" else {}  # whole blocks
+        make_checkpoint(folder / "model", "mixtral", **wide)
     if page != "docs/inference.md":
         return {"__name__": "docs"}
     model = MoECausalLM.from_pretrained(make_checkpoint(folder / "model", "mixtral"), output_router_logits=True)

@@ -61,12 +61,12 @@ def attach(model: nn.Module, lora: LoRA) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, place in places.items():
+        key = int.from_bytes(hashlib.blake2b(f"{lora.seed}:{name}".encode(), digest_size=7).digest(), "little")
         if isinstance(place, Experts):
-            place.adapt(lora.gate_up_rank, lora.down_rank, lora.scale(lora.down_rank))
+            place.adapt(lora.gate_up_rank, lora.down_rank, lora.scale(lora.down_rank), lora.dropout, key)
         elif isinstance(place, Router):
             place.adapt(lora.rank, lora.scale(lora.rank))
         else:
-            key = int.from_bytes(hashlib.blake2b(f"{lora.seed}:{name}".encode(), digest_size=7).digest(), "little")
             place.adapt(lora.rank, lora.scale(lora.rank), lora.dropout, lora.use_dora, key)
     if lora.dropout:
         for module in model.modules():
@@ -88,9 +88,9 @@ def _check_kind(name: str, place: nn.Module, lora: LoRA) -> None:
         raise InputError(
             f"use_dora=True does not go with the target {leaf!r}, which PEFT adapts as a parameter; leave one of them out."
         )
-    if lora.dropout and not isinstance(place, Linear):
+    if lora.dropout and isinstance(place, Router):
         raise InputError(
-            f"dropout={lora.dropout} does not go with the target {leaf!r}, whose adapter has none, as in PEFT; use "
+            f"dropout={lora.dropout} does not go with the target {leaf!r}: a router's adapter has none, as in PEFT; use "
             "dropout=0, or leave it out."
         )
 

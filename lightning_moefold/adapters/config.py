@@ -24,7 +24,7 @@ class LoRA:
             shared experts. ``"experts"`` gives each routed expert its own adapter; ``"gate"`` is the router.
         expert_rank: Rank of the experts' A and B, with ``s = alpha / expert_rank``; by default ``rank``.
         dropout: Probability with which an input of A is dropped in training, by seed and place: the same under every fold.
-            Only attention, dense layers and shared experts can have it.
+            Routers have none. PEFT has none for experts, so that files of adapters with experts are written with 0.
         use_rslora: Whether s is ``alpha / sqrt(rank)`` instead (arXiv 2312.03732).
         use_dora: Whether the rows of ``W + s B A`` are scaled to trained lengths (DoRA, arXiv 2402.09353). Only modules that
             PEFT takes as modules can have it: attention and the gate of a shared expert.

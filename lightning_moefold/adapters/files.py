@@ -23,6 +23,7 @@ from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.layout import Box
 from lightning_moefold.modules.base import Linear
 from lightning_moefold.modules.experts.experts import Experts
+from lightning_moefold.modules.routers import Router
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 #: Fields that change nothing once the tensors are there, and those that :class:`AdapterFiles` reads.
@@ -152,7 +153,11 @@ class AdapterFiles:
     _separate_gate_up = False
 
     def _describe_linear(self, name: str, module: nn.Module, config: dict[str, Any]) -> tuple[int, float]:
-        out_features, in_features = module.weight.shape  # type: ignore[misc]
+        if isinstance(module, Linear):
+            out_features, in_features = module.out_features, module.in_features
+        else:
+            assert isinstance(module, Router)
+            out_features, in_features = module.weight.shape
         rank = self._rank_of(name, config)
         self._expect(f"{self._places[name]}.lora_A.weight", (rank, in_features), name)
         self._expect(f"{self._places[name]}.lora_B.weight", (out_features, rank), name)
@@ -164,7 +169,7 @@ class AdapterFiles:
         return rank, self._scale_of(name, rank, config)
 
     def _describe_experts(self, name: str, module: Experts, config: dict[str, Any]) -> tuple[int, float]:
-        (e, f, d), place = module.gate_proj.shape, self._places[name]
+        e, f, d, place = module.num_experts, module.ffn_hidden_size, module.hidden_size, self._places[name]
         if self._separate:
             if config.get("use_rslora"):
                 raise CheckpointError(

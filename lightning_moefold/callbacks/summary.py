@@ -21,9 +21,11 @@ from typing_extensions import override
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import Axis
+from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules import Attention, GatedMLP, MoELayer, RMSNorm, Router
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.experts.experts import RoutedExperts
+from lightning_moefold.modules.quantized import BITS
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 from lightning_moefold.strategy import MoEFoldStrategy
 
@@ -161,7 +163,7 @@ class Entry:
     kind: str
     active: float
     trainable: bool
-    element_size: int
+    element_size: float
 
 
 def summarize_model(module: nn.Module, fold: Fold, pp: Axis | None = None) -> ModelSummary:
@@ -193,8 +195,8 @@ def summarize_model(module: nn.Module, fold: Fold, pp: Axis | None = None) -> Mo
         for size in (kinds[entry.kind], families[family.value], total):
             _add(size, layout, entry.active, entry.trainable, stored[layout])
         for rank, number in stored[layout].items():
-            weight_bytes[rank] += number * entry.element_size
-            gradient_bytes[rank] += number * entry.element_size * entry.trainable
+            weight_bytes[rank] += int(number * entry.element_size)
+            gradient_bytes[rank] += int(number * entry.element_size) * entry.trainable
     groups = {kind: kinds[kind] for kind in _ORDER if kind in kinds}
     groups |= {f"{f.value} family": families[f.value] for f in Family if f.value in families}
     return ModelSummary(fold, groups | {"total": total}, weight_bytes, gradient_bytes)
@@ -205,6 +207,11 @@ def _entries(module: nn.Module) -> dict[str, Entry]:
     for name, parameter in module.named_parameters():
         layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
         entries[name] = Entry(layout, *roles.of(name), parameter.requires_grad, parameter.element_size())
+    for prefix, model in parallel_roots(module):
+        if isinstance(model, MoECausalLM) and model.quantized is not None:
+            for inner, layout in model.coded_layouts.items():
+                name = f"{prefix}.{inner}".lstrip(".")
+                entries[name] = Entry(layout, *roles.of(name), False, BITS[model.quantized] / 8)
     return entries
 
 

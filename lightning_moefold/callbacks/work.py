@@ -170,7 +170,8 @@ class WorkModel:
     def _frozen_here(self) -> frozenset[str]:
         if self._model is None:
             return frozenset()
-        return frozenset(name for name, p in self._model.named_parameters() if not p.requires_grad)
+        frozen = (name for name, p in self._model.named_parameters() if not p.requires_grad)
+        return frozenset((*frozen, *self._model.coded_layouts))
 
     def _savings_of(self, frozen: frozenset[str], parts: frozenset[str]) -> Savings:
         assert self._model is not None

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import Fold
+from lightning_moefold.modules.quantized import QUANTIZATIONS
 from lightning_moefold.planner.cost.routing import PROFILES, find_routing
 from lightning_moefold.planner.cost.simulate import simulate, write_chrome_trace
 from lightning_moefold.planner.machine.hardware import PRESETS, find_hardware
@@ -56,6 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--precision", default="bf16-mixed", choices=PRECISIONS, help="default: bf16-mixed")
     add("--master-weights", action="store_true", help="bf16-true with float32 copies of the weights (MasterWeights)")
     add("--lora", type=int, metavar="RANK", help="train an adapter of the attention projections instead of the model")
+    add("--quantize", choices=QUANTIZATIONS, help="with --lora: store the frozen weights in 4 or 8 bits a number")
     add(
         "--routing",
         help=f"how evenly tokens choose experts: {', '.join(PROFILES)}; or a recorded trace (.npz, .npy, .json) "
@@ -135,6 +137,7 @@ def read_job(arguments: argparse.Namespace) -> Job:
         arguments.dispatch_chunks,
         master_weights=arguments.master_weights,
         lora_rank=arguments.lora,
+        quantize=arguments.quantize,
         name=arguments.model if Path(arguments.model).is_dir() else arguments.model.lower().rsplit("/", 1)[-1],
     )
 

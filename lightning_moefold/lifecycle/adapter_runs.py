@@ -61,6 +61,11 @@ def check_bases(path: str | Path, meta: Mapping[str, Any], registry: ParameterRe
             raise CheckpointError(
                 f"{path} holds the adapter {kept}, and the model has {made}; make it as it was for that run."
             )
+        if theirs.get("quantize") != ours["quantize"]:
+            raise CheckpointError(
+                f"{path} was trained on a base with quantize={theirs.get('quantize')!r}, and the model has "
+                f"quantize={ours['quantize']!r}; make it as it was for that run."
+            )
         if theirs["base"] != ours["base"]:
             raise CheckpointError(
                 f"{path} holds an adapter of another base than {ours['path'] or 'the one that the model was made with'}: "

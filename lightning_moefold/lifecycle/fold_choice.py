@@ -155,11 +155,20 @@ def choose_for(
         model, fixed.world_size, hardware, total or rows or 1, length,
         fixed.precision, fixed.settings.sharding.mode, dispatch.capacity_factor, find_routing(auto.routing or "balanced"),
         dispatch.drop_scope, dispatch.pad_to_capacity, dispatch.chunks,
-        dispatch.copies.max_copies_per_rank if dispatch.copies else 0,
+        dispatch.copies.max_copies_per_rank if dispatch.copies else 0, **_frozen_base(module, model),
     )  # fmt: skip
     profiles = None if auto.routing is None else (job.routing,)
     space = fixed.space(job.dispatchers, fixed.settings.offload and hardware.device != "cpu")
     return choose(job, space, None if total else rows, profiles)
+
+
+def _frozen_base(module: pl.LightningModule, config: MoEConfig) -> dict[str, Any]:
+    """Returns what a job says of a model whose weights are stored in fewer bytes; other adapters are planned as full training."""
+    models = (root for _, root in parallel_roots(module) if isinstance(root, MoECausalLM) and root.config is config)
+    model = next(models, None)
+    if model is None or model.quantized is None or model.adapter is None:
+        return {}
+    return {"quantize": model.quantized, "lora_rank": model.adapter.lora.rank}
 
 
 def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None:

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from lightning_moefold.diagnostics.first_bad import Place, watching
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules import MoELayer
+from lightning_moefold.modules.quantized import coded_weights
 
 
 class _Batch(NamedTuple):
@@ -48,8 +49,12 @@ class Counters:
 
     def __init__(self, root: nn.Module) -> None:
         self._layers = [m for m in root.modules() if isinstance(m, MoELayer)]
+        coded = {(id(m), leaf) for _, m, leaf in coded_weights(root)}  # frozen, and large
         self._slots: list[tuple[nn.Module, str]] = [
-            (m, name) for m in root.modules() for name, b in m.named_buffers(recurse=False) if b is not None
+            (m, name)
+            for m in root.modules()
+            for name, b in m.named_buffers(recurse=False)
+            if b is not None and (id(m), name) not in coded
         ]
         self._slots += [(layer, name) for layer in self._layers for name in ("load_E", "dropped")]
         self._saved: list[Tensor] = []

@@ -21,24 +21,18 @@ from lightning_moefold.checkpoint import OutputTensor
 from lightning_moefold.errors import InputError
 from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan, split_boxes
 from lightning_moefold.mesh import SINGLE
-from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.models.weights import CheckpointWeights, SeededWeights, WeightSource
-from lightning_moefold.modules.base import ParallelRoot, wide
+from lightning_moefold.models.quantized import QuantizedModel
+from lightning_moefold.models.weights import CheckpointWeights, SeededWeights
+from lightning_moefold.modules.base import Linear, wide
 
 
-class AdaptedModel(ParallelRoot):
+class AdaptedModel(QuantizedModel):
     """A model that can have an adapter.
 
     Attributes:
-        config: The model's configuration.
-        source: Source of its weights; None for a model made by its constructor.
-        weights_pending: Whether they are still to be filled in.
         adapter: The adapter added by :meth:`add_adapter`; None without one.
     """
 
-    config: MoEConfig
-    source: WeightSource | None = None
-    weights_pending: bool = False
     adapter: Adapter | None = None
 
     def add_adapter(self, adapter: LoRA | Mapping[str, Any]) -> None:
@@ -105,14 +99,18 @@ class AdaptedModel(ParallelRoot):
     def _lengths(self, name: str, box: Box, like: Tensor) -> Tensor:
         """Returns the lengths of some rows of a weight of the base, with which DoRA starts."""
         weight_name = f"{name.rpartition('.')[0]}.weight"
-        parameter = self.get_parameter(weight_name)
+        linear = self.get_submodule(name.rpartition(".")[0])
+        assert isinstance(linear, Linear)
         (first,), (count,) = box.offsets, box.sizes
-        if self.mesh is None and not self.weights_pending:
-            weight = parameter.detach()[first : first + count]
+        if self.mesh is None and not self.weights_pending and linear.codec is None:
+            weight = linear.weight.detach()[first : first + count]
         else:
             assert self.source is not None
-            weight = torch.empty(count, parameter.shape[1], dtype=parameter.dtype, device=like.device)
-            self.source.fill(weight_name, Box((first, 0), (count, parameter.shape[1])), weight)
+            dtype = linear.weight.dtype if linear.codec is None else torch.float32
+            weight = torch.empty(count, linear.in_features, dtype=dtype, device=like.device)
+            self.source.fill(weight_name, Box((first, 0), (count, linear.in_features)), weight)
+            if linear.codec is not None:
+                weight = linear.codec.decode(linear.codec.encode(weight), tuple(weight.shape), linear.codec.dtype)
         return torch.linalg.vector_norm(weight, dim=1, dtype=wide(weight.dtype))
 
     def save_adapter(self, path: str | Path, separate_experts: bool = False) -> None:
@@ -157,14 +155,20 @@ class AdaptedModel(ParallelRoot):
 
         Returns:
             ``lora``, its fields; ``base``, a hash of what it was added to (None for a model without source); ``seed`` of random
-            weights, and ``path`` of a checkpoint, whichever the base has.
+            weights, and ``path`` of a checkpoint, whichever the base has; ``quantize``, if it is stored as bytes.
         """
         if self.adapter is None:
             return None
         seed = self.source.seed if isinstance(self.source, SeededWeights) else None
         origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         path = None if origin is None else str(origin.resolve())
-        return {"lora": self.adapter.lora.as_dict(), "base": self.adapter.base, "seed": seed, "path": path}
+        return {
+            "lora": self.adapter.lora.as_dict(),
+            "base": self.adapter.base,
+            "seed": seed,
+            "path": path,
+            "quantize": self.quantized,
+        }
 
 
 def piece_of(held: Mapping[str, Tensor]) -> Callable[[str], Tensor]:

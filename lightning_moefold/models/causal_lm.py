@@ -37,6 +37,7 @@ from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELaye
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.base import wide
+from lightning_moefold.modules.quantized import Codec, Quantization
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
@@ -166,7 +167,12 @@ class MoECausalLM(AdaptedModel):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None, **config_overrides: Any
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        quantize: Quantization | None = None,
+        **config_overrides: Any,
     ) -> MoECausalLM:
         """Reads a directory in Hugging Face format: config.json and safetensors.
 
@@ -175,19 +181,26 @@ class MoECausalLM(AdaptedModel):
             dtype: Data type of the parameters in memory; by default torch's default dtype, which inside a Trainer
                 follows the precision (float32 for ``32-true`` and ``bf16-mixed``, bfloat16 for ``bf16-true``).
             revision: Branch, tag or commit of a model on the hub; the same as ``@revision`` behind its name.
+            quantize: Store the weights of attention, dense layers and experts, which then cannot train, in fewer bytes:
+                ``"nf4"`` (4 bits, by bitsandbytes) or ``"int8"``. An adapter trains on them (:meth:`add_adapter`).
             **config_overrides: Replace fields of config.json, such as ``output_router_logits=True``.
 
         Raises:
             ConfigError: If the architecture or a field is not supported.
             CheckpointError: If a tensor is missing, unexpected or of the wrong shape, or a file is damaged.
+            InputError: If ``quantize`` is unknown, or its library is not installed.
         """
         path = local_directory(path, revision=revision)
         config = MoEConfig.from_pretrained(path, **config_overrides)
-        return cls._make(config, CheckpointWeights(HFCheckpoint(path), config), dtype)
+        return cls._make(config, CheckpointWeights(HFCheckpoint(path), config), dtype, quantize)
 
     @classmethod
     def from_config(
-        cls, config: MoEConfig | Mapping[str, Any] | str | Path, seed: int = 0, dtype: torch.dtype | None = None
+        cls,
+        config: MoEConfig | Mapping[str, Any] | str | Path,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+        quantize: Quantization | None = None,
     ) -> MoECausalLM:
         """Makes a model with random weights, which depend only on the seed and the parameters' names, not on the fold.
 
@@ -195,18 +208,23 @@ class MoECausalLM(AdaptedModel):
             config: A configuration, Hugging Face's dictionary, or a directory with config.json.
             seed: Seed of the random weights.
             dtype: Data type of the parameters in memory; by default torch's default dtype.
+            quantize: As in :meth:`from_pretrained`.
         """
         if isinstance(config, (str, Path)):
             config = MoEConfig.from_pretrained(config)
         elif not isinstance(config, MoEConfig):
             config = MoEConfig.from_hf(config)
-        return cls._make(config, SeededWeights(config, seed), dtype)
+        return cls._make(config, SeededWeights(config, seed), dtype, quantize)
 
     @classmethod
-    def _make(cls, config: MoEConfig, source: WeightSource, dtype: torch.dtype | None) -> MoECausalLM:
+    def _make(
+        cls, config: MoEConfig, source: WeightSource, dtype: torch.dtype | None, quantize: Quantization | None
+    ) -> MoECausalLM:
         dtype = dtype or torch.get_default_dtype()
         with torch.device("meta"):
             model = cls(config).to(dtype)
+        if quantize is not None:
+            model.quantize(Codec(quantize, dtype))
         model.source, model.weights_pending = source, True
         if not weights_are_deferred():
             model.to_empty(device="cpu")
@@ -222,11 +240,14 @@ class MoECausalLM(AdaptedModel):
         """
         assert self.source is not None, "a model made by its constructor has no source of weights"
         for name, buffer in self.named_buffers():
+            if name in self.coded_layouts:
+                continue
             buffer.zero_()
             if self.source.holds(name):
                 self.source.fill(name, Box((0,) * buffer.dim(), tuple(buffer.shape)), buffer)
         for name, parameter in self.named_parameters():
             self.fill(name, parameter)
+        self.fill_coded()
         self.source.close()
         if self.adapter is not None:
             self.adapter.source.close()
@@ -298,6 +319,8 @@ class MoECausalLM(AdaptedModel):
             raise InputTypeError(
                 f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras."
             )
+        if self.training and torch.is_grad_enabled():
+            self.check_trainable(self.adapter is not None)
         if self.pipeline is not None:
             tensors = {
                 "input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -501,7 +524,9 @@ class MoECausalLM(AdaptedModel):
 
         Raises:
             CheckpointError: If the directory cannot be written; PeerError on the other ranks. Nothing is left half-written.
+            InputError: If the model was made with ``quantize``.
         """
+        self.check_writable(path)
         self.release_gathered_weights()
         held: dict[str, Tensor] = dict(self.named_parameters()) | dict(self.stored_buffers())
         ranks = list(range(self.fold.world_size))

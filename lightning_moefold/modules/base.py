@@ -16,6 +16,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.layout import ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
 from lightning_moefold.modules.lora import Places, drop, row_norms
+from lightning_moefold.modules.quantized import CodedModule, product
 
 
 class ParallelModule(nn.Module):
@@ -124,7 +125,7 @@ def parallel_roots(module: nn.Module) -> list[tuple[str, ParallelRoot]]:
     return [(name, root) for name, root in roots if id(root) not in inner]
 
 
-class Linear(nn.Module):
+class Linear(CodedModule):
     """``y = x W^T + b`` on the local part of a weight ``[out, in]`` that may be stored as a DTensor.
 
     With an adapter, ``y = x W^T + b + s (d(x) A^T) B^T``, and ``x`` has two dimensions; d drops inputs in training. With DoRA
@@ -148,6 +149,7 @@ class Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -164,12 +166,13 @@ class Linear(nn.Module):
             dora: Whether rows have trained lengths.
             key: By which dropout differs from that of other modules.
         """
-        self.lora_scale, (out_features, in_features) = scale, self.weight.shape
+        self.lora_scale = scale
         self.lora_dropout, self.lora_lengths, self._lora_key = dropout, dora, key
-        self.lora_A = new_adapter(self.weight, rank, in_features)
-        self.lora_B = new_adapter(self.weight, out_features, rank)
+        like = self.weight if self.codec is None else self.weight.new_empty(0, dtype=self.codec.dtype)
+        self.lora_A = new_adapter(like, rank, self.in_features)
+        self.lora_B = new_adapter(like, self.out_features, rank)
         if dora:
-            self.lora_magnitude = new_adapter(self.weight, out_features)
+            self.lora_magnitude = new_adapter(like, self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         return super()._apply(sparing_adapters(self, fn), recurse)
@@ -191,10 +194,9 @@ class Linear(nn.Module):
             bias: Whether to add the bias.
             places: Of the tokens; dropout in training needs them (:func:`placed`).
         """
-        weight = _part(local(self.weight), rows, columns)
         b = None if self.bias is None or not bias else _part(local(self.bias), rows, None)
         if self.lora_scale is None:
-            return F.linear(x, weight, b)
+            return self._base(x, rows, columns, b)
         dropped = x
         if self.lora_dropout and self.training and places is not None:
             first = self.lora_inputs.index * x.shape[-1] if columns is None else columns.start
@@ -202,14 +204,20 @@ class Linear(nn.Module):
         a, lora_B = local(self.lora_A).to(x.dtype), _part(local(self.lora_B).to(x.dtype), rows, None)
         z = F.linear(dropped, _part(a, None, columns))
         if not self.lora_lengths:
-            return F.linear(x, weight, b).addmm_(z, lora_B.t(), alpha=self.lora_scale)
-        norm = row_norms(_part(local(self.weight), rows, None), a, lora_B, self.lora_scale, self.lora_inputs)
+            return self._base(x, rows, columns, b).addmm_(z, lora_B.t(), alpha=self.lora_scale)
+        weight = local(self.weight) if self.codec is None else self.decode("weight", x.dtype)
+        norm = row_norms(_part(weight, rows, None), a, lora_B, self.lora_scale, self.lora_inputs)
         factor = (_part(local(self.lora_magnitude), rows, None) / norm).to(x.dtype)
-        base = F.linear(dropped, weight)
+        base = self._base(dropped, rows, columns)
         y = torch.addmm(base, z, lora_B.t(), alpha=self.lora_scale) * factor
         if dropped is not x:
-            y = y + F.linear(x, weight) - base
+            y = y + self._base(x, rows, columns) - base
         return y if b is None else y + b
+
+    def _base(self, x: Tensor, rows: slice | None, columns: slice | None, bias: Tensor | None = None) -> Tensor:
+        if self.codec is None:
+            return F.linear(x, _part(local(self.weight), rows, columns), bias)
+        return product(x, lambda dtype: _part(self.decode("weight", dtype), rows, columns), bias)
 
 
 def placed(part: nn.Module, places: Places) -> dict[str, Any]:

@@ -33,8 +33,12 @@ def drop(x_NI: Tensor, probability: float, key: int, places: Places, first: int)
         places: Of the tokens.
         first: Number of the first of these inputs among all that the module has.
     """
-    call, row_N, position_N = places()
-    kept_NI = uniform(hashed(key, call, row_N, position_N), x_NI.shape[-1], torch.float32, first) >= probability
+    return drop_by(x_NI, probability, hashed(key, *places()), first)
+
+
+def drop_by(x_NI: Tensor, probability: float, key_N: Tensor, first: int) -> Tensor:
+    """As :func:`drop`, by a number for each token."""
+    kept_NI = uniform(key_N, x_NI.shape[-1], torch.float32, first) >= probability
     return x_NI * kept_NI * (1 / (1 - probability))
 
 

@@ -256,7 +256,7 @@ class MoELayer(ParallelRoot):
         """Computes what the layers of a batch share, before compiled code needs it."""
         if self.dispatcher.config.capacity_factor is not None:
             batch.places(device)
-        if self.training and self.gate.call is not None:
+        if self.training and (self.gate.call is not None or self.experts.drops):
             batch.token_places(device)
 
     def _count(self, counts_E: Tensor, kept_TK: Tensor | None) -> None:
@@ -290,7 +290,7 @@ class MoELayer(ParallelRoot):
         """Runs routed and shared experts. One half of the shared expert overlaps with dispatch, the other half with combine."""
         dispatcher = self.dispatcher
         returns: list[Return] = []
-        parcels = dispatcher.dispatch_preprocess(x_TD, choices)
+        parcels = dispatcher.dispatch_preprocess(self.experts.travelling(x_TD, batch), choices)
         parcels[0] = dispatcher.token_dispatch(parcels[0])  # drops the list's reference to the sent rows
 
         def visit_experts() -> None:

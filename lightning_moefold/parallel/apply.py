@@ -23,6 +23,7 @@ from lightning_moefold.modules.experts import Experts
 from lightning_moefold.modules.experts.experts import RoutedExperts
 from lightning_moefold.modules.experts.packed import PackedExperts
 from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.modules.quantized import coded_weights
 from lightning_moefold.modules.recompute_parts import half_is_recomputed, recompute_parts
 from lightning_moefold.parallel.compiling import compilable_layers, compile_layers
 from lightning_moefold.parallel.network.protocol import layered_networks
@@ -57,6 +58,7 @@ def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device:
         )
     for packed in (m for m in module.modules() if isinstance(m, PackedExperts)):
         packed.check_kernel(settings.expert_kernel)
+    check_compiler(module, settings)
     earlier = [part.settings for part in parts_of(module) if part.mesh is not None]
     tell(module, settings)
     if any(before.dispatch != settings.dispatch for before in earlier):
@@ -118,6 +120,15 @@ def check_recompute(module: nn.Module, settings: Settings) -> None:
         for part in sorted(part for part, number in kinds.items() if part in parts and not number):
             what = "dense layer" if part == "mlp" else "layer with experts"
             raise InputError(f"recompute names {part!r}, but the model has no {what}; leave it out.")
+
+
+def check_compiler(module: nn.Module, settings: Settings) -> None:
+    """Raises InputError where layers would be compiled whose weights are stored as bytes."""
+    codec = next((part.codec for _, part, _ in coded_weights(module)), None)
+    if settings.compiles and codec is not None:
+        raise InputError(
+            f"compile=True does not compile layers whose weights quantize={codec.kind!r} stores as bytes; leave one of them out."
+        )
 
 
 def parts_of(module: nn.Module) -> list[ParallelRoot | NetworkRunner]:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
+from lightning_moefold.models.quantized import check_blocks
 from lightning_moefold.modules.base import ParallelModule, ParallelRoot
 from lightning_moefold.modules.experts.experts import RoutedExperts
 from lightning_moefold.modules.routers import Router
@@ -53,6 +54,8 @@ def cut_root(model: ParallelRoot, mesh: FoldedMesh, settings: Settings, device: 
     sharding = settings.sharding
     if isinstance(model, MoECausalLM):
         mesh.fold.validate(model.config)
+        if model.quantized is not None:
+            check_blocks(model.config, mesh.fold)
         if model.adapter is not None:
             model.adapter.check_trained(model)
     make_groups(model, mesh)
@@ -64,6 +67,8 @@ def cut_root(model: ParallelRoot, mesh: FoldedMesh, settings: Settings, device: 
     model.layouts |= {name: ParameterLayout(tuple(b.shape), ParameterPlan()) for name, b in model.stored_buffers()}
     stages = cut_into_stages(model, mesh, settings.plan) if isinstance(model, MoECausalLM) else []
     _cut_over_tensor_axes(model, mesh)
+    if isinstance(model, MoECausalLM):
+        model.cut_coded(plans, mesh)
     model.settings = settings
     for module in model.modules():
         if isinstance(module, ParallelModule):
@@ -75,6 +80,8 @@ def cut_root(model: ParallelRoot, mesh: FoldedMesh, settings: Settings, device: 
         model.load_weights()
     else:
         model.to(device)
+        if isinstance(model, MoECausalLM):
+            model.fill_coded()
 
 
 def make_groups(module: nn.Module, mesh: FoldedMesh) -> None:

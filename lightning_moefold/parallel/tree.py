@@ -16,6 +16,7 @@ from lightning_moefold.errors import TreeError, UnsupportedFeature
 from lightning_moefold.fold import Fold
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import ParallelModule, ParallelRoot, parallel_roots
+from lightning_moefold.modules.quantized import Codec
 from lightning_moefold.modules.routers import Router
 
 _WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel, DataParallel, FSDPModule)
@@ -74,6 +75,8 @@ def _check_model(model: MoECausalLM, name: str) -> None:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         declared = MoECausalLM(model.config)
+        if model.quantized is not None:
+            declared.quantize(Codec(model.quantized, torch.get_default_dtype()))
         if model.adapter is not None:
             declared.add_adapter(model.adapter.lora)
     modules = dict(declared.named_modules())

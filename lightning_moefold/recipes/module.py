@@ -20,6 +20,7 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.masks import shortest_window
+from lightning_moefold.modules.quantized import Codec, Quantization
 from lightning_moefold.optim import MasterWeights, offload_state
 from lightning_moefold.recipes.metrics import DocumentLosses, MeanLoss, write_document_losses
 from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, run_length, warmup_and_decay
@@ -49,6 +50,8 @@ class FineTuneModule(pl.LightningModule):
         freeze: Patterns of parameter names that are not trained, such as ``*.mlp.gate.*`` for the routers.
         adapter: Train a new adapter instead of the model: the fields of :class:`~lightning_moefold.LoRA`, such as
             ``{"rank": 16, "targets": ["q_proj", "v_proj", "experts"]}``.
+        quantize: With an adapter: store the frozen weights of attention, dense layers and experts in fewer bytes, ``nf4`` (4
+            bits a number, needs bitsandbytes) or ``int8``.
         adapter_path: Train a stored adapter instead: a directory in PEFT's format.
         calculate_per_token_loss: Whether accumulated batches are divided by the labels of the optimizer step, so that every
             label weighs the same (:class:`~lightning_moefold.MoEFoldStrategy`); otherwise their losses are averaged.
@@ -82,6 +85,7 @@ class FineTuneModule(pl.LightningModule):
         adapter_path: str | None = None,
         master_weights: bool = False,
         offload_state: bool = False,
+        quantize: Quantization | None = None,
     ) -> None:
         super().__init__()
         if total_steps is not None and total_steps < 1:
@@ -93,6 +97,12 @@ class FineTuneModule(pl.LightningModule):
             raise InputError(
                 "adapter and adapter_path are both given; use adapter for a new one, adapter_path for a stored one."
             )
+        if quantize is not None:
+            Codec(quantize, torch.get_default_dtype())  # says at once what is wrong
+            if adapter is None and adapter_path is None:
+                raise InputError(
+                    f"quantize={quantize!r} stores weights that then cannot train; give an adapter too, or leave it out."
+                )
         self.model: MoECausalLM | None = None
         self.predicted: tuple[Path | str, int] | None = None
         self._mean, self._documents = MeanLoss(), DocumentLosses()
@@ -109,11 +119,12 @@ class FineTuneModule(pl.LightningModule):
             return
         path, options = self.hparams["checkpoint"], {"output_router_logits": self.hparams["aux_loss"]}
         options |= self.hparams["config_overrides"] or {}
+        quantize = self.hparams["quantize"]
         if self.hparams["initial_seed"] is None:
-            self.model = MoECausalLM.from_pretrained(path, **options)
+            self.model = MoECausalLM.from_pretrained(path, quantize=quantize, **options)
         else:
             config = MoEConfig.from_pretrained(path, **options)
-            self.model = MoECausalLM.from_config(config, seed=self.hparams["initial_seed"])
+            self.model = MoECausalLM.from_config(config, seed=self.hparams["initial_seed"], quantize=quantize)
         if self.hparams["adapter"] is not None:
             self.model.add_adapter(self.hparams["adapter"])
         if self.hparams["adapter_path"] is not None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_moefold import Fold, MoECausalLM
+from lightning_moefold import Fold, LoRA, MoECausalLM
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.modules.noise import hashed, uniform
-from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches
+from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.adapters.made import make_adapter
+from tests.balance import plans
 from tests.exactness import compare, matrix, runs
 from tests.exactness.shapes import SHAPES, checkpoint
 from tests.quick import quick
@@ -131,6 +133,72 @@ def test_dropout_is_the_same_under_every_fold(pool: RankPool, dropping: tuple[Pa
         [alone] = whole[parsed.dp]
         assert found[0].losses == pytest.approx(alone.losses, rel=1e-9)
         assert_close_by_name(assemble(run.weights for run in found), assemble([alone.weights]), 1e-9, fold)
+
+
+def test_what_experts_drop(folder: Path) -> None:
+    """Token by token and expert by expert; evaluation drops nothing, and another call other inputs."""
+    base = checkpoint(folder, "mixtral", "12 experts")
+    model = MoECausalLM.from_pretrained(base, torch.float64, output_router_logits=True)
+    model.add_adapter(LoRA(rank=3, targets=["experts"], dropout=0.3))
+    layer, generator = model.model.layers["1"].mlp, torch.Generator().manual_seed(0)
+    experts = layer.experts
+    for name in ("gate_lora_B", "up_lora_B", "down_lora_B"):
+        part = getattr(experts, name)
+        part.data.copy_(torch.randn(part.shape, generator=generator))
+    seen: list[tuple[Tensor, Tensor]] = []
+    layer.register_forward_hook(lambda m, args, out: seen.append((args[0].detach(), out[0].detach())))
+    ids = torch.randint(1, 96, (2, 4), generator=generator)
+    for _ in range(2):
+        model(ids, labels=ids).loss.backward()
+    model.eval()(ids, labels=ids)
+    for call, (x, y) in enumerate(seen):
+        routed = layer.gate(x)
+        for token in range(8):
+            number = hashed(experts._lora_key, call, token // 4, token % 4).view(1) & ~0x4000400040004000
+            total = torch.zeros(x.shape[1], dtype=torch.float64)
+            for weight, e in zip(routed.weight_TK[token], routed.expert_TK[token], strict=True):
+
+                def drop(v: Tensor, which: int, number: Tensor = number, call: int = call) -> Tensor:
+                    kept = uniform(hashed(number, which), len(v), torch.float32)[0] >= 0.3
+                    return v if call == 2 else torch.where(kept, v / 0.7, 0.0)
+
+                s, p = experts.lora_scale, {n: q.detach()[e] for n, q in experts.named_parameters()}
+                z = s * p["gate_up_lora_A"] @ drop(x[token], 1)
+                gate, up = (p[f"{n}_proj"] @ x[token] + p[f"{n}_lora_B"] @ z for n in ("gate", "up"))
+                inner = torch.nn.functional.silu(gate) * up
+                v = s * p["down_lora_A"] @ drop(inner, 2)
+                total += weight.detach() * (p["down_proj"] @ inner + p["down_lora_B"] @ v)
+            torch.testing.assert_close(y[token], total, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+EXPERT_FOLDS = [
+    ("tp2 | ep2 etp2", {"dispatch": {"dispatch_chunks": 2}}),
+    ("cp2 tp2 | ep4", {"dispatch": {"dispatcher": "deduplicated"}, "recompute": "full"}),
+    ("| ep2", {"dispatch": {"dispatcher": "allgather"}, "sharding": "full", "recompute": ["expert_activation"]}),
+    ("pp2 | etp2", {"overrides": {"quantize": "int8"}}),
+    ("| ep4", {"dispatch": {"expert_copies": ExpertCopies(plans.drawn, 3)}, "overrides": {"quantize": "int8"}}),
+]
+
+
+@pytest.mark.parametrize(("fold", "more"), quick(EXPERT_FOLDS, EXPERT_FOLDS[0]), ids=[f for f, _ in EXPERT_FOLDS])
+def test_experts_drop_the_same_under_every_fold(pool: RankPool, folder: Path, fold: str, more: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 64, "num_experts": 12}
+    base, parsed = folder / "wide", Fold.parse(fold, 4)
+    if not base.exists():
+        make_checkpoint(base, "qwen2_moe", **sizes)
+    rows = make_batches(3, 1, 8, 7, 96, seed=3)
+    lora = {"rank": 3, "targets": ["experts", "q_proj"], "dropout": 0.3}
+    overrides = {"output_router_logits": True, **more.get("overrides", {})}
+    spec = {"lora": lora, "clip": 0.5, "num_microbatches": 2, "overrides": overrides}
+    batches = [[{k: v[d :: parsed.dp] for k, v in step[0].items()} for d in range(parsed.dp)] for step in rows]
+    found = pool.run(runs.train, str(base), fold, batches, spec | more | {"overrides": overrides}, ranks=4)
+    assert ("expert_copies" in more.get("dispatch", {})) == (found[0].copies > 0)
+    [alone] = pool.run(runs.train, str(base), "", _joined(batches), spec, ranks=1)
+    assert found[0].losses == pytest.approx(alone.losses, rel=1e-9)
+    for step, grads in enumerate(alone.grads):
+        assert_close_by_name(assemble(run.grads[step] for run in found), assemble([grads]), 1e-9, f"{fold}, {step}")
+    assert_close_by_name(assemble(run.weights for run in found), assemble([alone.weights]), 1e-9, fold)
 
 
 def _joined(batches: list[list[dict[str, Tensor]]]) -> list[list[dict[str, Tensor]]]:

@@ -64,6 +64,7 @@ def test_table_and_explanation(capsys, tmp_path):
     (["--routing", "chaotic"], "neither a profile"), (["--micro-batch-size", "two"], "neither a positive number"),
     (["--model", "gpt-5"], "neither a directory"), (["--recompute", "norm,elsewhere"], "no part of a layer"),
     (["--master-weights"], "bf16-mixed stores none"), (["--lora", "0"], "at least 1"),
+    (["--quantize", "nf4"], "give lora_rank too"),
 ])  # fmt: skip
 def test_errors_are_one_line(capsys, arguments, message):
     assert main([*BASE, *arguments]) == 2
@@ -125,3 +126,12 @@ def test_given_settings_are_kept(capsys):
     plan = json.loads(capsys.readouterr().out)["plans"][0]
     assert (plan["schedule"], plan["num_stages_per_rank"], plan["micro_batch_size"]) == ("interleaved_1f1b", 2, 2)
     assert (plan["recompute"], plan["sharding"], plan["dispatcher"]) == ("selective", "optimizer", "alltoall")
+
+
+def test_a_base_in_fewer_bytes(capsys):
+    given, memory = ["--fold", "| ep8", "--precision", "bf16-true", "--lora", "8", "--json"], {}
+    for more in ([], ["--quantize", "nf4"], ["--quantize", "int8"]):
+        assert main([*BASE, *given, *more]) in (0, 1)
+        answer = json.loads(capsys.readouterr().out)
+        memory[answer["job"]["quantize"]] = answer["plans"][0]["memory"]["weights"]
+    assert memory["nf4"] < 0.6 * memory["int8"] < 0.4 * memory[None]

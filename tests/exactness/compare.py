@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,7 +58,8 @@ def check_run(
         path: The checkpoint.
         fold: Of the parallel run.
         row: Of its factors, those that are about training; ``optimizer`` may be a factory, with ``zero_everything``; and
-            ``adapter``, a directory of one; and ``storage``, the dtype in which the weights of the model are stored.
+            ``adapter``, a directory of one; ``storage``, the dtype in which the weights of the model are stored; and ``quantize``,
+            with the checkpoint of the rounded weights as ``rounded``.
         frozen: Patterns of names.
         batches: Of every data rank.
 
@@ -86,10 +89,15 @@ def check_run(
     if row.get("moves"):
         spec["moves"] = {"keep": False}
     expected = reference_run(
-        path, batches, clip=spec["clip"], lr=spec["lr"], optimizer=spec["optimizer"], accumulate=spec["accumulate"],
+        row.get("rounded", path), batches,
+        clip=spec["clip"], lr=spec["lr"], optimizer=spec["optimizer"], accumulate=spec["accumulate"],
         config_overrides=spec["overrides"], frozen=spec["frozen"], num_microbatches=spec["num_microbatches"],
         adapter=row.get("adapter"),
     )  # fmt: skip
+    if "quantize" in row:  # and these are no parameters
+        spec["overrides"] = {**spec["overrides"], "quantize": row["quantize"]}
+        kept = (n for n in expected.weights if "lora_" in n or not re.search(r"(_proj\.weight|experts\.\w+_proj)$", n))
+        expected = replace(expected, weights={name: expected.weights[name] for name in kept})
     actual = pool.run(runs.train, str(path), str(fold), batches, spec, ranks=fold.world_size, timeout=180)
     return compare(actual, expected, 1e-9, f"{fold} {row}")
 

@@ -76,6 +76,8 @@ class Case(pl.LightningModule):
         self.model = MoECausalLM.from_pretrained(self.path, self.spec.get("storage"), **self.spec.get("overrides", {}))
         if "adapter" in self.spec:
             self.model.load_adapter(self.spec["adapter"])
+        if "lora" in self.spec:
+            self.model.add_adapter(self.spec["lora"])
         for name, parameter in self.model.named_parameters():
             if any(fnmatch.fnmatch(name, pattern) for pattern in self.spec.get("frozen", ())):
                 parameter.requires_grad_(False)

@@ -95,7 +95,8 @@ class Finetune(pl.LightningModule):
             self.model = self._make()
 
     def _make(self) -> MoECausalLM:
-        model = MoECausalLM.from_pretrained(self.path, output_router_logits=True)
+        quantize = self.spec.get("quantize")
+        model = MoECausalLM.from_pretrained(self.path, quantize=quantize, output_router_logits=True)
         if "adapter" in self.spec:
             model.add_adapter(self.spec["adapter"])
         for name in self.spec.get("thawed", ()):

@@ -20,15 +20,19 @@ from lightning_moefold.dispatch import ExpertRows, Parcel, Return, TokenDispatch
 from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient, even_split
+from lightning_moefold.mesh import SINGLE
 from lightning_moefold.modules.base import ParallelModule, local, new_adapter, sparing_adapters
 from lightning_moefold.modules.experts.copied import bytes_of_copy, lend
+from lightning_moefold.modules.experts.dropout import Drop, dropping_experts, with_keys, without_keys
 from lightning_moefold.modules.experts.float8_products import check_float8
 from lightning_moefold.modules.experts.kernels import ExpertKernel, ExpertLoRA, gated_experts
 from lightning_moefold.modules.experts.products import grouped_never_waits
 from lightning_moefold.modules.experts.stack import split_stack
 from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts
 from lightning_moefold.modules.mlp import ACTIVATIONS
+from lightning_moefold.modules.quantized import CodedModule, CodedStack
 from lightning_moefold.modules.recompute import recomputed
+from lightning_moefold.modules.sequence import SequenceBatch
 
 _WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 _ADAPTER = ("gate_up_lora_A", "gate_lora_B", "up_lora_B", "down_lora_A", "down_lora_B")
@@ -44,6 +48,7 @@ class RoutedExperts(ParallelModule):
         copy_bytes: That a copy of one of them took in the latest pass that planned copies, its gradient included.
         plan: What the plans of all their parameters have in common.
         again: Whether backward computes again what the experts would keep of their activations.
+        drops: Whether adapters drop inputs now.
     """
 
     copy_bytes: int = 0
@@ -53,6 +58,11 @@ class RoutedExperts(ParallelModule):
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
+
+    @property
+    def drops(self) -> bool:
+        """See the class."""
+        return False
 
     def check(self, fold: Fold) -> None:
         """Raises :class:`FoldError` if the experts do not spread evenly over ep."""
@@ -98,6 +108,15 @@ class RoutedExperts(ParallelModule):
         """Whether :meth:`compute` is one graph for all counts of rows; if not, compiled layers leave it as it is."""
         return False
 
+    def travelling(self, x_TD: Tensor, batch: SequenceBatch) -> Tensor:
+        """Returns the rows in which tokens travel to the experts: the tokens, perhaps with columns that :meth:`compute` takes off.
+
+        Args:
+            x_TD: Tokens of this rank.
+            batch: Of which they are.
+        """
+        return x_TD
+
     def forward(self, parcels: list[Parcel], dispatcher: TokenDispatcher) -> list[Return]:
         """Waits for each parcel, computes it and sends the result home, while the next parcel is under way.
 
@@ -134,7 +153,7 @@ class RoutedExperts(ParallelModule):
         return returns
 
 
-class Experts(RoutedExperts):
+class Experts(RoutedExperts, CodedModule):
     """E gated feed-forward experts: ``down(act(gate(x)) * up(x))``, each on its own rows.
 
     Args:
@@ -146,6 +165,7 @@ class Experts(RoutedExperts):
     Attributes:
         kernel: How the products are computed: ``"auto"``, ``"loop"``, ``"grouped_mm"``, ``"fp8"`` or ``"transformer_engine"``.
         lora_scale: s of an adapter for each expert; None without (:meth:`adapt`).
+        lora_dropout: Probability with which an input of an adapter is dropped in training.
     """
 
     kernel: ExpertKernel = "auto"
@@ -155,10 +175,12 @@ class Experts(RoutedExperts):
     down_lora_A: nn.Parameter
     down_lora_B: nn.Parameter
     lora_scale: float | None = None
+    lora_dropout: float = 0.0
+    _lora_key: int = 0
 
     def __init__(self, hidden_size: int, num_experts: int, ffn_hidden_size: int, activation: str = "silu") -> None:
         super().__init__(num_experts)
-        self.ffn_hidden_size = ffn_hidden_size
+        self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.activation = ACTIVATIONS[activation]
         self.gate_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
@@ -167,18 +189,22 @@ class Experts(RoutedExperts):
         for weight in (self.gate_proj, self.up_proj, self.down_proj):
             nn.init.normal_(weight, std=0.02)
 
-    def adapt(self, gate_up_rank: int, down_rank: int, scale: float) -> None:
+    def adapt(self, gate_up_rank: int, down_rank: int, scale: float, dropout: float = 0.0, key: int = 0) -> None:
         """Adds an adapter without values for each expert: ``W + s B A``, where gate and up share A.
 
         Args:
             gate_up_rank: Of A ``[E, rank, D]``, and of B of gate and of up, ``[E, F, rank]`` each.
             down_rank: Of A ``[E, rank, F]`` and B ``[E, D, rank]``.
             scale: s.
+            dropout: Probability with which an input of an A is dropped.
+            key: By which dropout differs from that of other modules.
         """
-        self.lora_scale, (e, f, d) = scale, self.gate_proj.shape
+        self.lora_dropout, self._lora_key = dropout, key
+        self.lora_scale, e, f, d = scale, self.num_experts, self.ffn_hidden_size, self.hidden_size
+        like = self.gate_proj if self.codec is None else self.gate_proj.new_empty(0, dtype=self.codec.dtype)
         shapes = (e, gate_up_rank, d), (e, f, gate_up_rank), (e, f, gate_up_rank), (e, down_rank, f), (e, d, down_rank)
         for name, shape in zip(_ADAPTER, shapes, strict=True):
-            self.register_parameter(name, new_adapter(self.gate_proj, *shape))
+            self.register_parameter(name, new_adapter(like, *shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         return super()._apply(sparing_adapters(self, fn), recurse)
@@ -203,6 +229,8 @@ class Experts(RoutedExperts):
 
     def bound_to_place(self, hidden_size: int) -> str | None:
         """See :meth:`RoutedExperts.bound_to_place`."""
+        if self.codec is not None:
+            return f"quantize={self.codec.kind!r} keeps their weights as bytes"
         if self.kernel == "transformer_engine":
             return "expert_kernel='transformer_engine' keeps FP8 scales for each place and not for each expert"
         return super().bound_to_place(hidden_size)
@@ -213,8 +241,17 @@ class Experts(RoutedExperts):
             raise InputError(
                 f"expert_kernel={kernel!r} computes no adapters of experts; use 'auto', or leave 'experts' out of the targets."
             )
+        if self.lora_dropout and kernel == "grouped_mm":
+            raise InputError(
+                "expert_kernel='grouped_mm' drops no inputs of adapters; use 'auto', or dropout=0, or leave 'experts' out of the "
+                "targets."
+            )
+        if self.codec is not None and kernel in ("fp8", "transformer_engine"):
+            raise InputError(
+                f"expert_kernel={kernel!r} does not compute with quantize={self.codec.kind!r}; use 'auto', or leave quantize out."
+            )
         if kernel == "fp8":
-            sizes = {"hidden_size": self.gate_proj.shape[-1], "ffn_hidden_size": self.ffn_hidden_size // fold.etp}
+            sizes = {"hidden_size": self.hidden_size, "ffn_hidden_size": self.ffn_hidden_size // fold.etp}
             check_float8(sizes, dtype, device)
 
     def check_copies(self) -> None:
@@ -228,16 +265,30 @@ class Experts(RoutedExperts):
     def stacks(self) -> tuple[Tensor, ...]:
         """Gate and up ``[L, F, D]``, down ``[L, D, F]``; with an adapter, its five stacks in the order of :meth:`adapt`.
 
-        The adapter's are in the dtype of the others, in which they are multiplied.
+        The adapter's are in the dtype of the others, in which they are multiplied. Weights of a quantised base are bytes
+        ``[L, X]``.
         """
+        if self.codec is not None:
+            return tuple(
+                local(getattr(self, n)) for n in (*_WEIGHTS, *(_ADAPTER if self.lora_scale is not None else ()))
+            )
         weights = [local(self.get_parameter(name)) for name in _WEIGHTS]
         names = () if self.lora_scale is None else _ADAPTER
         return (*weights, *(local(self.get_parameter(name)).to(weights[0].dtype) for name in names))
 
     @property
     def computes_again(self) -> bool:
-        """All kernels but Transformer Engine's."""
-        return self.kernel != "transformer_engine"
+        """All kernels but Transformer Engine's, and without dropout."""
+        return self.kernel != "transformer_engine" and not self.drops
+
+    @property
+    def drops(self) -> bool:
+        """See :class:`RoutedExperts`."""
+        return self.training and self.lora_scale is not None and self.lora_dropout > 0
+
+    def travelling(self, x_TD: Tensor, batch: SequenceBatch) -> Tensor:
+        """See :meth:`RoutedExperts.travelling`."""
+        return with_keys(x_TD, self._lora_key, batch.own_tokens(x_TD.device)) if self.drops else x_TD
 
     def compiles(self, x_AD: Tensor) -> bool:
         """Where experts go by ``grouped_mm``, of which torch can trace bfloat16 only; a loop asks for the counts of rows."""
@@ -245,22 +296,35 @@ class Experts(RoutedExperts):
         dtype = torch.get_autocast_dtype(x_AD.device.type) if cast else x_AD.dtype
         by_itself = self.kernel == "auto" and x_AD.is_cuda and grouped_never_waits(dtype, x_AD.device)
         fits = dtype == torch.bfloat16 and all(n % 8 == 0 for n in self.gate_proj.shape[1:])
-        fits = fits and self.lora_scale is None
+        fits = fits and self.lora_scale is None and self.codec is None
         return fits and (by_itself or self.kernel == "grouped_mm")
 
     def compute(self, x_AD: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], chunk: int = 0) -> Tensor:
         """See :meth:`RoutedExperts.compute`."""
+        drop = None
+        if self.drops:
+            x_AD, key_A = without_keys(x_AD, self.hidden_size)
+            etp = SINGLE if self.mesh is None else self.mesh.axis("etp")
+            drop = Drop(self.lora_dropout, key_A, etp.index * stacks[-2].shape[-1])
         if torch.is_autocast_enabled(x_AD.device.type):  # outside a language model; autocast knows no custom function
             dtype = torch.get_autocast_dtype(x_AD.device.type)
             x_AD, *stacks = (t.to(dtype) for t in (x_AD, *stacks))
         (gate_LFD, up_LFD, down_LDF), adapter = stacks[:3], stacks[3:]
         if self.kernel != "transformer_engine":
             lora = None
+            if self.codec is not None:
+                adapter = [stack.to(x_AD.dtype) for stack in adapter]
             if self.lora_scale is not None:
                 up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR = adapter
                 lora = ExpertLoRA(up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR, self.lora_scale)
-            weights = gate_LFD, up_LFD, down_LDF
-            return gated_experts(x_AD, rows, self.activation, *weights, self.kernel, lora, self.again)
+            weights: list[Any] = [gate_LFD, up_LFD, down_LDF]
+            if self.codec is not None:
+                shapes = [self.coded[name][1:] for name in _WEIGHTS]
+                weights = [CodedStack(w, s, self.codec, x_AD.dtype) for w, s in zip(weights, shapes, strict=True)]
+            gate, up, down = weights
+            if lora is not None and drop is not None:
+                return dropping_experts(x_AD, rows, self.activation, (gate, up, down), lora, drop)
+            return gated_experts(x_AD, rows, self.activation, gate, up, down, self.kernel, lora, self.again)
         if x_AD.dtype == torch.float64:  # which Transformer Engine does not have
             return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, "loop")
         experts, width, hidden = gate_LFD.shape

@@ -16,6 +16,8 @@ a token per expert, and ``M * D + 2 * M * F`` on the second.
 With an adapter each of the three weights becomes ``W + s B A``. Rows are multiplied by A and then by B, so that no expert's
 ``B A`` is ever made; kept besides are the products of each row with the two A's, ``2 * M * R`` numbers.
 
+Weights of a quantised base come as bytes, are decoded for a product, and stay bytes until backward.
+
 Legend: A tokens, M rows in expert order, L local experts, D hidden size, F expert width, c rows of one expert, R rank of an
 adapter.
 """
@@ -35,8 +37,10 @@ from lightning_moefold.modules.experts.cpu_cache import FOR_BACKWARD
 from lightning_moefold.modules.experts.float8_products import Float8Products
 from lightning_moefold.modules.experts.products import Products, choose_products, host_counts
 from lightning_moefold.modules.experts.stack import gradient_like
+from lightning_moefold.modules.quantized import CodedStack, decoded
 
 Activation = Callable[[Tensor], Tensor]
+Stack = Tensor | CodedStack
 
 #: Rows that the CPU takes at a time of an expert with many more, whose intermediate results would be its peak of memory. Not of
 #: 16-bit numbers: a sum over rows is then one product, and rounded once.
@@ -70,9 +74,9 @@ def gated_experts(
     x_AD: Tensor,
     rows: ExpertRows,
     activation: Activation,
-    gate_LFD: Tensor,
-    up_LFD: Tensor,
-    down_LDF: Tensor,
+    gate_LFD: Stack,
+    up_LFD: Stack,
+    down_LDF: Stack,
     kernel: Literal["auto", "loop", "grouped_mm", "fp8"] = "auto",
     lora: ExpertLoRA | None = None,
     again: bool = False,
@@ -102,6 +106,12 @@ def gated_experts(
     return _ExpertByExpert.apply(x_AD, rows.weight_M, job, gate_LFD, up_LFD, down_LDF, *adapter)
 
 
+def _keep_bytes(ctx: Any, *stacks: Stack) -> list[Tensor | None]:
+    """Keeps stacks that are bytes in ``ctx.coded``, which is None otherwise; returns the others, for ``save_for_backward``."""
+    ctx.coded = stacks if isinstance(stacks[0], CodedStack) else None
+    return [None if isinstance(stack, CodedStack) else stack for stack in stacks]
+
+
 # ---- all experts at once ---------------------------------------------------------------------------------------------
 
 
@@ -109,7 +119,7 @@ def _at_once(
     x_AD: Tensor,
     rows: ExpertRows,
     activation: Activation,
-    *stacks: Tensor,
+    *stacks: Stack,
     products: Products,
     scale: float = 0.0,
     again: bool = False,
@@ -119,10 +129,10 @@ def _at_once(
 
 
 def _gate_and_up(
-    products: Products, x_MD: Tensor, gate_LFD: Tensor, up_LFD: Tensor, z_MR: Tensor | None, adapter: Sequence[Tensor]
+    products: Products, x_MD: Tensor, gate_LFD: Stack, up_LFD: Stack, z_MR: Tensor | None, adapter: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The two products before the activation; ``z_MR`` is the product with the A they share, times s."""
-    gate_MF, up_MF = (products.forward(x_MD, w_LFD) for w_LFD in (gate_LFD, up_LFD))
+    gate_MF, up_MF = (products.forward(x_MD, decoded(w_LFD)) for w_LFD in (gate_LFD, up_LFD))
     if z_MR is not None:
         gate_MF.add_(products.forward(z_MR, adapter[1]))
         up_MF.add_(products.forward(z_MR, adapter[2]))
@@ -141,33 +151,35 @@ class _AtOnce(torch.autograd.Function):
         activation: Activation,
         scale: float,
         again: bool,
-        gate_LFD: Tensor,
-        up_LFD: Tensor,
-        down_LDF: Tensor,
+        gate_LFD: Stack,
+        up_LFD: Stack,
+        down_LDF: Stack,
         *adapter: Tensor,
     ) -> Tensor:
         z_MR = products.forward(x_MD, adapter[0]).mul_(scale) if adapter else None
         gate_MF, up_MF = _gate_and_up(products, x_MD, gate_LFD, up_LFD, z_MR, adapter)
         inner_MF = gated_forward(activation, gate_MF, up_MF, weight_M)
-        y_MD = products.forward(inner_MF, down_LDF)
+        y_MD = products.forward(inner_MF, decoded(down_LDF))
         v_MR = None
         if adapter:
             v_MR = products.forward(inner_MF, adapter[3]).mul_(scale)
             y_MD.add_(products.forward(v_MR, adapter[4]))
         kept = (None, None) if again else (gate_MF, up_MF)
-        ctx.save_for_backward(x_MD, weight_M, *kept, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
+        stacks = _keep_bytes(ctx, gate_LFD, up_LFD, down_LDF)
+        ctx.save_for_backward(x_MD, weight_M, *kept, z_MR, v_MR, *stacks, *adapter)
         ctx.products, ctx.activation, ctx.scale = products, activation, scale
         return y_MD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_MD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter = ctx.saved_tensors
+        x_MD, weight_M, gate_MF, up_MF, z_MR, v_MR, *stacks = ctx.saved_tensors
+        (gate_LFD, up_LFD, down_LDF), adapter = ctx.coded or stacks[:3], stacks[3:]
         products, scale = ctx.products, ctx.scale
         if gate_MF is None:
             gate_MF, up_MF = _gate_and_up(products, x_MD, gate_LFD, up_LFD, z_MR, adapter)
         need_x, need_weight, _, _, _, _, need_gate, need_up, need_down, *need_adapter = ctx.needs_input_grad
         grad_MD = grads[0].contiguous()
-        grad_inner_MF = products.input_gradient(grad_MD, down_LDF)
+        grad_inner_MF = products.input_gradient(grad_MD, decoded(down_LDF))
         if adapter:
             up_A, gate_B, up_B, down_A, down_B = adapter
             q_MR = products.input_gradient(grad_MD, down_B).mul_(scale)
@@ -184,8 +196,8 @@ class _AtOnce(torch.autograd.Function):
         if need_up:
             grad_up = products.weight_gradient(through.up_MF, x_MD, up_LFD)
         if need_x:
-            grad_x = products.input_gradient(through.gate_MF, gate_LFD)
-            grad_x = products.input_gradient(through.up_MF, up_LFD, grad_x)
+            grad_x = products.input_gradient(through.gate_MF, decoded(gate_LFD))
+            grad_x = products.input_gradient(through.up_MF, decoded(up_LFD), grad_x)
         of_adapter: list[Tensor | None] = [None] * len(adapter)
         if adapter:
             grad_z_MR = products.input_gradient(through.gate_MF, gate_B)
@@ -331,9 +343,9 @@ class _ExpertByExpert(torch.autograd.Function):
         x_AD: Tensor,
         weight_M: Tensor,
         job: _Job,
-        gate_LFD: Tensor,
-        up_LFD: Tensor,
-        down_LDF: Tensor,
+        gate_LFD: Stack,
+        up_LFD: Stack,
+        down_LDF: Stack,
         *adapter: Tensor,
     ) -> Tensor:
         kept: list[Tensor | None] = [None, None]
@@ -356,13 +368,15 @@ class _ExpertByExpert(torch.autograd.Function):
                 down_A, down_B = factors[3:]
                 y_cD.addmm_(torch.mm(inner_cF, down_A.t(), out=v_MR[rows]), down_B.t(), alpha=job.scale)
             job.add(total_AD, tokens, y_cD.mul_(weight_M[rows].unsqueeze(1)))
-        ctx.save_for_backward(x_AD, weight_M, *kept, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter)
+        stacks = _keep_bytes(ctx, gate_LFD, up_LFD, down_LDF)
+        ctx.save_for_backward(x_AD, weight_M, *kept, z_MR, v_MR, *stacks, *adapter)
         ctx.job = job
         return total_AD.to(x_AD.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_AD, weight_M, gate_MF, up_MF, z_MR, v_MR, gate_LFD, up_LFD, down_LDF, *adapter = ctx.saved_tensors
+        x_AD, weight_M, gate_MF, up_MF, z_MR, v_MR, *stacks = ctx.saved_tensors
+        (gate_LFD, up_LFD, down_LDF), adapter = ctx.coded or stacks[:3], stacks[3:]
         job: _Job = ctx.job
         need_x, need_weight, _, *need_stacks = ctx.needs_input_grad
         grad_AD, total_AD = grads[0], job.total(x_AD) if need_x else None

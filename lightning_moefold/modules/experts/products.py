@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.modules.experts.stack import gradient_like
+from lightning_moefold.modules.quantized import CodedStack
 
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,7 +108,7 @@ class ExpertProducts(Products):
 
 
 def choose_products(
-    x_AI: Tensor, rows: ExpertRows, stacks: Sequence[Tensor], kernel: Literal["auto", "loop", "grouped_mm"]
+    x_AI: Tensor, rows: ExpertRows, stacks: Sequence[Tensor | CodedStack], kernel: Literal["auto", "loop", "grouped_mm"]
 ) -> Products | None:
     """How the products of these rows are made; None for the way of the CPU, which makes all steps of an expert together.
 
@@ -130,7 +131,7 @@ def host_counts(rows: ExpertRows) -> list[int]:
     return rows.counts_L.tolist() if rows.counts is None else rows.counts
 
 
-def _grouped_takes(x_AI: Tensor, w_LOI: Tensor) -> bool:
+def _grouped_takes(x_AI: Tensor, w_LOI: Tensor | CodedStack) -> bool:
     """It has no float64, and rows of all operands must be multiples of 16 bytes."""
     aligned = all(n * x_AI.element_size() % 16 == 0 for n in w_LOI.shape[1:])
     return x_AI.dtype in _GROUPED_DTYPES and aligned

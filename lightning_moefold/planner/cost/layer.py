@@ -168,10 +168,12 @@ class LayerCosts:
         forward = {"gemm": gemm, "attention": core, "elementwise": elementwise, "tp": tp_comm}
         adapter = self._adapter(n, q, kv)
         forward["gemm"] += adapter
+        decode = self._decode(2 * d * (q + kv))
+        forward["elementwise"] += decode
         backward = {
             "gemm": self._backward * gemm + 2 * adapter,
             "attention": core_backward,
-            "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
+            "elementwise": _ELEMENTWISE_BACKWARD * elementwise + decode,
             "tp": tp_comm,
         }
         self._add_casts(forward, backward, n, d + q, q + 2 * kv + d)
@@ -186,6 +188,11 @@ class LayerCosts:
     def _norm(self, tokens: float) -> float:
         """Returns the seconds of a norm, which reads and writes each token."""
         return self.compute.stream(2 * self.job.activation_bytes * tokens * self.model.hidden_size)
+
+    def _decode(self, numbers: int) -> float:
+        """Returns the seconds in which weights that ``quantize`` stores are decoded once."""
+        job = self.job
+        return self.compute.stream(numbers * (job.bytes_of_number + job.activation_bytes)) if job.quantize else 0.0
 
     def _adapter(self, n: int, q: int, kv: int) -> float:
         """Returns the seconds of the products of an adapter on q, k, v and o, forward; backward makes twice as many."""
@@ -252,11 +259,12 @@ class LayerCosts:
         waits = (not self.job.pad_to_capacity and ep * etp > 1) + (self.nodes(ep, etp, dispatcher) > 1)
         kernels = self.job.hardware.kernels
         sync = waits * (kernels.host_sync + _LAUNCHES["chunk"] * kernels.launch)
-        forward = {"experts": experts, "gemm": router, "elementwise": elementwise, **comm}
+        decode = self._decode(3 * local * f * d)
+        forward = {"experts": experts, "gemm": router, "elementwise": elementwise + decode, **comm}
         backward = {
             "experts": self._backward * experts,
             "gemm": self._backward * router,
-            "elementwise": _ELEMENTWISE_BACKWARD * elementwise,
+            "elementwise": _ELEMENTWISE_BACKWARD * elementwise + decode,
             **comm_backward,
         }
         self._add_casts(forward, backward, rows, d + f, 2 * f + d)
@@ -354,8 +362,13 @@ class LayerCosts:
         gemm = 2 * self.compute.gemm(n, f, d) + self.compute.gemm(n, d, f)
         elementwise = self.compute.stream(3 * b * n * f) + self.compute.stream(b * (5 if own_norm else 3) * n / tp * d)
         comm = self.links.reduce(self.shape(tp, 1), n * d * b)
-        forward = {"gemm": gemm, "elementwise": elementwise, "tp": comm}
-        backward = {"gemm": self._backward * gemm, "elementwise": _ELEMENTWISE_BACKWARD * elementwise, "tp": comm}
+        decode = self._decode(3 * d * f)
+        forward = {"gemm": gemm, "elementwise": elementwise + decode, "tp": comm}
+        backward = {
+            "gemm": self._backward * gemm,
+            "elementwise": _ELEMENTWISE_BACKWARD * elementwise + decode,
+            "tp": comm,
+        }
         self._add_casts(forward, backward, n, d + f, 2 * f + d)
         gather = self.links.gather(self.shape(tp, 1), n * d * b)
         norm = gather + (self._norm(n / tp) if own_norm else 0.0)

@@ -8,7 +8,8 @@ Weights are stored, and optimizer states kept, in the shard of the family's data
 Shards are gathered in equal pieces, which are padded if the data ranks do not divide a weight's first dimension: for
 example, the 8 rows of a router over 256 ranks are gathered as 256 rows, in float32 as the router computes.
 ``"optimizer"`` keeps the gathered weights and, while micro-batches accumulate, whole gradients. ``"full"`` gathers only
-two layers at a time and scatters the gradients of each micro-batch. ``"none"`` shards nothing. Activations are the
+two layers at a time and scatters the gradients of each micro-batch. ``"none"`` shards nothing. Weights that ``quantize``
+stores in fewer bytes are on every data rank, and are decoded for a product at a time. Activations are the
 tensors that autograd saves between forward and backward, times the chunks in flight of the pipeline schedule.
 
 Offloaded activations leave two layers' on the device: that in which backward is, and the one before it, which comes back
@@ -20,19 +21,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, prod
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.modules.logit_chunks import chunk_rows
 from lightning_moefold.modules.recompute_parts import LAYER, parse_recompute, recompute_parts
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.parameters import (
+    Shapes,
     adapter_parameters,
     count,
     dense_shapes,
     expert_shapes,
+    quantized_shapes,
     router_shapes,
     shard,
+    without,
 )
 from lightning_moefold.planner.cost.schedules import RankLayers, chunks_in_flight, pipeline_layout
 from lightning_moefold.planner.search.job import PRECISIONS, Job, Plan
@@ -111,16 +115,27 @@ class MemoryModel:
     # ---- parameters --------------------------------------------------------------------------------------------
 
     def _parameters(self, tp: int, ep: int, etp: int, layers: RankLayers) -> LocalParameters:
-        return LocalParameters(
-            count(dense_shapes(self.model, tp, layers)), count(expert_shapes(self.model, ep, etp, layers.moe))
-        )
+        dense, expert = self._shapes(tp, ep, etp, layers)
+        return LocalParameters(count(dense), count(expert))
+
+    def _shapes(self, tp: int, ep: int, etp: int, layers: RankLayers) -> tuple[Shapes, Shapes]:
+        """Returns the shapes of both families, without what ``quantize`` stores in fewer bytes."""
+        dense, expert = dense_shapes(self.model, tp, layers), expert_shapes(self.model, ep, etp, layers.moe)
+        if self.job.quantize is None:
+            return dense, expert
+        return without(dense, quantized_shapes(self.model, tp, layers)), {}
+
+    def quantized_bytes(self, tp: int, ep: int, etp: int, layers: RankLayers) -> float:
+        """Returns the bytes of what ``quantize`` stores, which data ranks do not share among them."""
+        if self.job.quantize is None:
+            return 0.0
+        expert = expert_shapes(self.model, ep, etp, layers.moe)
+        return (count(quantized_shapes(self.model, tp, layers)) + count(expert)) * self.job.bytes_of_number
 
     def _shards(self, tp: int, ep: int, etp: int, layers: RankLayers, ranks: int, edp: int) -> tuple[int, int]:
         """Returns how many numbers of both families a rank stores after ``fully_shard`` over ``ranks`` and ``edp``."""
-        return (
-            shard(dense_shapes(self.model, tp, layers), ranks),
-            shard(expert_shapes(self.model, ep, etp, layers.moe), edp, experts=True),
-        )
+        dense, expert = self._shapes(tp, ep, etp, layers)
+        return shard(dense, ranks), shard(expert, edp, experts=True)
 
     def _gathered_bytes(self, tp: int, ep: int, etp: int, layers: RankLayers, ranks: int, edp: int) -> tuple[int, int]:
         """Returns the gathered bytes of both families: equal pieces, and the router's weight in its stored dtype."""
@@ -144,7 +159,7 @@ class MemoryModel:
         held = self.parameters(*cut, layers)
         kinds = [kind for kind, n in ((RankLayers(1, 0), layers.moe), (RankLayers(0, 1), layers.dense)) if n]
         ends = RankLayers(0, 0, layers.first, layers.last)
-        weights = gradients = optimizer = 0.0
+        weights, gradients, optimizer = self.quantized_bytes(*cut, layers), 0.0, 0.0
         for i, (number, spread) in enumerate(zip((held.dense, held.expert), spreads, strict=True)):
             mine, largest = self.shards(*cut, layers, *spreads)[i], self._largest(cut, kinds, spreads, i)
             layer = spread * self.shards(*cut, largest, *spreads)[i] if spread > 1 else 0
@@ -207,8 +222,9 @@ class MemoryModel:
             experts -= router - 2 * t * model.num_experts * 4 + (n * d * b + n * shared * b if shared else 0)
             dense -= n * d * b + n * ceil(model.intermediate_size / tp) * b
             normed = 0.0
+        decoded = self._decoded(tp, ep, etp)
         exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
-        live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f) + copies)
+        live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f) + copies) + decoded
         parts, layer = recompute_parts(parse_recompute(recompute)), t * d * b
         if LAYER in parts:
             most = max(experts if self.costs.num_moe else 0.0, dense)
@@ -244,6 +260,14 @@ class MemoryModel:
         pairs = self.costs.pairs(nodes)
         return pairs.busiest * (1 + ranks.mean / pairs.mean) + ranks.busiest
 
+    def _decoded(self, tp: int, ep: int, etp: int) -> float:
+        """Returns the bytes of the largest weight, or stack of experts, that is decoded for a product."""
+        if self.job.quantize is None:
+            return 0.0
+        layers = RankLayers(1, 1)
+        shapes = quantized_shapes(self.model, tp, layers) | expert_shapes(self.model, ep, etp, 1)
+        return max(prod(shape) for shape in shapes) * self.job.activation_bytes
+
     def _experts_backward(self, ep: int, rows: float, f: int) -> float:
         """Returns the temporary bytes in the backward pass of a layer's experts, at the fuller of two moments.
 
@@ -254,7 +278,8 @@ class MemoryModel:
         """
         _, b, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
         d = self.model.hidden_size
-        weights = self.model.num_experts // ep * 3 * f * d * (gathered if gathered < reduced else 0)
+        summed = gathered < reduced and self.job.quantize is None
+        weights = self.model.num_experts // ep * 3 * f * d * (gathered if summed else 0)
         wide = 4 if b < 4 else 0
         return max(rows * d * b + rows * f * (3 * b + 2 * wide), rows * f * 2 * b + 3 * rows * d * b + weights)
 

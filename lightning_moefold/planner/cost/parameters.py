@@ -37,7 +37,10 @@ def attention_shapes(model: MoEConfig, tp: int) -> Shapes:
 def gated_shapes(model: MoEConfig, width: int, tp: int) -> Shapes:
     """Returns the shapes of a dense gated feed-forward layer."""
     f, d = ceil(width / tp), model.hidden_size
-    return {(f, d): 2, (d, f): 1}
+    shapes: Shapes = {}
+    _add(shapes, (f, d), 2)
+    _add(shapes, (d, f), 1)
+    return shapes
 
 
 def dense_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
@@ -74,6 +77,22 @@ def expert_shapes(model: MoEConfig, ep: int, etp: int, layers: int) -> Shapes:
     shapes: Shapes = {}
     _add(shapes, (local, f, d), 2 * layers)
     _add(shapes, (local, d, f), layers)
+    return shapes
+
+
+def without(shapes: Shapes, others: Shapes) -> Shapes:
+    """Returns the shapes of the parameters that are not among ``others``."""
+    left = {shape: number - others.get(shape, 0) for shape, number in shapes.items()}
+    return {shape: number for shape, number in left.items() if number}
+
+
+def quantized_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
+    """Returns the shapes of the dense matrices that ``quantize`` stores in fewer bytes; of experts it stores all."""
+    shapes: Shapes = {}
+    _merge(shapes, {s: n for s, n in attention_shapes(model, tp).items() if len(s) == 2}, layers.layers)
+    if model.shared_expert_intermediate_size:
+        _merge(shapes, gated_shapes(model, model.shared_expert_intermediate_size, tp), layers.moe)
+    _merge(shapes, gated_shapes(model, model.intermediate_size, tp), layers.dense)
     return shapes
 
 

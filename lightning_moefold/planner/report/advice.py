@@ -63,6 +63,8 @@ def _ways_out(job: Job, space: Space) -> list[str]:
             break
     if job.lora_rank is None and _fits(replace(job, lora_rank=16, master_weights=False), space):
         ways.append("with --lora 16, which trains an adapter instead of the model")
+    if job.lora_rank is not None and job.quantize is None and _fits(replace(job, quantize="nf4"), space):
+        ways.append("with --quantize nf4, which stores the frozen weights in 4 bits a number")
     larger = next((n for n in _larger_batches(job) if _fits(replace(job, global_batch_size=n), space)), None)
     if larger is not None:
         ways.append(f"with --global-batch-size {larger}, which more folds divide")

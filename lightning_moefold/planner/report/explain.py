@@ -102,6 +102,7 @@ def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, A
             "precision": job.precision,
             "master_weights": job.master_weights,
             "lora_rank": job.lora_rank,
+            "quantize": job.quantize,
             "capacity_factor": job.capacity_factor,
             "drop_scope": job.drop_scope,
             "pad_to_capacity": job.pad_to_capacity,
@@ -162,6 +163,7 @@ def header(job: Job) -> str:
     machines = f"{nodes} node{'s' * (nodes > 1)} of {job.hardware.name}"
     ranks = f"{job.world_size} {'CPU rank' if job.hardware.device == 'cpu' else 'GPU'}{'s' * (job.world_size > 1)}"
     trained = f", LoRA of rank {job.lora_rank}" if job.lora_rank else ""
+    trained += f" on a base in {job.quantize}" if job.quantize else ""
     return (
         f"{model_title(job)}, {total:.1f}B ({active:.1f}B active), on {ranks} ({machines}), "
         f"batch {job.global_batch_size} x {job.sequence_length} tokens, {job.precision}"

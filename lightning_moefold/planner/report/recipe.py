@@ -88,6 +88,7 @@ def yaml_recipe(estimate: Estimate) -> str:
         f"    checkpoint: {_checkpoint(estimate)}",
         *(["    master_weights: true"] if job.master_weights else []),
         *(["    offload_state: true"] if estimate.plan.offloads("state") else []),
+        *([f"    quantize: {job.quantize}"] if job.quantize else []),
         *([f"    adapter: {{rank: {job.lora_rank}}}"] if job.lora_rank else []),
         "data:",
         "  class_path: lightning_moefold.recipes.TextData",
@@ -114,6 +115,8 @@ def python_recipe(estimate: Estimate) -> str:
         model.append(
             f"# configure_optimizers: return {f'offload_state({made})' if estimate.plan.offloads('state') else made}"
         )
+    if job.quantize:
+        model.append(f"# configure_model: MoECausalLM.from_pretrained(..., quantize={job.quantize!r})")
     if job.lora_rank:
         model.append(f"# configure_model: self.model.add_adapter(LoRA(rank={job.lora_rank}))")
     trainer = trainer_arguments(estimate)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lightning_moefold.dispatch.config import DISPATCHER_NAMES, DROP_SCOPES
-from lightning_moefold.errors import PlanError
+from lightning_moefold.errors import FoldError, PlanError
 from lightning_moefold.fold import Fold
 from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.quantized import check_blocks
+from lightning_moefold.modules.quantized import BITS, QUANTIZATIONS, Quantization
 from lightning_moefold.modules.recompute_parts import PARTS as RECOMPUTE_PARTS
 from lightning_moefold.parallel.pipeline.plan import SCHEDULES, SPLIT_BACKWARD, V_SHAPED
 from lightning_moefold.planner.cost.routing import BALANCED, RoutingProfile
@@ -58,6 +60,7 @@ class Job:
         master_weights: Whether ``MasterWeights`` keeps float32 copies of 16-bit weights, which it updates.
         lora_rank: Rank of an adapter of all attention projections that is trained instead of the model; None to train the
             model.
+        quantize: How the frozen weights beside an adapter are stored, ``"nf4"`` or ``"int8"``; None as numbers.
         name: Name or directory of the model, for output.
     """
 
@@ -76,6 +79,7 @@ class Job:
     copies_per_rank: int = 0
     master_weights: bool = False
     lora_rank: int | None = None
+    quantize: Quantization | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -97,6 +101,15 @@ class Job:
             raise PlanError("pad_to_capacity needs a capacity_factor, which says how far to pad; give one.")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise PlanError(f"lora_rank={self.lora_rank} must be at least 1; leave it out to train the whole model.")
+        if self.quantize is not None and self.quantize not in QUANTIZATIONS:
+            raise PlanError(f"quantize={self.quantize!r} is not known; use one of {', '.join(QUANTIZATIONS)}.")
+        if self.quantize is not None and self.lora_rank is None:
+            raise PlanError(f"quantize={self.quantize!r} stores frozen weights; give lora_rank too, or leave it out.")
+        if self.quantize is not None:
+            try:
+                check_blocks(self.model, Fold(1))
+            except FoldError as error:
+                raise PlanError(f"quantize={self.quantize!r} does not fit: {error}") from None
         if self.master_weights and self.precision != "bf16-true":
             raise PlanError(
                 f"master_weights are float32 copies of bfloat16 weights, and {self.precision} stores none; use bf16-true, or "
@@ -122,6 +135,11 @@ class Job:
     def activation_bytes(self) -> int:
         """Bytes per number of the hidden states between layers."""
         return PRECISIONS[self.precision][1]
+
+    @property
+    def bytes_of_number(self) -> float:
+        """Bytes of a number of a weight that ``quantize`` stores, its share of the scales included."""
+        return 0.0 if self.quantize is None else BITS[self.quantize] / 8
 
     @property
     def state_bytes(self) -> int:

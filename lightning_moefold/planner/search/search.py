@@ -18,6 +18,7 @@ from typing import cast
 
 from lightning_moefold.errors import FoldError, PlanError
 from lightning_moefold.fold import Fold, FoldableConfig, divisors
+from lightning_moefold.models.quantized import check_blocks
 from lightning_moefold.modules.recompute_parts import parse_recompute
 from lightning_moefold.planner.cost.cost import CostModel, Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
@@ -206,6 +207,8 @@ class Planner:
             PlanError: If dp does not divide the batch.
         """
         fold.validate(cast(FoldableConfig, self.job.model))
+        if self.job.quantize is not None:
+            check_blocks(self.job.model, fold)
         if fold.world_size != self.job.world_size:
             raise PlanError(f"the fold is for {fold.world_size} ranks, the job for {self.job.world_size}.")
         sizes = micro_batches(self.job, self.space, fold)
@@ -334,11 +337,20 @@ class Planner:
     def bounded(self) -> Iterator[tuple[float, Fold, int]]:
         """Yields folds and micro-batch sizes whose weights and states fit, with a lower bound of their step time."""
         for fold in legal_folds(self.job, self.space):
-            if self._states(fold) > self.job.hardware.usable_bytes:
+            if self._states(fold) > self.job.hardware.usable_bytes or not self._cuts_whole_blocks(fold):
                 continue
             dispatchers = self._dispatchers(fold)
             for size in micro_batches(self.job, self.space, fold):
                 yield self.costs.lower_bound(fold, size, *dispatchers), fold, size
+
+    def _cuts_whole_blocks(self, fold: Fold) -> bool:
+        """Whether a fold does not cut inside numbers that ``quantize`` rounds together."""
+        try:
+            if self.job.quantize is not None:
+                check_blocks(self.job.model, fold)
+        except FoldError:
+            return False
+        return True
 
     def _dispatchers(self, fold: Fold) -> tuple[str, ...]:
         """Returns the dispatchers that differ under a fold: without an exchange none do, and with one step two are the same."""

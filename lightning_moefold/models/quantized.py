@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of a language model that stores frozen weights in fewer bytes: makes, cuts and fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from lightning_moefold.errors import FoldError, InputError
+from lightning_moefold.fold import Fold
+from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
+from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.models.config import MoEConfig
+from lightning_moefold.models.weights import WeightSource
+from lightning_moefold.modules.base import Linear, ParallelRoot
+from lightning_moefold.modules.experts.experts import Experts
+from lightning_moefold.modules.quantized import BLOCK, Codec, CodedModule, Quantization, coded_weights
+
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+
+class QuantizedModel(ParallelRoot):
+    """A model whose weights of attention, dense layers, shared experts and experts may be stored as bytes.
+
+    Every rank keeps the bytes of its part over tp, or over ep and etp; data ranks share nothing. Embedding, head, norms,
+    biases, routers and gates of shared experts stay numbers.
+
+    Attributes:
+        config: The model's configuration.
+        source: Source of its weights; None for a model made by its constructor.
+        weights_pending: Whether they are still to be filled in.
+        quantized: How weights are stored; None for numbers.
+        coded_layouts: Layout of each weight that is stored as bytes, as if it were numbers.
+    """
+
+    config: MoEConfig
+    source: WeightSource | None = None
+    weights_pending: bool = False
+    quantized: Quantization | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coded_layouts: dict[str, ParameterLayout] = {}
+
+    def quantize(self, codec: Codec) -> None:
+        """Makes room for bytes in place of weights that have no values yet.
+
+        Raises:
+            InputError: If rows are not whole blocks, or experts have uneven widths.
+        """
+        if self.config.is_packed:
+            raise InputError("quantize needs experts of one width; leave it out for a packed model.")
+        try:
+            check_blocks(self.config, Fold(1))
+        except FoldError as error:
+            raise InputError(f"quantize={codec.kind!r} does not fit: {error}") from None
+        self.quantized = codec.kind
+        for name, module in self.named_modules():
+            if isinstance(module, Experts):
+                module.quantize(codec, _OF_EXPERTS)
+            elif isinstance(module, Linear) and not name.endswith(".shared_expert_gate"):
+                module.quantize(codec, ("weight",))
+        for name, module, leaf in coded_weights(self):
+            self.coded_layouts[name] = ParameterLayout(module.coded[leaf], ParameterPlan())
+            del self.layouts[name]
+
+    def cut_coded(self, plans: Mapping[str, ParameterPlan], mesh: FoldedMesh) -> None:
+        """Makes room for this rank's parts only, in place of whole weights.
+
+        Args:
+            plans: How the fold cuts parameters, by name.
+            mesh: Of the fold.
+        """
+        shapes, self.coded_layouts = {name: old.shape for name, old in self.coded_layouts.items()}, {}
+        for name, module, leaf in coded_weights(self):
+            layer = ".".join(name.split(".")[:3])
+            stages = self.layouts[f"{layer}.input_layernorm.weight"].stages
+            layout = ParameterLayout(shapes[name], plans.get(name, ParameterPlan()), stages=stages)
+            self.coded_layouts[name] = layout
+            module.cut_coded(leaf, layout.tensor_box(mesh.place).sizes)
+
+    @torch.no_grad()
+    def fill_coded(self) -> None:
+        """Reads, rounds and stores this rank's parts, one matrix at a time."""
+        for name, module, leaf in coded_weights(self):
+            assert self.source is not None
+            if module.get_buffer(leaf).is_meta:
+                continue
+            [box] = self.coded_layouts[name].boxes(self.fold, self.rank)
+            for part, bytes_X in _matrices(box, module, leaf):
+                weight = torch.empty(part.sizes, dtype=torch.float32, device=bytes_X.device)
+                self.source.fill(name, part, weight)
+                assert module.codec is not None
+                bytes_X.copy_(module.codec.encode(weight))
+        if self.source is not None and not self.weights_pending:
+            self.source.close()
+
+    def check_trainable(self, adapted: bool) -> None:
+        """Raises InputError for a step that would train weights which are bytes.
+
+        Args:
+            adapted: Whether there is an adapter, which trains in their place.
+        """
+        if self.quantized is not None and not adapted:
+            raise InputError(
+                f"a model with quantize={self.quantized!r} cannot train its weights; add an adapter (add_adapter), or leave "
+                "quantize out."
+            )
+
+    def check_writable(self, path: str | Path) -> None:
+        """Raises InputError where the weights are not there to be written."""
+        if self.quantized is not None:
+            raise InputError(
+                f"{path} would get weights rounded by quantize={self.quantized!r}; use save_adapter, and moefold merge with the "
+                "checkpoint of the base."
+            )
+
+
+def _matrices(box: Box, module: CodedModule, leaf: str) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Yields the parts of a weight that are rounded by themselves, the whole or each expert's, and their bytes."""
+    stored = module.get_buffer(leaf)
+    if len(box.sizes) == 2:
+        yield box, stored
+        return
+    for number, bytes_X in enumerate(stored):
+        yield Box((box.offsets[0] + number, *box.offsets[1:]), (1, *box.sizes[1:])), bytes_X
+
+
+def check_blocks(config: MoEConfig, fold: Fold) -> None:
+    """Checks that a fold cuts weights which are stored as bytes between blocks of numbers.
+
+    Args:
+        config: The model's configuration.
+        fold: The fold.
+
+    Raises:
+        FoldError: Naming a width that is no multiple of a block on each rank.
+    """
+    heads, size = config.num_attention_heads, config.head_dim
+    inputs = {("tp", "hidden_size"): (config.hidden_size, 1)}
+    inputs["tp", "num_attention_heads * head_dim"] = heads * size, fold.tp if heads % fold.tp == 0 else 1
+    inputs |= {("tp", field): (width, fold.tp) for field, width in config.dense_widths.items()}
+    inputs |= {("etp", field): (width, fold.etp) for field, width in config.expert_widths.items()}
+    for (axis, field), (width, ranks) in inputs.items():
+        if width % (ranks * BLOCK):
+            legal = [n for n in range(1, max(width // BLOCK, 1) + 1) if width % (n * BLOCK) == 0]
+            way = f"use {axis} in {legal}" if legal else "leave quantize out"
+            among = f" over {axis}={ranks}" if ranks > 1 else ""
+            raise FoldError(
+                f"{field}={width}{among} is no multiple of the {BLOCK} numbers that quantize rounds together; {way}."
+            )
