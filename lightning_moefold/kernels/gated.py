@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_moefold.kernels.availability import runs_triton
+from lightning_moefold.kernels.compiled import unchanged
 
 if TYPE_CHECKING:
     Activation = Callable[[Tensor], Tensor]
@@ -56,7 +57,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate_MF: Tensor, up_MF: Tensor, weight_M: Tensor | None, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate_MF, up_MF, weight_M)
         ctx.activation = activation
-        return gated_forward(activation, gate_MF, up_MF, weight_M)
+        return unchanged(gated_forward(activation, gate_MF, up_MF, weight_M))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -23,6 +23,8 @@ from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.modules.base import ParallelRoot, parallel_roots
 from lightning_moefold.modules.recompute_parts import parse_recompute, recompute_text
 from lightning_moefold.parallel import PipelinePlan, Settings
+from lightning_moefold.parallel.pipeline.plan import SPLIT_BACKWARD
+from lightning_moefold.parallel.settings import splits_backward
 from lightning_moefold.planner.cost.routing import find_routing
 from lightning_moefold.planner.machine.hardware import Hardware, find_hardware
 from lightning_moefold.planner.search.auto import AutoFold, Choice, choose, machine_for
@@ -62,8 +64,9 @@ class Fixed:
         """
         plan, recompute, dispatcher = self.settings.plan, self.settings.recompute, self.settings.dispatch.dispatcher
         looped = plan.schedule.startswith("interleaved")
+        run_here = [s for s in SCHEDULES if s != "gpipe" and (splits_backward() or s not in SPLIT_BACKWARD)]
         return Space(
-            schedules=tuple(s for s in SCHEDULES if s != "gpipe") if plan == PipelinePlan() else (plan.schedule,),
+            schedules=tuple(run_here) if plan == PipelinePlan() else (plan.schedule,),
             recomputes=RECOMPUTES if recompute is None else (recompute_text(recompute),),
             dispatchers=dispatchers if dispatcher == "auto" else (dispatcher,),
             num_microbatches=self.num_microbatches,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_moefold.kernels.compiled import unchanged
 from lightning_moefold.modules.base import ParallelModule, local, wide
 
 
@@ -20,7 +21,7 @@ class _RMSNorm(torch.autograd.Function):
         x_wide = x.to(wide(x.dtype))
         scale = torch.linalg.vecdot(x_wide, x_wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
-        return (x_wide * scale).to(x.dtype).mul_(weight)
+        return unchanged((x_wide * scale).to(x.dtype).mul_(weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

@@ -15,13 +15,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_moefold.arguments import check_choice, check_count
 from lightning_moefold.dispatch import DispatchConfig
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import InputError, UnsupportedFeature
 from lightning_moefold.layout import Family
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.attention.exchanges import EXCHANGES, Exchange
 from lightning_moefold.modules.experts.kernels import EXPERT_KERNELS, ExpertKernel
 from lightning_moefold.modules.recompute_parts import Recompute, recompute_parts
-from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+from lightning_moefold.parallel.pipeline.plan import SPLIT_BACKWARD, PipelinePlan
 
 ShardingMode = Literal["optimizer", "full", "none"]
 
@@ -52,6 +52,14 @@ class Sharding:
         compute = self.mixed_dtype if cast else None
         narrow = (compute or storage) in (torch.bfloat16, torch.float16)
         return MixedPrecisionPolicy(compute, torch.float32 if narrow else None, cast_forward_inputs=False)
+
+
+def splits_backward() -> bool:
+    """Whether this release of torch computes a backward in two parts.
+
+    Before 2.12 it adds the gradients of all outputs of a function to that of the first, and frees functions of Python in between.
+    """
+    return bool(torch.__version__ >= (2, 12))
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,16 @@ class Settings:
         return self.compiler is not None
 
     def check_pipeline(self, pp: int) -> None:
-        """Whether ``pp`` pipeline ranks can run so; see :meth:`~.pipeline.plan.PipelinePlan.check`."""
+        """Whether ``pp`` pipeline ranks can run so; see :meth:`~.pipeline.plan.PipelinePlan.check`.
+
+        Raises:
+            UnsupportedFeature: For a schedule that this release of torch computes wrongly.
+        """
+        if pp > 1 and self.plan.schedule in SPLIT_BACKWARD and not splits_backward():
+            raise UnsupportedFeature(
+                f"pipeline_schedule={self.plan.schedule!r} splits backward, in which torch {torch.__version__} loses gradients; "
+                "use torch 2.12 or newer, or 'interleaved_1f1b'."
+            )
         self.plan.check(pp, self.num_microbatches, self.sharding.mode, self.recompute, self.compiles)
 
     def check_successor(self, later: Settings, pp: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from lightning_moefold import AutoFold, MoEFoldStrategy
 from lightning_moefold.dispatch import DispatchConfig
@@ -98,6 +99,13 @@ def test_activations_are_offloaded_as_the_strategy_does() -> None:
     fixed = Fixed(8, 8, "bf16-mixed", Settings(offload=True), None)
     assert fixed.space(("alltoall",), offloads=True).offloads == ("activations",)
     assert fixed.space(("alltoall",)).offloads == ("none",)
+
+
+def test_schedules_that_this_torch_computes_wrongly_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = Fixed(8, 8, "32-true", Settings(), None)
+    assert {"zbv", "dualpipev", "interleaved_zero_bubble"} < set(fixed.space(("alltoall",)).schedules)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    assert set(fixed.space(("alltoall",)).schedules) == {"1f1b", "interleaved_1f1b"}
 
 
 def test_a_node_is_what_shares_fast_links() -> None:

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from lightning_moefold import comm
 from lightning_moefold.agreement import agreeing
-from lightning_moefold.errors import BatchError, InputError
+from lightning_moefold.errors import BatchError, InputError, UnsupportedFeature
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.parallel import PipelinePlan, Settings, Sharding
+from lightning_moefold.parallel.settings import splits_backward
 
 LOOPED = PipelinePlan("interleaved_1f1b", 2)
 
@@ -63,3 +65,17 @@ def test_agreeing_raises_the_error_of_its_rank() -> None:
 def test_a_linear_step_goes_back_by_its_adjoint() -> None:
     matrix, x = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: comm.linear(x, lambda y: matrix @ y, lambda g: matrix.T @ g), (x,))
+
+
+def test_a_torch_that_loses_gradients_in_a_split_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    zero_bubble = Settings(plan=PipelinePlan("zbv"), num_microbatches=4)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    with pytest.raises(
+        UnsupportedFeature, match=r"'zbv' splits backward, in which torch 2.11.0\+cu130 loses gradients; use"
+    ):
+        zero_bubble.check_pipeline(2)
+    zero_bubble.check_pipeline(1)
+    Settings(num_microbatches=4).check_pipeline(2)
+    assert not splits_backward()
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.0"))
+    zero_bubble.check_pipeline(2)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lightning_moefold.dispatch import ExpertRows
+from lightning_moefold.kernels.compiled import unchanged
 from lightning_moefold.kernels.gated import gated_backward, gated_forward, through_activation
 from lightning_moefold.kernels.row_sums import sum_of_tokens
 from lightning_moefold.modules.experts.cpu_cache import FOR_BACKWARD
@@ -168,7 +169,7 @@ class _AtOnce(torch.autograd.Function):
         stacks = _keep_bytes(ctx, gate_LFD, up_LFD, down_LDF)
         ctx.save_for_backward(x_MD, weight_M, *kept, z_MR, v_MR, *stacks, *adapter)
         ctx.products, ctx.activation, ctx.scale = products, activation, scale
-        return y_MD
+        return unchanged(y_MD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -231,7 +232,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
         ctx.rows = rows
-        return _add_rows(y_MD, rows, tokens)
+        return unchanged(_add_rows(y_MD, rows, tokens))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
