@@ -80,8 +80,8 @@ class Adapter:
         """
         if isinstance(self.source, AdapterFiles) and self.source.dropout:
             raise InputError(
-                f"the adapter of {self.source.path} trains experts or routers with lora_dropout={self.source.dropout}, which is "
-                "not supported here; set it to 0 in its adapter_config.json to go on without."
+                f"the adapter of {self.source.path} has experts or routers and lora_dropout={self.source.dropout}, which PEFT "
+                "drops by masks of its own; set it to 0 in its adapter_config.json to go on without."
             )
         self.trained |= self.check_trained(model)
 

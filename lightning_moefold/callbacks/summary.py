@@ -25,7 +25,7 @@ from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules import Attention, GatedMLP, MoELayer, RMSNorm, Router
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.experts.experts import RoutedExperts
-from lightning_moefold.modules.quantized import BITS
+from lightning_moefold.modules.quantization import BITS
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 from lightning_moefold.strategy import MoEFoldStrategy
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import Fold
-from lightning_moefold.modules.quantized import QUANTIZATIONS
+from lightning_moefold.modules.quantization import QUANTIZATIONS
 from lightning_moefold.planner.cost.routing import PROFILES, find_routing
 from lightning_moefold.planner.cost.simulate import simulate, write_chrome_trace
 from lightning_moefold.planner.machine.hardware import PRESETS, find_hardware

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
@@ -32,17 +33,18 @@ def agreed_last_checkpoint(trainer: pl.Trainer) -> str | None:
     Raises:
         CheckpointError: On all ranks, if there is none.
     """
-    strategy, decided = trainer.strategy, os.environ.get(_DECIDED)
-    if decided is not None and trainer.local_rank > 0:
-        return decided or None
-    environment = getattr(strategy, "cluster_environment", None)
-    if isinstance(strategy, MoEFoldStrategy) and environment is not None and environment.creates_processes_externally:
+    strategy, environment = trainer.strategy, getattr(trainer.strategy, "cluster_environment", None)
+    writer, _, decided = os.environ.get(_DECIDED, "").partition(" ")
+    if writer == str(os.getppid()) and trainer.local_rank > 0 and not dist.is_initialized():
+        return decided or None  # by the process that has just started this one
+    external = environment is not None and (environment.creates_processes_externally or dist.is_initialized())
+    if isinstance(strategy, MoEFoldStrategy) and environment is not None and external:
         assert strategy.accelerator is not None
         strategy.accelerator.setup_device(strategy.root_device)
         connect_processes(environment, strategy.root_device, strategy._process_group_backend, strategy._timeout)
         return agreed(lambda: last_checkpoint(trainer), strategy.broadcast, trainer.global_rank)
     found = last_checkpoint(trainer)
-    os.environ[_DECIDED] = found or ""
+    os.environ[_DECIDED] = f"{os.getpid()} {found or ''}"
     return found
 
 

@@ -93,11 +93,11 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor | None:
     if not members:
         return None
     # One pass over each, in which NaN and inf stay what they are. On CPU the maximum norm is five times slower than extremes.
-    if members[0].device.type == "cpu":
-        ends = [end for t in members for end in t.aminmax()]
-    else:
-        ends = list(torch._foreach_norm(members, float("inf")))
-    return torch.stack([end.double() for end in ends]).isfinite().all()
+    device = next((t.device for t in members if t.device.type != "cpu"), members[0].device)
+    ends = [end for t in members if t.device.type == "cpu" for end in t.aminmax()]
+    if on_device := [t for t in members if t.device.type != "cpu"]:
+        ends += torch._foreach_norm(on_device, float("inf"))
+    return torch.stack([end.double().to(device) for end in ends]).isfinite().all()
 
 
 def bad_tensors(named: Iterable[tuple[str, Tensor]]) -> list[str]:

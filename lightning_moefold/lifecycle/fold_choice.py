@@ -167,7 +167,7 @@ def choose_for(
 
 def _frozen_base(module: pl.LightningModule, config: MoEConfig) -> dict[str, Any]:
     """Returns what a job says of a model whose weights are stored in fewer bytes; other adapters are planned as full training."""
-    models = (root for _, root in parallel_roots(module) if isinstance(root, MoECausalLM) and root.config is config)
+    models = (root for _, root in parallel_roots(module) if isinstance(root, MoECausalLM) and root.config == config)
     model = next(models, None)
     if model is None or model.quantized is None or model.adapter is None:
         return {}

@@ -72,12 +72,21 @@ def _different_fields(meta: Mapping[str, Any], registry: ParameterRegistry) -> l
     """Returns the fields of the models' configurations that differ, as text, the first few."""
     saved, fields = meta.get(MODELS, {}), []
     for root, part in registry.roots.items():
-        before = saved.get(root, {}).get("config", {})
-        now = written_config(part.config) if isinstance(part, MoECausalLM) and before else {}
+        before = _flat(saved.get(root, {}).get("config", {}))
+        now = _flat(written_config(part.config)) if isinstance(part, MoECausalLM) and before else {}
         fields += [
             f"{field} is {before.get(field)} there and {now.get(field)} here"
             for field in dict.fromkeys((*before, *now))
             if now and field not in NEUTRAL and before.get(field) != now.get(field)
-            if not isinstance(before.get(field, now.get(field)), (list, dict))  # which follow from numbers
+            if not isinstance(before.get(field, now.get(field)), list)  # which follow from numbers
         ]
     return [*fields[:_MOST], *(["..."] if len(fields) > _MOST else [])]
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration with the fields of its dictionaries under dotted names, such as ``rope_parameters.rope_theta``."""
+    flat: dict[str, Any] = {}
+    for field, value in config.items():
+        inner = value if isinstance(value, Mapping) else {}
+        flat |= {f"{field}.{name}": of for name, of in inner.items()} if inner else {field: value}
+    return flat

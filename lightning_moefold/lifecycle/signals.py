@@ -13,6 +13,7 @@ requeues the job.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -68,19 +69,29 @@ def stop_quietly(trainer: pl.Trainer) -> None:
     Args:
         trainer: The Trainer, with its signal handlers registered. It removes this one with them at its end.
     """
-    connector = trainer._signal_connector
+    notifier = trainer._signal_connector._sigterm_notifier_fn
     handlers: list[Any] | None = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", None)
     if handlers is None:  # not in the main thread, or no such handlers in this Lightning
         return
+    handlers[:] = [TakesNote(trainer) if handler == notifier else handler for handler in handlers]
 
-    def take_note(signum: int, _: Any) -> None:
-        launcher = trainer.strategy.launcher
+
+class TakesNote:
+    """Takes the place of Lightning's handler that tells other ranks of SIGTERM.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+
+    def __call__(self, signum: int, _: Any) -> None:
+        """Notes the signal, and passes it to the processes that this one has launched."""
+        connector, launcher = self._trainer._signal_connector, self._trainer.strategy.launcher
         if not connector.received_sigterm and launcher is not None:
             launcher.kill(signum)
         connector.received_sigterm = True
-
-    notifier = connector._sigterm_notifier_fn
-    handlers[:] = [take_note if handler == notifier else handler for handler in handlers]
 
 
 class RequeueTogether(Callback):
@@ -122,8 +133,9 @@ def requeue_together(trainer: pl.Trainer) -> None:
     outer, ours = signal.getsignal(number), connector._slurm_sigusr_handler_fn
     handlers = _handlers_with(outer, ours)
     handlers[:] = [RequeueTogether(trainer, ours) if handler == ours else handler for handler in handlers]
-    if handlers := _handlers_with(outer, connector._sigterm_notifier_fn):
-        handlers.remove(connector._sigterm_notifier_fn)
+    notifier = connector._sigterm_notifier_fn
+    for handlers in _all_handlers(outer):  # a validation before training may have replaced it
+        handlers[:] = [h for h in handlers if h != notifier and not isinstance(h, TakesNote)]
 
 
 def requeue_signal(trainer: pl.Trainer) -> int | None:
@@ -135,7 +147,13 @@ def requeue_signal(trainer: pl.Trainer) -> int | None:
 
 def _handlers_with(composed: Any, wanted: Any) -> list[Any]:
     """Returns the list that holds a handler, of handlers that Lightning has composed, perhaps of composed ones; or an empty one."""
+    return next((handlers for handlers in _all_handlers(composed) if wanted in handlers), [])
+
+
+def _all_handlers(composed: Any) -> Iterator[list[Any]]:
+    """Yields the lists of handlers that Lightning has composed, the outermost first."""
     handlers: list[Any] = getattr(composed, "signal_handlers", [])
-    if wanted in handlers:
-        return handlers
-    return next((found for handler in handlers if (found := _handlers_with(handler, wanted))), [])
+    if handlers:
+        yield handlers
+    for handler in list(handlers):
+        yield from _all_handlers(handler)

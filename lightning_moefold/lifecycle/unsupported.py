@@ -28,6 +28,7 @@ from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.decoder import DecoderLayer
+from lightning_moefold.modules.quantized import coded_weights
 from lightning_moefold.optim import Muon
 from lightning_moefold.parallel.network.protocol import LayeredNetwork, layered_networks
 
@@ -190,6 +191,14 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
         for kind, reason in kinds.items():
             if isinstance(callback, kind):
                 raise UnsupportedFeature(f"{type(callback).__name__} does not work with MoEFoldStrategy: {reason}.")
+        if (
+            isinstance(callback, WeightAveraging)
+            and getattr(callback, "_use_buffers", True)
+            and any(coded_weights(module))
+        ):
+            raise UnsupportedFeature(
+                f"{type(callback).__name__} would average the bytes in which quantize stores weights; give it use_buffers=False."
+            )
         if shared and isinstance(callback, ModelCheckpoint) and getattr(callback, "save_on_exception", False):
             raise UnsupportedFeature(
                 "ModelCheckpoint(save_on_exception=True) would save on the failing rank only; turn it off."

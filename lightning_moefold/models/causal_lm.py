@@ -37,7 +37,8 @@ from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELaye
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.base import wide
-from lightning_moefold.modules.quantized import Codec, Quantization
+from lightning_moefold.modules.quantization import Quantization
+from lightning_moefold.modules.quantized import Codec
 from lightning_moefold.modules.vocabulary import VocabularyEmbedding, VocabularyHead
 
 LossFunction = Callable[..., tuple[Tensor, Tensor]]
@@ -319,7 +320,7 @@ class MoECausalLM(AdaptedModel):
             raise InputTypeError(
                 f"MoECausalLM.forward got an unexpected argument {next(iter(extras))!r}; only a loss_fn takes extras."
             )
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and (labels is not None or loss_fn is not None):
             self.check_trainable(self.adapter is not None)
         if self.pipeline is not None:
             tensors = {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
@@ -12,11 +13,13 @@ from lightning_moefold.errors import FoldError, InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.models.blocks import check_blocks
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.weights import WeightSource
 from lightning_moefold.modules.base import Linear, ParallelRoot
 from lightning_moefold.modules.experts.experts import Experts
-from lightning_moefold.modules.quantized import BLOCK, Codec, CodedModule, Quantization, coded_weights
+from lightning_moefold.modules.quantization import Quantization
+from lightning_moefold.modules.quantized import Codec, CodedModule, coded_weights
 
 _OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -60,6 +63,7 @@ class QuantizedModel(ParallelRoot):
         for name, module in self.named_modules():
             if isinstance(module, Experts):
                 module.quantize(codec, _OF_EXPERTS)
+                module.numbers_in_bytes = sum(map(prod, module.coded.values()))
             elif isinstance(module, Linear) and not name.endswith(".shared_expert_gate"):
                 module.quantize(codec, ("weight",))
         for name, module, leaf in coded_weights(self):
@@ -126,28 +130,3 @@ def _matrices(box: Box, module: CodedModule, leaf: str) -> Iterator[tuple[Box, t
         return
     for number, bytes_X in enumerate(stored):
         yield Box((box.offsets[0] + number, *box.offsets[1:]), (1, *box.sizes[1:])), bytes_X
-
-
-def check_blocks(config: MoEConfig, fold: Fold) -> None:
-    """Checks that a fold cuts weights which are stored as bytes between blocks of numbers.
-
-    Args:
-        config: The model's configuration.
-        fold: The fold.
-
-    Raises:
-        FoldError: Naming a width that is no multiple of a block on each rank.
-    """
-    heads, size = config.num_attention_heads, config.head_dim
-    inputs = {("tp", "hidden_size"): (config.hidden_size, 1)}
-    inputs["tp", "num_attention_heads * head_dim"] = heads * size, fold.tp if heads % fold.tp == 0 else 1
-    inputs |= {("tp", field): (width, fold.tp) for field, width in config.dense_widths.items()}
-    inputs |= {("etp", field): (width, fold.etp) for field, width in config.expert_widths.items()}
-    for (axis, field), (width, ranks) in inputs.items():
-        if width % (ranks * BLOCK):
-            legal = [n for n in range(1, max(width // BLOCK, 1) + 1) if width % (n * BLOCK) == 0]
-            way = f"use {axis} in {legal}" if legal else "leave quantize out"
-            among = f" over {axis}={ranks}" if ranks > 1 else ""
-            raise FoldError(
-                f"{field}={width}{among} is no multiple of the {BLOCK} numbers that quantize rounds together; {way}."
-            )

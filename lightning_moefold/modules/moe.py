@@ -200,7 +200,7 @@ class MoELayer(ParallelRoot):
         config = self.settled(mesh)
         if config.copies is not None:
             self.experts.check_copies()
-            numbers = sum(p.numel() for p in self.experts.parameters())
+            numbers = sum(p.numel() for p in self.experts.parameters()) + self.experts.numbers_in_bytes
             weights = -(-numbers // (self.num_experts * mesh.fold.etp))
             config = replace(config, copies=config.copies.priced(mesh.device_type, weights, mesh.fold.ep))
         if self.placement.parts != mesh.fold.ep:  # else experts may have moved already

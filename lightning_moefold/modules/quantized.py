@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,7 @@ from torch.nn import functional as F
 
 from lightning_moefold.arguments import check_choice
 from lightning_moefold.errors import InputError
-
-#: Numbers that share a scale.
-BLOCK = 64
-
-Quantization = Literal["nf4", "int8"]
-QUANTIZATIONS: tuple[Quantization, ...] = ("nf4", "int8")
-
-#: Bits of a number of each kind, its share of the scale included.
-BITS = {"nf4": 4 + 32 / BLOCK, "int8": 8 + 32 / BLOCK}
+from lightning_moefold.modules.quantization import BITS, BLOCK, QUANTIZATIONS, Quantization
 
 
 @dataclass(frozen=True)

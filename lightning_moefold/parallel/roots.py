@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
-from lightning_moefold.models.quantized import check_blocks
+from lightning_moefold.models.blocks import check_blocks
 from lightning_moefold.modules.base import ParallelModule, ParallelRoot
 from lightning_moefold.modules.experts.experts import RoutedExperts
 from lightning_moefold.modules.routers import Router

@@ -59,7 +59,7 @@ def splits_backward() -> bool:
 
     Before 2.12 it adds the gradients of all outputs of a function to that of the first, and frees functions of Python in between.
     """
-    return bool(torch.__version__ >= (2, 12))
+    return tuple(int(number) for number in torch.__version__.split(".")[:2]) >= (2, 12)
 
 
 @dataclass(frozen=True)

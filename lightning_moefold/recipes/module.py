@@ -20,7 +20,8 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.masks import shortest_window
-from lightning_moefold.modules.quantized import Codec, Quantization
+from lightning_moefold.modules.quantization import Quantization
+from lightning_moefold.modules.quantized import Codec
 from lightning_moefold.optim import MasterWeights, offload_state
 from lightning_moefold.recipes.metrics import DocumentLosses, MeanLoss, write_document_losses
 from lightning_moefold.recipes.optimizer import Schedule, parameter_groups, run_length, warmup_and_decay

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,10 +22,12 @@ from lightning_moefold.callbacks.summary import summarize_model
 from lightning_moefold.callbacks.work import WorkModel
 from lightning_moefold.checkpoint.sharded import StoredTensors
 from lightning_moefold.cli.main import main
-from lightning_moefold.errors import FoldError, InputError, PlanError
+from lightning_moefold.errors import FoldError, InputError, PlanError, UnsupportedFeature
 from lightning_moefold.lifecycle.fold_choice import _frozen_base
-from lightning_moefold.models.quantized import check_blocks
-from lightning_moefold.modules.quantized import BITS, QUANTIZATIONS, Codec, coded_weights
+from lightning_moefold.lifecycle.unsupported import check_trainer
+from lightning_moefold.models.blocks import check_blocks
+from lightning_moefold.modules.quantization import BITS, QUANTIZATIONS
+from lightning_moefold.modules.quantized import Codec, coded_weights
 from lightning_moefold.parallel.apply import check_compiler
 from lightning_moefold.parallel.settings import Settings
 from lightning_moefold.planner import PRESETS, CostModel, Job
@@ -170,6 +174,8 @@ def test_what_is_bytes(folder: Path) -> None:
     assert coded.keys() | kept.keys() == dict(whole.named_parameters()).keys()
     assert not coded.keys() & kept.keys()
     numbers = sum(whole.get_parameter(name).numel() for name in coded)
+    of_experts = model.model.layers["1"].mlp.experts
+    assert of_experts.numbers_in_bytes == sum(p.numel() for p in whole.model.layers["1"].mlp.experts.parameters())
     assert sum(b.nbytes for b in coded.values()) * 8 == numbers * 8.5
     assert not any(name in coded for name in model.state_dict())
     left = {re.sub(r"model.layers.\d.", "", name) for name in kept if not name.endswith("bias")}
@@ -287,6 +293,7 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ids = torch.ones(1, 4, dtype=torch.int64)
     with pytest.raises(InputError, match="add an adapter"):
         model(ids, labels=ids)
+    assert model(ids).logits.isfinite().all()  # which is no training
     with pytest.raises(InputError, match="save_adapter, and moefold merge"):
         model.save_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -306,6 +313,12 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(InputError, match="expert_kernel='fp8' does not compute with quantize"):
         experts.check_kernel("fp8", Fold(1), torch.bfloat16, torch.device("cpu"))
     assert "quantize='int8'" in str(experts.bound_to_place(128))
+    module = pl.LightningModule()
+    module.model = model
+    for averages, refused in ((EMAWeightAveraging(), True), (EMAWeightAveraging(use_buffers=False), False)):
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[averages])
+        with pytest.raises(UnsupportedFeature, match="use_buffers=False") if refused else nullcontext():
+            check_trainer(trainer, module, Fold(1))
     monkeypatch.setattr("lightning_moefold.modules.quantized.find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install 'lightning-moefold\[quantized\]'"):
         MoECausalLM.from_pretrained(base, quantize="nf4")

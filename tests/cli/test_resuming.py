@@ -82,8 +82,11 @@ def test_started_processes_inherit_what_the_first_has_found(tmp_path: Path, monk
         return SimpleNamespace(**vars(trainer_of(tmp_path)), strategy=None, local_rank=local_rank)
 
     assert agreed_last_checkpoint(process(0)) == found
-    checkpoint(tmp_path, "newer.ckpt", 20)
+    newer = str(checkpoint(tmp_path, "newer.ckpt", 20))
+    monkeypatch.setattr(os, "getppid", os.getpid)
     assert agreed_last_checkpoint(process(1)) == found
+    monkeypatch.setattr(os, "getppid", lambda: -1)  # what an earlier run of another process has left in the environment
+    assert agreed_last_checkpoint(process(1)) == newer
 
 
 def test_a_fit_says_why_it_ended() -> None:

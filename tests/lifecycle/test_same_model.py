@@ -61,6 +61,8 @@ def test_another_configuration_of_the_same_shapes_is_a_warning() -> None:
         UserWarning, match=r"configuration \(num_experts_per_tok is 1 there and 2 here\); the run goes on"
     ):
         assert refusal(num_experts_per_tok=1) is None
+    with pytest.warns(UserWarning, match=r"rope_theta is 20000.0 there"):
+        assert refusal(rope_theta=20000.0) is None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert refusal() is None

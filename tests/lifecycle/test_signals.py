@@ -10,10 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
+from lightning_moefold.lifecycle.signals import requeue_together, stop_quietly
 from lightning_moefold.testing import make_checkpoint
 
 
@@ -99,3 +102,32 @@ def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
         for task in tasks:
             task.kill()
             task.wait()
+
+
+def test_a_validation_before_training_leaves_sigterm_to_slurm() -> None:
+    """It replaces Lightning's handler of SIGTERM first; what takes its place then stopped the run before it was saved."""
+
+    def tells(*_: Any) -> None: ...
+
+    def requeues(*_: Any) -> None: ...
+
+    connector = SimpleNamespace(_sigterm_notifier_fn=tells, _slurm_sigusr_handler_fn=requeues, received_sigterm=False)
+    trainer: Any = SimpleNamespace(
+        _signal_connector=connector, strategy=SimpleNamespace(launcher=None), callbacks=[], world_size=1, is_global_zero=True,
+        _accelerator_connector=SimpleNamespace(cluster_environment=SimpleNamespace(requeue_signal=signal.SIGTERM)),
+    )  # fmt: skip
+
+    def composed(number: int, frame: Any) -> None:
+        for handler in composed.signal_handlers:  # type: ignore[attr-defined]
+            handler(number, frame)
+
+    composed.signal_handlers = [tells, requeues]  # type: ignore[attr-defined]
+    before = signal.signal(signal.SIGTERM, composed)
+    try:
+        stop_quietly(trainer)
+        requeue_together(trainer)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not connector.received_sigterm
+    assert [callback._told for callback in trainer.callbacks] == [signal.SIGTERM]

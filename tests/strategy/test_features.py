@@ -60,6 +60,7 @@ def test_every_row_of_the_page_is_tried() -> None:
         "lifecycle": "jobs_precision jobs_accumulation jobs_even_batches",
         "strategy": "jobs_features jobs_bad_input jobs_hooks test_hooks jobs_trees jobs_like_lightning",
         "balance": "jobs_rebalancer test_rebalancer",
+        "adapters": "test_quantized",
     }
     files = [root / "tests" / folder / f"{name}.py" for folder, names in places.items() for name in names.split()]
     tried = "".join(file.read_text() for file in files).lower()

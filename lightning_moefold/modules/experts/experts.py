@@ -49,9 +49,11 @@ class RoutedExperts(ParallelModule):
         plan: What the plans of all their parameters have in common.
         again: Whether backward computes again what the experts would keep of their activations.
         drops: Whether adapters drop inputs now.
+        numbers_in_bytes: Numbers of all experts that are stored as bytes, and are no parameters.
     """
 
     copy_bytes: int = 0
+    numbers_in_bytes: int = 0
     plan: ParameterPlan = ParameterPlan(Family.EXPERT)
     again: bool = False
 

@@ -63,7 +63,7 @@ def _ways_out(job: Job, space: Space) -> list[str]:
             break
     if job.lora_rank is None and _fits(replace(job, lora_rank=16, master_weights=False), space):
         ways.append("with --lora 16, which trains an adapter instead of the model")
-    if job.lora_rank is not None and job.quantize is None and _fits(replace(job, quantize="nf4"), space):
+    if job.lora_rank is not None and job.quantize is None and _fits_quantized(job, space):
         ways.append("with --quantize nf4, which stores the frozen weights in 4 bits a number")
     larger = next((n for n in _larger_batches(job) if _fits(replace(job, global_batch_size=n), space)), None)
     if larger is not None:
@@ -83,6 +83,14 @@ def _ways_out(job: Job, space: Space) -> list[str]:
     if times <= _MOST_RANKS_TIMES:
         ways.append(f"on {job.world_size * times} ranks")
     return ways
+
+
+def _fits_quantized(job: Job, space: Space) -> bool:
+    try:
+        quantized = replace(job, quantize="nf4")
+    except PlanError:  # a width is not a multiple of a block
+        return False
+    return _fits(quantized, space)
 
 
 def _narrower(job: Job) -> list[tuple[str, dict[str, Any]]]:

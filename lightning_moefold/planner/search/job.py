@@ -9,9 +9,9 @@ from functools import cached_property
 from lightning_moefold.dispatch.config import DISPATCHER_NAMES, DROP_SCOPES
 from lightning_moefold.errors import FoldError, PlanError
 from lightning_moefold.fold import Fold
+from lightning_moefold.models.blocks import check_blocks
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.models.quantized import check_blocks
-from lightning_moefold.modules.quantized import BITS, QUANTIZATIONS, Quantization
+from lightning_moefold.modules.quantization import BITS, QUANTIZATIONS, Quantization
 from lightning_moefold.modules.recompute_parts import PARTS as RECOMPUTE_PARTS
 from lightning_moefold.parallel.pipeline.plan import SCHEDULES, SPLIT_BACKWARD, V_SHAPED
 from lightning_moefold.planner.cost.routing import BALANCED, RoutingProfile

@@ -18,7 +18,7 @@ from typing import cast
 
 from lightning_moefold.errors import FoldError, PlanError
 from lightning_moefold.fold import Fold, FoldableConfig, divisors
-from lightning_moefold.models.quantized import check_blocks
+from lightning_moefold.models.blocks import check_blocks
 from lightning_moefold.modules.recompute_parts import parse_recompute
 from lightning_moefold.planner.cost.cost import CostModel, Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
