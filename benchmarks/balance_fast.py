@@ -37,7 +37,7 @@ from lightning_moefold.dispatch.copied import travel_of
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.modules.experts import kernels
-from lightning_moefold.parallel import Sharding, parallelize
+from lightning_moefold.parallel import Settings, Sharding, parallelize
 
 RANKS = 2
 CONTENDERS = {"at home": None, "copies": ExpertCopies("greedy", 1)}
@@ -55,7 +55,7 @@ def layers(args: argparse.Namespace, mesh: FoldedMesh) -> dict[str, MoELayer]:
     for name, copies in CONTENDERS.items():
         found[name] = copy.deepcopy(layer)
         found[name].dispatch = DispatchConfig(copies=copies)
-        parallelize(found[name], mesh, Sharding("none"), torch.device("cpu"))
+        parallelize(found[name], mesh, Settings(Sharding("none")), torch.device("cpu"))
     return found
 
 
