@@ -4,6 +4,7 @@
     python benchmarks/balance.py replay TRACE.npz            # every policy at ep 4, 8, 16, 0 to 8 copies a rank
     python benchmarks/balance.py workloads                   # the generator's workloads at ep 8
     python benchmarks/balance.py planner                     # time of plans up to 256 experts, 64 ranks, 64 layers
+    python benchmarks/balance.py idle                        # what balance costs where routing is balanced already
 
 The slow loop sees loads that are at least ten iterations old (in a trace that holds every fiftieth: fifty), the fast one those of
 the pass. Times are predicted by the machine model, moves and copies included; nothing is measured on a GPU here.
@@ -18,13 +19,16 @@ from dataclasses import replace
 
 import numpy as np
 
+from lightning_moefold.balance.assignment import at_home, pass_time
 from lightning_moefold.balance.costs import BalanceCosts
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.balance.fill import plan_copies
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.policies import Policy, make_policy
 from lightning_moefold.balance.policies.joint import Joint
 from lightning_moefold.balance.relocate import relocated
 from lightning_moefold.balance.replay import replay
+from lightning_moefold.balance.slow import LAST, SlowLoop
 from lightning_moefold.balance.trace import RoutingTrace, read_trace
 from lightning_moefold.balance.workloads import WORKLOADS, generate
 from lightning_moefold.planner.machine.hardware import find_hardware
@@ -116,6 +120,39 @@ def run_planner(arguments: argparse.Namespace) -> None:
             )
 
 
+def run_idle(arguments: argparse.Namespace) -> None:
+    """Counts what is spent where there is nothing to gain: the plan of each pass, the check, and the bytes of its sum."""
+    print("routing of the workload 'balanced', 8,192 tokens a rank; at rest a check every 256 steps (one thread's CPU time)\n")
+    print(
+        "| experts | ranks | plan of a pass, ms | pass of a layer, ms | share | check of a layer, ms | a step | "
+        "share of a step | sum of a check, bytes a step | share of the rows' bytes |"
+    )
+    print("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|")
+    for experts, parts in ((32, 8), (64, 16), (128, 32), (256, 64)):
+        trace = generate("balanced", records=9, layers=1, experts=experts, sources=1, tokens=parts * 8192)
+        load_NE = trace.counts_NLSE.sum(2)[:, 0]
+        homes, costs = Placement.contiguous(experts, parts), costs_of(arguments.hardware, parts)
+        owner_E, copies = np.repeat(np.arange(parts), experts // parts), ExpertCopies("joint", costs=costs)
+        counts_SE = np.zeros((parts, experts), dtype=np.int64)
+        counts_SE[0] = load_NE[-1]
+        assert copies.plan(counts_SE, parts).copies == 0, "there is something to gain"
+        passed = pass_time(at_home(load_NE[-1], owner_E, parts), owner_E, costs).total / 1e12
+        plan = _seconds(lambda counts=counts_SE: copies.plan(counts, len(counts)))
+        loop = SlowLoop("joint", interval=1)
+        loop.expect_copies(2)
+        for step, rows_E in enumerate(load_NE):
+            decision = loop.decide(step, {"layer": rows_E}, {"layer": homes}, costs, 1000)
+            assert not decision.placements, "there is something to gain"
+        check = _seconds(lambda: loop.decide(9, {"layer": load_NE[-1]}, {"layer": homes}, costs, 1000))
+        summed = 8 * (experts + 1 + parts) / LAST
+        rows = 4 * 2 * HIDDEN * load_NE[-1].sum() / parts  # there and back, forward and backward, 16 bits
+        print(
+            f"| {experts} | {parts} | {plan * 1e3:.3f} | {passed * 1e3:.2f} | {plan / passed:.2%} | {check * 1e3:.2f} | "
+            f"{check / LAST * 1e6:.1f} us | {check / LAST / passed:.3%} | {summed:.1f} | {summed / rows:.1e} |",
+            flush=True,
+        )
+
+
 def _seconds(call, rounds: int = 5) -> float:
     times = []
     for _ in range(rounds):
@@ -128,7 +165,7 @@ def _seconds(call, rounds: int = 5) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    for name, run in (("replay", run_replay), ("workloads", run_workloads), ("planner", run_planner)):
+    for name, run in (("replay", run_replay), ("workloads", run_workloads), ("planner", run_planner), ("idle", run_idle)):
         part = parts.add_parser(name)
         part.set_defaults(run=run)
         part.add_argument("--hardware", default="dgx-h100")
@@ -141,7 +178,7 @@ def main() -> None:
             part.add_argument("names", nargs="*", help="some of the workloads; all by default")
         if name == "planner":
             part.add_argument("--layers", type=int, default=16)
-        else:
+        if name in ("replay", "workloads"):
             part.add_argument("--ep", type=int, nargs="+", default=[4, 8, 16] if name == "replay" else [8])
             part.add_argument("--copies", type=int, nargs="+", default=[0, 1, 2, 4, 8] if name == "replay" else [0, 1])
     arguments = parser.parse_args()

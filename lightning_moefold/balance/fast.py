@@ -90,8 +90,8 @@ class ExpertCopies:
         counts_RE = counts_SE.reshape(ranks, -1, counts_SE.shape[1]).sum(1)
         quota_RE = policy(counts_RE, owners(counts_SE.shape[1], ranks), self.costs, self.max_copies_per_rank)
         plan = CopyPlan(np.asarray(quota_RE, dtype=np.int64))
-        name = self.policy if isinstance(self.policy, str) else getattr(policy, "__name__", type(policy).__name__)
-        plan.check(counts_RE, self.max_copies_per_rank, name)
+        if not isinstance(self.policy, str):  # ours need no check in every pass
+            plan.check(counts_RE, self.max_copies_per_rank, getattr(policy, "__name__", type(policy).__name__))
         return plan
 
 

@@ -68,17 +68,14 @@ class Layout:
         """Returns the copies of the best plan found; empty if no copy saves time."""
         best: list[Copy] = []
         best_far, least = True, self.score(best)
-        mean = -(-self.total // self.parts)
-        costs = self.costs
-        cheapest = costs.near_copy_ps + costs.exchange_ps + costs.near_copy_ps // self.parts
-        excess = max(self.load) - mean
-        if not self.slots or excess * costs.row_ps <= cheapest:
+        mean, most = -(-self.total // self.parts), max(self.load)
+        if not self.slots or not _can_pay(most, mean, self.parts, self.costs):
             return best
         reaches, many = self._reaches(mean), self.parts > _MANY
         lower, between = mean, (mean, mean)
         for sixty_fourths in _LEVELS_OF_MANY if many else _LEVELS:
             level = mean + self.total * sixty_fourths // (64 * self.parts)
-            if level >= mean + excess:
+            if level >= most:
                 break
             scores = []
             for far in reaches:
@@ -228,6 +225,12 @@ def _fill(
             insort(rooms, (room[donor], donor))
 
 
+def _can_pay(most: int, mean: int, parts: int, costs: BalanceCosts) -> bool:
+    """Whether the cheapest copy costs less than what copies can take off the busiest rank: its rows above the mean."""
+    cheapest = costs.near_copy_ps + costs.exchange_ps + costs.near_copy_ps // parts
+    return (most - mean) * costs.row_ps > cheapest
+
+
 def plan_copies(rows_E: Counts, owner_E: Counts, parts: int, costs: BalanceCosts, slots: int) -> Counts:
     """Returns the assignment with the best predicted time found, ``[R, E]``.
 
@@ -239,6 +242,9 @@ def plan_copies(rows_E: Counts, owner_E: Counts, parts: int, costs: BalanceCosts
         slots: Number of experts that a rank may compute besides its own.
     """
     quota_RE = at_home(rows_E, owner_E, parts)
+    load_R = quota_RE.sum(1)
+    if not _can_pay(int(load_R.max()), -(-int(load_R.sum()) // parts), parts, costs):
+        return quota_RE
     for expert, owner, helper, rows in Layout(rows_E.tolist(), owner_E.tolist(), parts, costs, slots).best_copies():
         quota_RE[owner, expert] -= rows
         quota_RE[helper, expert] += rows

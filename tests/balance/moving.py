@@ -55,19 +55,22 @@ class RandomMoves(pl.Callback):
         renumber: Number slots so that what stays on its rank stays in its slot.
         exchange: Bytes of an exchange.
         keep: Keep what was held.
+        steps: After which to move; None for all.
     """
 
     def __init__(
         self, run: Any, seed: int = 0, plant: bool = False, renumber: bool = False, exchange: int | None = None,
-        keep: bool = True,
+        keep: bool = True, steps: list[int] | None = None,
     ) -> None:  # fmt: skip
-        self.run, self.seed, self.plant, self.renumber, self.keep = run, seed, plant, renumber, keep
+        self.run, self.seed, self.plant, self.renumber, self.keep, self.steps = run, seed, plant, renumber, keep, steps
         self.exchange, self.step = exchange, 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         if trainer.global_step == self.step:  # batches accumulate
             return
         self.step = trainer.global_step
+        if self.steps is not None and self.step not in self.steps:
+            return
         model, optimizer = module.model, trainer.optimizers[0]
         model.release_gathered_weights()
         placements = drawn(model, self.seed * 1000 + trainer.global_step)
