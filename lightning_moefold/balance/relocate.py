@@ -16,6 +16,8 @@ Legend: R ranks of ep, E experts, N past intervals.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lightning_moefold.balance.assignment import Counts
@@ -28,7 +30,7 @@ from lightning_moefold.balance.predict import predicted
 #: Intervals that a placement is judged by at most, and at least.
 _MOST, _LEAST = 8, 4
 #: Levels above the mean (in parts of 64) for which candidates are made.
-_LEVELS = (0, 1, 4, None)
+_LEVELS = (0, 1, 4)
 #: A move must save so many times what it takes: forecasts are wrong at times.
 _SAFETY = 2
 #: So many moves are tried to be taken back.
@@ -37,7 +39,9 @@ _MOST_TRIES = 32
 _BOUNDS = (65, 66, 68, 72, 80, 96, 128, 192)
 
 
-def relocated(load_NE: Counts, current: Placement, costs: BalanceCosts, slots: int) -> Placement:
+def relocated(
+    load_NE: Counts, current: Placement, costs: BalanceCosts, slots: int, offered: Sequence[Placement] = ()
+) -> Placement:
     """The placement to go on with; ``current`` where no candidate is worth its moves.
 
     Args:
@@ -45,6 +49,7 @@ def relocated(load_NE: Counts, current: Placement, costs: BalanceCosts, slots: i
         current: The placement now.
         costs: Constants, horizon and margin among them.
         slots: Copies that a rank may hold.
+        offered: Further candidates, known before the run (:mod:`.pool`): these need not be foreseen.
     """
     eager = costs.margin_ppm == 0
     if len(load_NE) < (1 if eager else _LEAST) or not load_NE[-1].sum():
@@ -54,15 +59,16 @@ def relocated(load_NE: Counts, current: Placement, costs: BalanceCosts, slots: i
     if not eager and not judge.could_gain():
         return current
     load_E = predicted(load_NE)
-    candidates = [_candidate(load_E, here_E, costs, parts, level) for level in _LEVELS]
-    best = max(range(len(_LEVELS)), key=lambda i: judge.latest_gain(candidates[i]))
+    candidates = [*candidates_for(load_E, here_E, costs, parts), *(np.asarray(p.part_of_expert) for p in offered)]
+    best = max(range(len(candidates)), key=lambda i: judge.latest_gain(candidates[i]))
     if not judge.latest_gain(candidates[best]):
         return current
     if eager:
         return placed(candidates[best], current)
     if not judge.is_clear(candidates[best]):
         return current
-    older_E = _candidate(predicted(load_NE[:-1]), here_E, costs, parts, _LEVELS[best])
+    earlier = [*candidates_for(predicted(load_NE[:-1]), here_E, costs, parts), *candidates[len(_LEVELS) + 1 :]]
+    older_E = earlier[best]
     part_E = judge.with_fewer_moves(candidates[best], load_E)
     return placed(part_E, current) if judge.latest_gain(older_E) and judge.pays(part_E) else current
 
@@ -158,12 +164,12 @@ class _Judge:
         return gain * self.costs.passes * self.costs.horizon - _SAFETY * self._move(part_E)
 
 
-def _candidate(load_E: Counts, here_E: Counts, costs: BalanceCosts, parts: int, sixty_fourths: int | None) -> Counts:
-    """A placement for a level above the mean; without one, the greedy packing, which relies on no copy."""
-    if sixty_fourths is None:
-        return greedy_parts(load_E, here_E, parts)
+def candidates_for(load_E: Counts, here_E: Counts, costs: BalanceCosts, parts: int) -> list[Counts]:
+    """A placement for each level above the mean, and last the greedy packing, which relies on no copy."""
     total = int(load_E.sum())
-    return settled(load_E, here_E, costs, parts, -(-total // parts) + total * sixty_fourths // (64 * parts))
+    levels = [-(-total // parts) + total * sixty_fourths // (64 * parts) for sixty_fourths in _LEVELS]
+    found = [settled(load_E, here_E, costs, parts, level) for level in levels]
+    return [*found, greedy_parts(load_E, here_E, parts)]
 
 
 def least_score(rows_E: Counts, parts: int, costs: BalanceCosts) -> int:

@@ -19,6 +19,7 @@ from lightning_moefold.balance.assignment import Counts, at_home, copies_of, pas
 from lightning_moefold.balance.costs import BalanceCosts
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.policies.base import CopiesFrom, Policy
+from lightning_moefold.balance.pool import PlacementPool
 from lightning_moefold.balance.trace import RoutingTrace
 from lightning_moefold.errors import InputError
 
@@ -105,7 +106,14 @@ def _usual_gap(iterations_N: Counts) -> int:
     return int(np.median(np.diff(iterations_N))) if len(iterations_N) > 1 else 1
 
 
-def replay(trace: RoutingTrace, policy: Policy, costs: BalanceCosts, parts: int, stale: int = 10) -> Replay:
+def replay(
+    trace: RoutingTrace,
+    policy: Policy,
+    costs: BalanceCosts,
+    parts: int,
+    stale: int = 10,
+    pool: PlacementPool | None = None,
+) -> Replay:
     """Replays a trace under a policy.
 
     Args:
@@ -114,9 +122,10 @@ def replay(trace: RoutingTrace, policy: Policy, costs: BalanceCosts, parts: int,
         costs: Constants of the prediction.
         parts: Number of ranks of ep.
         stale: Minimum age, in iterations, of the loads that the slow loop sees.
+        pool: Placements that the slow loop may choose as well.
 
     Raises:
-        InputError: If ``parts`` is 1 or does not divide the experts.
+        InputError: If ``parts`` is 1 or does not divide the experts, or the pool is of another model.
     """
     check_parts(trace.experts, parts)
     trace = trace.for_sources(parts)
@@ -126,6 +135,8 @@ def replay(trace: RoutingTrace, policy: Policy, costs: BalanceCosts, parts: int,
     copies_NL, moves_NL, pass_ps_NL, copy_ps_NL = (np.zeros((n_, l_), dtype=np.int64) for _ in range(4))
     move_ps_N = np.zeros(n_, dtype=np.int64)
     placements = [Placement.contiguous(e_, parts) for _ in range(l_)]
+    names = list(map(str, range(l_)))
+    offered = {} if pool is None else pool.by_name(names, dict(zip(names, placements, strict=True)))
     shares = [np.zeros((parts, e_), dtype=np.int64) for _ in range(l_)]
     for n, iteration in enumerate(trace.iterations_N):
         known = int(np.searchsorted(trace.iterations_N, iteration - stale, side="right"))
@@ -134,8 +145,8 @@ def replay(trace: RoutingTrace, policy: Policy, costs: BalanceCosts, parts: int,
         for layer in range(l_):
             old = np.asarray(placements[layer].part_of_expert)
             past_NE = load_NLE[first:known, layer]
-            if known and policy.moves:
-                placements[layer] = policy.place(past_NE, placements[layer], now)
+            if known and (policy.moves or offered):
+                placements[layer] = policy.choose(past_NE, placements[layer], now, offered.get(names[layer], ()))
             owner_E = np.asarray(placements[layer].part_of_expert)
             if known and policy.copies is CopiesFrom.PAST:
                 shares[layer] = policy.replicas(past_NE, shares[layer], owner_E, now)

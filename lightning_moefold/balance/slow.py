@@ -13,7 +13,7 @@ Legend: N past intervals, E experts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.balance.costs import MARGIN, BalanceCosts
-from lightning_moefold.balance.placement import Placement, check_successor
+from lightning_moefold.balance.placement import Placement, least_loaded
 from lightning_moefold.balance.policies import make_policy
 from lightning_moefold.balance.policies.joint import Joint
 from lightning_moefold.errors import InputError
@@ -93,6 +93,7 @@ class SlowLoop:
         if history < 1:
             raise InputError(f"history={history} must be at least 1 interval.")
         self._policy = policy
+        self._pool: Mapping[str, Sequence[Placement]] = {}
         self.expect_copies(0)
         self.interval, self.margin_ppm = interval, round(margin * 1_000_000)
         self._between = FIRST if interval == "auto" else interval
@@ -105,9 +106,16 @@ class SlowLoop:
         Args:
             most: That a rank may have of a layer; 0 where there are none.
         """
-        made = make_policy(self._policy, most) if isinstance(self._policy, str) else None
-        self.place: Place = self._policy if made is None else made.place  # type: ignore[assignment]
-        self._weighs_itself = isinstance(made, Joint)
+        self._made = make_policy(self._policy, most) if isinstance(self._policy, str) else None
+        self._weighs_itself = isinstance(self._made, Joint)
+
+    def offer(self, pool: Mapping[str, Sequence[Placement]]) -> None:
+        """Has placements weighed that are known before the run.
+
+        Args:
+            pool: By layer.
+        """
+        self._pool = pool
 
     def past(self, layer: str) -> NDArray[np.int64]:
         """Rows of each expert in a pass in the past intervals, ``[N, E]``; N may be 0."""
@@ -157,8 +165,7 @@ class SlowLoop:
         load_NE = self.past(name)
         if not load_NE.sum():
             return None
-        placement = self.place(load_NE, current, costs)
-        check_successor(current, placement)
+        placement = self._place(load_NE, current, costs, self._pool.get(name, ()))
         uneven = _imbalance(load_NE[-1], current)
         if placement == current:
             return _Proposal(name, current, uneven, uneven)
@@ -172,6 +179,14 @@ class SlowLoop:
         worth = better and (self._weighs_itself or not costs.margin_ppm or clear)
         moved = placement.moved(current)
         return _Proposal(name, placement, uneven, _imbalance(load_NE[-1], placement), moved, gain, cost, better, worth)
+
+    def _place(
+        self, load_NE: NDArray[np.int64], current: Placement, costs: BalanceCosts, offered: Sequence[Placement]
+    ) -> Placement:
+        if self._made is not None:
+            return self._made.choose(load_NE, current, costs, offered)
+        assert callable(self._policy)
+        return least_loaded(self._policy(load_NE, current, costs), offered, load_NE, current)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

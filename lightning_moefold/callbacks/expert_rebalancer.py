@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.policies import Policy, make_policy
 from lightning_moefold.balance.policies.base import CopiesFrom
 from lightning_moefold.balance.policies.joint import Joint
+from lightning_moefold.balance.pool import PlacementPool
 from lightning_moefold.balance.slow import HORIZON, Decision, Place, SlowLoop
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
 from lightning_moefold.callbacks.common import log_values
@@ -67,6 +69,8 @@ class ExpertRebalancer(pl.Callback):
             plans the copies of ``"joint"`` from past loads at each check, as ``"eplb"`` and ``"flexmoe"`` always do; they
             still exist for one pass only.
         slow: Move experts; False leaves them at home, and only what is logged remains of the checks.
+        pool: File of placements that ``moefold balance TRACE --write-pool FILE`` found for this model; at each check they are
+            weighed beside what the policy proposes.
 
     Attributes:
         moves: Experts that have changed their rank so far, over all layers.
@@ -91,8 +95,14 @@ class ExpertRebalancer(pl.Callback):
         max_copies_per_rank: int = 2,
         fast: bool = True,
         slow: bool = True,
+        pool: str | Path | None = None,
     ) -> None:
         super().__init__()
+        if pool is not None and not slow:
+            raise InputError(
+                "pool offers placements to move experts to, and slow=False moves none; leave one of them out."
+            )
+        self._pool = None if pool is None else PlacementPool.load(pool)
         self._past, self._copies, self._slow = None, None, slow
         if isinstance(policy, str):
             made = (
@@ -163,6 +173,11 @@ class ExpertRebalancer(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reader = LoadReader(trainer, pl_module)
         self._placements = self._strategy(trainer).registry.everyones_placements()
+        if self._pool is not None:
+            number = float(self._pool.fingerprint)
+            if sum(self._slowest(trainer, number, -number)):
+                raise InputError("the file of pool is not the same on all ranks; give every node the same file.")
+            self._loop.offer(self._pool.by_name([row.name for row in self._reader.rows], self._placements))
         self._costs, self._history = None, PlacementHistory(trainer.global_step)
         self._loop.start(trainer.global_step)
         self._begin_interval(trainer)

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_moefold.balance.costs import BalanceCosts
 from lightning_moefold.balance.policies import POLICIES, make_policy
+from lightning_moefold.balance.pool import PlacementPool, search_pool
 from lightning_moefold.balance.replay import Replay, check_parts, replay
 from lightning_moefold.balance.trace import WINDOW, RoutingTrace, read_trace
 from lightning_moefold.balance.workloads import WORKLOADS, generate
@@ -53,6 +54,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help=f"tokens of a check in a table of expert ids (default: {WINDOW})",
     )
+    add("--pool", metavar="FILE", help="placements of --write-pool that every policy may choose as well")
+    add(
+        "--write-pool",
+        metavar="FILE",
+        help="search the placements that serve this trace best, for ExpertRebalancer(pool=FILE)",
+    )
     add("--plot", metavar="DIR", help="write pictures: policies over time, homes over time, load of ranks")
     add("--json", action="store_true", help="print JSON")
 
@@ -61,11 +68,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs ``moefold balance``."""
     trace, hardware = read(arguments), find_hardware(arguments.hardware)
     costs = _costs(arguments, trace, hardware)
+    pool = PlacementPool.load(arguments.pool) if arguments.pool else None
     replays = {
-        name: replay(trace, make_policy(name, arguments.max_copies_per_rank), costs, arguments.ep)
+        name: replay(trace, make_policy(name, arguments.max_copies_per_rank), costs, arguments.ep, pool=pool)
         for name in _policies(arguments.policies)
     }
     notes = []
+    if arguments.write_pool:
+        found = search_pool(trace, costs, arguments.ep, arguments.max_copies_per_rank)
+        found.save(arguments.write_pool)
+        notes.append(
+            f"Wrote {sum(map(len, found.layers))} placements of {trace.layers} layers to {arguments.write_pool}."
+        )
     if arguments.plot:
         written = write_balance_plots(replays, f"{trace.name}, ep={arguments.ep}", arguments.plot)
         notes.append("Wrote " + ", ".join(map(str, written)) + ".")

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -153,8 +154,10 @@ class Rows(pl.Callback):
 
 
 def rebalance(path: str, fold: str, arguments: dict[str, Any] | None) -> Rebalanced:
-    """Five steps, with ExpertRebalancer if it has arguments."""
+    """Five steps, with ExpertRebalancer if it has arguments; ``pool`` among them is a file for each rank."""
     seen, output = Rebalanced(), io.StringIO()
+    if arguments is not None and "pool" in arguments:
+        arguments = arguments | {"pool": arguments["pool"][dist.get_rank()]}
     module = Finetune(path)
     callback = None if arguments is None else ExpertRebalancer(**arguments)
     callbacks = ([] if callback is None else [callback]) + [Rows(seen)]

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lightning_moefold.balance.placement import Placement
+from lightning_moefold.balance.pool import PlacementPool
 from lightning_moefold.callbacks import ExpertRebalancer
 from lightning_moefold.errors import InputError
 from lightning_moefold.models.export import export
-from lightning_moefold.testing import RankPool, assert_close_by_name, make_checkpoint
+from lightning_moefold.testing import RankError, RankPool, assert_close_by_name, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.balance import jobs_rebalancer as jobs
 
@@ -172,6 +174,24 @@ def test_leaving_alone_says_why_once(pool: RankPool, path: str) -> None:
     assert any("gain less than margin=0.99 of a layer's time" in line for line in seen[0].said)
     assert all(a != b for a, b in zip(kinds, kinds[1:], strict=False))  # one line for each change of mind
     assert all(placement.is_contiguous for step in seen[0].placements for placement in step.values())
+
+
+def test_a_pool_of_placements(pool: RankPool, path: str, tmp_path: Path) -> None:
+    """A policy that moves nothing by itself moves to what the file offers; files that differ between ranks are refused."""
+    every = tuple(Placement(slots, 2) for slots in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2)))
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    PlacementPool((every, every)).save(files[0])
+    PlacementPool((every, every[:1])).save(files[1])
+    stays = pool.run(jobs.rebalance, path, "| ep2", None, ranks=2)
+    given = {"policy": "llep", "interval": 1, "margin": 0.0, "fast": False, "pool": [str(files[0])] * 2}
+    moves = pool.run(jobs.rebalance, path, "| ep2", given, ranks=2)
+    assert moves[0].moves > 0
+    for one in moves:
+        assert one.placements == moves[0].placements
+        assert one.report.losses == pytest.approx(stays[0].report.losses, rel=1e-9)
+    assert_close_by_name(whole(moves, "weights"), whole(stays, "weights"), 1e-9, "pool")
+    with pytest.raises(RankError, match=r"the file of pool is not the same on all ranks"):
+        pool.run(jobs.rebalance, path, "| ep2", given | {"pool": list(map(str, files))}, ranks=2)
 
 
 def test_what_is_refused(pool: RankPool) -> None:

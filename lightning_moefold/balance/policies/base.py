@@ -13,6 +13,7 @@ Legend: S source ranks, R ranks of ep, E experts, N past intervals, the latest l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from lightning_moefold.balance.assignment import Counts, at_home, shared_out
 from lightning_moefold.balance.costs import BalanceCosts
-from lightning_moefold.balance.placement import Placement
+from lightning_moefold.balance.placement import Placement, least_loaded
 
 
 class CopiesFrom(Enum):
@@ -63,6 +64,12 @@ class Policy:
     def place(self, load_NE: Counts, current: Placement, costs: BalanceCosts) -> Placement:
         """Homes for the next interval; ``current`` itself where nothing is to move."""
         return current
+
+    def choose(
+        self, load_NE: Counts, current: Placement, costs: BalanceCosts, offered: Sequence[Placement] = ()
+    ) -> Placement:
+        """:meth:`place`, or a placement that a pool offers and that has less to do on its busiest rank (:mod:`..pool`)."""
+        return least_loaded(self.place(load_NE, current, costs), offered, load_NE, current)
 
     def replicas(self, load_NE: Counts, held_RE: Counts, owner_E: Counts, costs: BalanceCosts) -> Counts:
         """Rows that each rank is to compute of the loads' sum, ``[R, E]``: where copies are.

@@ -9,6 +9,7 @@ their rows follow from the counts (:mod:`..split`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,9 +45,15 @@ class Joint(Policy):
 
     def place(self, load_NE: Counts, current: Placement, costs: BalanceCosts) -> Placement:
         """See :meth:`.Policy.place`."""
+        return self.choose(load_NE, current, costs)
+
+    def choose(
+        self, load_NE: Counts, current: Placement, costs: BalanceCosts, offered: Sequence[Placement] = ()
+    ) -> Placement:
+        """See :meth:`.Policy.choose`; what is offered is judged like every candidate."""
         if not self.slow:
             return current
-        return relocated(of_a_pass(load_NE, costs), current, costs, self.max_copies_per_rank)
+        return relocated(of_a_pass(load_NE, costs), current, costs, self.max_copies_per_rank, offered)
 
     def replicas(self, load_NE: Counts, held_RE: Counts, owner_E: Counts, costs: BalanceCosts) -> Counts:
         """See :meth:`.Policy.replicas`."""
