@@ -122,7 +122,9 @@ def run_planner(arguments: argparse.Namespace) -> None:
 
 def run_idle(arguments: argparse.Namespace) -> None:
     """Counts what is spent where there is nothing to gain: the plan of each pass, the check, and the bytes of its sum."""
-    print("routing of the workload 'balanced', 8,192 tokens a rank; at rest a check every 256 steps (one thread's CPU time)\n")
+    print(
+        "routing of the workload 'balanced', 8,192 tokens a rank; at rest a check every 256 steps (one thread's CPU time)\n"
+    )
     print(
         "| experts | ranks | plan of a pass, ms | pass of a layer, ms | share | check of a layer, ms | a step | "
         "share of a step | sum of a check, bytes a step | share of the rows' bytes |"
@@ -165,7 +167,12 @@ def _seconds(call, rounds: int = 5) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    for name, run in (("replay", run_replay), ("workloads", run_workloads), ("planner", run_planner), ("idle", run_idle)):
+    for name, run in (
+        ("replay", run_replay),
+        ("workloads", run_workloads),
+        ("planner", run_planner),
+        ("idle", run_idle),
+    ):
         part = parts.add_parser(name)
         part.set_defaults(run=run)
         part.add_argument("--hardware", default="dgx-h100")
