@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_moefold.adapters.attach import adaptable_modules, is_module_in_peft
 from lightning_moefold.adapters.config import LoRA
-from lightning_moefold.adapters.layout import MIXTRAL, PREFIX, read_fused, read_separate, stored_leaf
+from lightning_moefold.adapters.layout import MIXTRAL, PREFIX, matrix_names, read_fused, read_separate, stored_leaf
 from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.layout import Box
 from lightning_moefold.modules.base import Linear
@@ -199,8 +199,7 @@ class AdapterFiles:
         return rank, scales.pop()
 
     def _matrices(self, place: str) -> dict[str, str]:
-        own = {name: name for name in MIXTRAL}
-        return own if f"{place}.0.gate_proj.lora_A.weight" in self._shapes else dict(MIXTRAL)
+        return matrix_names(mixtral=f"{place}.0.gate_proj.lora_A.weight" not in self._shapes)
 
     def _expect(self, name: str, shape: tuple[int, ...], what: str) -> None:
         if name not in self._shapes:
@@ -313,14 +312,14 @@ def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str,
     }  # fmt: skip
 
 
-def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, mixtral: bool) -> dict[str, Any]:
+def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, names: dict[str, str]) -> dict[str, Any]:
     """The same for a file with an adapter for each matrix of an expert, whose readers know modules only.
 
     Args:
         config: Result of :func:`peft_config`.
         lora: The adapter.
         experts: Experts of a layer.
-        mixtral: Whether the model is a Mixtral, whose modules had other names.
+        names: Names of an expert's matrices in the file; Mixtral's modules had other names, too.
 
     Raises:
         InputError: If gate and up of an expert share an A that is not of either.
@@ -330,7 +329,7 @@ def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, mixtral
             "gate and up of an expert share an A of twice the rank, which has no form with an adapter for each matrix; leave "
             "separate_experts out."
         )
-    names = MIXTRAL if mixtral else {name: name for name in MIXTRAL}
+    mixtral = names == MIXTRAL
     others, matrices = list(config["target_modules"]), []
     for parameter in config["target_parameters"] or []:
         owner, _, leaf = parameter.rpartition(".")

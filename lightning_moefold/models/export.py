@@ -83,17 +83,15 @@ def export(checkpoint: str | Path, output: str | Path, model: Path | None = None
 
     merges = None if adapter is None else merges_of(LoRA.of(adapter["lora"]), tensors, parts, dtype_of)
 
-    written: dict[str, Any] = written_config(config)
-    if dtype is not None:
-        written = {k: v for k, v in written.items() if k != "torch_dtype"} | {"dtype": dtype}
     origin = model or (Path(described["path"]) if described["path"] else None)
     output = local_path(output, "output")
     if model is not None and not model.is_dir():
         raise CheckpointError(f"{model} is no directory; give the one with the tokenizer.")
     tokenizer = Path(described["tokenizer"]) if model is None and described.get("tokenizer") else None
     write_hf_checkpoint(
-        output, written, tensors, piece, SINGLE, side_files_from=origin, tokenizer_from=tokenizer, merges=merges
-    )
+        output, written_config(config, dtype), tensors, piece, SINGLE, side_files_from=origin, tokenizer_from=tokenizer,
+        merges=merges,
+    )  # fmt: skip
     return adapter is not None
 
 

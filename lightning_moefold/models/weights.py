@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.models.names import ParameterEntry, base_entries, bias_entries, disk_name, entries_on_disk
 from lightning_moefold.models.redundant import compare_redundant
+from lightning_moefold.modules.noise import generator_of
 
 _DEFERRED: ContextVar[bool] = ContextVar("moefold_deferred_weights", default=False)
 
@@ -40,38 +41,55 @@ def weights_are_deferred() -> bool:
     return _DEFERRED.get() or torch.get_default_device().type == "meta"
 
 
-class WeightSource(Protocol):
-    """A source of pieces of parameters."""
+class WeightSource(ABC):
+    """A source of pieces of parameters.
+
+    Args:
+        entries: The parameters by their names in the model, with the tensors that hold them.
+    """
+
+    def __init__(self, entries: dict[str, ParameterEntry]) -> None:
+        self._entries = entries
 
     def fill(self, name: str, box: Box, out: Tensor) -> None:
         """Copies the part ``box`` of parameter ``name`` (its name in the model) into ``out``, whatever its dtype and device."""
-        ...
+        entry, slices = self._entries[name], box.slices()
+        if box.numel == 0:
+            return
+        if not entry.stacked:
+            out.copy_(self._read(entry.sources[0], entry, entry.source_slices(slices)))
+            return
+        for piece, source in zip(out, entry.sources[slices[0]], strict=True):
+            piece.copy_(self._read(source, entry, slices[1:]))
+
+    @abstractmethod
+    def _read(self, source: str, entry: ParameterEntry, slices: tuple[slice, ...]) -> Tensor:
+        """Returns a part of one of the tensors of ``entry``."""
 
     def holds(self, name: str) -> bool:
         """Whether the source has values for the buffer ``name``; otherwise the buffer starts at zero."""
-        ...
+        return False
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Returns the dtype in which the parameter is stored; None if it is not stored."""
-        ...
+        return None
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Identifies these weights."""
-        ...
 
     def close(self) -> None:
         """Closes files."""
-        ...
 
 
 def read_whole(source: WeightSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A whole parameter of a source, on the CPU."""
     whole = torch.empty(shape, dtype=dtype)
-    source.fill(name, Box((0,) * len(shape), tuple(shape)), whole)
+    source.fill(name, Box.whole(shape), whole)
     return whole
 
 
-class CheckpointWeights:
+class CheckpointWeights(WeightSource):
     """Weights of a Hugging Face checkpoint, checked against a configuration.
 
     Raises:
@@ -79,8 +97,8 @@ class CheckpointWeights:
     """
 
     def __init__(self, checkpoint: HFCheckpoint, config: MoEConfig) -> None:
+        super().__init__(entries_on_disk(config, checkpoint.tensors))
         self.checkpoint = checkpoint
-        self._entries = entries_on_disk(config, checkpoint.tensors)
         expected = {source: entry.source_shape for entry in self._entries.values() for source in entry.sources}
         biases = bias_entries(config)
         if any(name in checkpoint.tensors for name in biases):  # the check reports layers without one
@@ -101,17 +119,8 @@ class CheckpointWeights:
         checkpoint.check(expected, head | rotary)
         compare_redundant(checkpoint, config, rotary)
 
-    def fill(self, name: str, box: Box, out: Tensor) -> None:
-        """See :class:`WeightSource`."""
-        entry, slices = self._entries[name], box.slices()
-        if box.numel == 0:
-            return
-        # The checkpoint returns views of the mapped file, so each element is copied once.
-        if not entry.stacked:
-            out.copy_(self.checkpoint.read(entry.sources[0], entry.source_slices(slices)))
-            return
-        for piece, source in zip(out, entry.sources[slices[0]], strict=True):
-            piece.copy_(self.checkpoint.read(source, slices[1:]))
+    def _read(self, source: str, entry: ParameterEntry, slices: tuple[slice, ...]) -> Tensor:
+        return self.checkpoint.read(source, slices)  # a view of the mapped file, so each element is copied once
 
     def holds(self, name: str) -> bool:
         """See :class:`WeightSource`."""
@@ -130,7 +139,7 @@ class CheckpointWeights:
         self.checkpoint.close()
 
 
-class SeededWeights:
+class SeededWeights(WeightSource):
     """Random initial weights: each tensor on disk is drawn whole from its name and the seed, and then cut.
 
     So the weights depend neither on the fold nor on which parameters a rank holds. Norms start at one and biases at
@@ -138,46 +147,24 @@ class SeededWeights:
     """
 
     def __init__(self, config: MoEConfig, seed: int) -> None:
+        super().__init__(base_entries(config))
         self.config, self.seed = config, seed
-        self._entries = base_entries(config)
 
-    def fill(self, name: str, box: Box, out: Tensor) -> None:
-        """See :class:`WeightSource`."""
-        entry, slices = self._entries[name], box.slices()
-        if box.numel == 0:
-            return
-        if not entry.stacked:
-            out.copy_(self._draw(entry.sources[0], entry)[slices])
-            return
-        for piece, source in zip(out, entry.sources[slices[0]], strict=True):
-            piece.copy_(self._draw(source, entry)[slices[1:]])
+    def _read(self, source: str, entry: ParameterEntry, slices: tuple[slice, ...]) -> Tensor:
+        return self._draw(source, entry.source_shape)[slices]
 
-    def _draw(self, source: str, entry: ParameterEntry) -> Tensor:
-        shape = entry.source_shape
+    def _draw(self, source: str, shape: tuple[int, ...]) -> Tensor:
         if source.endswith("norm.weight"):
             return torch.ones(shape, dtype=torch.float32)
         if source.endswith(".bias"):
             return torch.zeros(shape, dtype=torch.float32)
-        digest = hashlib.blake2b(f"{self.seed}:{source}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
-        drawn.normal_(0.0, self.config.initializer_range, generator=generator)
+        drawn.normal_(0.0, self.config.initializer_range, generator=generator_of(self.seed, source))
         if source == "model.embed_tokens.weight" and self.config.pad_token_id is not None:
             drawn[self.config.pad_token_id] = 0
         return drawn
-
-    def holds(self, name: str) -> bool:
-        """Returns False: buffers start at zero."""
-        return False
-
-    def dtype(self, name: str) -> torch.dtype | None:
-        """Returns None: no parameter is stored."""
-        return None
 
     def fingerprint(self) -> str:
         """See :class:`WeightSource`."""
         written = json.dumps(written_config(self.config), sort_keys=True)
         return hashlib.blake2b(f"{self.seed} {written}".encode(), digest_size=16).hexdigest()
-
-    def close(self) -> None:
-        """Does nothing: no file is open."""

@@ -104,6 +104,14 @@ class Policy:
         return at_home(counts_SE.sum(0), owner_E, len(counts_SE))
 
 
+@dataclass(frozen=True)
+class Contiguous(Policy):
+    """Experts in blocks of consecutive numbers, for ever: plain expert parallelism, against which the others are measured."""
+
+    name: ClassVar[str] = "contiguous"
+    summary: ClassVar[str] = "homes in blocks, no copies"
+
+
 def even_split(rows_E: Counts, held_RE: NDArray[Any]) -> Counts:
     """Every expert's rows in equal parts on the ranks that hold it, lower ranks first where they do not divide."""
     held_RE = held_RE.astype(np.int64)

@@ -25,11 +25,13 @@ adapter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_moefold.comm import linear
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.kernels.compiled import unchanged
 from lightning_moefold.kernels.gated import gated_backward, gated_forward, through_activation
@@ -216,27 +218,9 @@ class _AtOnce(torch.autograd.Function):
         return grad_x, through.weight_M, None, None, None, None, grad_gate, grad_up, grad_down, *of_adapter
 
 
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_AD: Tensor, rows: ExpertRows) -> Tensor:
-        assert rows.token_M is not None
-        ctx.rows, ctx.tokens = rows, x_AD.shape[0]
-        return x_AD.index_select(0, rows.token_M)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _add_rows(grads[0], ctx.rows, ctx.tokens), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
-        ctx.rows = rows
-        return unchanged(_add_rows(y_MD, rows, tokens))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.rows.token_M), None, None
+def _rows_of(x_AD: Tensor, rows: ExpertRows) -> Tensor:
+    assert rows.token_M is not None
+    return x_AD.index_select(0, rows.token_M)
 
 
 def _add_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
@@ -248,31 +232,32 @@ def _add_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
 
 def read_tokens(x_AD: Tensor, rows: ExpertRows) -> Tensor:
     """The token of each row, ``[A, D] -> [M, D]``."""
-    return x_AD if rows.token_M is None else _Read.apply(x_AD, rows)
+    if rows.token_M is None:
+        return x_AD
+    tokens = x_AD.shape[0]
+    return linear(x_AD, lambda x: _rows_of(x, rows), lambda grad: _add_rows(grad, rows, tokens))
 
 
 def sum_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
     """Sum of each token's rows in at least float32, ``[M, D] -> [A, D]``; zero for tokens that no row reads."""
-    return y_MD if rows.token_M is None else _Sum.apply(y_MD, rows, tokens)
+    if rows.token_M is None:
+        return y_MD
+    return linear(y_MD, lambda y: unchanged(_add_rows(y, rows, tokens)), lambda grad: _rows_of(grad, rows))
 
 
 # ---- expert by expert ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Job:
     """What :class:`_ExpertByExpert` is told besides tensors with gradients."""
 
-    def __init__(
-        self,
-        token_M: Tensor | None,
-        distinct: bool,
-        counts: list[int],
-        activation: Activation,
-        scale: float = 0.0,
-        again: bool = False,
-    ) -> None:
-        self.token_M, self.distinct, self.counts, self.activation = token_M, distinct, counts, activation
-        self.scale, self.again = scale, again
+    token_M: Tensor | None
+    distinct: bool
+    counts: list[int]
+    activation: Activation
+    scale: float = 0.0
+    again: bool = False
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor | slice, bool]]:
         """Experts that have rows, some of their rows, the tokens these read, and whether they are an expert's first."""
@@ -387,8 +372,7 @@ class _ExpertByExpert(torch.autograd.Function):
             for w, needed in zip((gate_LFD, up_LFD, down_LDF), need_stacks[:3], strict=True)
         )
         trains_adapter = any(need_stacks[3:])
-        of_adapter = [job.stack_like(w) for w in adapter] if trains_adapter else []
-        no_adapter: list[Tensor | None] = [None] * len(adapter)
+        of_adapter: list[Any] = [job.stack_like(w) if trains_adapter else None for w in adapter]
         for expert, rows, tokens, first in job.blocks(x_AD.dtype):
             grad_cD, weight_c1 = job.read(grad_AD, tokens), weight_M[rows].unsqueeze(1)
             grad_inner = grad_cD @ down_LDF[expert]
@@ -433,4 +417,4 @@ class _ExpertByExpert(torch.autograd.Function):
                 grad_x_cD = torch.mm(grad_gate_cF, gate_LFD[expert]).addmm_(grad_up_cF, up_LFD[expert])
                 job.add(total_AD, tokens, grad_x_cD.addmm_(grad_z_cR, up_A) if adapter else grad_x_cD)
         grad_x = None if total_AD is None else total_AD.to(x_AD.dtype)
-        return grad_x, grad_weight, None, grad_gate, grad_up, grad_down, *(of_adapter or no_adapter)
+        return grad_x, grad_weight, None, grad_gate, grad_up, grad_down, *of_adapter
