@@ -74,15 +74,7 @@ def relocated(
 
 
 class _Judge:
-    """Gains of placements over the present one, in picoseconds of a pass after copies, over recent intervals.
-
-    Args:
-        load_NE: Recent loads.
-        here_E: Present rank of each expert.
-        parts: R.
-        costs: Constants.
-        slots: Copies that a rank may hold.
-    """
+    """Gains of placements over the present one, in picoseconds of a pass after copies, over recent intervals."""
 
     def __init__(self, load_NE: Counts, here_E: Counts, parts: int, costs: BalanceCosts, slots: int) -> None:
         self.load_NE, self.here_E, self.parts, self.costs, self.slots = load_NE, here_E, parts, costs, slots

@@ -144,12 +144,6 @@ def _places(places: int, num_experts: int, top_k: int) -> float:
 def settle(config: DispatchConfig, num_experts: int, top_k: int, fold: Fold) -> DispatchConfig:
     """The configuration with what ``"auto"`` stands for under a fold: the same on every rank, since only sizes decide.
 
-    Args:
-        config: As chosen.
-        num_experts: E.
-        top_k: k.
-        fold: The sizes.
-
     Raises:
         FoldError: For copies of experts where one rank holds them all.
     """

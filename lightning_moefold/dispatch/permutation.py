@@ -93,13 +93,7 @@ class Copies:
 
     @classmethod
     def of_choices(cls, choices: SortedChoices, rows: int, tokens: int) -> Copies:
-        """A row for each served choice, in their order.
-
-        Args:
-            choices: The choices.
-            rows: R.
-            tokens: T.
-        """
+        """A row for each served choice, in their order; R ``rows`` of T ``tokens``."""
         slot_R = choices.slot_S[:rows]
         row_S = torch.full_like(choices.slot_S, rows)
         row_S[slot_R] = torch.arange(rows, device=slot_R.device)

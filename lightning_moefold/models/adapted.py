@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_moefold.adapters.adapter import Adapter, check_new
+from lightning_moefold.adapters.adapter import Adapter
 from lightning_moefold.adapters.config import LoRA
 from lightning_moefold.adapters.files import separate_config
 from lightning_moefold.adapters.layout import matrix_names
@@ -64,7 +64,14 @@ class AdaptedModel(QuantizedModel):
         self._add(Path(path))
 
     def _add(self, given: LoRA | Path) -> None:
-        check_new(self.adapter, self.mesh)
+        if self.adapter is not None:
+            raise InputError(
+                "the model has an adapter already, and only one is supported; merge it first (moefold merge)."
+            )
+        if self.mesh is not None:
+            raise InputError(
+                "the strategy has cut the model already; call add_adapter in configure_model, where the model is made."
+            )
         self.adapter = Adapter(self, given)
         self.adapter.base = None if self.source is None else self.source.fingerprint()
         self.layouts |= {name: ParameterLayout(shape, ParameterPlan()) for name, shape in self.adapter.shapes.items()}

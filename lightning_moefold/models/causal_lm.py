@@ -55,11 +55,7 @@ class CausalLMOutput(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """Embedding, decoder layers and final norm. A layer's name is its number in the whole model.
-
-    Args:
-        config: The model's configuration.
-    """
+    """Embedding, decoder layers and final norm. A layer's name is its number in the whole model."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()

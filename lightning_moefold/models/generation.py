@@ -91,12 +91,7 @@ def _uniforms(model: MoECausalLM, seed: int | None, rows: int, count: int, devic
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Strings that end a text.
-
-    Args:
-        texts: The strings.
-        tokenizer: Decodes tokens.
-    """
+    """Strings that end a text, and the tokenizer that decodes tokens."""
 
     texts: tuple[str, ...] = ()
     tokenizer: Any = None
@@ -147,23 +142,22 @@ def _read_mask(input_ids: Tensor, attention_mask: Tensor | None, ends: list[int]
         raise InputError(
             f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}."
         )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise InputError(
-            f"attention_mask has shape {list(attention_mask.shape)}, but input_ids has {list(input_ids.shape)}; make them "
-            "equal."
-        )
+    real_BS = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise InputError(
+                f"attention_mask has shape {list(attention_mask.shape)}, but input_ids has {list(input_ids.shape)}; make them "
+                "equal."
+            )
         check_kinds({"attention_mask": attention_mask})
-        real_BS, documents = read_mask(attention_mask, None)
+        mask, documents = read_mask(attention_mask, None)
         if documents is not None:
             raise InputError(
                 "attention_mask numbers documents, but a prompt is one document; give 1 for tokens and 0 for padding."
             )
-        real_BS = torch.ones_like(input_ids, dtype=torch.bool) if real_BS is None else real_BS
+        real_BS = real_BS if mask is None else mask
     elif pad is not None and pad not in ends:
         real_BS = input_ids != pad
-    else:
-        real_BS = torch.ones_like(input_ids, dtype=torch.bool)
     if not bool(real_BS.any(1).all()):
         raise InputError("a prompt holds no token; give each at least one, such as the one that begins a text.")
     if not bool(real_BS[:, -1].all()):
@@ -207,40 +201,25 @@ def generate(
             sampling.check()
             uniform_nB = _uniforms(model, sampling.seed, len(input_ids), max_new_tokens, input_ids.device)
         pad = ends[0] if pad is None and ends else pad
-        return _continue(model, input_ids, real_BS, max_new_tokens, sampling, uniform_nB, ends, pad, stop)
-
-
-def _continue(
-    model: MoECausalLM,
-    input_BS: Tensor,
-    real_BS: Tensor,
-    count: int,
-    sampling: Sampling | None,
-    uniform_nB: Tensor | None,
-    ends: list[int],
-    pad: int | None,
-    stop: StopStrings,
-) -> Tensor:
-    end_tokens = torch.tensor(ends, dtype=input_BS.dtype, device=input_BS.device)
-    unfinished_B = torch.ones_like(real_BS[:, 0])
-    rows = _Rows(model, real_BS, count)
-    logits_BV = rows.first(input_BS)
-    parts = [input_BS]
-    for step in range(count):
-        if sampling is None or uniform_nB is None:
-            token_B = logits_BV.argmax(-1)
-        else:
-            token_B = draw(sampling.probabilities(logits_BV), uniform_nB[step])
-        if pad is not None:
-            token_B = torch.where(unfinished_B, token_B, pad)
-        unfinished_B = unfinished_B & ~torch.isin(token_B, end_tokens)
-        parts.append(token_B.to(input_BS.dtype).unsqueeze(1))
-        if stop.texts:
-            unfinished_B = unfinished_B & ~stop.complete(torch.cat(parts[1:], dim=1), unfinished_B)
-        if step + 1 == count or not bool(unfinished_B.any()):
-            break
-        logits_BV = rows.then(parts[-1])
-    return torch.cat(parts, dim=1)
+        end_tokens = torch.tensor(ends, dtype=input_ids.dtype, device=input_ids.device)
+        unfinished_B = torch.ones_like(real_BS[:, 0])
+        rows, parts = _Rows(model, real_BS, max_new_tokens), [input_ids]
+        logits_BV = rows.first(input_ids)
+        for step in range(max_new_tokens):
+            if sampling is None or uniform_nB is None:
+                token_B = logits_BV.argmax(-1)
+            else:
+                token_B = draw(sampling.probabilities(logits_BV), uniform_nB[step])
+            if pad is not None:
+                token_B = torch.where(unfinished_B, token_B, pad)
+            unfinished_B = unfinished_B & ~torch.isin(token_B, end_tokens)
+            parts.append(token_B.to(input_ids.dtype).unsqueeze(1))
+            if stop.texts:
+                unfinished_B = unfinished_B & ~stop.complete(torch.cat(parts[1:], dim=1), unfinished_B)
+            if step + 1 == max_new_tokens or not bool(unfinished_B.any()):
+                break
+            logits_BV = rows.then(parts[-1])
+        return torch.cat(parts, dim=1)
 
 
 class _Rows:

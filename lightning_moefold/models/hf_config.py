@@ -24,7 +24,6 @@ from lightning_moefold.models.fields import (
     Kind,
     names_beside,
 )
-from lightning_moefold.models.packed_config import PACKED, join_packed, split_packed
 from lightning_moefold.modules.routers.options import RouterOptions
 from lightning_moefold.modules.routers.registry import router_options
 
@@ -36,6 +35,10 @@ _SAME_DEFAULT = (
     "tie_word_embeddings", "pad_token_id", "hidden_act", "router_aux_loss_coef", "output_router_logits", "aux_loss",
     "router_z_loss_coef", "initializer_range",
 )  # fmt: skip
+#: The model type of a packed model, whose ``config.json`` is that of its family with the widths of all experts. ``transformers``
+#: does not know it, so it refuses the directory instead of filling missing tensors with random numbers.
+PACKED = "moefold_packed"
+_OF_PACKED = ("packed_model_type", "expert_widths", "shared_expert_widths")
 #: Fields that only change what a call returns. The source's value is written, whatever a run has set.
 _OF_CALLS = ("output_router_logits",)
 
@@ -49,7 +52,7 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
     if not isinstance(raw, Mapping):
         raise ConfigError(f"a configuration is a mapping of fields to values, not {type(raw).__name__}.")
     if raw.get("model_type") == PACKED:
-        plain, widths = split_packed(raw)
+        plain, widths = _split_packed(raw)
         config, unknown = read_hf_config(plain, overrides)
         return replace(config, **widths), unknown
     family = overrides.get("model_type", raw.get("model_type"))
@@ -234,7 +237,7 @@ def written_config(config: MoEConfig, dtype: str | None = None) -> dict[str, Any
     if dtype is not None:
         return {k: v for k, v in written_config(config).items() if k != "torch_dtype"} | {"dtype": dtype}
     if config.is_packed:
-        return join_packed(config, written_config(replace(config, packed_widths=(), packed_shared_widths=())))
+        return _join_packed(config, written_config(replace(config, packed_widths=(), packed_shared_widths=())))
     if (registered := registered_family(config.family)) is not None:
         written = written_config(replace(config, family=None, raw=registered.to_base(config.raw)))
         return registered.from_base(written, config.raw)
@@ -310,3 +313,30 @@ def to_hf_config(config: MoEConfig) -> dict[str, Any]:
             "layer_types": kinds,
         }
     return out | {"attention_bias": config.qkv_bias}
+
+
+def _split_packed(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the configuration of a packed model's family, and the fields of :class:`MoEConfig` that hold the widths.
+
+    Raises:
+        ConfigError: If a field is missing or of another kind.
+    """
+    plain = {name: value for name, value in raw.items() if name not in _OF_PACKED} | {
+        "model_type": raw.get(_OF_PACKED[0])
+    }
+    try:
+        widths = tuple(tuple(of_layer) for of_layer in raw["expert_widths"])
+        return plain, {"packed_widths": widths, "packed_shared_widths": tuple(raw["shared_expert_widths"])}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"config.json of a packed model lacks a list of widths ({error}).") from None
+
+
+def _join_packed(config: MoEConfig, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the ``config.json`` of a packed model; ``plain`` is that of its family."""
+    kept = {name: value for name, value in plain.items() if name != "architectures"}
+    return kept | {
+        "model_type": PACKED,
+        "packed_model_type": config.model_type,
+        "expert_widths": [list(widths) for widths in config.packed_widths],
+        "shared_expert_widths": list(config.packed_shared_widths),
+    }

@@ -74,12 +74,7 @@ class QuantizedModel(ParallelRoot):
             del self.layouts[name]
 
     def cut_coded(self, plans: Mapping[str, ParameterPlan], mesh: FoldedMesh) -> None:
-        """Makes room for this rank's parts only, in place of whole weights.
-
-        Args:
-            plans: How the fold cuts parameters, by name.
-            mesh: Of the fold.
-        """
+        """Makes room for this rank's parts only, as ``plans`` cut them, in place of whole weights."""
         shapes, self.coded_layouts = {name: old.shape for name, old in self.coded_layouts.items()}, {}
         for name, module, leaf in coded_weights(self):
             layer = ".".join(name.split(".")[:3])
@@ -105,11 +100,7 @@ class QuantizedModel(ParallelRoot):
             self.source.close()
 
     def check_trainable(self, adapted: bool) -> None:
-        """Raises InputError for a step that would train weights which are bytes.
-
-        Args:
-            adapted: Whether there is an adapter, which trains in their place.
-        """
+        """Raises InputError for a step that would train weights which are bytes, unless it trains an adapter in their place."""
         if self.quantized is not None and not adapted:
             raise InputError(
                 f"a model with quantize={self.quantized!r} cannot train its weights; add an adapter (add_adapter), or leave "

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of a model's weights: a checkpoint or a seed. A rank reads only the boxes that it stores."""
+"""Sources of a model's weights: a checkpoint or a seed. A rank reads only the boxes that it stores.
+
+Legend: V vocabulary, D hidden size, h half a head.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import reduce
@@ -20,9 +23,9 @@ from lightning_moefold.layout import Box
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.models.names import ParameterEntry, base_entries, bias_entries, disk_name, entries_on_disk
-from lightning_moefold.models.redundant import compare_redundant
 from lightning_moefold.modules.noise import generator_of
 
+_ROWS_COMPARED = 8192  # at a time, of tensors that should be equal
 _DEFERRED: ContextVar[bool] = ContextVar("moefold_deferred_weights", default=False)
 
 
@@ -117,7 +120,7 @@ class CheckpointWeights(WeightSource):
                 "embedding, set tie_word_embeddings=True."
             )
         checkpoint.check(expected, head | rotary)
-        compare_redundant(checkpoint, config, rotary)
+        _compare_redundant(checkpoint, config, rotary)
 
     def _read(self, source: str, entry: ParameterEntry, slices: tuple[slice, ...]) -> Tensor:
         return self.checkpoint.read(source, slices)  # a view of the mapped file, so each element is copied once
@@ -137,6 +140,46 @@ class CheckpointWeights(WeightSource):
     def close(self) -> None:
         """See :class:`WeightSource`."""
         self.checkpoint.close()
+
+
+def _compare_redundant(checkpoint: HFCheckpoint, config: MoEConfig, rotary: Iterable[str]) -> None:
+    """Compares a tied head with the embedding, and the stored frequencies ``rotary`` with the configuration's.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    if (
+        config.tie_word_embeddings
+        and "lm_head.weight" in checkpoint.tensors
+        and not _head_is_embedding(checkpoint, config)
+    ):
+        raise CheckpointError(
+            f"{checkpoint.path} holds a head of its own ('lm_head.weight' is not the embedding), but its configuration says "
+            "tie_word_embeddings=True; set tie_word_embeddings=False to train both, as transformers reads it, or delete the "
+            "head from the file."
+        )
+    for name in rotary:
+        stored_h = checkpoint.read(name, ())
+        exponent_h = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        frequency_h = 1.0 / config.rope_theta**exponent_h
+        close = any(
+            torch.allclose(stored_h.double(), frequency_h / factor, rtol=4 * torch.finfo(stored_h.dtype).eps, atol=0.0)
+            for factor in (1.0, config.rope_scaling_factor)
+        )
+        if not close:
+            raise CheckpointError(
+                f"{checkpoint.path} holds {name!r}, whose frequencies are not those of rope_theta={config.rope_theta} in its "
+                "configuration; correct the field, or delete the tensor from the file."
+            )
+
+
+def _head_is_embedding(checkpoint: HFCheckpoint, config: MoEConfig) -> bool:
+    for start in range(0, config.vocab_size, _ROWS_COMPARED):
+        rows = (slice(start, min(start + _ROWS_COMPARED, config.vocab_size)), slice(0, config.hidden_size))
+        head_VD, embedding_VD = (checkpoint.read(f"{n}.weight", rows) for n in ("lm_head", "model.embed_tokens"))
+        if not bool((head_VD == embedding_VD).all()):
+            return False
+    return True
 
 
 class SeededWeights(WeightSource):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,17 +110,6 @@ def _reduced(network: nn.Module) -> tuple[list[Routing], list[Tensor]]:
     return routings, [part.view_as(table) for part, table in zip(parts, tables, strict=True)]
 
 
-class _GlobalValue(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, share: Tensor, value: Tensor, scale: Tensor | float) -> Tensor:
-        ctx.scale = scale
-        return value.to(share.dtype, copy=True)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] * ctx.scale, None, None
-
-
 def global_value(
     share: Tensor, value: Tensor, mesh: FoldedMesh | None, copies: int = 1, factor: Tensor | float = 1.0
 ) -> Tensor:
@@ -138,4 +126,5 @@ def global_value(
         copies: Number of ranks that have computed the same share, because they share rows.
         factor: Factor of the gradient.
     """
-    return _GlobalValue.apply(share, value, factor * (1.0 if mesh is None else mesh.dp_cp.size / copies))
+    scale = factor * (1.0 if mesh is None else mesh.dp_cp.size / copies)
+    return comm.linear(share, lambda share: value.to(share.dtype, copy=True), lambda grad: grad * scale)

@@ -159,6 +159,7 @@ class _AtOnce(torch.autograd.Function):
         down_LDF: Stack,
         *adapter: Tensor,
     ) -> Tensor:
+        """Computes the weighted rows, ``[M, D] -> [M, D]``."""
         z_MR = products.forward(x_MD, adapter[0]).mul_(scale) if adapter else None
         gate_MF, up_MF = _gate_and_up(products, x_MD, gate_LFD, up_LFD, z_MR, adapter)
         inner_MF = gated_forward(activation, gate_MF, up_MF, weight_M)
@@ -175,6 +176,7 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Computes the gradients of the rows, their weights and the stacks that need one."""
         x_MD, weight_M, gate_MF, up_MF, z_MR, v_MR, *stacks = ctx.saved_tensors
         (gate_LFD, up_LFD, down_LDF), adapter = ctx.coded or stacks[:3], stacks[3:]
         products, scale = ctx.products, ctx.scale
@@ -334,6 +336,7 @@ class _ExpertByExpert(torch.autograd.Function):
         down_LDF: Stack,
         *adapter: Tensor,
     ) -> Tensor:
+        """Computes the experts one after the other and sums their rows per token, ``[A, D] -> [A, D]``."""
         kept: list[Tensor | None] = [None, None]
         if not job.again:
             kept = [FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2)]
@@ -361,6 +364,7 @@ class _ExpertByExpert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Computes the gradients of the tokens, the rows' weights and the stacks that need one, one expert after the other."""
         x_AD, weight_M, gate_MF, up_MF, z_MR, v_MR, *stacks = ctx.saved_tensors
         (gate_LFD, up_LFD, down_LDF), adapter = ctx.coded or stacks[:3], stacks[3:]
         job: _Job = ctx.job
