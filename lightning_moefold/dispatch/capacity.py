@@ -65,8 +65,8 @@ def within_capacity(
 ) -> Tensor:
     """Which choices are served, ``[T, K]``, among tokens that are all here.
 
-    Arguments are those of :func:`keep_within_capacity`, whose ``place`` is here the row and position of each of these tokens, and the number
-    of rows.
+    Arguments are those of :func:`keep_within_capacity`, whose ``place`` is here the row and position of each of these tokens, and
+    the number of rows.
     """
     assert config.capacity_factor is not None
     tokens, k = expert_TK.shape
