@@ -17,9 +17,8 @@ Legend: see :mod:`.base`; S ep ranks, P etp peers, Q pairs sent, R rows, i.e. ch
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +26,10 @@ from torch import Tensor
 from lightning_moefold import comm
 from lightning_moefold.async_comm import Exchange, start, wait
 from lightning_moefold.balance.copies import CopyPlan
-from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
+from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, expert_of_rows
 from lightning_moefold.dispatch.packing import pack, unpack
-from lightning_moefold.dispatch.pairs import number_pairs, places_of
-from lightning_moefold.dispatch.permutation import Copies, permute, sort_by_expert, take_distinct, unpermute
-from lightning_moefold.dispatch.placing import place_choices
+from lightning_moefold.dispatch.pairs import PairDispatcher, number_pairs, places_of
+from lightning_moefold.dispatch.permutation import Copies, permute, sort_by_expert, take_distinct
 
 
 class Sizes(NamedTuple):
@@ -75,51 +73,13 @@ class PairPlan:
     optional: bool = False
 
 
-class PairDispatcher(TokenDispatcher):
-    """Sends pairs of a token and a place where some of its experts are; rows for copies of experts travel apart.
-
-    The plans of its parcels hold the pairs as ``copies`` of tokens.
-    """
-
-    def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
-        """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
-        if self.config.copies is None:
-            return [self.parcel(x_TD, choices, self.local_experts)]
-        placed = place_choices(choices, self.config.copies, self)
-        plan, borrowed = placed.plan, len(placed.plan.borrowed(self.ep.index))
-        parcels = [self.parcel(x_TD, placed.at_home(), self.local_experts, plan)]
-        if plan.copies:
-            parcels.append(self.parcel(x_TD, placed.copied(), placed.each, plan, borrowed))
-        return parcels
-
-    @abstractmethod
-    def parcel(
-        self, x_TD: Tensor, choices: Choices, local: int, experts: CopyPlan | None = None, borrowed: int | None = None
-    ) -> Parcel:
-        """Prepares one exchange.
-
-        Args:
-            x_TD: Tokens.
-            choices: Their experts, ``local`` numbers for each rank.
-            local: L of this numbering.
-            experts: Which experts have copies.
-            borrowed: In the exchange for copies, how many this rank has; the other numbers of its L have no rows.
-        """
-
-    def combine_postprocess(self, returns: list[Return], plans: list[Any]) -> Tensor:
-        """Sums each token's pairs, ``[T, D]``."""
-        backs = zip(returns, plans, strict=True)
-        parts = [unpermute(wait((back.y,), back.handle)[0], plan.copies) for back, plan in backs]
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-
 class DeduplicatedDispatcher(PairDispatcher):
     """A row for each pair of token and rank; see the module."""
 
     def parcel(
         self, x_TD: Tensor, choices: Choices, local: int, experts: CopyPlan | None = None, borrowed: int | None = None
     ) -> Parcel:
-        """See :meth:`PairDispatcher.parcel`."""
+        """See :meth:`.PairDispatcher.parcel`."""
         expert_TK, kept_TK = choices.expert_TK, choices.kept_TK
         k, sources = expert_TK.shape[1], self.ep.size
         ordered = sort_by_expert(expert_TK, sources * local, kept_TK, choices.served)

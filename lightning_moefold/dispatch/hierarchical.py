@@ -28,9 +28,9 @@ from lightning_moefold.async_comm import Exchange, start, wait
 from lightning_moefold.balance.copies import CopyPlan
 from lightning_moefold.dispatch.base import Choices, ExpertAxes, ExpertRows, Parcel, Return
 from lightning_moefold.dispatch.config import DispatchConfig
-from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher, PairDispatcher
+from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
 from lightning_moefold.dispatch.packing import pack, unpack
-from lightning_moefold.dispatch.pairs import number_pairs, places_of
+from lightning_moefold.dispatch.pairs import PairDispatcher, number_pairs, places_of
 from lightning_moefold.dispatch.permutation import Copies, permute
 
 

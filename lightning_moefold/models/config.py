@@ -202,9 +202,8 @@ class MoEConfig:
             object.__setattr__(self, "pad_token_id", self.vocab_size + self.pad_token_id)
         if self.hidden_act not in _ACTIVATIONS:
             raise ConfigError(f"hidden_act={self.hidden_act!r} is not supported; use one of {', '.join(_ACTIVATIONS)}.")
-        if all(
-            window is None for window in self.sliding_windows
-        ):  # for any number of layers, because dataclasses.replace keeps this field
+        # For any number of layers, because dataclasses.replace keeps this field.
+        if all(window is None for window in self.sliding_windows):
             object.__setattr__(self, "sliding_windows", (None,) * self.num_hidden_layers)
         if len(self.sliding_windows) != self.num_hidden_layers:
             raise ConfigError(

@@ -127,7 +127,7 @@ class ModuleExperts(RoutedExperts):
             module.training = stacked.training
         if not len(
             rows.counts_L
-        ):  # of copies, where this rank has none: still a part of the graph, which other ranks wait for
+        ):  # of copies, where this rank has none: still part of the graph that other ranks wait for
             return x_AD + sum(stack.sum().to(x_AD.dtype) for stack in stacks)
         names = [name for name, _ in self.stack.named_parameters()]
         experts = [dict(zip(names, values, strict=True)) for values in zip(*(s.unbind(0) for s in stacks), strict=True)]
