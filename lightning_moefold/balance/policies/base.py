@@ -46,13 +46,11 @@ class Policy:
 
     Attributes:
         name: In the registry.
-        summary: What it does, for a table.
         moves: Whether it gives experts new homes.
     """
 
     max_copies_per_rank: int = 1
     name: ClassVar[str]
-    summary: ClassVar[str]
     moves: ClassVar[bool] = False
     _copies: ClassVar[CopiesFrom] = CopiesFrom.NOTHING
 
@@ -109,7 +107,6 @@ class Contiguous(Policy):
     """Experts in blocks of consecutive numbers, for ever: plain expert parallelism, against which the others are measured."""
 
     name: ClassVar[str] = "contiguous"
-    summary: ClassVar[str] = "homes in blocks, no copies"
 
 
 def even_split(rows_E: Counts, held_RE: NDArray[Any]) -> Counts:
