@@ -55,29 +55,27 @@ def export(checkpoint: str | Path, output: str | Path, model: Path | None = None
     stored = StoredTensors(checkpoint, meta)
     adapter = described.get("adapter")
     base = None if adapter is None else _base(checkpoint, adapter, config, model)
-    tensors, whole = {}, {}
+    prefix, tensors = f"model.{name}.", {}
     for parameter, entry in (parameter_entries(config) | bias_entries(config)).items():
-        full = f"model.{name}.{parameter}"
+        full = prefix + parameter
         missing = full not in stored.items
         if missing and base is None or not missing and tuple(stored.items[full].size) != tuple(entry.shape):
             raise CheckpointError(f"{checkpoint} has no {full!r} of shape {list(entry.shape)}; it is damaged.")
         kind = getattr(torch, dtype or described["dtypes"][parameter])
         owners = ((0, (Box.whole(entry.shape),)),)
         tensors[parameter] = OutputTensor(entry.shape, kind, entry.sources, entry.stacked, owners)
-        whole[parameter] = full
 
-    parts = _adapter_tensors(stored, f"model.{name}.") if adapter is not None else {}
+    parts = _adapter_tensors(stored, prefix) if adapter is not None else {}
 
     def piece(parameter: str) -> Tensor:
-        full = whole.get(parameter, f"model.{name}.{parameter}")
-        if full in stored.items:
-            return stored.read(full)
+        if prefix + parameter in stored.items:
+            return stored.read(prefix + parameter)
         assert base is not None
         kind = base.dtype(parameter) or torch.float32
         return read_whole(base, parameter, tensors[parameter].shape, kind)
 
     def dtype_of(parameter: str) -> torch.dtype:
-        item = stored.items.get(whole[parameter])
+        item = stored.items.get(prefix + parameter)
         read = item.properties.dtype if item is not None else None if base is None else base.dtype(parameter)
         return read or torch.float32
 
