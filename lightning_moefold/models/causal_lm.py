@@ -207,7 +207,7 @@ class MoECausalLM(PretrainedModel):
             )
         if self.training and torch.is_grad_enabled() and (labels is not None or loss_fn is not None):
             self.check_trainable(self.adapter is not None)
-        tensors = {
+        tensors: dict[str, Any] = {
             "input_ids": input_ids, "labels": labels, "attention_mask": attention_mask, "position_ids": position_ids,
             "document_ids": document_ids, "loss_weights": loss_weights,
         }  # fmt: skip
