@@ -8,6 +8,9 @@ A row of S positions (padded to a multiple of 2 * cp) is cut into 2 * cp chunks;
     all_gather   keys and values of the whole row on every rank, in one collective
     all_to_all   whole rows with a part of the heads on every rank (Ulysses, arXiv 2309.14509)
 
+Where one kernel computes rows with documents, padding or a window (:mod:`.varlen`), keys are gathered even if ``"auto"`` would choose
+a ring by size, because a ring would compute them in blocks.
+
 Legend: B rows, H query heads, V key/value heads, S positions, L = S / cp positions of a rank, C positions of a chunk, d head
 size, G = cp ranks.
 """
@@ -110,15 +113,12 @@ def context_attention(
     Raises:
         ValueError: If the exchange is ``"all_to_all"`` and cp does not divide the heads.
     """
-    runs = find_runs_of(q_BHLd, layout, visibility)
-    if layout.cp.size > 1 and exchange == "auto":
+    asked, size = exchange, layout.cp.size
+    if size > 1 and asked == "auto":
         exchange = choose_exchange(layout, q_BHLd, k_BVLd)
-        if exchange == "ring" and runs is not None:
-            exchange = "all_gather"
-    if layout.cp.size == 1 or exchange != "all_to_all":
-        runs = None if layout.cp.size > 1 and exchange == "ring" else runs
+    if size == 1 or exchange != "all_to_all":
+        runs = None if size > 1 and asked == "ring" else find_runs_of(q_BHLd, layout, visibility)
         return _Attention.apply(q_BHLd, k_BVLd, v_BVLd, layout, visibility, exchange, runs)
-    size = layout.cp.size
     for name, heads in (("query", q_BHLd.shape[1]), ("key/value", k_BVLd.shape[1])):
         if heads % size:
             raise InputError(
@@ -148,7 +148,10 @@ def _positions_of_all_heads(x_BhSd: Tensor, cp: Axis, order: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Ring or all-gather by groups of heads, so that a rank holds keys and values of other ranks for one group only."""
+    """Ring or all-gather by groups of heads, so that a rank holds keys and values of other ranks for one group only.
+
+    If there are runs, keys are gathered and one kernel computes a group; otherwise it is computed in blocks.
+    """
 
     @staticmethod
     def forward(
