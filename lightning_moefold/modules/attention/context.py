@@ -8,7 +8,7 @@ A row of S positions (padded to a multiple of 2 * cp) is cut into 2 * cp chunks;
     all_gather   keys and values of the whole row on every rank, in one collective
     all_to_all   whole rows with a part of the heads on every rank (Ulysses, arXiv 2309.14509)
 
-Where one kernel computes rows with documents, padding or a window (:mod:`.varlen`), keys are gathered even if ``"auto"`` would choose
+Where one kernel computes rows with documents, padding or a window (:mod:`.varlen`), ``"auto"`` gathers keys where it would choose
 a ring by size, because a ring would compute them in blocks.
 
 Legend: B rows, H query heads, V key/value heads, S positions, L = S / cp positions of a rank, C positions of a chunk, d head
