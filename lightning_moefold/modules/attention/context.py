@@ -85,7 +85,7 @@ def find_runs_of(q_BHLd: Tensor, layout: ContextLayout, visibility: Visibility) 
     """Returns the runs that one fused kernel computes (:mod:`.varlen`); None if blocks must, or need no mask."""
     if visibility.is_causal or not takes_runs(q_BHLd):
         return None
-    return visibility.runs(q_BHLd.shape[0], layout.held(), layout.cp.index, q_BHLd.device)
+    return visibility.runs(q_BHLd.shape[0], layout.held(torch.device("cpu")), layout.cp.index, q_BHLd.device)
 
 
 def choose_exchange(layout: ContextLayout, q: Tensor, k: Tensor) -> Exchange:

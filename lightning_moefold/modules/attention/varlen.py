@@ -65,8 +65,8 @@ def find_runs(
         The runs; None if padding follows a token of its document, because such padding sees the tokens but not itself,
         which runs cannot express.
     """
-    size, here = held_GL.shape
-    begins_BS = torch.zeros(rows, held_GL.numel(), dtype=torch.bool)
+    (size, here), host = held_GL.shape, held_GL.device
+    begins_BS = torch.zeros(rows, held_GL.numel(), dtype=torch.bool, device=host)
     begins_BS[:, :1] = True
     if document_BS is not None:
         begins_BS[:, 1:] |= document_BS[:, 1:] != document_BS[:, :-1]
@@ -83,14 +83,14 @@ def find_runs(
     if size == 1:
         return _runs(q_N1, q_N1, window, None, device)
     # Only the first piece of a chunk of positions begins later than its run: it sees keys from before the chunk.
-    first_BS = torch.where(begins_BS, torch.arange(begins_BS.shape[1]), 0).cummax(1).values
+    first_BS = torch.where(begins_BS, torch.arange(begins_BS.shape[1], device=host), 0).cummax(1).values
     place_N = place_L[at_N]
     first_N = first_BS[row_N, place_N]
     if window is not None:
         first_N = torch.maximum(first_N, place_N - window + 1)
     k_N1 = q_N1 + F.pad((place_N - first_N).cumsum(0), (1, 0))
-    run_K = torch.arange(len(row_N)).repeat_interleave(k_N1.diff())
-    place_K = first_N[run_K] + torch.arange(len(run_K)) - k_N1[run_K]
+    run_K = torch.arange(len(row_N), device=host).repeat_interleave(k_N1.diff())
+    place_K = first_N[run_K] + torch.arange(len(run_K), device=host) - k_N1[run_K]
     held_K = torch.argsort(held_GL.flatten())[place_K]
     key_K = (held_K // here * rows + row_N[run_K]) * here + held_K % here
     return _runs(q_N1, k_N1, window, key_K, device)

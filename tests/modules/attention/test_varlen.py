@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules import Attention
-from lightning_moefold.modules.attention import varlen
+from lightning_moefold.modules.attention import context, varlen
 from lightning_moefold.modules.attention.blockwise import Span, Visibility
-from lightning_moefold.modules.attention.context import ContextLayout
+from lightning_moefold.modules.attention.context import ContextLayout, find_runs_of
 from lightning_moefold.modules.sequence import SequenceBatch
 from tests.modules.attention.flash_on_cpu import flash_on_cpu
 
@@ -54,7 +55,7 @@ def _seen_by_runs(runs: varlen.Runs, queries: int) -> Tensor:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("window", [None, 1, 3, 7])
+@pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("padding", ["none", "left", "right", "between documents", "inside a document"])
 @pytest.mark.parametrize("documents", ["none", "some"])
 def test_runs_are_what_the_mask_shows(documents: str, padding: str, window: int | None, ranks: int) -> None:
@@ -109,6 +110,18 @@ def test_a_layer_calls_the_kernel_once(window: int | None) -> None:
     assert calls.forward == calls.backward == [(3 * LENGTH, 3 * LENGTH)]
     assert not batch.visibility(window)._masks
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_runs_are_found_on_the_host_whatever_the_default_device(ranks: int) -> None:
+    layout = ContextLayout(LENGTH, Axis("cp", tuple(range(ranks))))
+    found = []
+    for default in ("cpu", "meta"):
+        visibility = Visibility(3, _documents("some"), _padding("left"))
+        with mock.patch.object(context, "takes_runs", return_value=True), torch.device(default):
+            found.append(find_runs_of(torch.empty(3, 2, LENGTH // ranks, 8, device="cpu"), layout, visibility))
+    assert found[0] is not None
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_no_run_in_a_batch_without_rows() -> None:
