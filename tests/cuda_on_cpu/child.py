@@ -74,7 +74,8 @@ def runs() -> dict[str, Any]:
         dist.destroy_process_group()
     tensors = {"out": out, **dict(zip(("q", "k", "v"), grads, strict=True))}
     shapes = {name: [list(x.shape), str(x.dtype), str(x.device)] for name, x in tensors.items()}
-    return {**shapes, "masks": len(visibility._masks), "reads": counter.reads}
+    kernels_called = [op.name for op in counter.operations if "flash" in op.name]
+    return {**shapes, "masks": len(visibility._masks), "reads": counter.reads, "kernels": kernels_called}
 
 
 PARTS: dict[str, Callable[[], Any]] = {"budget": budget, "products": products.check, "flash": flash, "runs": runs}

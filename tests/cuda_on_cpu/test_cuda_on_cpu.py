@@ -98,5 +98,6 @@ def test_flash_takes_grouped_heads(found: dict[str, Any]) -> None:
 def test_rows_over_ranks_take_one_kernel(found: dict[str, Any]) -> None:
     done = _part(found, "runs")
     assert (done.pop("masks"), done.pop("reads")) == (0, [])
+    assert done.pop("kernels") == ["_flash_attention_forward", "_flash_attention_backward"]
     shapes = {"out": [2, 8, 256, 64], "q": [2, 256, 8, 64], "k": [2, 256, 2, 64], "v": [2, 256, 2, 64]}
     assert done == {name: [shape, "torch.bfloat16", "cuda:0"] for name, shape in shapes.items()}
