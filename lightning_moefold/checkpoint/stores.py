@@ -167,8 +167,12 @@ def sizes(path: Path | str) -> dict[str, int]:
     }
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, what: str = "checkpoints") -> None:
     """Checks that a local folder can be written, or made, without making it.
+
+    Args:
+        path: The folder.
+        what: What is to be saved there, in the plural, for the error's sentence.
 
     Raises:
         CheckpointError: If it cannot; the message names the part of the path that forbids it.
@@ -180,7 +184,7 @@ def check_folder(path: Path) -> None:
         reason = f"{there} cannot be written"
     else:
         return
-    raise CheckpointError(f"checkpoints cannot be saved to {path}, because {reason}; give another directory.")
+    raise CheckpointError(f"{what} cannot be saved to {path}, because {reason}; give another directory.")
 
 
 def check_store(path: str, world: Axis) -> None:

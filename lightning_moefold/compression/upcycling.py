@@ -167,6 +167,13 @@ def mixture_config(dense: Mapping[str, Any], how: Upcycling) -> dict[str, Any]:
         raise ConfigError(
             "use_sliding_window=true names other layers in qwen2 than in qwen2_moe, so the function would change; set it to false."
         )
+    window = dense.get("sliding_window") if kind == "mistral" else None
+    types = set(dense.get("layer_types") or ()) if kind == "mistral" else set()
+    if types - {"full_attention", "sliding_attention"} or len(types) > 1:
+        raise ConfigError(
+            "layer_types gives layers different attention, which Mixtral's share; such a model cannot be upcycled."
+        )
+    window = None if types == {"full_attention"} else window
     if width % how.granularity:
         raise ConfigError(f"intermediate_size={width} does not divide by --granularity {how.granularity}.")
     part = width // how.granularity
@@ -180,7 +187,6 @@ def mixture_config(dense: Mapping[str, Any], how: Upcycling) -> dict[str, Any]:
     if "dtype" not in written and dense.get("torch_dtype"):
         written["dtype"] = dense["torch_dtype"]
     if family == "mixtral":
-        window = dense.get("sliding_window") if kind == "mistral" else None
         return written | {"num_local_experts": how.experts, "intermediate_size": part, "sliding_window": window}
     return written | {
         "num_experts": how.experts, "moe_intermediate_size": part, "shared_expert_intermediate_size": part,

@@ -60,7 +60,7 @@ def test_a_metric_that_was_never_logged_is_the_users():
     [
         (["camera", "analyze", "--checkpoint", "m", "--data", "a.txt", "--output", "memory://a/e.npz"], "--output memory://a"),
         (["camera", "analyze", "--checkpoint", "m", "--data", "a.txt", "--output", "e.npz", "--plot", "s3://a/e.png"], "--plot s3://a"),
-        (["camera", "prune", "--checkpoint", "m", "--energies", "file:///e.npz", "--ratio", "0.2", "--output", "o"], "--energies file:///e"),
+        (["camera", "prune", "--checkpoint", "m", "--energies", "file:///e.npz", "--ratio", "0.2", "--output", "o"], "--energies file://e"),
     ],
 )  # fmt: skip
 def test_files_of_a_command_are_local(command, option, capsys, tmp_path, monkeypatch):

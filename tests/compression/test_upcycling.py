@@ -93,6 +93,11 @@ def test_what_would_change_the_function_is_refused(tmp_path: Path) -> None:
         mixture_config(raw | {"use_sliding_window": True}, Upcycling())
     with pytest.raises(ConfigError, match="model_type='gpt2' cannot be upcycled"):
         mixture_config(raw | {"model_type": "gpt2"}, Upcycling())
+    mistral = raw | {"model_type": "mistral", "sliding_window": 8}
+    for kinds, window in ((["full_attention"] * 2, None), (["sliding_attention"] * 2, 8)):
+        assert mixture_config(mistral | {"layer_types": kinds}, Upcycling())["sliding_window"] == window
+    with pytest.raises(ConfigError, match="layer_types gives layers different attention"):
+        mixture_config(mistral | {"layer_types": ["sliding_attention", "full_attention"]}, Upcycling())
     with pytest.raises(ConfigError, match="mlp_bias=true has no counterpart"):
         mixture_config(raw | {"model_type": "llama", "mlp_bias": True}, Upcycling())
     (dense / "config.json").write_text(json.dumps(raw | {"intermediate_size": 64}))
