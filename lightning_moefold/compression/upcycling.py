@@ -158,7 +158,8 @@ def mixture_config(dense: Mapping[str, Any], how: Upcycling) -> dict[str, Any]:
             f"model_type={kind!r} cannot be upcycled; {', '.join(_FAMILIES)} become {', '.join(sorted(set(_FAMILIES.values())))}."
         )
     dense = with_base({"num_hidden_layers": _DEFAULT_LAYERS, **_DEFAULTS[kind], **dense}, _DEFAULT_THETA)
-    family, width = _FAMILIES[kind], dense.get("intermediate_size")
+    family = _FAMILIES[kind]
+    width: Any = dense.get("intermediate_size")
     POSITIVE.check("intermediate_size", width)
     for field in ("mlp_bias", "attention_bias"):
         if dense.get(field) and kind != "qwen2":

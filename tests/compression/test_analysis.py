@@ -111,7 +111,7 @@ def test_what_cannot_be_analysed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one row of two tokens"):
         CalibrationRows(torch.zeros(0, 8, dtype=torch.int64))
     tensors = load_file(path / "model.safetensors")
-    name = next(name for name in tensors if ".1." in name and name.endswith("w2.weight"))
+    name = next(name for name in tensors if name.startswith("model.layers.1.") and name.endswith("w2.weight"))
     tensors[name][0, 0] = float("nan")
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     for work in (analyze, score_experts):
