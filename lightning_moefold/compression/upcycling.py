@@ -36,8 +36,8 @@ from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.fields import POSITIVE
 from lightning_moefold.models.names import parameter_entries
-from lightning_moefold.models.redundant import compare_redundant
 from lightning_moefold.models.rope import with_base
+from lightning_moefold.models.weights import compare_redundant
 
 _FAMILIES = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe"}
 #: What ``transformers`` assumes where a dense configuration leaves a field out, and what it has for the mixture is another value.
