@@ -110,8 +110,8 @@ def _base(
         source = CheckpointWeights(HFCheckpoint(path), config)
     if source.fingerprint() != adapter["base"]:
         raise CheckpointError(
-            f"{checkpoint} holds an adapter of another model than {model or adapter['path']}, whose configuration, index or "
-            "tensor headers differ; say with --model where its base is."
+            f"{checkpoint} holds an adapter of another model than {model or adapter['path']}, whose configuration, index, "
+            "tensor headers or weights differ; say with --model where its base is."
         )
     return source
 

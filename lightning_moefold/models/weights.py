@@ -120,7 +120,7 @@ class CheckpointWeights(WeightSource):
                 "embedding, set tie_word_embeddings=True."
             )
         checkpoint.check(expected, head | rotary)
-        _compare_redundant(checkpoint, config, rotary)
+        compare_redundant(checkpoint, config, rotary)
 
     def _read(self, source: str, entry: ParameterEntry, slices: tuple[slice, ...]) -> Tensor:
         return self.checkpoint.read(source, slices)  # a view of the mapped file, so each element is copied once
@@ -142,7 +142,7 @@ class CheckpointWeights(WeightSource):
         self.checkpoint.close()
 
 
-def _compare_redundant(checkpoint: HFCheckpoint, config: MoEConfig, rotary: Iterable[str]) -> None:
+def compare_redundant(checkpoint: HFCheckpoint, config: MoEConfig, rotary: Iterable[str]) -> None:
     """Compares a tied head with the embedding, and the stored frequencies ``rotary`` with the configuration's.
 
     Raises:
