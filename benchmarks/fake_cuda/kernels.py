@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-ins for kernels of a CUDA build, where a CPU build would compose an operation from many.
 
-Import after :func:`benchmarks.fake_cuda.load` and before ``lightning_moefold``, then call :func:`use_triton`.
+Import after :func:`fake_cuda.load` and before ``lightning_moefold``, then call :func:`use_triton`.
 """
 
 from __future__ import annotations

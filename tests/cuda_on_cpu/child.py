@@ -12,15 +12,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import fake_cuda
+import fake_cuda
 
 fake_cuda.load()
 
+import cuda_bytes
 import torch
+from fake_cuda import kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import cuda_bytes
-from benchmarks.fake_cuda import kernels
 from lightning_moefold.modules.attention import blockwise
 from tests.cuda_on_cpu import models, products
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training an adapter: ours beside PEFT on Hugging Face's model, and beside our training of the whole model.
 
-    python benchmarks/lora.py [--experts 64] [--hidden 1024] [--width 512] [--rank 16] [--tokens 4096] [--rounds 2] ...
+    python benchmarks/adapters.py [--experts 64] [--hidden 1024] [--width 512] [--rank 16] [--tokens 4096] [--rounds 2] ...
 
 Each contender has processes of its own, in which it makes ``--steps`` steps after one that is not counted; rounds interleave the
 contenders. All have the same Mixtral of random weights and the same tokens; adapters are on attention and on each expert. A step
