@@ -64,7 +64,7 @@ def slow_down(layer: nn.Module, unit: float) -> None:
     def forward(hidden: Tensor, batch: Any) -> Tensor:
         return Sleep.apply(plain(hidden, batch), unit, unit) + Sleep.apply(layer.bias, 0.0, unit)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
 
 
 def work(arguments: argparse.Namespace) -> None:

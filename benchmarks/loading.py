@@ -87,7 +87,7 @@ def write_checkpoint(path: Path, config: MoEConfig) -> int:
                 filled = 0
             files[-1][source] = entry.source_shape
             filled += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files):
         name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         weight_map |= dict.fromkeys(tensors, name)

@@ -74,7 +74,12 @@ def count(model: MoECausalLM, optimizer: torch.optim.Optimizer, between: list[to
     pieces = list(model.parameters())
     kept = {id(p) for p in pieces}
     states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
-    groups = [pieces, [p.grad for p in pieces if p.grad is not None], states, [p for p in between if id(p) not in kept]]
+    groups: list[list[torch.Tensor]] = [
+        [*pieces],
+        [p.grad for p in pieces if p.grad is not None],
+        states,
+        [p for p in between if id(p) not in kept],
+    ]
     return {
         part: sum(local_part(t).numel() * t.element_size() for t in tensors)
         for part, tensors in zip(PARTS, groups, strict=True)
