@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measuring import resident_peak
+from measuring import machine, resident_peak
 
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules.attention.blockwise import Visibility
@@ -62,9 +61,7 @@ def main() -> None:
         f"{args.length} tokens, {args.heads} query and {args.kv_heads} key/value heads of {args.head_size}, float32"
         + (f", documents of {args.documents}" if args.documents else "")
     )
-    print(
-        f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n"
-    )
+    print(f"{machine()}\n")
     print("| cp | exchange | seconds | peak MB/rank | ratio |\n|--:|---|--:|--:|--:|")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1024 * 1024)
     base = None
