@@ -12,17 +12,17 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import fake_cuda
+import fake_cuda
 
 fake_cuda.load()
 
+import cuda_bytes
 import torch
 import torch.distributed as dist
+from fake_cuda import kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks import cuda_bytes
-from benchmarks.fake_cuda import kernels
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.attention import blockwise
 from lightning_moefold.modules.attention.blockwise import Visibility

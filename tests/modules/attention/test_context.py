@@ -131,6 +131,7 @@ def test_heads_that_do_not_divide(pool: RankPool) -> None:
     check(pool, 4, {"length": 16, "heads": 6, "kv_heads": 1, "exchange": "auto"})
     with pytest.raises(RankError) as caught:
         check(pool, 4, {"length": 16, "heads": 8, "kv_heads": 2, "exchange": "all_to_all"})
+    assert set(caught.value.messages) == {0, 1, 2, 3}
     assert all("use 'ring' or 'all_gather'" in text for text in caught.value.messages.values())
 
 
