@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moefold import comm
 from lightning_moefold.errors import BatchError, PeerError
 from lightning_moefold.mesh import Axis, FoldedMesh
 
@@ -92,13 +92,12 @@ def agree_on_error(error: Exception | None, axis: Axis) -> None:
     Raises:
         Exception: This rank's own error; on ranks without one, a PeerError that quotes the first failing rank's.
     """
-    if axis.size > 1:
-        found: list[str | None] = [None] * axis.size
-        dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", group=axis.group)
-        if error is None and (where := next((i for i, text in enumerate(found) if text is not None), None)) is not None:
-            raise PeerError(f"rank {axis.ranks[where]} failed: {found[where]}")
+    found = comm.all_gather_objects(None if error is None else f"{type(error).__name__}: {error}", axis)
     if error is not None:
         raise error
+    for rank, text in zip(axis.ranks, found, strict=True):
+        if text is not None:
+            raise PeerError(f"rank {rank} failed: {text}")
 
 
 @contextmanager

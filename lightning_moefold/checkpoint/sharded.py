@@ -20,9 +20,9 @@ from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moefold import comm
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.checkpoint.chunk_reader import StoredChunks
@@ -76,10 +76,7 @@ def pack(path: str | Path, meta: Mapping[str, Any], world: Axis, *, summed: bool
         CheckpointError: If ``meta`` could not be read back.
     """
     target, content = stores.parse_path(path), b""
-    number = [uuid.uuid4().hex[:8]]
-    if isinstance(target, str) and world.size > 1:
-        dist.broadcast_object_list(number, src=world.ranks[0], group=world.group)
-    folder = _FOLDERS + number[0] if isinstance(target, str) else ""
+    folder = comm.broadcast_object(_FOLDERS + uuid.uuid4().hex[:8], world) if isinstance(target, str) else ""
     with agreeing(world):
         if world.index == 0:
             content = pack_meta({**meta, SUMMED: summed, **({FOLDER: folder} if folder else {})})
@@ -144,12 +141,7 @@ def _write_tensors(work: Path | str, packed: Packed, tensors: Mapping[str, Tenso
             written = write_chunks(work, world.index, tensors, packed.summed)
     except Exception as error:
         failure = error
-    parts: list[Any] = [written if failure is None else str(failure)]
-    if world.size > 1:
-        first = world.index == 0
-        everyone: list[Any] | None = [None] * world.size if first else None
-        dist.gather_object(parts[0], everyone, dst=world.ranks[0], group=world.group)
-        parts = everyone or []
+    parts = comm.gather_objects(written if failure is None else str(failure), world)
     with agreeing(world):
         if failure is not None:
             raise failure

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch.distributed as dist
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
+from lightning_moefold import comm
 from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.mesh import Axis
@@ -173,10 +173,7 @@ def check_store(path: str, world: Axis) -> None:
     Raises:
         CheckpointError: If it cannot be written or is not shared; the message names the store. Raised on all ranks.
     """
-    names = [f".{uuid.uuid4().hex[:8]}.trial"]
-    if world.size > 1:
-        dist.broadcast_object_list(names, src=world.ranks[0])
-    trial, error = join(path, names[0]), None
+    trial, error = join(path, comm.broadcast_object(f".{uuid.uuid4().hex[:8]}.trial", world)), None
     try:
         if world.index == 0:
             write(trial, b"trial")

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_moefold import comm
 from lightning_moefold.diagnostics.first_bad import Place, watching
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules import MoELayer
@@ -137,10 +137,8 @@ class Replay:
                         _set_rng_states(held.random)
                     place = self._run(held)
                     self.take_back()
-                    everyone: list[Place | None] = [place] * world.size
-                    if world.size > 1:
-                        dist.all_gather_object(everyone, place, group=world.group)
-                    places = {rank: found for rank, found in enumerate(everyone) if found is not None}
+                    everyone = comm.all_gather_objects(place, world)
+                    places: dict[int, Place] = {rank: at for rank, at in enumerate(everyone) if at is not None}
                     if places:
                         first = min(found.key(staged) for found in places.values())
                         return Found(

@@ -16,13 +16,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_moefold import comm
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.placement import Placement, check_successor
 from lightning_moefold.checkpoint.chunks import TensorPiece
@@ -131,16 +131,11 @@ def describe_training_state(
 
 def _placements_of_all_stages(registry: ParameterRegistry) -> dict[str, Any]:
     """Returns the placements of layers in which experts have moved. Collective over ``pp``."""
-    mine = {
-        name: {"parts": layer.placement.parts, "expert_of_slot": list(layer.placement.expert_of_slot)}
-        for name, layer in registry.moe_layers().items()
-        if not layer.placement.is_contiguous
+    return {
+        name: {"parts": placement.parts, "expert_of_slot": list(placement.expert_of_slot)}
+        for name, placement in registry.everyones_placements().items()
+        if not placement.is_contiguous
     }
-    pp = registry.mesh.axis("pp")
-    everyone: list[Any] = [mine] * pp.size
-    if pp.size > 1:
-        dist.all_gather_object(everyone, mine, group=pp.group)
-    return {name: placement for part in everyone for name, placement in part.items()}
 
 
 def _restore_placements(
@@ -174,8 +169,7 @@ def _groups_of_all_stages(groups: list[dict[str, Any]], pp: Axis) -> list[dict[s
     """Merges the parameter lists of all pipeline stages, group by group. Collective over ``pp``."""
     if pp.size == 1:
         return groups
-    parts: list[Any] = [None] * pp.size
-    dist.all_gather_object(parts, [group["params"] for group in groups], group=pp.group)
+    parts = comm.all_gather_objects([group["params"] for group in groups], pp)
     if any(len(part) != len(groups) for part in parts):
         raise CheckpointError(
             f"the optimizer has {[len(part) for part in parts]} parameter groups on the pipeline stages; make as many on each, "

@@ -6,7 +6,6 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
@@ -22,6 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_moefold import comm
 from lightning_moefold.errors import UnsupportedFeature
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import Axis
@@ -139,9 +139,7 @@ def check_microbatches(number: int, world: Axis) -> None:
     Raises:
         UnsupportedFeature: If the numbers differ; raised on all ranks.
     """
-    everyone: list[int] = [number] * world.size
-    if world.size > 1:
-        dist.all_gather_object(everyone, number, group=world.group)
+    everyone = comm.all_gather_objects(number, world)
     if len(set(everyone)) > 1:
         what = ", ".join(f"{n} on rank {everyone.index(n)}" for n in sorted(set(everyone)))
         raise UnsupportedFeature(f"num_microbatches differs, {what}; give every rank the same.")

@@ -8,10 +8,10 @@ first. All else may be another the next time, and is then as if the module had n
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from lightning_moefold import comm
 from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
 from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
@@ -156,9 +156,9 @@ def _make_dispatchers(module: nn.Module, mesh: FoldedMesh) -> None:
     layers = [part for part in module.modules() if isinstance(part, MoELayer) and part.mesh is not None]
     configs = [layer.settled(mesh) for layer in layers]
     by_node = {config.node_size for config in configs if config.dispatcher == "hierarchical"}
-    everyone: list[set[int | None]] = [by_node] * mesh.world.size
-    if mesh.world.size > 1:  # pipeline stages hold different layers, and all ranks make the same groups
-        dist.all_gather_object(everyone, by_node, group=mesh.world.group)
+    everyone = comm.all_gather_objects(
+        by_node, mesh.world
+    )  # stages hold different layers, and all ranks make the same groups
     for size in sorted({size for sizes in everyone for size in sizes if size is not None}):
         ExpertAxes.of(mesh, DispatchConfig("hierarchical", node_size=size))
     for layer, config in zip(layers, configs, strict=True):

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
+from lightning_moefold import comm
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.layout import Box, Family, ParameterLayout, TensorGradient
 from lightning_moefold.mesh import Axis, FoldedMesh
@@ -104,10 +103,7 @@ class ParameterRegistry:
 
     def everyones_placements(self) -> dict[str, Placement]:
         """:meth:`placements` of the layers of all stages, sorted by name, the same on every rank. Collective over ``pp``."""
-        mine, pp = self.placements(), self.mesh.axis("pp")  # ranks of a stage have the same
-        everyone: list[Any] = [mine] * pp.size
-        if pp.size > 1:
-            dist.all_gather_object(everyone, mine, group=pp.group)
+        everyone = comm.all_gather_objects(self.placements(), self.mesh.axis("pp"))  # ranks of a stage have the same
         return dict(sorted((name, placement) for part in everyone for name, placement in part.items()))
 
     def moe_layers(self) -> dict[str, MoELayer]:
