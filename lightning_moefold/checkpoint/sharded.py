@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_moefold import comm
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.checkpoint import stores
-from lightning_moefold.checkpoint.chunk_reader import StoredChunks
+from lightning_moefold.checkpoint.chunk_reader import FOLDER, FOLDERS, SUMMED
 from lightning_moefold.checkpoint.chunks import TensorPiece, Written, write_chunks, write_list
 from lightning_moefold.checkpoint.drafts import draft_of, publish
 from lightning_moefold.checkpoint.reasons import in_one_sentence, reason_of
@@ -37,10 +37,6 @@ META = "meta.pt"
 #: Key of the models' descriptions: by name, a mapping of ``config`` (Hugging Face's), ``dtypes`` (on disk) and ``path``
 #: (of the source, or None).
 MODELS = "moefold_models"
-#: Key in ``meta.pt`` of the folder with the tensors, if they are not beside it; and the prefix of such folders.
-FOLDER, _FOLDERS = "moefold_tensors", "tensors-"
-#: Key in ``meta.pt`` that says whether the checkpoint has checksums.
-SUMMED = "moefold_checksums"
 #: Classes that hyperparameters may hold besides plain data.
 _HARMLESS = (PosixPath, PurePosixPath)
 
@@ -76,7 +72,7 @@ def pack(path: str | Path, meta: Mapping[str, Any], world: Axis, *, summed: bool
         CheckpointError: If ``meta`` could not be read back.
     """
     target, content = stores.parse_path(path), b""
-    folder = comm.broadcast_object(_FOLDERS + uuid.uuid4().hex[:8], world) if isinstance(target, str) else ""
+    folder = comm.broadcast_object(FOLDERS + uuid.uuid4().hex[:8], world) if isinstance(target, str) else ""
     with agreeing(world):
         if world.index == 0:
             content = pack_meta({**meta, SUMMED: summed, **({FOLDER: folder} if folder else {})})
@@ -126,7 +122,7 @@ def _save_in_store(target: str, packed: Packed, tensors: Mapping[str, Tensor | T
 def _clear(target: str, folder: str, complete: bool) -> None:
     """Removes the tensors of earlier saves, or those of this save if it failed."""
     try:
-        old = [name for name in stores.folders(target) if name.startswith(_FOLDERS) and name != folder]
+        old = [name for name in stores.folders(target) if name.startswith(FOLDERS) and name != folder]
         for name in old if complete else [folder]:
             stores.remove(stores.join(target, name))
     except Exception as failure:  # the checkpoint itself is complete
@@ -227,38 +223,3 @@ def load_meta(path: str | Path) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise CheckpointError(f"{file} cannot be read: it holds a {type(meta).__name__} instead of a checkpoint.")
     return meta
-
-
-class StoredTensors(StoredChunks):
-    """The tensors of a checkpoint.
-
-    Args:
-        path: The checkpoint.
-        meta: Result of :func:`load_meta`.
-        check: Whether checksums are compared, where there are any.
-
-    Attributes:
-        items: Shape and dtype of each tensor by name.
-
-    Raises:
-        CheckpointError: If the list of tensors cannot be read.
-    """
-
-    def __init__(self, path: str | Path, meta: Mapping[str, Any], *, check: bool = True) -> None:
-        place, folder = stores.parse_path(path), meta.get(FOLDER, "")
-        if folder and (not isinstance(folder, str) or not folder.startswith(_FOLDERS) or "/" in folder):
-            raise CheckpointError(f"{path} is damaged: its tensors are said to be in {folder!r}.")
-        super().__init__(
-            stores.join(place, folder) if folder else place, check=check, summed=bool(meta.get(SUMMED, False))
-        )
-
-
-def load_sharded(stored: StoredTensors, tensors: Mapping[str, Tensor | TensorPiece], world: Axis) -> None:
-    """Fills ``tensors`` in place. Collective.
-
-    Raises:
-        CheckpointError: If a tensor is missing or has another shape, or a file is damaged; on ranks where reading has not
-            failed, PeerError.
-    """
-    with agreeing(world):
-        stored.fill(tensors)

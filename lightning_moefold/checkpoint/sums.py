@@ -112,10 +112,10 @@ def rows_of_block(shape: Sequence[int], itemsize: int, block: int) -> int:
     return max(1, block // max(1, row))
 
 
-def block_sums(tensor: Tensor, algorithm: str = ALGORITHM) -> list[str]:
+def block_sums(tensor: Tensor) -> list[str]:
     """Returns the checksum of each block of rows of a contiguous tensor on the CPU."""
     rows = rows_of_block(tensor.shape, tensor.itemsize, BLOCK)
-    return [sum_of(bytes_of(block), algorithm) for block in (tensor if tensor.dim() else tensor[None]).split(rows)]
+    return [sum_of(bytes_of(block)) for block in (tensor if tensor.dim() else tensor[None]).split(rows)]
 
 
 def bytes_of(tensor: Tensor) -> Any:

@@ -25,15 +25,9 @@ from torch.optim import Optimizer
 from lightning_moefold import comm
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.placement import Placement, check_successor
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.checkpoint.chunks import TensorPiece
-from lightning_moefold.checkpoint.sharded import (
-    MODELS,
-    Packed,
-    StoredTensors,
-    check_readable,
-    load_sharded,
-    pack,
-)
+from lightning_moefold.checkpoint.sharded import MODELS, Packed, check_readable, pack
 from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.lifecycle import adapter_runs
 from lightning_moefold.lifecycle.same_model import check_same_model
@@ -308,7 +302,8 @@ def load_training_state(
     fills = [
         _prepare_optimizer(i, _unwrap(o), groups[i], stored.items, registry, tensors) for i, o in enumerate(optimizers)
     ]
-    load_sharded(stored, tensors, world)
+    with agreeing(world):
+        stored.fill(tensors)
     for name, value in meta.pop("extra_state", {}).items():
         module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
     for optimizer, values in fills:
