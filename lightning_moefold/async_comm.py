@@ -40,8 +40,8 @@ class Route(Protocol):
         ...
 
     def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """Returns the received tensor, given the output of :meth:`start`."""
-        ...
+        """Returns the received tensor, given the output of :meth:`start`: by default all of it."""
+        return out
 
     def back(self) -> Route:
         """Returns the route of the gradients, which travel in the opposite direction."""
@@ -58,7 +58,7 @@ def _written(out: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Exchange(Route):
     """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``.
 
     Args:
@@ -76,17 +76,13 @@ class Exchange:
         send, receive = list(self.send), list(self.receive)
         return dist.all_to_all_single(_written(out), x_ND, receive, send, group=axis.group, async_op=True), out
 
-    def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """Returns the whole output, all of which was received."""
-        return out
-
     def back(self) -> Exchange:
         """Returns the all-to-all with send and receive counts exchanged."""
         return Exchange(self.receive, self.send)
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(Route):
     """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``.
 
     Args:
@@ -104,17 +100,13 @@ class Spread:
         out = x_ND.new_empty((sum(self.counts), *x_ND.shape[1:]))
         return getattr(dist, ALL_GATHER)(_written(out), x_ND, group=axis.group, async_op=True), out
 
-    def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """Returns the whole output, all of which was received."""
-        return out
-
     def back(self) -> SumUp:
         """Returns the reduce-scatter that sums the gradients of all ranks."""
         return SumUp(self.counts)
 
 
 @dataclass(frozen=True)
-class SumUp:
+class SumUp(Route):
     """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``.
 
     Args:
