@@ -157,7 +157,9 @@ class EvenBatches(Callback):
         left, ends, steps, loader, square = comm.all_reduce_raw(votes, self._mesh.world).tolist()
         size = self._mesh.world.size
         if any(n not in (0, size) for n in (left, ends, steps)) or size * square != loader * loader:
-            number = self._progress.batch_progress.current.ready
+            trainer = self._trainer
+            loop = trainer.fit_loop.epoch_loop if trainer.training else trainer._evaluation_loop
+            number = loop.batch_progress.current.ready
             ended = said.left or said.ends
             raise UnevenBatches(self._sentence(comm.all_gather_objects((ended, number), self._mesh.world)))
         return not (said.ends or said.left)
@@ -194,11 +196,6 @@ class EvenBatches(Callback):
     def _doing(self) -> str:
         stage = self._trainer.state.stage
         return {RunningStage.TRAINING: "training", RunningStage.TESTING: "testing"}.get(stage, "validation")  # type: ignore[arg-type]
-
-    @property
-    def _progress(self) -> Any:
-        trainer = self._trainer
-        return trainer.fit_loop.epoch_loop if trainer.training else trainer._evaluation_loop
 
     def _data_rank(self, rank: int) -> int:
         return self._mesh.fold.coordinates(rank)["dp"]

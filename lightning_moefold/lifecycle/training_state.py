@@ -188,7 +188,7 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor | Te
     layout = registry.layouts.get(name)
     if layout is None:
         return local
-    sizes = registry.stored_sizes(name)
+    sizes = layout.stored_box(registry.mesh.fold, registry.mesh.rank).sizes
     if tuple(tensor.shape) != layout.shape and tuple(local.shape) != sizes:
         cut = sizes != layout.shape
         if local.numel() != tensor.numel() or (cut and local.numel() > 1):

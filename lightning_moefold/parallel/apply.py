@@ -25,7 +25,7 @@ from lightning_moefold.modules.experts.packed import PackedExperts
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.quantized import coded_weights
 from lightning_moefold.modules.recompute_parts import half_is_recomputed, recompute_parts
-from lightning_moefold.parallel.compiling import compilable_layers, compile_layers
+from lightning_moefold.parallel.compiling import compile_layers
 from lightning_moefold.parallel.network.protocol import layered_networks
 from lightning_moefold.parallel.network.runner import NetworkRunner, cut_network, network_runners, runner_of
 from lightning_moefold.parallel.roots import cut_root
@@ -73,7 +73,7 @@ def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device:
     check_second_names(module, device)
     for part in parts_of(module):
         part.use(settings)
-    layers = compilable_layers(module)
+    layers = [part for part in module.modules() if isinstance(part, DecoderLayer)]
     if settings.compiler is not None and layers:
         rank_zero_info(compile_layers(layers, settings.compiler))
     elif any(before.compiles for before in earlier):

@@ -127,10 +127,6 @@ class ParameterRegistry:
         """The parts of parameter ``name`` that this rank stores, one after the other."""
         return self.layouts[name].boxes(self.mesh.fold, self.mesh.rank)
 
-    def stored_sizes(self, name: str) -> tuple[int, ...]:
-        """Shape of this rank's piece of parameter ``name``."""
-        return self.layouts[name].stored_box(self.mesh.fold, self.mesh.rank).sizes
-
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that counts and writes its piece of ``name``."""
         if name not in self.layouts:

@@ -128,11 +128,6 @@ class Found(NamedTuple):
     weight: Tensor
     output: Tensor | None = None
 
-    def detached(self) -> Found:
-        """Without its graph."""
-        output = None if self.output is None else self.output.detach()
-        return Found(self.kind, self.total.detach(), self.weight.detach(), output)
-
 
 def check_shape(x_R: Any, expected: tuple[int, ...]) -> None:
     """Raises a ValueError unless ``embed`` returned hidden states of this shape."""

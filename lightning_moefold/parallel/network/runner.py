@@ -24,7 +24,7 @@ from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.parallel.network.position_check import check_positions
 from lightning_moefold.parallel.network.protocol import LayeredNetwork, MissingLayer, is_ratio
-from lightning_moefold.parallel.network.row_cut import RowCut
+from lightning_moefold.parallel.network.row_cut import RowCut, tell_blocks
 from lightning_moefold.parallel.pipeline.network import StagedNetwork
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
 from lightning_moefold.parallel.pipeline.stage import Stage
@@ -87,14 +87,11 @@ class NetworkRunner:
             return self.pipeline(batch, self.settings)
         x_R = self.network.embed(batch)
         cut = RowCut.of(x_R.shape, self.mesh.axis("cp"), self.settings.exchange)
-        for block in self.network.blocks():
-            block.rows = cut
+        tell_blocks(self.network.blocks(), cut)
         if cut is not None:
-            if not self._tried:
-                wrong = check_positions(self.network.layers(), x_R, cut, self.mesh.stage)
-                if wrong is not None:
-                    raise wrong
-                self._tried = True
+            if not self._tried and (wrong := check_positions(self.network.layers(), x_R, cut, self.mesh.stage)):
+                raise wrong
+            self._tried = True
             x_R = cut.enter(x_R)
         for layer in self.network.layers().values():
             x_R = layer(x_R)
@@ -151,9 +148,7 @@ def cut_network(network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, d
             block.layouts = {name: replace(layout, stages=here) for name, layout in block.layouts.items()}
     network.module.to(device)
     if parts:
-        staged, count = StagedNetwork(network, mesh, device), mesh.fold.pp * settings.plan.chunks
-        stages = [Stage(staged, index, count, names) for index, names in parts.items()]
-        runner.pipeline = Pipeline(staged, mesh, settings.plan, stages)
+        runner.pipeline = Pipeline(StagedNetwork(network, mesh, device), mesh, settings.plan, parts)
         for stage in runner.pipeline.stages:
             _wrap(stage, mesh, settings.sharding)
     network.module.__dict__[_RUNNER] = runner

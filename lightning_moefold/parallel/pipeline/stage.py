@@ -44,6 +44,8 @@ class Call:
     Attributes:
         lengths: T of each micro-batch.
         wires: What travels; the hidden states first, ``[C, ...]``.
+        sums: Of each micro-batch, the sum of losses on this data rank and what to divide it by.
+        outputs: Of each micro-batch, where they are kept.
         error: What the user's code raised first, which is raised together with all ranks after the schedule.
     """
 
@@ -56,11 +58,21 @@ class Call:
     looks_ahead: bool = False
     lengths: list[int] = field(default_factory=list)
     wires: tuple[Wire, ...] = ()
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
     def around(self) -> AbstractContextManager[Any]:
         """Returns a context for the stages, such as the user's autocast; the schedule itself is outside of it."""
         return nullcontext()
+
+    def note(self, number: int, total: Tensor, weight: Tensor) -> None:
+        """Notes the sum of losses of a micro-batch and what to divide it by."""
+        self.sums[number] = torch.stack([total.detach().double(), weight.detach().double()])
+
+    def output(self) -> Tensor | None:
+        """Returns the outputs of all micro-batches together."""
+        return torch.cat([self.outputs[i] for i in sorted(self.outputs)]) if self.outputs else None
 
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:
