@@ -32,12 +32,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def same_batch_slots(number: Tensor, mesh: FoldedMesh) -> Tensor:
-    """Returns this rank's term of the sum, ``[dp, 2]`` float64.
-
-    Args:
-        number: Fingerprint of all data that this rank received, below :data:`PRIME`.
-        mesh: The folded mesh.
-    """
+    """Returns this rank's term of the sum, ``[dp, 2]`` float64, for the fingerprint of all data that it received."""
     slots = torch.zeros(mesh.fold.dp, 2, dtype=torch.float64, device=number.device)
     slots[mesh.place["dp"]] = torch.stack([number, number * number]).double()
     return slots
@@ -83,11 +78,7 @@ def check_same_batch(totals: Tensor, ranks: int) -> None:
 
 
 def agree_on_error(error: Exception | None, axis: Axis) -> None:
-    """Raises on every rank of ``axis`` if any of them has an error, so that no peer waits for one that is gone.
-
-    Args:
-        error: This rank's error, or None. Every rank of the axis must call this function, since it is collective.
-        axis: The ranks that agree, usually the world.
+    """Raises on every rank of ``axis`` if any of them has an error, so that no peer waits for one that is gone. Collective.
 
     Raises:
         Exception: This rank's own error; on ranks without one, a PeerError that quotes the first failing rank's.
@@ -102,7 +93,7 @@ def agree_on_error(error: Exception | None, axis: Axis) -> None:
 
 @contextmanager
 def agreeing(axis: Axis, *kinds: type[Exception]) -> Iterator[None]:
-    """A context whose error on one rank is raised on all. Collective: every rank enters and leaves it.
+    """A context whose error on one rank is raised on all. Collective: every rank of ``axis`` enters and leaves it.
 
     Args:
         axis: Usually the world.

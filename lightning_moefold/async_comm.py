@@ -59,12 +59,7 @@ def _written(out: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Exchange(Route):
-    """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``.
-
-    Args:
-        send: Number of rows sent to each rank.
-        receive: Number of rows received from each rank.
-    """
+    """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``, of as many rows to and from each rank."""
 
     send: Counts
     receive: Counts
@@ -83,11 +78,7 @@ class Exchange(Route):
 
 @dataclass(frozen=True)
 class Spread(Route):
-    """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``.
-
-    Args:
-        counts: Rows of each rank.
-    """
+    """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``, of as many rows of each rank."""
 
     counts: Counts
     kind: ClassVar[str] = "all-gather"
@@ -107,11 +98,7 @@ class Spread(Route):
 
 @dataclass(frozen=True)
 class SumUp(Route):
-    """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``.
-
-    Args:
-        counts: Rows of each rank.
-    """
+    """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``, of as many rows for each rank."""
 
     counts: Counts
     kind: ClassVar[str] = "reduce-scatter"

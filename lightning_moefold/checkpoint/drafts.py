@@ -127,11 +127,7 @@ def sync_directory(path: Path) -> None:
 
 
 class Lease:
-    """A file that says which process writes a draft, renewed until it is released.
-
-    Args:
-        path: The file, in an existing directory.
-    """
+    """A file in an existing directory that says which process writes a draft, renewed until it is released."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

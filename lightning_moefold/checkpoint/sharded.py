@@ -59,14 +59,9 @@ class Packed:
 
 
 def pack(path: str | Path, meta: Mapping[str, Any], world: Axis, *, summed: bool = True) -> Packed:
-    """Serialises everything except the tensors. Collective.
+    """Serialises everything except the tensors, as the first rank has it. Collective.
 
-    Args:
-        path: Directory to create, local or in a store. An existing file or directory is replaced once the new one is
-            complete.
-        meta: Everything else; rank 0's is written.
-        world: All ranks.
-        summed: Whether checksums are written.
+    An existing file or directory at ``path`` is replaced once the new one is complete.
 
     Raises:
         CheckpointError: If ``meta`` could not be read back.
@@ -185,12 +180,8 @@ def _pack(value: Any) -> tuple[bytes, str | None]:
 def check_readable(value: Any, what: str) -> None:
     """Checks that a value that checkpoints will hold can be written and read back.
 
-    Args:
-        value: The value to check.
-        what: Description of the value, used as the subject of the error's sentence.
-
     Raises:
-        CheckpointError: If it cannot.
+        CheckpointError: If it cannot; ``what`` is the subject of the sentence.
     """
     try:
         foreign = _pack(value)[1]

@@ -59,12 +59,8 @@ def _unmangled(path: Path) -> Path:
 def local_path(path: str | os.PathLike[str], what: str) -> Path:
     """Returns the path of something that can only be local.
 
-    Args:
-        path: Path given by the user.
-        what: Description of it, used as the subject of the error's sentence.
-
     Raises:
-        CheckpointError: If the path is an address in a store.
+        CheckpointError: If the path is an address in a store; ``what`` is the subject of the sentence.
     """
     parsed = parse_path(path)
     if isinstance(parsed, str):

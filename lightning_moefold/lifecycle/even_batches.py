@@ -48,10 +48,10 @@ class _Said(NamedTuple):
 
 
 class EvenBatches(Callback):
-    """Checks one entry point of a Trainer; during it, this callback comes before all others.
+    """Checks one entry point of a Trainer; until :meth:`finish`, this callback comes before all others.
 
     Args:
-        trainer: The Trainer; it has this callback until :meth:`finish`.
+        trainer: The Trainer.
         mesh: The folded mesh.
         evaluation: Whether ranks also need each other in evaluation.
     """
@@ -90,11 +90,7 @@ class EvenBatches(Callback):
         self._trains_on = self._asks_training
 
     def begin_evaluation(self, numbers: Sequence[float]) -> None:
-        """Raises on all ranks if their known numbers of evaluation batches differ. Collective.
-
-        Args:
-            numbers: Number of batches of each dataloader.
-        """
+        """Raises on all ranks if the known numbers of batches of their dataloaders differ. Collective."""
         if not self._evaluation:
             return
         mine = tuple(numbers), _are_counted(self._trainer._evaluation_loop._combined_loader)
@@ -125,11 +121,7 @@ class EvenBatches(Callback):
         self._trains_on = self._say(_Said(ends=loop._num_ready_batches_reached() and not finishes, steps=steps))
 
     def evaluate(self, loader: int) -> None:
-        """Runs the check before an evaluation batch. Collective if dataloaders may end at any batch.
-
-        Args:
-            loader: Number of the dataloader that the batch comes from.
-        """
+        """Runs the check before a batch of an evaluation's dataloader. Collective if dataloaders may end at any batch."""
         if self._evaluation and self._asks_evaluation:
             loop = self._trainer._evaluation_loop
             self._evaluates_on = self._say(_Said(ends=loop.batch_progress.is_last_batch, loader=loader))

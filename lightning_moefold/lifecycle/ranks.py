@@ -178,11 +178,7 @@ class FoldedRanks(ParallelStrategy):
         return fold
 
     def _choose_fold(self, last_call: bool) -> None:
-        """Lets the planner choose, if it is to and the model is known. Collective.
-
-        Args:
-            last_call: Whether the model has to be known by now.
-        """
+        """Lets the planner choose, if it is to and the model is known, as it must be at the last call. Collective."""
         module = self.lightning_module
         if self._fold_text != "auto" or module is None:
             return

@@ -41,11 +41,7 @@ class Found(NamedTuple):
 
 
 class Counters:
-    """Copies of what a forward pass counts: loads of experts, calls of noise, and all buffers of the module.
-
-    Args:
-        root: The LightningModule.
-    """
+    """Copies of what a forward pass of a module counts: loads of experts, calls of noise, and all its buffers."""
 
     def __init__(self, root: nn.Module) -> None:
         self._layers = [m for m in root.modules() if isinstance(m, MoELayer)]
@@ -85,13 +81,7 @@ class Counters:
 
 
 class Replay:
-    """The batches of the optimizer step under way.
-
-    Args:
-        trainer: The Trainer, during a fit with MoEFoldStrategy.
-        module: The LightningModule.
-        searches: Whether the batches will be run again if they fail.
-    """
+    """The batches of the optimizer step under way in a fit, which are run again if it fails and ``searches`` is true."""
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, searches: bool) -> None:
         self._trainer, self._module = trainer, module

@@ -88,11 +88,7 @@ def describe_training_state(
 ) -> tuple[Packed, dict[str, Tensor | TensorPiece]]:
     """Describes Lightning's ``checkpoint`` for :func:`~.checkpoint.sharded.save_sharded`. Collective.
 
-    Args:
-        path: Directory to create.
-        checkpoint: Lightning's checkpoint dictionary; ``state_dict`` and ``optimizer_states`` are removed from it.
-        registry: Registry of the module's parameters.
-        summed: Whether checksums are written.
+    Its ``state_dict`` and ``optimizer_states`` are removed from it.
 
     Returns:
         Everything except the tensors, serialised, and the tensors, which share memory with module and optimizers.
@@ -202,10 +198,6 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor | Te
 
 def check_saveable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Checks before training those parts of ModelCheckpoint's checkpoints that are known by then.
-
-    Args:
-        trainer: The Trainer, with its callbacks, and the optimizers and schedulers of this fit.
-        module: The LightningModule.
 
     Raises:
         CheckpointError: If a hyperparameter or a state could not be read back; the message names it.

@@ -226,11 +226,7 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
 
 
 def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
-    """Checks the optimizers that ``configure_optimizers`` returned.
-
-    Args:
-        trainer: The Trainer.
-        sharded: Whether parameters are stored in pieces; otherwise every rank has them whole, as under DDP.
+    """Checks the optimizers of a module whose parameters are stored in pieces, not whole as under DDP.
 
     Raises:
         UnsupportedFeature: If an optimizer needs whole parameters.

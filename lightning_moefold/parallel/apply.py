@@ -82,12 +82,7 @@ def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device:
 
 
 def check_settings(module: nn.Module, fold: Fold, settings: Settings) -> None:
-    """Checks, before anything changes, that what has been cut already can go on under other settings.
-
-    Args:
-        module: See :func:`parallelize`.
-        fold: Of the mesh to be.
-        settings: To be.
+    """Checks, before anything changes, that what has been cut already can go on under another fold or other settings.
 
     Raises:
         InputError: Naming the setting that cannot change any more.

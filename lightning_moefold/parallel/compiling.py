@@ -25,8 +25,7 @@ COMPILER = "inductor"
 def missing_tool(device: torch.device) -> str | None:
     """What the compiler's back end needs on this machine and does not find; None where nothing is missing.
 
-    Args:
-        device: Where the layers compute. On CPU, C++ is generated and compiled; on CUDA, Triton builds a launcher in C.
+    On CPU, C++ is generated and compiled; on CUDA, Triton builds a launcher in C.
     """
     if device.type == "cuda":
         if find_spec("triton") is None:
@@ -37,12 +36,7 @@ def missing_tool(device: torch.device) -> str | None:
 
 
 def has_compiler(device: torch.device, everywhere: Callable[[bool], bool]) -> bool:
-    """Whether every machine can compile; one warning where one cannot. Collective.
-
-    Args:
-        device: Where the layers compute.
-        everywhere: Whether something is so on all ranks.
-    """
+    """Whether every machine can compile, which ``everywhere`` asks; one warning where one cannot. Collective."""
     missing = missing_tool(device)
     if everywhere(missing is None):
         return True

@@ -77,12 +77,12 @@ class _Stack:
 def move_experts(
     registry: ParameterRegistry, optimizers: Sequence[Optimizer], placements: Mapping[str, Placement]
 ) -> Moved:
-    """Brings the experts of some layers to where the placements say. Collective: every rank calls it alike.
+    """Brings the experts of some layers to where the placements say, with the state of the optimizers. Collective.
 
     Args:
         registry: Of the module; learns the placements.
         optimizers: Whose state moves along.
-        placements: By the layers' names in the LightningModule.
+        placements: By the layers' names in the LightningModule, the same on every rank.
 
     Raises:
         InputError: For a layer that no rank has, a placement of other experts or parts, or ranks that differ in what they hold.

@@ -18,15 +18,11 @@ from lightning_moefold.parallel.network.runner import network_runners
 
 
 class ParameterRegistry:
-    """Made once parameters are final. Collective: every rank of the world makes it.
+    """Made once the parameters of a LightningModule are final. Collective: every rank of the world makes it.
 
     Parameters of language models and blocks have a layout, and all those of a network that is spread over pipeline stages.
     All others are the user's own: dense, replicated on every rank, with identical gradients over tp and gradients summed over
     data ranks, as under DDP.
-
-    Args:
-        root: The LightningModule.
-        mesh: The folded mesh.
     """
 
     def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
@@ -64,10 +60,7 @@ class ParameterRegistry:
         return {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
 
     def place_experts(self, placements: Mapping[str, Placement]) -> None:
-        """Notes where experts are from now on, in the layers here and in the layouts of all stages.
-
-        Args:
-            placements: By the layers' names.
+        """Notes where the experts of layers are from now on, in the layers here and in the layouts of all stages.
 
         Raises:
             InputError: For a placement of other experts or parts than a layer's.

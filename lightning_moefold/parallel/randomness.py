@@ -12,11 +12,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 
 
 class Randomness:
-    """Those of torch, Python and NumPy on the host, and that of the device: code of the user's may draw from any.
-
-    Args:
-        device: Of this rank.
-    """
+    """Those of torch, Python and NumPy on the host, and that of a device: code of the user's may draw from any."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

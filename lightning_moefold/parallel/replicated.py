@@ -19,12 +19,7 @@ from lightning_moefold.parallel.randomness import Randomness
 
 
 class ReplicatedModules:
-    """The user's own parameters, buffers and metrics.
-
-    Args:
-        root: The LightningModule.
-        registry: Which parameters are whose.
-        mesh: The folded mesh.
+    """The user's own parameters, buffers and metrics in a LightningModule.
 
     Attributes:
         buffers_stale: Whether a step may have changed buffers (running statistics) since they were last made alike.

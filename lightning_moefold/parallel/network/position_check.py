@@ -25,13 +25,7 @@ from lightning_moefold.parallel.network.row_cut import RowCut, tell_blocks
 
 @torch.no_grad()
 def check_positions(layers: Mapping[str, nn.Module], like: Tensor, cut: RowCut, axis: Axis) -> ValueError | None:
-    """Tries layers in evaluation mode. Collective over the ranks of a stage.
-
-    Args:
-        layers: By name.
-        like: Hidden states ``[rows, S or fewer, ...]``, for what is not rows and positions.
-        cut: How rows are cut.
-        axis: The ranks of the stage.
+    """Tries layers in evaluation mode, on rows like these hidden states ``[rows, S or fewer, ...]``. Collective over a stage.
 
     Returns:
         What is wrong with a layer, on all ranks of the stage if on one.

@@ -39,12 +39,7 @@ class MissingLayer(nn.Module):
 
 @dataclass(frozen=True)
 class LayeredNetwork:
-    """A network that follows the protocol.
-
-    Args:
-        name: In the LightningModule; may be empty.
-        module: The network.
-    """
+    """A network that follows the protocol, and its name in the LightningModule, which may be empty."""
 
     name: str
     module: nn.Module

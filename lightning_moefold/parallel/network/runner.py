@@ -37,11 +37,6 @@ _RUNNER = "_moefold_runner"
 class NetworkRunner:
     """A network under a fold.
 
-    Args:
-        network: The network.
-        mesh: The folded mesh.
-        settings: How it is cut and run.
-
     Attributes:
         layouts: Of its own parameters (not those of blocks), by name, where stages hold different ones.
         names: Of all that it holds on some rank.
@@ -128,11 +123,7 @@ def network_runners(root: nn.Module) -> list[tuple[str, NetworkRunner]]:
 def cut_network(network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, device: torch.device) -> None:
     """Leaves the layers of a network to the stages of this rank, cuts its blocks, and takes over its calls.
 
-    Args:
-        network: With the same weights on every rank.
-        mesh: Of the fold.
-        settings: How it is cut and run.
-        device: Where the parameters go.
+    Its weights are the same on every rank.
 
     Raises:
         FoldError: If the fold does not suit a block.

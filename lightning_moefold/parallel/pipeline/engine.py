@@ -89,12 +89,9 @@ class ScheduleRunner:
         return pp.ranks[self.plan.owner(stage, pp.size)]
 
     def from_last(self, mine: Tensor | None, shape: Wire | None, device: torch.device) -> Tensor:
-        """What the rank of the last stage has, on every rank of the pipeline. Collective over them.
+        """What the rank of the last stage has, ``mine``, on every rank of the pipeline. Collective over them.
 
-        Args:
-            mine: On that rank.
-            shape: Of it, and its dtype; None where only that rank knows.
-            device: Of this rank.
+        ``shape`` is None where only that rank knows it.
         """
         group, source = self.mesh.axis("pp").group, self._rank_of(self.count - 1)
         if shape is None:
@@ -134,14 +131,7 @@ class ScheduleRunner:
     # ---- forward and backward ----------------------------------------------------------------------------------
 
     def train(self, call: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
-        """Forward and backward of all micro-batches; gradients of earlier stay as they are.
-
-        Args:
-            call: For the stages.
-            microbatches: M.
-            wires: What travels.
-            device: Of the tensors.
-        """
+        """Forward and backward of all micro-batches; gradients of earlier stay as they are."""
         self._release_gathered_weights()
         parameters = [p for p in self._network.parameters() if p.requires_grad]
         aside = [p.grad for p in parameters]

@@ -83,12 +83,7 @@ class LanguageCall(Call):
 
 
 class StagedLanguageModel(Staged[LanguageCall]):
-    """A language model in stages.
-
-    Args:
-        model: Cut down to what this rank holds.
-        mesh: The folded mesh.
-    """
+    """A language model in stages, cut down to what this rank holds."""
 
     users_code = "loss_fn"
     module: MoECausalLM
@@ -122,12 +117,8 @@ class StagedLanguageModel(Staged[LanguageCall]):
     ) -> LanguageCall:
         """Reads the arguments of :meth:`.MoECausalLM.forward`.
 
-        Args:
-            tensors: Its tensor arguments by name.
-            loss_fn: Runs on the last stage, on one micro-batch at a time.
-            gather_logits: Send whole logits to every stage.
-            last_logits: Send those of the last position to every stage.
-            extras: Of ``loss_fn``; tensors with an entry for each row of the batch are cut like the batch.
+        ``loss_fn`` runs on the last stage, on one micro-batch at a time. Of its ``extras``, tensors with an entry for each row of
+        the batch are cut like the batch. Whole logits, or those of the last position, are sent to every stage if asked for.
         """
         labelled = tensors["labels"] is not None
         training = labelled and torch.is_grad_enabled()

@@ -77,13 +77,7 @@ class NetworkCall(Call):
 
 
 class StagedNetwork(Staged[NetworkCall]):
-    """A custom network in stages.
-
-    Args:
-        network: Cut down to what this rank holds.
-        mesh: The folded mesh.
-        device: Where its parameters are.
-    """
+    """A custom network in stages, cut down to what this rank holds."""
 
     users_code = "the network's code"
 
@@ -109,12 +103,7 @@ class StagedNetwork(Staged[NetworkCall]):
 
     @override
     def read(self, batch: Any, settings: Settings) -> NetworkCall:
-        """Reads what the network was called with.
-
-        Args:
-            batch: What ``embed`` and ``head`` take.
-            settings: How the network runs.
-        """
+        """Reads what the network was called with, which ``embed`` and ``head`` take."""
         training, device = torch.is_grad_enabled(), self.device
         call = NetworkCall(
             batches=[], device=device, training=training, number=torch.full((), int(training) + 1, device=device), batch=batch,

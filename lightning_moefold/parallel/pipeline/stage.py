@@ -165,12 +165,6 @@ class Stage(nn.Module):
     """Some layers of a network, with what comes before the first and after the last.
 
     Shares its modules with the network; ``fully_shard`` may wrap it, because every stage gathers and reduces on its own.
-
-    Args:
-        network: Cut down to what this pipeline rank holds.
-        index: Of the stage.
-        count: Stages in all.
-        names: Of its layers.
     """
 
     def __init__(self, network: Staged[Any], index: int, count: int, names: Sequence[str]) -> None:
@@ -188,11 +182,7 @@ class Stage(nn.Module):
         return [*self.layers, self]
 
     def forward(self, *received: Tensor, microbatch: Tensor) -> Tensor | Carried:
-        """Runs one micro-batch.
-
-        Args:
-            received: From the stage before.
-            microbatch: Its number, ``[1]`` on the CPU.
+        """Runs the micro-batch of a number, ``[1]`` on the CPU, on what the stage before has sent.
 
         Returns:
             What the next stage receives; on the last stage, the scalar to be differentiated.
@@ -227,13 +217,7 @@ def _scalar(objective: Objective) -> Tensor:
 
 
 def cut_rows(values: Any, rows: int, sizes: Sequence[int]) -> list[Any]:
-    """A collection in micro-batches: tensors of ``rows`` rows in blocks, all else to everybody.
-
-    Args:
-        values: Tensors in mappings, sequences or dataclasses.
-        rows: Of the whole batch.
-        sizes: Rows of each micro-batch.
-    """
+    """A collection in micro-batches of these sizes: tensors of ``rows`` rows in blocks, all else to everybody."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [
         apply_to_collection(
