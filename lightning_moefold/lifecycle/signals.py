@@ -46,7 +46,7 @@ class SameBatch:
     def ended(self, told: int | None) -> int | None:
         """Returns on all ranks what one was told if they act after this batch, else None. Called once after each batch.
 
-        This rank was told None if nothing.
+        ``told`` is what this rank was told, None for nothing.
         """
         self._batches += 1
         accumulates = self._trainer.fit_loop.epoch_loop._should_accumulate()  # gradients of half a step would be lost

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_moefold import comm
 from lightning_moefold.fold import Fold
@@ -27,9 +27,8 @@ from lightning_moefold.parallel.network.protocol import LayeredNetwork, MissingL
 from lightning_moefold.parallel.network.row_cut import RowCut, tell_blocks
 from lightning_moefold.parallel.pipeline.network import StagedNetwork
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
-from lightning_moefold.parallel.pipeline.stage import Stage
-from lightning_moefold.parallel.roots import cut_root, make_groups
-from lightning_moefold.parallel.settings import Settings, Sharding
+from lightning_moefold.parallel.roots import cut_root, make_groups, wrap_stage
+from lightning_moefold.parallel.settings import Settings
 
 _RUNNER = "_moefold_runner"
 
@@ -140,8 +139,10 @@ def cut_network(network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, d
     network.module.to(device)
     if parts:
         runner.pipeline = Pipeline(StagedNetwork(network, mesh, device), mesh, settings.plan, parts)
+        meshes = [settings.sharding.data_mesh(mesh, family) for family in Family]
         for stage in runner.pipeline.stages:
-            _wrap(stage, mesh, settings.sharding)
+            if any(isinstance(m, FSDPModule) for m in stage.modules()):
+                wrap_stage(stage, next(m for m in meshes if m is not None))
     network.module.__dict__[_RUNNER] = runner
     network.module.forward = runner
 
@@ -195,14 +196,3 @@ def _cost(layer: nn.Module) -> float:
         for p in m.experts.parameters()
     }
     return float(sum(p.numel() * idle.get(id(p), 1.0) for p in layer.parameters()))
-
-
-def _wrap(stage: Stage, mesh: FoldedMesh, sharding: Sharding) -> None:
-    """A schedule reduces what belongs to an FSDP2 module, so the stage is one, if only around its blocks."""
-    if any(isinstance(m, FSDPModule) for m in stage.modules()):
-        meshes = [sharding.data_mesh(mesh, family) for family in Family]
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        fully_shard(
-            stage, mesh=next(m for m in meshes if m is not None), mp_policy=policy, reshard_after_forward=False,
-            ignored_params=set(stage.parameters()),
-        )  # fmt: skip
