@@ -59,7 +59,7 @@ def _written(out: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Exchange(Route):
-    """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``, of as many rows to and from each rank."""
+    """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``, with so many rows to and from each rank."""
 
     send: Counts
     receive: Counts
@@ -78,7 +78,7 @@ class Exchange(Route):
 
 @dataclass(frozen=True)
 class Spread(Route):
-    """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``, of as many rows of each rank."""
+    """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``, with so many rows of each rank."""
 
     counts: Counts
     kind: ClassVar[str] = "all-gather"
@@ -98,7 +98,7 @@ class Spread(Route):
 
 @dataclass(frozen=True)
 class SumUp(Route):
-    """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``, of as many rows for each rank."""
+    """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``, with so many rows for each rank."""
 
     counts: Counts
     kind: ClassVar[str] = "reduce-scatter"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few differentiable collectives of the system, each on local tensors over one :class:`~.mesh.Axis`.
+"""The few differentiable collectives of the system, each on local tensors over one :class:`~.mesh.Axis`; and of Python objects.
 
 Every function is the identity (no group, no copy) on an axis of one rank. Each backward is written out: the autograd
 registered for torch's functional collectives sums where Megatron's "f" and "g" must not (an all-reduce of an already

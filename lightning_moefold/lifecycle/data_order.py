@@ -64,7 +64,7 @@ class DataOrder:
         self._loaded = True
 
     def prepare(self, dataloader: object, trainer: pl.Trainer, rank: int, ranks: int) -> None:
-        """Deals the sampler of a loader that Lightning is about to read to this data rank and the others.
+        """Deals the rows of a loader's sampler to the data ranks, before Lightning reads the loader.
 
         Raises:
             UnsupportedFeature: If the sampler cannot be honoured there.

@@ -36,7 +36,7 @@ def missing_tool(device: torch.device) -> str | None:
 
 
 def has_compiler(device: torch.device, everywhere: Callable[[bool], bool]) -> bool:
-    """Whether every machine can compile, which ``everywhere`` asks; one warning where one cannot. Collective."""
+    """Whether every machine can compile; one warning where one cannot. Collective, as ``everywhere`` asks all ranks."""
     missing = missing_tool(device)
     if everywhere(missing is None):
         return True

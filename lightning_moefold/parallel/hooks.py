@@ -31,7 +31,7 @@ def check_hooks(root: nn.Module, where: str) -> None:
     """Refuses hooks on gradients, for more than one rank or gathered weights.
 
     Raises:
-        HookError: Naming the parameter or module, and ``where`` forbids it, such as ``"under tp2 | ep2"``.
+        HookError: Naming the parameter or module, and ``where`` hooks are refused, such as ``"under tp2 | ep2"``.
     """
     _check_watching(root, where)
     for name, parameter in root.named_parameters():
