@@ -28,9 +28,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.checkpoint.chunks import TensorPiece
 from lightning_moefold.checkpoint.hf_writer import OutputTensor, write_hf_checkpoint
-from lightning_moefold.checkpoint.sharded import StoredTensors, load_meta, pack, save_sharded
+from lightning_moefold.checkpoint.sharded import load_meta, pack, save_sharded
 from lightning_moefold.layout import Box
 from lightning_moefold.lifecycle.background import BackgroundSaves
 from lightning_moefold.mesh import SINGLE, Axis

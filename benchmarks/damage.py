@@ -45,8 +45,9 @@ import torch
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.balance.trace import read_trace
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.checkpoint.chunks import TensorPiece
-from lightning_moefold.checkpoint.sharded import MODELS, StoredTensors, load_meta, pack, save_sharded
+from lightning_moefold.checkpoint.sharded import MODELS, load_meta, pack, save_sharded
 from lightning_moefold.errors import MoEFoldError
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import SINGLE

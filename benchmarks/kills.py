@@ -42,10 +42,11 @@ from training import Finetune
 from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.checkpoint import HFCheckpoint
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.checkpoint.chunks import TensorPiece
 from lightning_moefold.checkpoint.drafts import remove_directory, sweep
 from lightning_moefold.checkpoint.hf_writer import OutputTensor, write_hf_checkpoint
-from lightning_moefold.checkpoint.sharded import StoredTensors, load_meta, load_sharded, pack, save_sharded
+from lightning_moefold.checkpoint.sharded import load_meta, pack, save_sharded
 from lightning_moefold.layout import Box
 from lightning_moefold.lifecycle.background import BackgroundSaves
 from lightning_moefold.mesh import SINGLE, Axis
@@ -142,7 +143,7 @@ def read_again(path: Path, world: Axis, done: Synchronized[int]) -> NoReturn:
     """Loads this rank's part of a checkpoint without a pause."""
     while True:
         wanted = {n: piece(torch.zeros(SHAPE), world.index, world.size) for n in state(1)}
-        load_sharded(StoredTensors(path, load_meta(path)), wanted, world)
+        StoredTensors(path, load_meta(path)).fill(wanted)
         if world.index == 0:
             done.value += 1
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_moefold.agreement import agree_on_error
-from lightning_moefold.checkpoint.chunk_reader import StoredChunks
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.checkpoint.chunks import LIST, SUMS, TensorPiece, Written, write_list
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups
@@ -158,7 +158,7 @@ def save(model: MoECausalLM, fold: Fold) -> None:
         writing = time.perf_counter() - begin
         size = {name: Path(folder, name).stat().st_size / 1e6 for name in (LIST, SUMS)}
         begin = time.perf_counter()
-        StoredChunks(Path(folder))
+        StoredTensors(folder, {})
         reading = time.perf_counter() - begin
     print(
         f"list: {size[LIST]:.1f} MB and checksums {size[SUMS]:.1f} MB, written by the first rank in {writing:.1f} s, read by each "

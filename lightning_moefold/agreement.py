@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moefold import comm
 from lightning_moefold.errors import BatchError, PeerError
 from lightning_moefold.mesh import Axis, FoldedMesh
 
@@ -32,12 +32,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def same_batch_slots(number: Tensor, mesh: FoldedMesh) -> Tensor:
-    """Returns this rank's term of the sum, ``[dp, 2]`` float64.
-
-    Args:
-        number: Fingerprint of all data that this rank received, below :data:`PRIME`.
-        mesh: The folded mesh.
-    """
+    """Returns this rank's term of the sum, ``[dp, 2]`` float64, for the fingerprint of all data that it received."""
     slots = torch.zeros(mesh.fold.dp, 2, dtype=torch.float64, device=number.device)
     slots[mesh.place["dp"]] = torch.stack([number, number * number]).double()
     return slots
@@ -83,27 +78,22 @@ def check_same_batch(totals: Tensor, ranks: int) -> None:
 
 
 def agree_on_error(error: Exception | None, axis: Axis) -> None:
-    """Raises on every rank of ``axis`` if any of them has an error, so that no peer waits for one that is gone.
-
-    Args:
-        error: This rank's error, or None. Every rank of the axis must call this function, since it is collective.
-        axis: The ranks that agree, usually the world.
+    """Raises on every rank of ``axis`` if any of them has an error, so that no peer waits for one that is gone. Collective.
 
     Raises:
         Exception: This rank's own error; on ranks without one, a PeerError that quotes the first failing rank's.
     """
-    if axis.size > 1:
-        found: list[str | None] = [None] * axis.size
-        dist.all_gather_object(found, None if error is None else f"{type(error).__name__}: {error}", group=axis.group)
-        if error is None and (where := next((i for i, text in enumerate(found) if text is not None), None)) is not None:
-            raise PeerError(f"rank {axis.ranks[where]} failed: {found[where]}")
+    found = comm.all_gather_objects(None if error is None else f"{type(error).__name__}: {error}", axis)
     if error is not None:
         raise error
+    for rank, text in zip(axis.ranks, found, strict=True):
+        if text is not None:
+            raise PeerError(f"rank {rank} failed: {text}")
 
 
 @contextmanager
 def agreeing(axis: Axis, *kinds: type[Exception]) -> Iterator[None]:
-    """A context whose error on one rank is raised on all. Collective: every rank enters and leaves it.
+    """A context whose error on one rank is raised on all. Collective: every rank of ``axis`` enters and leaves it.
 
     Args:
         axis: Usually the world.

@@ -40,8 +40,8 @@ class Route(Protocol):
         ...
 
     def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """Returns the received tensor, given the output of :meth:`start`."""
-        ...
+        """Returns the received tensor, given the output of :meth:`start`: by default all of it."""
+        return out
 
     def back(self) -> Route:
         """Returns the route of the gradients, which travel in the opposite direction."""
@@ -58,13 +58,8 @@ def _written(out: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``.
-
-    Args:
-        send: Number of rows sent to each rank.
-        receive: Number of rows received from each rank.
-    """
+class Exchange(Route):
+    """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``, with so many rows to and from each rank."""
 
     send: Counts
     receive: Counts
@@ -76,22 +71,14 @@ class Exchange:
         send, receive = list(self.send), list(self.receive)
         return dist.all_to_all_single(_written(out), x_ND, receive, send, group=axis.group, async_op=True), out
 
-    def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """Returns the whole output, all of which was received."""
-        return out
-
     def back(self) -> Exchange:
         """Returns the all-to-all with send and receive counts exchanged."""
         return Exchange(self.receive, self.send)
 
 
 @dataclass(frozen=True)
-class Spread:
-    """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``.
-
-    Args:
-        counts: Rows of each rank.
-    """
+class Spread(Route):
+    """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``, with so many rows of each rank."""
 
     counts: Counts
     kind: ClassVar[str] = "all-gather"
@@ -104,22 +91,14 @@ class Spread:
         out = x_ND.new_empty((sum(self.counts), *x_ND.shape[1:]))
         return getattr(dist, ALL_GATHER)(_written(out), x_ND, group=axis.group, async_op=True), out
 
-    def finish(self, out: Tensor, axis: Axis) -> Tensor:
-        """Returns the whole output, all of which was received."""
-        return out
-
     def back(self) -> SumUp:
         """Returns the reduce-scatter that sums the gradients of all ranks."""
         return SumUp(self.counts)
 
 
 @dataclass(frozen=True)
-class SumUp:
-    """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``.
-
-    Args:
-        counts: Rows of each rank.
-    """
+class SumUp(Route):
+    """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``, with so many rows for each rank."""
 
     counts: Counts
     kind: ClassVar[str] = "reduce-scatter"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few differentiable collectives of the system, each on local tensors over one :class:`~.mesh.Axis`.
+"""The few differentiable collectives of the system, each on local tensors over one :class:`~.mesh.Axis`; and of Python objects.
 
 Every function is the identity (no group, no copy) on an axis of one rank. Each backward is written out: the autograd
 registered for torch's functional collectives sums where Megatron's "f" and "g" must not (an all-reduce of an already
@@ -41,14 +41,14 @@ def uncompiled(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
 
 
 def _breaks_graphs(collective: Callable[..., T]) -> Callable[..., T]:
-    """Makes a collective, whose last argument is the axis, break the graph of compiled callers.
+    """Makes a collective, whose last argument is the axis, break the graph of compiled callers; one rank keeps its tensor.
 
     Within a graph, the compiler could reorder it or remove it if its result is unused, on one rank and not on another.
     """
 
     @wraps(collective)
     def call(*args: Any) -> T:
-        return collective(*args) if args[-1].size == 1 else uncompiled(collective, *args)
+        return args[0] if args[-1].size == 1 else uncompiled(collective, *args)
 
     return call
 
@@ -59,8 +59,6 @@ def _breaks_graphs(collective: Callable[..., T]) -> Callable[..., T]:
 @_breaks_graphs
 def all_gather_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     """Concatenates tensors of equal length from all ranks: ``[N, D] -> [G*N, D]``."""
-    if axis.size == 1:
-        return x_ND
     out = x_ND.new_empty((axis.size * x_ND.shape[0], *x_ND.shape[1:]))
     getattr(dist, ALL_GATHER)(out, x_ND.contiguous(), group=axis.group)
     return out
@@ -69,8 +67,6 @@ def all_gather_raw(x_ND: Tensor, axis: Axis) -> Tensor:
 @_breaks_graphs
 def reduce_scatter_raw(x_ND: Tensor, axis: Axis) -> Tensor:
     """Sums over ranks and keeps this rank's part: ``[G*N, D] -> [N, D]``."""
-    if axis.size == 1:
-        return x_ND
     out = x_ND.new_empty((x_ND.shape[0] // axis.size, *x_ND.shape[1:]))
     getattr(dist, REDUCE_SCATTER)(out, x_ND.contiguous(), group=axis.group)
     return out
@@ -79,8 +75,7 @@ def reduce_scatter_raw(x_ND: Tensor, axis: Axis) -> Tensor:
 @_breaks_graphs
 def all_reduce_raw(x: Tensor, axis: Axis) -> Tensor:
     """Sums ``x`` over the ranks of ``axis``, in place."""
-    if axis.size > 1:
-        dist.all_reduce(x, group=axis.group)
+    dist.all_reduce(x, group=axis.group)
     return x
 
 
@@ -99,8 +94,6 @@ def broadcast_flat(tensors: Sequence[Tensor], axis: Axis) -> None:
 @_breaks_graphs
 def all_to_all_raw(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:
     """Sends ``send[i]`` rows to rank i and receives ``receive[i]`` rows from it: ``[sum(send), D] -> [sum(receive), D]``."""
-    if axis.size == 1:
-        return x_ND
     out = x_ND.new_empty((sum(receive), *x_ND.shape[1:]))
     dist.all_to_all_single(out, x_ND.contiguous(), list(receive), list(send), group=axis.group)
     return out
@@ -149,16 +142,12 @@ def linear(x: Tensor, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Te
 @_breaks_graphs
 def all_gather(x_ND: Tensor, axis: Axis) -> Tensor:
     """All-gathers ``[N, D] -> [G*N, D]``; backward sums the ranks' gradients and keeps this rank's part (reduce-scatter)."""
-    if axis.size == 1:
-        return x_ND
     return linear(x_ND, lambda x: all_gather_raw(x, axis), lambda grad: reduce_scatter_raw(grad, axis))
 
 
 @_breaks_graphs
 def reduce_scatter(x_ND: Tensor, axis: Axis) -> Tensor:
     """Reduce-scatters ``[G*N, D] -> [N, D]``: sums over ranks and keeps this rank's part; backward is an all-gather."""
-    if axis.size == 1:
-        return x_ND
     return linear(x_ND, lambda x: reduce_scatter_raw(x, axis), lambda grad: all_gather_raw(grad, axis))
 
 
@@ -170,24 +159,18 @@ def _part(x_ND: Tensor, axis: Axis) -> Tensor:
 @_breaks_graphs
 def gather_identical(x_ND: Tensor, axis: Axis) -> Tensor:
     """All-gathers ``[N, D] -> [G*N, D]`` for ranks that then compute the same: backward keeps this rank's part, unsummed."""
-    if axis.size == 1:
-        return x_ND
     return linear(x_ND, lambda x: all_gather_raw(x, axis), lambda grad: _part(grad, axis).contiguous())
 
 
 @_breaks_graphs
 def split_identical(x_ND: Tensor, axis: Axis) -> Tensor:
     """Keeps this rank's part of a tensor that every rank has, ``[G*N, D] -> [N, D]``; backward is an all-gather."""
-    if axis.size == 1:
-        return x_ND
     return linear(x_ND, lambda x: _part(x, axis).clone(), lambda grad: all_gather_raw(grad, axis))
 
 
 @_breaks_graphs
 def all_to_all(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tensor:
     """All-to-all-v, ``[sum(send), D] -> [sum(receive), D]``; backward sends the gradients back."""
-    if axis.size == 1:
-        return x_ND
     return linear(
         x_ND, lambda x: all_to_all_raw(x, send, receive, axis), lambda grad: all_to_all_raw(grad, receive, send, axis)
     )
@@ -196,8 +179,6 @@ def all_to_all(x_ND: Tensor, send: Counts, receive: Counts, axis: Axis) -> Tenso
 @_breaks_graphs
 def all_gather_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """All-gather-v, ``[counts[me], D] -> [sum(counts), D]``; backward is :func:`reduce_scatter_uneven`."""
-    if axis.size == 1:
-        return x_ND
     return linear(
         x_ND,
         lambda x: all_gather_uneven_raw(x, counts, axis),
@@ -208,10 +189,35 @@ def all_gather_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
 @_breaks_graphs
 def reduce_scatter_uneven(x_ND: Tensor, counts: Counts, axis: Axis) -> Tensor:
     """Reduce-scatter-v, ``[sum(counts), D] -> [counts[me], D]``; backward is :func:`all_gather_uneven`."""
-    if axis.size == 1:
-        return x_ND
     return linear(
         x_ND,
         lambda x: reduce_scatter_uneven_raw(x, counts, axis),
         lambda grad: all_gather_uneven_raw(grad, counts, axis),
     )
+
+
+# ---- Python objects --------------------------------------------------------------------------------------------------
+
+
+def all_gather_objects(value: Any, axis: Axis) -> list[Any]:
+    """Returns the objects of all ranks, in their order."""
+    everyone = [value] * axis.size
+    if axis.size > 1:
+        dist.all_gather_object(everyone, value, group=axis.group)
+    return everyone
+
+
+def gather_objects(value: Any, axis: Axis) -> list[Any]:
+    """Returns the objects of all ranks on the first one, and nothing on the others."""
+    everyone = [value] * axis.size if axis.index == 0 else None
+    if axis.size > 1:
+        dist.gather_object(value, everyone, dst=axis.ranks[0], group=axis.group)
+    return everyone or []
+
+
+def broadcast_object(value: T, axis: Axis) -> T:
+    """Returns the first rank's object."""
+    box = [value]
+    if axis.size > 1:
+        dist.broadcast_object_list(box, src=axis.ranks[0], group=axis.group)
+    return box[0]

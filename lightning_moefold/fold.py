@@ -121,7 +121,11 @@ class Fold:
                 raise FoldError(
                     f"{name}={size!r} is not a positive integer; give a number of ranks, 1 to leave it off."
                 )
-        self._check_division("pipeline_parallel_size", self.pp, self.world_size, f"world_size={self.world_size}")
+        if self.world_size % self.pp:
+            raise FoldError(
+                f"pipeline_parallel_size={self.pp} does not divide world_size={self.world_size}; use pipeline_parallel_size in "
+                f"{_listed(divisors(self.world_size))}."
+            )
         stage = self.world_size // self.pp
         where = f"the {stage} ranks of a stage (world_size={self.world_size} / pp={self.pp})"
         pairs = (
@@ -138,11 +142,6 @@ class Fold:
                 raise FoldError(
                     f"{inner}={inner_size} x {outer}={outer_size} = {inner_size * outer_size} does not divide {where}; {hint}."
                 )
-
-    @staticmethod
-    def _check_division(name: str, size: int, total: int, what: str) -> None:
-        if total % size:
-            raise FoldError(f"{name}={size} does not divide {what}; use {name} in {_listed(divisors(total))}.")
 
     # ---- sizes -------------------------------------------------------------------------------------------------
 
@@ -375,10 +374,10 @@ class Fold:
         return "\n".join(lines)
 
 
-def _listed(values: list[int], most: int = 12) -> str:
-    return ",".join(map(str, values[:most])) + (",..." if len(values) > most else "")
+def _listed(values: list[int]) -> str:
+    return ",".join(map(str, values[:12])) + (",..." if len(values) > 12 else "")
 
 
-def _compact(ranks: list[int], most: int = 8) -> str:
-    shown = " ".join(map(str, ranks[:most]))
-    return f"[{shown} ...]" if len(ranks) > most else f"[{shown}]"
+def _compact(ranks: list[int]) -> str:
+    shown = " ".join(map(str, ranks[:8]))
+    return f"[{shown} ...]" if len(ranks) > 8 else f"[{shown}]"

@@ -10,6 +10,7 @@ elements".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -89,10 +90,7 @@ class Box:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        total = 1
-        for size in self.sizes:
-            total *= size
-        return total
+        return math.prod(self.sizes)
 
     def slices(self) -> tuple[slice, ...]:
         """Index expression of the box in the global tensor."""
@@ -160,10 +158,8 @@ class ParameterLayout:
         if self.order is None or stored.numel == 0:
             return (stored,)
         first, rows = stored.offsets[0], stored.sizes[0]
-        boxes = []
-        for start, length in _runs(self.order[first : first + rows]):
-            boxes.append(Box((start, *stored.offsets[1:]), (length, *stored.sizes[1:])))
-        return tuple(boxes)
+        runs = _runs(self.order[first : first + rows])
+        return tuple(Box((start, *stored.offsets[1:]), (length, *stored.sizes[1:])) for start, length in runs)
 
     def stored_box(self, fold: Fold, rank: int) -> Box:
         """Returns the part that ``rank`` stores, in the order of storage: its sizes are those of the piece.

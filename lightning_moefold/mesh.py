@@ -148,6 +148,12 @@ class FoldedMesh:
         replicated: Whether parameters are replicated over data ranks; the data axes of the meshes then hold this rank
             only.
 
+    Attributes:
+        tp, ep, etp: Tensor parallel, expert parallel and expert tensor parallel axis.
+        dp_cp: Ranks that hold different tokens of the global batch (and the same tensor parallel shard).
+        stage: All ranks of this pipeline stage.
+        world: All ranks.
+
     Raises:
         RuntimeError: If the fold's world size is not that of the default process group.
     """
@@ -177,6 +183,9 @@ class FoldedMesh:
         stages = [list(range(first, first + stage)) for first in range(0, world, stage)]
         self._axes["stage"] = self._make_axis("stage", stages)
         self._axes["world"] = self._make_axis("world", [list(range(world))])
+        self.tp, self.ep, self.etp, self.dp_cp, self.stage, self.world = (
+            self._axes[name] for name in ("tp", "ep", "etp", "dp_cp", "stage", "world")
+        )
         self._cuts: dict[tuple[str, int], tuple[Axis, Axis] | None] = {}
         self._meshes = {family: self._make_mesh(family, wrap_single, replicated) for family in Family}
 
@@ -196,36 +205,6 @@ class FoldedMesh:
     def axis(self, name: str) -> Axis:
         """The axis ``name`` on this rank: ``tp cp dp pp ep etp edp dp_cp etp_ep``, ``stage`` or ``world``."""
         return self._axes[name]
-
-    @property
-    def tp(self) -> Axis:
-        """Tensor parallel axis."""
-        return self._axes["tp"]
-
-    @property
-    def ep(self) -> Axis:
-        """Expert parallel axis."""
-        return self._axes["ep"]
-
-    @property
-    def etp(self) -> Axis:
-        """Expert tensor parallel axis."""
-        return self._axes["etp"]
-
-    @property
-    def dp_cp(self) -> Axis:
-        """Ranks that hold different tokens of the global batch (and the same tensor parallel shard)."""
-        return self._axes["dp_cp"]
-
-    @property
-    def stage(self) -> Axis:
-        """All ranks of this pipeline stage."""
-        return self._axes["stage"]
-
-    @property
-    def world(self) -> Axis:
-        """All ranks."""
-        return self._axes["world"]
 
     @property
     def ends(self) -> Axis:

@@ -39,13 +39,7 @@ from lightning_moefold.lifecycle.prediction import Predicting
 from lightning_moefold.lifecycle.signals import requeue_together, stop_quietly
 from lightning_moefold.lifecycle.step_check import NotFinite
 from lightning_moefold.lifecycle.strategy_arguments import check_fold_arguments, check_run_arguments
-from lightning_moefold.lifecycle.unsupported import (
-    check_blocks,
-    check_compilation,
-    check_microbatches,
-    check_optimizers,
-    check_trainer,
-)
+from lightning_moefold.lifecycle.unsupported import check_optimizers, check_run
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.experts import cpu_cache
@@ -55,8 +49,7 @@ from lightning_moefold.modules.routers import update_expert_bias
 from lightning_moefold.optim.elementwise import elementwise_only
 from lightning_moefold.optim.pieces import run_on_pieces
 from lightning_moefold.optim.state_offload import bring_state
-from lightning_moefold.parallel import GradientNorm, GradientSum, PipelinePlan, Settings, Sharding, parallelize
-from lightning_moefold.parallel.apply import check_settings
+from lightning_moefold.parallel import PipelinePlan, Settings, Sharding, parallelize
 from lightning_moefold.parallel.compiling import COMPILER, has_compiler
 from lightning_moefold.parallel.hooks import check_hooks
 from lightning_moefold.parallel.migration import Moved, move_experts
@@ -64,7 +57,6 @@ from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.parallel.replicated import ReplicatedModules, align_blocks, align_randomness
 from lightning_moefold.parallel.settings import ShardingMode
 from lightning_moefold.parallel.spare import spare_parameters
-from lightning_moefold.parallel.tree import check_trees
 from lightning_moefold.planner.search.auto import AutoFold
 
 log = logging.getLogger(__name__)
@@ -235,11 +227,6 @@ class MoEFoldStrategy(SharedCheckpoints):
             plugin = MoEFoldPrecision(plugin)
         self._precision_plugin = plugin
 
-    @property
-    def _precision(self) -> MoEFoldPrecision:
-        assert isinstance(self.precision_plugin, MoEFoldPrecision)
-        return self.precision_plugin
-
     # ---- set-up ------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -254,67 +241,55 @@ class MoEFoldStrategy(SharedCheckpoints):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
         assert self.model is not None
-        assert self.lightning_module is not None
         if self._mesh is None:
             self._choose_fold(last_call=True)
             self._make_mesh()
-        check_trainer(trainer, self.lightning_module, self.fold)
-        check_settings(self.lightning_module, self.fold, self._settings_of_run())
-        check_trees(self.lightning_module, self.fold)
-        check_blocks(self.lightning_module, self.fold)
-        check_microbatches(self.settings.num_microbatches, self.mesh.world)
-        if self.settings.compiles:
-            check_compilation(self.lightning_module)
-        if trainer.state.fn == TrainerFn.FITTING:
+        check_run(trainer, self._module, self._settings_of_run(), self.mesh)
+        if self._fitting:
             self._check_hooks()
             if self._roots() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._check_places(trainer, self.mesh.world)
         self.accelerator.setup(trainer)
-        loops = (
-            trainer.validate_loop,
-            trainer.test_loop,
-            trainer.predict_loop,
-            trainer.fit_loop.epoch_loop.val_loop,
-        )
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        loops = (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, validation)
         for loop in loops if self._spreads else ():
             loop.inference_mode = False  # FSDP2 and DTensor do not go with inference tensors
-        if self._layer_sync is not None and trainer.state.fn == TrainerFn.FITTING:
+        if self._layer_sync is not None and self._fitting:
             self.model = self._layer_sync.apply(self.model)
         self._convert()
         self._parallelize()
         self.model_to_device()
-        self._registry = ParameterRegistry(self.lightning_module, self.mesh)
-        self._own = ReplicatedModules(self.lightning_module, self._registry, self.mesh)
+        self._registry = ParameterRegistry(self._module, self.mesh)
+        self._own = ReplicatedModules(self._module, self._registry, self.mesh)
         self._own.prepare()
         align_randomness(self.mesh, self.root_device)
-        self._prepare_precision()
+        self._precision.prepare(self._registry, self.root_device)
         self.barrier("setup")
-        if trainer.state.fn == TrainerFn.FITTING:
+        if self._fitting:
             self.setup_optimizers(trainer)
             check_optimizers(trainer, self._registry.sharded)
             self._prepare_saves(trainer)
         self.setup_precision_plugin()
-        if trainer.state.fn == TrainerFn.FITTING:
+        if self._fitting:
             _optimizers_to_device(self.optimizers, self.root_device)
-            self._step_ahead = StepAhead(trainer, self.lightning_module) if self._per_token_loss else None
+            self._step_ahead = StepAhead(trainer, self._module) if self._per_token_loss else None
         if trainer.state.fn == TrainerFn.PREDICTING:
-            self._predicting = Predicting(trainer, self.lightning_module)
+            self._predicting = Predicting(trainer, self._module)
         elif self.world_size > 1:
             self._even = EvenBatches(trainer, self.mesh, evaluation=bool(self._roots()))
 
     @property
     def _per_token_loss(self) -> bool:
-        asked = getattr(self.lightning_module, "calculate_per_token_loss", False)
+        asked = getattr(self._module, "calculate_per_token_loss", False)
         return asked if self.calculate_per_token_loss is None else self.calculate_per_token_loss
 
     def _check_hooks(self) -> None:
         """Refuses hooks on gradients where more than one rank has a part of them, or FSDP2 keeps the weights. Collective."""
-        assert self.lightning_module is not None
         mixed = self._precision.mixed_dtype is not None and bool(self._roots())
         if self.world_size == 1 and not mixed:
             return
         with agreeing(self.mesh.world, HookError):
-            check_hooks(self.lightning_module, f"in {self._precision.precision}" if mixed else f"under {self.fold}")
+            check_hooks(self._module, f"in {self._precision.precision}" if mixed else f"under {self.fold}")
 
     @override
     def _convert(self) -> None:
@@ -325,13 +300,12 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     def _parallelize(self) -> None:
         """Parallelises the models that are not yet; an error on one rank is raised on all."""
-        assert self.lightning_module is not None
-        align_blocks(self.lightning_module, self.mesh)
+        align_blocks(self._module, self.mesh)
         settings = self._settings_of_run()
         if settings.compiles and not has_compiler(self.root_device, self.reduce_boolean_decision):
             settings = replace(settings, compiler=None)
         with agreeing(self.mesh.world):
-            parallelize(self.lightning_module, self.mesh, settings, self.root_device)
+            parallelize(self._module, self.mesh, settings, self.root_device)
 
     def _settings_of_run(self) -> Settings:
         sharding = replace(self.settings.sharding, mixed_dtype=self._precision.mixed_dtype)
@@ -342,20 +316,10 @@ class MoEFoldStrategy(SharedCheckpoints):
         assert self.model is not None
         self.model.to(self.root_device)
 
-    def _prepare_precision(self) -> None:
-        assert self._registry is not None
-        precision = self._precision
-        precision.loss_scale = 1.0 / self.mesh.dp_cp.size
-        precision.gradient_sum = GradientSum(self._registry.unfinished_gradients())
-        registry = self._registry
-        precision.gradient_norm = GradientNorm(
-            self.mesh.world, registry.counts_here, registry.is_expert, self.root_device
-        )
-
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self._reset_optimizers_and_schedulers()  # those of an earlier entry point may refer to parameters that are gone
-        with spare_parameters(self._modules()):
+        with spare_parameters(self._module.modules()):
             super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             run_on_pieces(optimizer, self.registry.names)
@@ -363,8 +327,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         seed_workers(dataloader, self.dp_rank)
-        assert self.lightning_module is not None
-        self._data_order.prepare(dataloader, self.lightning_module.trainer, self.dp_rank, self.dp_size)
+        self._data_order.prepare(dataloader, self._module.trainer, self.dp_rank, self.dp_size)
         if self._even is not None:
             self._even.check_loader(dataloader)
         return dataloader
@@ -374,10 +337,9 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def on_train_start(self) -> None:
         self._check_hooks()  # hooks may have been registered since the set-up
-        assert self.lightning_module is not None
-        requeue_together(self.lightning_module.trainer)
+        requeue_together(self._module.trainer)
         self._stop_quietly()
-        self._data_order.begin(self.lightning_module.trainer, self.dp_size)
+        self._data_order.begin(self._module.trainer, self.dp_size)
         if self._even is not None:
             self._even.begin_training()
 
@@ -393,9 +355,8 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def on_validation_start(self) -> None:
         self._stop_quietly()
-        assert self.lightning_module is not None
         if self._even is not None:
-            self._even.begin_evaluation(self.lightning_module.trainer._evaluation_loop.max_batches)
+            self._even.begin_evaluation(self._module.trainer._evaluation_loop.max_batches)
 
     on_test_start = on_validation_start
 
@@ -410,16 +371,15 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._stop_quietly()
 
     def _stop_quietly(self) -> None:
-        assert self.lightning_module is not None
         if self.world_size > 1:
-            stop_quietly(self.lightning_module.trainer)
+            stop_quietly(self._module.trainer)
 
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
         # Whole gradients are what "full" is to save: there every batch's are scattered and added up in pieces.
         waits = self.settings.sharding.mode != "full"
-        units = [m for m in self._modules() if isinstance(m, FSDPModule)] if waits else []
+        units = [m for m in self._module.modules() if isinstance(m, FSDPModule)] if waits else []
         for unit in units:
             unit.set_requires_gradient_sync(False, recurse=False)
         self._precision.gradient_sum.deferred = True
@@ -434,11 +394,10 @@ class MoEFoldStrategy(SharedCheckpoints):
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
     ) -> Any:
-        assert self.lightning_module is not None
         try:
             with self._watch(optimizer):
                 output = super().optimizer_step(optimizer, closure, model, **kwargs)
-            update_expert_bias(self.lightning_module)
+            update_expert_bias(self._module)
         except NotFinite as skipped:
             output = None
             assert self._precision.step_check is not None
@@ -454,8 +413,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         Parameters are gathered copies without gradients there, and ``self.zero_grad()`` would clear nothing; such code
         sees this rank's pieces instead.
         """
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
         return is_overridden("optimizer_zero_grad", module) or any(
             is_overridden(hook, owner, parent)
@@ -499,9 +457,6 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._evaluate(*args, **kwargs)
         return super().test_step(*args, **kwargs)
 
-    def _modules(self) -> list[torch.nn.Module]:
-        return list(self.lightning_module.modules()) if self.lightning_module is not None else []
-
     @override
     def on_validation_end(self) -> None:
         self._release_gathered_weights()
@@ -534,8 +489,7 @@ class MoEFoldStrategy(SharedCheckpoints):
                 batches accumulate.
             UnsupportedFeature: For state of an optimizer that is not kept expert by expert, on every rank.
         """
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        trainer = self._module.trainer
         if trainer.training and trainer.fit_loop.epoch_loop._should_accumulate():
             raise InputError(
                 "experts move between two optimizer steps, and gradients of accumulated batches wait for the next one; call "
@@ -544,17 +498,6 @@ class MoEFoldStrategy(SharedCheckpoints):
         for optimizer in self.optimizers:
             bring_state(optimizer)
         return move_experts(self.registry, self.optimizers, placements)
-
-    @property
-    def registry(self) -> ParameterRegistry:
-        """Which parameter is which, and where its pieces are.
-
-        Raises:
-            RuntimeError: Before the strategy is set up.
-        """
-        if self._registry is None:
-            raise RuntimeError("parameters have their places once the strategy is set up; ask in a hook of the fit.")
-        return self._registry
 
     # ---- the end -----------------------------------------------------------------------------------------------
 
@@ -567,13 +510,10 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def teardown(self) -> None:
         self._end_saves()
-        if self._predicting is not None:
-            predicting, self._predicting = self._predicting, None
-            predicting.finish()
-        self._step_ahead = None
-        if self._even is not None:
-            even, self._even = self._even, None
-            even.finish()
+        beside, self._predicting, self._even, self._step_ahead = (self._predicting, self._even), None, None, None
+        for callback in beside:
+            if callback is not None:
+                callback.finish()
         # Unlike the base class: sharded parameters stay where they are.
         if self._layer_sync is not None and self.model is not None:
             self.model = self._layer_sync.revert(self.model)

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from lightning_moefold.checkpoint.sums import is_known, new_sum, sum_of, unpack_
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.layout import Box
 
+#: Key in ``meta.pt`` of the folder with the tensors, if they are not beside it; and the prefix of such folders.
+FOLDER, FOLDERS = "moefold_tensors", "tensors-"
+#: Key in ``meta.pt`` that says whether the checkpoint has checksums.
+SUMMED = "moefold_checksums"
 #: Bytes that are read and added to a checksum at a time, so that they are in the processor's cache for the second.
 _BLOCK = 1 << 18
 
@@ -40,13 +44,13 @@ class _Wanted:
     targets: list[tuple[Tensor, tuple[slice, ...]]] = field(default_factory=list)
 
 
-class StoredChunks:
-    """The chunks of a directory, read and checked one at a time.
+class StoredTensors:
+    """The tensors of a checkpoint, whose chunks are read and checked one at a time.
 
     Args:
-        place: The directory, local or in a store.
+        path: The checkpoint, local or in a store.
+        meta: Result of :func:`~.sharded.load_meta`.
         check: Whether checksums are compared, where there are any.
-        summed: Whether there must be some.
 
     Attributes:
         items: Shape and dtype of each tensor by name.
@@ -55,8 +59,11 @@ class StoredChunks:
         CheckpointError: If the list of chunks, or that of checksums, cannot be read.
     """
 
-    def __init__(self, place: Path | str, *, check: bool = True, summed: bool = False) -> None:
-        self._place = place
+    def __init__(self, path: str | Path, meta: Mapping[str, Any], *, check: bool = True) -> None:
+        place, folder = stores.parse_path(path), meta.get(FOLDER, "")
+        if folder and (not isinstance(folder, str) or not folder.startswith(FOLDERS) or "/" in folder):
+            raise CheckpointError(f"{path} is damaged: its tensors are said to be in {folder!r}.")
+        self._place = place = stores.join(place, folder) if folder else place
         try:
             listed = stores.read(stores.join(place, LIST))
         except Exception as error:  # of any store
@@ -64,7 +71,7 @@ class StoredChunks:
                 f"{place} is damaged: its list of tensors cannot be read: {reason_of(error)}."
             ) from None
         self._check = check
-        self._sums = self._read_sums(listed, summed)
+        self._sums = self._read_sums(listed, bool(meta.get(SUMMED, False)))
         try:
             with no_collection():
                 self._list = unpickle_list(listed)

@@ -94,13 +94,7 @@ class Written:
 
 
 def write_chunks(place: Path | str, rank: int, tensors: Mapping[str, Tensor | TensorPiece], summed: bool) -> Written:
-    """Writes a rank's chunks into a file of a directory; nothing is created if it has none.
-
-    Args:
-        place: The directory, local or in a store.
-        rank: This rank, which names the file.
-        tensors: What it has; a plain tensor is whole.
-        summed: Whether checksums are computed.
+    """Writes a rank's chunks into its file of a directory; nothing is created if it has none. A plain tensor is whole.
 
     Raises:
         OSError: If the file cannot be written.

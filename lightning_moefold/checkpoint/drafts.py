@@ -26,8 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from lightning_moefold import comm
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.mesh import Axis
 
@@ -52,10 +51,7 @@ def draft_of(target: Path, world: Axis) -> Iterator[Path]:
     Raises:
         OSError: If the directory cannot be created; raised on all ranks, on others than the first as PeerError.
     """
-    number = [uuid.uuid4().hex[:8]]
-    if world.size > 1:
-        dist.broadcast_object_list(number, src=world.ranks[0], group=world.group)
-    work = _draft_name(target, number[0])
+    work = _draft_name(target, comm.broadcast_object(uuid.uuid4().hex[:8], world))
     lease: Lease | None = None
     try:
         with agreeing(world):
@@ -131,11 +127,7 @@ def sync_directory(path: Path) -> None:
 
 
 class Lease:
-    """A file that says which process writes a draft, renewed until it is released.
-
-    Args:
-        path: The file, in an existing directory.
-    """
+    """A file in an existing directory that says which process writes a draft, renewed until it is released."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -183,7 +183,7 @@ class HFCheckpoint:
         """
         file = self.tensors[name].file
         if file not in self._handles:  # opening a file parses its header, which may list thousands of experts
-            self._handles[file] = _Opened(file).__enter__()
+            self._handles[file] = _open(file)
         try:
             whole = self._handles[file].get_tensor(name)  # a view of the mapped file
         except (SafetensorError, OSError) as error:
@@ -240,25 +240,11 @@ def _sample(path: Path, count: int) -> bytes:
     return b"".join(pieces)
 
 
-class _Opened:
-    """Opens a file with ``safe_open`` and turns its errors into CheckpointErrors."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self):  # type: ignore[no-untyped-def]  # safetensors has no type for an open file
-        try:
-            self._handle = safe_open(str(self._file), framework="pt")
-            return self._handle.__enter__()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self._file} is damaged or truncated ({error}).") from None
-
-    def __exit__(self, *exc: object) -> None:
-        self._handle.__exit__(*exc)
-
-
-def _open(file: Path) -> _Opened:
-    return _Opened(file)
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged or truncated ({error}).") from None
 
 
 def _more(names: list[str]) -> str:

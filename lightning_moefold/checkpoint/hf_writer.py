@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moefold import comm
 from lightning_moefold.agreement import agree_on_error, agreeing
 from lightning_moefold.checkpoint.drafts import draft_of, publish, sync_file
 from lightning_moefold.checkpoint.hf_reader import INDEX
@@ -148,12 +149,7 @@ def _write_files(
         except Exception as failure:
             error = failure
     agree_on_error(error, world)
-    parts: list[Any] = [thread.sums]
-    if world.size > 1:
-        everyone: list[Any] | None = [None] * world.size if world.index == 0 else None
-        dist.gather_object(thread.sums, everyone, dst=world.ranks[0], group=world.group)
-        parts = everyone or []
-    return {name: sums for part in parts for name, sums in part.items()}
+    return {name: sums for part in comm.gather_objects(thread.sums, world) for name, sums in part.items()}
 
 
 def _planned(path: Path, members: Iterable[OutputTensor]) -> PlannedFile:

@@ -27,12 +27,7 @@ _WAITING = 1 << 29
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to write.
-
-    Args:
-        path: Where.
-        tensors: Dtype and shape of each tensor, in the order in which they come.
-    """
+    """A file to write: its path, and dtype and shape of each tensor, in the order in which they come."""
 
     path: Path
     tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]
@@ -51,10 +46,7 @@ class PlannedFile:
 
 
 class WritingThread:
-    """Writes tensors to files, one file after the other.
-
-    Args:
-        files: The files, in the order in which their tensors come.
+    """Writes tensors to files, one file after the other, in the order in which the tensors come.
 
     Attributes:
         sums: Checksums of the blocks of each tensor, by name; complete after :meth:`finish`.

@@ -20,12 +20,12 @@ from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moefold import comm
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.checkpoint import stores
-from lightning_moefold.checkpoint.chunk_reader import StoredChunks
+from lightning_moefold.checkpoint.chunk_reader import FOLDER, FOLDERS, SUMMED
 from lightning_moefold.checkpoint.chunks import TensorPiece, Written, write_chunks, write_list
 from lightning_moefold.checkpoint.drafts import draft_of, publish
 from lightning_moefold.checkpoint.reasons import in_one_sentence, reason_of
@@ -37,10 +37,6 @@ META = "meta.pt"
 #: Key of the models' descriptions: by name, a mapping of ``config`` (Hugging Face's), ``dtypes`` (on disk) and ``path``
 #: (of the source, or None).
 MODELS = "moefold_models"
-#: Key in ``meta.pt`` of the folder with the tensors, if they are not beside it; and the prefix of such folders.
-FOLDER, _FOLDERS = "moefold_tensors", "tensors-"
-#: Key in ``meta.pt`` that says whether the checkpoint has checksums.
-SUMMED = "moefold_checksums"
 #: Classes that hyperparameters may hold besides plain data.
 _HARMLESS = (PosixPath, PurePosixPath)
 
@@ -63,23 +59,15 @@ class Packed:
 
 
 def pack(path: str | Path, meta: Mapping[str, Any], world: Axis, *, summed: bool = True) -> Packed:
-    """Serialises everything except the tensors. Collective.
+    """Serialises everything except the tensors, as the first rank has it. Collective.
 
-    Args:
-        path: Directory to create, local or in a store. An existing file or directory is replaced once the new one is
-            complete.
-        meta: Everything else; rank 0's is written.
-        world: All ranks.
-        summed: Whether checksums are written.
+    An existing file or directory at ``path`` is replaced once the new one is complete.
 
     Raises:
         CheckpointError: If ``meta`` could not be read back.
     """
     target, content = stores.parse_path(path), b""
-    number = [uuid.uuid4().hex[:8]]
-    if isinstance(target, str) and world.size > 1:
-        dist.broadcast_object_list(number, src=world.ranks[0], group=world.group)
-    folder = _FOLDERS + number[0] if isinstance(target, str) else ""
+    folder = comm.broadcast_object(FOLDERS + uuid.uuid4().hex[:8], world) if isinstance(target, str) else ""
     with agreeing(world):
         if world.index == 0:
             content = pack_meta({**meta, SUMMED: summed, **({FOLDER: folder} if folder else {})})
@@ -129,7 +117,7 @@ def _save_in_store(target: str, packed: Packed, tensors: Mapping[str, Tensor | T
 def _clear(target: str, folder: str, complete: bool) -> None:
     """Removes the tensors of earlier saves, or those of this save if it failed."""
     try:
-        old = [name for name in stores.folders(target) if name.startswith(_FOLDERS) and name != folder]
+        old = [name for name in stores.folders(target) if name.startswith(FOLDERS) and name != folder]
         for name in old if complete else [folder]:
             stores.remove(stores.join(target, name))
     except Exception as failure:  # the checkpoint itself is complete
@@ -144,12 +132,7 @@ def _write_tensors(work: Path | str, packed: Packed, tensors: Mapping[str, Tenso
             written = write_chunks(work, world.index, tensors, packed.summed)
     except Exception as error:
         failure = error
-    parts: list[Any] = [written if failure is None else str(failure)]
-    if world.size > 1:
-        first = world.index == 0
-        everyone: list[Any] | None = [None] * world.size if first else None
-        dist.gather_object(parts[0], everyone, dst=world.ranks[0], group=world.group)
-        parts = everyone or []
+    parts = comm.gather_objects(written if failure is None else str(failure), world)
     with agreeing(world):
         if failure is not None:
             raise failure
@@ -197,12 +180,8 @@ def _pack(value: Any) -> tuple[bytes, str | None]:
 def check_readable(value: Any, what: str) -> None:
     """Checks that a value that checkpoints will hold can be written and read back.
 
-    Args:
-        value: The value to check.
-        what: Description of the value, used as the subject of the error's sentence.
-
     Raises:
-        CheckpointError: If it cannot.
+        CheckpointError: If it cannot; ``what`` is the subject of the sentence.
     """
     try:
         foreign = _pack(value)[1]
@@ -235,38 +214,3 @@ def load_meta(path: str | Path) -> dict[str, Any]:
     if not isinstance(meta, dict):
         raise CheckpointError(f"{file} cannot be read: it holds a {type(meta).__name__} instead of a checkpoint.")
     return meta
-
-
-class StoredTensors(StoredChunks):
-    """The tensors of a checkpoint.
-
-    Args:
-        path: The checkpoint.
-        meta: Result of :func:`load_meta`.
-        check: Whether checksums are compared, where there are any.
-
-    Attributes:
-        items: Shape and dtype of each tensor by name.
-
-    Raises:
-        CheckpointError: If the list of tensors cannot be read.
-    """
-
-    def __init__(self, path: str | Path, meta: Mapping[str, Any], *, check: bool = True) -> None:
-        place, folder = stores.parse_path(path), meta.get(FOLDER, "")
-        if folder and (not isinstance(folder, str) or not folder.startswith(_FOLDERS) or "/" in folder):
-            raise CheckpointError(f"{path} is damaged: its tensors are said to be in {folder!r}.")
-        super().__init__(
-            stores.join(place, folder) if folder else place, check=check, summed=bool(meta.get(SUMMED, False))
-        )
-
-
-def load_sharded(stored: StoredTensors, tensors: Mapping[str, Tensor | TensorPiece], world: Axis) -> None:
-    """Fills ``tensors`` in place. Collective.
-
-    Raises:
-        CheckpointError: If a tensor is missing or has another shape, or a file is damaged; on ranks where reading has not
-            failed, PeerError.
-    """
-    with agreeing(world):
-        stored.fill(tensors)

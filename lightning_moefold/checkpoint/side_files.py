@@ -60,9 +60,7 @@ def side_files(directory: Path) -> dict[str, Path]:
 def files_to_carry(model: Path | None, tokenizer: Path | None) -> dict[str, Path]:
     """Returns the files that an export copies beside its weights, by relative name.
 
-    Args:
-        model: Directory of the source model, if any.
-        tokenizer: Directory of the tokenizer used in training; None to use the model's.
+    Without a directory for the tokenizer that was used in training, the model's is taken.
     """
     carried = _existing(model, "tokenizer and other files beside the weights")
     if tokenizer is None or not are_apart(model, tokenizer):

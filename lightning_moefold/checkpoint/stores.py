@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch.distributed as dist
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
+from lightning_moefold import comm
 from lightning_moefold.agreement import agree_on_error
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.mesh import Axis
@@ -59,12 +59,8 @@ def _unmangled(path: Path) -> Path:
 def local_path(path: str | os.PathLike[str], what: str) -> Path:
     """Returns the path of something that can only be local.
 
-    Args:
-        path: Path given by the user.
-        what: Description of it, used as the subject of the error's sentence.
-
     Raises:
-        CheckpointError: If the path is an address in a store.
+        CheckpointError: If the path is an address in a store; ``what`` is the subject of the sentence.
     """
     parsed = parse_path(path)
     if isinstance(parsed, str):
@@ -193,10 +189,7 @@ def check_store(path: str, world: Axis) -> None:
     Raises:
         CheckpointError: If it cannot be written or is not shared; the message names the store. Raised on all ranks.
     """
-    names = [f".{uuid.uuid4().hex[:8]}.trial"]
-    if world.size > 1:
-        dist.broadcast_object_list(names, src=world.ranks[0])
-    trial, error = join(path, names[0]), None
+    trial, error = join(path, comm.broadcast_object(f".{uuid.uuid4().hex[:8]}.trial", world)), None
     try:
         if world.index == 0:
             write(trial, b"trial")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import warnings
 import zipfile
 import zlib
@@ -106,16 +107,13 @@ def unpack_sums(packed: bytes, where: object) -> dict[str, Any]:
 
 def rows_of_block(shape: Sequence[int], itemsize: int, block: int) -> int:
     """Rows of a tensor whose checksum is kept together: about ``block`` bytes, so that a slice is checked by little more."""
-    row = itemsize
-    for size in shape[1:]:
-        row *= size
-    return max(1, block // max(1, row))
+    return max(1, block // max(1, itemsize * math.prod(shape[1:])))
 
 
-def block_sums(tensor: Tensor, algorithm: str = ALGORITHM) -> list[str]:
+def block_sums(tensor: Tensor) -> list[str]:
     """Returns the checksum of each block of rows of a contiguous tensor on the CPU."""
     rows = rows_of_block(tensor.shape, tensor.itemsize, BLOCK)
-    return [sum_of(bytes_of(block), algorithm) for block in (tensor if tensor.dim() else tensor[None]).split(rows)]
+    return [sum_of(bytes_of(block)) for block in (tensor if tensor.dim() else tensor[None]).split(rows)]
 
 
 def bytes_of(tensor: Tensor) -> Any:

@@ -67,12 +67,7 @@ def _shorten(ranks: tuple[int, ...]) -> str:
 
 
 def find_collective(error: BaseException, mesh: FoldedMesh | None = None) -> Collective | None:
-    """Finds the collective in which ``error`` was raised, or None if its traceback shows none.
-
-    Args:
-        error: The error, with its traceback.
-        mesh: The folded mesh, to name the group.
-    """
+    """Finds the collective in which ``error`` was raised, or None if its traceback shows none; the mesh names its group."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
     for index, frame in enumerate(frames):
         module = frame.f_globals.get("__name__", "")

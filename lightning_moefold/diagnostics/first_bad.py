@@ -60,8 +60,7 @@ class Place:
     def key(self, staged: bool) -> tuple[int, float, int]:
         """Sorts places of several ranks by the way of the data: weights, forward, backward.
 
-        Args:
-            staged: Whether ranks hold different layers, so that the numbers of their calls cannot be compared.
+        Where ranks are ``staged`` they hold different layers, so that the numbers of their calls cannot be compared.
         """
         phase = {"weight": 0, "output": 1}.get(self.what, 2)
         layer = float("inf") if self.layer is None else float(self.layer)

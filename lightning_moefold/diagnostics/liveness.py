@@ -63,12 +63,7 @@ class Report:
 
 
 class RollCall:
-    """One rank's socket, its published texts, and its probes of other ranks.
-
-    Args:
-        store: Store of the default process group.
-        rank: This rank.
-    """
+    """One rank's socket, its texts in the store of the default process group, and its probes of other ranks."""
 
     def __init__(self, store: dist.Store, rank: int) -> None:
         self.store, self._rank = store, rank
@@ -95,10 +90,9 @@ class RollCall:
                 self.store.set(f"{_PREFIX}/{subject}/{self._rank}", text[:1000])
 
     def probe(self, ranks: Iterable[int]) -> Report:
-        """Probes the 64 of ``ranks`` that follow this one, and waits up to two seconds until one is found to be missing.
+        """Probes the 64 of a group's ranks that follow this one, and waits up to two seconds until one is found to be missing.
 
-        Args:
-            ranks: Ranks of a group; the first rank follows the last one.
+        The first rank follows the last one.
         """
         others = sorted((rank for rank in ranks if rank != self._rank), key=lambda rank: (rank < self._rank, rank))
         others = others[:_MOST_ASKED]

@@ -45,13 +45,7 @@ _MISMATCHED = re.compile("Detected mismatch between collectives|op.preamble.leng
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a rank in the run.
-
-    Args:
-        mesh: The folded mesh.
-        plan: Pipeline plan, which says which stages each pipeline rank holds.
-        roll: Probes other ranks.
-    """
+    """The place of a rank in the run: its mesh, the plan that says who holds which stages, and what probes other ranks."""
 
     mesh: FoldedMesh
     plan: PipelinePlan = PipelinePlan()
@@ -138,16 +132,11 @@ def _waited(error: BaseException) -> str:
 
 
 def print_without_traceback(error: BaseException, rank: int, place: Place | None = None) -> None:
-    """Prints ``error`` as one line if it ends this process and its traceback adds nothing.
+    """Prints ``error``, which leaves the Trainer, as one line if it ends this process and its traceback adds nothing.
 
     This applies to ranks that only quote another rank's error, to ranks other than 0 if all refuse the same thing, and
     to ranks that lost contact with another. All other errors keep their traceback, including that of the rank that
     failed.
-
-    Args:
-        error: The error that leaves the Trainer.
-        rank: This rank.
-        place: The rank's place in the run; None before set-up.
     """
     sentence = lost_contact(error, place)
     if sentence is None:
@@ -170,13 +159,10 @@ class _Sentence:
 
 
 class _PrintSentences:
-    """An excepthook that prints registered errors as one sentence, and passes all others to another hook.
+    """An excepthook that prints registered errors as one sentence, and passes all others to the hook that it replaces.
 
     It holds no reference to errors, whose tracebacks would keep the model of a failed run alive. When the last
     registered error is gone, because the user has handled it, the other hook is restored.
-
-    Args:
-        before: The hook that this one replaces.
     """
 
     def __init__(self, before: Callable[[type[BaseException], BaseException, TracebackType | None], Any]) -> None:

@@ -28,11 +28,7 @@ from lightning_moefold.models.masks import shortest_window
 
 
 class StepAhead:
-    """Gives the language models of a module, batch by batch, the label weights of their optimizer step.
-
-    Args:
-        trainer: The Trainer, during a fit.
-        module: The LightningModule.
+    """Gives the language models of a module, batch by batch, the label weights of their optimizer step during a fit.
 
     Raises:
         UnsupportedFeature: If there are no labels that could be counted in advance.
@@ -128,11 +124,7 @@ class StepAhead:
 
 
 class _Held:
-    """An iterator over batches that can read ahead and hold batches.
-
-    Args:
-        iterator: Iterator over the batches.
-        position: Function that returns the position of the data.
+    """An iterator over batches that can read ahead and hold batches; ``position`` returns the position of the data.
 
     Attributes:
         positions: Position of the data before each held batch.

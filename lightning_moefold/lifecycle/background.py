@@ -23,11 +23,7 @@ from lightning_moefold.mesh import Axis
 
 
 class BackgroundSaves:
-    """Saves of one run.
-
-    Args:
-        world: All ranks, with a group that nobody else uses (:attr:`~.mesh.FoldedMesh.saves`).
-    """
+    """Saves of one run, over a group of all ranks that nobody else uses (:attr:`~.mesh.FoldedMesh.saves`)."""
 
     def __init__(self, world: Axis) -> None:
         self._world = world
@@ -38,11 +34,9 @@ class BackgroundSaves:
         self._error: BaseException | None = None
 
     def start(self, packed: Packed, tensors: Mapping[str, Tensor | TensorPiece]) -> None:
-        """Copies the tensors and begins to write them. The save before must be finished. Collective.
+        """Copies the tensors, which may change once this returns, and begins to write them. Collective.
 
-        Args:
-            packed: Everything except the tensors.
-            tensors: May change once this returns.
+        The save before must be finished.
         """
         copies = self._copy(tensors)
         self._thread = threading.Thread(target=self._save, args=(packed, copies), name="moefold save")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -122,24 +121,24 @@ class SharedCheckpoints(FoldedRanks):
                     f"removed unfinished saves of {', '.join(names)} in {place}, whose processes have ended."
                 )
 
-    def _check_saveable(self, trainer: pl.Trainer) -> None:
-        """Checks the content of checkpoints before training. Collective."""
-        if not self._sharded:
-            return
-        assert self._registry is not None
-        assert self.lightning_module is not None
-        with agreeing(self._registry.mesh.world):  # on errors of the user's state_dict(), too
-            check_saveable(trainer, self.lightning_module)
-
     def _check_state(self, optimizer: Optimizer) -> None:
         """Checks an optimizer's state after its first step, if checkpoints will be saved. Collective."""
-        assert self._registry is not None
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        trainer = self._module.trainer
         if not trainer.checkpoint_callbacks or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        with agreeing(self._registry.mesh.world, CheckpointError):
-            check_state(optimizer, self._registry)
+        with agreeing(self.mesh.world, CheckpointError):
+            check_state(optimizer, self.registry)
+
+    @property
+    def registry(self) -> ParameterRegistry:
+        """Which parameter is which, and where its pieces are.
+
+        Raises:
+            RuntimeError: Before the strategy is set up.
+        """
+        if self._registry is None:
+            raise RuntimeError("parameters have their places once the strategy is set up; ask in a hook of the fit.")
+        return self._registry
 
     def _release_gathered_weights(self) -> None:
         for root in self._roots():
@@ -154,8 +153,7 @@ class SharedCheckpoints(FoldedRanks):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         if not self._sharded:
             return super().optimizer_state(optimizer)
-        assert self._registry is not None
-        return optimizer_state(optimizer, self._registry)
+        return optimizer_state(optimizer, self.registry)
 
     @override
     def save_checkpoint(
@@ -171,9 +169,8 @@ class SharedCheckpoints(FoldedRanks):
             return
         if self._step_ahead is not None:
             self._step_ahead.correct(checkpoint)
-        assert self.lightning_module is not None
         if self._mesh is not None:
-            self._data_order.save(checkpoint, self.lightning_module.trainer, self._mesh.fold.dp)
+            self._data_order.save(checkpoint, self._module.trainer, self._mesh.fold.dp)
         if not self._sharded:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -181,17 +178,17 @@ class SharedCheckpoints(FoldedRanks):
             raise InputTypeError(
                 "MoEFoldStrategy writes checkpoints itself and takes no storage_options; leave them out."
             )
-        assert self._registry is not None
         if self._choice is not None:
             checkpoint[fold_choice.RECORD] = self._choice
-        gather_positions(checkpoint, self.lightning_module.trainer, self._registry.mesh)
+        gather_positions(checkpoint, self._module.trainer, self.mesh)
         path = self.broadcast(filepath)
         self.finish_saves()
-        packed, tensors = describe_training_state(path, checkpoint, self._registry, summed=self.checksums)
-        if self._background is not None and self._goes_on(path):
+        packed, tensors = describe_training_state(path, checkpoint, self.registry, summed=self.checksums)
+        at_once = Path(path).name.startswith("hpc_ckpt")  # one of Lightning's before a requeue
+        if self._background is not None and self._module.trainer.training and not at_once:
             self._background.start(packed, tensors)
         else:
-            save_sharded(packed, tensors, self._registry.mesh.world)
+            save_sharded(packed, tensors, self.mesh.world)
 
     def finish_saves(self) -> None:
         """Waits until the checkpoint that is saved in the background is complete, if there is one.
@@ -202,18 +199,14 @@ class SharedCheckpoints(FoldedRanks):
         if self._background is not None:
             self._background.finish()
 
-    def _goes_on(self, path: str | Path) -> bool:
-        """Whether training goes on while a checkpoint is written. One of Lightning's before a requeue must be complete at once."""
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer.training and not Path(path).name.startswith("hpc_ckpt")
-
     def _prepare_saves(self, trainer: pl.Trainer) -> None:
         """Checks what will be saved, and makes ready for saves in the background if they are asked for. Collective."""
-        self._check_saveable(trainer)
+        if self._sharded:
+            with agreeing(self.mesh.world):  # on errors of the user's state_dict(), too
+                check_saveable(trainer, self._module)
         if self.async_save:
-            assert self._mesh is not None
             check_background(trainer, self._sharded)
-            self._background = BackgroundSaves(self._mesh.saves)
+            self._background = BackgroundSaves(self.mesh.saves)
 
     def _end_saves(self) -> None:
         """Finishes the save that is under way; its error does not hide one for which training ends."""
@@ -257,31 +250,26 @@ class SharedCheckpoints(FoldedRanks):
                 f"{path} is a single file, not a checkpoint of this strategy; export the model to Hugging "
                 "Face format and start from that."
             )
-        assert self._registry is not None
-        assert self.lightning_module is not None
-        with agreeing(self._registry.mesh.world, CheckpointError):
+        with agreeing(self.mesh.world, CheckpointError):
             meta = load_meta(path)
         if self._choice is not None and (remark := fold_choice.difference(meta, self._choice)):
             fold_choice.announce(remark)
         self._release_gathered_weights()
-        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        if fitting:
-            take_position(meta, path, self.lightning_module.trainer, self._registry.mesh)
+        if self._fitting:
+            take_position(meta, path, self._module.trainer, self.mesh)
         self._load_order(meta, path)
-        optimizers = self.optimizers if fitting else []
-        load_training_state(path, meta, self._registry, self.lightning_module, optimizers, check=self.checksums)
+        optimizers = self.optimizers if self._fitting else []
+        load_training_state(path, meta, self.registry, self._module, optimizers, check=self.checksums)
         self._say_resumed(path, meta)
         return meta
 
     def _load_order(self, checkpoint: Mapping[str, Any], path: Any) -> None:
-        module = self.lightning_module
-        if module is not None and module.trainer.state.fn == TrainerFn.FITTING:
-            self._data_order.load(checkpoint, path, module.trainer)
+        if self._fitting:
+            self._data_order.load(checkpoint, path, self._module.trainer)
 
     def _say_resumed(self, path: str | Path, checkpoint: Mapping[str, Any]) -> None:
         """Says after which step, and under which fold, a fit goes on."""
-        assert self.lightning_module is not None
-        if self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+        if not self._fitting:
             return
         self.resumed_step = checkpoint.get("global_step")
         before, now = checkpoint.get("fold"), "" if self._mesh is None else str(self._mesh.fold)

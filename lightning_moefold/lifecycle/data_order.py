@@ -44,13 +44,7 @@ class DataOrder:
         self._early: list[object] = []  # training loaders that were made before a checkpoint was loaded
 
     def save(self, checkpoint: dict[str, Any], trainer: pl.Trainer, ranks: int) -> None:
-        """Adds the places to Lightning's checkpoint, the same on all ranks.
-
-        Args:
-            checkpoint: The checkpoint.
-            trainer: The Trainer.
-            ranks: Number of data ranks.
-        """
+        """Adds the places to Lightning's checkpoint, the same on all ranks."""
         loop = trainer.fit_loop
         if "loops" not in checkpoint or loop._combined_loader is None:
             return
@@ -60,13 +54,7 @@ class DataOrder:
         checkpoint[ORDER] = {"dp": ranks, "places": places, "orders": orders}
 
     def load(self, checkpoint: Mapping[str, Any], path: Any, trainer: pl.Trainer) -> None:
-        """Takes the places from a checkpoint, before the training loaders are made.
-
-        Args:
-            checkpoint: The checkpoint.
-            path: Its path, for errors.
-            trainer: The Trainer.
-        """
+        """Takes the places from a checkpoint, before the training loaders are made."""
         order = checkpoint.get(ORDER, {"dp": None, "places": []})
         self._path, self._ranks_before, self._places = str(path), order["dp"], list(order["places"])
         self._orders = list(order.get("orders", [None] * len(self._places)))
@@ -76,13 +64,7 @@ class DataOrder:
         self._loaded = True
 
     def prepare(self, dataloader: object, trainer: pl.Trainer, rank: int, ranks: int) -> None:
-        """Deals the sampler of a loader that Lightning is about to read.
-
-        Args:
-            dataloader: The loader.
-            trainer: The Trainer.
-            rank: This data rank.
-            ranks: Number of data ranks.
+        """Deals the rows of a loader's sampler to the data ranks, before Lightning reads the loader.
 
         Raises:
             UnsupportedFeature: If the sampler cannot be honoured there.
@@ -156,11 +138,7 @@ class DataOrder:
         )
 
     def begin(self, trainer: pl.Trainer, ranks: int) -> None:
-        """Finishes what the loaders need before the first batch.
-
-        Args:
-            trainer: The Trainer, about to train.
-            ranks: Number of data ranks.
+        """Finishes what the loaders need before the first training batch.
 
         Raises:
             UnsupportedFeature: If loaders of different lengths are read together.

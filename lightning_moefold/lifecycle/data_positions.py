@@ -13,10 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from lightning_moefold import comm
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.mesh import FoldedMesh
 
@@ -30,13 +30,11 @@ def gather_positions(checkpoint: dict[str, Any], trainer: pl.Trainer, mesh: Fold
     mine = _positions(checkpoint, trainer)
     if mesh.fold.dp == 1 or all(state is None for state in mine):  # the same kinds of loaders are on all ranks
         return
-    everyone: list[Any] = [None] * mesh.world.size
-    dist.all_gather_object(everyone, (mesh.place["dp"], mine), group=mesh.world.group)
-    by_data_rank: list[Any] = [None] * mesh.fold.dp
-    for data_rank, position in reversed(everyone):  # what the first of those who share rows says counts
-        by_data_rank[data_rank] = position
-    if not all(_same(theirs, by_data_rank[0]) for theirs in by_data_rank):
-        checkpoint[POSITIONS] = by_data_rank
+    everyone = comm.all_gather_objects((mesh.place["dp"], mine), mesh.world)
+    by_data_rank = dict(reversed(everyone))  # what the first of those who share rows says counts
+    positions = [by_data_rank[data_rank] for data_rank in range(mesh.fold.dp)]
+    if not all(_same(theirs, positions[0]) for theirs in positions):
+        checkpoint[POSITIONS] = positions
 
 
 def take_position(meta: dict[str, Any], path: Any, trainer: pl.Trainer, mesh: FoldedMesh) -> None:

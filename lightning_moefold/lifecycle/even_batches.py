@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
@@ -49,10 +48,10 @@ class _Said(NamedTuple):
 
 
 class EvenBatches(Callback):
-    """Checks one entry point of a Trainer; during it, this callback comes before all others.
+    """Checks one entry point of a Trainer; until :meth:`finish`, this callback comes before all others.
 
     Args:
-        trainer: The Trainer; it has this callback until :meth:`finish`.
+        trainer: The Trainer.
         mesh: The folded mesh.
         evaluation: Whether ranks also need each other in evaluation.
     """
@@ -72,7 +71,7 @@ class EvenBatches(Callback):
     def check_loader(self, dataloader: object) -> None:
         """Raises on all ranks if only some have a dataloader that is empty, or of unknown length. Collective."""
         length = sized_len(dataloader)
-        everyone = self._everyone(length)
+        everyone = comm.all_gather_objects(length, self._mesh.world)
         together = self._evaluation or self._trainer.training
         if len({n is None for n in everyone}) > 1 or (together and len({n == 0 for n in everyone}) > 1):
             self._refuse_numbers(everyone)
@@ -83,21 +82,19 @@ class EvenBatches(Callback):
         trainer, steps = self._trainer, self._trainer.max_steps - self._trainer.global_step
         number = trainer.num_training_batches
         enough = not trainer.enable_validation and 0 <= steps * trainer.accumulate_grad_batches <= number
-        everyone = self._everyone((number, enough, _are_counted(trainer.fit_loop._combined_loader)))
+        mine = number, enough, _are_counted(trainer.fit_loop._combined_loader)
+        everyone = comm.all_gather_objects(mine, self._mesh.world)
         if len({n for n, *_ in everyone}) > 1 and not all(is_enough for _, is_enough, _ in everyone):
             self._refuse_numbers([n for n, *_ in everyone])
         self._asks_training = not all(are_counted for *_, are_counted in everyone)
         self._trains_on = self._asks_training
 
     def begin_evaluation(self, numbers: Sequence[float]) -> None:
-        """Raises on all ranks if their known numbers of evaluation batches differ. Collective.
-
-        Args:
-            numbers: Number of batches of each dataloader.
-        """
+        """Raises on all ranks if the known numbers of batches of their dataloaders differ. Collective."""
         if not self._evaluation:
             return
-        everyone = self._everyone((tuple(numbers), _are_counted(self._trainer._evaluation_loop._combined_loader)))
+        mine = tuple(numbers), _are_counted(self._trainer._evaluation_loop._combined_loader)
+        everyone = comm.all_gather_objects(mine, self._mesh.world)
         if len({n for n, _ in everyone}) > 1:
             self._refuse_numbers([n[0] if len(n) == 1 else list(n) for n, _ in everyone])
         self._asks_evaluation = not all(are_counted for _, are_counted in everyone)
@@ -124,11 +121,7 @@ class EvenBatches(Callback):
         self._trains_on = self._say(_Said(ends=loop._num_ready_batches_reached() and not finishes, steps=steps))
 
     def evaluate(self, loader: int) -> None:
-        """Runs the check before an evaluation batch. Collective if dataloaders may end at any batch.
-
-        Args:
-            loader: Number of the dataloader that the batch comes from.
-        """
+        """Runs the check before a batch of an evaluation's dataloader. Collective if dataloaders may end at any batch."""
         if self._evaluation and self._asks_evaluation:
             loop = self._trainer._evaluation_loop
             self._evaluates_on = self._say(_Said(ends=loop.batch_progress.is_last_batch, loader=loader))
@@ -156,8 +149,11 @@ class EvenBatches(Callback):
         left, ends, steps, loader, square = comm.all_reduce_raw(votes, self._mesh.world).tolist()
         size = self._mesh.world.size
         if any(n not in (0, size) for n in (left, ends, steps)) or size * square != loader * loader:
-            number = self._progress.batch_progress.current.ready
-            raise UnevenBatches(self._sentence(self._everyone((said.left or said.ends, number))))
+            trainer = self._trainer
+            loop = trainer.fit_loop.epoch_loop if trainer.training else trainer._evaluation_loop
+            number = loop.batch_progress.current.ready
+            ended = said.left or said.ends
+            raise UnevenBatches(self._sentence(comm.all_gather_objects((ended, number), self._mesh.world)))
         return not (said.ends or said.left)
 
     # ---- what is said ------------------------------------------------------------------------------------------
@@ -193,19 +189,8 @@ class EvenBatches(Callback):
         stage = self._trainer.state.stage
         return {RunningStage.TRAINING: "training", RunningStage.TESTING: "testing"}.get(stage, "validation")  # type: ignore[arg-type]
 
-    @property
-    def _progress(self) -> Any:
-        trainer = self._trainer
-        return trainer.fit_loop.epoch_loop if trainer.training else trainer._evaluation_loop
-
     def _data_rank(self, rank: int) -> int:
         return self._mesh.fold.coordinates(rank)["dp"]
-
-    def _everyone(self, mine: Any) -> list[Any]:
-        """Gathers a value from all ranks; used before a loop and at the end of a run."""
-        found: list[Any] = [None] * self._mesh.world.size
-        dist.all_gather_object(found, mine, group=self._mesh.world.group)
-        return found
 
 
 def _are_counted(loader: CombinedLoader | None) -> bool:

@@ -56,12 +56,7 @@ class Fixed:
     num_microbatches: int | None
 
     def space(self, dispatchers: tuple[str, ...], offloads: bool = False) -> Space:
-        """Returns the settings that are left to choose, among those that the strategy runs in one call of the model.
-
-        Args:
-            dispatchers: Dispatchers that support the job's settings.
-            offloads: Whether activations go to host memory.
-        """
+        """Returns the settings that are left to choose, among those that the strategy runs in one call of the model."""
         plan, recompute, dispatcher = self.settings.plan, self.settings.recompute, self.settings.dispatch.dispatcher
         looped = plan.schedule.startswith("interleaved")
         run_here = [s for s in SCHEDULES if s != "gpipe" and (splits_backward() or s not in SPLIT_BACKWARD)]
@@ -131,14 +126,7 @@ def earlier_root(module: pl.LightningModule) -> ParallelRoot | None:
 def choose_for(
     auto: AutoFold, fixed: Fixed, module: pl.LightningModule, device: torch.device, last_call: bool
 ) -> Choice | None:
-    """Makes the choice for a Trainer that is about to run ``module``; returns None if the model is not made yet.
-
-    Args:
-        auto: The user's description of the job.
-        fixed: The settings that are fixed.
-        module: The LightningModule, attached to its Trainer.
-        device: This rank's device.
-        last_call: Whether the model must be known by now.
+    """Makes the choice for a Trainer that is about to run ``module``; None if the model is not made yet, unless at the last call.
 
     Raises:
         PlanError: If the model or the batch is unknown, or no plan fits.
@@ -175,12 +163,7 @@ def _frozen_base(module: pl.LightningModule, config: MoEConfig) -> dict[str, Any
 
 
 def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None:
-    """Describes how a resumed run's layout differs from that of the run that wrote the checkpoint; None if it does not.
-
-    Args:
-        meta: The ``meta`` of the checkpoint.
-        choice: The record of this run's choice.
-    """
+    """Describes how a resumed run's choice differs from the layout that its checkpoint names; None if it does not."""
     before = meta.get("fold")
     if before == choice["fold"] or before is None:
         return None
@@ -197,11 +180,7 @@ def difference(meta: Mapping[str, Any], choice: Mapping[str, Any]) -> str | None
 def machine(auto: AutoFold, ranks_per_node: int, device: torch.device, node_size: int | None = None) -> Hardware:
     """Returns the machine in use, or the one that the user named, with the number of ranks that share fast links.
 
-    Args:
-        auto: The user's description of the job.
-        ranks_per_node: Number of ranks on a machine, which share its memory.
-        device: This rank's device.
-        node_size: Number of ranks that share fast links, if it differs from ``ranks_per_node``.
+    Those are the ranks of a node, which share its memory, unless ``node_size`` says otherwise.
     """
     near = node_size or ranks_per_node
     if auto.hardware is not None:
@@ -265,16 +244,7 @@ def announce(text: str) -> None:
 
 
 def agreed(answer: Callable[[], Answer], broadcast: Callable[[Any], Any], rank: int) -> Answer:
-    """Returns ``answer()`` of rank 0 on every rank; its ``ValueError`` is raised on every rank too. Collective.
-
-    Args:
-        answer: Function that rank 0 calls.
-        broadcast: Function that broadcasts from rank 0 to all ranks.
-        rank: This rank.
-
-    Raises:
-        ValueError: The error that rank 0 raised.
-    """
+    """Returns ``answer()`` of rank 0 on every rank; its ``ValueError`` is raised on every rank too. Collective."""
     told: tuple[Any, ValueError | None] = (None, None)
     if rank == 0:
         try:

@@ -15,14 +15,10 @@ from lightning_moefold.sampler import ResumableSampler
 
 
 def seed_workers(dataloader: object, dp_rank: int) -> None:
-    """Seeds workers by data rank, where Lightning would seed them by global rank.
+    """Seeds the workers of a ``DataLoader`` by data rank, where Lightning would seed them by global rank.
 
     Lightning sets its own function after the strategy has processed the loader, but only if there is none. A loader
     from an earlier Trainer holds Lightning's function.
-
-    Args:
-        dataloader: The user's dataloader, of any kind.
-        dp_rank: Data rank of this rank.
     """
     if not isinstance(dataloader, DataLoader):
         return

@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_moefold.errors import InputError
 from lightning_moefold.lifecycle.step_check import StepCheck
 from lightning_moefold.parallel import GradientNorm, GradientSum, local_part
+from lightning_moefold.parallel.parameters import ParameterRegistry
 
 SUPPORTED = ("32-true", "bf16-mixed", "bf16-true", "64-true")
 _KINDS = {Precision, MixedPrecision, HalfPrecision, DoublePrecision}
@@ -97,6 +98,12 @@ class MoEFoldPrecision(Precision):
         return self.inner.convert_output(data)
 
     # ---- what a fold adds --------------------------------------------------------------------------------------
+
+    def prepare(self, registry: ParameterRegistry, device: torch.device) -> None:
+        """Learns the sums and norms of a module whose parameters are final."""
+        self.loss_scale = 1.0 / registry.mesh.dp_cp.size
+        self.gradient_sum = GradientSum(registry.unfinished_gradients())
+        self.gradient_norm = GradientNorm(registry, device)
 
     @override
     def backward(  # type: ignore[override]

@@ -20,13 +20,9 @@ from lightning_moefold.parallel.network.runner import network_runners
 class Predicting(Callback):
     """Lets ranks call models and blocks a different number of times while the Trainer predicts.
 
-    During ``Trainer.predict`` it comes before all other callbacks. Calls may be unequal from ``on_predict_start`` on.
-    They are equal again when other callbacks reach ``on_predict_epoch_end``, where those may call collectives.
-    Lightning skips all hooks on a rank without any batch; that rank joins in :meth:`finish`.
-
-    Args:
-        trainer: The Trainer; it has this callback until :meth:`finish`.
-        module: The LightningModule that predicts; its models must be parallelised.
+    Until :meth:`finish` it comes before all other callbacks. Calls may be unequal from ``on_predict_start`` on. They are equal
+    again when other callbacks reach ``on_predict_epoch_end``, where those may call collectives. Lightning skips all hooks on a
+    rank without any batch; that rank joins in :meth:`finish`.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

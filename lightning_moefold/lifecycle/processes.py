@@ -24,13 +24,13 @@ from lightning_moefold.mesh import forget_groups, set_timeout
 def connect_processes(
     environment: ClusterEnvironment, device: torch.device, backend: str | None, timeout: timedelta | None
 ) -> None:
-    """Creates the default process group, or uses the existing one. Collective.
+    """Creates the default process group, or uses the existing one, whose timeout the default does not change. Collective.
 
     Args:
         environment: Lightning's cluster environment, which knows the other ranks.
         device: This rank's device.
         backend: Backend given by the user; None to choose by device.
-        timeout: Timeout of collectives. The default does not change an existing group.
+        timeout: Timeout of collectives.
 
     Raises:
         InputError: If the existing group has another backend than the given one.

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from datetime import timedelta
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import (
@@ -16,6 +16,7 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor
@@ -53,9 +54,19 @@ class FoldedRanks(ParallelStrategy):
     num_nodes: int = 1
 
     @property
-    @abstractmethod
     def _precision(self) -> MoEFoldPrecision:
-        """The precision plugin."""
+        assert isinstance(self.precision_plugin, MoEFoldPrecision)
+        return self.precision_plugin
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        """The LightningModule of the entry point under way."""
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def _fitting(self) -> bool:
+        return self._module.trainer.state.fn == TrainerFn.FITTING
 
     @property
     def fold(self) -> Fold:
@@ -167,11 +178,7 @@ class FoldedRanks(ParallelStrategy):
         return fold
 
     def _choose_fold(self, last_call: bool) -> None:
-        """Lets the planner choose, if it is to and the model is known. Collective.
-
-        Args:
-            last_call: Whether the model has to be known by now.
-        """
+        """Lets the planner choose, if it is to and the model is known, as it must be at the last call. Collective."""
         module = self.lightning_module
         if self._fold_text != "auto" or module is None:
             return

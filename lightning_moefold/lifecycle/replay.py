@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_moefold import comm
 from lightning_moefold.diagnostics.first_bad import Place, watching
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules import MoELayer
@@ -41,11 +41,7 @@ class Found(NamedTuple):
 
 
 class Counters:
-    """Copies of what a forward pass counts: loads of experts, calls of noise, and all buffers of the module.
-
-    Args:
-        root: The LightningModule.
-    """
+    """Copies of what a forward pass of a module counts: loads of experts, calls of noise, and all its buffers."""
 
     def __init__(self, root: nn.Module) -> None:
         self._layers = [m for m in root.modules() if isinstance(m, MoELayer)]
@@ -85,13 +81,7 @@ class Counters:
 
 
 class Replay:
-    """The batches of the optimizer step under way.
-
-    Args:
-        trainer: The Trainer, during a fit with MoEFoldStrategy.
-        module: The LightningModule.
-        searches: Whether the batches will be run again if they fail.
-    """
+    """The batches of the optimizer step under way in a fit, which are run again if it fails and ``searches`` is true."""
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, searches: bool) -> None:
         self._trainer, self._module = trainer, module
@@ -137,10 +127,8 @@ class Replay:
                         _set_rng_states(held.random)
                     place = self._run(held)
                     self.take_back()
-                    everyone: list[Place | None] = [place] * world.size
-                    if world.size > 1:
-                        dist.all_gather_object(everyone, place, group=world.group)
-                    places = {rank: found for rank, found in enumerate(everyone) if found is not None}
+                    everyone = comm.all_gather_objects(place, world)
+                    places: dict[int, Place] = {rank: at for rank, at in enumerate(everyone) if at is not None}
                     if places:
                         first = min(found.key(staged) for found in places.values())
                         return Found(

@@ -44,10 +44,9 @@ class SameBatch:
         return self._trainer.world_size > 1 and dist.is_initialized()
 
     def ended(self, told: int | None) -> int | None:
-        """Returns on all ranks what one was told if they act after this batch, else None. Once after each batch.
+        """Returns on all ranks what one was told if they act after this batch, else None. Called once after each batch.
 
-        Args:
-            told: What this rank was told, None for nothing.
+        ``told`` is what this rank was told, None for nothing.
         """
         self._batches += 1
         accumulates = self._trainer.fit_loop.epoch_loop._should_accumulate()  # gradients of half a step would be lost
@@ -64,11 +63,7 @@ class SameBatch:
 
 
 def stop_quietly(trainer: pl.Trainer) -> None:
-    """Replaces Lightning's part in the handler of SIGTERM; the user's own handlers stay.
-
-    Args:
-        trainer: The Trainer, with its signal handlers registered. It removes this one with them at its end.
-    """
+    """Replaces Lightning's part in the handler of SIGTERM until the Trainer's end; the user's own handlers stay."""
     notifier = trainer._signal_connector._sigterm_notifier_fn
     handlers: list[Any] | None = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", None)
     if handlers is None:  # not in the main thread, or no such handlers in this Lightning
@@ -77,11 +72,7 @@ def stop_quietly(trainer: pl.Trainer) -> None:
 
 
 class TakesNote:
-    """Takes the place of Lightning's handler that tells other ranks of SIGTERM.
-
-    Args:
-        trainer: The Trainer.
-    """
+    """Takes the place of Lightning's handler that tells other ranks of SIGTERM."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
@@ -95,12 +86,7 @@ class TakesNote:
 
 
 class RequeueTogether(Callback):
-    """Takes the place of Lightning's handler of SLURM's requeue signal, which it calls after a batch on all ranks.
-
-    Args:
-        trainer: The Trainer, about to train.
-        handler: Lightning's handler.
-    """
+    """Takes the place of Lightning's handler of SLURM's requeue signal, which it calls after a batch on all ranks."""
 
     def __init__(self, trainer: pl.Trainer, handler: Any) -> None:
         self._handler = handler

@@ -41,12 +41,7 @@ class StepNumbers:
 
 
 class NotFinite(Exception):
-    """Ends an optimizer step that must not be made. Caught by the strategy on every rank.
-
-    Args:
-        optimizer: The optimizer.
-        numbers: Result of the check.
-    """
+    """Ends an optimizer step that must not be made. Caught by the strategy on every rank."""
 
     def __init__(self, optimizer: Any, numbers: StepNumbers) -> None:
         super().__init__("a loss or gradient is not finite")

@@ -16,24 +16,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_moefold import comm
 from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.placement import Placement, check_successor
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.checkpoint.chunks import TensorPiece
-from lightning_moefold.checkpoint.sharded import (
-    MODELS,
-    Packed,
-    StoredTensors,
-    check_readable,
-    load_sharded,
-    pack,
-)
+from lightning_moefold.checkpoint.sharded import MODELS, Packed, check_readable, pack
 from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.lifecycle import adapter_runs
 from lightning_moefold.lifecycle.same_model import check_same_model
@@ -94,11 +88,7 @@ def describe_training_state(
 ) -> tuple[Packed, dict[str, Tensor | TensorPiece]]:
     """Describes Lightning's ``checkpoint`` for :func:`~.checkpoint.sharded.save_sharded`. Collective.
 
-    Args:
-        path: Directory to create.
-        checkpoint: Lightning's checkpoint dictionary; ``state_dict`` and ``optimizer_states`` are removed from it.
-        registry: Registry of the module's parameters.
-        summed: Whether checksums are written.
+    Its ``state_dict`` and ``optimizer_states`` are removed from it.
 
     Returns:
         Everything except the tensors, serialised, and the tensors, which share memory with module and optimizers.
@@ -131,16 +121,11 @@ def describe_training_state(
 
 def _placements_of_all_stages(registry: ParameterRegistry) -> dict[str, Any]:
     """Returns the placements of layers in which experts have moved. Collective over ``pp``."""
-    mine = {
-        name: {"parts": layer.placement.parts, "expert_of_slot": list(layer.placement.expert_of_slot)}
-        for name, layer in registry.moe_layers().items()
-        if not layer.placement.is_contiguous
+    return {
+        name: {"parts": placement.parts, "expert_of_slot": list(placement.expert_of_slot)}
+        for name, placement in registry.everyones_placements().items()
+        if not placement.is_contiguous
     }
-    pp = registry.mesh.axis("pp")
-    everyone: list[Any] = [mine] * pp.size
-    if pp.size > 1:
-        dist.all_gather_object(everyone, mine, group=pp.group)
-    return {name: placement for part in everyone for name, placement in part.items()}
 
 
 def _restore_placements(
@@ -174,8 +159,7 @@ def _groups_of_all_stages(groups: list[dict[str, Any]], pp: Axis) -> list[dict[s
     """Merges the parameter lists of all pipeline stages, group by group. Collective over ``pp``."""
     if pp.size == 1:
         return groups
-    parts: list[Any] = [None] * pp.size
-    dist.all_gather_object(parts, [group["params"] for group in groups], group=pp.group)
+    parts = comm.all_gather_objects([group["params"] for group in groups], pp)
     if any(len(part) != len(groups) for part in parts):
         raise CheckpointError(
             f"the optimizer has {[len(part) for part in parts]} parameter groups on the pipeline stages; make as many on each, "
@@ -200,7 +184,7 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor | Te
     layout = registry.layouts.get(name)
     if layout is None:
         return local
-    sizes = registry.stored_sizes(name)
+    sizes = layout.stored_box(registry.mesh.fold, registry.mesh.rank).sizes
     if tuple(tensor.shape) != layout.shape and tuple(local.shape) != sizes:
         cut = sizes != layout.shape
         if local.numel() != tensor.numel() or (cut and local.numel() > 1):
@@ -214,10 +198,6 @@ def _describe(value: Any, name: str, registry: ParameterRegistry) -> Tensor | Te
 
 def check_saveable(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Checks before training those parts of ModelCheckpoint's checkpoints that are known by then.
-
-    Args:
-        trainer: The Trainer, with its callbacks, and the optimizers and schedulers of this fit.
-        module: The LightningModule.
 
     Raises:
         CheckpointError: If a hyperparameter or a state could not be read back; the message names it.
@@ -314,7 +294,8 @@ def load_training_state(
     fills = [
         _prepare_optimizer(i, _unwrap(o), groups[i], stored.items, registry, tensors) for i, o in enumerate(optimizers)
     ]
-    load_sharded(stored, tensors, world)
+    with agreeing(world):
+        stored.fill(tensors)
     for name, value in meta.pop("extra_state", {}).items():
         module.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
     for optimizer, values in fills:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
@@ -22,15 +21,19 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_moefold import comm
 from lightning_moefold.errors import UnsupportedFeature
 from lightning_moefold.fold import Fold
-from lightning_moefold.mesh import Axis
+from lightning_moefold.mesh import Axis, FoldedMesh
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.decoder import DecoderLayer
 from lightning_moefold.modules.quantized import coded_weights
 from lightning_moefold.optim import Muon
+from lightning_moefold.parallel import Settings
+from lightning_moefold.parallel.apply import check_settings
 from lightning_moefold.parallel.network.protocol import LayeredNetwork, layered_networks
+from lightning_moefold.parallel.tree import check_trees
 
 #: Callbacks that need whole parameters, which exist on one rank only (except in ``bf16-mixed``, see below).
 _WHOLE = {
@@ -57,6 +60,24 @@ _OPTIMIZERS = {
     ("ZeroRedundancyOptimizer", "CPUOffloadOptimizer"):
         "spreads state by itself, which the strategy has done already; give it the optimizer inside",
 }  # fmt: skip
+
+
+def check_run(trainer: pl.Trainer, module: pl.LightningModule, settings: Settings, mesh: FoldedMesh) -> None:
+    """Checks all that is known before anything is built. Collective.
+
+    Raises:
+        InputError: Naming what cannot work.
+    """
+    check_trainer(trainer, module, mesh.fold)
+    check_settings(module, mesh.fold, settings)
+    check_trees(module, mesh.fold)
+    check_blocks(module, mesh.fold)
+    _check_microbatches(settings.num_microbatches, mesh.world)
+    if settings.compiles and not any(isinstance(part, DecoderLayer) for part in module.modules()):
+        raise UnsupportedFeature(
+            f"compile=True compiles decoder layers, but {type(module).__name__} holds none; leave it out, and compile your own "
+            "modules with their method compile() in configure_model."
+        )
 
 
 def check_blocks(module: nn.Module, fold: Fold) -> None:
@@ -90,19 +111,6 @@ def check_blocks(module: nn.Module, fold: Fold) -> None:
     _check_sharing(module)
 
 
-def check_compilation(module: nn.Module) -> None:
-    """Refuses ``compile=True`` if there is no decoder layer to compile.
-
-    Raises:
-        UnsupportedFeature: If the module has no decoder layer.
-    """
-    if not any(isinstance(part, DecoderLayer) for part in module.modules()):
-        raise UnsupportedFeature(
-            f"compile=True compiles decoder layers, but {type(module).__name__} holds none; leave it out, and compile your own "
-            "modules with their method compile() in configure_model."
-        )
-
-
 def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
     """Refuses layers of a custom network whose results micro-batches or cut rows would change."""
     cut = network.module.modules() if fold.pp > 1 else network.container.modules() if fold.cp > 1 else ()
@@ -129,19 +137,9 @@ def _check_layers(network: LayeredNetwork, fold: Fold) -> None:
                 )
 
 
-def check_microbatches(number: int, world: Axis) -> None:
-    """Checks that all ranks cut batches alike; otherwise routing statistics would cover different tokens. Collective.
-
-    Args:
-        number: Number of micro-batches given on this rank.
-        world: All ranks.
-
-    Raises:
-        UnsupportedFeature: If the numbers differ; raised on all ranks.
-    """
-    everyone: list[int] = [number] * world.size
-    if world.size > 1:
-        dist.all_gather_object(everyone, number, group=world.group)
+def _check_microbatches(number: int, world: Axis) -> None:
+    """Checks that all ranks cut batches alike; otherwise routing statistics would cover different tokens. Collective."""
+    everyone = comm.all_gather_objects(number, world)
     if len(set(everyone)) > 1:
         what = ", ".join(f"{n} on rank {everyone.index(n)}" for n in sorted(set(everyone)))
         raise UnsupportedFeature(f"num_microbatches differs, {what}; give every rank the same.")
@@ -172,12 +170,7 @@ def _shared(first: str, second: str) -> str:
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -> None:
-    """Checks the Trainer's features before anything is built.
-
-    Args:
-        trainer: The Trainer, with its callbacks and plugins.
-        module: The LightningModule.
-        fold: The fold.
+    """Checks the Trainer's features, its callbacks and plugins.
 
     Raises:
         UnsupportedFeature: If a feature cannot work; the message names it and says what to do.
@@ -233,11 +226,7 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
 
 
 def check_optimizers(trainer: pl.Trainer, sharded: bool) -> None:
-    """Checks the optimizers that ``configure_optimizers`` returned.
-
-    Args:
-        trainer: The Trainer.
-        sharded: Whether parameters are stored in pieces; otherwise every rank has them whole, as under DDP.
+    """Checks the optimizers of a module whose parameters are stored in pieces, not whole as under DDP.
 
     Raises:
         UnsupportedFeature: If an optimizer needs whole parameters.

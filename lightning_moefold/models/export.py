@@ -18,7 +18,8 @@ from lightning_moefold.adapters.adapter import merges_of
 from lightning_moefold.adapters.attach import is_adapter
 from lightning_moefold.adapters.config import LoRA
 from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
-from lightning_moefold.checkpoint.sharded import MODELS, StoredTensors, load_meta
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
+from lightning_moefold.checkpoint.sharded import MODELS, load_meta
 from lightning_moefold.checkpoint.stores import local_path
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.layout import Box

@@ -8,10 +8,10 @@ first. All else may be another the next time, and is then as if the module had n
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
+from lightning_moefold import comm
 from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
 from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
@@ -25,7 +25,7 @@ from lightning_moefold.modules.experts.packed import PackedExperts
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.quantized import coded_weights
 from lightning_moefold.modules.recompute_parts import half_is_recomputed, recompute_parts
-from lightning_moefold.parallel.compiling import compilable_layers, compile_layers
+from lightning_moefold.parallel.compiling import compile_layers
 from lightning_moefold.parallel.network.protocol import layered_networks
 from lightning_moefold.parallel.network.runner import NetworkRunner, cut_network, network_runners, runner_of
 from lightning_moefold.parallel.roots import cut_root
@@ -73,7 +73,7 @@ def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device:
     check_second_names(module, device)
     for part in parts_of(module):
         part.use(settings)
-    layers = compilable_layers(module)
+    layers = [part for part in module.modules() if isinstance(part, DecoderLayer)]
     if settings.compiler is not None and layers:
         rank_zero_info(compile_layers(layers, settings.compiler))
     elif any(before.compiles for before in earlier):
@@ -82,12 +82,7 @@ def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device:
 
 
 def check_settings(module: nn.Module, fold: Fold, settings: Settings) -> None:
-    """Checks, before anything changes, that what has been cut already can go on under other settings.
-
-    Args:
-        module: See :func:`parallelize`.
-        fold: Of the mesh to be.
-        settings: To be.
+    """Checks, before anything changes, that what has been cut already can go on under another fold or other settings.
 
     Raises:
         InputError: Naming the setting that cannot change any more.
@@ -156,9 +151,9 @@ def _make_dispatchers(module: nn.Module, mesh: FoldedMesh) -> None:
     layers = [part for part in module.modules() if isinstance(part, MoELayer) and part.mesh is not None]
     configs = [layer.settled(mesh) for layer in layers]
     by_node = {config.node_size for config in configs if config.dispatcher == "hierarchical"}
-    everyone: list[set[int | None]] = [by_node] * mesh.world.size
-    if mesh.world.size > 1:  # pipeline stages hold different layers, and all ranks make the same groups
-        dist.all_gather_object(everyone, by_node, group=mesh.world.group)
+    everyone = comm.all_gather_objects(
+        by_node, mesh.world
+    )  # stages hold different layers, and all ranks make the same groups
     for size in sorted({size for sizes in everyone for size in sizes if size is not None}):
         ExpertAxes.of(mesh, DispatchConfig("hierarchical", node_size=size))
     for layer, config in zip(layers, configs, strict=True):

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_moefold.kernels.availability import has_c_compiler
@@ -26,8 +25,7 @@ COMPILER = "inductor"
 def missing_tool(device: torch.device) -> str | None:
     """What the compiler's back end needs on this machine and does not find; None where nothing is missing.
 
-    Args:
-        device: Where the layers compute. On CPU, C++ is generated and compiled; on CUDA, Triton builds a launcher in C.
+    On CPU, C++ is generated and compiled; on CUDA, Triton builds a launcher in C.
     """
     if device.type == "cuda":
         if find_spec("triton") is None:
@@ -38,12 +36,7 @@ def missing_tool(device: torch.device) -> str | None:
 
 
 def has_compiler(device: torch.device, everywhere: Callable[[bool], bool]) -> bool:
-    """Whether every machine can compile; one warning where one cannot. Collective.
-
-    Args:
-        device: Where the layers compute.
-        everywhere: Whether something is so on all ranks.
-    """
+    """Whether every machine can compile; one warning where one cannot. Collective, as ``everywhere`` asks all ranks."""
     missing = missing_tool(device)
     if everywhere(missing is None):
         return True
@@ -71,12 +64,8 @@ def break_reasons(layer: DecoderLayer) -> list[str]:
     return reasons
 
 
-def compile_layers(layers: Sequence[DecoderLayer], backend: str = "inductor") -> str:
-    """Compiles decoder layers in place, each as one graph where nothing stands against it.
-
-    Args:
-        layers: At least one; those of this rank, parallelised.
-        backend: Of :func:`torch.compile`.
+def compile_layers(layers: Sequence[DecoderLayer], backend: str) -> str:
+    """Compiles decoder layers of this rank in place, each as one graph where nothing stands against it.
 
     Returns:
         A sentence on what was compiled, and where graphs break.
@@ -89,8 +78,3 @@ def compile_layers(layers: Sequence[DecoderLayer], backend: str = "inductor") ->
         reasons |= dict.fromkeys(found)
     text = f"compile=True: {whole} of {len(layers)} decoder layers of this rank are one graph each"
     return f"{text}; the others break theirs at {', '.join(reasons)}." if reasons else f"{text}."
-
-
-def compilable_layers(root: nn.Module) -> list[DecoderLayer]:
-    """The decoder layers of a module, those of custom networks among them."""
-    return [module for module in root.modules() if isinstance(module, DecoderLayer)]

@@ -30,12 +30,8 @@ _OF_MODULES = {
 def check_hooks(root: nn.Module, where: str) -> None:
     """Refuses hooks on gradients, for more than one rank or gathered weights.
 
-    Args:
-        root: The LightningModule.
-        where: What forbids them, as ``"under tp2 | ep2"``.
-
     Raises:
-        HookError: Naming the parameter or module.
+        HookError: Naming the parameter or module, and ``where`` hooks are refused, such as ``"under tp2 | ep2"``.
     """
     _check_watching(root, where)
     for name, parameter in root.named_parameters():

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -78,12 +77,12 @@ class _Stack:
 def move_experts(
     registry: ParameterRegistry, optimizers: Sequence[Optimizer], placements: Mapping[str, Placement]
 ) -> Moved:
-    """Brings the experts of some layers to where the placements say. Collective: every rank calls it alike.
+    """Brings the experts of some layers to where the placements say, with the state of the optimizers. Collective.
 
     Args:
         registry: Of the module; learns the placements.
         optimizers: Whose state moves along.
-        placements: By the layers' names in the LightningModule.
+        placements: By the layers' names in the LightningModule, the same on every rank.
 
     Raises:
         InputError: For a layer that no rank has, a placement of other experts or parts, or ranks that differ in what they hold.
@@ -223,9 +222,7 @@ def _agree(
     mesh = registry.mesh
     held = [(stack.what, str(stack.rows.dtype), tuple(stack.rows.shape[1:])) for stack in stacks]
     mine = mesh.place["pp"], held, set(registry.moe_layers()), dict(placements)
-    everyone: list[Any] = [mine] * mesh.world.size
-    if mesh.world.size > 1:
-        dist.all_gather_object(everyone, mine, group=mesh.world.group)
+    everyone = comm.all_gather_objects(mine, mesh.world)
     if error is None:
         unknown = sorted(set(placements) - set().union(*(names for _, _, names, _ in everyone)))
         others = next((held for stage, held, _, _ in everyone if stage == mine[0] and held != mine[1]), None)

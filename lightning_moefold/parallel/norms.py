@@ -3,51 +3,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from lightning_moefold import comm
-from lightning_moefold.mesh import Axis
 from lightning_moefold.parallel.gradients import local_part
+from lightning_moefold.parallel.parameters import ParameterRegistry
 
 
 class GradientNorm:
     """Global L2 norm, and clipping by it.
 
     Args:
-        world: All ranks.
-        counts_here: Whether this rank is the one that counts a parameter's piece (replicas count once).
-        is_expert: Whether a parameter is of the EXPERT family.
+        registry: Which parameter is which, and which rank counts a piece (replicas count once).
         device: Where to reduce.
 
     Attributes:
         by_family: Norms of the dense and of the expert family when the total was last taken, ``[2]``; else None.
     """
 
-    def __init__(
-        self,
-        world: Axis,
-        counts_here: Callable[[nn.Parameter], bool],
-        is_expert: Callable[[nn.Parameter], bool],
-        device: torch.device,
-    ) -> None:
-        self.world, self.counts_here, self.is_expert, self.device = world, counts_here, is_expert, device
+    def __init__(self, registry: ParameterRegistry, device: torch.device) -> None:
+        self._registry, self._device = registry, device
         self.by_family: Tensor | None = None
 
     @torch.no_grad()
     def total(self, parameters: list[nn.Parameter]) -> Tensor:
         """L2 norm over all ranks, the same bits on each; a scalar in float64. Collective."""
-        squares = torch.zeros(2, dtype=torch.float64, device=self.device)
-        owned = [p for p in parameters if p.grad is not None and self.counts_here(p)]
+        squares = torch.zeros(2, dtype=torch.float64, device=self._device)
+        owned = [p for p in parameters if p.grad is not None and self._registry.counts_here(p)]
         for family in (0, 1):
-            grads = [local_part(p.grad) for p in owned if p.grad is not None and self.is_expert(p) == family]
+            grads = [local_part(p.grad) for p in owned if p.grad is not None and self._registry.is_expert(p) == family]
             for dtype in {g.dtype for g in grads}:
                 wide = torch.promote_types(dtype, torch.float32)
                 norms = torch._foreach_norm([g for g in grads if g.dtype == dtype], 2, dtype=wide)
                 squares[family] += torch.stack([n.double() for n in norms]).square().sum()
-        comm.all_reduce_raw(squares, self.world)
+        comm.all_reduce_raw(squares, self._registry.mesh.world)
         self.by_family = squares.sqrt()
         return squares.sum().sqrt()
 

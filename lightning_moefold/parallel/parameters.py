@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
+from lightning_moefold import comm
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.layout import Box, Family, ParameterLayout, TensorGradient
 from lightning_moefold.mesh import Axis, FoldedMesh
@@ -19,15 +18,11 @@ from lightning_moefold.parallel.network.runner import network_runners
 
 
 class ParameterRegistry:
-    """Made once parameters are final. Collective: every rank of the world makes it.
+    """Made once the parameters of a LightningModule are final. Collective: every rank of the world makes it.
 
     Parameters of language models and blocks have a layout, and all those of a network that is spread over pipeline stages.
     All others are the user's own: dense, replicated on every rank, with identical gradients over tp and gradients summed over
     data ranks, as under DDP.
-
-    Args:
-        root: The LightningModule.
-        mesh: The folded mesh.
     """
 
     def __init__(self, root: nn.Module, mesh: FoldedMesh) -> None:
@@ -65,10 +60,7 @@ class ParameterRegistry:
         return {name: layouts[id(p)] for name, p in everything if id(p) in layouts}
 
     def place_experts(self, placements: Mapping[str, Placement]) -> None:
-        """Notes where experts are from now on, in the layers here and in the layouts of all stages.
-
-        Args:
-            placements: By the layers' names.
+        """Notes where the experts of layers are from now on, in the layers here and in the layouts of all stages.
 
         Raises:
             InputError: For a placement of other experts or parts than a layer's.
@@ -104,10 +96,7 @@ class ParameterRegistry:
 
     def everyones_placements(self) -> dict[str, Placement]:
         """:meth:`placements` of the layers of all stages, sorted by name, the same on every rank. Collective over ``pp``."""
-        mine, pp = self.placements(), self.mesh.axis("pp")  # ranks of a stage have the same
-        everyone: list[Any] = [mine] * pp.size
-        if pp.size > 1:
-            dist.all_gather_object(everyone, mine, group=pp.group)
+        everyone = comm.all_gather_objects(self.placements(), self.mesh.axis("pp"))  # ranks of a stage have the same
         return dict(sorted((name, placement) for part in everyone for name, placement in part.items()))
 
     def moe_layers(self) -> dict[str, MoELayer]:
@@ -130,10 +119,6 @@ class ParameterRegistry:
     def boxes(self, name: str) -> tuple[Box, ...]:
         """The parts of parameter ``name`` that this rank stores, one after the other."""
         return self.layouts[name].boxes(self.mesh.fold, self.mesh.rank)
-
-    def stored_sizes(self, name: str) -> tuple[int, ...]:
-        """Shape of this rank's piece of parameter ``name``."""
-        return self.layouts[name].stored_box(self.mesh.fold, self.mesh.rank).sizes
 
     def owns(self, name: str) -> bool:
         """Whether this rank is the one that counts and writes its piece of ``name``."""

@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import nn
 from torchmetrics import Metric
 
@@ -19,15 +15,11 @@ from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.parallel.network.protocol import layered_networks
 from lightning_moefold.parallel.network.runner import network_runners, runner_of
 from lightning_moefold.parallel.parameters import ParameterRegistry
+from lightning_moefold.parallel.randomness import Randomness
 
 
 class ReplicatedModules:
-    """The user's own parameters, buffers and metrics.
-
-    Args:
-        root: The LightningModule.
-        registry: Which parameters are whose.
-        mesh: The folded mesh.
+    """The user's own parameters, buffers and metrics in a LightningModule.
 
     Attributes:
         buffers_stale: Whether a step may have changed buffers (running statistics) since they were last made alike.
@@ -87,16 +79,8 @@ def align_blocks(root: nn.Module, mesh: FoldedMesh) -> None:
 
 def align_randomness(mesh: FoldedMesh, device: torch.device) -> None:
     """Ranks of one data replica read the same samples, so they must also draw the same dropout and augmentations."""
-    for axis in (mesh.axis(name) for name in ("tp", "cp", "pp")):
-        if axis.size == 1:
-            continue
-        states: list[Any] = [_collect_rng_states(include_cuda=False)]
-        if device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(device))
-        dist.broadcast_object_list(states, src=axis.ranks[0], group=axis.group)
-        _set_rng_states(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
+    for name in ("tp", "cp", "pp"):
+        comm.broadcast_object(Randomness(device), mesh.axis(name)).restore(device)
 
 
 def _never() -> bool:

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
@@ -174,9 +174,7 @@ def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, groups: lis
                     unit, mesh=dense, mp_policy=policy, reshard_after_forward=again, ignored_params=plain_experts
                 )
         elif expert is not None and isinstance(last, Stage):
-            # A schedule reduces what belongs to an FSDP2 module, so the stage is one, if only around its experts.
-            rest = set(last.parameters())
-            fully_shard(last, mesh=expert, mp_policy=policy, reshard_after_forward=False, ignored_params=rest)
+            wrap_stage(last, expert)
     if dense is not None or expert is not None:
         model.compute_dtype = sharding.mixed_dtype
     for module in {m: None for root in (model, *(group[-1] for group in groups)) for m in root.modules()}:
@@ -185,6 +183,13 @@ def _wrap(model: ParallelRoot, mesh: FoldedMesh, sharding: Sharding, groups: lis
             _sum_plainly(module, wrapped)
     for *layers, last in groups:
         _prefetch(layers or [last])
+
+
+def wrap_stage(stage: Stage, mesh: DeviceMesh) -> None:
+    """Makes a stage an FSDP2 module, if only around those in it: a schedule reduces what belongs to one."""
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    rest = set(stage.parameters())
+    fully_shard(stage, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=rest)
 
 
 def _sum_plainly(module: FSDPModule, mesh: DeviceMesh | None) -> None:

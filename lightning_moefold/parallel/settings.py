@@ -121,11 +121,7 @@ class Settings:
         self.plan.check(pp, self.num_microbatches, self.sharding.mode, self.recompute, self.compiles)
 
     def check_successor(self, later: Settings, pp: int) -> None:
-        """Whether a module that was cut under these settings can go on under others.
-
-        Args:
-            later: The others.
-            pp: Pipeline ranks.
+        """Whether a module that was cut under these settings can go on under later ones, with ``pp`` pipeline ranks.
 
         Raises:
             InputError: Naming the first setting that decided how the module was cut.

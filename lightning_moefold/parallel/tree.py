@@ -23,11 +23,7 @@ _WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel, DataParallel, FS
 
 
 def check_trees(root: nn.Module, fold: Fold) -> None:
-    """Checks every model and block that is not parallelised yet.
-
-    Args:
-        root: The LightningModule.
-        fold: The fold.
+    """Checks every model and block of a LightningModule that is not parallelised yet.
 
     Raises:
         TreeError: Naming the first part that is wrapped, replaced, added or missing.

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import os
-
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from typing_extensions import override
 
 from lightning_moefold.errors import InputError
 
 
-class PoolEnvironment(ClusterEnvironment):
-    """Tells Lightning that the ranks already exist, and which rank this is.
+class PoolEnvironment(TorchElasticEnvironment):
+    """Tells Lightning that the ranks already exist, and which rank this is: the pool sets the variables of torchrun.
 
     Inside a function run by a pool, where the process group is already initialised::
 
@@ -20,50 +18,6 @@ class PoolEnvironment(ClusterEnvironment):
             accelerator="cpu", devices=dist.get_world_size(), strategy="ddp", plugins=[PoolEnvironment()]
         )
     """
-
-    @property
-    @override
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
-    @override
-    def main_address(self) -> str:
-        return os.environ["MASTER_ADDR"]
-
-    @property
-    @override
-    def main_port(self) -> int:
-        return int(os.environ["MASTER_PORT"])
-
-    @staticmethod
-    @override
-    def detect() -> bool:
-        return False  # chosen by hand only
-
-    @override
-    def world_size(self) -> int:
-        return int(os.environ["WORLD_SIZE"])
-
-    @override
-    def set_world_size(self, size: int) -> None:
-        """Does nothing: the pool has set it."""
-
-    @override
-    def global_rank(self) -> int:
-        return int(os.environ["RANK"])
-
-    @override
-    def set_global_rank(self, rank: int) -> None:
-        """Does nothing: the pool has set it."""
-
-    @override
-    def local_rank(self) -> int:
-        return int(os.environ["LOCAL_RANK"])
-
-    @override
-    def node_rank(self) -> int:
-        return 0
 
     @override
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:

@@ -7,6 +7,7 @@ Shapes: E experts, F expert ffn width, H hidden size, R rows, L positions, V voc
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -295,15 +296,8 @@ def _clip(optimizer: torch.optim.Optimizer, largest: float | None) -> float:
     Returns:
         The norm before.
     """
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not grads:
-        return 0.0
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
-    if largest is not None:
-        coefficient = torch.clamp(largest / (norm + 1e-6), max=1.0)
-        for grad in grads:
-            grad.mul_(coefficient)
-    return float(norm)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return float(nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest))
 
 
 def _copy(grad: Tensor | None) -> Tensor | None:

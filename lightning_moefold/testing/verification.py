@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_moefold.arguments import check_count
 from lightning_moefold.checkpoint import HFCheckpoint
@@ -70,17 +70,6 @@ class Finding:
         return self.error < TOLERANCE
 
 
-class _Steps(Dataset):
-    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.batches[index]
-
-
 class _Module(pl.LightningModule):
     def __init__(self, path: str, overrides: dict[str, Any], record: RankRecord) -> None:
         super().__init__()
@@ -124,7 +113,8 @@ def train_on_rank(
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         default_root_dir=tempfile.gettempdir(),
     )  # fmt: skip
-    trainer.fit(module, DataLoader(_Steps([step[place["dp"]] for step in batches]), batch_size=None))
+    mine: Any = [step[place["dp"]] for step in batches]
+    trainer.fit(module, DataLoader(mine, batch_size=None))
     assert module.model is not None
     record.weights = owned_pieces(module.model)
     return record

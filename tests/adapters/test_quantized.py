@@ -20,7 +20,7 @@ from lightning_moefold import Fold, LoRA, MoECausalLM
 from lightning_moefold.adapters.attach import is_adapter
 from lightning_moefold.callbacks.summary import summarize_model
 from lightning_moefold.callbacks.work import WorkModel
-from lightning_moefold.checkpoint.sharded import StoredTensors
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.cli.main import main
 from lightning_moefold.errors import FoldError, InputError, PlanError, UnsupportedFeature
 from lightning_moefold.lifecycle.fold_choice import _frozen_base

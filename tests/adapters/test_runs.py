@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lightning_moefold.adapters import LoRA
 from lightning_moefold.adapters.attach import is_adapter
-from lightning_moefold.checkpoint.sharded import StoredTensors
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.cli.main import main
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.models.export import export

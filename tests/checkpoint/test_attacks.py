@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.checkpoint import CheckpointError
-from lightning_moefold.checkpoint.sharded import StoredTensors
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.cli.main import main
 from lightning_moefold.planner.cost.routing import RoutingProfile
 from lightning_moefold.plots.files import EXPERT_LOAD

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_moefold.checkpoint.sharded import StoredTensors, load_meta
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
+from lightning_moefold.checkpoint.sharded import load_meta
 from lightning_moefold.testing import RankPool
 from tests.checkpoint import jobs_background as jobs
 from tests.quick import quick

@@ -19,8 +19,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lightning_moefold.checkpoint import drafts, sharded, stores, sums
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.checkpoint.chunks import LIST, SUMS, TensorPiece
-from lightning_moefold.checkpoint.sharded import META, StoredTensors, load_meta, pack, save_sharded
+from lightning_moefold.checkpoint.sharded import META, load_meta, pack, save_sharded
 from lightning_moefold.errors import CheckpointError
 from lightning_moefold.layout import Box
 from lightning_moefold.mesh import SINGLE

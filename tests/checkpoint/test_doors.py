@@ -19,8 +19,9 @@ import torch.distributed as dist
 from lightning_moefold import MoECausalLM
 from lightning_moefold.adapters.files import AdapterFiles
 from lightning_moefold.checkpoint import CheckpointError, HFCheckpoint
+from lightning_moefold.checkpoint.chunk_reader import StoredTensors
 from lightning_moefold.checkpoint.drafts import sweep
-from lightning_moefold.checkpoint.sharded import StoredTensors, pack, save_sharded
+from lightning_moefold.checkpoint.sharded import pack, save_sharded
 from lightning_moefold.checkpoint.sums import CHECKSUMS
 from lightning_moefold.diagnostics.liveness import RollCall
 from lightning_moefold.errors import HardwareError, InputError, MoEFoldError

@@ -160,7 +160,7 @@ def _train(run: Run, fold: Fold) -> dict[str, Any]:
         ids = torch.zeros(run.rows, run.length, dtype=torch.int64, device="cuda")
         registry = ParameterRegistry(model, mesh)
         sums = GradientSum(registry.unfinished_gradients())
-        norm = GradientNorm(mesh.world, registry.counts_here, registry.is_expert, torch.device("cuda"))
+        norm = GradientNorm(registry, torch.device("cuda"))
         with counter:
             with sums.around_backward():
                 model(input_ids=ids, labels=ids).loss.backward()

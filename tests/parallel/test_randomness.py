@@ -40,5 +40,5 @@ def test_all_generators_draw_again(kind: str) -> None:
         with start.again():
             assert draw() == first
         third = draw()
-        start.restore()
+        start.restore(start.device)
         assert [draw(), draw(), draw()] == [first, second, third]

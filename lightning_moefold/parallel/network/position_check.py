@@ -20,18 +20,12 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.base import ParallelRoot
 from lightning_moefold.modules.moe import MoELayer
-from lightning_moefold.parallel.network.row_cut import RowCut
+from lightning_moefold.parallel.network.row_cut import RowCut, tell_blocks
 
 
 @torch.no_grad()
 def check_positions(layers: Mapping[str, nn.Module], like: Tensor, cut: RowCut, axis: Axis) -> ValueError | None:
-    """Tries layers in evaluation mode. Collective over the ranks of a stage.
-
-    Args:
-        layers: By name.
-        like: Hidden states ``[rows, S or fewer, ...]``, for what is not rows and positions.
-        cut: How rows are cut.
-        axis: The ranks of the stage.
+    """Tries layers in evaluation mode, on rows like these hidden states ``[rows, S or fewer, ...]``. Collective over a stage.
 
     Returns:
         What is wrong with a layer, on all ranks of the stage if on one.
@@ -46,9 +40,9 @@ def check_positions(layers: Mapping[str, nn.Module], like: Tensor, cut: RowCut, 
         blocks = [m for m in layer.modules() if isinstance(m, ParallelRoot)]
         layer.eval()
         try:
-            _tell(blocks, None)
+            tell_blocks(blocks, None)
             whole = layer(x_1SD.clone())
-            _tell(blocks, cut)
+            tell_blocks(blocks, cut)
             parts = cut.leave(layer(cut.enter(x_1SD)))
             # The median, as rounding may send single tokens to other experts.
             error, size = (whole - parts).double().abs().median(), whole.double().abs().median()
@@ -58,7 +52,7 @@ def check_positions(layers: Mapping[str, nn.Module], like: Tensor, cut: RowCut, 
         except Exception as failure:
             wrong = wrong or InputError(f"{_sentence(name, cut)} ({type(failure).__name__}: {failure})")
         finally:
-            _tell(blocks, cut)
+            tell_blocks(blocks, cut)
             for module, training in modes:
                 module.training = training
     flag = torch.tensor(float(wrong is not None), device=like.device)
@@ -71,11 +65,6 @@ def _drops_by_parts(layer: nn.Module) -> bool:
     """Whether experts are asked to serve each rank's part of a row by itself: that is meant to depend on the cut."""
     configs = [m.dispatcher.config for m in layer.modules() if isinstance(m, MoELayer)]
     return any(c.capacity_factor is not None and c.drop_scope == "sub_sequence" for c in configs)
-
-
-def _tell(blocks: list[ParallelRoot], cut: RowCut | None) -> None:
-    for block in blocks:
-        block.rows = cut
 
 
 def _sentence(name: str, cut: RowCut) -> str:

@@ -39,12 +39,7 @@ class MissingLayer(nn.Module):
 
 @dataclass(frozen=True)
 class LayeredNetwork:
-    """A network that follows the protocol.
-
-    Args:
-        name: In the LightningModule; may be empty.
-        module: The network.
-    """
+    """A network that follows the protocol, and its name in the LightningModule, which may be empty."""
 
     name: str
     module: nn.Module
@@ -127,11 +122,6 @@ class Found(NamedTuple):
     total: Tensor
     weight: Tensor
     output: Tensor | None = None
-
-    def detached(self) -> Found:
-        """Without its graph."""
-        output = None if self.output is None else self.output.detach()
-        return Found(self.kind, self.total.detach(), self.weight.detach(), output)
 
 
 def check_shape(x_R: Any, expected: tuple[int, ...]) -> None:

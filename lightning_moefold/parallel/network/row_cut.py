@@ -11,7 +11,7 @@ Legend: B rows, S positions, L positions of this cp rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.attention.context import ContextLayout
 from lightning_moefold.modules.attention.exchanges import Exchange, padded_length
+from lightning_moefold.modules.base import ParallelRoot
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class RowCut:
         """``[B, L, ...] -> [B, S, ...]`` on every cp rank, without the padding."""
         cp = self.layout.cp.size
         return comm.linear(x_BLD, lambda x: _whole(x, self), lambda grad: _positions(grad, self) * cp)
+
+
+def tell_blocks(blocks: Iterable[ParallelRoot], cut: RowCut | None) -> None:
+    """Tells blocks how the rows are cut that they are given from now on."""
+    for block in blocks:
+        block.rows = cut
 
 
 def _positions(x_BSD: Tensor, cut: RowCut) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_moefold import comm
 from lightning_moefold.fold import Fold
@@ -24,23 +24,17 @@ from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.parallel.network.position_check import check_positions
 from lightning_moefold.parallel.network.protocol import LayeredNetwork, MissingLayer, is_ratio
-from lightning_moefold.parallel.network.row_cut import RowCut
+from lightning_moefold.parallel.network.row_cut import RowCut, tell_blocks
 from lightning_moefold.parallel.pipeline.network import StagedNetwork
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
-from lightning_moefold.parallel.pipeline.stage import Stage
-from lightning_moefold.parallel.roots import cut_root, make_groups
-from lightning_moefold.parallel.settings import Settings, Sharding
+from lightning_moefold.parallel.roots import cut_root, make_groups, wrap_stage
+from lightning_moefold.parallel.settings import Settings
 
 _RUNNER = "_moefold_runner"
 
 
 class NetworkRunner:
     """A network under a fold.
-
-    Args:
-        network: The network.
-        mesh: The folded mesh.
-        settings: How it is cut and run.
 
     Attributes:
         layouts: Of its own parameters (not those of blocks), by name, where stages hold different ones.
@@ -87,14 +81,11 @@ class NetworkRunner:
             return self.pipeline(batch, self.settings)
         x_R = self.network.embed(batch)
         cut = RowCut.of(x_R.shape, self.mesh.axis("cp"), self.settings.exchange)
-        for block in self.network.blocks():
-            block.rows = cut
+        tell_blocks(self.network.blocks(), cut)
         if cut is not None:
-            if not self._tried:
-                wrong = check_positions(self.network.layers(), x_R, cut, self.mesh.stage)
-                if wrong is not None:
-                    raise wrong
-                self._tried = True
+            if not self._tried and (wrong := check_positions(self.network.layers(), x_R, cut, self.mesh.stage)):
+                raise wrong
+            self._tried = True
             x_R = cut.enter(x_R)
         for layer in self.network.layers().values():
             x_R = layer(x_R)
@@ -131,11 +122,7 @@ def network_runners(root: nn.Module) -> list[tuple[str, NetworkRunner]]:
 def cut_network(network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, device: torch.device) -> None:
     """Leaves the layers of a network to the stages of this rank, cuts its blocks, and takes over its calls.
 
-    Args:
-        network: With the same weights on every rank.
-        mesh: Of the fold.
-        settings: How it is cut and run.
-        device: Where the parameters go.
+    Its weights are the same on every rank.
 
     Raises:
         FoldError: If the fold does not suit a block.
@@ -151,11 +138,11 @@ def cut_network(network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, d
             block.layouts = {name: replace(layout, stages=here) for name, layout in block.layouts.items()}
     network.module.to(device)
     if parts:
-        staged, count = StagedNetwork(network, mesh, device), mesh.fold.pp * settings.plan.chunks
-        stages = [Stage(staged, index, count, names) for index, names in parts.items()]
-        runner.pipeline = Pipeline(staged, mesh, settings.plan, stages)
+        runner.pipeline = Pipeline(StagedNetwork(network, mesh, device), mesh, settings.plan, parts)
+        meshes = [settings.sharding.data_mesh(mesh, family) for family in Family]
         for stage in runner.pipeline.stages:
-            _wrap(stage, mesh, settings.sharding)
+            if any(isinstance(m, FSDPModule) for m in stage.modules()):
+                wrap_stage(stage, next(m for m in meshes if m is not None))
     network.module.__dict__[_RUNNER] = runner
     network.module.forward = runner
 
@@ -209,14 +196,3 @@ def _cost(layer: nn.Module) -> float:
         for p in m.experts.parameters()
     }
     return float(sum(p.numel() * idle.get(id(p), 1.0) for p in layer.parameters()))
-
-
-def _wrap(stage: Stage, mesh: FoldedMesh, sharding: Sharding) -> None:
-    """A schedule reduces what belongs to an FSDP2 module, so the stage is one, if only around its blocks."""
-    if any(isinstance(m, FSDPModule) for m in stage.modules()):
-        meshes = [sharding.data_mesh(mesh, family) for family in Family]
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        fully_shard(
-            stage, mesh=next(m for m in meshes if m is not None), mp_policy=policy, reshard_after_forward=False,
-            ignored_params=set(stage.parameters()),
-        )  # fmt: skip

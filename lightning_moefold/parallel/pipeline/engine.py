@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.parallel.gradients import like, local_part
 from lightning_moefold.parallel.pipeline.paired_passes import pair_passes
 from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+
+if TYPE_CHECKING:
+    from lightning_moefold.parallel.pipeline.stage import Stage
 
 _CLASSES = {
     "gpipe": "ScheduleGPipe",
@@ -53,33 +56,21 @@ class Wire:
         return torch.empty(self.shape, dtype=self.dtype, device=device, requires_grad=requires_grad)
 
 
-class StageModule(Protocol):
-    """A stage, which computes what its ``call`` says when it is called with the tensors of the stage before."""
-
-    index: int
-    is_first: bool
-    is_last: bool
-    call: Any
-
-    def __call__(self, *received: Tensor, microbatch: Tensor) -> Any:
-        """Runs one micro-batch."""
-        ...
-
-
 class ScheduleRunner:
     """Runs the stages of this rank, together with all ranks of the pipeline.
 
     Args:
-        network: Of which this rank holds the stages.
+        network: Of which this rank holds the stages, cut down to them.
         mesh: The folded mesh.
         plan: Schedule and cut.
-        stages: Of this rank, in the order of the model.
+        stages: In the order of the model; each computes what its ``call`` says when it is called with the tensors of the
+            stage before.
 
     Attributes:
         watch: Makes, of torch's schedule, a context in which it runs; for who would see what happens when.
     """
 
-    def __init__(self, network: nn.Module, mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[StageModule]) -> None:
+    def __init__(self, network: nn.Module, mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[Stage]) -> None:
         self.mesh, self.plan, self.stages = mesh, plan, stages
         self.count = mesh.fold.pp * plan.chunks
         self._network = network
@@ -93,24 +84,16 @@ class ScheduleRunner:
             self._schedule_key = ()
         self.plan = plan
 
-    @property
-    def last_rank(self) -> int:
-        """The rank of this pipeline that holds the last stage."""
-        return self._rank_of(self.count - 1)
-
     def _rank_of(self, stage: int) -> int:
         pp = self.mesh.axis("pp")
         return pp.ranks[self.plan.owner(stage, pp.size)]
 
     def from_last(self, mine: Tensor | None, shape: Wire | None, device: torch.device) -> Tensor:
-        """What the rank of the last stage has, on every rank of the pipeline. Collective over them.
+        """What the rank of the last stage has, ``mine``, on every rank of the pipeline. Collective over them.
 
-        Args:
-            mine: On that rank.
-            shape: Of it, and its dtype; None where only that rank knows.
-            device: Of this rank.
+        ``shape`` is None where only that rank knows it.
         """
-        group, source = self.mesh.axis("pp").group, self.last_rank
+        group, source = self.mesh.axis("pp").group, self._rank_of(self.count - 1)
         if shape is None:
             about = [None if mine is None else Wire(tuple(mine.shape), mine.dtype)]
             dist.broadcast_object_list(about, src=source, group=group)
@@ -148,14 +131,7 @@ class ScheduleRunner:
     # ---- forward and backward ----------------------------------------------------------------------------------
 
     def train(self, call: Any, microbatches: int, wires: tuple[Wire, ...], device: torch.device) -> Kept:
-        """Forward and backward of all micro-batches; gradients of earlier stay as they are.
-
-        Args:
-            call: For the stages.
-            microbatches: M.
-            wires: What travels.
-            device: Of the tensors.
-        """
+        """Forward and backward of all micro-batches; gradients of earlier stay as they are."""
         self._release_gathered_weights()
         parameters = [p for p in self._network.parameters() if p.requires_grad]
         aside = [p.grad for p in parameters]
@@ -189,7 +165,7 @@ class ScheduleRunner:
         scalar = torch.empty((), dtype=torch.float64, device=device, requires_grad=True)
         stages = [
             pipelining.PipelineStage(
-                cast(nn.Module, stage), stage.index, self.count, device, input_args=() if stage.is_first else between,
+                stage, stage.index, self.count, device, input_args=() if stage.is_first else between,
                 output_args=(scalar,) if stage.is_last else between, group=self.mesh.axis("pp").group,
             )
             for stage in self.stages
@@ -221,13 +197,13 @@ class ScheduleRunner:
         passed: dict[tuple[int, int], tuple[Tensor, ...]] = {}
         sends: list[tuple[Any, Tensor]] = []
 
-        def receive(stage: StageModule) -> tuple[Tensor, ...]:
+        def receive(stage: Stage) -> tuple[Tensor, ...]:
             received = tuple(wire.empty(device) for wire in wires)
             for tensor in received:
                 dist.recv(tensor, self._rank_of(stage.index - 1), group=pp.group)
             return received
 
-        def send(stage: StageModule, output: tuple[Tensor, ...]) -> None:
+        def send(stage: Stage, output: tuple[Tensor, ...]) -> None:
             after = self._rank_of(stage.index + 1)
             sends.extend((dist.isend(x, after, group=pp.group), x) for x in output)
 

@@ -61,10 +61,8 @@ class LanguageCall(Call):
         sizes: Tokens that count, and rows and micro-batches that have any, on all ranks (at least 1 each).
         scale: By which sums of losses are multiplied before backward.
         slope_LGE: Of the load-balancing loss, where its group is the whole batch and all of it has been routed once.
-        sums: Sum of losses and weight on this data rank, of each micro-batch.
         routing: Load-balancing loss and z-loss of each micro-batch, the share of this rank's tokens.
         tables: Routing tables of each micro-batch, where the group is the whole batch.
-        logits: Of each micro-batch.
     """
 
     batches: list[CausalLMBatch]
@@ -80,19 +78,12 @@ class LanguageCall(Call):
     sizes: tuple[float, float, float] = (1.0, 1.0, 1.0)
     scale: float = 1.0
     slope_LGE: Tensor | None = None
-    sums: dict[int, Tensor] = field(default_factory=dict)
     routing: dict[int, Tensor] = field(default_factory=dict)
     tables: dict[int, Tensor] = field(default_factory=dict)
-    logits: dict[int, Tensor] = field(default_factory=dict)
 
 
 class StagedLanguageModel(Staged[LanguageCall]):
-    """A language model in stages.
-
-    Args:
-        model: Cut down to what this rank holds.
-        mesh: The folded mesh.
-    """
+    """A language model in stages, cut down to what this rank holds."""
 
     users_code = "loss_fn"
     module: MoECausalLM
@@ -126,12 +117,8 @@ class StagedLanguageModel(Staged[LanguageCall]):
     ) -> LanguageCall:
         """Reads the arguments of :meth:`.MoECausalLM.forward`.
 
-        Args:
-            tensors: Its tensor arguments by name.
-            loss_fn: Runs on the last stage, on one micro-batch at a time.
-            gather_logits: Send whole logits to every stage.
-            last_logits: Send those of the last position to every stage.
-            extras: Of ``loss_fn``; tensors with an entry for each row of the batch are cut like the batch.
+        ``loss_fn`` runs on the last stage, on one micro-batch at a time. Of its ``extras``, tensors with an entry for each row of
+        the batch are cut like the batch. Whole logits, or those of the last position, are sent to every stage if asked for.
         """
         labelled = tensors["labels"] is not None
         training = labelled and torch.is_grad_enabled()
@@ -260,13 +247,12 @@ class StagedLanguageModel(Staged[LanguageCall]):
         with nullcontext() if call.loss_fn is None else call.keeping_errors():
             local = model.local_loss(x_ND, logits, batch, call.loss_fn, call.extras[number])
         if local is not None:
-            total, weight = local
-            call.sums[number] = torch.stack([total.detach().double(), weight.detach().double()])
-            objective = objective + call.scale * total.double()
+            call.note(number, *local)
+            objective = objective + call.scale * local[0].double()
         for routing_LSE in tables:
             objective = objective + self._router_losses(routing_LSE, call, number)
         if call.wants_logits and logits is not None and not batch.is_empty:
-            call.logits[number] = logits.detach()
+            call.outputs[number] = logits.detach()
         return Objective(objective, x_ND if logits is None else logits, local is not None)
 
     def _router_losses(self, routing_LSE: Tensor, call: LanguageCall, number: int) -> Tensor:
@@ -335,13 +321,12 @@ class StagedLanguageModel(Staged[LanguageCall]):
         return output._replace(**{**values, "loss": loss, "lm_loss": loss if alone else values["lm_loss"]})
 
     def _logits(self, call: LanguageCall, runner: ScheduleRunner) -> Tensor | None:
-        mine = torch.cat([call.logits[i] for i in sorted(call.logits)]) if call.logits else None
         if not call.gather_logits:
-            return mine
+            return call.output()
         rows = sum(b.sequence.rows for b in call.batches if not b.is_empty)
         length = 1 if call.last_logits else call.batches[0].true_length
         shape = (rows, length, self.module.config.vocab_size)
-        return runner.from_last(mine, Wire(shape, self._dtype), call.device)
+        return runner.from_last(call.output(), Wire(shape, self._dtype), call.device)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -366,8 +351,7 @@ def cut_into_stages(model: MoECausalLM, mesh: FoldedMesh, plan: PipelinePlan) ->
     holders: dict[str, tuple[int, ...]] = {
         f"model.layers.{i}.": (plan.owner(stage, pp),) for stage, part in enumerate(layers) for i in part
     }
-    holders |= {"model.norm.": (last,), "lm_head.": (last,)}
-    holders["model.embed_tokens."] = (first,)
+    holders |= {"model.norm.": (last,), "lm_head.": (last,), "model.embed_tokens.": (first,)}
     if model.config.tie_word_embeddings:
         if first == last:
             raise InputError(
@@ -386,8 +370,7 @@ def cut_into_stages(model: MoECausalLM, mesh: FoldedMesh, plan: PipelinePlan) ->
                 del owner[leaf]
             else:
                 owner.register_module(leaf, None)
-    network = StagedLanguageModel(model, mesh)
-    mine = plan.local_stages(pp, place)
-    stages = [Stage(network, index, count, [str(i) for i in layers[index]]) for index in mine]
-    model.pipeline, model.stages = Pipeline(network, mesh, plan, stages), stages
-    return stages
+    mine = {stage: [str(i) for i in layers[stage]] for stage in plan.local_stages(pp, place)}
+    model.pipeline = pipeline = Pipeline(StagedLanguageModel(model, mesh), mesh, plan, mine)
+    model.stages = pipeline.stages
+    return pipeline.stages

@@ -30,16 +30,8 @@ from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.moe import MoELayer
 from lightning_moefold.modules.routers.statistics import split_table
 from lightning_moefold.parallel.network.position_check import check_positions
-from lightning_moefold.parallel.network.protocol import (
-    LOSS,
-    OUTPUT,
-    RATIO,
-    Found,
-    LayeredNetwork,
-    check_shape,
-    read_head,
-)
-from lightning_moefold.parallel.network.row_cut import RowCut
+from lightning_moefold.parallel.network.protocol import LOSS, OUTPUT, RATIO, LayeredNetwork, check_shape, read_head
+from lightning_moefold.parallel.network.row_cut import RowCut, tell_blocks
 from lightning_moefold.parallel.pipeline.engine import Kept, ScheduleRunner, Wire, differentiable
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
 from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, Staged, cut_rows, split_evenly
@@ -64,7 +56,7 @@ class NetworkCall(Call):
         slopes: For the load-balancing loss alone: by what each layer's probabilities ``[E]`` are weighed.
 
     Attributes:
-        found: What the head returned for each micro-batch, without its graph.
+        kinds: What the head returned for the micro-batches.
         routed: Choices and probabilities ``[2, E]`` of each layer that keeps its routing, over all micro-batches.
     """
 
@@ -75,7 +67,7 @@ class NetworkCall(Call):
     wire: Wire = Wire((1, 1), torch.float32)
     cut: RowCut | None = None
     slopes: dict[str, Tensor] | None = None
-    found: dict[int, Found] = field(default_factory=dict)
+    kinds: set[int] = field(default_factory=set)
     routed: dict[str, Tensor] = field(default_factory=dict)
 
     def around(self) -> AbstractContextManager[Any]:
@@ -83,19 +75,9 @@ class NetworkCall(Call):
         enabled, dtype = self.autocast
         return torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
-    def share(self, number: int, found: Found) -> float:
-        """The part of a micro-batch in the result: losses are means over rows."""
-        return self.lengths[number] / self.rows if found.kind == LOSS else 1.0
-
 
 class StagedNetwork(Staged[NetworkCall]):
-    """A custom network in stages.
-
-    Args:
-        network: Cut down to what this rank holds.
-        mesh: The folded mesh.
-        device: Where its parameters are.
-    """
+    """A custom network in stages, cut down to what this rank holds."""
 
     users_code = "the network's code"
 
@@ -121,12 +103,7 @@ class StagedNetwork(Staged[NetworkCall]):
 
     @override
     def read(self, batch: Any, settings: Settings) -> NetworkCall:
-        """Reads what the network was called with.
-
-        Args:
-            batch: What ``embed`` and ``head`` take.
-            settings: How the network runs.
-        """
+        """Reads what the network was called with, which ``embed`` and ``head`` take."""
         training, device = torch.is_grad_enabled(), self.device
         call = NetworkCall(
             batches=[], device=device, training=training, number=torch.full((), int(training) + 1, device=device), batch=batch,
@@ -182,12 +159,8 @@ class StagedNetwork(Staged[NetworkCall]):
         call.cut = RowCut.of(shape[:dimensions], self.mesh.axis("cp"), call.settings.exchange)
         inner = shape[1:dimensions] if call.cut is None else [call.cut.length, *shape[2:dimensions]]
         call.wires = (Wire((max(call.lengths), *inner), _DTYPES[dtype]),)
-        self._tell_blocks(call)
+        tell_blocks(self.network.blocks(), call.cut)
         self._latest = call, Randomness(self.device)
-
-    def _tell_blocks(self, call: NetworkCall) -> None:
-        for block in self.network.blocks():
-            block.rows = call.cut
 
     @property
     def _is_first_of_stage(self) -> bool:
@@ -271,8 +244,14 @@ class StagedNetwork(Staged[NetworkCall]):
         if call.slopes is None and call.lengths[number]:
             with call.keeping_errors():
                 found = read_head(self.network.head(x_R, call.batches[number]), call.lengths[number])
-                objective = objective + call.share(number, found) * found.total.double()
-                call.found[number] = found.detached()
+                # Losses are means over rows.
+                share = call.lengths[number] / call.rows if found.kind == LOSS else 1.0
+                total = share * found.total.double()
+                objective = objective + total
+                call.kinds.add(found.kind)
+                call.note(number, total, share * found.weight.double())
+                if found.output is not None:
+                    call.outputs[number] = found.output.detach()
         return Objective(objective, x_R)
 
     # ---- after the schedule ------------------------------------------------------------------------------------
@@ -280,26 +259,22 @@ class StagedNetwork(Staged[NetworkCall]):
     @override
     def found(self, call: NetworkCall) -> Tensor:
         # Kind of the result, the sum and what to divide it by, of each data rank.
-        kinds = {found.kind for found in call.found.values()}
-        if len(kinds) > 1:
+        if len(call.kinds) > 1:
             call.error = call.error or TypeError(
                 "head returned different kinds of results for the micro-batches of one batch."
             )
         slots = torch.zeros(self.mesh.fold.dp, 3, dtype=torch.float64, device=self.device)
-        if call.found and self._is_first_of_stage:
-            shares = [(call.share(i, found), found) for i, found in call.found.items()]
-            total = torch.stack([share * found.total.double() for share, found in shares]).sum()
-            weight = torch.stack([share * found.weight.double() for share, found in shares]).sum()
-            slots[self.mesh.place["dp"]] = torch.stack([slots.new_tensor(float(min(kinds))), total, weight])
+        if call.sums and self._is_first_of_stage:
+            slots[self.mesh.place["dp"], 0] = float(min(call.kinds))
+            slots[self.mesh.place["dp"], 1:] = torch.stack(list(call.sums.values())).sum(0)
         return slots.flatten()
 
     @override
     def finish(self, call: NetworkCall, totals: Tensor, kept: Kept, runner: ScheduleRunner) -> Tensor:
         kind, total, weight = self._result(call, totals.view(self.mesh.fold.dp, 3))
-        mine = [call.found[i].output for i in sorted(call.found)]
-        call.found.clear()
         if kind == OUTPUT:
-            whole = torch.cat([part for part in mine if part is not None]) if mine else None
+            whole = call.output()
+            call.outputs.clear()  # the call is kept for the load-balancing loss
             return runner.from_last(whole, None, self.device)
         value = (total / weight).to(wide(call.wires[0].dtype))
         # A loss means the mean over data ranks (modules/balance.py); a ratio is a value of all of them.
@@ -355,7 +330,7 @@ class StagedNetwork(Staged[NetworkCall]):
         if not torch.is_grad_enabled():
             return loss
         again = replace(call, slopes={name: slope / layers for name, slope in slopes.items()})
-        self._tell_blocks(again)
+        tell_blocks(self.network.blocks(), again.cut)
         with pipeline.runner.counters_kept(), randomness.again():
             kept = pipeline.schedule(again, training=True)
         if again.error is not None:

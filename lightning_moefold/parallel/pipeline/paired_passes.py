@@ -174,11 +174,7 @@ def take_turns(forward: Callable[[], Any], backward: Callable[[], None], device:
 
 
 def pair_passes(schedule: Any) -> None:
-    """Has a schedule of torch run the passes that it pairs by :func:`take_turns`.
-
-    Args:
-        schedule: A ``ScheduleDualPipeV``.
-    """
+    """Has a ``ScheduleDualPipeV`` of torch run the passes that it pairs by :func:`take_turns`."""
     from torch.distributed.pipelining.schedules import _ComputationType
 
     schedule.register_custom_function(_ComputationType.OVERLAP_F_B, _run_pair)

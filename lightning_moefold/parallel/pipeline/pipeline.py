@@ -15,7 +15,7 @@ schedule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,11 +36,15 @@ class Pipeline:
         network: Cut down to what this rank holds.
         mesh: The folded mesh.
         plan: Schedule and cut.
-        stages: Of this rank, in the order of the network.
+        layers: Names of the layers of each stage of this rank, by its number, in the order of the network.
     """
 
-    def __init__(self, network: Staged[Any], mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[Stage]) -> None:
-        self.network, self.mesh, self.stages = network, mesh, list(stages)
+    def __init__(
+        self, network: Staged[Any], mesh: FoldedMesh, plan: PipelinePlan, layers: Mapping[int, Sequence[str]]
+    ) -> None:
+        count = mesh.fold.pp * plan.chunks
+        self.network, self.mesh = network, mesh
+        self.stages = [Stage(network, index, count, names) for index, names in layers.items()]
         self.runner = ScheduleRunner(network.module, mesh, plan, self.stages)
 
     def __call__(self, *arguments: Any) -> Any:

@@ -44,6 +44,8 @@ class Call:
     Attributes:
         lengths: T of each micro-batch.
         wires: What travels; the hidden states first, ``[C, ...]``.
+        sums: Of each micro-batch, the sum of losses on this data rank and what to divide it by.
+        outputs: Of each micro-batch, where they are kept.
         error: What the user's code raised first, which is raised together with all ranks after the schedule.
     """
 
@@ -56,11 +58,21 @@ class Call:
     looks_ahead: bool = False
     lengths: list[int] = field(default_factory=list)
     wires: tuple[Wire, ...] = ()
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
     def around(self) -> AbstractContextManager[Any]:
         """Returns a context for the stages, such as the user's autocast; the schedule itself is outside of it."""
         return nullcontext()
+
+    def note(self, number: int, total: Tensor, weight: Tensor) -> None:
+        """Notes the sum of losses of a micro-batch and what to divide it by."""
+        self.sums[number] = torch.stack([total.detach().double(), weight.detach().double()])
+
+    def output(self) -> Tensor | None:
+        """Returns the outputs of all micro-batches together."""
+        return torch.cat([self.outputs[i] for i in sorted(self.outputs)]) if self.outputs else None
 
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:
@@ -153,12 +165,6 @@ class Stage(nn.Module):
     """Some layers of a network, with what comes before the first and after the last.
 
     Shares its modules with the network; ``fully_shard`` may wrap it, because every stage gathers and reduces on its own.
-
-    Args:
-        network: Cut down to what this pipeline rank holds.
-        index: Of the stage.
-        count: Stages in all.
-        names: Of its layers.
     """
 
     def __init__(self, network: Staged[Any], index: int, count: int, names: Sequence[str]) -> None:
@@ -176,11 +182,7 @@ class Stage(nn.Module):
         return [*self.layers, self]
 
     def forward(self, *received: Tensor, microbatch: Tensor) -> Tensor | Carried:
-        """Runs one micro-batch.
-
-        Args:
-            received: From the stage before.
-            microbatch: Its number, ``[1]`` on the CPU.
+        """Runs the micro-batch of a number, ``[1]`` on the CPU, on what the stage before has sent.
 
         Returns:
             What the next stage receives; on the last stage, the scalar to be differentiated.
@@ -215,13 +217,7 @@ def _scalar(objective: Objective) -> Tensor:
 
 
 def cut_rows(values: Any, rows: int, sizes: Sequence[int]) -> list[Any]:
-    """A collection in micro-batches: tensors of ``rows`` rows in blocks, all else to everybody.
-
-    Args:
-        values: Tensors in mappings, sequences or dataclasses.
-        rows: Of the whole batch.
-        sizes: Rows of each micro-batch.
-    """
+    """A collection in micro-batches of these sizes: tensors of ``rows`` rows in blocks, all else to everybody."""
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [
         apply_to_collection(

@@ -7,6 +7,7 @@ all-to-all dispatch and balanced routing. Bytes are those of the larger buffer o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from lightning_moefold.errors import InputError
@@ -193,12 +194,10 @@ class _Parts:
 
     def _padded(self, layout: ParameterLayout) -> int:
         """Returns the elements of a tp or ep shard, padded so that all data ranks have equally many."""
-        sizes = list(layout.tensor_box(self.place).sizes)
+        sizes, dim = list(layout.tensor_box(self.place).sizes), layout.data_dim or 0
         ranks = self.fold.size(layout.data_axis)
-        total = -(-sizes[layout.data_dim or 0] // ranks) * ranks
-        for dim, size in enumerate(sizes):
-            total *= 1 if dim == (layout.data_dim or 0) else size
-        return total
+        sizes[dim] = -(-sizes[dim] // ranks) * ranks
+        return math.prod(sizes)
 
 
 def _kind(unit: str) -> str:

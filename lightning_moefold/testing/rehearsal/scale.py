@@ -138,7 +138,7 @@ def _rehearse(step: Step, fold: Fold) -> Rehearsal:
         model.to_empty(device=device)
         registry = ParameterRegistry(model, mesh)
         gradient_sum = GradientSum(registry.unfinished_gradients())
-        norm = GradientNorm(mesh.world, registry.counts_here, registry.is_expert, device)
+        norm = GradientNorm(registry, device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         clock.lap("build")
         recorder.live.see([local_part(parameter) for parameter in model.parameters()])
