@@ -107,7 +107,7 @@ def analyze(
         if stream.config.is_moe_layer(index):
             found.append(_analyze_layer(stream, index, rows, hidden, ratio, alpha))
         else:
-            _run_layer(stream.layer(index), stream, rows, hidden)
+            stream.run(stream.layer(index), rows, hidden)
         progress(index + 1, layers)
         if kept is not None and index + 1 < layers:
             kept.save(index + 1, [array for layer in found for array in layer], hidden)
@@ -129,12 +129,6 @@ def analyze(
     )
 
 
-def _run_layer(layer: DecoderLayer, stream: LayerStream, rows: CalibrationRows, hidden: list[Tensor]) -> None:
-    """Replaces the hidden states of each batch by those after a layer."""
-    for number, batch in enumerate(stream.batches(rows)):
-        hidden[number] = feed(layer, attend(layer, hidden[number], batch.sequence), batch.sequence)
-
-
 def _analyze_layer(
     stream: LayerStream, index: int, rows: CalibrationRows, hidden: list[Tensor], ratio: float | None, alpha: float
 ) -> LayerEnergy:
@@ -148,7 +142,7 @@ def _analyze_layer(
     )
     layer = stream.layer(index, partial(observe, observer=sums))
     if ratio is None:
-        _run_layer(layer, stream, rows, hidden)
+        stream.run(layer, rows, hidden)
         sums.reduce(world)
         return _energy(layer, sums, alpha, stream.computing)
     for number, batch in enumerate(stream.batches(rows)):

@@ -59,9 +59,7 @@ def score_experts(
         if stream.config.is_moe_layer(index):
             found[index] = _score_layer(stream, index, rows, hidden, function)
         else:
-            layer = stream.layer(index)
-            for number, batch in enumerate(stream.batches(rows)):
-                hidden[number] = feed(layer, attend(layer, hidden[number], batch.sequence), batch.sequence)
+            stream.run(stream.layer(index), rows, hidden)
         progress(index + 1, layers)
     stream.close()
     return found

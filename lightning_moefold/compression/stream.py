@@ -160,9 +160,8 @@ class LayerStream:
             if part is None:
                 batch = empty_batch(self.config, axes, rows.token_NS[:1].to(device))
             else:
-                token_BS = part.token_NS.to(device)
-                mask_BS = None if part.mask_NS is None else part.mask_NS.to(device)
-                document_BS = None if part.document_NS is None else part.document_NS.to(device)
+                given = (part.token_NS, part.mask_NS, part.document_NS)
+                token_BS, mask_BS, document_BS = (None if x is None else x.to(device) for x in given)
                 # With labels, of which none counts, padding is left out of routing: nothing needs its output.
                 labels_BS = torch.full_like(token_BS, IGNORED)
                 batch = read_batch(
@@ -172,6 +171,11 @@ class LayerStream:
             batch.sequence.wants_routing = False
             batch.place(self.computing.dtype)
             yield batch
+
+    def run(self, layer: DecoderLayer, rows: CalibrationRows, hidden: list[Tensor]) -> None:
+        """Replaces the hidden states of each batch by those after a layer."""
+        for number, batch in enumerate(self.batches(rows)):
+            hidden[number] = feed(layer, attend(layer, hidden[number], batch.sequence), batch.sequence)
 
     def close(self) -> None:
         """Closes the checkpoint's files."""
