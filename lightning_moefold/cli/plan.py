@@ -15,6 +15,7 @@ from typing import Any
 from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import Fold
 from lightning_moefold.modules.quantization import QUANTIZATIONS
+from lightning_moefold.planner.cost.cost import Estimate
 from lightning_moefold.planner.cost.routing import PROFILES, find_routing
 from lightning_moefold.planner.cost.simulate import simulate, write_chrome_trace
 from lightning_moefold.planner.machine.hardware import PRESETS, find_hardware
@@ -232,10 +233,10 @@ def _printer() -> Callable[[Any], None]:
     return print
 
 
-def _table(plans: list[Any], labels: list[str] | None = None) -> Any:
+def _table(plans: list[Estimate]) -> Any:
     if sys.stdout.isatty():
         try:
-            return table_rich(plans, labels)
+            return table_rich(plans)
         except ImportError:
             pass
-    return table_text(plans, labels)
+    return table_text(plans)

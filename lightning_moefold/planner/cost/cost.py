@@ -256,12 +256,11 @@ class CostModel:
         if not plan.offloads("activations"):
             return 0.0, 0.0
         links, saved = self._links, self.memory.saved(plan)
-        there = links.hidden(
-            sum(n * links.to_host(b) for n, b in zip((held.moe, held.dense), saved, strict=True)), forward
-        )
+        layers = [(held.moe, links.to_host(saved[0]), moe), (held.dense, links.to_host(saved[1]), dense)]
+        there = links.hidden(sum(number * way for number, way, _ in layers), forward)
         back = plan.num_stages_per_rank * links.to_host(self.memory.largest_layer(held, saved))
-        for number, size, layer in ((held.moe, saved[0], moe), (held.dense, saved[1], dense)):
-            back += number * links.hidden(links.to_host(size), layer.backward_total)
+        for number, way, layer in layers:
+            back += number * links.hidden(way, layer.backward_total)
         return there, back
 
     def _moved_state(self, plan: Plan, held: RankLayers, window: float) -> float:
@@ -325,10 +324,8 @@ class CostModel:
         if self.job.sharding == "full":
             return 0.0
         gather, scatter = self._sharded_traffic(fold, held)
-        _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
-        if self.job.sharding == "none":
-            again = scatter  # an all-reduce is a reduce-scatter and an all-gather
-            return self._links.hidden(scatter + again, rank.backward)
+        if self.job.sharding == "none":  # an all-reduce is a reduce-scatter and an all-gather
+            return self._links.hidden(2 * scatter, rank.backward)
         return self._links.hidden(scatter, rank.backward) + self._links.hidden(gather, rank.forward)
 
     def optimizer(self, fold: Fold, held: RankLayers) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
-from types import MappingProxyType
 
 from lightning_moefold.fold import expert_nodes
 from lightning_moefold.modules.attention.exchanges import exchange_for, padded_length
@@ -24,9 +23,6 @@ from lightning_moefold.planner.machine.kernels import Compute
 from lightning_moefold.planner.machine.links import GroupShape, Links, group_shape
 from lightning_moefold.planner.search.job import Job
 
-#: Kinds of compute time, in the order in which they are shown.
-COMPUTE = ("gemm", "experts", "attention", "elementwise", "head", "launch")
-COMMUNICATION = ("tp", "cp", "a2a", "etp")
 #: Bytes of element-wise work in backward divided by forward: a norm reads one more tensor, a gated activation two.
 _ELEMENTWISE_BACKWARD = 1.5
 #: Kernel launches in the forward pass of a layer's parts; backward launches about twice as many. Each further chunk of
@@ -183,7 +179,7 @@ class LayerCosts:
             )
         norm = self._norm(n / tp) + self.links.gather(self.shape(tp, 1), n * d * b)
         made = self._weights * gemm + adapter
-        return self._with_launches("attention", forward, backward, made, again={"attention norm": norm})
+        return self._with_launches("attention", forward, backward, made, {"attention norm": norm})
 
     def _norm(self, tokens: float) -> float:
         """Returns the seconds of a norm, which reads and writes each token."""
@@ -225,7 +221,7 @@ class LayerCosts:
         """
         if (
             exchange == "all_to_all"
-        ):  # sends queries, keys, values, and returns the output; backward sends the gradients the other way
+        ):  # sends queries, keys and values, returns the output; backward sends gradients back
             seconds = self.links.exchange(group, queries + pair) + self.links.exchange(group, queries)
             return seconds, seconds
         if exchange == "all_gather":  # backward gathers again and reduce-scatters gradients in fp32
@@ -233,12 +229,10 @@ class LayerCosts:
             return gather, gather + self.links.scatter(group, group.size * pair * max(4 / self.job.activation_bytes, 1))
         # In backward, gradients of k and v travel with them, in fp32.
         both = pair * (1 + max(4 / self.job.activation_bytes, 1))
-        return self._ring(group, pair, core), self._ring(group, both, core_backward)
-
-    def _ring(self, ring: GroupShape, step_bytes: float, compute: float) -> float:
-        """Returns the exposed seconds of a ring, in which each of cp - 1 messages overlaps with the attention of one step."""
-        message = self.links.neighbour(ring, step_bytes)
-        return (ring.size - 1) * self.links.hidden(message, compute / ring.size)
+        steps = ((self.links.neighbour(group, sent), time) for sent, time in ((pair, core), (both, core_backward)))
+        # Each of cp - 1 messages overlaps with the attention of one step.
+        there, back = ((group.size - 1) * self.links.hidden(one, time / group.size) for one, time in steps)
+        return there, back
 
     def local_kv_heads(self, tp: int) -> int:
         """Returns the key/value heads that a rank computes: its share, or those its queries need if tp does not divide them."""
@@ -273,7 +267,7 @@ class LayerCosts:
         more = _LAUNCHES["chunk"] * (self.chunks(ep) - 1)
         repeated = {"experts": 2 * product, "feed norm": self._norm(tokens)}
         made = self._weights * (experts + router)
-        return self._with_launches("experts", forward, backward, made, more, repeated)
+        return self._with_launches("experts", forward, backward, made, repeated, more)
 
     def chunks(self, ep: int) -> int:
         """Returns the number of parts of the token exchange; at most the number of experts per rank."""
@@ -372,7 +366,7 @@ class LayerCosts:
         self._add_casts(forward, backward, n, d + f, 2 * f + d)
         gather = self.links.gather(self.shape(tp, 1), n * d * b)
         norm = gather + (self._norm(n / tp) if own_norm else 0.0)
-        return self._with_launches("mlp", forward, backward, self._weights * gemm, again={"feed norm": norm})
+        return self._with_launches("mlp", forward, backward, self._weights * gemm, {"feed norm": norm})
 
     def _ends(self, tp: int, cp: int, micro_batch: int) -> tuple[Block, Block]:
         """Computes the ends of the model: the embedding; and the final norm, head and loss."""
@@ -402,8 +396,8 @@ class LayerCosts:
         forward: dict[str, float],
         backward: dict[str, float],
         weight: float,
+        again: Mapping[str, float],
         more: int = 0,
-        again: Mapping[str, float] = MappingProxyType({}),
     ) -> Block:
         """Raises the time of a block to the time the host needs to launch its kernels, plus ``more`` launches."""
         floor = (_LAUNCHES[kind] + more) * self.job.hardware.kernels.launch

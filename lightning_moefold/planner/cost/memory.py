@@ -75,7 +75,7 @@ class Memory:
 
     def as_dict(self) -> dict[str, float]:
         """Returns the bytes of each part of the total."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("host_")}
+        return {name: size for name, size in vars(self).items() if not name.startswith("host_")}
 
     @property
     def host(self) -> float:
@@ -161,7 +161,8 @@ class MemoryModel:
         ends = RankLayers(0, 0, layers.first, layers.last)
         weights, gradients, optimizer = self.quantized_bytes(*cut, layers), 0.0, 0.0
         for i, (number, spread) in enumerate(zip((held.dense, held.expert), spreads, strict=True)):
-            mine, largest = self.shards(*cut, layers, *spreads)[i], self._largest(cut, kinds, spreads, i)
+            largest = max(kinds, key=lambda k: self.gathered(*cut, k, *spreads)[i], default=RankLayers(0, 0))
+            mine = self.shards(*cut, layers, *spreads)[i]
             layer = spread * self.shards(*cut, largest, *spreads)[i] if spread > 1 else 0
             if sharding == "full":  # two layers at a time, and the ends from forward to backward
                 live = 2 * self.gathered(*cut, largest, *spreads)[i] + self.gathered(*cut, ends, *spreads)[i]
@@ -180,12 +181,6 @@ class MemoryModel:
                 gradients += mine * own + (number - mine) * reduced
                 optimizer += mine * self.job.state_bytes
         return weights, gradients, optimizer
-
-    def _largest(
-        self, cut: tuple[int, int, int], kinds: list[RankLayers], spreads: tuple[int, int], family: int
-    ) -> RankLayers:
-        """Returns the kind of layer with the most gathered bytes."""
-        return max(kinds, key=lambda kind: self.gathered(*cut, kind, *spreads)[family], default=RankLayers(0, 0))
 
     # ---- activations -------------------------------------------------------------------------------------------
 
@@ -296,7 +291,7 @@ class MemoryModel:
     def on_rank(self, plan: Plan, rank: int, layers: RankLayers) -> Memory:
         """Predicts the memory of a pipeline rank with ``layers``, on its first data rank, which stores most."""
         fold, microbatches, chunks = plan.fold, plan.num_microbatches(self.job), plan.num_stages_per_rank
-        saved = self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
+        saved = self.saved(plan)
         weights, gradients, optimizer = self.states(fold, layers, microbatches > 1)
         flight = chunks_in_flight(plan.schedule, fold.pp, chunks, microbatches, rank) / chunks
         one = layers.moe * saved[0] + layers.dense * saved[1]
@@ -320,13 +315,10 @@ class MemoryModel:
         """Returns the bytes that the fuller kind of layer on a rank keeps for backward."""
         return max(saved[0] if layers.moe else 0.0, saved[1] if layers.dense else 0.0)
 
-    def saved(self, plan: Plan) -> tuple[float, float]:
-        """Returns the bytes that a layer with experts and a dense layer keep of a micro-batch for backward."""
+    def saved(self, plan: Plan) -> tuple[float, float, float]:
+        """Returns what :meth:`_saved_per_layer` returns of a micro-batch of a plan."""
         fold = plan.fold
-        moe, dense, _ = self._saved(
-            fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher
-        )
-        return moe, dense
+        return self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
 
     def _loss(self, fold: Fold, n: int) -> tuple[float, float]:
         """Returns the peak bytes at the head, and the bytes that the head keeps for backward.

@@ -73,14 +73,6 @@ class Timeline:
             until = max(event.end, until)
         return found
 
-    def most_in_flight(self, rank: int) -> int:
-        """Returns the largest number of chunks of a rank that have run forward but not yet backward."""
-        held = most = 0
-        for event in sorted((e for e in self.events if e.rank == rank), key=lambda e: e.start):
-            held += {"F": 1, "B": -1}.get(event.op[0], 0)
-            most = max(most, held)
-        return most
-
 
 # ---- fixed orders ----------------------------------------------------------------------------------------------------
 
@@ -255,14 +247,13 @@ def simulate(job: Job, plan: Plan, seed: int = 0) -> Timeline:
 
 def _stages(costs: CostModel, plan: Plan) -> list[RankTimes]:
     model, fold = costs.job.model, plan.fold
-    number = fold.pp * plan.num_stages_per_rank
-    every = [range(model.num_hidden_layers)]
+    cut: tuple[range, ...] = (range(model.num_hidden_layers),)
+    if fold.pp > 1:
+        cut = stage_layers(model, fold.pp, plan.num_stages_per_rank, plan.schedule)
     stages = []
-    for stage, layers in enumerate(
-        stage_layers(model, fold.pp, plan.num_stages_per_rank, plan.schedule) if fold.pp > 1 else every
-    ):
+    for stage, layers in enumerate(cut):
         moe = sum(map(model.is_moe_layer, layers))
-        stages.append(costs.chunk(plan, RankLayers(moe, len(layers) - moe, stage == 0, stage == number - 1)))
+        stages.append(costs.chunk(plan, RankLayers(moe, len(layers) - moe, stage == 0, stage == len(cut) - 1)))
     return stages
 
 

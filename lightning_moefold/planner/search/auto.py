@@ -88,11 +88,12 @@ def choose(
     Raises:
         PlanError: If no plan fits; the message says what would help.
     """
-    results = _searches(job, space or Space(), rows_per_rank, profiles)
-    best_first = sorted(results, key=_merit)
-    best, job = best_first[0].best, best_first[0].job
+    space = space or Space()
+    results = _searches(job, space, rows_per_rank, profiles)
+    first = min(results, key=_merit)
+    best, job = first.best, first.job
     if not best.fits:
-        raise PlanError(" ".join(why_not(best_first[0], space or Space())))
+        raise PlanError(" ".join(why_not(first, space)))
     others = [(e, _speed(e)) for r in results for e in r.plans if e.fits and e.plan.fold != best.plan.fold]
     reason = (
         f'fold="auto" chose {best.plan}: {_seconds(best.step_time)} per step and {best.mfu:.1%} MFU predicted on '

@@ -11,7 +11,7 @@ If no plan fits, all is searched once more with activations, the optimizer's sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from lightning_moefold.errors import PlanError
@@ -20,7 +20,7 @@ from lightning_moefold.planner.cost.cost import Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.routing import BALANCED, PROFILES, RoutingProfile
 from lightning_moefold.planner.search.job import OFFLOADS, Job
-from lightning_moefold.planner.search.search import Planner, Result, Space
+from lightning_moefold.planner.search.search import Planner, Result, Space, by_speed
 
 #: Plans that are taken from the search under a profile other than the job's.
 _OF_OTHERS = 3
@@ -49,18 +49,16 @@ def search(
     Raises:
         PlanError: If no fold is legal for the batch.
     """
+    return _offloading_if_needed(lambda space: _search(job, space, keep, profiles), space)
+
+
+def _offloading_if_needed(find: Callable[[Space], Result], space: Space | None) -> Result:
+    """Tries offloading, too, if no plan fits, the user leaves it open, and the devices have memory of their own."""
     space = space or Space()
-    result = _search(job, space, keep, profiles)
-    return (
-        result
-        if not _may_offload(result, space)
-        else _search(job, replace(space, offloads=OFFLOADS[1:]), keep, profiles)
-    )
-
-
-def _may_offload(result: Result, space: Space) -> bool:
-    """Whether offloading could help: no plan fits, the user leaves it open, and the devices have memory of their own."""
-    return space.offloads is None and not result.best.fits and result.job.hardware.device != "cpu"
+    result = find(space)
+    if space.offloads is not None or result.best.fits or result.job.hardware.device == "cpu":
+        return result
+    return find(replace(space, offloads=OFFLOADS[1:]))
 
 
 def _search(job: Job, space: Space, keep: int, profiles: Iterable[RoutingProfile] | None) -> Result:
@@ -88,7 +86,7 @@ def _search(job: Job, space: Space, keep: int, profiles: Iterable[RoutingProfile
         found += kept.values()
         if kept:
             pool[name] = min(kept.values(), key=lambda e: e.step_time)
-    plain = min((e for p in own.values() if (e := p.plain())), key=_plain_first, default=None)
+    plain = min((e for p in own.values() if (e := p.plain())), key=by_speed, default=None)
     if not found:
         smallest = min((p.smallest() for p in own.values()), key=lambda e: e.memory.total)
         return Result(smallest.job, [smallest], plain, examined)
@@ -110,13 +108,7 @@ def evaluate(
         FoldError: If the fold cannot cut the model.
         PlanError: If dp does not divide the batch.
     """
-    space = space or Space()
-    result = _evaluate(job, fold, space, profiles)
-    return (
-        result
-        if not _may_offload(result, space)
-        else _evaluate(job, fold, replace(space, offloads=OFFLOADS[1:]), profiles)
-    )
+    return _offloading_if_needed(lambda space: _evaluate(job, fold, space, profiles), space)
 
 
 def _evaluate(job: Job, fold: Fold, space: Space, profiles: Iterable[RoutingProfile] | None) -> Result:
@@ -169,7 +161,3 @@ def _best_of_each_fold(estimates: Iterable[Estimate]) -> list[Estimate]:
 def _first(estimate: Estimate) -> tuple[bool, float]:
     """Sorting key: plans that fit first, by their score; then others, by memory."""
     return not estimate.fits, estimate.score if estimate.fits else estimate.memory.total
-
-
-def _plain_first(estimate: Estimate) -> tuple[bool, float]:
-    return not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total

@@ -20,19 +20,11 @@ from lightning_moefold.errors import FoldError, PlanError
 from lightning_moefold.fold import Fold, FoldableConfig, divisors
 from lightning_moefold.models.blocks import check_blocks
 from lightning_moefold.modules.recompute_parts import parse_recompute
+from lightning_moefold.parallel.pipeline.plan import SCHEDULES, V_SHAPED
 from lightning_moefold.planner.cost.cost import CostModel, Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.schedules import legal, pipeline_layout
-from lightning_moefold.planner.search.job import (
-    DISPATCHERS,
-    OFFLOADS,
-    RECOMPUTES,
-    SCHEDULES,
-    SHARDINGS,
-    V_SHAPED,
-    Job,
-    Plan,
-)
+from lightning_moefold.planner.search.job import DISPATCHERS, OFFLOADS, RECOMPUTES, SHARDINGS, Job, Plan
 
 
 @dataclass(frozen=True)
@@ -79,10 +71,6 @@ class Space:
             parse_recompute(recompute)
 
 
-def _powers_of_two(largest: int) -> tuple[int, ...]:
-    return tuple(2**i for i in range(largest.bit_length()) if 2**i <= largest)
-
-
 def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
     """Returns the micro-batch sizes to try under ``fold``.
 
@@ -93,7 +81,7 @@ def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
         return [share] if share >= (space.num_microbatches or 1) else []
     if fold.pp > 1 and space.num_microbatches is not None:
         return [] if share % space.num_microbatches else [share // space.num_microbatches]
-    sizes = space.micro_batch_sizes or _powers_of_two(space.largest_micro_batch)
+    sizes = space.micro_batch_sizes or [2**i for i in range(space.largest_micro_batch.bit_length())]
     return [size for size in sizes if share % size == 0]
 
 
@@ -220,7 +208,7 @@ class Planner:
         found = [e for size in sizes if (e := self.best(fold, size)[0]) is not None]
         if not found:
             raise PlanError(f"no schedule of {', '.join(self.space.schedules)} runs fold {fold} with this batch.")
-        return sorted(found, key=_rank)
+        return sorted(found, key=by_speed)
 
     def best(
         self, fold: Fold, micro_batch: int, slowest: float = float("inf"), only_fitting: bool = False
@@ -256,7 +244,7 @@ class Planner:
                     break
                 found = self._first_that_fits(ladder, only_fitting)
                 settled &= found is not None and found.fits and found.plan.recompute == self.space.recomputes[0]
-                if found is not None and (best is None or _rank(found) < _rank(best)):
+                if found is not None and (best is None or by_speed(found) < by_speed(best)):
                     best = found
             if settled:
                 return best, best is not None and dispatcher == fastest
@@ -292,7 +280,7 @@ class Planner:
         if plain is not None and plain.fits:
             kept.setdefault(plain.plan.fold, plain)
         if kept:
-            return Result(self.job, sorted(kept.values(), key=_rank), plain, examined)
+            return Result(self.job, sorted(kept.values(), key=by_speed), plain, examined)
         return Result(self.job, [self.smallest()], plain, examined)
 
     def collect(
@@ -376,7 +364,7 @@ class Planner:
                 found.append(self.evaluate(Fold(job.world_size, expert_parallel_size=ep))[0])
             except (FoldError, PlanError):
                 continue
-        return min(found, key=_rank, default=None)
+        return min(found, key=by_speed, default=None)
 
     def smallest(self) -> Estimate:
         """Returns the plan that needs the least memory, if none fits; folds are tried in order of their weights and states.
@@ -402,6 +390,6 @@ class Planner:
         return best
 
 
-def _rank(estimate: Estimate) -> tuple[bool, float]:
+def by_speed(estimate: Estimate) -> tuple[bool, float]:
     """Sorting key: plans that fit first, by speed; then others, by memory."""
-    return (not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total)
+    return not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total
