@@ -140,9 +140,7 @@ class MFUMonitor(pl.Callback):
         return CudaClock(device) if device.type == "cuda" else HostClock()
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._stopwatch is not None:
             self._skip_saves(trainer)
             self._stopwatch.resume()
@@ -165,32 +163,19 @@ class MFUMonitor(pl.Callback):
             self.latest = self._figures(trainer)
             log_values(trainer, pl_module, self.latest)
 
-    # The stopwatch pauses in these hooks, until the next training batch begins.
-
-    def _pause(self, trainer: pl.Trainer) -> None:
+    def _pause(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Pauses the stopwatch until the next training batch begins."""
         if self._stopwatch is not None:
             self._skip_saves(trainer)
             self._stopwatch.pause()
+
+    on_validation_start = on_train_epoch_end = on_save_checkpoint = _pause
 
     def _skip_saves(self, trainer: pl.Trainer) -> None:
         """Leaves out the time since the step if a checkpoint of weights only was saved in it, which no hook announces."""
         assert self._stopwatch is not None
         if self._saved_at != _latest_saves(trainer):
             self._stopwatch.skip()
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._pause(trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._pause(trainer)
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._pause(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -5,24 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 Span: TypeAlias = tuple[Any, Any]
 """Marks of a start and an end."""
-
-
-class Clock(Protocol):
-    """Marks moments, and later returns the time between them."""
-
-    def mark(self) -> Any:
-        """This moment."""
-        ...
-
-    def seconds(self, spans: Sequence[Span]) -> float:
-        """Returns the total length of the spans in seconds; the last span must be the one that ended last."""
-        ...
 
 
 class HostClock:
@@ -40,7 +28,7 @@ class HostClock:
         return self.now()
 
     def seconds(self, spans: Sequence[Span]) -> float:
-        """See :class:`Clock`."""
+        """Returns the total length of the spans in seconds."""
         return float(sum(end - start for start, end in spans))
 
 
@@ -61,11 +49,14 @@ class CudaClock:
         return event
 
     def seconds(self, spans: Sequence[Span]) -> float:
-        """See :class:`Clock`."""
+        """Returns the total length of the spans in seconds; the last span must be the one that ended last."""
         if not spans:
             return 0.0
         spans[-1][1].synchronize()
         return sum(start.elapsed_time(end) for start, end in spans) / 1e3
+
+
+Clock: TypeAlias = HostClock | CudaClock
 
 
 class Stopwatch:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.plots.style import make_figure, save_figure
+from lightning_moefold.plots.style import make_figure, name_layers, save_figure
 
 
 def write_energy_plot(
@@ -60,8 +60,7 @@ def write_energy_plot(
         panels[1].set_xticks(range(0, len(layers), -(-len(layers) // 16)))
     panels[2].grid(visible=False)
     image = panels[2].imshow(width_LE, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    shown = range(0, len(layers), -(-len(layers) // 32))
-    panels[2].set_yticks(list(shown), [str(layers[i]) for i in shown])
+    name_layers(panels[2], layers)
     panels[2].xaxis.get_major_locator().set_params(integer=True)
     panels[2].set(xlabel="expert", ylabel="layer")
     panels[2].set_title(f"Share of each expert's channels that a ratio of {ratio:g} keeps", loc="left", fontsize=10)

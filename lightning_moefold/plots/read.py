@@ -10,13 +10,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.errors import DAMAGE, InputError
 from lightning_moefold.planner.cost.simulate import Event, Timeline
-from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, NO_EXPERT, PIPELINE_TIMELINE
+from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, PIPELINE_TIMELINE
+from lightning_moefold.plots.style import fair_shares
 from lightning_moefold.plots.versions import METRICS_NAME, Series, find_versions, name_versions
 
 
@@ -36,10 +38,7 @@ class RecordedLoad:
 
     def shares(self) -> NDArray[np.float64]:
         """Returns the load of each expert over its layer's mean, ``[N, L, E]``; NaN if there is no load or no such expert."""
-        counts = np.where(self.counts_NLE == NO_EXPERT, np.nan, self.counts_NLE.astype(np.float64))
-        experts = np.isfinite(counts).sum(-1, keepdims=True)
-        total = np.nansum(counts, axis=-1, keepdims=True)
-        return np.divide(counts * experts, total, out=np.full_like(counts, np.nan), where=total > 0)
+        return fair_shares(self.counts_NLE)
 
 
 @dataclass(frozen=True)
@@ -151,32 +150,32 @@ def read_runs(folders: Sequence[Path]) -> Run:
 
 
 def _read_load(run: Run) -> None:
-    files = sorted(run.folder.rglob(EXPERT_LOAD), key=lambda path: path.stat().st_mtime)
-    if not files:
-        return
-    try:
-        with np.load(files[-1], allow_pickle=False) as saved:
-            load = RecordedLoad(saved["steps"], saved["layers"], saved["counts"])
-    except DAMAGE as error:
-        run.notes.append(f"{files[-1]} is left out: it is not what LoadBalanceMonitor writes ({error}).")
-        return
-    if load.counts_NLE.ndim == 3 and load.counts_NLE.size:
-        run.load, run.load_from = load, files[-1].parent
+    arrays, file = _newest_arrays(run, EXPERT_LOAD, "LoadBalanceMonitor", "steps", "layers", "counts")
+    if file is not None and arrays[2].ndim == 3 and arrays[2].size:
+        run.load, run.load_from = RecordedLoad(*arrays), file.parent
 
 
 def _read_placement(run: Run) -> None:
-    files = sorted(run.folder.rglob(EXPERT_PLACEMENT), key=lambda path: path.stat().st_mtime)
-    if not files:
-        return
+    names = ("first", "steps", "layers", "parts", "home_rows", "rows")
+    arrays, file = _newest_arrays(run, EXPERT_PLACEMENT, "ExpertRebalancer", *names)
+    if file is not None and len(arrays[1]):
+        run.placement = RecordedPlacement(int(arrays[0]), *arrays[1:])
+
+
+def _newest_arrays(run: Run, name: str, writer: str, *arrays: str) -> tuple[list[NDArray[Any]], Path | None]:
+    """Reads the newest file of a name; without one, or where it is damaged, which a note then says, the file is None."""
+    file = _newest(run, name)
     try:
-        with np.load(files[-1], allow_pickle=False) as saved:
-            steps, *others = (saved[name] for name in ("steps", "layers", "parts", "home_rows", "rows"))
-            first = int(saved["first"])
+        if file is not None:
+            with np.load(file, allow_pickle=False) as saved:
+                return [saved[array] for array in arrays], file
     except DAMAGE as error:
-        run.notes.append(f"{files[-1]} is left out: it is not what ExpertRebalancer writes ({error}).")
-        return
-    if len(steps):
-        run.placement = RecordedPlacement(first, steps, *others)
+        run.notes.append(f"{file} is left out: it is not what {writer} writes ({error}).")
+    return [], None
+
+
+def _newest(run: Run, name: str) -> Path | None:
+    return max(run.folder.rglob(name), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def read_timeline(path: Path) -> Timeline:
@@ -201,10 +200,9 @@ def read_timeline(path: Path) -> Timeline:
 
 
 def _read_timeline(run: Run) -> None:
-    files = sorted(run.folder.rglob(PIPELINE_TIMELINE), key=lambda path: path.stat().st_mtime)
-    if not files:
+    if (file := _newest(run, PIPELINE_TIMELINE)) is None:
         return
     try:
-        run.timeline = read_timeline(files[-1])
+        run.timeline = read_timeline(file)
     except (OSError, ValueError) as error:
-        run.notes.append(f"{files[-1]} is left out: {error}")
+        run.notes.append(f"{file} is left out: {error}")

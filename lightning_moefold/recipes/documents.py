@@ -129,7 +129,7 @@ def _objects(path: Path, packed: bool) -> _Found:
         yield from _lines(path, packed)
         return
     for number, item in enumerate(found if isinstance(found, list) else [found], start=1):
-        yield number, f"entry {number}", partial(_given_as_is, item)
+        yield number, f"entry {number}", partial(given_as_is, item)
 
 
 def _parquet(path: Path) -> _Found:
@@ -141,15 +141,9 @@ def _parquet(path: Path) -> _Found:
         ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(256):
-                for row in range(batch.num_rows):
-                    number += 1
-                    yield (
-                        number,
-                        f"row {number}",
-                        partial(_table_row, batch, row),
-                    )
+            rows = ((batch, row) for batch in file.iter_batches(256) for row in range(batch.num_rows))
+            for number, (batch, row) in enumerate(rows, start=1):
+                yield number, f"row {number}", partial(_table_row, batch, row)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}).") from None
 
@@ -168,13 +162,14 @@ def _directory(path: Path) -> _Found:
         ) from None
     try:
         found = datasets.load_from_disk(str(path))
-        for number in range(len(found)):
-            yield number + 1, f"row {number + 1}", partial(_dataset_row, found, number)
+        for number in range(1, len(found) + 1):
+            yield number, f"row {number}", partial(_dataset_row, found, number - 1)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read by datasets ({str(error).splitlines()[0]}).") from None
 
 
-def _given_as_is(item: Any) -> Any:
+def given_as_is(item: Any) -> Any:
+    """Returns a row that is in memory already."""
     return item
 
 

@@ -14,7 +14,8 @@ from lightning_moefold.planner.machine.hardware import PRESETS
 from lightning_moefold.planner.report.explain import describe, gib
 from lightning_moefold.planner.search.job import SHARDINGS, Job
 from lightning_moefold.planner.search.robust import evaluate, search
-from lightning_moefold.planner.search.search import Result, Space
+from lightning_moefold.planner.search.search import Result
+from lightning_moefold.planner.search.space import Space
 
 _MOST_RANKS_TIMES = 64
 #: A hint is given if it gains more than this factor.

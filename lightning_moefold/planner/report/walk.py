@@ -43,17 +43,10 @@ def walk(job: Job, estimate: Estimate) -> Iterator[str]:
     )
     yield f"[{time_bar(estimate, 60)}]"
     yield from legend()
-    yield ""
-    yield from _groups(job, estimate)
-    yield ""
-    yield from _sizes(job, estimate, costs)
-    yield ""
-    yield from _times(estimate)
-    yield ""
-    yield from _memory(estimate)
-    if estimate.plan.offload != "none":
+    parts = [_groups(job, estimate), _sizes(job, estimate, costs), _times(estimate), _memory(estimate)]
+    for lines in [*parts, _offload(job, estimate, costs)] if estimate.plan.offload != "none" else parts:
         yield ""
-        yield from _offload(job, estimate, costs)
+        yield from lines
 
 
 def _groups(job: Job, estimate: Estimate) -> Iterator[str]:

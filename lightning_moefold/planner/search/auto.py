@@ -17,7 +17,8 @@ from lightning_moefold.planner.report.advice import why_not
 from lightning_moefold.planner.report.explain import plan_json
 from lightning_moefold.planner.search.job import Job
 from lightning_moefold.planner.search.robust import search
-from lightning_moefold.planner.search.search import Result, Space
+from lightning_moefold.planner.search.search import Result
+from lightning_moefold.planner.search.space import Space
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from lightning_moefold.planner.cost.cost import Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.routing import BALANCED, PROFILES, RoutingProfile
 from lightning_moefold.planner.search.job import OFFLOADS, Job
-from lightning_moefold.planner.search.search import Planner, Result, Space, by_speed
+from lightning_moefold.planner.search.search import Planner, Result, by_speed
+from lightning_moefold.planner.search.space import Space
 
 #: Plans that are taken from the search under a profile other than the job's.
 _OF_OTHERS = 3
