@@ -213,7 +213,9 @@ class ExpertRebalancer(pl.Callback):
             self._watching = None
         if trainer.is_global_zero:
             self._history.add(step, load, self._placements)
-        decision = self._loop.decide(step, rows, self._placements, costs, self._steps_left(trainer))
+        ends = trainer.estimated_stepping_batches
+        left = HORIZON if not np.isfinite(ends) or ends < 0 else int(ends) - step
+        decision = self._loop.decide(step, rows, self._placements, costs, left)
         if decision.placements and not self._slow:
             decision = Decision(before=decision.before, after=decision.before, reason="slow=False moves nothing")
         self.decision = decision
@@ -300,11 +302,6 @@ class ExpertRebalancer(pl.Callback):
         table = torch.zeros(world.size, len(values), dtype=torch.float64, device=trainer.strategy.root_device)
         table[world.index] = torch.tensor(values, dtype=torch.float64)
         return [float(value) for value in comm.all_reduce_raw(table, world).amax(0)]
-
-    @staticmethod
-    def _steps_left(trainer: pl.Trainer) -> int:
-        ends = trainer.estimated_stepping_batches
-        return HORIZON if not np.isfinite(ends) or ends < 0 else int(ends) - trainer.global_step
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

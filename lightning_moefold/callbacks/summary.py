@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
@@ -203,15 +204,16 @@ def summarize_model(module: nn.Module, fold: Fold, pp: Axis | None = None) -> Mo
 
 
 def _entries(module: nn.Module) -> dict[str, Entry]:
-    layouts, roles, entries = _layouts_of(module), _Roles(module), {}
+    layouts, roles, entries = _layouts_of(module), _roles_of(module), {}
     for name, parameter in module.named_parameters():
         layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
-        entries[name] = Entry(layout, *roles.of(name), parameter.requires_grad, parameter.element_size())
+        role = roles[name.rpartition(".")[0]]
+        entries[name] = Entry(layout, *role, parameter.requires_grad, parameter.element_size())
     for prefix, model in parallel_roots(module):
         if isinstance(model, MoECausalLM) and model.quantized is not None:
             for inner, layout in model.coded_layouts.items():
                 name = f"{prefix}.{inner}".lstrip(".")
-                entries[name] = Entry(layout, *roles.of(name), False, BITS[model.quantized] / 8)
+                entries[name] = Entry(layout, *roles[name.rpartition(".")[0]], False, BITS[model.quantized] / 8)
     return entries
 
 
@@ -224,23 +226,18 @@ def _layouts_of(module: nn.Module) -> dict[int, ParameterLayout]:
     return layouts
 
 
-class _Roles:
-    """Determines the kind of each parameter from the modules that contain it."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._of_module: dict[str, tuple[str, float]] = {}
-        for name, module in root.named_modules(remove_duplicate=False):  # parents first
-            around = self._of_module.get(name.rpartition(".")[0], ("other", 1.0))
-            kind, active = next((kind for types, kind in _KINDS if isinstance(module, types)), around[0]), around[1]
-            if around[0] == "experts" or (isinstance(module, GatedMLP) and around[0] == "shared expert"):
-                kind = around[0]
-            if isinstance(module, MoELayer):
-                self._of_module[f"{name}.experts".lstrip(".")] = "experts", module.top_k / module.num_experts
-            self._of_module.setdefault(name, (kind, active))
-
-    def of(self, parameter: str) -> tuple[str, float]:
-        """Returns the kind of a parameter, and the share of it that is active for a token."""
-        return self._of_module[parameter.rpartition(".")[0]]
+def _roles_of(root: nn.Module) -> dict[str, tuple[str, float]]:
+    """Returns the kind of each module's own parameters, and the share of them that is active for a token."""
+    roles: dict[str, tuple[str, float]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):  # parents first
+        around, active = roles.get(name.rpartition(".")[0], ("other", 1.0))
+        kind = next((kind for types, kind in _KINDS if isinstance(module, types)), around)
+        if around == "experts" or (isinstance(module, GatedMLP) and around == "shared expert"):
+            kind = around
+        if isinstance(module, MoELayer):
+            roles[f"{name}.experts".lstrip(".")] = "experts", module.top_k / module.num_experts
+        roles.setdefault(name, (kind, active))
+    return roles
 
 
 def _optimizer_states(optimizer: Optimizer | None) -> tuple[str, int] | None:
@@ -299,12 +296,11 @@ class FoldSummary(pl.Callback):
 
     @rank_zero_only
     def _print(self, summary: ModelSummary, optimizer: Optimizer | None) -> None:
-        try:
-            from rich.console import Console
-        except ImportError:
-            console = None
-        else:
-            console = Console()
+        console: Console | None = None
+        with suppress(ImportError):
+            from rich import console as rich_console
+
+            console = rich_console.Console()
         if console is not None and (console.is_terminal or console.is_jupyter):
             _print_rich(summary, console)
         else:  # rich assumes that a file has 80 columns, and would cut numbers off

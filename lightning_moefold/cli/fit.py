@@ -123,12 +123,10 @@ class Parser(LightningArgumentParser):
 
 def launched() -> dict[str, int]:
     """Returns the Trainer's ``devices`` and ``num_nodes`` if torchrun or SLURM has started the processes."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
-    if "SLURM_NTASKS_PER_NODE" in os.environ:
-        local = int(os.environ["SLURM_NTASKS_PER_NODE"])
-        return {"devices": local, "num_nodes": int(os.environ["SLURM_NTASKS"]) // local}
+    for local, everywhere in (("LOCAL_WORLD_SIZE", "WORLD_SIZE"), ("SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")):
+        if local in os.environ:
+            devices = int(os.environ[local])
+            return {"devices": devices, "num_nodes": int(os.environ[everywhere]) // devices}
     return {}
 
 

@@ -82,14 +82,6 @@ class Computing:
     device: torch.device = torch.device("cpu")
     batch_size: int = 1
 
-    @property
-    def rows_axis(self) -> tuple[int, int]:
-        """This rank's share of the rows: its number, and how many there are."""
-        if self.mesh is None:
-            return 0, 1
-        fold, place = self.mesh.fold, self.mesh.place
-        return place["pp"] * fold.dp + place["dp"], fold.pp * fold.dp
-
 
 class LayerStream:
     """A checkpoint whose layers are read one at a time.
@@ -149,10 +141,11 @@ class LayerStream:
 
     def batches(self, rows: CalibrationRows) -> Iterator[CausalLMBatch]:
         """Describes the batches of this rank; every rank has the same number, of which some may be empty."""
-        number, ranks = self.computing.rows_axis
-        size, device = self.computing.batch_size, self.computing.device
-        mesh = self.computing.mesh
-        axes = BatchAxes() if mesh is None else BatchAxes(mesh.tp, mesh.axis("cp"), "auto", (number, ranks))
+        mesh, size, device = self.computing.mesh, self.computing.batch_size, self.computing.device
+        number, ranks, axes = 0, 1, BatchAxes()
+        if mesh is not None:  # ranks of dp and pp have rows of their own
+            number, ranks = mesh.place["pp"] * mesh.fold.dp + mesh.place["dp"], mesh.fold.pp * mesh.fold.dp
+            axes = BatchAxes(mesh.tp, mesh.axis("cp"), "auto", (number, ranks))
         most = -(-len(rows.token_NS) // ranks)
         mine = rows.take(slice(number, None, ranks))
         for first in range(0, most, size):

@@ -145,7 +145,7 @@ class TextData(pl.LightningDataModule):
         if weights is not None:
             check_weights(weights, len(given["train"]))
         self.tokenizer = local_path(local_directory(tokenizer, "tokenizer"), "tokenizer")
-        self.length, self.packing = sequence_length, packing
+        self.sequence_length, self.packing = sequence_length, packing
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.weights, self.processes = weights, processes
         self.val_fraction = 0.0 if val_files else val_fraction
@@ -170,11 +170,6 @@ class TextData(pl.LightningDataModule):
     def global_batch_size(self) -> int:
         """Rows of a batch over all data ranks together, for ``fold="auto"``."""
         return self.batch_size
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of a row, for ``fold="auto"``."""
-        return self.length
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
@@ -201,7 +196,7 @@ class TextData(pl.LightningDataModule):
     def _check_split(self, count: int) -> None:
         if not all(map(len, self._split(count)[: 2 if self.val_fraction else 1])):
             raise InputError(
-                f"the text makes {count} rows of {self.length} tokens, too few to train and validate on with "
+                f"the text makes {count} rows of {self.sequence_length} tokens, too few to train and validate on with "
                 f"val_fraction={self.val_fraction}; give more text or shorter rows."
             )
 
@@ -228,7 +223,7 @@ class TextData(pl.LightningDataModule):
             check_not_cut(self.packing)
         packing = self.packing or ("documents" if chats else "blocks")
         apart = name == "train" and self.weights is not None
-        rows, sizes = self.cache.rows(files, packing, self.length, apart)
+        rows, sizes = self.cache.rows(files, packing, self.sequence_length, apart)
         return rows, packing, sizes
 
     def _mix(self, train: np.ndarray, sizes: list[int]) -> Mixture | None:
@@ -247,8 +242,8 @@ class TextData(pl.LightningDataModule):
         """Of what there are how many, and how many of these are left out or cut."""
         return f"{rows.store.counts.chats} conversations", [
             (rows.store.counts.unlabelled, "left out, as nothing of them is trained on"),
-            (rows.plan.cut, f"cut to their first {self.length} tokens"),
-            (rows.plan.dropped, f"left out, as nothing of their first {self.length} tokens is trained on"),
+            (rows.plan.cut, f"cut to their first {self.sequence_length} tokens"),
+            (rows.plan.dropped, f"left out, as nothing of their first {self.sequence_length} tokens is trained on"),
         ]
 
     def _agree(self) -> None:

@@ -229,9 +229,11 @@ class StreamData(TextData):
         check_vocabulary(encoder.reading, max((max(d.tokens) for d, _ in kept), default=0))
         store = TokenStore.of([d for d, _ in kept], [(raw.file, raw.number) for _, raw in kept], self._streamed)
         try:
-            plan = plan_rows(store, self._laid, self.length)
+            plan = plan_rows(store, self._laid, self.sequence_length)
         except InputError:  # too little for a row
-            plan = plan_rows(TokenStore.of([Document([0, 0])], [(0, 0)], self._streamed), "documents", self.length)
+            plan = plan_rows(
+                TokenStore.of([Document([0, 0])], [(0, 0)], self._streamed), "documents", self.sequence_length
+            )
             plan = replace(plan, last_N=plan.last_N[:0])
         if generator is not None and len(plan):
             plan = plan.reordered(torch.randperm(len(plan), generator=generator).numpy())

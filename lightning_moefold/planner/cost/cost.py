@@ -227,18 +227,12 @@ class CostModel:
         parts = recompute_parts(parse_recompute(plan.recompute))
         recompute = held.moe * seconds_again(moe, parts, "moe") + held.dense * seconds_again(dense, parts, "mlp")
         there, back = self._offloaded(plan, held, moe, dense, block.forward_total)
-        if self.job.sharding != "full":
-            return RankTimes(block, recompute, 0.0, 0.0, there, back)
-        gather, scatter = self._sharded_traffic(fold, held)
-        forward = self._links.hidden(gather, block.forward_total)
-        return RankTimes(
-            block,
-            recompute,
-            forward,
-            self._links.hidden(gather + scatter, block.backward_total + recompute),
-            there,
-            back,
-        )
+        forward = backward = 0.0
+        if self.job.sharding == "full":
+            gather, scatter = self._sharded_traffic(fold, held)
+            forward = self._links.hidden(gather, block.forward_total)
+            backward = self._links.hidden(gather + scatter, block.backward_total + recompute)
+        return RankTimes(block, recompute, forward, backward, there, back)
 
     def _offloaded(self, plan: Plan, held: RankLayers, moe: Block, dense: Block, forward: float) -> tuple[float, float]:
         """Returns the exposed seconds, forward and backward, in which a rank's activations of a micro-batch travel.

@@ -92,11 +92,7 @@ def seconds_again(layer: Block, parts: frozenset[str], half: str) -> float:
 
 
 class LayerCosts(ExchangeCosts):
-    """Computes the blocks of a job's model, memoised.
-
-    Args:
-        job: The training job; its routing profile decides the load of the busiest rank.
-    """
+    """Computes the blocks of a job's model, memoised."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)

@@ -168,16 +168,14 @@ class _ListScheduler:
         return Timeline(tuple(self.events), self.pp)
 
     def _next(self, rank: int) -> tuple[float, int, Op]:
-        allowed = {op: at for op, at in self.ready[rank].items() if op[0] != "F" or self._room(rank, op)}
+        # Forwards of later chunks always may start, those of the first chunk while activations are below the limit.
+        room = self.held[rank] < self.limit[rank]
+        allowed = {op: at for op, at in self.ready[rank].items() if op[0] != "F" or op[1] >= self.pp or room}
         if not allowed:
             allowed = self.ready[rank]  # the limit would block forever, so it is ignored for the earliest forward
         start = max(self.free[rank], min(allowed.values()))
         now = [op for op, at in allowed.items() if at <= start]
         return start, rank, min(now, key=self._urgency)
-
-    def _room(self, rank: int, op: Op) -> bool:
-        """Whether a forward may start: always for later chunks; for the first chunk while activations are below the limit."""
-        return self.held[rank] < self.limit[rank] if op[1] < self.pp else True
 
     @staticmethod
     def _urgency(op: Op) -> tuple[int, int, int]:

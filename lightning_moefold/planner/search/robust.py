@@ -11,7 +11,7 @@ If no plan fits, all is searched once more with activations, the optimizer's sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 
 from lightning_moefold.errors import PlanError
@@ -19,7 +19,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.planner.cost.cost import Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.routing import BALANCED, PROFILES, RoutingProfile
-from lightning_moefold.planner.search.job import OFFLOADS, Job
+from lightning_moefold.planner.search.job import OFFLOADS, Job, Plan
 from lightning_moefold.planner.search.search import Planner, Result, by_speed
 from lightning_moefold.planner.search.space import Space
 
@@ -91,7 +91,8 @@ def _search(job: Job, space: Space, keep: int, profiles: Iterable[RoutingProfile
     if not found:
         smallest = min((p.smallest() for p in own.values()), key=lambda e: e.memory.total)
         return Result(smallest.job, [smallest], plain, examined)
-    ranked = _best_of_each_fold(under_each(e, by_profile, job.routing.name) for e in found)[:keep]
+    everywhere = (under_each(e, by_profile, job.routing.name) for e in found)
+    ranked = _best_of_each(lambda plan: plan.fold, everywhere)[:keep]
     if plain is not None and plain.fits:
         plain = under_each(plain, by_profile, job.routing.name)
         if plain.plan.fold not in {e.plan.fold for e in ranked}:
@@ -123,10 +124,8 @@ def _evaluate(job: Job, fold: Fold, space: Space, profiles: Iterable[RoutingProf
             refusals.append(error)
     if not found:
         raise refusals[0]
-    sizes: dict[int, list[Estimate]] = {}
-    for estimate in (under_each(e, by_profile, job.routing.name) for e in found):
-        sizes.setdefault(estimate.plan.micro_batch_size, []).append(estimate)
-    ranked = sorted((min(plans, key=_first) for plans in sizes.values()), key=_first)
+    everywhere = (under_each(e, by_profile, job.routing.name) for e in found)
+    ranked = _best_of_each(lambda plan: plan.micro_batch_size, everywhere)
     return Result(job, ranked, None, len(found))
 
 
@@ -150,12 +149,13 @@ def _planners(job: Job, space: Space) -> _Planners:
     }
 
 
-def _best_of_each_fold(estimates: Iterable[Estimate]) -> list[Estimate]:
-    best: dict[Fold, Estimate] = {}
+def _best_of_each(kind: Callable[[Plan], Hashable], estimates: Iterable[Estimate]) -> list[Estimate]:
+    """Returns the best plan of each kind, the best first."""
+    best: dict[Hashable, Estimate] = {}
     for estimate in estimates:
-        fold = estimate.plan.fold
-        if fold not in best or _first(estimate) < _first(best[fold]):
-            best[fold] = estimate
+        mine = kind(estimate.plan)
+        if mine not in best or _first(estimate) < _first(best[mine]):
+            best[mine] = estimate
     return sorted(best.values(), key=_first)
 
 
