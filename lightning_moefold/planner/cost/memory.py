@@ -220,23 +220,45 @@ class MemoryModel:
         decoded = self._decoded(tp, ep, etp)
         exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
         live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f) + copies) + decoded
-        parts, layer = recompute_parts(parse_recompute(recompute)), t * d * b
+        parts = recompute_parts(parse_recompute(recompute))
+        activation = 2 * gated if "expert_activation" in parts else 0.0
+        halves = (("moe", experts, normed, activation), ("mlp", dense, norm, 0.0))
+        moe, mlp, made = self._kept_of_layers(parts, t * d * b, attention, norm, halves)
+        return moe, mlp, live + made
+
+    def _kept_of_layers(
+        self,
+        parts: frozenset[str],
+        layer: float,
+        attention: float,
+        norm: float,
+        halves: tuple[tuple[str, float, float, float], ...],
+    ) -> tuple[float, float, float]:
+        """Returns the bytes that autograd keeps of both kinds of layer, and the most that backward makes again at a time.
+
+        Args:
+            parts: What is recomputed.
+            layer: Bytes of a layer's input.
+            attention: Bytes of the attention half.
+            norm: Bytes of what its norm makes.
+            halves: Of the half with experts and of the dense one the name, the bytes, those of what its norm makes, and those
+                of recomputed activations.
+        """
+        (_, experts, _, _), (_, dense, _, _) = halves
         if LAYER in parts:
-            most = max(experts if self.costs.num_moe else 0.0, dense)
-            return layer, layer, live + attention + most
+            return layer, layer, attention + max(experts if self.costs.num_moe else 0.0, dense)
         made: list[float] = [attention] if "attention" in parts else [norm] if "norm" in parts else []
         kept = layer if "attention" in parts else attention - norm * ("norm" in parts)
         sizes: list[float] = []
-        for half, all_of_it, of_norm in (("moe", experts, normed), ("mlp", dense, norm)):
-            activation = 2 * gated if half == "moe" and "expert_activation" in parts else 0.0
+        for half, whole, of_norm, activation in halves:
             if half in parts:
-                made.append(all_of_it if half == "mlp" or self.costs.num_moe else 0.0)
+                made.append(whole if half == "mlp" or self.costs.num_moe else 0.0)
                 sizes.append(kept + layer)
             else:
                 dropped = activation + of_norm * ("norm" in parts)
                 made.append(dropped)
-                sizes.append(kept + all_of_it - dropped)
-        return sizes[0], sizes[1], live + max(made)
+                sizes.append(kept + whole - dropped)
+        return sizes[0], sizes[1], max(made)
 
     def _under_way(self, spread: int, ep: int, etp: int, dispatcher: str) -> float:
         """Returns the rows per token of a rank that exist during the exchange: rows sent, and rows received by the busiest rank.
