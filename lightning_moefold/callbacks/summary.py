@@ -204,7 +204,11 @@ def summarize_model(module: nn.Module, fold: Fold, pp: Axis | None = None) -> Mo
 
 
 def _entries(module: nn.Module) -> dict[str, Entry]:
-    layouts, roles, entries = _layouts_of(module), _roles_of(module), {}
+    layouts: dict[int, ParameterLayout] = {}  # by id, because a part of a model may have a second name
+    for _, root in parallel_roots(module):
+        root.release_gathered_weights()
+        layouts |= {id(p): root.layouts[name] for name, p in root.named_parameters() if name in root.layouts}
+    roles, entries = _roles_of(module), {}
     for name, parameter in module.named_parameters():
         layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
         role = roles[name.rpartition(".")[0]]
@@ -215,15 +219,6 @@ def _entries(module: nn.Module) -> dict[str, Entry]:
                 name = f"{prefix}.{inner}".lstrip(".")
                 entries[name] = Entry(layout, *roles[name.rpartition(".")[0]], False, BITS[model.quantized] / 8)
     return entries
-
-
-def _layouts_of(module: nn.Module) -> dict[int, ParameterLayout]:
-    """Returns layouts by the parameter's ``id``, because a part of a model may have a second name."""
-    layouts: dict[int, ParameterLayout] = {}
-    for _, root in parallel_roots(module):
-        root.release_gathered_weights()
-        layouts |= {id(p): root.layouts[name] for name, p in root.named_parameters() if name in root.layouts}
-    return layouts
 
 
 def _roles_of(root: nn.Module) -> dict[str, tuple[str, float]]:

@@ -15,7 +15,7 @@ from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import Fold
 from lightning_moefold.modules.quantization import QUANTIZATIONS
 from lightning_moefold.planner.cost.routing import PROFILES, find_routing
-from lightning_moefold.planner.cost.simulate import simulate, write_chrome_trace
+from lightning_moefold.planner.cost.simulate import chrome_trace, simulate
 from lightning_moefold.planner.machine.hardware import PRESETS, find_hardware
 from lightning_moefold.planner.report.advice import hints, why_not
 from lightning_moefold.planner.report.explain import (
@@ -178,7 +178,7 @@ def _costs_more(recompute: str) -> int:
 
 def _write_timeline(result: Result, path: Path) -> str:
     timeline = simulate(result.best.job, result.best.plan)
-    write_chrome_trace(timeline, path)
+    path.write_text(chrome_trace(timeline))
     return (
         f"Simulated pipeline of the best plan: {timeline.seconds:.3f} s, ranks idle {timeline.idle_fraction:.1%}; "
         f"{path} opens in chrome://tracing or ui.perfetto.dev."

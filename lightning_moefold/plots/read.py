@@ -179,7 +179,7 @@ def _newest(run: Run, name: str) -> Path | None:
 
 
 def read_timeline(path: Path) -> Timeline:
-    """Reads a pipeline from a Chrome trace written by :func:`~lightning_moefold.planner.cost.simulate.write_chrome_trace`.
+    """Reads a pipeline from a file with a :func:`~lightning_moefold.planner.cost.simulate.chrome_trace`.
 
     Raises:
         ValueError: If the file has another format.

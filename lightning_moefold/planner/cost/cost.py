@@ -205,9 +205,8 @@ class CostModel:
 
     def chunk(self, plan: Plan, held: RankLayers) -> RankTimes:
         """Returns the times of a micro-batch in the given layers of the model."""
-        fold = plan.fold
         key = (
-            fold,
+            plan.fold,
             plan.micro_batch_size,
             plan.recompute,
             plan.dispatcher,

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -273,11 +272,6 @@ def _loads(job: Job, plan: Plan, mean: float, stages: int, microbatches: int, se
     random = np.random.default_rng(seed)
     per_stage = max(model.num_hidden_layers // stages, 1)
     return layers[random.integers(len(layers), size=(stages, microbatches, per_stage))].mean(2)
-
-
-def write_chrome_trace(timeline: Timeline, path: Path) -> None:
-    """Writes :func:`chrome_trace` to a file."""
-    path.write_text(chrome_trace(timeline))
 
 
 def chrome_trace(timeline: Timeline) -> str:

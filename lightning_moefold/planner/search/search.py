@@ -195,9 +195,7 @@ class Planner:
         plain = self.plain()
         if plain is not None and plain.fits:
             kept.setdefault(plain.plan.fold, plain)
-        if kept:
-            return Result(self.job, sorted(kept.values(), key=by_speed), plain, examined)
-        return Result(self.job, [self.smallest()], plain, examined)
+        return Result(self.job, sorted(kept.values(), key=by_speed) or [self.smallest()], plain, examined)
 
     def collect(
         self,
