@@ -7,10 +7,10 @@ Legend: N intervals, L MoE layers, E experts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from lightning_moefold.planner.cost.simulate import Event, Timeline
 from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, PIPELINE_TIMELINE
 from lightning_moefold.plots.style import fair_shares
 from lightning_moefold.plots.versions import METRICS_NAME, Series, find_versions, name_versions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -150,28 +152,34 @@ def read_runs(folders: Sequence[Path]) -> Run:
 
 
 def _read_load(run: Run) -> None:
-    arrays, file = _newest_arrays(run, EXPERT_LOAD, "LoadBalanceMonitor", "steps", "layers", "counts")
-    if file is not None and arrays[2].ndim == 3 and arrays[2].size:
-        run.load, run.load_from = RecordedLoad(*arrays), file.parent
+    def read(saved: Any) -> RecordedLoad:
+        return RecordedLoad(saved["steps"], saved["layers"], saved["counts"])
+
+    load, file = _read_newest(run, EXPERT_LOAD, "LoadBalanceMonitor", read)
+    if load is not None and file is not None and load.counts_NLE.ndim == 3 and load.counts_NLE.size:
+        run.load, run.load_from = load, file.parent
 
 
 def _read_placement(run: Run) -> None:
-    names = ("first", "steps", "layers", "parts", "home_rows", "rows")
-    arrays, file = _newest_arrays(run, EXPERT_PLACEMENT, "ExpertRebalancer", *names)
-    if file is not None and len(arrays[1]):
-        run.placement = RecordedPlacement(int(arrays[0]), *arrays[1:])
+    def read(saved: Any) -> RecordedPlacement:
+        arrays = (saved[name] for name in ("steps", "layers", "parts", "home_rows", "rows"))
+        return RecordedPlacement(int(saved["first"]), *arrays)
+
+    placement, _ = _read_newest(run, EXPERT_PLACEMENT, "ExpertRebalancer", read)
+    if placement is not None and len(placement.steps):
+        run.placement = placement
 
 
-def _newest_arrays(run: Run, name: str, writer: str, *arrays: str) -> tuple[list[NDArray[Any]], Path | None]:
-    """Reads the newest file of a name; without one, or where it is damaged, which a note then says, the file is None."""
-    file = _newest(run, name)
+def _read_newest(run: Run, name: str, writer: str, read: Callable[[Any], T]) -> tuple[T | None, Path | None]:
+    """Reads the newest file of a name; None without one, or where it is damaged, which a note then says."""
+    if (file := _newest(run, name)) is None:
+        return None, None
     try:
-        if file is not None:
-            with np.load(file, allow_pickle=False) as saved:
-                return [saved[array] for array in arrays], file
+        with np.load(file, allow_pickle=False) as saved:
+            return read(saved), file
     except DAMAGE as error:
         run.notes.append(f"{file} is left out: it is not what {writer} writes ({error}).")
-    return [], None
+        return None, file
 
 
 def _newest(run: Run, name: str) -> Path | None:
