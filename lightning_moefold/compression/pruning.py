@@ -196,11 +196,8 @@ def micro_expert_part(name: str) -> tuple[int, bool, int] | None:
     if (match := _PART.fullmatch(name)) is None:
         return None
     layer, which, weight = match.groups()
-    return (
-        int(layer),
-        weight is not None,
-        1 if (which == "down") == (weight is not None) else 2 if which == "down" else 0,
-    )
+    shared, down = weight is not None, which == "down"
+    return int(layer), shared, 1 if down == shared else 2 if down else 0
 
 
 def _change(name: str, value: Tensor, kept: Mapping[int, Kept], form: Form) -> Tensor:

@@ -74,11 +74,8 @@ def pruned_table(pruned: Pruned, energies: Energies) -> str:
         )  # fmt: skip
     before, after = pruned.parameters
     flops = pruned.flops
-    note = (
-        "\nzeroed: the files and their FLOPs stay as before; --form packed has these numbers"
-        if pruned.form == "zeroed"
-        else ""
-    )
+    zeroed = "\nzeroed: the files and their FLOPs stay as before; --form packed has these numbers"
+    note = zeroed if pruned.form == "zeroed" else ""
     return table(rows) + (
         f"\n\n{before:,} parameters before, {after:,} after ({after / before:.1%})"
         f"\n{flops[0]:,.0f} FLOPs of experts for a token in forward, {flops[1]:,.0f} after ({flops[1] / flops[0]:.1%}){note}"

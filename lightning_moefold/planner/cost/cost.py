@@ -147,12 +147,11 @@ class CostModel:
         microbatches = plan.num_microbatches(job)
         ranks = self.ranks(plan)
         slowest = max(range(fold.pp), key=lambda r: ranks[r].forward + ranks[r].backward)
+        rank = ranks[slowest]
         times: dict[str, float] = defaultdict(float)
-        self._add_microbatches(times, ranks[slowest], microbatches)
+        self._add_microbatches(times, rank, microbatches)
         if plan.schedule in SPLIT_BACKWARD and fold.pp > 1:
-            times["elementwise"] += (
-                microbatches * job.hardware.kernels.split_backward * ranks[slowest].block.backward_total
-            )
+            times["elementwise"] += microbatches * job.hardware.kernels.split_backward * rank.block.backward_total
         if fold.pp > 1:
             times["bubble"] = job.hardware.kernels.waiting * bubble(
                 plan.schedule, plan.num_stages_per_rank, [r.forward for r in ranks], [r.backward for r in ranks],
@@ -161,12 +160,10 @@ class CostModel:
             times["p2p"] = self.messages(plan, microbatches)
         layout = pipeline_layout(job.model, fold.pp, plan.num_stages_per_rank, plan.schedule)
         held = layout[slowest]
-        times["gradients"] = self.gradients(fold, held, ranks[slowest])
+        times["gradients"] = self.gradients(fold, held, rank)
         times["optimizer"] = self.optimizer(fold, held)
         if plan.offloads("state"):
-            times["offload"] += self._moved_state(
-                plan, held, microbatches * (ranks[slowest].forward + ranks[slowest].backward)
-            )
+            times["offload"] += self._moved_state(plan, held, microbatches * (rank.forward + rank.backward))
         step = sum(times.values())
         mfu = job.model_flops / (step * job.peak_flops * job.world_size)
         memory, load = memory or self.memory.estimate(plan), self.layers.load(fold.ep, fold.tp * fold.cp)
@@ -327,9 +324,8 @@ class CostModel:
         local = self._trained(fold, held)
         sharded = self.job.sharding != "none"
         number = local.dense / (fold.dp * fold.cp if sharded else 1) + local.expert / (fold.edp if sharded else 1)
-        moved = number * (
-            2 * reduced + 2 * stored + 2 * self.job.state_bytes + gathered
-        )  # gradients are read twice: norm, then step
+        # Gradients are read twice: for the norm, then for the step.
+        moved = number * (2 * reduced + 2 * stored + 2 * self.job.state_bytes + gathered)
         return self.layers.compute.stream(moved)
 
     # ---- pipeline ----------------------------------------------------------------------------------------------

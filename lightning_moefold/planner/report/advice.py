@@ -45,10 +45,8 @@ def why_not(result: Result, space: Space, fold: Fold | None = None) -> list[str]
     if fold is not None:
         best = _best_that_fits(job, space)
         if best is not None:
-            return [
-                *lines,
-                f"Another fold fits: {describe(best)}, with {best.mfu:.1%} MFU and {gib(best.memory.total)}.",
-            ]
+            another = f"Another fold fits: {describe(best)}, with {best.mfu:.1%} MFU and {gib(best.memory.total)}."
+            return [*lines, another]
         lines.append("No other fold fits either.")
     return lines + ([f"It would fit {way}." for way in _ways_out(job, space)] or ["Nothing tried here makes it fit."])
 
@@ -134,14 +132,8 @@ def hints(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
             "(docs/training.md), or use bf16-mixed."
         )
     if broken := [name for name, e in best.under.items() if not e.fits]:
-        lines.append(
-            f"This plan does not fit if routing becomes {' or '.join(broken)}"
-            + (
-                "."
-                if fold
-                else ", and plans that would are much slower on average; --routing NAME ranks for such routing alone."
-            )
-        )
+        slower = ", and plans that would are much slower on average; --routing NAME ranks for such routing alone"
+        lines.append(f"This plan does not fit if routing becomes {' or '.join(broken)}{'' if fold else slower}.")
     if best.plan.offload != "none":
         ranks = min(job.world_size, job.hardware.gpus_per_node)
         lines.append(
