@@ -161,7 +161,7 @@ class MFUMonitor(pl.Callback):
             self.latest = self._figures(trainer)
             log_values(trainer, pl_module, self.latest)
 
-    def _pause(self, trainer: pl.Trainer, *_: Any) -> None:
+    def _pause(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Pauses the stopwatch until the next training batch begins."""
         if self._stopwatch is not None:
             self._skip_saves(trainer)

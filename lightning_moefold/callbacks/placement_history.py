@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,11 @@ class PlacementHistory:
 
     def save(self, path: Path | str) -> None:
         """Writes ``first``, ``steps``, ``layers``, ``parts``, ``home_rows`` and ``rows``, atomically."""
-        stacks = {"parts": self.parts_NLE, "home_rows": self.home_NLP, "rows": self.rows_NLP}
+        stacks: dict[str, list[NDArray[Any]]] = {
+            "parts": self.parts_NLE,
+            "home_rows": self.home_NLP,
+            "rows": self.rows_NLP,
+        }
         lists = {"steps": self.steps, "layers": self.layers}
         arrays = {name: np.array(numbers, dtype=np.int64) for name, numbers in lists.items()}
         arrays |= {name: np.stack(stack) for name, stack in stacks.items()}

@@ -137,7 +137,7 @@ class RoutingTraceRecorder(pl.Callback):
 
     # ---- the file ----------------------------------------------------------------------------------------------
 
-    def _write(self, trainer: pl.Trainer, *_: Any) -> None:
+    def _write(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if not trainer.is_global_zero or not self.records or self._target is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         counts = np.stack([counts_LSE for _, counts_LSE in self.records])

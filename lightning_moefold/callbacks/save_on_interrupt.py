@@ -75,7 +75,7 @@ class SaveOnInterrupt(pl.Callback):
         if launcher is not None:
             launcher.kill(number)
 
-    def _restore(self, *_: Any) -> None:
+    def _restore(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()

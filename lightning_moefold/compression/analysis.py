@@ -156,7 +156,7 @@ def _analyze_layer(
     silent = Observer()
     for part in (moe.experts, moe.shared_expert):
         if part is not None:
-            part.observer = silent  # type: ignore[union-attr]  # observe() has put it there
+            part.observer = silent  # type: ignore[assignment]  # observe() has put it there
     for number, batch in enumerate(stream.batches(rows)):
         hidden[number] = feed(layer, hidden[number], batch.sequence)
     return energy

@@ -153,8 +153,8 @@ class LayerStream:
             if part is None:
                 batch = empty_batch(self.config, axes, rows.token_NS[:1].to(device))
             else:
-                given = (part.token_NS, part.mask_NS, part.document_NS)
-                token_BS, mask_BS, document_BS = (None if x is None else x.to(device) for x in given)
+                token_BS, others = part.token_NS.to(device), (part.mask_NS, part.document_NS)
+                mask_BS, document_BS = (None if x is None else x.to(device) for x in others)
                 # With labels, of which none counts, padding is left out of routing: nothing needs its output.
                 labels_BS = torch.full_like(token_BS, IGNORED)
                 batch = read_batch(
