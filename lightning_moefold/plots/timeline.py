@@ -32,11 +32,13 @@ def _lanes(timeline: Timeline) -> dict[int, tuple[float, float]]:
 
 
 def draw_timeline(run: Run) -> Any:
+    """Draws one row per pipeline rank; returns None if the run has recorded no pipeline."""
+    return None if run.timeline is None else draw(run.timeline, f"Pipeline: {run.title}")
+
+
+def draw(timeline: Timeline, title: str) -> Any:
     """Draws one row per pipeline rank, with micro-batch numbers; later stages of a rank have a darker edge."""
-    if run.timeline is None:
-        return None
-    timeline = run.timeline
-    figure, (axes,) = make_figure(f"Pipeline: {run.title}", [0.55 * timeline.ranks + 1.4], width=11)
+    figure, (axes,) = make_figure(title, [0.55 * timeline.ranks + 1.4], width=11)
     axes.grid(visible=False)
     numbered = len(timeline.events) <= _MOST_NUMBERED
     lanes = _lanes(timeline)
