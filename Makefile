@@ -30,7 +30,7 @@ lint: setup-test ## check the style and the layout of the code (ruff)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-types: setup-test ## check the types of the package (mypy)
+types: setup-test ## check the types of the package, the benchmarks and the examples (mypy)
 	$(PYTHON) -m mypy
 
 docs: setup-docs ## set up, then write the documentation as a site into build/site; warnings are errors

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -107,10 +109,10 @@ def run_planner(arguments: argparse.Namespace) -> None:
         owner_E = np.repeat(np.arange(parts), experts // parts)
         for per_node in sorted({8, parts}):
             costs = replace(costs_of(arguments.hardware, parts), parts_per_node=per_node)
-            fast = [_seconds(lambda rows=rows: plan_copies(rows, owner_E, parts, costs, 1)) for rows in load_NLE[-1]]
+            fast = [_seconds(partial(plan_copies, rows, owner_E, parts, costs, 1)) for rows in load_NLE[-1]]
             homes = Placement.contiguous(experts, parts)
             slow = [
-                _seconds(lambda layer=layer: relocated(load_NLE[1:, layer], homes, costs, 1), 1)
+                _seconds(partial(relocated, load_NLE[1:, layer], homes, costs, 1), 1)
                 for layer in range(min(4, arguments.layers))
             ]
             print(
@@ -139,13 +141,13 @@ def run_idle(arguments: argparse.Namespace) -> None:
         counts_SE[0] = load_NE[-1]
         assert copies.plan(counts_SE, parts).copies == 0, "there is something to gain"
         passed = pass_time(at_home(load_NE[-1], owner_E, parts), owner_E, costs).total / 1e12
-        plan = _seconds(lambda counts=counts_SE: copies.plan(counts, len(counts)))
+        plan = _seconds(partial(copies.plan, counts_SE, parts))
         loop = SlowLoop("joint", interval=1)
         loop.expect_copies(2)
         for step, rows_E in enumerate(load_NE):
             decision = loop.decide(step, {"layer": rows_E}, {"layer": homes}, costs, 1000)
             assert not decision.placements, "there is something to gain"
-        check = _seconds(lambda: loop.decide(9, {"layer": load_NE[-1]}, {"layer": homes}, costs, 1000))
+        check = _seconds(partial(loop.decide, 9, {"layer": load_NE[-1]}, {"layer": homes}, costs, 1000))
         summed = 8 * (experts + 1 + parts) / LAST
         rows = 4 * 2 * HIDDEN * load_NE[-1].sum() / parts  # there and back, forward and backward, 16 bits
         print(
@@ -155,7 +157,7 @@ def run_idle(arguments: argparse.Namespace) -> None:
         )
 
 
-def _seconds(call, rounds: int = 5) -> float:
+def _seconds(call: Callable[[], Any], rounds: int = 5) -> float:
     times = []
     for _ in range(rounds):
         started = time.process_time()

@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -130,7 +131,7 @@ def compare(args: argparse.Namespace, mesh: FoldedMesh, share: float) -> dict[st
                 copies.busiest / copies.mean,
             )
         if args.worker == "memory":
-            found[name]["peak"] = largest([peak_above(lambda layer=layer: step(layer, x))])[0]
+            found[name]["peak"] = largest([peak_above(partial(step, layer, x))])[0]
             clear(layer)
     error = (outputs["copies"] - outputs["at home"]).abs().max() / outputs["at home"].abs().max()
     assert error < 1e-5, f"the outputs differ by {error:.1e}"
@@ -143,7 +144,7 @@ def compare(args: argparse.Namespace, mesh: FoldedMesh, share: float) -> dict[st
             seconds = [0.0]
             dist.barrier()
             with timed_experts(seconds):
-                clocks[name].measure(lambda layer=layer: step(layer, x))
+                clocks[name].measure(partial(step, layer, x))
             parts[name].append(seconds[0] / clocks[name].wall[-1])
             clear(layer)
     for name, clock in clocks.items():
@@ -162,7 +163,8 @@ def planning(experts: int = 256, ranks: int = 64, rounds: int = 9) -> tuple[int,
         middle = time.perf_counter()
         travel_of(counts_SE, CopyPlan(plan.quota_RE), [experts // ranks], 7, 0)
         seconds.append((middle - start, time.perf_counter() - middle))
-    return plan.copies, *(1e3 * min(column) for column in zip(*seconds, strict=True))  # type: ignore[return-value]
+    policy, travel = (1e3 * min(column) for column in zip(*seconds, strict=True))
+    return plan.copies, policy, travel
 
 
 def main() -> None:

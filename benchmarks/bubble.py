@@ -13,16 +13,13 @@ of a stage, idle the rest from the first pass to the end of the last, on the med
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from measuring import leave, machine, run_worker
 from torch import Tensor, nn
 
 from lightning_moefold import Fold, MoECausalLM, MoEConfig
@@ -64,7 +61,7 @@ def slow_down(layer: nn.Module, unit: float) -> None:
     def forward(hidden: Tensor, batch: Any) -> Tensor:
         return Sleep.apply(plain(hidden, batch), unit, unit) + Sleep.apply(layer.bias, 0.0, unit)
 
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = forward
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -97,21 +94,15 @@ def work(arguments: argparse.Namespace) -> None:
     timeline = sorted(steps, key=lambda t: t.seconds)[1]
     if dist.get_rank() == 0:
         Path(arguments.trace).write_text(chrome_trace(timeline))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # a process that ends with open groups may abort
+    leave()
 
 
 def run(schedule: str, world: int, arguments: argparse.Namespace, trace: Path) -> Timeline:
     from lightning_moefold.plots.read import read_timeline
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__,
-               "--case", schedule, "--microbatches", str(arguments.microbatches), "--unit-ms", str(arguments.unit_ms),
-               "--trace", str(trace)]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{schedule} on {world} ranks failed:\n{done.stderr[-3000:]}")
+    words = ["--case", schedule, "--microbatches", str(arguments.microbatches), "--unit-ms", str(arguments.unit_ms),
+             "--trace", str(trace)]  # fmt: skip
+    run_worker("bubble.py", words, ranks=world, threads=1)
     return read_timeline(trace)
 
 
@@ -147,7 +138,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     m, unit = arguments.microbatches, arguments.unit_ms / 1e3
     print(f"{m} micro-batches, {arguments.unit_ms:.0f} ms each of forward, input and weight gradients per rank, "
-          f"{os.cpu_count()} cores; torch {torch.__version__}, Python {platform.python_version()}\n")  # fmt: skip
+          f"{machine()}\n")  # fmt: skip
     print("| ranks | schedule | step, units | idle | of each rank | closed form | simulated | work / ideal |")
     print("|--:|---|--:|--:|---|--:|--:|--:|")
     for world in arguments.ranks:

@@ -68,10 +68,11 @@ def load(gigabytes: float, folder: Path) -> None:
     tensors = stacks(gigabytes)
     size = sum(t.nbytes for t in tensors.values())
     path = folder / "load.ckpt"
-    written = {
-        summed: timed(lambda s=summed: save_sharded(pack(path, {}, SINGLE, summed=s), pieces(tensors), SINGLE))  # type: ignore[misc]
-        for summed in (False, True)
-    }
+
+    def write(summed: bool) -> float:
+        return timed(lambda: save_sharded(pack(path, {}, SINGLE, summed=summed), pieces(tensors), SINGLE))
+
+    written = {summed: write(summed) for summed in (False, True)}
     print(f"| write {size / 1e9:.2f} GB, synchronised | {written[False]:.2f} | | {written[True]:.2f} | |")
     plain = folder / "plain.ckpt"
     save_sharded(pack(plain, {}, SINGLE, summed=False), pieces(tensors), SINGLE)

@@ -15,27 +15,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from measuring import machine, resident_peak
 
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules.attention.blockwise import Visibility
 from lightning_moefold.modules.attention.context import ContextLayout, context_attention
+from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.testing import RankPool
 
 
-def resident_peak() -> int:
-    """Bytes, since the peak was last reset."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
-
-
-def attend(length: int, heads: int, kv_heads: int, size: int, exchange: str, document: int) -> tuple[float, float]:
+def attend(length: int, heads: int, kv_heads: int, size: int, exchange: Exchange, document: int) -> tuple[float, float]:
     """Seconds, and bytes above the start, of one forward and backward."""
     ranks = tuple(range(dist.get_world_size()))
     cp = Axis("cp", ranks, dist.get_rank(), dist.group.WORLD) if len(ranks) > 1 else SINGLE
@@ -43,8 +38,8 @@ def attend(length: int, heads: int, kv_heads: int, size: int, exchange: str, doc
     torch.manual_seed(dist.get_rank())
     here = length // len(ranks)
     documents = (torch.arange(length) // document).unsqueeze(0) if document else None
-    context_attention(*(torch.zeros(1, heads, 2 * len(ranks), size) for _ in range(3)), layout=ContextLayout(
-        2 * len(ranks) ** 2, cp), visibility=Visibility(), exchange="ring")  # fmt: skip  # warms up
+    few = torch.zeros(1, heads, 2 * len(ranks), size)
+    context_attention(few, few, few, ContextLayout(2 * len(ranks) ** 2, cp), Visibility(), "ring")  # warms up
     Path("/proc/self/clear_refs").write_text("5")
     before, start = resident_peak(), time.perf_counter()
     q, k, v = (torch.randn(1, n, here, size, requires_grad=True) for n in (heads, kv_heads, kv_heads))
@@ -66,9 +61,7 @@ def main() -> None:
         f"{args.length} tokens, {args.heads} query and {args.kv_heads} key/value heads of {args.head_size}, float32"
         + (f", documents of {args.documents}" if args.documents else "")
     )
-    print(
-        f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n"
-    )
+    print(f"{machine()}\n")
     print("| cp | exchange | seconds | peak MB/rank | ratio |\n|--:|---|--:|--:|--:|")
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1024 * 1024)
     base = None

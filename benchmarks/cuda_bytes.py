@@ -4,7 +4,7 @@
 
     python benchmarks/cuda_bytes.py [--tokens 8192] [--top 12] [--json FILE]
 
-Forward and backward of a layer run on fake CUDA tensors in bfloat16 (:mod:`benchmarks.fake_cuda`); every operation is written
+Forward and backward of a layer run on fake CUDA tensors in bfloat16 (:mod:`fake_cuda`); every operation is written
 down with the bytes that it has to read and write. A step is the sum of what each operation takes at the rates below: products
 at 0.78 of the peak or by bandwidth, flash attention at its own rates, everything else by bandwidth. Launches and gaps between
 kernels are left out, so the MFU is a bound from above, and two states of the code can be compared by it.
@@ -21,20 +21,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from benchmarks import fake_cuda
+import fake_cuda
 
 if __name__ == "__main__":
     fake_cuda.load()
 
 import torch
+from fake_cuda import kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.fake_cuda import kernels
 from lightning_moefold.modules import Attention, DecoderLayer, MoELayer
 from lightning_moefold.modules.routers import RouterOptions
 

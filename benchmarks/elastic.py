@@ -33,8 +33,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
+from training import Finetune
 
-from lightning_moefold import MoECausalLM, MoEFoldStrategy, ResumableSampler
+from lightning_moefold import MoEFoldStrategy, ResumableSampler
 from lightning_moefold.testing import make_checkpoint
 
 ROWS, LENGTH, BATCH, KILLED_AFTER = 44, 8, 8, 4
@@ -53,33 +54,28 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": self.rows_RL[index], "labels": self.rows_RL[index]}
 
 
-class Finetune(pl.LightningModule):
-    def __init__(self, path: str, log: Path) -> None:
-        super().__init__()
-        self.path, self.file, self.model = path, log, None
+class Logged(Finetune):
+    """Writes down the loss of every step, and under which fold it was."""
 
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = MoECausalLM.from_pretrained(self.path, output_router_logits=True)
+    def __init__(self, path: Path, log: Path) -> None:
+        super().__init__(path, output_router_logits=True)
+        self.file = log
 
     def train_dataloader(self) -> Any:
         data = Rows()
-        rows = BATCH // self.trainer.strategy.dp_size
+        rows = BATCH // self.folded.dp_size
         return DataLoader(data, batch_size=rows, sampler=ResumableSampler(data), num_workers=1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.model(**batch).loss
+        loss = super().training_step(batch, batch_idx)
         if self.trainer.is_global_zero:
             line = {
-                "step": self.global_step + 1, "loss": loss.item(), "fold": str(self.trainer.strategy.fold),
+                "step": self.global_step + 1, "loss": loss.item(), "fold": str(self.folded.fold),
                 "rows": len(batch["input_ids"]), "restart": os.environ["TORCHELASTIC_RESTART_COUNT"], "time": time.time(),
             }  # fmt: skip
             with self.file.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         return loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -91,7 +87,7 @@ def train(arguments: argparse.Namespace) -> None:
         max_steps=arguments.steps, callbacks=[ModelCheckpoint(folder / "saved", every_n_train_steps=1, save_last=True)],
         logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
-    trainer.fit(Finetune(str(folder.parent / "model"), folder / "log.jsonl"), ckpt_path="last")
+    trainer.fit(Logged(folder.parent / "model", folder / "log.jsonl"), ckpt_path="last")
 
 
 def agent(folder: Path, nodes: str, ranks: int, port: int, steps: int) -> subprocess.Popen[bytes]:

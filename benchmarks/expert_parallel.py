@@ -34,6 +34,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,14 +95,18 @@ def under_ddp(layer: MoELayer, traffic: list[Traffic]) -> Contender:
     block = hugging_face(copy.deepcopy(layer), "grouped_mm")
     ddp = nn.parallel.DistributedDataParallel(block)
 
-    def hook(state, bucket):  # DDP checks annotations, and does not take them as strings
+    world = dist.group.WORLD
+    assert world is not None
+
+    def hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         for counter in traffic:
             buffer = bucket.buffer()
             counter.note("all_reduce of a bucket", 2 * buffer.numel() * buffer.element_size() * (1 - 1 / RANKS))
-        return allreduce_hook(None, bucket)
+        return allreduce_hook(world, bucket)
 
+    hook.__annotations__.clear()  # DDP checks them, and does not take them as strings
     ddp.register_comm_hook(None, hook)
-    return Contender(ddp, block.gate.router.weight, ddp, syncs=False)
+    return Contender(ddp, block.get_parameter("gate.router.weight"), ddp, syncs=False)
 
 
 def deepspeed(layer: MoELayer, args: argparse.Namespace, capacity: float | None) -> Contender:
@@ -131,7 +136,7 @@ def make(
     for mode, capacity in (("dropless", None), ("capacity 1.0", 1.0)):
         limits: dict[str, Any] = {"capacity_factor": capacity, "drop_scope": "sub_sequence"} if capacity else {}
         group = {
-            f"moefold {name}": ours(layer, mesh, DispatchConfig(name, **limits))  # type: ignore[arg-type]
+            f"moefold {name}": ours(layer, mesh, DispatchConfig(name, **limits))
             for name in ("alltoall", "deduplicated")
         }
         if not capacity:
@@ -201,7 +206,7 @@ def measure(
         found[name]["sent"] = largest(counter.sent)
         found[name]["collectives"] = counter.count
         if args.worker == "memory":
-            found[name]["peak"] = largest(peak_above(lambda c=contender: c.step(x, grad)))
+            found[name]["peak"] = largest(peak_above(partial(contender.step, x, grad)))
             clear(contender)
     if check:
         base = outputs["moefold alltoall"]
@@ -214,7 +219,7 @@ def measure(
     for _ in range(args.rounds):
         for name, contender in group.items():
             dist.barrier()
-            clocks[name].measure(lambda c=contender: c.step(x, grad))
+            clocks[name].measure(partial(contender.step, x, grad))
             clear(contender)
     for name, clock in clocks.items():
         wall, cpu = torch.tensor(clock.wall), torch.tensor(clock.cpu)

@@ -58,8 +58,8 @@ def main() -> int:
     parser.add_argument("--reach", type=int, default=2)
     arguments = parser.parse_args()
     folds, pairs, faults, tensors = FOLDS[arguments.ranks], 0, 0, 0
-    sizes = {"num_hidden_layers": 4, "num_experts": 8, "vocab_size": 97, "num_attention_heads": 8, "num_key_value_heads": 8,
-             "hidden_size": 64}  # fmt: skip
+    sizes: dict[str, Any] = {"num_hidden_layers": 4, "num_experts": 8, "vocab_size": 97, "num_attention_heads": 8,
+                             "num_key_value_heads": 8, "hidden_size": 64}  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch, RankPool(arguments.ranks) as pool:
         paths = {}
         for family in arguments.families:

@@ -36,10 +36,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from training import Finetune
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the small run of the tests
 
-from lightning_moefold import Fold, MoECausalLM, MoEConfig, MoEFoldStrategy
+from lightning_moefold import Fold, MoEConfig, MoEFoldStrategy
 from lightning_moefold.cli import fit
 from lightning_moefold.cli.main import main as moefold
 from lightning_moefold.errors import MoEFoldError
@@ -257,7 +258,7 @@ class Cases:
             strategy=MoEFoldStrategy(**arguments), accelerator="cpu", devices=1, max_steps=1, logger=False,
             enable_progress_bar=False, enable_checkpointing=False, enable_model_summary=False, default_root_dir=self.folder,
         )  # fmt: skip
-        trainer.fit(Finetune(str(self.model)), [{"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}])
+        trainer.fit(Finetune(self.model), [{"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}])
 
     def cli(self, draw: random.Random) -> Case:
         legal, options = draw.choice(CLI)
@@ -288,22 +289,6 @@ class Cases:
         else:
             words += [f"--{key}", value]
         return Case(f"moefold fit ... --{key} {value}", lambda: fit.run("fit", words))
-
-
-class Finetune(pl.LightningModule):
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path, self.model = path, None
-
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = MoECausalLM.from_pretrained(self.path)
-
-    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        return self.model(**batch).loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters())
 
 
 def main() -> int:

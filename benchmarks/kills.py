@@ -24,7 +24,6 @@ import argparse
 import multiprocessing
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -38,8 +37,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
+from training import Finetune
 
-from lightning_moefold import MoECausalLM, MoEFoldStrategy
+from lightning_moefold import MoEFoldStrategy
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.checkpoint.chunks import TensorPiece
@@ -153,7 +153,7 @@ class MoveAndSave(Callback):
     def __init__(self, folder: Path, done: Synchronized[int] | None) -> None:
         self.folder, self.done = folder, done
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         strategy: Any = trainer.strategy
         step, draw = trainer.global_step, random.Random(trainer.global_step)
         for _ in range(10):
@@ -169,25 +169,13 @@ class MoveAndSave(Callback):
                 remove_directory(self.folder / f"step={step - 2}.ckpt")
 
 
-class Finetune(pl.LightningModule):
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path, self.model = path, None
-
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = MoECausalLM.from_pretrained(self.path)
+class Moving(Finetune):
+    """A few batches, different on each rank."""
 
     def train_dataloader(self) -> Any:
-        draw = torch.Generator().manual_seed(self.trainer.strategy.dp_rank)
+        draw = torch.Generator().manual_seed(self.folded.dp_rank)
         rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(96, (MOVES, 2, 8), generator=draw)]
         return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
-
-    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        return self.model(**batch).loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def train_and_move(folder: Path, done: Synchronized[int] | None) -> None:
@@ -197,7 +185,7 @@ def train_and_move(folder: Path, done: Synchronized[int] | None) -> None:
         devices=dist.get_world_size(), plugins=[PoolEnvironment()], callbacks=[MoveAndSave(folder, done)],
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
-    trainer.fit(Finetune(str(folder.parent / "model")))
+    trainer.fit(Moving(folder.parent / "model"))
 
 
 def prepare(part: str, folder: Path) -> None:
@@ -221,7 +209,7 @@ def _read(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
         return json.loads((path / "config.json").read_text())["step"], {n: t.clone() for n, t in tensors.items()}
     meta = load_meta(path)
     kept = StoredTensors(path, meta)
-    return meta.get("step", meta.get("global_step")), {name: kept.read(name) for name in kept.items}
+    return meta["step"] if "step" in meta else meta["global_step"], {name: kept.read(name) for name in kept.items}
 
 
 def judge(folder: Path, complete: int, expect: Callable[[int], dict[str, torch.Tensor]]) -> str:
@@ -283,7 +271,7 @@ def kill_once(
     time.sleep(draw.uniform(0, 0.5 if part == "move" else 0.15))
     victims = processes if draw.random() < 0.5 else [draw.choice(processes)]
     for process in victims:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
     complete = done.value if victims is processes else 0
     for process in processes:
         process.join(60)

@@ -17,11 +17,8 @@ import argparse
 import gc
 import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -30,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from measuring import leave, machine, run_worker
 from safetensors import safe_open
 
 from lightning_moefold import Fold, MoECausalLM, MoEConfig
@@ -39,7 +37,6 @@ from lightning_moefold.models.names import parameter_entries
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import Settings, parallelize
 
-HERE = Path(__file__).parent
 FOLDS = {1: [""], 2: ["| ep2", "tp2 | etp2"], 4: ["| ep4", "tp2 | ep2 etp2"]}
 SHAPES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_experts": 8, "moe_intermediate_size": 3584, "num_experts_per_tok": 2, "norm_topk_prob": True},
@@ -87,7 +84,7 @@ def write_checkpoint(path: Path, config: MoEConfig) -> int:
                 filled = 0
             files[-1][source] = entry.source_shape
             filled += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files):
         name = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
         weight_map |= dict.fromkeys(tensors, name)
@@ -208,27 +205,10 @@ def work(arguments: argparse.Namespace) -> None:
     mine = {"seconds": seconds, "shard": shard, "anonymous": memory.above[0], "resident": memory.above[1]}
     everybody: list[Any] = [None] * world
     dist.all_gather_object(everybody, mine)
-    if rank == 0:
-        print("RESULT", json.dumps({key: max(m[key] for m in everybody) for key in mine}))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # a process that ends with open groups may abort
+    leave({key: max(m[key] for m in everybody) for key in mine})
 
 
 # ---- outside -----------------------------------------------------------------------------------------------------
-
-
-def run(contender: str, fold: str, world: int, path: Path) -> dict[str, float]:
-    command = [sys.executable]
-    if world > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command += [str(HERE / "loading.py"), "--worker", contender, "--fold", fold, "--checkpoint", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    if done.returncode or not lines:
-        raise SystemExit(f"{contender} under {fold!r} on {world} ranks failed:\n{done.stderr[-3000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT"))
 
 
 def main() -> None:
@@ -252,9 +232,7 @@ def main() -> None:
         cache = "dropped from" if arguments.cold else "in"
         print(f"{arguments.shape}, {config.num_hidden_layers} layers, {config.num_experts} experts, {total / 1e9:.2f} GB bfloat16, "
               f"files {cache} the page cache, median of {arguments.rounds} rounds, slowest and largest rank")  # fmt: skip
-        print(
-            f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n"
-        )
+        print(f"{machine()}\n")
         print(
             "| ranks | fold | contender | seconds | ratio | GB/s per rank | shard GB | anonymous / shard | resident / shard |"
         )
@@ -270,7 +248,8 @@ def measure(fold: str, world: int, path: Path, arguments: argparse.Namespace) ->
     for _ in range(arguments.rounds):
         for contender, results in rounds.items():
             prepare_cache(path, arguments.cold)
-            results.append(run(contender, fold, world, path))
+            words = ["--worker", contender, "--fold", fold, "--checkpoint", str(path)]
+            results.append(run_worker("loading.py", words, ranks=world, threads=1))
     base = 0.0
     for contender, results in rounds.items():
         figures = {key: statistics.median(r[key] for r in results) for key in results[0]}

@@ -13,24 +13,18 @@ what the process had before the model: it holds activations, and whatever the al
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from loading import PeakMemory
+from measuring import RETURN_MEMORY, leave, machine, run_worker
 
 from lightning_moefold import Fold, MoECausalLM, MoEConfig
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.weights import deferred_weights
 from lightning_moefold.parallel import Settings, Sharding, local_part, parallelize
 
-HERE = Path(__file__).parent
 FOLDS = {2: ["", "| ep2", "tp2 | ep2"], 4: ["", "| ep2", "tp2 | ep4"]}
 PARTS = ("weights", "gradients", "state", "gathered")
 
@@ -62,11 +56,7 @@ def work(arguments: argparse.Namespace) -> None:
     figures = {"counted": counted, "expected": expect(model, fold, mesh.rank), "resident": memory.above[1]}
     everybody: list[Any] = [None] * fold.world_size
     dist.all_gather_object(everybody, figures)
-    if dist.get_rank() == 0:
-        print("RESULT", json.dumps(max(everybody, key=lambda f: sum(f["counted"].values()))))
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # a process that ends with open groups may abort
+    leave(max(everybody, key=lambda f: sum(f["counted"].values())))
 
 
 def count(model: MoECausalLM, optimizer: torch.optim.Optimizer, between: list[torch.Tensor]) -> dict[str, int]:
@@ -74,7 +64,12 @@ def count(model: MoECausalLM, optimizer: torch.optim.Optimizer, between: list[to
     pieces = list(model.parameters())
     kept = {id(p) for p in pieces}
     states = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
-    groups = [pieces, [p.grad for p in pieces if p.grad is not None], states, [p for p in between if id(p) not in kept]]
+    groups: list[list[torch.Tensor]] = [
+        [*pieces],
+        [p.grad for p in pieces if p.grad is not None],
+        states,
+        [p for p in between if id(p) not in kept],
+    ]
     return {
         part: sum(local_part(t).numel() * t.element_size() for t in tensors)
         for part, tensors in zip(PARTS, groups, strict=True)
@@ -95,18 +90,10 @@ def expect(model: MoECausalLM, fold: Fold, rank: int) -> dict[str, int]:
 
 
 def run(fold: str, world: int, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__,
-               "--fold", fold, "--mode", mode]  # fmt: skip
+    words = ["--fold", fold, "--mode", mode]
     for name in ("hidden", "layers", "experts", "length"):
-        command += [f"--{name}", str(getattr(arguments, name))]
-    # The allocator then returns every large block at once; otherwise it keeps what was freed, and peaks add up.
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment = {**os.environ, **allocator, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    if done.returncode or not lines:
-        raise SystemExit(f"{fold!r} on {world} ranks with {mode!r} failed:\n{done.stderr[-3000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT"))
+        words += [f"--{name}", str(getattr(arguments, name))]
+    return run_worker("memory.py", words, ranks=world, threads=1, extra=RETURN_MEMORY)
 
 
 def main() -> None:
@@ -122,7 +109,7 @@ def main() -> None:
         return
     print(f"Mixtral, {arguments.layers} layers, {arguments.experts} experts, hidden {arguments.hidden}, float32, AdamW, "
           f"{arguments.length} tokens per data rank; MB on the rank that holds most")  # fmt: skip
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}\n")
+    print(f"{machine()}\n")
     print("| ranks | fold | sharding | weights | gradients | state | gathered | sum | expected | peak resident |")
     print("|--:|---|---|--:|--:|--:|--:|--:|--:|--:|")
     for world in arguments.ranks:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from measuring import RETURN_MEMORY, Clock, leave, machine, median_ratio, peak_a
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_moefold.modules import MoELayer, Router
+from lightning_moefold.modules import Experts, MoELayer, Router
 
 OURS, GROUPED, EAGER, DENSE, MATMUL = "moefold", "HF grouped_mm", "HF eager", "dense SwiGLU", "matmul"
 _EDGE = 2048
@@ -63,7 +64,9 @@ def hugging_face(layer: MoELayer, implementation: str) -> nn.Module:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    width, hidden = layer.experts.gate_proj.shape[1:]
+    experts = layer.experts
+    assert isinstance(experts, Experts)
+    width, hidden = experts.gate_proj.shape[1:]
     config = MixtralConfig(
         hidden_size=hidden,
         intermediate_size=width,
@@ -71,10 +74,10 @@ def hugging_face(layer: MoELayer, implementation: str) -> nn.Module:
         num_experts_per_tok=layer.top_k,
     )
     config._experts_implementation = implementation
-    block = MixtralSparseMoeBlock(config).to(layer.experts.gate_proj.dtype)
+    block = MixtralSparseMoeBlock(config).to(experts.gate_proj.dtype)
     with torch.no_grad():
-        block.experts.gate_up_proj.copy_(torch.cat([layer.experts.gate_proj, layer.experts.up_proj], 1))
-        block.experts.down_proj.copy_(layer.experts.down_proj)
+        block.experts.gate_up_proj.copy_(torch.cat([experts.gate_proj, experts.up_proj], 1))
+        block.experts.down_proj.copy_(experts.down_proj)
     block.gate = SameRouter(layer.gate)
     return block.train()
 
@@ -109,7 +112,7 @@ class Case:
         calls: dict[str, Callable[[], Any]] = {MATMUL: lambda: self.square @ self.square}
         for name, module in self.modules.items():
             x, grad = (self.many, self.many_grad) if name == DENSE else (self.x, self.grad)
-            calls[name] = lambda m=module, x=x, g=grad: step(m, x, g)
+            calls[name] = partial(step, module, x, grad)
         return calls
 
     def clear(self) -> None:

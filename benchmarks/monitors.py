@@ -42,7 +42,8 @@ class Module(pl.LightningModule):
 
     def __init__(self, config: dict[str, Any], monitors: list[pl.Callback], block: int) -> None:
         super().__init__()
-        self.model, self.config, self.monitors, self.block = None, config, monitors, block
+        self.config, self.monitors, self.block = config, monitors, block
+        self.model: MoECausalLM | None = None
         self.blocks: list[tuple[bool, float, float]] = []  # monitored, seconds, seconds in hooks and logging
         self.extra = 0.0
 
@@ -51,7 +52,9 @@ class Module(pl.LightningModule):
             self.model = MoECausalLM.from_config(self.config)
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        assert self.model is not None
         loss = self.model(**batch).loss
+        assert loss is not None
         self.log("train/loss", loss)
         return loss
 
@@ -62,13 +65,18 @@ class Module(pl.LightningModule):
         for monitor in self.monitors:
             for name in HOOKS:
                 setattr(monitor, name, self.timed(getattr(monitor, name)))
-        self.check = self.trainer.strategy._precision.step_check  # that of NonFiniteGuard
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, MoEFoldStrategy)
+        self.precision = strategy._precision
+        self.check = self.precision.step_check  # that of NonFiniteGuard
         if self.check is not None:
             for name in ("saw_loss", "_numbers"):
                 setattr(self.check, name, self.timed(getattr(self.check, name)))
         connector = self.trainer._logger_connector  # where Lightning writes what was logged
-        connector.update_train_step_metrics = self.timed(connector.update_train_step_metrics)
-        self.others = [c for c in self.trainer.callbacks if c not in self.monitors]
+        name = "update_train_step_metrics"
+        setattr(connector, name, self.timed(getattr(connector, name)))
+        trainer: Any = self.trainer  # Lightning does not declare its callbacks
+        self.others = [c for c in trainer.callbacks if c not in self.monitors]
         self.start = time.perf_counter()
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,10 +95,11 @@ class Module(pl.LightningModule):
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now, on = time.perf_counter(), self.monitors[0] in self.trainer.callbacks
+        trainer: Any = self.trainer
+        now, on = time.perf_counter(), self.monitors[0] in trainer.callbacks
         self.blocks.append((on, now - self.start, self.extra))
-        self.trainer.callbacks = self.others if on else [*self.others, *self.monitors]
-        self.trainer.strategy._precision.step_check = None if on else self.check
+        trainer.callbacks = self.others if on else [*self.others, *self.monitors]
+        self.precision.step_check = None if on else self.check
         self.start, self.extra = time.perf_counter(), 0.0
 
 

@@ -95,14 +95,15 @@ def report(seconds: dict[str, list[float]], machine: Hardware, ranks: int) -> No
         print(
             f"{measured * 1e3:8.1f} ms{predicted * 1e3:8.1f} ms{predicted / measured:7.2f}{spread:8.2f}  {text:40} {kinds}"
         )
-    measured, predicted = [r[0] for r in rows], [r[1] for r in rows]
-    ratios = [p / m for m, p in zip(measured, predicted, strict=True)]
+    ratios = [row[1] / row[0] for row in rows]
     scale = statistics.geometric_mean(ratios)
     mean, shape = (statistics.fmean(abs(r / s - 1) for r in ratios) for s in (1.0, scale))
     best = min(rows, key=lambda row: row[1])
     print(f"{len(rows)} folds: mean error {mean:.0%}, {shape:.0%} after a common factor of {scale:.2f}")
-    print(f"rank correlation {rank_correlation(predicted, measured):.2f}")
-    print(f"the fold predicted to be fastest is {best[0] / min(measured):.2f} times the fastest one measured")
+    print(f"rank correlation {rank_correlation([row[1] for row in rows], [row[0] for row in rows]):.2f}")
+    print(
+        f"the fold predicted to be fastest is {best[0] / min(row[0] for row in rows):.2f} times the fastest one measured"
+    )
 
 
 def main() -> None:

@@ -10,18 +10,12 @@ busy machine hits them alike.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from measuring import machine, run_worker
 
-HERE = Path(__file__).parent
 CONTENDERS = {
     1: {"HF, Lightning": "hf", "moefold": "moefold"},
     2: {"HF, DDP": "hf", "HF, FSDP2": "hf-fsdp2", "moefold dp2 | edp2": "moefold:", "moefold dp2 | ep2": "moefold:ep2",
@@ -52,18 +46,9 @@ def write_checkpoint(path: Path, args: argparse.Namespace) -> int:
 
 
 def run(contender: str, world: int, checkpoint: Path, args: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable]
-    if world > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command += [str(HERE / "step.py"), contender, "--checkpoint", str(checkpoint), "--rows", str(args.rows),
-                "--length", str(args.length), "--steps", str(args.steps), "--precision", args.precision]  # fmt: skip
-    threads = max(1, (os.cpu_count() or 1) // world)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    if done.returncode or not lines:
-        raise SystemExit(f"{contender} on {world} ranks failed:\n{done.stderr[-3000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT"))
+    words = [contender, "--checkpoint", str(checkpoint), "--rows", str(args.rows), "--length", str(args.length),
+             "--steps", str(args.steps), "--precision", args.precision]  # fmt: skip
+    return run_worker("step.py", words, ranks=world)
 
 
 def main() -> None:
@@ -83,9 +68,7 @@ def main() -> None:
             f"{args.rows} rows of {args.length} tokens per rank, {args.precision}, AdamW (fused), "
             f"median of {args.rounds} rounds of {args.steps} steps"
         )
-        print(
-            f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}\n"
-        )
+        print(f"{machine()}\n")
         print("| ranks | contender | tokens/s | ratio | CPU s/step | ratio | peak GB/rank | ratio |")
         print("|--:|---|--:|--:|--:|--:|--:|--:|")
         for world in args.ranks:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
 
 
-class Tokens(Dataset):
+class Tokens(Dataset[dict[str, torch.Tensor]]):
     """Random tokens: what they are does not change the work."""
 
     def __init__(self, rows: int, length: int, vocab: int) -> None:
@@ -60,7 +60,8 @@ class Contender(pl.LightningModule):
 
     def __init__(self, name: str, checkpoint: str) -> None:
         super().__init__()
-        self.name, self.checkpoint, self.model = name, checkpoint, None
+        self.name, self.checkpoint = name, checkpoint
+        self.model: Any = None  # theirs or ours
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -75,9 +76,11 @@ class Contender(pl.LightningModule):
         if self.name == "hf-fsdp2":
             from torch.distributed.fsdp import fully_shard
 
+            assert self.device_mesh is not None
+            mesh = self.device_mesh["data_parallel"]
             for layer in self.model.model.layers:
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+                fully_shard(layer, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         return self.model(**batch).loss

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each rank; torch reads it on import
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -26,12 +27,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 import finetune
+from lightning_moefold import Fold
 from lightning_moefold.callbacks import GenerateSamples
 from lightning_moefold.cli.terminal import peers_end_too, quiet
 from lightning_moefold.recipes import FineTuneModule, TextData, is_users
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = {"num_hidden_layers": 2, "initializer_range": 0.08}  # learns the most in a minute on a CPU
+SHAPE: dict[str, Any] = {"num_hidden_layers": 2, "initializer_range": 0.08}  # learns the most in a minute on a CPU
 PROMPT = "The statement"
 
 
@@ -90,7 +92,7 @@ def demo(args: argparse.Namespace) -> None:
     trainer = finetune.make_trainer(args, losses, samples)
     if trainer.global_rank == 0:
         heading(f"2. Training on {args.devices} ranks")
-    fold = finetune.check_fits(args, trainer.world_size)
+    fold = finetune.check_fits(args, trainer)
     data, module = finetune.make_data(args, fold), finetune.make_module(args)
     with peers_end_too(trainer):
         trainer.validate(module, data, verbose=False)
@@ -99,10 +101,12 @@ def demo(args: argparse.Namespace) -> None:
         finetune.restore_best(trainer, module, data)
         logits = folded_logits(module, data)
         memory = module.all_gather(torch.tensor(peak_memory()))
+        assert isinstance(memory, Tensor)
+        assert module.model is not None
         module.model.save_pretrained(args.output / "model")
     if trainer.is_global_zero:
         seconds = time.monotonic() - begin
-        summarize(trainer, losses.values, untrained, memory.view(-1).tolist(), seconds)
+        summarize(trainer, fold, losses.values, untrained, memory.view(-1).tolist(), seconds)
         row("generated", " ".join("".join(samples.samples[0]).split()))
         check_export(args, probe(data), logits)
         say_what_next(args, trainer)
@@ -129,6 +133,7 @@ def probe(data: TextData) -> Tensor:
 @torch.no_grad()
 def folded_logits(module: FineTuneModule, data: TextData) -> Tensor:
     """Logits of the probe from the model as it lies on the ranks. Collective."""
+    assert module.model is not None
     return module.model.eval()(probe(data), gather_logits=True).logits
 
 
@@ -166,12 +171,13 @@ def hide_progress_of_transformers() -> None:
 
 
 def summarize(
-    trainer: L.Trainer, train_losses: list[float], untrained: float, memory: list[float], seconds: float
+    trainer: L.Trainer, fold: Fold, train_losses: list[float], untrained: float, memory: list[float], seconds: float
 ) -> None:
-    figures = {k: v for c in trainer.callbacks for k, v in getattr(c, "latest", {}).items()}
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare them
+    figures = {k: v for c in callbacks for k, v in getattr(c, "latest", {}).items()}
     last = train_losses[-10:]
     heading("3. What happened")
-    print(trainer.strategy.fold.table(), end="\n\n")
+    print(fold.table(), end="\n\n")
     row(
         "train/loss", f"{train_losses[0]:.2f} -> {sum(last) / len(last):.2f} (first step, mean of the last {len(last)})"
     )

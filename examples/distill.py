@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,10 +22,10 @@ from lightning_moefold import MoECausalLM, MoEFoldStrategy, ResumableSampler
 from lightning_moefold.recipes import TextData, distillation_loss, top_log_probabilities
 
 
-def store(args: argparse.Namespace) -> Path:
+def store(args: argparse.Namespace, trainer: L.Trainer) -> Path:
     """Rows of tokens, and what the teacher says of them."""
     path = args.output / f"teacher-{args.top_k}.pt"
-    if rank_zero_only.rank == 0 and not path.exists():
+    if trainer.is_global_zero and not path.exists():
         args.output.mkdir(parents=True, exist_ok=True)
         data = TextData(
             args.data, args.teacher, args.sequence_length, 1, val_fraction=0.0, cache_dir=str(args.output / "tokens")
@@ -62,7 +61,8 @@ class Rows(torch.utils.data.Dataset):
 class Distill(L.LightningModule):
     def __init__(self, student: str, path: Path, args: argparse.Namespace) -> None:
         super().__init__()
-        self.student, self.path, self.args, self.model = student, path, args, None
+        self.student, self.path, self.args = student, path, args
+        self.model: MoECausalLM | None = None
         self.loss_fn = distillation_loss(args.weight, args.temperature)
 
     def configure_model(self) -> None:
@@ -71,16 +71,19 @@ class Distill(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader:
         rows = Rows(self.path)
-        here, left = divmod(self.args.batch_size, self.trainer.strategy.dp_size)
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, MoEFoldStrategy)
+        here, left = divmod(self.args.batch_size, strategy.dp_size)
         if left:
             raise SystemExit(f"--batch-size {self.args.batch_size} is no multiple of the number of data ranks")
         return DataLoader(rows, batch_size=here, sampler=ResumableSampler(rows))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        output = self.model(
-            **batch, loss_fn=self.loss_fn
-        )  # under a pipeline too: what is stored is cut as the rows are
+        assert self.model is not None
+        # Under a pipeline too: what is stored is cut as the rows are.
+        output = self.model(**batch, loss_fn=self.loss_fn)
         self.log("train/loss", output.lm_loss, prog_bar=True)
+        assert output.loss is not None
         return output.loss
 
     def configure_optimizers(self) -> Any:
@@ -105,14 +108,14 @@ def main() -> None:
     add("--devices", type=int, default=1, help="ranks on this node")
     add("--num-microbatches", type=int, help="of a batch; a pipeline needs a number")
     args = parser.parse_args()
-    path = store(args)
-    module = Distill(args.student, path, args)
     trainer = L.Trainer(
         strategy=MoEFoldStrategy(fold=args.fold, num_microbatches=args.num_microbatches), accelerator="auto",
         devices=args.devices, max_epochs=args.epochs, log_every_n_steps=1, logger=False, enable_checkpointing=False,
         enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
+    module = Distill(args.student, store(args, trainer), args)
     trainer.fit(module)
+    assert module.model is not None
     module.model.save_pretrained(args.output / "model")
     if trainer.is_global_zero:
         print(f"train/loss {trainer.callback_metrics['train/loss']:.4f}; the student is in {args.output / 'model'}")

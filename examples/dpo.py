@@ -78,6 +78,7 @@ def main() -> None:
     )  # fmt: skip
     with peers_end_too(trainer):
         trainer.fit(module, data)
+        assert module.model is not None
         module.model.save_adapter(args.output / "adapter")
     if trainer.is_global_zero:
         seen = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -38,7 +38,8 @@ def main() -> None:
     except Exception as error:
         if not is_users(error):
             raise
-        sys.exit(f"finetune.py: {error}" if rank_zero_only.rank == 0 else 1)
+        first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+        sys.exit(f"finetune.py: {error}" if first else 1)
 
 
 def finetune(args: argparse.Namespace) -> None:
@@ -46,26 +47,29 @@ def finetune(args: argparse.Namespace) -> None:
     check_files(args)
     L.seed_everything(args.seed, verbose=False)
     trainer = make_trainer(args)
-    fold = check_fits(args, trainer.world_size)
+    fold = check_fits(args, trainer)
     data = make_data(args, fold)
-    if rank_zero_only.rank == 0:
+    if trainer.is_global_zero:
         data.tokenize()  # before other ranks start, so that bad data is one message
     module = make_module(args)
     with peers_end_too(trainer):
         trainer.fit(module, data, ckpt_path=args.resume)
         restore_best(trainer, module, data)
+        assert module.model is not None
         module.model.save_pretrained(args.output / "model")
     if trainer.is_global_zero:
         metrics = trainer.callback_metrics
         print(f"\nval/loss {metrics['val/loss']:.4f}, perplexity {metrics['val/perplexity']:.2f}")
         print(f"model, in Hugging Face format   {args.output / 'model'}")
         print(f"checkpoint to resume from       {args.output / 'checkpoints' / 'last.ckpt'}")
-        print(f"metrics                         {Path(trainer.loggers[0].log_dir) / 'metrics.csv'}")
+        print(f"metrics                         {trainer.loggers[0].log_dir}/metrics.csv")
 
 
 def restore_best(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule) -> None:
     """Loads the weights with the best validation loss, and measures it again, unless they are those of the last step."""
-    best = trainer.checkpoint_callback.best_model_path
+    checkpoints = trainer.checkpoint_callback
+    assert isinstance(checkpoints, ModelCheckpoint)
+    best = checkpoints.best_model_path
     if Path(best).name.startswith(f"step{trainer.global_step}-") and "val/loss" in trainer.callback_metrics:
         return
     trainer.loggers, loggers = [], trainer.loggers  # they have this loss
@@ -205,7 +209,7 @@ def check_files(args: argparse.Namespace) -> None:
         raise InputError(f"--resume {args.resume} does not exist.")
 
 
-def check_fits(args: argparse.Namespace, world_size: int) -> Fold:
+def check_fits(args: argparse.Namespace, trainer: L.Trainer) -> Fold:
     """The fold, if it suits the ranks and the model, and the model the blocks.
 
     Raises:
@@ -213,12 +217,12 @@ def check_fits(args: argparse.Namespace, world_size: int) -> Fold:
         InputError: For a length.
     """
     config = MoEConfig.from_pretrained(args.checkpoint)
-    fold = Fold.parse(args.fold, world_size)
+    fold = Fold.parse(args.fold, trainer.world_size)
     fold.validate(config)
     longest = config.raw.get("max_position_embeddings", args.sequence_length)
     if not 2 <= args.sequence_length <= longest:
         raise InputError(f"--sequence-length {args.sequence_length} must lie between 2 and the model's {longest}.")
-    if rank_zero_only.rank == 0:
+    if trainer.is_global_zero:
         batch = args.batch_size * fold.dp * args.accumulate
         print(f"{batch} blocks of {args.sequence_length} tokens per optimizer step", flush=True)
     return fold

@@ -96,6 +96,7 @@ def main() -> None:
     )  # fmt: skip
     with peers_end_too(trainer):
         trainer.fit(module, data)
+        assert module.model is not None
         module.model.save_adapter(args.output / "adapter")
     if trainer.is_global_zero:
         print(f"train/loss {losses.values[0]:.3f} -> {sum(losses.values[-5:]) / 5:.3f}")

@@ -71,19 +71,22 @@ class VisionTransformer(nn.Module):
 class Classifier(L.LightningModule):
     def __init__(self, balance: float = 0.01) -> None:
         super().__init__()
-        self.balance, self.network = balance, None
+        self.balance = balance
+        self.network: VisionTransformer | None = None
 
     def configure_model(self) -> None:
         if self.network is None:
             self.network = VisionTransformer()
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        assert self.network is not None
         loss = self.network(batch)
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         # Both are averages over all data ranks: this one by Lightning's convention, the other as it is.
         return loss + self.balance * load_balancing_loss(self.network)
 
     def validation_step(self, batch: list[Tensor], _: int) -> None:
+        assert self.network is not None
         right = (self.network(batch).argmax(1) == batch[1]).float().mean()
         self.log("val/accuracy", right, sync_dist=True)
 

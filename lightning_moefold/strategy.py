@@ -383,6 +383,8 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._check_hooks()  # the user's hooks before the epoch and this batch come after on_train_start
         if self._even is not None:
             self._even.train()
         if self._step_ahead is not None:

@@ -94,7 +94,11 @@ def test_cuts_by_node(text: str, world: int, sizes: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(("text", "world"), [("pp2 tp2", 4), ("pp4 tp2", 8), ("pp3 | ep2", 6)])
 def test_ends_of_a_pipeline(text: str, world: int) -> None:
-    steps(text, world, lambda fold: mesh(fold).ends)
+    seen: list[tuple[int, ...]] = []
+    steps(text, world, lambda fold: seen.append(mesh(fold).ends.ranks))
+    for pipeline in Fold.parse(text, world).groups("pp"):
+        ends = (pipeline[0], pipeline[-1])
+        assert [seen[rank] for rank in pipeline] == [ends if rank in ends else (rank,) for rank in pipeline]
 
 
 def test_one_fold_after_another() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stand-ins for kernels of a CUDA build, where a CPU build would compose an operation from many.
 
-Import after :func:`benchmarks.fake_cuda.load` and before ``lightning_moefold``, then call :func:`use_triton`.
+Import after :func:`fake_cuda.load` and before ``lightning_moefold``, then call :func:`use_triton`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_ATEN = torch.ops.aten
+_ATEN: Any = torch.ops.aten
 _LIBRARY = torch.library.Library("on_cuda", "DEF")
 
 
@@ -94,10 +94,11 @@ def _attention(
 
 
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # an H100
-F.silu = lambda x, inplace=False: _Silu.apply(x)
 _ATEN.silu_backward = _silu_backward
-F.rms_norm = lambda x, shape, weight=None, eps=None: _RMSNorm.apply(x, weight)
-F.scaled_dot_product_attention = _attention
+_FUNCTIONS: Any = F
+_FUNCTIONS.silu = lambda x, inplace=False: _Silu.apply(x)
+_FUNCTIONS.rms_norm = lambda x, shape, weight=None, eps=None: _RMSNorm.apply(x, weight)
+_FUNCTIONS.scaled_dot_product_attention = _attention
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
@@ -138,13 +139,13 @@ def use_triton() -> None:
         for module in pkgutil.iter_modules(kernels.__path__):
             importlib.import_module(f"lightning_moefold.kernels.{module.name}")
     finally:
-        for name in names:
+        for name, real in before.items():
             del sys.modules[name]
-            if before[name] is not None:
-                sys.modules[name] = before[name]
-    for name, module in list(sys.modules.items()):
-        if name.startswith("lightning_moefold.") and hasattr(module, "runs_triton"):
-            module.runs_triton = _on_cuda
+            if real is not None:
+                sys.modules[name] = real
+    for name, loaded in list(sys.modules.items()):
+        if name.startswith("lightning_moefold.") and hasattr(loaded, "runs_triton"):
+            vars(loaded)["runs_triton"] = _on_cuda
 
 
 def _on_cuda(*tensors: Tensor) -> bool:

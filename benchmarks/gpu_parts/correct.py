@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_parts import correct_attention, correct_training
 from gpu_parts.record import Context, free_memory
 from gpu_parts.shapes import default_dtype
 from lightning_moefold import MoECausalLM
-from lightning_moefold.modules import Attention, DecoderLayer, MoELayer
+from lightning_moefold.modules import Attention, DecoderLayer, Experts, MoELayer
 from lightning_moefold.modules.vocabulary import VocabularyHead
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -49,6 +49,13 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30))
 
 
+def gradients(*tensors: Tensor) -> list[Tensor]:
+    """Their gradients; each must have one."""
+    found = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    assert len(found) == len(tensors), "a tensor has no gradient"
+    return found
+
+
 def _experts(ctx: Context, dtype: torch.dtype) -> dict[str, Any]:
     torch.manual_seed(0)
     hidden, width = ctx.pick((512, 256), (32, 32))
@@ -56,13 +63,15 @@ def _experts(ctx: Context, dtype: torch.dtype) -> dict[str, Any]:
         layer = MoELayer(hidden, 16, 4, width, shared_ffn_hidden_size=width)
     layer.to(ctx.device, dtype)
     exact = copy.deepcopy(layer).double()
-    exact.experts.kernel = "loop"
+    experts = exact.experts
+    assert isinstance(experts, Experts)
+    experts.kernel = "loop"
     x = torch.randn(2, ctx.pick(512, 16), hidden, device=ctx.device).to(dtype)
     results = []
     for module, rows in ((layer, x.clone()), (exact, x.double())):
         y = module(rows.requires_grad_())
         y.float().square().mean().backward() if dtype != torch.float32 else y.square().mean().backward()
-        results.append([y.detach(), rows.grad, *(p.grad for p in module.parameters())])
+        results.append([y.detach(), *gradients(rows, *module.parameters())])
     errors = [relative(a, b) for a, b in zip(*results, strict=True)]
     most = max(errors)
     return {"output": errors[0], "gradient of the input": errors[1], "of weights, most": max(errors[2:]),
@@ -82,8 +91,8 @@ def _cross_entropy(ctx: Context, dtype: torch.dtype) -> dict[str, Any]:
     x64, w64 = (t.detach().double().requires_grad_() for t in (x, head.weight))
     exact = (F.cross_entropy(x64 @ w64.t(), label, reduction="none") * weight.double()).sum()
     exact.backward()
-    found = {"output": relative(loss.detach(), exact.detach()), "gradient of the input": relative(x.grad, x64.grad),
-             "of weights, most": relative(head.weight.grad, w64.grad)}  # fmt: skip
+    found = {"output": relative(loss.detach(), exact.detach()), "gradient of the input": relative(*gradients(x, x64)),
+             "of weights, most": relative(*gradients(head.weight, w64))}  # fmt: skip
     return found | {"ok": max(found.values()) < (1e-4 if dtype == torch.float32 else 1e-2)}
 
 
@@ -105,7 +114,7 @@ def _again(ctx: Context, dtype: torch.dtype, recompute: Any, bits: bool) -> dict
         rows = x.clone().requires_grad_()
         y = layer(rows)
         y.float().square().mean().backward()
-        results.append([y.detach(), rows.grad, *(p.grad.clone() for p in layer.parameters())])
+        results.append([y.detach(), *(g.clone() for g in gradients(rows, *layer.parameters()))])
     same = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     most = max(relative(b, a) for a, b in zip(*results, strict=True))
     return {
@@ -122,7 +131,7 @@ def _generate(ctx: Context) -> dict[str, Any]:
 
     path = make_checkpoint(ctx.scratch / "text", "qwen2_moe", num_experts=8)
     ours = MoECausalLM.from_pretrained(path, dtype=torch.float32).to(ctx.device)
-    theirs: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(ctx.device).eval()
+    theirs: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(ctx.device).eval()
     token = torch.randint(1, 96, (4, 12), generator=torch.Generator().manual_seed(0)).to(ctx.device)
     mask = torch.ones_like(token)
     mask[1, :3], mask[3, :7] = 0, 0

@@ -58,7 +58,7 @@ def run(ctx: Context) -> None:
     table = "attention against a plain softmax in float64: relative error ||a - b|| / ||b||"
     for dtype in (torch.float32, torch.bfloat16):
         for case in cases:
-            labels = {"dtype": str(dtype).removeprefix("torch."), "S": case.length}
+            labels: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "S": case.length}
             ctx.record.attempt(table, case.name, partial(_compare, ctx, case, dtype), **labels)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from gpu_parts.record import Context
 from lightning_moefold import MoECausalLM, MoEConfig, MoEFoldStrategy
@@ -85,7 +85,7 @@ class _Language(_Step):
 
 
 def _fit(
-    ctx: Context, module: _Step, steps: int, precision: str, strategy: Any, ckpt: Any = None, save: Any = None
+    ctx: Context, module: _Step, steps: int, precision: Any, strategy: Any, ckpt: Any = None, save: Any = None
 ) -> list[Tensor]:  # fmt: skip
     """Trains, and returns a copy of all parameters as they are on this device."""
     trainer = pl.Trainer(
@@ -94,7 +94,10 @@ def _fit(
         use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(
-        module, DataLoader(torch.zeros(64, 1), batch_size=1), ckpt_path=ckpt, weights_only=False if ckpt else None
+        module,
+        DataLoader(TensorDataset(torch.zeros(64, 1)), batch_size=1),
+        ckpt_path=ckpt,
+        weights_only=False if ckpt else None,
     )
     if save is not None:
         trainer.save_checkpoint(save)

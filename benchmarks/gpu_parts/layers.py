@@ -75,7 +75,8 @@ def _cells(ctx: Context, flops: float) -> Callable[[float], dict[str, Any]]:
 
 
 def _ours(ctx: Context, layer: nn.Module, x: Tensor, grad: Tensor, flops: float, name: str, **more: Any) -> Contender:
-    attention: Attention = layer.self_attn  # of what is compiled, too
+    attention = layer.self_attn
+    assert isinstance(attention, Attention)  # in what is compiled, too
     call, drop = step_of(layer, x, grad, attention.batch_of(x))
     return Contender(name, call, drop, _cells(ctx, flops), **more)
 

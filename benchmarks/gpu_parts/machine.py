@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def run(ctx: Context) -> None:
     ctx.record.attempt("versions", "versions", lambda: _versions(ctx))
     ctx.record.attempt("ceilings", "copy, bytes read and written", lambda: _copy(ctx))
     for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
-        ctx.record.attempt("ceilings", f"square product, {name}", lambda dtype=dtype: _product(ctx, dtype))
+        ctx.record.attempt("ceilings", f"square product, {name}", partial(_product, ctx, dtype))
 
 
 def _versions(ctx: Context) -> dict[str, Any]:

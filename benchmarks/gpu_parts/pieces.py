@@ -110,14 +110,14 @@ def _grouped_products(ctx: Context) -> None:
             flops = 2.0 * rows * inner * outer
             add = partial(_time, ctx, table, flops=flops, model=name, product=label)
             add("grouped_mm forward", partial(_forward, x, w, ends_E))
-            add("grouped_mm gradient of rows", lambda y=y, w=w: F.grouped_mm(y, w, offs=ends_E))
-            add("grouped_mm gradient of weights", lambda x=x, y=y: F.grouped_mm(y.t(), x, offs=ends_E))
+            add("grouped_mm gradient of rows", partial(F.grouped_mm, y, w, offs=ends_E))
+            add("grouped_mm gradient of weights", partial(F.grouped_mm, y.t(), x, offs=ends_E))
             alone = ExpertProducts(count_E.tolist())
             add("expert by expert, forward", partial(alone.forward, x, w))
             add("expert by expert, gradient of rows", partial(alone.input_gradient, y, w))
             add("expert by expert, gradient of weights", partial(alone.weight_gradient, y, x, w))
-            add("mm forward", lambda x=x, w=w: x @ w[0].t())
-            add("mm gradient of weights", lambda x=x, y=y: y.t() @ x)
+            add("mm forward", partial(torch.mm, x, w[0].t()))
+            add("mm gradient of weights", partial(torch.mm, y.t(), x))
             del x, w, y, add, alone
             free_memory()
 
@@ -148,11 +148,15 @@ def _sums(ctx: Context) -> None:
         add("index_add_ in bfloat16", partial(atomics, torch.bfloat16))
         add(
             "inverse permutation and sum",
-            lambda y=y_MD, r=row_M, t=tokens, k=k: y.index_select(0, r).view(t, k, -1).sum(1),
+            partial(_gathered_sum, y_MD, row_M, k),
         )
         if total := _ours("kernels", "sum_of_copies"):
-            add("moefold", lambda y=y_MD, r=row_M.view(tokens, k), f=total: f(y, r, True))
-        add("gather of rows alone", lambda y=y_MD, r=row_M: y.index_select(0, r))
+            add("moefold", partial(total, y_MD, row_M.view(tokens, k), True))
+        add("gather of rows alone", partial(torch.index_select, y_MD, 0, row_M))
+
+
+def _gathered_sum(y_MD: Tensor, row_M: Tensor, k: int) -> Tensor:
+    return y_MD.index_select(0, row_M).view(-1, k, y_MD.shape[1]).sum(1)
 
 
 def _rotary(ctx: Context) -> None:
@@ -222,6 +226,18 @@ def _compiled(ctx: Context) -> None:
     _time(ctx, table, "SwiGLU, no weights", _both_ways(make(_swiglu), [gate, up]), moved=8.0 * gate.nbytes)
 
 
+def _scattered_count(flat: Tensor, experts: int) -> Tensor:
+    return flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def _searched_count(ordered: Tensor, edges: Tensor) -> Tensor:
+    return torch.searchsorted(ordered, edges).diff()
+
+
+def _compared_count(flat: Tensor, edges: Tensor) -> Tensor:
+    return (flat.unsqueeze(1) == edges[:-1]).sum(0)
+
+
 def _sorting(ctx: Context) -> None:
     table = "order and count of choices"
     for name in MODELS:
@@ -231,14 +247,14 @@ def _sorting(ctx: Context) -> None:
         add = partial(_time, ctx, table, model=name)
         for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
             narrow = flat.to(dtype)
-            add(f"stable sort, {str(dtype).removeprefix('torch.')}", lambda n=narrow: n.sort(stable=True))
+            add(f"stable sort, {str(dtype).removeprefix('torch.')}", partial(torch.sort, narrow, stable=True))
         ordered = flat.to(torch.int32).sort(stable=True).values
         edges = torch.arange(experts + 1, device=ctx.device, dtype=torch.int32)
-        add("count: scatter_add_", lambda f=flat, e=experts: f.new_zeros(e).scatter_add_(0, f, torch.ones_like(f)))
-        add("count: bincount (waits)", lambda f=flat, e=experts: f.bincount(minlength=e))
-        add("count: searchsorted in the order", lambda o=ordered, e=edges: torch.searchsorted(o, e).diff())
-        add("count: histc", lambda f=flat.float(), e=experts: torch.histc(f, e, 0, e - 1))
-        add("count: comparison with all", lambda f=flat, e=edges: (f.unsqueeze(1) == e[:-1]).sum(0))
+        add("count: scatter_add_", partial(_scattered_count, flat, experts))
+        add("count: bincount (waits)", partial(torch.bincount, flat, minlength=experts))
+        add("count: searchsorted in the order", partial(_searched_count, ordered, edges))
+        add("count: histc", partial(torch.histc, flat.float(), experts, 0, experts - 1))
+        add("count: comparison with all", partial(_compared_count, flat, edges))
 
 
 def _moe_layers(ctx: Context) -> None:
@@ -314,7 +330,9 @@ def _varlen(ctx: Context, add: Callable[..., None], inputs: list[Tensor]) -> Non
         from torch.nn.attention.varlen import varlen_attn
 
         k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-        return varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(window, 0))
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(window, 0))
+        assert isinstance(out, Tensor)  # and no statistics beside it
+        return out
 
     longest = int(packed.diff().max())
     add("varlen, causal, heads repeated", _both_ways(partial(call, whole, tokens, -1), inputs))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpu_parts.record import Context
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import to_hf_config
-from lightning_moefold.modules import Attention, DecoderLayer, GatedMLP, MoELayer, RouterOptions
+from lightning_moefold.modules import Attention, DecoderLayer, Experts, GatedMLP, MoELayer, RouterOptions
 from lightning_moefold.planner.search.models_zoo import find_model
 
 MODELS = ("mixtral-8x22b", "qwen2-57b-a14b")
@@ -72,7 +72,9 @@ def our_layer(
     _randomize(layer)
     layer.to(ctx.device, dtype).train()
     if ctx.rehearse and isinstance(mlp, MoELayer):
-        mlp.experts.kernel = "grouped_mm"  # as on a GPU
+        experts = mlp.experts
+        assert isinstance(experts, Experts)
+        experts.kernel = "grouped_mm"  # as on a GPU
     return layer
 
 

@@ -78,7 +78,7 @@ def _batch_shape(ctx: Context) -> tuple[int, int]:
     return shape
 
 
-class _Tokens(Dataset[Tensor]):
+class _Tokens(Dataset[dict[str, Tensor]]):
     def __init__(self, shape: tuple[int, int], vocab: int, count: int) -> None:
         generator = torch.Generator().manual_seed(0)
         self.batches = torch.randint(vocab, (count, *shape), generator=generator)
@@ -95,7 +95,8 @@ class _Model(pl.LightningModule):
 
     def __init__(self, path: Path, ours: bool) -> None:
         super().__init__()
-        self.path, self.ours, self.model = path, ours, None
+        self.path, self.ours = path, ours
+        self.model: Any = None
         self.losses: list[Tensor] = []
 
     def configure_model(self) -> None:
@@ -114,7 +115,6 @@ class _Model(pl.LightningModule):
             ).train()
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
-        assert self.model is not None
         more = {} if self.ours else {"use_cache": False}
         loss: Tensor = self.model(**batch, **more).loss
         self.losses.append(loss.detach())
@@ -162,7 +162,7 @@ class _Clock(pl.Callback):
 
 
 def _train(
-    ctx: Context, path: Path, name: str, precision: str, found: dict[tuple[str, str], list[float]]
+    ctx: Context, path: Path, name: str, precision: Any, found: dict[tuple[str, str], list[float]]
 ) -> dict[str, Any]:  # fmt: skip
     ours = name == "moefold"
     if ctx.on_gpu:

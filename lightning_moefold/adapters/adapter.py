@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,9 @@ from lightning_moefold.adapters.files import AdapterFiles, peft_config
 from lightning_moefold.adapters.seeded import SeededAdapter
 from lightning_moefold.checkpoint.hf_writer import Merge, OutputTensor
 from lightning_moefold.errors import InputError
-from lightning_moefold.layout import Box
 
 #: For each weight of experts, the A that belongs to it; in other modules, ``lora_A`` belongs to ``weight``.
 _OF_EXPERTS = {"gate_proj": "gate_up", "up_proj": "gate_up", "down_proj": "down"}
-
-Owners = tuple[tuple[int, Box], ...]
-
-
-class _Source(Protocol):
-    def fill(self, name: str, box: Box, out: Tensor) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Adapter:
@@ -60,7 +52,7 @@ class Adapter:
         attach(model, self.lora)
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
         self.dtype = model.get_parameter(next(iter(self.shapes))).dtype
-        self.source: _Source = SeededAdapter(self.lora.seed, self.shapes) if files is None else files
+        self.source = files or SeededAdapter(self.lora.seed, self.shapes)
         if files is not None:
             files.adopt(self.shapes)
         self.base: str | None = None
@@ -134,40 +126,31 @@ def merges_of(
         if a in parts and (of_experts or leaf == "weight"):
             scale = lora.scale(lora.down_rank if of_experts else lora.rank)
             lengths = f"{owner}.lora_magnitude" if lora.use_dora else None
+            add = partial(_merged, a=a, b=b, scale=scale, dtype=tensors[name].dtype, lengths=lengths)
             used = {part: parts[part] for part in (a, b, lengths) if part is not None}
-            found[name] = Merge(used, _Sum(a, b, scale, tensors[name].dtype, lengths), dtype_of(name))
+            found[name] = Merge(used, add, dtype_of(name))
     return found
 
 
-class _Sum:
+def _merged(
+    weight: Tensor,
+    parts: Mapping[str, Tensor],
+    *,
+    a: str,
+    b: str,
+    scale: float,
+    dtype: torch.dtype,
+    lengths: str | None,
+) -> Tensor:
     """Computes ``W + s B A`` in float64, expert by expert, so that the only rounding is that to the final dtype.
 
     With DoRA, rows are scaled to their lengths.
     """
-
-    def __init__(self, a: str, b: str, scale: float, dtype: torch.dtype, lengths: str | None = None) -> None:
-        self.a, self.b, self.scale, self.dtype, self.lengths = a, b, scale, dtype, lengths
-
-    def __call__(self, weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        total = torch.empty(weight.shape, dtype=self.dtype)
-        tensors = (weight, parts[self.b], parts[self.a], total)
-        for w, b, a, out in zip(*(t if weight.dim() == 3 else t.unsqueeze(0) for t in tensors), strict=True):
-            merged = torch.addmm(w.double(), b.double(), a.double(), alpha=self.scale)
-            if self.lengths is not None:
-                merged *= (parts[self.lengths].double() / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
-            out.copy_(merged)
-        return total
-
-
-def check_new(adapter: Adapter | None, mesh: Any) -> None:
-    """Refuses a second adapter, and one that is added after the model has been cut.
-
-    Raises:
-        InputError: If the model already has an adapter or has been cut.
-    """
-    if adapter is not None:
-        raise InputError("the model has an adapter already, and only one is supported; merge it first (moefold merge).")
-    if mesh is not None:
-        raise InputError(
-            "the strategy has cut the model already; call add_adapter in configure_model, where the model is made."
-        )
+    total = torch.empty(weight.shape, dtype=dtype)
+    tensors = (weight, parts[b], parts[a], total)
+    for w, b_OR, a_RI, out in zip(*(t if weight.dim() == 3 else t.unsqueeze(0) for t in tensors), strict=True):
+        merged = torch.addmm(w.double(), b_OR.double(), a_RI.double(), alpha=scale)
+        if lengths is not None:
+            merged *= (parts[lengths].double() / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
+        out.copy_(merged)
+    return total

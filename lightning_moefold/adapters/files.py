@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_moefold.adapters.attach import adaptable_modules, is_module_in_peft
 from lightning_moefold.adapters.config import LoRA
-from lightning_moefold.adapters.layout import MIXTRAL, PREFIX, read_fused, read_separate, stored_leaf
+from lightning_moefold.adapters.layout import MIXTRAL, PREFIX, matrix_names, read_fused, read_separate, stored_leaf
 from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.layout import Box
 from lightning_moefold.modules.base import Linear
@@ -26,20 +26,10 @@ from lightning_moefold.modules.experts.experts import Experts
 from lightning_moefold.modules.routers import Router
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-#: Fields that change nothing once the tensors are there, and those that :class:`AdapterFiles` reads.
-_READ = {
-    "lora_dropout",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "peft_type",
-    "bias",
+#: Fields that :class:`AdapterFiles` reads, and those that change nothing once the tensors are there.
+_KNOWN = {
+    "lora_dropout", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type",
     "init_lora_weights",
-}
-_WITHOUT_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
     "ensure_weight_tying", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -71,10 +61,12 @@ class AdapterFiles:
         self.dropout = float(config.get("lora_dropout") or 0.0)
         self._handle: Any = None
         self._shapes = self._read_header()
-        self._places = {name: self._name_of(name, module) for name, module in adaptable_modules(model).items()}
+        modules = adaptable_modules(model)
+        self._places = {name: self._name_of(name) for name in modules}
         self._separate = any(_EXPERT.match(name) for name in self._shapes)
-        self._experts = {name for name, module in adaptable_modules(model).items() if isinstance(module, Experts)}
-        self.lora = self._describe(config, model)
+        self._separate_gate_up = False
+        self._experts = {name for name, module in modules.items() if isinstance(module, Experts)}
+        self.lora = self._describe(config, modules)
 
     # ---- reading what it is ------------------------------------------------------------------------------------
 
@@ -89,11 +81,9 @@ class AdapterFiles:
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise CheckpointError(f"{file} describes no LoRA adapter, and no other kind is read.")
         for key, value in config.items():
-            neutral = not value or value == "none" if key not in _READ | _WITHOUT_EFFECT else True
+            neutral = key in _KNOWN or value == "none" or (not value and key != "bias")
             if not neutral or (key == "init_lora_weights" and not isinstance(value, bool) and value != "gaussian"):
                 raise CheckpointError(f"{file} has {key}={value!r}, which is not supported here.")
-        if config.get("bias", "none") != "none":
-            raise CheckpointError(f"{file} has bias={config['bias']!r}, which is not supported here.")
         return config
 
     def _read_header(self) -> dict[str, tuple[int, ...]]:
@@ -103,16 +93,16 @@ class AdapterFiles:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._file} is damaged or truncated ({error}).") from None
 
-    def _name_of(self, name: str, module: nn.Module) -> str:
+    def _name_of(self, name: str) -> str:
         """Returns a module's name in the file; Mixtral's blocks may have another name."""
         old = f"{PREFIX}{name.replace('.mlp.', '.block_sparse_moe.')}."
         return old[:-1] if any(stored.startswith(old) for stored in self._shapes) else f"{PREFIX}{name}"
 
-    def _describe(self, config: dict[str, Any], model: nn.Module) -> LoRA:
+    def _describe(self, config: dict[str, Any], modules: Mapping[str, nn.Module]) -> LoRA:
         names: list[str] = []
         ranks: dict[bool, set[tuple[int, float]]] = {False: set(), True: set()}  # of experts (True) and others
         known: set[str] = set()
-        for name, module in adaptable_modules(model).items():
+        for name, module in modules.items():
             inside = f"{self._places[name]}."
             whole = isinstance(module, Experts)
             held = {n for n in self._shapes if n.startswith(inside) and (whole or n.removeprefix(inside) in _OWN)}
@@ -140,17 +130,13 @@ class AdapterFiles:
             raise CheckpointError(
                 f"{self.path} scales experts by another alpha than the rest, which is not supported here."
             )
-        modules = adaptable_modules(model)
+        dropout = 0.0
         if all(isinstance(modules[name], Linear) for name in names):
             dropout, self.dropout = self.dropout, 0.0
-        else:
-            dropout = 0.0
         return LoRA(
-            rank, alpha, compressed(names, model), None if experts is None else experts[0], dropout, root,
+            rank, alpha, compressed(names, modules), None if experts is None else experts[0], dropout, root,
             bool(config.get("use_dora")), separate_gate_up=self._separate_gate_up,
         )  # fmt: skip
-
-    _separate_gate_up = False
 
     def _describe_linear(self, name: str, module: nn.Module, config: dict[str, Any]) -> tuple[int, float]:
         if isinstance(module, Linear):
@@ -199,8 +185,7 @@ class AdapterFiles:
         return rank, scales.pop()
 
     def _matrices(self, place: str) -> dict[str, str]:
-        own = {name: name for name in MIXTRAL}
-        return own if f"{place}.0.gate_proj.lora_A.weight" in self._shapes else dict(MIXTRAL)
+        return matrix_names(mixtral=f"{place}.0.gate_proj.lora_A.weight" not in self._shapes)
 
     def _expect(self, name: str, shape: tuple[int, ...], what: str) -> None:
         if name not in self._shapes:
@@ -226,14 +211,14 @@ class AdapterFiles:
         if box.numel == 0:
             return
         owner, _, leaf = name.rpartition(".")
-        place = self._places[owner]
+        place, shape = self._places[owner], self._parameters[name]
         if owner not in self._experts:
             out.copy_(self._read(f"{place}.{stored_leaf(leaf)}", box.slices()))
         elif not self._separate:
-            out.copy_(read_fused(self._read, place, leaf, self._whole_shape(owner, leaf), box))
+            out.copy_(read_fused(self._read, place, leaf, shape, box))
         else:
             first, *rest = box.slices()
-            shape, matrices = self._whole_shape(owner, leaf), self._matrices(place)
+            matrices = self._matrices(place)
             for piece, expert in zip(out, range(shape[0])[first], strict=True):
                 whole = read_separate(self._read, f"{place}.{expert}", leaf, shape[1:], matrices)
                 piece.copy_(whole[tuple(rest)])
@@ -241,9 +226,6 @@ class AdapterFiles:
     def adopt(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Receives the global shapes of the parameters, once the model has them."""
         self._parameters = dict(shapes)
-
-    def _whole_shape(self, owner: str, leaf: str) -> tuple[int, ...]:
-        return self._parameters[f"{owner}.{leaf}"]
 
     def _read(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         if self._handle is None:
@@ -266,9 +248,9 @@ def _pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
     return default
 
 
-def compressed(names: Iterable[str], model: nn.Module) -> list[str]:
-    """Shortens names of modules to the part after the last dot, if all modules with this ending are included."""
-    chosen, there = set(names), adaptable_modules(model)
+def compressed(names: Iterable[str], there: Iterable[str]) -> list[str]:
+    """Shortens names of modules to the part after the last dot, if all modules of ``there`` with this ending are included."""
+    chosen = set(names)
     leaves = {name.rpartition(".")[2] for name in chosen}
     whole = {leaf for leaf in leaves if all(n in chosen for n in there if n.rpartition(".")[2] == leaf)}
     rest = [name for name in there if name in chosen and name.rpartition(".")[2] not in whole]
@@ -280,15 +262,10 @@ def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str,
 
     In these families PEFT reads ``gate_proj`` in the list of modules as that of the experts, so dense layers are listed
     as parameters.
-
-    Args:
-        lora: The adapter.
-        names: Names of the modules that have the adapter.
-        model: The whole model.
     """
     names = list(names)
     there, modules, parameters = adaptable_modules(model), [], []
-    for name in compressed(names, model):
+    for name in compressed(names, there):
         module = next(m for n, m in there.items() if n == name or n.endswith(f".{name}"))
         if isinstance(module, Experts):
             parameters += [f"{name}.gate_up_proj", f"{name}.down_proj"]
@@ -296,14 +273,13 @@ def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str,
             modules.append(name)
         else:
             parameters.append(f"{name}.weight")
-    rank_pattern, alpha_pattern = {}, {}
-    with_experts = any(isinstance(there[name], Experts) for name in names)
-    if with_experts and lora.down_rank != lora.rank:
-        rank_pattern["experts.down_proj"] = lora.down_rank
-    if with_experts and lora.gate_up_rank != lora.rank:
-        rank_pattern["experts.gate_up_proj"] = lora.gate_up_rank
-    if with_experts and lora.separate_gate_up:
-        alpha_pattern["experts.gate_up_proj"] = 2 * lora.alpha
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    if any(isinstance(there[name], Experts) for name in names):
+        ranks = {"experts.down_proj": lora.down_rank, "experts.gate_up_proj": lora.gate_up_rank}
+        rank_pattern = {part: rank for part, rank in ranks.items() if rank != lora.rank}
+        if lora.separate_gate_up:
+            alpha_pattern["experts.gate_up_proj"] = 2 * lora.alpha
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "r": lora.rank,
         "lora_alpha": lora.alpha, "lora_dropout": 0.0 if parameters else lora.dropout, "bias": "none",
@@ -313,14 +289,14 @@ def peft_config(lora: LoRA, names: Iterable[str], model: nn.Module) -> dict[str,
     }  # fmt: skip
 
 
-def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, mixtral: bool) -> dict[str, Any]:
+def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, names: dict[str, str]) -> dict[str, Any]:
     """The same for a file with an adapter for each matrix of an expert, whose readers know modules only.
 
     Args:
         config: Result of :func:`peft_config`.
         lora: The adapter.
         experts: Experts of a layer.
-        mixtral: Whether the model is a Mixtral, whose modules had other names.
+        names: Names of an expert's matrices in the file; Mixtral's modules had other names, too.
 
     Raises:
         InputError: If gate and up of an expert share an A that is not of either.
@@ -330,7 +306,7 @@ def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, mixtral
             "gate and up of an expert share an A of twice the rank, which has no form with an adapter for each matrix; leave "
             "separate_experts out."
         )
-    names = MIXTRAL if mixtral else {name: name for name in MIXTRAL}
+    mixtral = names == MIXTRAL
     others, matrices = list(config["target_modules"]), []
     for parameter in config["target_parameters"] or []:
         owner, _, leaf = parameter.rpartition(".")
@@ -342,11 +318,5 @@ def separate_config(config: Mapping[str, Any], lora: LoRA, experts: int, mixtral
     rank = lora.down_rank if matrices else lora.rank
     # A router is a module to older readers, and its weight to newer ones.
     pattern = {f"{re.escape(name)}(\\.weight)?": lora.rank for name in modules[: len(others)] if rank != lora.rank}
-    changed = {
-        "r": rank,
-        "target_modules": modules,
-        "target_parameters": None,
-        "rank_pattern": pattern,
-        "alpha_pattern": {},
-    }
-    return {**config, **changed}
+    changed = {"r": rank, "target_modules": modules, "target_parameters": None, "rank_pattern": pattern}
+    return {**config, **changed, "alpha_pattern": {}}

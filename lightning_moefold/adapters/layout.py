@@ -37,6 +37,12 @@ FUSED = {
 #: Names of an expert's matrices in Mixtral's files.
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
+
+def matrix_names(mixtral: bool) -> dict[str, str]:
+    """Returns the names of an expert's matrices in files with an adapter for each of them."""
+    return dict(MIXTRAL) if mixtral else {name: name for name in MIXTRAL}
+
+
 Read = Callable[[str, tuple[slice, ...]], Tensor]
 
 

@@ -60,10 +60,6 @@ def write_adapter(
 def check_target(path: str | Path, world: Axis) -> Path:
     """Returns the directory of an adapter, if one may be written there. Collective.
 
-    Args:
-        path: Directory, as the user gave it.
-        world: All ranks.
-
     Raises:
         CheckpointError: If it is in a store.
         OSError: If it is a file, or holds other files than those of an adapter; on other ranks PeerError.

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from lightning_moefold.layout import Box
+from lightning_moefold.modules.noise import generator_of
 
 
 class SeededAdapter:
@@ -37,9 +36,7 @@ class SeededAdapter:
                 piece.copy_(self._draw(f"{name}.{expert}", shape[1:])[slices[1:]])
 
     def _draw(self, place: str, shape: tuple[int, ...]) -> Tensor:
-        digest = hashlib.blake2b(f"{self.seed}:{place}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        bound = shape[-1] ** -0.5
+        bound, generator = shape[-1] ** -0.5, generator_of(self.seed, place)
         return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
     def close(self) -> None:

@@ -12,25 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from lightning_moefold.balance.copies import Counts, at_home, copies_of
 from lightning_moefold.balance.costs import BalanceCosts
-
-Counts = NDArray[np.int64]
-
-
-def at_home(rows_E: Counts, owner_E: Counts, parts: int) -> Counts:
-    """Returns the assignment without copies, ``[R, E]``."""
-    quota_RE = np.zeros((parts, len(rows_E)), dtype=np.int64)
-    quota_RE[owner_E, np.arange(len(rows_E))] = rows_E
-    return quota_RE
-
-
-def copies_of(quota_RE: Counts, owner_E: Counts) -> NDArray[np.bool_]:
-    """Returns which ranks have copies of which experts, ``[R, E]`` bool."""
-    held_RE = quota_RE > 0
-    held_RE[owner_E, np.arange(quota_RE.shape[1])] = False
-    return held_RE
 
 
 def shared_out(rows_E: Counts, share_RE: Counts, owner_E: Counts) -> Counts:

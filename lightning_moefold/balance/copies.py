@@ -31,6 +31,20 @@ def owners(num_experts: int, ranks: int) -> Counts:
     return np.arange(num_experts, dtype=np.int64) // (num_experts // ranks)
 
 
+def at_home(rows_E: Counts, owner_E: Counts, parts: int) -> Counts:
+    """Returns the quota without copies, in which owners compute all rows, ``[R, E]``."""
+    quota_RE = np.zeros((parts, len(rows_E)), dtype=np.int64)
+    quota_RE[owner_E, np.arange(len(rows_E))] = rows_E
+    return quota_RE
+
+
+def copies_of(quota_RE: Counts, owner_E: Counts) -> NDArray[np.bool_]:
+    """Returns which ranks have copies of which experts, ``[R, E]`` bool."""
+    held_RE = quota_RE > 0
+    held_RE[owner_E, np.arange(quota_RE.shape[1])] = False
+    return held_RE
+
+
 @dataclass(frozen=True, eq=False)
 class CopyPlan:
     """A plan of which rank computes how many rows of which expert in one pass.
@@ -55,10 +69,7 @@ class CopyPlan:
     @cached_property
     def copied_RE(self) -> NDArray[np.bool_]:
         """Which ranks have a copy of which expert, ``[R, E]``."""
-        copied_RE = self.quota_RE > 0
-        experts = np.arange(copied_RE.shape[1])
-        copied_RE[experts // self.local_experts, experts] = False
-        return copied_RE
+        return copies_of(self.quota_RE, owners(self.quota_RE.shape[1], self.ranks))
 
     @cached_property
     def copies(self) -> int:
@@ -113,11 +124,8 @@ class CopyPlan:
 
 
 def no_copies(counts_SE: Counts, ranks: int) -> Counts:
-    """Returns the quota without copies, in which owners compute all rows, ``[R, E]``."""
-    rows_E = counts_SE.sum(0)
-    quota_RE = np.zeros((ranks, len(rows_E)), dtype=np.int64)
-    quota_RE[owners(len(rows_E), ranks), np.arange(len(rows_E))] = rows_E
-    return quota_RE
+    """Returns :func:`at_home` of the rows of all sources."""
+    return at_home(counts_SE.sum(0), owners(counts_SE.shape[1], ranks), ranks)
 
 
 class RowSplit:
@@ -164,9 +172,3 @@ class RowSplit:
         rows_SE[:, at_home] = self._counts_SE[:, at_home]
         rows_SE[:, self._copied_X] = rows_SX
         return rows_SE
-
-
-def rows_of_plan(counts_SE: Counts, quota_RE: Counts) -> Counts:
-    """Returns the number of rows of each expert that go from each source to each rank, ``[S, R, E]``."""
-    split = RowSplit(counts_SE, CopyPlan(quota_RE))
-    return np.stack([split.sent(source) for source in range(len(counts_SE))])

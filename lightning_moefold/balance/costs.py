@@ -13,7 +13,7 @@ than ``copy / row`` rows off the busiest rank (:attr:`BalanceCosts.break_even_ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil
 
 from lightning_moefold.errors import InputError
@@ -199,10 +199,6 @@ class BalanceCosts:
                 out[before] += price
                 into[after] += price
         return max(*out, *into)
-
-    def to_integers(self) -> list[int]:
-        """All constants in the order of the fields, to be sent to other ranks."""
-        return list(asdict(self).values())
 
 
 def _expert_seconds(compute: Compute, rows: int, hidden: int, ffn: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_moefold.balance.copies import Counts
+from lightning_moefold.balance.copies import Counts, at_home
 
 
 def greedy(counts_SE: Counts, owner_E: Counts, costs: Any, max_copies_per_rank: int) -> Counts:
@@ -25,10 +25,8 @@ def greedy(counts_SE: Counts, owner_E: Counts, costs: Any, max_copies_per_rank: 
     Returns:
         The rows of each expert that each rank computes, ``[R, E]``.
     """
-    ranks, experts = counts_SE.shape
-    rows_E = counts_SE.sum(0)
-    quota_RE = np.zeros((ranks, experts), dtype=np.int64)
-    quota_RE[owner_E, np.arange(experts)] = rows_E
+    ranks, rows_E = len(counts_SE), counts_SE.sum(0)
+    quota_RE = at_home(rows_E, owner_E, ranks)
     load_R = quota_RE.sum(1)
     most = -(-int(rows_E.sum()) // ranks)
     free_R = np.full(ranks, max_copies_per_rank)

@@ -74,15 +74,7 @@ def relocated(
 
 
 class _Judge:
-    """Gains of placements over the present one, in picoseconds of a pass after copies, over recent intervals.
-
-    Args:
-        load_NE: Recent loads.
-        here_E: Present rank of each expert.
-        parts: R.
-        costs: Constants.
-        slots: Copies that a rank may hold.
-    """
+    """Gains of placements over the present one, in picoseconds of a pass after copies, over recent intervals."""
 
     def __init__(self, load_NE: Counts, here_E: Counts, parts: int, costs: BalanceCosts, slots: int) -> None:
         self.load_NE, self.here_E, self.parts, self.costs, self.slots = load_NE, here_E, parts, costs, slots
@@ -96,9 +88,6 @@ class _Judge:
             self._known[key] = layout.score(layout.best_copies())
         return self._known[key]
 
-    def _gains(self, part_E: Counts) -> list[int]:
-        return [self._score(n, self.here_E) - self._score(n, part_E) for n in range(len(self.load_NE))]
-
     def _above_margin(self, gain: int, of: int) -> bool:
         return gain > 0 and gain * 1_000_000 > self.costs.margin_ppm * of
 
@@ -108,28 +97,27 @@ class _Judge:
         gain = now - least_score(self.load_NE[-1], self.parts, self.costs)
         return self._above_margin(gain, now) and self._outweighs(gain, 2 * self.costs.near_move_ps)
 
-    def latest_gain(self, part_E: Counts) -> int:
-        """In the latest interval; 0 where that is below the margin."""
-        last = len(self.load_NE) - 1
-        now = self._score(last, self.here_E)
-        gain = now - self._score(last, part_E)
+    def _gain(self, interval: int, part_E: Counts) -> int:
+        """In one interval; 0 where that is below the margin."""
+        now = self._score(interval, self.here_E)
+        gain = now - self._score(interval, part_E)
         return gain if self._above_margin(gain, now) else 0
 
-    def gain(self, part_E: Counts) -> int:
-        """On average over the intervals."""
-        return sum(self._gains(part_E)) // len(self.load_NE)
+    def latest_gain(self, part_E: Counts) -> int:
+        """In the latest interval; 0 where that is below the margin."""
+        return self._gain(len(self.load_NE) - 1, part_E)
 
     def is_clear(self, part_E: Counts) -> bool:
         """Whether it gains more than the margin in every interval."""
-        return all(self._gains_in(n, part_E) for n in reversed(range(len(self.load_NE))))
-
-    def _gains_in(self, interval: int, part_E: Counts) -> bool:
-        now = self._score(interval, self.here_E)
-        return self._above_margin(now - self._score(interval, part_E), now)
+        return all(self._gain(n, part_E) for n in reversed(range(len(self.load_NE))))
 
     def pays(self, part_E: Counts) -> bool:
         """Whether it is worth its moves, and still gains more than the margin."""
-        return self.is_clear(part_E) and self._outweighs(self.gain(part_E), self._move(part_E))
+        if not self.is_clear(part_E):
+            return False
+        intervals = range(len(self.load_NE))
+        mean = sum(self._gain(n, part_E) for n in intervals) // len(intervals)
+        return self._outweighs(mean, self._move(part_E))
 
     def _outweighs(self, gain: int, move: int) -> bool:
         return gain * self.costs.passes * self.costs.horizon > _SAFETY * move

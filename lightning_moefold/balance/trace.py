@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +219,7 @@ def _read_jsonl(files: list[Path], where: Path, num_experts: int | None) -> Rout
                 ) from None
     if not chosen:
         raise InputError(f"{where} holds no line.")
-    steps, layers = (sorted(set(_column(chosen, axis))) for axis in (0, 1))
+    steps, layers = (sorted({key[axis] for key in chosen}) for axis in (0, 1))
     missing = len(steps) * len(layers) * len(files) - len(chosen)
     if missing:
         raise InputError(f"{where}: {missing} pairs of a step and a layer are missing on some rank; record them all.")
@@ -229,10 +228,6 @@ def _read_jsonl(files: list[Path], where: Path, num_experts: int | None) -> Rout
     for (step, layer, source), rows in chosen.items():
         counts[steps.index(step), layers.index(layer), source] = _count(np.concatenate(rows), experts, where)
     return RoutingTrace(np.asarray(steps), counts, where.name)
-
-
-def _column(keys: Iterable[tuple[int, int, int]], axis: int) -> list[int]:
-    return [key[axis] for key in keys]
 
 
 def _experts(largest: int, num_experts: int | None, where: Path) -> int:

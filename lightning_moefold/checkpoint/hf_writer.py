@@ -25,7 +25,7 @@ from lightning_moefold.checkpoint.hf_reader import INDEX
 from lightning_moefold.checkpoint.reasons import in_one_sentence
 from lightning_moefold.checkpoint.safetensors_files import PlannedFile, WritingThread
 from lightning_moefold.checkpoint.side_files import are_apart, files_to_carry, foreign_file, warn_of_end
-from lightning_moefold.checkpoint.stores import local_path
+from lightning_moefold.checkpoint.stores import check_folder, local_path
 from lightning_moefold.checkpoint.sums import BLOCK, CHECKSUMS, pack_sums, sum_of
 from lightning_moefold.layout import Box, split_boxes
 from lightning_moefold.mesh import Axis
@@ -196,6 +196,22 @@ def _plan_files(tensors: Mapping[str, OutputTensor], limit: int, ranks: int) -> 
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def check_output(path: str | Path, side_files_from: Path) -> None:
+    """Refuses a directory to which :func:`write_hf_checkpoint` would not write, before the work for it begins.
+
+    Args:
+        path: The directory.
+        side_files_from: See :func:`write_hf_checkpoint`.
+
+    Raises:
+        CheckpointError: If it is in a store, or cannot be made.
+        OSError: If it holds other files.
+    """
+    target = local_path(path, "the model's directory")
+    check_folder(target.parent, "checkpoints")
+    _check_target(target, files_to_carry(side_files_from, None))
 
 
 def _check_target(target: Path, carried: dict[str, Path]) -> None:

@@ -33,9 +33,15 @@ def local_directory(
         revision: Branch, tag or commit of a model on the hub.
 
     Raises:
-        CheckpointError: If the model cannot be fetched and is not in the cache, a directory is given with a revision, or
-            the name has another one.
+        CheckpointError: If the model cannot be fetched and is not in the cache, a directory is given with a revision,
+            the name has another one, or the path is an address in a store.
     """
+    if not isinstance(path, Path) and "://" in path:
+        from lightning_moefold.checkpoint.stores import (
+            local_path,
+        )  # imported here, because the planner does without torch
+
+        path = local_path(path, "the model's directory")
     match = _NAME.match(str(path))
     if match is None or isinstance(path, Path) or Path(path).exists():
         if revision is not None:

@@ -167,6 +167,26 @@ def sizes(path: Path | str) -> dict[str, int]:
     }
 
 
+def check_folder(path: Path, what: str = "checkpoints") -> None:
+    """Checks that a local folder can be written, or made, without making it.
+
+    Args:
+        path: The folder.
+        what: What is to be saved there, in the plural, for the error's sentence.
+
+    Raises:
+        CheckpointError: If it cannot; the message names the part of the path that forbids it.
+    """
+    there = next(part for part in (path.absolute(), *path.absolute().parents) if os.path.lexists(part))
+    if not there.is_dir():
+        reason = f"{there} is {'a link to nothing' if there.is_symlink() else 'a file'}"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        reason = f"{there} cannot be written"
+    else:
+        return
+    raise CheckpointError(f"{what} cannot be saved to {path}, because {reason}; give another directory.")
+
+
 def check_store(path: str, world: Axis) -> None:
     """Checks that a store can be written, and that every rank sees a file written by another. Collective.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_moefold.checkpoint.stores import check_folder
 from lightning_moefold.cli.calibrating import add_calibration, calibration_of, run_calibrated
 from lightning_moefold.compression.analysis import analyze
 from lightning_moefold.compression.energies import Energies
@@ -68,6 +69,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
         check_ratio(arguments.ratio)
     if arguments.output.suffix != ".npz":
         raise InputError(f"--output {arguments.output} must end in .npz.")
+    check_folder(arguments.output.parent, "energies")
     rows = calibration_of(arguments)
     draft = arguments.output.with_name(f".{arguments.output.name}.partial")
     work = partial(

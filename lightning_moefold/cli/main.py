@@ -12,9 +12,10 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning_moefold
-from lightning_moefold.errors import sentence
+from lightning_moefold.errors import InputError, sentence
 
 #: By name, the module in this package and one line of help.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("data", help="show what a run will be trained on (moefold data preview --help)")
     arguments = parser.parse_args(given)
     try:
+        check_paths(arguments)
         status: int = module.run(arguments)
     except BrokenPipeError:
         return 1
@@ -75,6 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moefold {arguments.command}: {sentence(error)}", file=sys.stderr)
         return 2
     return status
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Refuses addresses in a store for arguments that are local files, before anything is computed for them.
+
+    Raises:
+        InputError: Naming the argument. Its Path has lost a slash, and would be a folder named ``s3:`` here.
+    """
+    for name, value in vars(arguments).items():
+        scheme = value.parts[0] if isinstance(value, Path) and value.parts else ""
+        if scheme.endswith(":") and len(scheme) > 2:  # a drive of Windows has one letter
+            raise InputError(
+                f"--{name.replace('_', '-')} {scheme}//{'/'.join(value.parts[1:])} is an address, and files of moefold "
+                f"{arguments.command} are local; give a plain path."
+            )
 
 
 if __name__ == "__main__":

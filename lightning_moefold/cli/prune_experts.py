@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
+from lightning_moefold.checkpoint.hf_writer import check_output
+from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.cli.calibrating import add_calibration, calibration_of, run_calibrated
 from lightning_moefold.compression.expert_pruning import number_to_keep, prune_experts, score_experts
 from lightning_moefold.compression.report import table
@@ -25,6 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs ``moefold prune-experts``."""
     expert_score(arguments.score)
+    check_output(arguments.output, local_directory(arguments.checkpoint))
     count = number_to_keep(MoEConfig.from_pretrained(arguments.checkpoint), arguments.keep)
     work = partial(score_experts, arguments.checkpoint, calibration_of(arguments), score=arguments.score)
     scores, writes = run_calibrated(work, arguments)

@@ -30,7 +30,15 @@ from lightning_moefold.compression.draft import Draft, digest_of
 from lightning_moefold.compression.energies import Energies
 from lightning_moefold.compression.observed import MicroExpertSums, Observer, observe, reduce_all
 from lightning_moefold.compression.ranking import Kept, check_ratio, keep_by_layer
-from lightning_moefold.compression.stream import CalibrationRows, Computing, LayerStream, attend, feed, world_of
+from lightning_moefold.compression.stream import (
+    CalibrationRows,
+    Computing,
+    LayerStream,
+    attend,
+    check_finite,
+    feed,
+    world_of,
+)
 from lightning_moefold.errors import InputError
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.modules.base import local
@@ -82,7 +90,7 @@ def analyze(
         The energies, the same on every rank.
 
     Raises:
-        InputError: If the model has no experts, or an argument cannot be used.
+        InputError: If the model has no experts or computes NaN, or an argument cannot be used.
     """
     if ratio is not None:
         check_ratio(ratio)
@@ -106,6 +114,7 @@ def analyze(
     for index in range(done, layers):
         if stream.config.is_moe_layer(index):
             found.append(_analyze_layer(stream, index, rows, hidden, ratio, alpha))
+            check_finite(index, computing, found[-1].energy_EF, found[-1].shared_S)
         else:
             stream.run(stream.layer(index), rows, hidden)
         progress(index + 1, layers)

@@ -38,6 +38,8 @@ def read_calibration(
     """
     if rows < 1:
         raise InputError(f"--rows {rows} must be at least 1.")
+    if seed < 0:
+        raise InputError(f"--seed {seed} must be 0 or more.")
     data = TextData(list(map(str, files)), str(tokenizer), length, 1, val_fraction=0.0, cache_dir=str(cache_dir))
     data.prepare_data()
     data.setup("fit")

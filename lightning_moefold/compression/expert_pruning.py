@@ -22,7 +22,15 @@ from lightning_moefold.compression.observed import Observer, observe
 from lightning_moefold.compression.ranking import check_ratio
 from lightning_moefold.compression.rewrite import read_plain_config, rewrite
 from lightning_moefold.compression.scores import ExpertScore, ExpertSums, expert_score, experts_to_keep
-from lightning_moefold.compression.stream import CalibrationRows, Computing, LayerStream, attend, feed, world_of
+from lightning_moefold.compression.stream import (
+    CalibrationRows,
+    Computing,
+    LayerStream,
+    attend,
+    check_finite,
+    feed,
+    world_of,
+)
 from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.modules import MoELayer
@@ -50,7 +58,7 @@ def score_experts(
         Scores ``[E]`` by the number of the layer, the same on every rank.
 
     Raises:
-        InputError: If the score is unknown, or the model has no experts.
+        InputError: If the score is unknown, or the model has no experts or computes NaN.
     """
     function = expert_score(score)
     stream = LayerStream(checkpoint, computing)
@@ -58,6 +66,7 @@ def score_experts(
     for index in range(layers):
         if stream.config.is_moe_layer(index):
             found[index] = _score_layer(stream, index, rows, hidden, function)
+            check_finite(index, computing, found[index])
         else:
             stream.run(stream.layer(index), rows, hidden)
         progress(index + 1, layers)

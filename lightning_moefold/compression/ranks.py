@@ -15,11 +15,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from lightning_moefold import errors
 from lightning_moefold.compression.stream import Computing
 from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh
-from lightning_moefold.testing.pool import RankPool
+from lightning_moefold.testing.pool import RankError, RankPool
 
 T = TypeVar("T")
 
@@ -45,7 +46,8 @@ def run_on_ranks(work: Callable[..., T], fold: str, ranks: int, dtype: torch.dty
 
     Raises:
         FoldError: If the fold is not one of these ranks.
-        RankError: If a rank failed.
+        InputError: If something that the user gave cannot be used; of the rank that found it.
+        RankError: If a rank failed for another reason.
     """
     if batch_size < 1 or ranks < 1:
         raise InputError(f"--ranks {ranks} and --batch-size {batch_size} must be at least 1.")
@@ -59,8 +61,18 @@ def run_on_ranks(work: Callable[..., T], fold: str, ranks: int, dtype: torch.dty
             return work(computing=Computing(None, dtype, device, batch_size), progress=bar.show), True
         with tempfile.TemporaryDirectory() as folder, RankPool(ranks) as pool, bar.watching(Path(folder) / "done"):
             file = str(Path(folder) / "done")
-            found = pool.run(_on_pool_rank, work, fold, dtype, batch_size, file, ranks=ranks, timeout=_HOURS)
+            try:
+                found = pool.run(_on_pool_rank, work, fold, dtype, batch_size, file, ranks=ranks, timeout=_HOURS)
+            except RankError as failed:
+                raise _users(failed) from failed
             return found[0], True
+
+
+def _users(failed: RankError) -> Exception:
+    """The error of the first rank that failed, if a user can mend it; else all of them."""
+    rank = next(iter(failed.exception_types))
+    kind = getattr(errors, failed.exception_types[rank], None)
+    return InputError(failed.messages[rank]) if kind is not None and issubclass(kind, InputError) else failed
 
 
 def _on_pool_rank(work: Callable[..., T], fold: str, dtype: torch.dtype, batch_size: int, file: str) -> T | None:

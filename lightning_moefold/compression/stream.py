@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_moefold.checkpoint import HFCheckpoint
@@ -215,3 +217,22 @@ def feed(layer: DecoderLayer, x_TD: Tensor, batch: SequenceBatch) -> Tensor:
 def world_of(computing: Computing) -> Axis:
     """Returns the axis of all ranks."""
     return SINGLE if computing.mesh is None else computing.mesh.world
+
+
+def check_finite(index: int, computing: Computing, *found: NDArray[np.float64]) -> None:
+    """Refuses numbers of a layer by which nothing can be ranked.
+
+    Args:
+        index: Number of the layer.
+        computing: In what precision it was computed.
+        found: The numbers, the same on every rank.
+
+    Raises:
+        InputError: If one of them is NaN or infinite.
+    """
+    if not all(np.isfinite(numbers).all() for numbers in found):
+        kind = str(computing.dtype).removeprefix("torch.")
+        raise InputError(
+            f"layer {index} computes NaN or infinite numbers in {kind}, by which nothing can be ranked; look for them in the "
+            "checkpoint, or take a wider --dtype."
+        )

@@ -34,9 +34,19 @@ from lightning_moefold.compression.rewrite import whole_tensor
 from lightning_moefold.errors import ConfigError, InputError
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoEConfig
+from lightning_moefold.models.fields import POSITIVE
 from lightning_moefold.models.names import parameter_entries
+from lightning_moefold.models.rope import with_base
+from lightning_moefold.models.weights import compare_redundant
 
 _FAMILIES = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe"}
+#: What ``transformers`` assumes where a dense configuration leaves a field out, and what it has for the mixture is another value.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+}
+_DEFAULT_LAYERS, _DEFAULT_THETA = 32, 1e4
 _CLASSES = {"mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 #: Fields that a dense configuration has and a mixture has not, or writes in its own way.
 _DROPPED = (
@@ -107,7 +117,9 @@ def upcycle(dense: str | Path, output: str | Path, how: Upcycling = Upcycling())
     written = mixture_config(_read_config(path), how)
     config, checkpoint = MoEConfig.from_hf(written), HFCheckpoint(path)
     layout = _Source(checkpoint, config, how)
-    checkpoint.check(layout.expected(), layout.optional())
+    optional = layout.optional()
+    checkpoint.check(layout.expected(), optional)
+    compare_redundant(checkpoint, config, [name for name in optional if name.endswith(".inv_freq")])
     tensors = {name: whole_tensor(entry, layout.dtype(name)) for name, entry in parameter_entries(config).items()}
     write_hf_checkpoint(local_path(output, "output"), written, tensors, layout.make, SINGLE, side_files_from=path)
     checkpoint.close()
@@ -138,7 +150,10 @@ def mixture_config(dense: Mapping[str, Any], how: Upcycling) -> dict[str, Any]:
         raise ConfigError(
             f"model_type={kind!r} cannot be upcycled; {', '.join(_FAMILIES)} become {', '.join(sorted(set(_FAMILIES.values())))}."
         )
-    family, width = _FAMILIES[kind], dense["intermediate_size"]
+    dense = with_base({"num_hidden_layers": _DEFAULT_LAYERS, **_DEFAULTS[kind], **dense}, _DEFAULT_THETA)
+    family = _FAMILIES[kind]
+    width: Any = dense.get("intermediate_size")
+    POSITIVE.check("intermediate_size", width)
     for field in ("mlp_bias", "attention_bias"):
         if dense.get(field) and kind != "qwen2":
             raise ConfigError(f"{field}=true has no counterpart in {family}; such a model cannot be upcycled.")
@@ -146,22 +161,26 @@ def mixture_config(dense: Mapping[str, Any], how: Upcycling) -> dict[str, Any]:
         raise ConfigError(
             "use_sliding_window=true names other layers in qwen2 than in qwen2_moe, so the function would change; set it to false."
         )
+    window = dense.get("sliding_window") if kind == "mistral" else None
+    types = set(dense.get("layer_types") or ()) if kind == "mistral" else set()
+    if types - {"full_attention", "sliding_attention"} or len(types) > 1:
+        raise ConfigError(
+            "layer_types gives layers different attention, which Mixtral's share; such a model cannot be upcycled."
+        )
+    window = None if types == {"full_attention"} else window
     if width % how.granularity:
         raise ConfigError(f"intermediate_size={width} does not divide by --granularity {how.granularity}.")
     part = width // how.granularity
     written = {name: value for name, value in dense.items() if name not in _DROPPED}
     written |= {
         "model_type": family, "architectures": [_CLASSES[family]], "num_experts_per_tok": how.top_k,
-        "num_key_value_heads": dense.get("num_key_value_heads") or dense["num_attention_heads"],
+        "num_key_value_heads": dense.get("num_key_value_heads") or dense.get("num_attention_heads"),
         "rms_norm_eps": dense.get("rms_norm_eps", 1e-6), "tie_word_embeddings": dense.get("tie_word_embeddings", False),
         "hidden_act": dense.get("hidden_act", "silu"),
     }  # fmt: skip
     if "dtype" not in written and dense.get("torch_dtype"):
         written["dtype"] = dense["torch_dtype"]
-    if "rope_parameters" not in written and "rope_theta" not in written:
-        written["rope_theta"] = 10000.0
     if family == "mixtral":
-        window = dense.get("sliding_window") if kind == "mistral" else None
         return written | {"num_local_experts": how.experts, "intermediate_size": part, "sliding_window": window}
     return written | {
         "num_experts": how.experts, "moe_intermediate_size": part, "shared_expert_intermediate_size": part,

@@ -52,6 +52,11 @@ class GatherPlan:
     held: int
     together: _Together | None = None
 
+    @property
+    def experts(self) -> CopyPlan | None:
+        """Which experts have copies."""
+        return None if self.together is None else self.together.experts
+
 
 @dataclass
 class _Together:
@@ -110,11 +115,6 @@ class AllGatherDispatcher(TokenDispatcher):
                 )
             )
         return parcels
-
-    def copy_plan(self, parcels: list[Parcel]) -> CopyPlan | None:
-        """See :meth:`.TokenDispatcher.copy_plan`."""
-        plan: GatherPlan = parcels[0].plan
-        return None if plan.together is None else plan.together.experts
 
     def _is_of_copies(self, plan: GatherPlan) -> bool:
         return plan.first >= self.num_experts

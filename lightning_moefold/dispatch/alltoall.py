@@ -82,14 +82,7 @@ class ChunkPlan:
 
 
 class AllToAllDispatcher(TokenDispatcher):
-    """A row for each choice; any ep, any etp, any number of tokens per rank, zero included.
-
-    Args:
-        config: What the user chose.
-        num_experts: E.
-        top_k: K.
-        axes: Over which the experts are spread.
-    """
+    """A row for each choice; any ep, any etp, any number of tokens per rank, zero included."""
 
     def __init__(self, config: DispatchConfig, num_experts: int, top_k: int, axes: ExpertAxes = ExpertAxes()) -> None:
         super().__init__(config, num_experts, top_k, axes)
@@ -139,11 +132,6 @@ class AllToAllDispatcher(TokenDispatcher):
             sizes, optional = (part.send, part.receive, part.arrived), number == len(self._sizes)
             plans.append(ChunkPlan(copies, *sizes, counts_PSL, part.counts, plan, optional))
         return _parcels(permute(x_TD, copies), choices.weight_TK, ordered.slot_S, plans)
-
-    def copy_plan(self, parcels: list[Parcel]) -> CopyPlan | None:
-        """See :meth:`.TokenDispatcher.copy_plan`."""
-        plan: ChunkPlan = parcels[0].plan
-        return plan.experts
 
     def _sizes_of_exchange(self, ordered: SortedChoices) -> tuple[list[list[int]], list[Tensor]]:
         """For each chunk, rows to and from each rank and of each peer in one list, and ``counts_PSL``."""

@@ -109,7 +109,7 @@ class Parcel(NamedTuple):
     Args:
         x: Tokens, ``[R, D]`` before and ``[A, D]`` after the exchange.
         weight: Weights of rows or tokens, perhaps with integers beside them (:mod:`.packing`).
-        plan: The dispatcher's own.
+        plan: The dispatcher's own; ``plan.experts`` says which experts have copies in this pass, None where none are planned.
         handle: In which both are under way.
     """
 
@@ -170,7 +170,7 @@ class TokenDispatcher(ABC):
 
         Where there are any, the last parcel is that of this rank's copies.
         """
-        return None
+        return parcels[0].plan.experts
 
     @abstractmethod
     def token_dispatch(self, parcel: Parcel) -> Parcel:

@@ -65,15 +65,8 @@ def within_capacity(
 ) -> Tensor:
     """Which choices are served, ``[T, K]``, among tokens that are all here.
 
-    Args:
-        expert_TK: Chosen experts.
-        score_TK: The router's probability of each choice.
-        row_T: Row of each token.
-        position_T: Its position in the row.
-        real_T: False for padding, which is served nowhere and takes nobody's place; None if there is none.
-        rows: B.
-        num_experts: E.
-        config: Capacity factor and policy.
+    Arguments are those of :func:`keep_within_capacity`, whose ``place`` is here the row and position of each of these tokens, and
+    the number of rows.
     """
     assert config.capacity_factor is not None
     tokens, k = expert_TK.shape

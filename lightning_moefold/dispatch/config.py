@@ -108,14 +108,10 @@ def choose_dispatcher(config: DispatchConfig, num_experts: int, top_k: int, ep: 
     deduplication where r(ep) is clearly less than k, and plain all-to-all otherwise, and wherever padding, chunks or copies of
     experts ask for it (with copies, the others wait for the device more often).
 
-    By node where ep has several ranks in each of several nodes, and r(nodes) is at most three quarters of r(ep): what
-    travels between nodes is the part ``1 - 1/nodes`` of either, so an exchange by node saves
-    ``(r(ep) - r(nodes)) * (1 - 1/nodes)`` rows of a token there. What it adds is less than ``r(ep)`` rows within the node,
-    over links at least eight times as fast (NVLink beside a network port for each GPU: 9 times on a DGX H100, 12 on a DGX
-    A100, 18 on a DGX B200), which take the time of ``r(ep) / 8`` rows between nodes. For two nodes, where it saves the
-    smallest part, it saves more than it adds below three quarters; for more nodes all the more. Few tokens, for which the
-    second step's collectives weigh most, are not thought of here, nor is an all-gather beside it, which a planner that knows
-    the links may find a little faster where k is large; the planner does both.
+    By node where ep has several ranks in each of several nodes, and r(nodes) is at most three quarters of r(ep): exchange by node
+    then saves ``(r(ep) - r(nodes)) * (1 - 1/nodes)`` rows of a token between nodes. What it adds is less than ``r(ep)`` rows within
+    the node, over links at least eight times as fast (NVLink beside a network port for each GPU: 9 times on a DGX H100, 12 on a
+    DGX A100, 18 on a DGX B200). Few tokens, and links on which an all-gather is faster still, are left to the planner.
 
     Args:
         config: As chosen.
@@ -143,12 +139,6 @@ def _places(places: int, num_experts: int, top_k: int) -> float:
 
 def settle(config: DispatchConfig, num_experts: int, top_k: int, fold: Fold) -> DispatchConfig:
     """The configuration with what ``"auto"`` stands for under a fold: the same on every rank, since only sizes decide.
-
-    Args:
-        config: As chosen.
-        num_experts: E.
-        top_k: k.
-        fold: The sizes.
 
     Raises:
         FoldError: For copies of experts where one rank holds them all.

@@ -17,9 +17,8 @@ Legend: see :mod:`.base`; S ep ranks, P etp peers, Q pairs sent, R rows, i.e. ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +26,10 @@ from torch import Tensor
 from lightning_moefold import comm
 from lightning_moefold.async_comm import Exchange, start, wait
 from lightning_moefold.balance.copies import CopyPlan
-from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, TokenDispatcher, expert_of_rows
+from lightning_moefold.dispatch.base import Choices, ExpertRows, Parcel, Return, expert_of_rows
 from lightning_moefold.dispatch.packing import pack, unpack
-from lightning_moefold.dispatch.pairs import number_pairs, places_of
-from lightning_moefold.dispatch.permutation import Copies, permute, sort_by_expert, take_distinct, unpermute
-from lightning_moefold.dispatch.placing import place_choices
+from lightning_moefold.dispatch.pairs import PairDispatcher, number_pairs, places_of
+from lightning_moefold.dispatch.permutation import Copies, permute, sort_by_expert, take_distinct
 
 
 class Sizes(NamedTuple):
@@ -75,32 +73,13 @@ class PairPlan:
     optional: bool = False
 
 
-class DeduplicatedDispatcher(TokenDispatcher):
+class DeduplicatedDispatcher(PairDispatcher):
     """A row for each pair of token and rank; see the module."""
-
-    def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
-        """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
-        if self.config.copies is None:
-            return [self.parcel(x_TD, choices, self.local_experts)]
-        placed = place_choices(choices, self.config.copies, self)
-        plan, borrowed = placed.plan, len(placed.plan.borrowed(self.ep.index))
-        parcels = [self.parcel(x_TD, placed.at_home(), self.local_experts, plan)]
-        if plan.copies:
-            parcels.append(self.parcel(x_TD, placed.copied(), placed.each, plan, borrowed))
-        return parcels
 
     def parcel(
         self, x_TD: Tensor, choices: Choices, local: int, experts: CopyPlan | None = None, borrowed: int | None = None
     ) -> Parcel:
-        """Prepares one exchange.
-
-        Args:
-            x_TD: Tokens.
-            choices: Their experts, ``local`` numbers for each rank.
-            local: L of this numbering.
-            experts: Which experts have copies.
-            borrowed: In the exchange for copies, how many this rank has; the other numbers of its L have no rows.
-        """
+        """See :meth:`.PairDispatcher.parcel`."""
         expert_TK, kept_TK = choices.expert_TK, choices.kept_TK
         k, sources = expert_TK.shape[1], self.ep.size
         ordered = sort_by_expert(expert_TK, sources * local, kept_TK, choices.served)
@@ -116,11 +95,6 @@ class DeduplicatedDispatcher(TokenDispatcher):
             copies, index_R, pairs_sent, rows_sent, counts_PSL, pairs_PS, held=held, experts=experts, optional=optional
         )
         return Parcel(permute(x_TD, copies), take_distinct(choices.weight_TK.reshape(-1), slot_R), plan)
-
-    def copy_plan(self, parcels: list[Parcel]) -> CopyPlan | None:
-        """See :meth:`.TokenDispatcher.copy_plan`."""
-        plan: PairPlan = parcels[0].plan
-        return plan.experts
 
     def _sizes_of_exchange(self, counts_E: Tensor, goes_ST: Tensor) -> tuple[Sizes, Sizes, Tensor, Tensor]:
         sources, peers, local = self.ep.size, self.etp.size, len(counts_E) // self.ep.size
@@ -173,18 +147,3 @@ class DeduplicatedDispatcher(TokenDispatcher):
         back = Exchange(plan.pairs.receive, plan.pairs.send)
         (y_QD,), handle = start((y_AD,), (back,), self.ep, yields=not plan.optional)
         return Return(y_QD, handle)
-
-    def combine_postprocess(self, returns: list[Return], plans: list[PairPlan]) -> Tensor:
-        """Sums each token's pairs."""
-        return sum_of_pairs(returns, plans)
-
-
-def sum_of_pairs(returns: list[Return], plans: Sequence[Any]) -> Tensor:
-    """Waits for each exchange of pairs, and sums each token's pairs, ``[T, D]``.
-
-    Args:
-        returns: What comes back of each.
-        plans: Their plans, which hold the pairs as ``copies`` of tokens.
-    """
-    parts = [unpermute(wait((back.y,), back.handle)[0], plan.copies) for back, plan in zip(returns, plans, strict=True)]
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]

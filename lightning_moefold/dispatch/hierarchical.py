@@ -26,13 +26,12 @@ from torch import Tensor
 from lightning_moefold import comm
 from lightning_moefold.async_comm import Exchange, start, wait
 from lightning_moefold.balance.copies import CopyPlan
-from lightning_moefold.dispatch.base import Choices, ExpertAxes, ExpertRows, Parcel, Return, TokenDispatcher
+from lightning_moefold.dispatch.base import Choices, ExpertAxes, ExpertRows, Parcel, Return
 from lightning_moefold.dispatch.config import DispatchConfig
-from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher, sum_of_pairs
+from lightning_moefold.dispatch.deduplicated import DeduplicatedDispatcher
 from lightning_moefold.dispatch.packing import pack, unpack
-from lightning_moefold.dispatch.pairs import number_pairs, places_of
+from lightning_moefold.dispatch.pairs import PairDispatcher, number_pairs, places_of
 from lightning_moefold.dispatch.permutation import Copies, permute
-from lightning_moefold.dispatch.placing import place_choices
 
 
 @dataclass
@@ -60,15 +59,8 @@ class NodePlan:
     within: Parcel | None = None
 
 
-class HierarchicalDispatcher(TokenDispatcher):
-    """Between nodes, then within; see the module.
-
-    Args:
-        config: What the user chose.
-        num_experts: E.
-        top_k: K.
-        axes: Over which the experts are spread; ``axes.nodes`` must be there.
-    """
+class HierarchicalDispatcher(PairDispatcher):
+    """Between nodes, then within; see the module. ``axes.nodes`` and ``axes.within`` must be there."""
 
     def __init__(self, config: DispatchConfig, num_experts: int, top_k: int, axes: ExpertAxes = ExpertAxes()) -> None:
         super().__init__(config, num_experts, top_k, axes)
@@ -78,25 +70,10 @@ class HierarchicalDispatcher(TokenDispatcher):
         inside = replace(config, dispatcher="deduplicated", copies=None)
         self._within = DeduplicatedDispatcher(inside, num_experts // self.nodes.size, top_k, axes.within)
 
-    def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
-        """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
-        if self.config.copies is None:
-            return [self._parcel(x_TD, choices, self.local_experts)]
-        placed = place_choices(choices, self.config.copies, self)
-        plan, borrowed = placed.plan, len(placed.plan.borrowed(self.ep.index))
-        parcels = [self._parcel(x_TD, placed.at_home(), self.local_experts, plan)]
-        if plan.copies:
-            parcels.append(self._parcel(x_TD, placed.copied(), placed.each, plan, borrowed))
-        return parcels
-
-    def copy_plan(self, parcels: list[Parcel]) -> CopyPlan | None:
-        """See :meth:`.TokenDispatcher.copy_plan`."""
-        plan: NodePlan = parcels[0].plan
-        return plan.experts
-
-    def _parcel(
+    def parcel(
         self, x_TD: Tensor, choices: Choices, local: int, experts: CopyPlan | None = None, borrowed: int | None = None
     ) -> Parcel:
+        """See :meth:`.PairDispatcher.parcel`."""
         nodes, expert_TK = self.nodes.size, choices.expert_TK
         of_node = local * self._within.ep.size
         node_TK, goes_NT = places_of(expert_TK // of_node, nodes, choices.kept_TK)
@@ -144,10 +121,6 @@ class HierarchicalDispatcher(TokenDispatcher):
         back = Exchange(plan.receive, plan.send)
         (y_QD,), handle = start((y_AD,), (back,), self.nodes, yields=plan.borrowed is None)
         return Return(y_QD, handle)
-
-    def combine_postprocess(self, returns: list[Return], plans: list[NodePlan]) -> Tensor:
-        """Sums each token's pairs."""
-        return sum_of_pairs(returns, plans)
 
 
 def _plan_within(plan: NodePlan) -> Any:

@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs of a token and a place (a rank, a node) where some of its experts are: it goes there once.
 
-Legend: T tokens, K experts per token, S places, Q pairs, J places of a token at most.
+Legend: see :mod:`.base`; S places, Q pairs, J places of a token at most.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_moefold.dispatch.permutation import Copies
+from lightning_moefold.async_comm import wait
+from lightning_moefold.balance.copies import CopyPlan
+from lightning_moefold.dispatch.base import Choices, Parcel, Return, TokenDispatcher
+from lightning_moefold.dispatch.permutation import Copies, unpermute
+from lightning_moefold.dispatch.placing import place_choices
 
 
 def places_of(place_TK: Tensor, places: int, kept_TK: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -48,3 +55,41 @@ def number_pairs(goes_ST: Tensor, pairs: int, each: int) -> tuple[Copies, Tensor
     number_ST = number_ST.view(places, tokens)
     row_TJ = number_ST.t().sort(dim=1).values[:, :each]
     return Copies(pair_Q % max(1, tokens), row_TJ, complete=pairs == tokens * each), number_ST
+
+
+class PairDispatcher(TokenDispatcher):
+    """Sends pairs of a token and a place where some of its experts are; rows for copies of experts travel apart.
+
+    The plans of its parcels hold the pairs as ``copies`` of tokens.
+    """
+
+    def dispatch_preprocess(self, x_TD: Tensor, choices: Choices) -> list[Parcel]:
+        """See :meth:`.TokenDispatcher.dispatch_preprocess`."""
+        if self.config.copies is None:
+            return [self.parcel(x_TD, choices, self.local_experts)]
+        placed = place_choices(choices, self.config.copies, self)
+        plan, borrowed = placed.plan, len(placed.plan.borrowed(self.ep.index))
+        parcels = [self.parcel(x_TD, placed.at_home(), self.local_experts, plan)]
+        if plan.copies:
+            parcels.append(self.parcel(x_TD, placed.copied(), placed.each, plan, borrowed))
+        return parcels
+
+    @abstractmethod
+    def parcel(
+        self, x_TD: Tensor, choices: Choices, local: int, experts: CopyPlan | None = None, borrowed: int | None = None
+    ) -> Parcel:
+        """Prepares one exchange.
+
+        Args:
+            x_TD: Tokens.
+            choices: Their experts, ``local`` numbers for each rank.
+            local: L of this numbering.
+            experts: Which experts have copies.
+            borrowed: In the exchange for copies, how many this rank has; the other numbers of its L have no rows.
+        """
+
+    def combine_postprocess(self, returns: list[Return], plans: list[Any]) -> Tensor:
+        """Sums each token's pairs, ``[T, D]``."""
+        backs = zip(returns, plans, strict=True)
+        parts = [unpermute(wait((back.y,), back.handle)[0], plan.copies) for back, plan in backs]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]

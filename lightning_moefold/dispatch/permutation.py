@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens to the order in which they travel and back, on one rank.
 
-A token is copied once per chosen expert; the copies ("rows") are sorted by expert. Both directions are autograd
-functions, because the generic backward of an index (an atomic or serial ``index_add``) is slow where the inverse
+A token is copied once per chosen expert; the copies ("rows") are sorted by expert. The gradients of both directions are written
+out, because the generic backward of an index (an atomic or serial ``index_add``) is slow where the inverse
 permutation is known: every gradient here is a gather.
 
 Legend: T tokens, K experts per token, R = rows <= T*K, J copies of a token (K, or fewer), D hidden size, E experts.
@@ -10,12 +10,15 @@ Legend: T tokens, K experts per token, R = rows <= T*K, J copies of a token (K, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_moefold.comm import linear
 from lightning_moefold.kernels.row_sums import sum_of_copies, take_rows
 
 
@@ -90,49 +93,29 @@ class Copies:
 
     @classmethod
     def of_choices(cls, choices: SortedChoices, rows: int, tokens: int) -> Copies:
-        """A row for each served choice, in their order.
-
-        Args:
-            choices: The choices.
-            rows: R.
-            tokens: T.
-        """
+        """A row for each served choice, in their order; R ``rows`` of T ``tokens``."""
         slot_R = choices.slot_S[:rows]
         row_S = torch.full_like(choices.slot_S, rows)
         row_S[slot_R] = torch.arange(rows, device=slot_R.device)
         return cls(slot_R // choices.top_k, row_S.view(tokens, choices.top_k), rows == tokens * choices.top_k)
 
 
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, copies: Copies) -> Tensor:
-        ctx.copies = copies
-        return take_rows(x_TD, copies.token_R, not copies.padded)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return sum_of_copies(grads[0], ctx.copies.row_TJ, ctx.copies.complete), None
-
-
-class _Collect(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, copies: Copies) -> Tensor:
-        ctx.copies = copies
-        return sum_of_copies(y_RD, copies.row_TJ, copies.complete)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return take_rows(grads[0], ctx.copies.token_R, not ctx.copies.padded), None
-
-
 def permute(x_TD: Tensor, copies: Copies) -> Tensor:
     """A copy of its token for each row, ``[T, D] -> [R, D]``; zeros for empty rows."""
-    return _Spread.apply(x_TD, copies)
+    spread, collect = _ways(copies)
+    return linear(x_TD, spread, collect)
 
 
 def unpermute(y_RD: Tensor, copies: Copies) -> Tensor:
     """Sum of each token's rows, ``[R, D] -> [T, D]``, in at least float32; zero for tokens without rows."""
-    return _Collect.apply(y_RD, copies)
+    spread, collect = _ways(copies)
+    return linear(y_RD, collect, spread)
+
+
+def _ways(copies: Copies) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Returns the way of tokens to rows and the way back, of which each is the other's adjoint."""
+    spread = partial(take_rows, row_T=copies.token_R, complete=not copies.padded)
+    return spread, partial(sum_of_copies, row_TJ=copies.row_TJ, complete=copies.complete)
 
 
 class _TakeDistinct(torch.autograd.Function):

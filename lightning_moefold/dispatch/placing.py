@@ -56,13 +56,7 @@ class PlacedChoices:
 
 
 def place_choices(choices: Choices, options: ExpertCopies, dispatcher: TokenDispatcher) -> PlacedChoices:
-    """Plans the copies of a pass, and gives each choice to a rank. Collective over etp x ep; the host waits for the device.
-
-    Args:
-        choices: The choices.
-        options: How copies are planned.
-        dispatcher: Whose choices they are.
-    """
+    """Plans the copies of a pass, and gives each choice to a rank. Collective over etp x ep; the host waits for the device."""
     experts, ranks, each = dispatcher.num_experts, dispatcher.ep.size, options.max_copies_per_rank
     tokens, k = choices.expert_TK.shape
     ordered = sort_by_expert(choices.expert_TK, experts, choices.kept_TK, choices.served)

@@ -21,14 +21,7 @@ DISPATCHERS: dict[str, type[TokenDispatcher]] = {
 def make_dispatcher(
     config: DispatchConfig, num_experts: int, top_k: int, axes: ExpertAxes = ExpertAxes()
 ) -> TokenDispatcher:
-    """The dispatcher of a layer.
-
-    Args:
-        config: What the user chose.
-        num_experts: E.
-        top_k: k.
-        axes: Over which the experts are spread.
-    """
+    """The dispatcher of a layer; arguments are those of :class:`.TokenDispatcher`."""
     name: str = choose_dispatcher(config, num_experts, top_k, axes.ep.size)  # by node only if :func:`.settle` said so
     if axes.etp_ep.size == 1 and not config.pad_to_capacity:
         name = "allgather"  # on one rank nothing travels, and experts read the tokens where they are

@@ -6,11 +6,10 @@ Legend: B rows, S positions, H heads, d head size, h = d / 2.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from lightning_moefold.comm import linear
 from lightning_moefold.kernels.availability import runs_triton
 
 
@@ -23,23 +22,12 @@ def rotate(x_BSHd: Tensor, cos_BSh: Tensor, sin_BSh: Tensor) -> Tensor:
         sin_BSh: Sines of the angles, of the same shape; they get no gradient.
     """
     if runs_triton(x_BSHd, cos_BSh, sin_BSh) and x_BSHd.stride(-1) == 1:
-        return _Rotate.apply(x_BSHd, cos_BSh, sin_BSh)
+        from lightning_moefold.kernels.rotary_triton import turn
+
+        def back(grad: Tensor) -> Tensor:
+            return turn(grad if grad.stride(-1) == 1 else grad.contiguous(), cos_BSh, sin_BSh, back=True)
+
+        return linear(x_BSHd, lambda x: turn(x, cos_BSh, sin_BSh, back=False), back)
     first, second = x_BSHd.chunk(2, dim=-1)
     cos, sin = cos_BSh.unsqueeze(2), sin_BSh.unsqueeze(2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSHd: Tensor, cos_BSh: Tensor, sin_BSh: Tensor) -> Tensor:
-        from lightning_moefold.kernels import rotary_triton
-
-        ctx.save_for_backward(cos_BSh, sin_BSh)
-        return rotary_triton.turn(x_BSHd, cos_BSh, sin_BSh, back=False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        from lightning_moefold.kernels import rotary_triton
-
-        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
-        return rotary_triton.turn(grad, *ctx.saved_tensors, back=True), None, None

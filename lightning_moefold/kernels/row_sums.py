@@ -36,7 +36,7 @@ def sum_of_copies(x_RD: Tensor, row_TJ: Tensor, complete: bool) -> Tensor:
     return total.to(x_RD.dtype)
 
 
-def take_rows(x_RD: Tensor, row_T: Tensor, complete: bool = False) -> Tensor:
+def take_rows(x_RD: Tensor, row_T: Tensor, complete: bool) -> Tensor:
     """Takes the rows ``row_T`` of ``x_RD``, and zeros for row R, one past the last. Not differentiable.
 
     Args:

@@ -69,7 +69,7 @@ def check_bases(path: str | Path, meta: Mapping[str, Any], registry: ParameterRe
         if theirs["base"] != ours["base"]:
             raise CheckpointError(
                 f"{path} holds an adapter of another base than {ours['path'] or 'the one that the model was made with'}: "
-                "configuration, index or tensor headers differ; begin with the base of that run."
+                "configuration, index, tensor headers or weights differ; begin with the base of that run."
             )
 
 

@@ -107,8 +107,11 @@ class SharedCheckpoints(FoldedRanks):
             place = stores.parse_path(directory)
             if isinstance(place, str):
                 stores.check_store(place, world)
-            elif world.index == 0:
-                self._sweep(place)
+                continue
+            with agreeing(world, CheckpointError):
+                if world.index == 0:
+                    stores.check_folder(place)
+                    self._sweep(place)
 
     def _sweep(self, directory: Path) -> None:
         """Removes what killed runs have left in a directory of checkpoints; in those of all versions, if it is Lightning's own."""

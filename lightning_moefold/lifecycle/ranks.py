@@ -223,6 +223,11 @@ class FoldedRanks(ParallelStrategy):
 
     # ---- communication -------------------------------------------------------------------------------------------
 
+    @property
+    def _has_started(self) -> bool:
+        """Whether the processes run; a process group of another size is an earlier Trainer's."""
+        return _distributed_is_initialized() and dist.get_world_size() == self.world_size
+
     @override
     def barrier(self, name: str | None = None) -> None:
         if _distributed_is_initialized():
@@ -246,7 +251,7 @@ class FoldedRanks(ParallelStrategy):
         if not isinstance(tensor, Tensor):
             return tensor
         if group is None:
-            if self.fold.dp == 1 or not _distributed_is_initialized():
+            if self.fold.dp == 1 or not self._has_started:
                 return tensor
             group = self.mesh.axis("dp").group
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
@@ -255,7 +260,7 @@ class FoldedRanks(ParallelStrategy):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         # Over the world, whatever reduce() does: every rank must take the same decision.
         # With fold="auto", data is set up before there is a mesh.
-        if not _distributed_is_initialized():
+        if not self._has_started:
             return decision
         world = Axis("world", tuple(range(self.world_size)), self.global_rank, dist.group.WORLD)
         value = comm.all_reduce_raw(torch.tensor(int(decision), device=self.root_device), world)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_moefold.adapters.adapter import Adapter, check_new
+from lightning_moefold.adapters.adapter import Adapter
 from lightning_moefold.adapters.config import LoRA
 from lightning_moefold.adapters.files import separate_config
-from lightning_moefold.adapters.layout import MIXTRAL
+from lightning_moefold.adapters.layout import matrix_names
 from lightning_moefold.adapters.saving import write_adapter
 from lightning_moefold.adapters.seeded import SeededAdapter
 from lightning_moefold.checkpoint import OutputTensor
@@ -22,7 +22,7 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan, split_boxes
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models.quantized import QuantizedModel
-from lightning_moefold.models.weights import CheckpointWeights, SeededWeights
+from lightning_moefold.models.weights import SeededWeights
 from lightning_moefold.modules.base import Linear, wide
 
 
@@ -64,7 +64,14 @@ class AdaptedModel(QuantizedModel):
         self._add(Path(path))
 
     def _add(self, given: LoRA | Path) -> None:
-        check_new(self.adapter, self.mesh)
+        if self.adapter is not None:
+            raise InputError(
+                "the model has an adapter already, and only one is supported; merge it first (moefold merge)."
+            )
+        if self.mesh is not None:
+            raise InputError(
+                "the strategy has cut the model already; call add_adapter in configure_model, where the model is made."
+            )
         self.adapter = Adapter(self, given)
         self.adapter.base = None if self.source is None else self.source.fingerprint()
         self.layouts |= {name: ParameterLayout(shape, ParameterPlan()) for name, shape in self.adapter.shapes.items()}
@@ -89,12 +96,12 @@ class AdaptedModel(QuantizedModel):
         source = self.adapter.source if of_adapter and self.adapter is not None else self.source
         assert source is not None, "a model made by its constructor has no source of weights"
         boxes = self.layouts[name].boxes(self.fold, self.rank)
-        if of_adapter and name.endswith(".lora_magnitude") and isinstance(source, SeededAdapter):
-            for box, part in zip(boxes, split_boxes(mine, boxes), strict=True):
-                part.copy_(self._lengths(name, box, part))
-            return
+        of_base = of_adapter and name.endswith(".lora_magnitude") and isinstance(source, SeededAdapter)
         for box, part in zip(boxes, split_boxes(mine, boxes), strict=True):
-            source.fill(name, box, part)
+            if of_base:
+                part.copy_(self._lengths(name, box, part))
+            else:
+                source.fill(name, box, part)
 
     def _lengths(self, name: str, box: Box, like: Tensor) -> Tensor:
         """Returns the lengths of some rows of a weight of the base, with which DoRA starts."""
@@ -128,27 +135,24 @@ class AdaptedModel(QuantizedModel):
         if self.adapter is None:
             raise InputError("the model has no adapter; save_pretrained writes it as it is.")
         self.release_gathered_weights()
-        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
         world = SINGLE if self.mesh is None else self.mesh.world
-        base = None if origin is None else str(origin)
-        piece = piece_of(dict(self.named_parameters()))
-        config, names = self.adapter.peft_config(base), None
+        config, names = self.adapter.peft_config(None if self.origin is None else str(self.origin)), None
         if separate_experts:
-            mixtral = self.config.model_type == "mixtral"
-            config = separate_config(config, self.adapter.lora, self.config.num_experts, mixtral)
-            names = MIXTRAL if mixtral else {name: name for name in MIXTRAL}
-        write_adapter(path, config, self.adapter_tensors(), piece, world, names)
+            names = matrix_names(self.config.model_type == "mixtral")
+            config = separate_config(config, self.adapter.lora, self.config.num_experts, names)
+        write_adapter(path, config, self.adapter_tensors(), piece_of(dict(self.named_parameters())), world, names)
 
     def adapter_tensors(self) -> dict[str, OutputTensor]:
         """Returns the layouts of all A and B."""
         assert self.adapter is not None
-        ranks = list(range(self.fold.world_size))
         return {
-            name: OutputTensor(
-                shape, self.adapter.dtype, (name,), False, tuple(self.layouts[name].owners(self.fold, ranks))
-            )
+            name: OutputTensor(shape, self.adapter.dtype, (name,), False, self.owners(name))
             for name, shape in self.adapter.shapes.items()
         }
+
+    def owners(self, name: str) -> tuple[tuple[int, tuple[Box, ...]], ...]:
+        """Returns which ranks write which parts of a parameter."""
+        return tuple(self.layouts[name].owners(self.fold, list(range(self.fold.world_size))))
 
     def describe_adapter(self) -> dict[str, Any] | None:
         """What checkpoints say of the adapter, as plain data; None without one.
@@ -159,14 +163,11 @@ class AdaptedModel(QuantizedModel):
         """
         if self.adapter is None:
             return None
-        seed = self.source.seed if isinstance(self.source, SeededWeights) else None
-        origin = self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
-        path = None if origin is None else str(origin.resolve())
         return {
             "lora": self.adapter.lora.as_dict(),
             "base": self.adapter.base,
-            "seed": seed,
-            "path": path,
+            "seed": self.source.seed if isinstance(self.source, SeededWeights) else None,
+            "path": None if self.origin is None else str(self.origin.resolve()),
             "quantize": self.quantized,
         }
 

@@ -98,15 +98,15 @@ def read_batch(
     num_microbatches: int,
     *,
     input_ids: Tensor,
-    labels: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    document_ids: Tensor | None,
-    loss_weights: Tensor | None,
-    keep_all: bool,
+    labels: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    loss_weights: Tensor | None = None,
+    keep_all: bool = False,
     rows_before: int = 0,
 ) -> CausalLMBatch:
-    """Reads the arguments of :meth:`.causal_lm.MoECausalLM.forward`.
+    """Reads the tensors that :meth:`.causal_lm.MoECausalLM.forward` has as arguments.
 
     Args:
         config: The model's configuration.
@@ -121,7 +121,10 @@ def read_batch(
         keep_all: Whether the output of every position is needed, padding included.
         rows_before: Number of rows of this data rank's batch that come before these.
     """
-    check_shapes(input_ids, labels, attention_mask, position_ids, document_ids, loss_weights)
+    check_shapes(
+        input_ids, labels=labels, attention_mask=attention_mask, position_ids=position_ids, document_ids=document_ids,
+        loss_weights=loss_weights,
+    )  # fmt: skip
     input_ids, (rows, length) = input_ids.long(), input_ids.shape
     device, vocab = input_ids.device, config.vocab_size
     mask, document_ids = read_mask(attention_mask, document_ids)
@@ -139,7 +142,7 @@ def read_batch(
     sequence.num_microbatches, sequence.exchange = num_microbatches, axes.exchange
     number, ranks = axes.data_rank
     sequence.row_numbers = range(number + ranks * rows_before, ranks * (rows_before + rows), ranks)
-    mask, needed_BS, trailing = _padding(mask, None if keep_all or labels is None else target_BS)
+    needed_BS, trailing = _needed(mask, None if keep_all or labels is None else target_BS)
     here = _Cut(sequence.layout, length, device)
     if run_BS is not None:
         sequence.document_BS = here.pad(run_BS, run_BS[:, -1:])
@@ -195,24 +198,22 @@ class _Cut:
         return x_BS if self.index is None else self.pad(x_BS, value).index_select(1, self.index)
 
 
-def _padding(real_BS: Tensor | None, target_BS: Tensor | None) -> tuple[Tensor | None, Tensor | None, bool]:
-    """Determines the padding of a batch; the host waits for the device once.
+def _needed(real_BS: Tensor | None, target_BS: Tensor | None) -> tuple[Tensor | None, bool]:
+    """Determines what is needed of a batch; the host waits for the device once.
 
     Args:
         real_BS: False for padding, or None.
         target_BS: Targets, or None if the output of every position is needed.
 
     Returns:
-        The mask, or None without padding; the positions whose output is needed, or None for all; and whether the causal
-        mask suffices, because padding comes after every needed position.
+        The positions whose output is needed, or None for all; and whether the causal mask suffices, because padding comes after
+        every needed position.
     """
-    if real_BS is None:
-        return None, None, False
-    if target_BS is None:
-        return real_BS, None, False
+    if real_BS is None or target_BS is None:
+        return None, False
     needed_BS = real_BS | (target_BS != IGNORED)
     trailing = (real_BS[:, 1:] <= real_BS[:, :-1]).all() & ~(needed_BS & ~real_BS).any()
-    return real_BS, needed_BS, bool(trailing)
+    return needed_BS, bool(trailing)
 
 
 def _filled(value: int, device: torch.device) -> Tensor:
@@ -225,10 +226,7 @@ def stand_in(
 ) -> CausalLMBatch:
     """Makes a batch without labels for a rank whose batch cannot be read, so that it takes part until all ranks raise."""
     input_ids = torch.zeros(num_microbatches, 2, dtype=torch.int64, device=device)
-    batch = read_batch(
-        config, axes, num_microbatches, input_ids=input_ids, labels=None, attention_mask=None, position_ids=None,
-        document_ids=None, loss_weights=None, keep_all=False,
-    )  # fmt: skip
+    batch = read_batch(config, axes, num_microbatches, input_ids=input_ids)
     batch.error = BatchError(str(error))
     batch.error.__cause__ = error
     batch.faults[2] = 1
@@ -244,22 +242,13 @@ def empty_batch(config: MoEConfig, axes: BatchAxes, like: Tensor) -> CausalLMBat
         like: Token ids that give shape and device, ``[B, S]``.
     """
     token_1S = torch.zeros_like(like[:1])
-    batch = read_batch(
-        config, axes, 1, input_ids=token_1S, labels=torch.full_like(token_1S, IGNORED), position_ids=None,
-        attention_mask=torch.zeros_like(token_1S), document_ids=None, loss_weights=None, keep_all=False,
-    )  # fmt: skip
+    labels = torch.full_like(token_1S, IGNORED)
+    batch = read_batch(config, axes, 1, input_ids=token_1S, labels=labels, attention_mask=token_1S)
     batch.labels, batch.is_empty = None, True
     return batch
 
 
-def check_shapes(
-    input_ids: Tensor,
-    labels: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    document_ids: Tensor | None,
-    loss_weights: Tensor | None,
-) -> None:
+def check_shapes(input_ids: Tensor, **others: Tensor | None) -> None:
     """Raises a ValueError unless the arguments of a forward pass have the right dtypes and matching shapes."""
     if input_ids.dim() != 2 or not _is_whole(input_ids):
         raise InputError(
@@ -269,13 +258,6 @@ def check_shapes(
         raise InputError(
             f"input_ids of shape {list(input_ids.shape)} holds no token; give every rank rows in every batch."
         )
-    others = {
-        "labels": labels,
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        "document_ids": document_ids,
-        "loss_weights": loss_weights,
-    }
     for name, tensor in others.items():
         if tensor is None or tensor.shape == input_ids.shape:
             continue
@@ -331,8 +313,7 @@ def _document_runs(
         return None
     if not bool(starts.any()):
         return None
-    first = torch.zeros_like(starts[:, :1])
-    return torch.cat([first, starts], dim=1).cumsum(1)
+    return F.pad(starts, (1, 0)).cumsum(1)
 
 
 def _positions(position_ids: Tensor | None, run_BS: Tensor | None, length: int, device: torch.device) -> Tensor:

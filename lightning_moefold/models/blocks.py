@@ -12,10 +12,6 @@ from lightning_moefold.modules.quantization import BLOCK
 def check_blocks(config: MoEConfig, fold: Fold) -> None:
     """Checks that a fold cuts weights which are stored as bytes between blocks of numbers.
 
-    Args:
-        config: The model's configuration.
-        fold: The fold.
-
     Raises:
         FoldError: Naming a width that is no multiple of a block on each rank.
     """

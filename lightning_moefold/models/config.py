@@ -56,7 +56,7 @@ NEUTRAL = frozenset(
 )  # fmt: skip
 
 #: The kind of value that each field of :class:`MoEConfig` may hold.
-_KINDS = {
+KINDS = {
     **dict.fromkeys(
         (
             "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "moe_intermediate_size",
@@ -165,7 +165,7 @@ class MoEConfig:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
+        for name, kind in KINDS.items():
             kind.check(name, getattr(self, name))
         if self.model_type not in FAMILIES:
             raise ConfigError(
@@ -202,9 +202,8 @@ class MoEConfig:
             object.__setattr__(self, "pad_token_id", self.vocab_size + self.pad_token_id)
         if self.hidden_act not in _ACTIVATIONS:
             raise ConfigError(f"hidden_act={self.hidden_act!r} is not supported; use one of {', '.join(_ACTIVATIONS)}.")
-        if all(
-            window is None for window in self.sliding_windows
-        ):  # for any number of layers, because dataclasses.replace keeps this field
+        # For any number of layers, because dataclasses.replace keeps this field.
+        if all(window is None for window in self.sliding_windows):
             object.__setattr__(self, "sliding_windows", (None,) * self.num_hidden_layers)
         if len(self.sliding_windows) != self.num_hidden_layers:
             raise ConfigError(
@@ -282,24 +281,23 @@ class MoEConfig:
 
     # ---- size and work -----------------------------------------------------------------------------------------
 
-    @property
-    def attention_parameters(self) -> int:
-        """Number of parameters in one layer's attention block, including biases and head norms."""
+    def _matrices(self, index: int, active: bool) -> float:
+        """Returns the numbers in all matrices of a decoder layer; with ``active``, only in those that a token uses."""
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        total = self.hidden_size * (q + 2 * kv) + q * self.hidden_size
-        total += (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.output_bias + 2 * self.head_dim * self.qk_norm
+        total = float(self.hidden_size * (2 * q + 2 * kv))
+        if not self.is_moe_layer(index):
+            return total + 3 * self.hidden_size * self.intermediate_size
+        experts = self.num_experts_per_tok if active else self.num_experts
+        total += self.hidden_size * self.num_experts + 3 * self.hidden_size * experts * self.mean_width(index)
+        if shared := self.shared_width(index):
+            total += 3 * self.hidden_size * shared + self.hidden_size
         return total
 
     def layer_parameters(self, index: int, *, active: bool = False) -> int:
         """Returns the number of parameters in a decoder layer; with ``active``, only those that a token uses."""
-        total = self.attention_parameters + 2 * self.hidden_size
-        if not self.is_moe_layer(index):
-            return total + 3 * self.hidden_size * self.intermediate_size
-        experts = self.num_experts_per_tok if active else self.num_experts
-        total += self.hidden_size * self.num_experts + round(experts * 3 * self.hidden_size * self.mean_width(index))
-        if shared := self.shared_width(index):
-            total += 3 * self.hidden_size * shared + self.hidden_size
-        return total
+        heads = self.num_attention_heads + 2 * self.num_key_value_heads
+        vectors = heads * self.head_dim * self.qkv_bias + self.hidden_size * (2 + self.output_bias)
+        return round(self._matrices(index, active)) + vectors + 2 * self.head_dim * self.qk_norm
 
     def num_parameters(self, *, active: bool = False) -> int:
         """Returns the model's number of parameters; with ``active``, only those that a token uses (with embedding and head)."""
@@ -313,20 +311,10 @@ class MoEConfig:
         is a look-up and does not count. Norms, activations and softmax are left out, as is usual for MFU. Backward
         costs twice as many FLOPs.
         """
-        weights, keys = 0.0, 0.0
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        for index in range(self.num_hidden_layers):
-            weights += self.hidden_size * (2 * q + 2 * kv)
-            if self.is_moe_layer(index):
-                weights += self.hidden_size * self.num_experts
-                weights += 3 * self.hidden_size * self.num_experts_per_tok * self.mean_width(index)
-                if shared := self.shared_width(index):
-                    weights += 3 * self.hidden_size * shared + self.hidden_size
-            else:
-                weights += 3 * self.hidden_size * self.intermediate_size
-            keys += self.attended_keys(index, sequence_length)
-        weights += self.vocab_size * self.hidden_size
-        return 2 * weights + 2 * 2 * q * keys
+        layers = range(self.num_hidden_layers)
+        weights = self.vocab_size * self.hidden_size + sum(self._matrices(i, active=True) for i in layers)
+        keys = sum(self.attended_keys(i, sequence_length) for i in layers)
+        return 2 * weights + 2 * 2 * self.num_attention_heads * self.head_dim * keys
 
     def attended_keys(self, index: int, sequence_length: int) -> float:
         """Returns how many keys a causal query of layer ``index`` sees, on average over a sequence."""

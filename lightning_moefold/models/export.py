@@ -55,45 +55,41 @@ def export(checkpoint: str | Path, output: str | Path, model: Path | None = None
     stored = StoredTensors(checkpoint, meta)
     adapter = described.get("adapter")
     base = None if adapter is None else _base(checkpoint, adapter, config, model)
-    tensors, whole = {}, {}
+    prefix, tensors = f"model.{name}.", {}
     for parameter, entry in (parameter_entries(config) | bias_entries(config)).items():
-        full = f"model.{name}.{parameter}"
+        full = prefix + parameter
         missing = full not in stored.items
         if missing and base is None or not missing and tuple(stored.items[full].size) != tuple(entry.shape):
             raise CheckpointError(f"{checkpoint} has no {full!r} of shape {list(entry.shape)}; it is damaged.")
         kind = getattr(torch, dtype or described["dtypes"][parameter])
         owners = ((0, (Box.whole(entry.shape),)),)
         tensors[parameter] = OutputTensor(entry.shape, kind, entry.sources, entry.stacked, owners)
-        whole[parameter] = full
 
-    parts = _adapter_tensors(stored, f"model.{name}.") if adapter is not None else {}
+    parts = _adapter_tensors(stored, prefix) if adapter is not None else {}
 
     def piece(parameter: str) -> Tensor:
-        full = whole.get(parameter, f"model.{name}.{parameter}")
-        if full in stored.items:
-            return stored.read(full)
+        if prefix + parameter in stored.items:
+            return stored.read(prefix + parameter)
         assert base is not None
         kind = base.dtype(parameter) or torch.float32
         return read_whole(base, parameter, tensors[parameter].shape, kind)
 
     def dtype_of(parameter: str) -> torch.dtype:
-        item = stored.items.get(whole[parameter])
+        item = stored.items.get(prefix + parameter)
         read = item.properties.dtype if item is not None else None if base is None else base.dtype(parameter)
         return read or torch.float32
 
     merges = None if adapter is None else merges_of(LoRA.of(adapter["lora"]), tensors, parts, dtype_of)
 
-    written: dict[str, Any] = written_config(config)
-    if dtype is not None:
-        written = {k: v for k, v in written.items() if k != "torch_dtype"} | {"dtype": dtype}
     origin = model or (Path(described["path"]) if described["path"] else None)
     output = local_path(output, "output")
     if model is not None and not model.is_dir():
         raise CheckpointError(f"{model} is no directory; give the one with the tokenizer.")
     tokenizer = Path(described["tokenizer"]) if model is None and described.get("tokenizer") else None
     write_hf_checkpoint(
-        output, written, tensors, piece, SINGLE, side_files_from=origin, tokenizer_from=tokenizer, merges=merges
-    )
+        output, written_config(config, dtype), tensors, piece, SINGLE, side_files_from=origin, tokenizer_from=tokenizer,
+        merges=merges,
+    )  # fmt: skip
     return adapter is not None
 
 
@@ -114,8 +110,8 @@ def _base(
         source = CheckpointWeights(HFCheckpoint(path), config)
     if source.fingerprint() != adapter["base"]:
         raise CheckpointError(
-            f"{checkpoint} holds an adapter of another model than {model or adapter['path']}, whose configuration, index or "
-            "tensor headers differ; say with --model where its base is."
+            f"{checkpoint} holds an adapter of another model than {model or adapter['path']}, whose configuration, index, "
+            "tensor headers or weights differ; say with --model where its base is."
         )
     return source
 

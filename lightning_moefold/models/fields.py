@@ -114,12 +114,7 @@ _MISSING = object()
 
 
 class FieldReader:
-    """Reads and checks fields of a configuration, and remembers which were read.
-
-    Args:
-        raw: The configuration dictionary.
-        family: Its ``model_type``.
-    """
+    """Reads and checks fields of a configuration, and remembers which were read."""
 
     def __init__(self, raw: Mapping[str, Any], family: str) -> None:
         self.raw, self.family = raw, family

@@ -6,9 +6,7 @@ Legend: B rows, S positions of the prompts, V vocabulary, n new tokens.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +20,9 @@ from lightning_moefold import comm
 from lightning_moefold.errors import InputError
 from lightning_moefold.models.batch import check_kinds
 from lightning_moefold.models.masks import read_mask
-from lightning_moefold.models.weights import CheckpointWeights
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.base import wide
+from lightning_moefold.modules.noise import generator_of
 
 if TYPE_CHECKING:
     from lightning_moefold.models.causal_lm import MoECausalLM
@@ -86,22 +84,14 @@ def _uniforms(model: MoECausalLM, seed: int | None, rows: int, count: int, devic
         for axis in (model.tp,) if model.mesh is None else map(model.mesh.axis, ("tp", "cp", "pp")):
             comm.broadcast_flat([shared], axis)
         seed = int(shared)
-    drawn = []
-    for row in range(rows):
-        digest = hashlib.blake2b(f"{seed}:{row * data[1] + data[0]}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        drawn.append(torch.rand(count, generator=generator, dtype=torch.float64))
+    generators = (generator_of(seed, row * data[1] + data[0]) for row in range(rows))
+    drawn = [torch.rand(count, generator=generator, dtype=torch.float64) for generator in generators]
     return torch.stack(drawn, dim=1).to(device)
 
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Strings that end a text.
-
-    Args:
-        texts: The strings.
-        tokenizer: Decodes tokens.
-    """
+    """Strings that end a text, and the tokenizer that decodes tokens."""
 
     texts: tuple[str, ...] = ()
     tokenizer: Any = None
@@ -134,8 +124,8 @@ def _special_tokens(
 ) -> tuple[list[int], int | None]:
     """Returns the end-of-text tokens and the padding token, by default those of the checkpoint."""
     fields = dict(model.config.raw)
-    if isinstance(model.source, CheckpointWeights):
-        file = model.source.checkpoint.path / "generation_config.json"
+    if model.origin is not None:
+        file = model.origin / "generation_config.json"
         fields |= json.loads(file.read_text()) if file.is_file() else {}
     eos = fields.get("eos_token_id") if eos is None else eos
     ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -152,23 +142,22 @@ def _read_mask(input_ids: Tensor, attention_mask: Tensor | None, ends: list[int]
         raise InputError(
             f"input_ids must be integers of shape [rows, length], not {input_ids.dtype} {list(input_ids.shape)}."
         )
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise InputError(
-            f"attention_mask has shape {list(attention_mask.shape)}, but input_ids has {list(input_ids.shape)}; make them "
-            "equal."
-        )
+    real_BS = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise InputError(
+                f"attention_mask has shape {list(attention_mask.shape)}, but input_ids has {list(input_ids.shape)}; make them "
+                "equal."
+            )
         check_kinds({"attention_mask": attention_mask})
-        real_BS, documents = read_mask(attention_mask, None)
+        mask, documents = read_mask(attention_mask, None)
         if documents is not None:
             raise InputError(
                 "attention_mask numbers documents, but a prompt is one document; give 1 for tokens and 0 for padding."
             )
-        real_BS = torch.ones_like(input_ids, dtype=torch.bool) if real_BS is None else real_BS
+        real_BS = real_BS if mask is None else mask
     elif pad is not None and pad not in ends:
         real_BS = input_ids != pad
-    else:
-        real_BS = torch.ones_like(input_ids, dtype=torch.bool)
     if not bool(real_BS.any(1).all()):
         raise InputError("a prompt holds no token; give each at least one, such as the one that begins a text.")
     if not bool(real_BS[:, -1].all()):
@@ -212,44 +201,32 @@ def generate(
             sampling.check()
             uniform_nB = _uniforms(model, sampling.seed, len(input_ids), max_new_tokens, input_ids.device)
         pad = ends[0] if pad is None and ends else pad
-        return _continue(model, input_ids, real_BS, max_new_tokens, sampling, uniform_nB, ends, pad, stop)
+        end_tokens = torch.tensor(ends, dtype=input_ids.dtype, device=input_ids.device)
+        unfinished_B = torch.ones_like(real_BS[:, 0])
+        rows, parts = _Rows(model, real_BS, max_new_tokens), [input_ids]
+        logits_BV = rows.first(input_ids)
+        for step in range(max_new_tokens):
+            if sampling is None or uniform_nB is None:
+                token_B = logits_BV.argmax(-1)
+            else:
+                token_B = draw(sampling.probabilities(logits_BV), uniform_nB[step])
+            if pad is not None:
+                token_B = torch.where(unfinished_B, token_B, pad)
+            unfinished_B = unfinished_B & ~torch.isin(token_B, end_tokens)
+            parts.append(token_B.to(input_ids.dtype).unsqueeze(1))
+            if stop.texts:
+                unfinished_B = unfinished_B & ~stop.complete(torch.cat(parts[1:], dim=1), unfinished_B)
+            if step + 1 == max_new_tokens or not bool(unfinished_B.any()):
+                break
+            logits_BV = rows.then(parts[-1])
+        return torch.cat(parts, dim=1)
 
 
-def _continue(
-    model: MoECausalLM,
-    input_BS: Tensor,
-    real_BS: Tensor,
-    count: int,
-    sampling: Sampling | None,
-    uniform_nB: Tensor | None,
-    ends: list[int],
-    pad: int | None,
-    stop: StopStrings,
-) -> Tensor:
-    end_tokens = torch.tensor(ends, dtype=input_BS.dtype, device=input_BS.device)
-    unfinished_B = torch.ones_like(real_BS[:, 0])
-    rows = (_WholeRows if model.fold.cp * model.fold.pp > 1 else _CachedRows)(model, real_BS, count)
-    logits_BV = rows.first(input_BS)
-    parts = [input_BS]
-    for step in range(count):
-        if sampling is None or uniform_nB is None:
-            token_B = logits_BV.argmax(-1)
-        else:
-            token_B = draw(sampling.probabilities(logits_BV), uniform_nB[step])
-        if pad is not None:
-            token_B = torch.where(unfinished_B, token_B, pad)
-        unfinished_B = unfinished_B & ~torch.isin(token_B, end_tokens)
-        parts.append(token_B.to(input_BS.dtype).unsqueeze(1))
-        if stop.texts:
-            unfinished_B = unfinished_B & ~stop.complete(torch.cat(parts[1:], dim=1), unfinished_B)
-        if step + 1 == count or not bool(unfinished_B.any()):
-            break
-        logits_BV = rows.then(parts[-1])
-    return torch.cat(parts, dim=1)
-
-
-class _Rows(ABC):
+class _Rows:
     """Rows that grow by a token a time.
+
+    Keys and values of earlier positions are kept, except where ranks hold parts of rows, or of the layers of micro-batches: there
+    whole rows run again for every token.
 
     Args:
         model: The model.
@@ -258,44 +235,31 @@ class _Rows(ABC):
     """
 
     def __init__(self, model: MoECausalLM, real_BS: Tensor, count: int) -> None:
-        self._model, self._real_BS, self._count = model, real_BS, count
+        self._model, self._real_BS = model, real_BS
         self._position_BS = (real_BS.cumsum(1) - 1).clamp(min=0)
+        whole = model.fold.cp * model.fold.pp > 1
+        self._cache = None if whole else KeyValueCache(real_BS, real_BS.shape[1] + count)
 
-    @abstractmethod
     def first(self, token_BS: Tensor) -> Tensor:
         """Returns the logits after the prompts, ``[B, V]``."""
+        self._token_BS = token_BS
+        return self._logits(token_BS, self._position_BS, self._real_BS)
 
-    @abstractmethod
     def then(self, token_B1: Tensor) -> Tensor:
         """Returns the logits after one more token."""
-
-
-class _CachedRows(_Rows):
-    """Keeps keys and values of earlier positions."""
-
-    def first(self, token_BS: Tensor) -> Tensor:
-        self._cache = KeyValueCache(self._real_BS, token_BS.shape[1] + self._count)
-        self._position_B1 = self._position_BS[:, -1:]
-        mask, positions = self._real_BS, self._position_BS
-        return self._model(token_BS, attention_mask=mask, position_ids=positions, cache=self._cache).logits[:, -1]
-
-    def then(self, token_B1: Tensor) -> Tensor:
-        self._position_B1 = self._position_B1 + 1
-        return self._model(token_B1, position_ids=self._position_B1, cache=self._cache).logits[:, -1]
-
-
-class _WholeRows(_Rows):
-    """Runs whole rows for every token, where ranks hold parts of rows, or of the layers of micro-batches."""
-
-    def first(self, token_BS: Tensor) -> Tensor:
-        self._token_BS = token_BS
-        mask, positions = self._real_BS, self._position_BS
-        return self._model(token_BS, attention_mask=mask, position_ids=positions, last_logits=True).logits[:, -1]
-
-    def then(self, token_B1: Tensor) -> Tensor:
+        next_B1 = self._position_BS[:, -1:] + 1
+        if self._cache is not None:
+            self._position_BS = next_B1
+            return self._logits(token_B1, next_B1)
         self._real_BS = F.pad(self._real_BS, (0, 1), value=True)
-        self._position_BS = torch.cat([self._position_BS, self._position_BS[:, -1:] + 1], dim=1)
+        self._position_BS = torch.cat([self._position_BS, next_B1], dim=1)
         return self.first(torch.cat([self._token_BS, token_B1], dim=1))
+
+    def _logits(self, token_BS: Tensor, position_BS: Tensor, real_BS: Tensor | None = None) -> Tensor:
+        output = self._model(
+            token_BS, attention_mask=real_BS, position_ids=position_BS, last_logits=True, cache=self._cache
+        )
+        return output.logits[:, -1]
 
 
 @contextmanager

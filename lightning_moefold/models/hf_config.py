@@ -9,31 +9,36 @@ from typing import Any
 
 from lightning_moefold.errors import ConfigError
 from lightning_moefold.models import rope
-from lightning_moefold.models.config import NEUTRAL, MoEConfig
+from lightning_moefold.models.config import KINDS, NEUTRAL, MoEConfig
 from lightning_moefold.models.families import FAMILIES, known_families, registered_family
 from lightning_moefold.models.fields import (
     BOOLEAN,
     COUNT,
-    INTEGER,
     INTEGERS,
     NOT_NEGATIVE,
-    NUMBER,
     NUMEROUS,
     POSITIVE,
-    STRING,
     STRINGS,
     TOKENS,
     FieldReader,
     Kind,
     names_beside,
 )
-from lightning_moefold.models.packed_config import PACKED, join_packed, split_packed
 from lightning_moefold.modules.routers.options import RouterOptions
 from lightning_moefold.modules.routers.registry import router_options
 
 _KV_HEADS = {"mixtral": 8, "qwen2_moe": 16, "qwen3_moe": 4}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _DTYPE = Kind("the name of a dtype", lambda value: isinstance(value, str) or str(value).startswith("torch."))
+#: Fields of our configurations that Hugging Face's have under the same name and with the same default.
+_SAME_DEFAULT = (
+    "tie_word_embeddings", "pad_token_id", "hidden_act", "router_aux_loss_coef", "output_router_logits", "aux_loss",
+    "router_z_loss_coef", "initializer_range",
+)  # fmt: skip
+#: The model type of a packed model, whose ``config.json`` is that of its family with the widths of all experts. ``transformers``
+#: does not know it, so it refuses the directory instead of filling missing tensors with random numbers.
+PACKED = "moefold_packed"
+_OF_PACKED = ("packed_model_type", "expert_widths", "shared_expert_widths")
 #: Fields that only change what a call returns. The source's value is written, whatever a run has set.
 _OF_CALLS = ("output_router_logits",)
 
@@ -47,7 +52,7 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
     if not isinstance(raw, Mapping):
         raise ConfigError(f"a configuration is a mapping of fields to values, not {type(raw).__name__}.")
     if raw.get("model_type") == PACKED:
-        plain, widths = split_packed(raw)
+        plain, widths = _split_packed(raw)
         config, unknown = read_hf_config(plain, overrides)
         return replace(config, **widths), unknown
     family = overrides.get("model_type", raw.get("model_type"))
@@ -70,7 +75,7 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
     head_dim = reader.get("head_dim", POSITIVE.or_null, default=None)
     top_k = {"mixtral": 2, "qwen2_moe": 4}.get(family, 8)
     theta, factor = rope.read_rope(reader)
-    common = {
+    common = {name: reader.get(name, KINDS[name], default=getattr(MoEConfig, name)) for name in _SAME_DEFAULT} | {
         "model_type": family,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -82,15 +87,7 @@ def read_hf_config(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tupl
         "rms_norm_eps": reader.get("rms_norm_eps", NOT_NEGATIVE, default=1e-5 if family == "mixtral" else 1e-6),
         "rope_theta": theta,
         "rope_scaling_factor": factor,
-        "tie_word_embeddings": reader.get("tie_word_embeddings", BOOLEAN, default=False),
-        "pad_token_id": reader.get("pad_token_id", INTEGER.or_null, default=None),
-        "hidden_act": reader.get("hidden_act", STRING, default="silu"),
-        "router_aux_loss_coef": reader.get("router_aux_loss_coef", NUMBER, default=0.001),
-        "output_router_logits": reader.get("output_router_logits", BOOLEAN, default=False),
-        "aux_loss": reader.get("aux_loss", STRING, default="huggingface"),
-        "router_z_loss_coef": reader.get("router_z_loss_coef", NUMBER, default=0.0),
         "router": _router(reader),
-        "initializer_range": reader.get("initializer_range", NOT_NEGATIVE, default=0.02),
         "dtype": _dtype(reader),
         "raw": dict(raw),
     }
@@ -224,17 +221,23 @@ def _check_layer_types(reader: FieldReader, layers: int, window: int | None) -> 
             )
 
 
-def written_config(config: MoEConfig) -> dict[str, Any]:
+def written_config(config: MoEConfig, dtype: str | None = None) -> dict[str, Any]:
     """Returns the ``config.json`` of a saved model: the source's fields, updated where they change what the model computes.
 
     Fields that only change what a call returns, such as ``output_router_logits``, keep the source's value, because they
     affect generation in ``transformers``.
 
+    Args:
+        config: The model's configuration.
+        dtype: Data type on disk; by default that of the configuration.
+
     Raises:
         ConfigError: If a field of the configuration has no place in the family's ``config.json``.
     """
+    if dtype is not None:
+        return {k: v for k, v in written_config(config).items() if k != "torch_dtype"} | {"dtype": dtype}
     if config.is_packed:
-        return join_packed(config, written_config(replace(config, packed_widths=(), packed_shared_widths=())))
+        return _join_packed(config, written_config(replace(config, packed_widths=(), packed_shared_widths=())))
     if (registered := registered_family(config.family)) is not None:
         written = written_config(replace(config, family=None, raw=registered.to_base(config.raw)))
         return registered.from_base(written, config.raw)
@@ -310,3 +313,30 @@ def to_hf_config(config: MoEConfig) -> dict[str, Any]:
             "layer_types": kinds,
         }
     return out | {"attention_bias": config.qkv_bias}
+
+
+def _split_packed(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the configuration of a packed model's family, and the fields of :class:`MoEConfig` that hold the widths.
+
+    Raises:
+        ConfigError: If a field is missing or of another kind.
+    """
+    plain = {name: value for name, value in raw.items() if name not in _OF_PACKED} | {
+        "model_type": raw.get(_OF_PACKED[0])
+    }
+    try:
+        widths = tuple(tuple(of_layer) for of_layer in raw["expert_widths"])
+        return plain, {"packed_widths": widths, "packed_shared_widths": tuple(raw["shared_expert_widths"])}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"config.json of a packed model lacks a list of widths ({error}).") from None
+
+
+def _join_packed(config: MoEConfig, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the ``config.json`` of a packed model; ``plain`` is that of its family."""
+    kept = {name: value for name, value in plain.items() if name != "architectures"}
+    return kept | {
+        "model_type": PACKED,
+        "packed_model_type": config.model_type,
+        "expert_widths": [list(widths) for widths in config.packed_widths],
+        "shared_expert_widths": list(config.packed_shared_widths),
+    }

@@ -100,7 +100,8 @@ class JoinCalls:
         Raises:
             PeerError: If another rank has failed.
         """
-        votes = torch.zeros(len(self._models) + 1, dtype=torch.int64, device=_device(self._models[0]))
+        device = next(self._models[0].parameters()).device
+        votes = torch.zeros(len(self._models) + 1, dtype=torch.int64, device=device)
         if index is not None:
             votes[index] = 1
         votes[-1] = int(failed)
@@ -120,7 +121,3 @@ class JoinCalls:
             self._heard = error
         finally:
             self._standing_in = self._inside_call = False
-
-
-def _device(model: ParallelRoot) -> torch.device:
-    return next(model.parameters()).device

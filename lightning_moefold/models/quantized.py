@@ -15,13 +15,11 @@ from lightning_moefold.layout import Box, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models.blocks import check_blocks
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.models.weights import WeightSource
+from lightning_moefold.models.weights import CheckpointWeights, WeightSource
 from lightning_moefold.modules.base import Linear, ParallelRoot
-from lightning_moefold.modules.experts.experts import Experts
+from lightning_moefold.modules.experts.experts import WEIGHTS, Experts
 from lightning_moefold.modules.quantization import Quantization
 from lightning_moefold.modules.quantized import Codec, CodedModule, coded_weights
-
-_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class QuantizedModel(ParallelRoot):
@@ -47,6 +45,11 @@ class QuantizedModel(ParallelRoot):
         super().__init__()
         self.coded_layouts: dict[str, ParameterLayout] = {}
 
+    @property
+    def origin(self) -> Path | None:
+        """Directory of the checkpoint that its weights come from; None if they come from a seed."""
+        return self.source.checkpoint.path if isinstance(self.source, CheckpointWeights) else None
+
     def quantize(self, codec: Codec) -> None:
         """Makes room for bytes in place of weights that have no values yet.
 
@@ -62,7 +65,7 @@ class QuantizedModel(ParallelRoot):
         self.quantized = codec.kind
         for name, module in self.named_modules():
             if isinstance(module, Experts):
-                module.quantize(codec, _OF_EXPERTS)
+                module.quantize(codec, WEIGHTS)
                 module.numbers_in_bytes = sum(map(prod, module.coded.values()))
             elif isinstance(module, Linear) and not name.endswith(".shared_expert_gate"):
                 module.quantize(codec, ("weight",))
@@ -71,12 +74,7 @@ class QuantizedModel(ParallelRoot):
             del self.layouts[name]
 
     def cut_coded(self, plans: Mapping[str, ParameterPlan], mesh: FoldedMesh) -> None:
-        """Makes room for this rank's parts only, in place of whole weights.
-
-        Args:
-            plans: How the fold cuts parameters, by name.
-            mesh: Of the fold.
-        """
+        """Makes room for this rank's parts only, as ``plans`` cut them, in place of whole weights."""
         shapes, self.coded_layouts = {name: old.shape for name, old in self.coded_layouts.items()}, {}
         for name, module, leaf in coded_weights(self):
             layer = ".".join(name.split(".")[:3])
@@ -102,11 +100,7 @@ class QuantizedModel(ParallelRoot):
             self.source.close()
 
     def check_trainable(self, adapted: bool) -> None:
-        """Raises InputError for a step that would train weights which are bytes.
-
-        Args:
-            adapted: Whether there is an adapter, which trains in their place.
-        """
+        """Raises InputError for a step that would train weights which are bytes, unless it trains an adapter in their place."""
         if self.quantized is not None and not adapted:
             raise InputError(
                 f"a model with quantize={self.quantized!r} cannot train its weights; add an adapter (add_adapter), or leave "

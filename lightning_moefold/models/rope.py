@@ -72,6 +72,12 @@ def replace_rope(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[s
     return rest | file | given
 
 
+def with_base(raw: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    """Returns a configuration that says its base: ``theta`` if it says none itself."""
+    says = "rope_theta" in raw or "rope_theta" in _chosen(raw)
+    return dict(raw) if says else {**raw, "rope_theta": theta}
+
+
 def unknown_keys(raw: Mapping[str, Any]) -> set[str]:
     """Returns unknown keys of the rotary dictionaries, with the dictionary's name."""
     known = (*_READ, *_OF_OTHER_TYPES)

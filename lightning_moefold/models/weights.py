@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources of a model's weights: a checkpoint or a seed. A rank reads only the boxes that it stores."""
+"""Sources of a model's weights: a checkpoint or a seed. A rank reads only the boxes that it stores.
+
+Legend: V vocabulary, D hidden size, h half a head.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,8 +23,9 @@ from lightning_moefold.layout import Box
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.models.names import ParameterEntry, base_entries, bias_entries, disk_name, entries_on_disk
-from lightning_moefold.models.redundant import compare_redundant
+from lightning_moefold.modules.noise import generator_of
 
+_ROWS_COMPARED = 8192  # at a time, of tensors that should be equal
 _DEFERRED: ContextVar[bool] = ContextVar("moefold_deferred_weights", default=False)
 
 
@@ -40,38 +44,55 @@ def weights_are_deferred() -> bool:
     return _DEFERRED.get() or torch.get_default_device().type == "meta"
 
 
-class WeightSource(Protocol):
-    """A source of pieces of parameters."""
+class WeightSource(ABC):
+    """A source of pieces of parameters.
+
+    Args:
+        entries: The parameters by their names in the model, with the tensors that hold them.
+    """
+
+    def __init__(self, entries: dict[str, ParameterEntry]) -> None:
+        self._entries = entries
 
     def fill(self, name: str, box: Box, out: Tensor) -> None:
         """Copies the part ``box`` of parameter ``name`` (its name in the model) into ``out``, whatever its dtype and device."""
-        ...
+        entry, slices = self._entries[name], box.slices()
+        if box.numel == 0:
+            return
+        if not entry.stacked:
+            out.copy_(self._read(entry.sources[0], entry, entry.source_slices(slices)))
+            return
+        for piece, source in zip(out, entry.sources[slices[0]], strict=True):
+            piece.copy_(self._read(source, entry, slices[1:]))
+
+    @abstractmethod
+    def _read(self, source: str, entry: ParameterEntry, slices: tuple[slice, ...]) -> Tensor:
+        """Returns a part of one of the tensors of ``entry``."""
 
     def holds(self, name: str) -> bool:
         """Whether the source has values for the buffer ``name``; otherwise the buffer starts at zero."""
-        ...
+        return False
 
     def dtype(self, name: str) -> torch.dtype | None:
         """Returns the dtype in which the parameter is stored; None if it is not stored."""
-        ...
+        return None
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Identifies these weights."""
-        ...
 
     def close(self) -> None:
         """Closes files."""
-        ...
 
 
 def read_whole(source: WeightSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A whole parameter of a source, on the CPU."""
     whole = torch.empty(shape, dtype=dtype)
-    source.fill(name, Box((0,) * len(shape), tuple(shape)), whole)
+    source.fill(name, Box.whole(shape), whole)
     return whole
 
 
-class CheckpointWeights:
+class CheckpointWeights(WeightSource):
     """Weights of a Hugging Face checkpoint, checked against a configuration.
 
     Raises:
@@ -79,8 +100,8 @@ class CheckpointWeights:
     """
 
     def __init__(self, checkpoint: HFCheckpoint, config: MoEConfig) -> None:
+        super().__init__(entries_on_disk(config, checkpoint.tensors))
         self.checkpoint = checkpoint
-        self._entries = entries_on_disk(config, checkpoint.tensors)
         expected = {source: entry.source_shape for entry in self._entries.values() for source in entry.sources}
         biases = bias_entries(config)
         if any(name in checkpoint.tensors for name in biases):  # the check reports layers without one
@@ -101,17 +122,8 @@ class CheckpointWeights:
         checkpoint.check(expected, head | rotary)
         compare_redundant(checkpoint, config, rotary)
 
-    def fill(self, name: str, box: Box, out: Tensor) -> None:
-        """See :class:`WeightSource`."""
-        entry, slices = self._entries[name], box.slices()
-        if box.numel == 0:
-            return
-        # The checkpoint returns views of the mapped file, so each element is copied once.
-        if not entry.stacked:
-            out.copy_(self.checkpoint.read(entry.sources[0], entry.source_slices(slices)))
-            return
-        for piece, source in zip(out, entry.sources[slices[0]], strict=True):
-            piece.copy_(self.checkpoint.read(source, slices[1:]))
+    def _read(self, source: str, entry: ParameterEntry, slices: tuple[slice, ...]) -> Tensor:
+        return self.checkpoint.read(source, slices)  # a view of the mapped file, so each element is copied once
 
     def holds(self, name: str) -> bool:
         """See :class:`WeightSource`."""
@@ -130,7 +142,47 @@ class CheckpointWeights:
         self.checkpoint.close()
 
 
-class SeededWeights:
+def compare_redundant(checkpoint: HFCheckpoint, config: MoEConfig, rotary: Iterable[str]) -> None:
+    """Compares a tied head with the embedding, and the stored frequencies ``rotary`` with the configuration's.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    if (
+        config.tie_word_embeddings
+        and "lm_head.weight" in checkpoint.tensors
+        and not _head_is_embedding(checkpoint, config)
+    ):
+        raise CheckpointError(
+            f"{checkpoint.path} holds a head of its own ('lm_head.weight' is not the embedding), but its configuration says "
+            "tie_word_embeddings=True; set tie_word_embeddings=False to train both, as transformers reads it, or delete the "
+            "head from the file."
+        )
+    for name in rotary:
+        stored_h = checkpoint.read(name, ())
+        exponent_h = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+        frequency_h = 1.0 / config.rope_theta**exponent_h
+        close = any(
+            torch.allclose(stored_h.double(), frequency_h / factor, rtol=4 * torch.finfo(stored_h.dtype).eps, atol=0.0)
+            for factor in (1.0, config.rope_scaling_factor)
+        )
+        if not close:
+            raise CheckpointError(
+                f"{checkpoint.path} holds {name!r}, whose frequencies are not those of rope_theta={config.rope_theta} in its "
+                "configuration; correct the field, or delete the tensor from the file."
+            )
+
+
+def _head_is_embedding(checkpoint: HFCheckpoint, config: MoEConfig) -> bool:
+    for start in range(0, config.vocab_size, _ROWS_COMPARED):
+        rows = (slice(start, min(start + _ROWS_COMPARED, config.vocab_size)), slice(0, config.hidden_size))
+        head_VD, embedding_VD = (checkpoint.read(f"{n}.weight", rows) for n in ("lm_head", "model.embed_tokens"))
+        if not bool((head_VD == embedding_VD).all()):
+            return False
+    return True
+
+
+class SeededWeights(WeightSource):
     """Random initial weights: each tensor on disk is drawn whole from its name and the seed, and then cut.
 
     So the weights depend neither on the fold nor on which parameters a rank holds. Norms start at one and biases at
@@ -138,46 +190,24 @@ class SeededWeights:
     """
 
     def __init__(self, config: MoEConfig, seed: int) -> None:
+        super().__init__(base_entries(config))
         self.config, self.seed = config, seed
-        self._entries = base_entries(config)
 
-    def fill(self, name: str, box: Box, out: Tensor) -> None:
-        """See :class:`WeightSource`."""
-        entry, slices = self._entries[name], box.slices()
-        if box.numel == 0:
-            return
-        if not entry.stacked:
-            out.copy_(self._draw(entry.sources[0], entry)[slices])
-            return
-        for piece, source in zip(out, entry.sources[slices[0]], strict=True):
-            piece.copy_(self._draw(source, entry)[slices[1:]])
+    def _read(self, source: str, entry: ParameterEntry, slices: tuple[slice, ...]) -> Tensor:
+        return self._draw(source, entry.source_shape)[slices]
 
-    def _draw(self, source: str, entry: ParameterEntry) -> Tensor:
-        shape = entry.source_shape
+    def _draw(self, source: str, shape: tuple[int, ...]) -> Tensor:
         if source.endswith("norm.weight"):
             return torch.ones(shape, dtype=torch.float32)
         if source.endswith(".bias"):
             return torch.zeros(shape, dtype=torch.float32)
-        digest = hashlib.blake2b(f"{self.seed}:{source}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
-        drawn.normal_(0.0, self.config.initializer_range, generator=generator)
+        drawn.normal_(0.0, self.config.initializer_range, generator=generator_of(self.seed, source))
         if source == "model.embed_tokens.weight" and self.config.pad_token_id is not None:
             drawn[self.config.pad_token_id] = 0
         return drawn
-
-    def holds(self, name: str) -> bool:
-        """Returns False: buffers start at zero."""
-        return False
-
-    def dtype(self, name: str) -> torch.dtype | None:
-        """Returns None: no parameter is stored."""
-        return None
 
     def fingerprint(self) -> str:
         """See :class:`WeightSource`."""
         written = json.dumps(written_config(self.config), sort_keys=True)
         return hashlib.blake2b(f"{self.seed} {written}".encode(), digest_size=16).hexdigest()
-
-    def close(self) -> None:
-        """Does nothing: no file is open."""

@@ -13,14 +13,9 @@ if TYPE_CHECKING:
     from lightning_moefold.modules.mlp import GatedMLP
     from lightning_moefold.modules.moe import MoELayer
     from lightning_moefold.modules.norm import RMSNorm
-    from lightning_moefold.modules.routers import (
-        Router,
-        RouterOptions,
-        SwipeOptions,
-        TopologyAwareOptions,
-        register_router,
-        update_expert_bias,
-    )
+    from lightning_moefold.modules.routers import Router, RouterOptions, update_expert_bias
+    from lightning_moefold.modules.routers.options import SwipeOptions, TopologyAwareOptions
+    from lightning_moefold.modules.routers.registry import register_router
 
 __all__ = [
     "Attention",
@@ -49,10 +44,10 @@ __getattr__, __dir__ = lazy_names(
         "RMSNorm": "norm",
         "Router": "routers",
         "RouterOptions": "routers",
-        "SwipeOptions": "routers",
-        "TopologyAwareOptions": "routers",
+        "SwipeOptions": "routers.options",
+        "TopologyAwareOptions": "routers.options",
         "load_balancing_loss": "balance",
-        "register_router": "routers",
+        "register_router": "routers.registry",
         "router_z_loss": "balance",
         "update_expert_bias": "routers",
     },

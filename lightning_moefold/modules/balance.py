@@ -10,8 +10,8 @@ Legend: E experts, L layers, S rows of a layer's routing table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +58,7 @@ def load_balancing_loss(network: nn.Module) -> Tensor:
         run = module.__dict__.get("_moefold_runner")
         if run is not None and (spread := run.load_balancing_loss()) is not None:
             return spread  # the layers are spread over pipeline stages
-    routings, totals = _reduced(network)
-    shares, values = [], []
-    for routing, total_SE in zip(routings, totals, strict=True):
-        counts_GE, all_GE, _ = split_table(total_SE)
-        slope_GE = balance_slope(counts_GE, routing.top_k)
-        values.append((slope_GE * all_GE).sum())
-        shares.append((slope_GE * split_table(routing.table_SE)[1]).sum())
-    return _mean(shares, values, routings[0])
+    return _mean_loss(network, _balance)
 
 
 def router_z_loss(network: nn.Module) -> Tensor:
@@ -80,14 +73,26 @@ def router_z_loss(network: nn.Module) -> Tensor:
     Raises:
         ValueError: As for :func:`load_balancing_loss`.
     """
+    return _mean_loss(network, _z)
+
+
+def _balance(table_SE: Tensor, counts_GE: Tensor, top_k: int) -> Tensor:
+    return (balance_slope(counts_GE, top_k) * split_table(table_SE)[1]).sum()
+
+
+def _z(table_SE: Tensor, counts_GE: Tensor, top_k: int) -> Tensor:
+    return split_table(table_SE)[2] / (counts_GE.sum() / top_k).clamp(min=1)
+
+
+def _mean_loss(network: nn.Module, loss: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+    """Returns the mean of a loss over layers; ``loss`` is linear in the table, and also gets the choices of all ranks."""
     routings, totals = _reduced(network)
-    shares, values = [], []
-    for routing, total_SE in zip(routings, totals, strict=True):
-        counts_GE, _, z = split_table(total_SE)
-        tokens = (counts_GE.sum() / routing.top_k).clamp(min=1)
-        values.append(z / tokens)
-        shares.append(split_table(routing.table_SE)[2] / tokens)
-    return _mean(shares, values, routings[0])
+    counts = [split_table(total_SE)[0] for total_SE in totals]
+    shares, values = (
+        torch.stack([loss(t, n, r.top_k) for t, n, r in zip(tables, counts, routings, strict=True)]).mean()
+        for tables in ([routing.table_SE for routing in routings], totals)
+    )
+    return global_value(shares.to(routings[0].dtype), values, routings[0].mesh)
 
 
 def _reduced(network: nn.Module) -> tuple[list[Routing], list[Tensor]]:
@@ -103,21 +108,6 @@ def _reduced(network: nn.Module) -> tuple[list[Routing], list[Tensor]]:
         comm.all_reduce_raw(totals, mesh.stage)
     parts = totals.split([table.numel() for table in tables])
     return routings, [part.view_as(table) for part, table in zip(parts, tables, strict=True)]
-
-
-def _mean(shares: list[Tensor], values: list[Tensor], routing: Routing) -> Tensor:
-    return global_value(torch.stack(shares).mean().to(routing.dtype), torch.stack(values).mean(), routing.mesh)
-
-
-class _GlobalValue(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, share: Tensor, value: Tensor, scale: Tensor | float) -> Tensor:
-        ctx.scale = scale
-        return value.to(share.dtype, copy=True)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] * ctx.scale, None, None
 
 
 def global_value(
@@ -136,4 +126,5 @@ def global_value(
         copies: Number of ranks that have computed the same share, because they share rows.
         factor: Factor of the gradient.
     """
-    return _GlobalValue.apply(share, value, factor * (1.0 if mesh is None else mesh.dp_cp.size / copies))
+    scale = factor * (1.0 if mesh is None else mesh.dp_cp.size / copies)
+    return comm.linear(share, lambda share: value.to(share.dtype, copy=True), lambda grad: grad * scale)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
+from lightning_moefold.comm import linear
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import SINGLE, Axis, FoldedMesh
@@ -268,7 +269,7 @@ def local(parameter: Tensor) -> Tensor:
     """
     if isinstance(parameter, DTensor):
         if _is_uneven(parameter):
-            return _UnevenLocal.apply(parameter)
+            return _uneven_local(parameter)
         return parameter.to_local(grad_placements=parameter.placements)
     return parameter
 
@@ -283,23 +284,18 @@ def _is_uneven(parameter: DTensor) -> bool:
     )
 
 
-class _UnevenLocal(torch.autograd.Function):
+def _uneven_local(parameter: DTensor) -> Tensor:
     """``to_local`` whose gradient has the strides of the parameter.
 
     DTensor multiplies the strides of a part by the number of ranks. Where the parts are unequal this gives strides that no
     parameter has, and autograd would copy the gradient into a new DTensor with equal parts.
     """
+    mesh, placements, shape, stride = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
 
-    @staticmethod
-    def forward(ctx: Any, parameter: DTensor) -> Tensor:
-        ctx.like = parameter.device_mesh, parameter.placements, parameter.shape, parameter.stride()
-        return parameter.to_local().detach()
+    def back(grad: Tensor) -> Tensor:
+        return DTensor.from_local(grad.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        mesh, placements, shape, stride = ctx.like
-        grad = grads[0].contiguous()
-        return DTensor.from_local(grad, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return linear(parameter, lambda whole: whole.to_local().detach(), back)  # type: ignore[attr-defined]
 
 
 def new_adapter(weight: Tensor, *shape: int) -> nn.Parameter:

@@ -21,11 +21,7 @@ from lightning_moefold.modules.offload import OffloadedLayer, unpack
 
 
 class _Dropped:
-    """A tensor that backward makes when it is first read, and lets go of when it was read as often as it was kept.
-
-    Args:
-        make: Makes its values, in one piece of memory.
-    """
+    """A tensor that backward makes when it is first read, and lets go of when it was read as often as it was kept."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self._make, self._reads = make, 0

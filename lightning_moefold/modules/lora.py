@@ -46,12 +46,7 @@ def drop_by(x_NI: Tensor, probability: float, key_N: Tensor, first: int) -> Tens
 def row_norms(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, axis: Axis) -> Tensor:
     """Returns the norm of each row of ``W + s B A``, ``[O]``, in at least float32, without making the sum.
 
-    Args:
-        weight_OI: W.
-        a_RI: A.
-        b_OR: B.
-        scale: s.
-        axis: Axis over which the inputs are cut; collective if they are.
+    Collective if the inputs are cut over ``axis``.
     """
     dtype = torch.promote_types(weight_OI.dtype, torch.float32)
     a, b = a_RI.to(dtype), b_OR.to(dtype)

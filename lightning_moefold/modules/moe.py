@@ -163,11 +163,9 @@ class MoELayer(ParallelRoot):
         Sums over ranks of :meth:`part_rows` and of this are the rows that parts have computed. None where nothing is to be added.
         """
         gained_R = self.copies.gained_R
-        return (
-            None
-            if gained_R is None or self.dispatcher.etp_ep.index
-            else torch.from_numpy(gained_R).to(self.load_E.device)
-        )
+        if gained_R is None or self.dispatcher.etp_ep.index:
+            return None
+        return torch.from_numpy(gained_R).to(self.load_E.device)
 
     def reset_load(self) -> None:
         """Sets the counters to zero."""

@@ -9,11 +9,19 @@ Legend: T tokens of this rank, D components.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def generator_of(seed: int, name: object) -> torch.Generator:
+    """Returns torch's generator for what has a name, whatever was drawn before; on CPU."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def hashed(*coordinates: Tensor | int) -> Tensor:

@@ -18,6 +18,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Normalises ``[..., size]`` and multiplies by the weight."""
         x_wide = x.to(wide(x.dtype))
         scale = torch.linalg.vecdot(x_wide, x_wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
@@ -25,6 +26,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Computes the gradients of the input and the weight, with sums in at least float32."""
         x, weight, scale = ctx.saved_tensors
         x_hat = x.to(scale.dtype) * scale
         grad_wide = grads[0].to(scale.dtype)

@@ -32,12 +32,7 @@ class _Streams:
 
 
 class _Kept:
-    """A tensor on its way to host memory and back. Backward may read it several times.
-
-    Args:
-        tensor: The tensor.
-        streams: None on CPU.
-    """
+    """A tensor on its way to host memory and back. Backward may read it several times. On CPU there are no streams."""
 
     def __init__(self, tensor: Tensor, streams: _Streams | None) -> None:
         self.streams, self.device = streams, tensor.device

@@ -86,14 +86,7 @@ class Codec:
 
 
 class CodedStack:
-    """The matrices of some experts as bytes, where kernels take a stack ``[L, O, I]``.
-
-    Args:
-        bytes_LX: Of each expert.
-        shape: Of one matrix.
-        codec: Of the bytes.
-        dtype: In which matrices are wanted.
-    """
+    """The matrices of some experts as bytes, where kernels take a stack ``[L, O, I]``; ``shape`` is that of one."""
 
     def __init__(self, bytes_LX: Tensor, shape: tuple[int, ...], codec: Codec, dtype: torch.dtype) -> None:
         self.bytes_LX, self.codec, self.dtype = bytes_LX, codec, dtype

@@ -45,11 +45,7 @@ def counted_once(count: Tensor) -> Tensor:
 
 
 class _Again(AbstractContextManager[None]):
-    """The context of the second run; entered again by every backward of a retained graph.
-
-    Args:
-        recipe: Function that makes the context of the first run.
-    """
+    """The context of the second run; entered again by every backward of a retained graph."""
 
     def __init__(self, recipe: Callable[[], AbstractContextManager[Any]]) -> None:
         self._recipe = recipe

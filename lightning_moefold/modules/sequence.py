@@ -35,12 +35,11 @@ class SequenceBatch:
     Args:
         rows: Number of rows, B.
         length: Padded length S of a row; this rank holds L positions of each row.
-        cos_BLh: Cosines of the rotary embedding, or None if positions are not used.
-        sin_BLh: Sines of the rotary embedding, or None.
         tp: Tensor parallel axis over which the tokens are spread.
         cp: Context parallel axis over which rows are cut.
 
     Attributes:
+        cos_BLh: Cosines of the rotary embedding, and ``sin_BLh`` its sines; None if positions are not used.
         layout: Layout of the row's positions over cp.
         document_BS: Number of each position's document; None if each row is one document.
         real_BS: False for padding that queries must not see.
@@ -62,13 +61,11 @@ class SequenceBatch:
         cache: Keys and values of earlier positions during generation; None otherwise.
     """
 
-    def __init__(
-        self, rows: int, length: int, cos_BLh: Tensor | None = None, sin_BLh: Tensor | None = None, *, tp: Axis = SINGLE,
-        cp: Axis = SINGLE,
-    ) -> None:  # fmt: skip
+    def __init__(self, rows: int, length: int, *, tp: Axis = SINGLE, cp: Axis = SINGLE) -> None:
         self.rows, self.tp, self.layout = rows, tp, ContextLayout(length, cp)
         self.length = length // cp.size
-        self.cos_BLh, self.sin_BLh = cos_BLh, sin_BLh
+        self.cos_BLh: Tensor | None = None
+        self.sin_BLh: Tensor | None = None
         self.document_BS: Tensor | None = None
         self.real_BS: Tensor | None = None
         self.exchange: Exchange = "auto"

@@ -144,6 +144,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows: int,
         wanted: bool,
     ) -> Tensor:
+        """Computes the weighted sum of the losses, and the gradients if any is wanted, chunk by chunk."""
         want_x, want_weight = (wanted and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x_ND) if want_x else None
         # Written by the first chunk, if there is one.
@@ -169,6 +170,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales the gradients that forward has computed."""
         grad_x, grad_weight = (None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
         return grad_x, grad_weight, None, None, None, None, None, None
 

@@ -64,9 +64,7 @@ def elementwise_only(optimizer: Optimizer) -> Iterator[None]:
     Raises:
         UnsupportedFeature: Raised by ``step`` if it combines elements, such as by a norm, a mean or a matrix product.
     """
-    if isinstance(optimizer, Muon) or isinstance(
-        getattr(optimizer, "inner", None), Muon
-    ):  # which gathers what it combines
+    if isinstance(getattr(optimizer, "inner", optimizer), Muon):  # which gathers what it combines
         yield
         return
     watch = _Watch(type(optimizer).__name__)

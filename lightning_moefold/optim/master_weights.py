@@ -49,8 +49,7 @@ class MasterWeights(Optimizer):
         groups = [{**g, "params": [self._masters[p] for p in g["params"]]} for g in self.param_groups]
         self.inner = optimizer_class(groups, **kwargs)
         self.defaults = self.inner.defaults
-        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
-            ours.update({key: value for key, value in theirs.items() if key != "params"})
+        _copy_options(self.inner, self)
 
     @override
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -71,13 +70,11 @@ class MasterWeights(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Schedulers change the groups of this optimizer, and a checkpoint restores its state here.
-        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
-            theirs.update({key: value for key, value in ours.items() if key != "params"})
+        _copy_options(self, self.inner)
         for parameter, master in self._masters.items():
             self._hand_in(parameter, master)
         self.inner.step()
-        for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
-            ours.update({key: value for key, value in theirs.items() if key != "params"})  # some count steps there
+        _copy_options(self.inner, self)  # some count steps there
         for parameter, master in self._masters.items():
             self._hand_back(parameter, master)
         return loss
@@ -116,6 +113,11 @@ class MasterWeights(Optimizer):
             for key, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     self.state[parameter][key] = value.detach().to(parameter.device, copy=True)
+
+
+def _copy_options(source: Optimizer, target: Optimizer) -> None:
+    for ours, theirs in zip(source.param_groups, target.param_groups, strict=True):
+        theirs.update({key: value for key, value in ours.items() if key != "params"})
 
 
 def _make_master(parameter: nn.Parameter) -> nn.Parameter:

@@ -82,12 +82,7 @@ def cuts_of(parameter: Tensor, experts: bool) -> tuple[MatrixCut, ...]:
 
 
 def gather_matrices(pieces: Sequence[Tensor], cuts: Sequence[tuple[MatrixCut, ...]]) -> list[Tensor]:
-    """Returns whole matrices. Collective over the groups of the cuts: every rank passes its pieces of the same ones in order.
-
-    Args:
-        pieces: This rank's pieces.
-        cuts: The cuts of each.
-    """
+    """Returns whole matrices. Collective over the groups of the cuts: every rank passes its pieces of the same ones in order."""
     whole = list(pieces)
     for depth in range(max((len(c) for c in cuts), default=0)):
         by_group: dict[int, list[int]] = {}

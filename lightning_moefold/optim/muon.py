@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 from typing_extensions import override
 
 from lightning_moefold.errors import InputError
@@ -69,18 +70,12 @@ class Muon(Optimizer):
         adamw_eps: float = 1e-8,
         adamw_names: Sequence[str] = BY_ADAMW,
     ) -> None:
-        for name, value in (
-            ("lr", lr),
-            ("weight_decay", weight_decay),
-            ("adamw_lr", adamw_lr),
-            ("adamw_eps", adamw_eps),
-        ):
+        least_zero = {"lr": lr, "weight_decay": weight_decay, "adamw_lr": adamw_lr, "adamw_eps": adamw_eps}
+        for name, value in least_zero.items():
             if not value >= 0:
                 raise InputError(f"{name}={value} of Muon must not be negative.")
-        for name, value in (
-            ("momentum", momentum),
-            *((f"adamw_betas[{i}]", beta) for i, beta in enumerate(adamw_betas)),
-        ):
+        shares = {"momentum": momentum} | {f"adamw_betas[{i}]": beta for i, beta in enumerate(adamw_betas)}
+        for name, value in shares.items():
             if not 0 <= value < 1:
                 raise InputError(f"{name}={value} of Muon must be at least 0 and less than 1.")
         if ns_steps < 1:
@@ -170,16 +165,14 @@ class Muon(Optimizer):
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state["step"] += 1
-        step, lr = float(state["step"]), group["lr"] * group["adamw_ratio"]
         assert parameter.grad is not None
         pieces = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        piece, grad, mean, square = map(local_part, pieces)
-        piece.mul_(1 - lr * group["weight_decay"])
-        mean.lerp_(grad.to(mean.dtype), 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["adamw_eps"])
-        piece.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+        piece, grad, mean, square = ([local_part(tensor)] for tensor in pieces)
+        adamw(
+            piece, grad, mean, square, [], [state["step"]], foreach=False, amsgrad=False, beta1=beta1, beta2=beta2,
+            lr=group["lr"] * group["adamw_ratio"], weight_decay=group["weight_decay"], eps=group["adamw_eps"],
+            maximize=False,
+        )  # fmt: skip
 
 
 def orthogonal(matrix: Tensor, steps: int) -> Tensor:

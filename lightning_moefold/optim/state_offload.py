@@ -51,11 +51,7 @@ def bring_state(optimizer: Optimizer) -> None:
 
 
 class _Offloaded:
-    """What an optimizer has in host memory.
-
-    Args:
-        optimizer: The optimizer.
-    """
+    """What an optimizer has in host memory."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer

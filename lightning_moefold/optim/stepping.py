@@ -14,10 +14,6 @@ Step = Callable[..., Any]
 def step_inside(step: Step, mode: TorchDispatchMode) -> Step:
     """Wraps an optimizer's ``step`` to run inside ``mode``, except for its closure.
 
-    Args:
-        step: The bound method ``step`` of the optimizer.
-        mode: The dispatch mode, entered in each step.
-
     Returns:
         A function of the optional closure.
     """

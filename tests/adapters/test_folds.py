@@ -177,6 +177,7 @@ EXPERT_FOLDS = [
     ("cp2 tp2 | ep4", {"dispatch": {"dispatcher": "deduplicated"}, "recompute": "full"}),
     ("| ep2", {"dispatch": {"dispatcher": "allgather"}, "sharding": "full", "recompute": ["expert_activation"]}),
     ("pp2 | etp2", {"overrides": {"quantize": "int8"}}),
+    ("pp2 | ep2", {"pipeline": {"pipeline_schedule": "zbv", "num_stages_per_rank": 2}}),  # drops in a split backward
     ("| ep4", {"dispatch": {"expert_copies": ExpertCopies(plans.drawn, 3)}, "overrides": {"quantize": "int8"}}),
 ]
 
@@ -184,9 +185,10 @@ EXPERT_FOLDS = [
 @pytest.mark.parametrize(("fold", "more"), quick(EXPERT_FOLDS, EXPERT_FOLDS[0]), ids=[f for f, _ in EXPERT_FOLDS])
 def test_experts_drop_the_same_under_every_fold(pool: RankPool, folder: Path, fold: str, more: dict[str, Any]) -> None:
     sizes = {"hidden_size": 64, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 64, "num_experts": 12}
-    base, parsed = folder / "wide", Fold.parse(fold, 4)
+    layers, parsed = 4 if "pipeline" in more else 2, Fold.parse(fold, 4)
+    base = folder / f"wide-{layers}"
     if not base.exists():
-        make_checkpoint(base, "qwen2_moe", **sizes)
+        make_checkpoint(base, "qwen2_moe", num_hidden_layers=layers, **sizes)
     rows = make_batches(3, 1, 8, 7, 96, seed=3)
     lora = {"rank": 3, "targets": ["experts", "q_proj"], "dropout": 0.3}
     overrides = {"output_router_logits": True, **more.get("overrides", {})}

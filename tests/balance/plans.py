@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_moefold.balance.copies import Counts, no_copies
+from lightning_moefold.balance.copies import CopyPlan, Counts, RowSplit, no_copies
 
 
 def drawn(counts_SE: Counts, owner_E: Counts, costs: Any, max_copies_per_rank: int) -> Counts:
@@ -25,3 +25,9 @@ def drawn(counts_SE: Counts, owner_E: Counts, costs: Any, max_copies_per_rank: i
             quota_RE[owner_E[expert], expert] -= rows
             quota_RE[rank, expert] += rows
     return quota_RE
+
+
+def rows_of_plan(counts_SE: Counts, quota_RE: Counts) -> Counts:
+    """Rows of each expert that go from each source to each rank, ``[S, R, E]``."""
+    split = RowSplit(counts_SE, CopyPlan(quota_RE))
+    return np.stack([split.sent(source) for source in range(len(counts_SE))])

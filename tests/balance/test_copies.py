@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_moefold import Fold
-from lightning_moefold.balance.copies import CopyPlan, Counts, RowSplit, no_copies, owners, rows_of_plan
+from lightning_moefold.balance.copies import CopyPlan, Counts, RowSplit, no_copies, owners
 from lightning_moefold.balance.costs import BalanceCosts
 from lightning_moefold.balance.fast import FAST_POLICIES, CopyCounter, ExpertCopies
 from lightning_moefold.balance.greedy import greedy
@@ -60,7 +60,7 @@ def test_rows_of_a_plan(sizes: tuple[int, ...]) -> None:
     quota_RE = plans.drawn(counts_RE, owners(counts_SE.shape[1], ranks), None, most)
     plan = CopyPlan(quota_RE)
     plan.check(counts_RE, most, "drawn")
-    rows_SRE = rows_of_plan(counts_SE, quota_RE)
+    rows_SRE = plans.rows_of_plan(counts_SE, quota_RE)
     assert (rows_SRE == _one_by_one(counts_SE, quota_RE)).all()
     assert (rows_SRE.sum(1) == counts_SE).all()
     assert (rows_SRE.sum(0) == quota_RE).all()
@@ -82,7 +82,7 @@ def test_travel(sizes: tuple[int, ...], chunks: int) -> None:
     plan = CopyPlan(plans.drawn(counts_RE, owners(ranks * local, ranks), None, most))
     cut = [len(part) for part in np.array_split(range(local), min(chunks, local))]
     found = [[travel_of(counts_SE, plan, cut, rank, peer) for peer in range(peers)] for rank in range(ranks)]
-    rows_SRE = rows_of_plan(counts_SE, plan.quota_RE)
+    rows_SRE = plans.rows_of_plan(counts_SE, plan.quota_RE)
     for rank, peer in np.ndindex(ranks, peers):
         travel = found[rank][peer]
         assert len(travel.parts) == len(cut) + (plan.copies > 0)
@@ -105,7 +105,7 @@ def test_travel(sizes: tuple[int, ...], chunks: int) -> None:
 
 def test_own_rows_do_not_travel() -> None:
     counts_SE = np.array([[10, 0], [10, 0]])
-    rows_SRE = rows_of_plan(counts_SE, np.array([[10, 0], [10, 0]]))
+    rows_SRE = plans.rows_of_plan(counts_SE, np.array([[10, 0], [10, 0]]))
     assert rows_SRE[:, :, 0].tolist() == [[10, 0], [0, 10]]
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 
 import pytest
 
@@ -35,7 +35,7 @@ def test_etp_and_edp_cut() -> None:
 
 def test_all_are_whole_numbers_that_can_be_sent() -> None:
     costs = BalanceCosts.of(find_hardware("cpu"), 256, 512, parts=2, dtype="fp32")
-    sent = costs.to_integers()
+    sent = astuple(costs)
     assert all(type(value) is int for value in sent)
     assert BalanceCosts(*sent) == costs
     assert len(sent) == len(fields(costs))

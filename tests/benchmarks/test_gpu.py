@@ -50,7 +50,6 @@ def _run(*arguments: str, timeout: float = 900) -> str:
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The driver with a stand-in for its worker."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from gpu_parts import driver
 
     door = tmp_path / "door.py"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,7 +129,9 @@ def test_missing_packages_cost_one_warning(monkeypatch: pytest.MonkeyPatch) -> N
     images = LoadImages()
     with pytest.warns(UserWarning, match="continues without pictures"):
         images.log(trainer, load([1, 2]))
-    images.log(trainer, load([1, 2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images.log(trainer, load([1, 2]))
 
 
 def test_fair_shares() -> None:
@@ -160,3 +163,7 @@ def test_a_monitor_that_logs_nothing_says_why() -> None:
             UserWarning, match=f"LoadBalanceMonitor has logged nothing: it logs every {every} .* made 8; lower"
         ):
             schedule.explain_silence(trainer, LoadBalanceMonitor())
+    with warnings.catch_warnings():  # nobody expects figures of no step, or of a run that is to do nothing else
+        warnings.simplefilter("error")
+        for quiet in ({"global_step": 3}, {"barebones": True}, {"fast_dev_run": 1}):
+            schedule.explain_silence(SimpleNamespace(**{**vars(trainer), **quiet}), LoadBalanceMonitor())

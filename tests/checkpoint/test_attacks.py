@@ -89,6 +89,7 @@ def test_trainer(pool: RankPool, folder: Path) -> None:
 def test_single_files(pool: RankPool, folder: Path, tmp_path: Path) -> None:
     """Files of Lightning's own form: not looked at with a model in pieces, read as plain data with any other module."""
     [seen] = pool.run(jobs_attacks.single_files, str(folder / "model"), str(tmp_path), ranks=1)
+    assert len(seen) == 2 * 4
     for (module, verb), (said, attacked) in seen.items():
         assert not attacked, (module, verb)
         assert ("is a single file" if module == "MoE" else "Weights only load failed") in said

@@ -154,7 +154,9 @@ def test_datasets(tmp_path: Path, marker: Path) -> None:
 
     tokenize(folder)
     attack = pickle.dumps(Attack(marker))
-    for file in (*folder.glob("*.arrow"), folder / "state.json", folder / "dataset_info.json"):
+    tables = list(folder.glob("*.arrow"))
+    assert tables
+    for file in (*tables, folder / "state.json", folder / "dataset_info.json"):
         copy = tmp_path / f"{file.stem}-bad"
         shutil.copytree(folder, copy)
         (copy / file.name).write_bytes(attack)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lightning_moefold import MoECausalLM
 from lightning_moefold.checkpoint import CheckpointError
-from lightning_moefold.checkpoint.stores import local_path, parse_path
+from lightning_moefold.checkpoint.hub import local_directory
+from lightning_moefold.checkpoint.stores import check_folder, local_path, parse_path
 from lightning_moefold.testing import RankPool, assert_close_by_name
 from lightning_moefold.testing.pieces import assemble
 from tests.checkpoint import jobs_stores as jobs
@@ -28,6 +30,24 @@ def test_paths() -> None:
         parse_path("nowhere://a")
     with pytest.raises(CheckpointError, match="cache_dir 'memory://a' is in a store"):
         local_path("memory://a", "cache_dir")
+
+
+def test_models_are_read_from_the_address_they_were_written_to(path: str, tmp_path: Path) -> None:
+    model = MoECausalLM.from_pretrained(f"file://{path}")
+    model.save_pretrained(f"file://{tmp_path}/copy")
+    assert MoECausalLM.from_pretrained(f"file://{tmp_path}/copy").config == model.config
+    with pytest.raises(CheckpointError, match="the model's directory 'memory://a/b' is in a store"):
+        local_directory("memory://a/b")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    check_folder(tmp_path / "new" / "runs")
+    for part, reason in (("file", "is a file"), ("gone", "is a link to nothing")):
+        with pytest.raises(CheckpointError, match=f"because {tmp_path}/{part} {reason}"):
+            check_folder(tmp_path / part / "runs")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "gone"]
 
 
 @pytest.mark.parametrize(
@@ -95,8 +115,9 @@ def test_crash_while_saving(pool: RankPool, path: str, tmp_path: Path, where: st
 
 def test_refused_before_training(pool: RankPool, path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    places = {"not shared": "memory://runs", "as a Path": f"file://{tmp_path}"}
+    places = {"not shared": "memory://runs", "as a Path": f"file://{tmp_path}", "below a file": f"{tmp_path}/file/runs"}
     patterns = {
+        "below a file": f"checkpoints cannot be saved to {tmp_path}/file/runs, because {tmp_path}/file is a file",
         "not shared": "rank 1 does not see what rank 0 has written to memory://runs",
         "as a Path": "give the plain path",
         "save_pretrained": "is in a store",

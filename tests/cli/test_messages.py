@@ -55,6 +55,24 @@ def test_a_metric_that_was_never_logged_is_the_users():
     assert not is_users(RuntimeError("a bug"))
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["camera", "analyze", "--checkpoint", "m", "--data", "a.txt", "--output", "memory://a/e.npz"], "--output memory://a"),
+        (["camera", "analyze", "--checkpoint", "m", "--data", "a.txt", "--output", "e.npz", "--plot", "s3://a/e.png"], "--plot s3://a"),
+        (["camera", "prune", "--checkpoint", "m", "--energies", "file:///e.npz", "--ratio", "0.2", "--output", "o"], "--energies file://e"),
+    ],
+)  # fmt: skip
+def test_files_of_a_command_are_local(command, option, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert f"moefold camera: {option}" in said
+    assert "is an address" in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_no_checkpoint_of_a_run(tmp_path):
     check_checkpoint(None)
     check_checkpoint("last")

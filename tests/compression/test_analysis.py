@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_moefold.compression.analysis import analyze
+from lightning_moefold.compression.expert_pruning import score_experts
 from lightning_moefold.compression.stream import CalibrationRows, Computing
 from lightning_moefold.errors import InputError
 from lightning_moefold.testing import RankPool, make_checkpoint
@@ -108,6 +110,13 @@ def test_what_cannot_be_analysed_is_refused(tmp_path: Path) -> None:
         analyze(path, CalibrationRows(torch.full((1, 4), 96)), EXACT)
     with pytest.raises(InputError, match="at least one row of two tokens"):
         CalibrationRows(torch.zeros(0, 8, dtype=torch.int64))
+    tensors = load_file(path / "model.safetensors")
+    name = next(name for name in tensors if name.startswith("model.layers.1.") and name.endswith("w2.weight"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    for work in (analyze, score_experts):
+        with pytest.raises(InputError, match="layer 1 computes NaN or infinite numbers in float64"):
+            work(path, rows, EXACT)
     dense = make_checkpoint(tmp_path / "dense", "qwen3_moe", mlp_only_layers=[0, 1, 2])
     with pytest.raises(InputError, match="dense layers only"):
         analyze(dense, rows, EXACT)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.compression.upcycling import Upcycling, mixture_config, upcycle
 from lightning_moefold.errors import CheckpointError, ConfigError, InputError
+from lightning_moefold.models import MoEConfig
 from lightning_moefold.testing import hf_reference
 from tests.quick import quick
 
@@ -91,8 +93,58 @@ def test_what_would_change_the_function_is_refused(tmp_path: Path) -> None:
         mixture_config(raw | {"use_sliding_window": True}, Upcycling())
     with pytest.raises(ConfigError, match="model_type='gpt2' cannot be upcycled"):
         mixture_config(raw | {"model_type": "gpt2"}, Upcycling())
+    mistral = raw | {"model_type": "mistral", "sliding_window": 8}
+    for kinds, window in ((["full_attention"] * 2, None), (["sliding_attention"] * 2, 8)):
+        assert mixture_config(mistral | {"layer_types": kinds}, Upcycling())["sliding_window"] == window
+    with pytest.raises(ConfigError, match="layer_types gives layers different attention"):
+        mixture_config(mistral | {"layer_types": ["sliding_attention", "full_attention"]}, Upcycling())
     with pytest.raises(ConfigError, match="mlp_bias=true has no counterpart"):
         mixture_config(raw | {"model_type": "llama", "mlp_bias": True}, Upcycling())
     (dense / "config.json").write_text(json.dumps(raw | {"intermediate_size": 64}))
     with pytest.raises(CheckpointError, match="the configuration makes it"):
         upcycle(dense, tmp_path / "moe")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_fields_that_are_left_out_mean_what_they_mean_in_the_dense_model(family: str) -> None:
+    raw = {"model_type": family, **TINY, "num_attention_heads": 32, "head_dim": 4}
+    linear = {"rope_type": "linear", "factor": 4.0}
+    cases: list[tuple[list[str], dict[str, Any]]] = [
+        ([], {}),
+        (["num_key_value_heads"], {}),
+        (["num_hidden_layers"], {}),
+        *(([], {"rope_parameters": rotary}) for rotary in (None, {}, linear, linear | {"rope_theta": 5e5})),
+        ([], {"rope_scaling": linear}),
+    ]
+    for left_out, given in cases:
+        case = {name: value for name, value in raw.items() if name not in left_out} | given
+        # transformers changes the dictionaries that it is given
+        dense = AutoConfig.for_model(**json.loads(json.dumps(case)))
+        config = MoEConfig.from_hf(mixture_config(case, Upcycling()))
+        rotary = dense.rope_parameters
+        assert (config.rope_theta, config.rope_scaling_factor) == (rotary["rope_theta"], rotary.get("factor", 1.0)), (
+            case
+        )
+        assert config.num_key_value_heads == dense.num_key_value_heads
+        window = dense.sliding_window if family == "mistral" else None
+        assert config.sliding_windows == (window,) * dense.num_hidden_layers
+
+
+def test_a_damaged_configuration_or_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    for width, said in (({}, "None"), ({"intermediate_size": "48"}, "'48'"), ({"intermediate_size": 0}, "0")):
+        case = {"model_type": "llama", **{k: v for k, v in TINY.items() if k != "intermediate_size"}, **width}
+        with pytest.raises(ConfigError, match=f"intermediate_size={said} must be a positive integer"):
+            mixture_config(case, Upcycling())
+    with pytest.raises(ConfigError, match="no field 'num_attention_heads'|num_key_value_heads=None"):
+        MoEConfig.from_hf(mixture_config({"model_type": "llama", "intermediate_size": 48}, Upcycling()))
+    dense = dense_checkpoint(tmp_path / "dense", "llama", tie_word_embeddings=True)
+    file = dense / "model.safetensors"
+    tensors = load_file(file)
+    for extra, said in (
+        ({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1e-3}, "a head of its own"),
+        ({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, "frequencies are not those of rope_theta"),
+    ):
+        save_file(tensors | extra, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=said):
+            upcycle(dense, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()

@@ -12,16 +12,22 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import fake_cuda
+import fake_cuda
 
 fake_cuda.load()
 
+import cuda_bytes
 import torch
+import torch.distributed as dist
+from fake_cuda import kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks import cuda_bytes
-from benchmarks.fake_cuda import kernels
+from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.attention import blockwise
+from lightning_moefold.modules.attention.blockwise import Visibility
+from lightning_moefold.modules.attention.context import ContextLayout, context_attention
+from lightning_moefold.modules.attention.varlen import Runs
 from tests.cuda_on_cpu import models, products
 
 
@@ -47,7 +53,32 @@ def flash() -> dict[str, Any]:
     return {name: [list(x.shape), str(x.dtype), str(x.device)] for name, x in tensors.items()}
 
 
-PARTS: dict[str, Callable[[], Any]] = {"budget": budget, "products": products.check, "flash": flash}
+def runs() -> dict[str, Any]:
+    """Two packed rows with a window over four ranks: one kernel for all, whose runs were found on the host."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        layout = ContextLayout(1024, Axis("cp", (0, 1, 2, 3), 1, dist.group.WORLD))
+        visibility = Visibility(100, (torch.arange(1024) // 300).expand(2, -1))
+        found = visibility.runs(2, layout.held(), 1, torch.device("cpu"))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            on_device = [x.to("cuda") if isinstance(x, torch.Tensor) else x for x in found or ()]
+            visibility._runs = dict.fromkeys(visibility._runs, Runs(*on_device))
+            inputs = [
+                torch.empty(2, 256, heads, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+                for heads in (8, 2, 2)
+            ]
+            with cuda_bytes.Counter() as counter:
+                out = context_attention(*(x.transpose(1, 2) for x in inputs), layout, visibility, "auto")
+                grads = torch.autograd.grad(out.sum(), inputs)
+    finally:
+        dist.destroy_process_group()
+    tensors = {"out": out, **dict(zip(("q", "k", "v"), grads, strict=True))}
+    shapes = {name: [list(x.shape), str(x.dtype), str(x.device)] for name, x in tensors.items()}
+    kernels_called = [op.name for op in counter.operations if "flash" in op.name]
+    return {**shapes, "masks": len(visibility._masks), "reads": counter.reads, "kernels": kernels_called}
+
+
+PARTS: dict[str, Callable[[], Any]] = {"budget": budget, "products": products.check, "flash": flash, "runs": runs}
 PARTS |= {f"model: {name}": lambda run=run: models.train(run) for name, run in models.RUNS.items()}
 
 

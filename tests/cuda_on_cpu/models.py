@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole model on fake CUDA tensors under a fold of a fake process group: forward, backward, and where gradients are.
 
-Import after :func:`benchmarks.fake_cuda.load` only.
+Import after :func:`fake_cuda.load` only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import cuda_bytes
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_collectives as fsdp_collectives
@@ -19,12 +20,11 @@ import torch.distributed.fsdp._fully_shard._fsdp_init as fsdp_init
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp_group
 import torch.distributed.fsdp._fully_shard._fsdp_state as fsdp_state
 import torch.distributed.fsdp._fully_shard._fully_shard as fsdp_shard
+from fake_cuda import kernels  # noqa: F401  (takes the place of kernels before the package is imported)
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks import cuda_bytes
-from benchmarks.fake_cuda import kernels  # noqa: F401  (takes the place of kernels before the package is imported)
 from lightning_moefold.dispatch import DispatchConfig, ExpertAxes
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh, forget_groups

@@ -6,12 +6,11 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import cuda_bytes
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-
-from benchmarks import cuda_bytes
 
 
 def faults(a: Tensor, b: Tensor, offs: Tensor | None) -> list[str]:

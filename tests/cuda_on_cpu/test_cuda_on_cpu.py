@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fake_cuda
 import pytest
-
-from benchmarks import fake_cuda
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +31,7 @@ BUDGETS = {"Mixtral-8x22B": (11.5, 0.69), "Qwen2-57B-A14B": (14.1, 0.65)}
 def found() -> dict[str, Any]:
     """All parts, in one process: starting one costs more than any part."""
     command = [sys.executable, str(Path(__file__).with_name("child.py"))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -93,3 +92,11 @@ def test_flash_takes_grouped_heads(found: dict[str, Any]) -> None:
         "k": [[2, 2, 48, 64], "torch.bfloat16", "cuda:0"],
         "v": [[2, 2, 48, 64], "torch.bfloat16", "cuda:0"],
     }
+
+
+def test_rows_over_ranks_take_one_kernel(found: dict[str, Any]) -> None:
+    done = _part(found, "runs")
+    assert (done.pop("masks"), done.pop("reads")) == (0, [])
+    assert done.pop("kernels") == ["_flash_attention_forward", "_flash_attention_backward"]
+    shapes = {"out": [2, 8, 256, 64], "q": [2, 256, 8, 64], "k": [2, 256, 2, 64], "v": [2, 256, 2, 64]}
+    assert done == {name: [shape, "torch.bfloat16", "cuda:0"] for name, shape in shapes.items()}

@@ -165,7 +165,9 @@ def lose(names: Sequence[str], folder: Path) -> None:
         command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
-    for name, ends in json.loads(done.stdout).items():
+    found = json.loads(done.stdout)
+    assert set(found) == set(names)
+    for name, ends in found.items():
         case = CASES[name]
         statuses = [status for status, _ in ends]
         killed = {"killed": -9, "other size": -6}.get(case.how, 1)

@@ -373,5 +373,8 @@ def test_fields_that_would_be_lost(family: str, given: dict[str, Any], message: 
 
 def test_unknown_keys_of_rotary_fields_are_named() -> None:
     raw = BASE["qwen3_moe"] | {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0, "mrope_section": [1, 2]}}
-    with pytest.warns(UserWarning, match="ignored: rope_parameters.mrope_section"):
-        MoEConfig.from_hf(raw)
+    with pytest.warns(UserWarning, match=r"ignored: rope_parameters.mrope_section\.$") as caught:
+        config = MoEConfig.from_hf(raw)
+    assert len(caught) == 1
+    assert config.rope_theta == 5.0
+    assert written_config(config) == raw  # and stay in what is written

@@ -29,7 +29,7 @@ from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
 from tests.balance.moving import MoveEverything
 from tests.exactness.runs import BatchList
-from tests.networks.jobs_networks import CLASSES, SIZE, Block, Run, _naive_balance
+from tests.networks.jobs_networks import CLASSES, SIZE, Block, Run, alone, train_by_hand
 from tests.strategy.jobs_bad_input import told
 
 Batch = dict[str, Tensor]
@@ -231,34 +231,17 @@ def make_trainer(
 
 def train_alone(data: list[list[Batch]], spec: dict[str, Any]) -> tuple[Run, list[list[Tensor]]]:
     """The oracle: plain PyTorch, one process, the data of all ranks."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        module = Module(spec)
-        module.configure_model()
-    finally:
-        torch.set_default_dtype(default)
-    network = module.network.double()
-    optimizer, accumulate = module.configure_optimizers(), spec.get("accumulate", 1)
-    run = Run()
-    for index, step in enumerate(data):
+    module = alone(spec, Module)
+    network = module.network
+
+    def losses(step: list[Batch]) -> tuple[Tensor, list[float], list[Any]]:
         loss, values, routed = _losses(network, step, spec)
-        run.losses.append(values)
         if spec.get("calls"):
             again, _, routed = _losses(network, [reversed_(batch) for batch in step], spec)
             loss = loss + 0.5 * again
-        if spec.get("balance"):
-            balance = _naive_balance(list(zip(*routed, strict=True)))
-            run.balance.append(balance.item())
-            loss = loss + 0.3 * balance
-        (loss / accumulate).backward()
-        if (index + 1) % accumulate == 0:
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 0.5)
-            run.grads.append({n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None})
-            optimizer.step()
-            optimizer.zero_grad()
-    run.weights = {n: p.detach().clone() for n, p in network.named_parameters()}
-    run.loads = {n: m.load_E.clone() for n, m in network.named_modules() if isinstance(m, MoELayer)}
+        return loss, values, routed
+
+    run = train_by_hand(module, data, spec, losses)
     network.eval()
     with torch.no_grad():
         return run, [[network(batch) for batch in step] for step in data]

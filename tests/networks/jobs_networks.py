@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,17 +209,17 @@ def make_trainer(fold: str, spec: dict[str, Any], **arguments: Any) -> pl.Traine
 
 def predict_alone(count: int, spec: dict[str, Any]) -> Tensor:
     """Logits of all pictures in one process, ``[count, classes]``."""
-    module = _alone({"expert": False, **spec})
+    module = alone({"expert": False, **spec})
     with torch.no_grad():
         return module.network(Pixels(count).pixels)
 
 
-def _alone(spec: dict[str, Any]) -> Classifier:
+def alone(spec: dict[str, Any], kind: Any = Classifier) -> Any:
     """With the weights of rank 0, in float64."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        module = Classifier(spec)
+        module = kind(spec)
         module.configure_model()
     finally:
         torch.set_default_dtype(default)
@@ -227,18 +228,29 @@ def _alone(spec: dict[str, Any]) -> Classifier:
 
 def train_alone(data: list[list[dict[str, Tensor]]], spec: dict[str, Any]) -> Run:
     """The oracle: plain PyTorch, one process; the losses of the data ranks are averaged."""
-    module = _alone(spec)
+    module = alone(spec)
+
+    def losses(step: list[dict[str, Tensor]]) -> tuple[Tensor, list[float], list[Any]]:
+        logits, routed = [], []
+        for batch in step:
+            logits.append(module.network(batch["pixels"]))
+            routed.append([m.routing for m in module.network.modules() if isinstance(m, MoELayer)])
+        parts = [F.cross_entropy(x, batch["classes"]) for x, batch in zip(logits, step, strict=True)]
+        return torch.stack(parts).mean(), [part.item() for part in parts], routed
+
+    return train_by_hand(module, data, spec, losses)
+
+
+def train_by_hand(
+    module: Any, data: list[Any], spec: dict[str, Any], losses: Callable[[Any], tuple[Tensor, list[float], list[Any]]]
+) -> Run:
+    """Steps of ``module.network``; ``losses`` gives the loss of a step, that of each data rank, and how each was routed."""
     network = module.network
     optimizer, accumulate = module.configure_optimizers(), spec.get("accumulate", 1)
     run = Run()
     for index, step in enumerate(data):
-        logits, routed = [], []
-        for batch in step:
-            logits.append(network(batch["pixels"]))
-            routed.append([m.routing for m in network.modules() if isinstance(m, MoELayer)])
-        parts = [F.cross_entropy(x, batch["classes"]) for x, batch in zip(logits, step, strict=True)]
-        run.losses.append([part.item() for part in parts])
-        loss = torch.stack(parts).mean()
+        loss, values, routed = losses(step)
+        run.losses.append(values)
         if spec.get("balance"):
             balance = _naive_balance(list(zip(*routed, strict=True)))
             run.balance.append(balance.item())
@@ -250,7 +262,7 @@ def train_alone(data: list[list[dict[str, Tensor]]], spec: dict[str, Any]) -> Ru
             optimizer.step()
             optimizer.zero_grad()
     run.weights = {n: p.detach().clone() for n, p in network.named_parameters()}
-    run.loads = {n: m.load_E for n, m in network.named_modules() if isinstance(m, MoELayer)}
+    run.loads = {n: m.load_E.clone() for n, m in network.named_modules() if isinstance(m, MoELayer)}
     return run
 
 

@@ -35,6 +35,7 @@ def test_masters_under_folds_and_resumed(pool: RankPool, tmp_path: Path) -> None
     path = str(make_checkpoint(tmp_path / "model", "qwen3_moe", vocab_size=97, dtype=torch.bfloat16))
     full = pool.run(jobs_optimizers.masters, path, "tp2 | ep2", STEPS, str(tmp_path), ranks=4)
     expected = _by_hand(assemble(report.loaded for report in full), STEPS)
+    assert expected
 
     def check(reports: list[jobs_optimizers.Report], what: str) -> None:
         state = assemble(report.state for report in reports)
@@ -43,6 +44,7 @@ def test_masters_under_folds_and_resumed(pool: RankPool, tmp_path: Path) -> None
 
     check(full, "without a stop")
     weights = assemble(report.weights for report in full)
+    assert set(weights) == set(expected)
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
     pool.run(jobs_optimizers.masters, path, "tp2 | ep2", 2, str(tmp_path), ranks=4)
     for ranks, fold in ((2, "| etp2"), (4, "")):

@@ -69,6 +69,7 @@ def test_state_that_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     copied = {key: {k: v.clone() for k, v in values.items()} for key, values in stored["state"].items()}
     optimizer.load_state_dict({**stored, "state": copied})
     optimizer.step()
+    assert len(optimizer.state) == len(copied) > 0
     assert all(values["exp_avg"].untyped_storage().nbytes() == 0 for values in optimizer.state.values())
 
 

@@ -42,6 +42,8 @@ def test_all_else_may_change(after: Settings) -> None:
     Settings().check_successor(after, 2)
     Settings(plan=LOOPED).check_successor(Settings(plan=PipelinePlan("interleaved_zero_bubble", 2)), 2)
     Settings(plan=LOOPED).check_successor(after, 1)  # one rank has no stages
+    with pytest.raises(InputError, match="make a new model"):
+        Settings(plan=LOOPED).check_successor(after, 2)
 
 
 @pytest.mark.parametrize(("field", "value"), [

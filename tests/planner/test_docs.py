@@ -18,7 +18,9 @@ def test_python_blocks_run(capsys):
 
 
 def test_toml_blocks_are_machines(tmp_path):
-    for number, block in enumerate(re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)):
+    blocks = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks):
         file = tmp_path / f"box{number}.toml"
         file.write_text(block)
         assert find_hardware(str(file)).gpus_per_node == 8

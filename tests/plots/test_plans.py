@@ -34,6 +34,7 @@ def test_pictures_from_a_file(tmp_path, capsys):
 
 def test_a_layer_below_the_roof():
     job, result = search()
+    assert result.plans
     for estimate in result.plans:
         [point] = roofline(job, estimate)  # balanced: all layers are alike
         assert point.load == 1

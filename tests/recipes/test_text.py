@@ -297,7 +297,9 @@ def test_text_is_tokenised_again_for_another_tokenizer(folder, tmp_path, name):
 
 def test_packed_batches(folder, tmp_path):
     made = data(folder, tmp_path, ["b.jsonl"], packing="documents", val_files=[str(folder / "c.jsonl")])
-    for batch in made.train_dataloader():
+    batches = list(made.train_dataloader())
+    assert any((batch["document_ids"] == PADDING).any() for batch in batches)
+    for batch in batches:
         padding = batch["document_ids"] == PADDING
         assert torch.equal(batch["labels"] == -100, padding)
         assert torch.equal(batch.get("attention_mask", torch.ones_like(padding)) == 0, padding)

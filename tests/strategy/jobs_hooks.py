@@ -74,6 +74,8 @@ class Hooked(Finetune):
         self.calls += 1
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._register("on_train_batch_start")
         if batch_idx == 1 and self.spec.get("remove"):
             for handle in self.handles:
                 handle.remove()
@@ -95,7 +97,7 @@ def refused(path: str, fold: str, arguments: dict[str, Any]) -> dict[str, tuple[
     """What each kind of hook is told, and the steps that were done before."""
     outcome = {}
     for kind in ("hook", "post", "module", "pre", "wandb weights", "wandb gradients"):
-        for when in ("configure_model", "on_train_start"):
+        for when in ("configure_model", "on_train_start", *(["on_train_batch_start"] if kind == "post" else [])):
             module = Hooked(path, kind=kind, when=when)
             run = make(fold, {"max_steps": 1, **arguments})
             outcome[f"{kind} in {when}"] = told(lambda r=run, m=module: r.fit(m)), len(module.report.losses)

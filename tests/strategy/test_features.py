@@ -26,7 +26,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_features_that_work(pool: RankPool, path: str, tmp_path: Path) -> None:
     [expected] = pool.run(jobs_features.working, path, "", str(tmp_path / "1"), ranks=1)
     actual = pool.run(jobs_features.working, path, FOLD, str(tmp_path / "4"), ranks=4)
+    assert set(expected) == set(jobs_features.WORKING)
     for name, theirs in expected.items():
+        assert theirs.losses, name
         for ours in (reports[name] for reports in actual):
             assert ours.losses == pytest.approx(theirs.losses, rel=1e-8), name
             assert ours.validation == pytest.approx(theirs.validation, rel=1e-8), name

@@ -24,6 +24,8 @@ CASES: list[tuple[bool, dict[str, Any]]] = [
 
 def _same(actual: dict[str, Any], expected: dict[str, Any], what: str) -> None:
     assert actual["calls"] == expected["calls"], what
+    assert len(expected["grads"]) == expected["step"] > 0, what
+    assert len(expected["logged"]) == expected["epoch"] > 0, what
     for key in ("seen", "step", "epoch", "batches"):
         assert actual[key] == expected[key], f"{key}, {what}"
     assert [set(m) for m in actual["logged"]] == [set(m) for m in expected["logged"]], what

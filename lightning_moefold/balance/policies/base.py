@@ -46,13 +46,11 @@ class Policy:
 
     Attributes:
         name: In the registry.
-        summary: What it does, for a table.
         moves: Whether it gives experts new homes.
     """
 
     max_copies_per_rank: int = 1
     name: ClassVar[str]
-    summary: ClassVar[str]
     moves: ClassVar[bool] = False
     _copies: ClassVar[CopiesFrom] = CopiesFrom.NOTHING
 
@@ -102,6 +100,13 @@ class Policy:
             max_copies_per_rank: Experts that a rank may compute besides its own.
         """
         return at_home(counts_SE.sum(0), owner_E, len(counts_SE))
+
+
+@dataclass(frozen=True)
+class Contiguous(Policy):
+    """Experts in blocks of consecutive numbers, for ever: plain expert parallelism, against which the others are measured."""
+
+    name: ClassVar[str] = "contiguous"
 
 
 def even_split(rows_E: Counts, held_RE: NDArray[Any]) -> Counts:

@@ -29,7 +29,6 @@ class EPLB(Policy):
     """Moves homes and plans copies by past loads; ``max_copies_per_rank`` replicas a rank besides its experts."""
 
     name: ClassVar[str] = "eplb"
-    summary: ClassVar[str] = "replicas packed by past loads (EPLB)"
     moves: ClassVar[bool] = True
     _copies: ClassVar[CopiesFrom] = CopiesFrom.PAST
 

@@ -24,7 +24,6 @@ class FasterMoEShadow(Policy):
     """Copies experts to all ranks by the exact counts; homes stay."""
 
     name: ClassVar[str] = "fastermoe_shadow"
-    summary: ClassVar[str] = "hot experts on every rank for one pass (FasterMoE)"
     _copies: ClassVar[CopiesFrom] = CopiesFrom.PASS
 
     def plan(self, counts_SE: Counts, owner_E: Counts, costs: BalanceCosts, max_copies_per_rank: int) -> Counts:

@@ -29,7 +29,6 @@ class FlexMoE(Policy):
     """Plans copies by past loads, changing few at a time; homes stay."""
 
     name: ClassVar[str] = "flexmoe"
-    summary: ClassVar[str] = "copies expand and shrink step by step with past loads (FlexMoE)"
     _copies: ClassVar[CopiesFrom] = CopiesFrom.PAST
 
     def replicas(self, load_NE: Counts, held_RE: Counts, owner_E: Counts, costs: BalanceCosts) -> Counts:

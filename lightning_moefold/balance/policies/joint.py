@@ -35,7 +35,6 @@ class Joint(Policy):
     fast: bool = True
     slow: bool = True
     name: ClassVar[str] = "joint"
-    summary: ClassVar[str] = "homes move for what copies in the pass do not mend for less"
     moves: ClassVar[bool] = True
 
     @property

@@ -30,7 +30,6 @@ class LLEP(Policy):
     min_rows: int = 1024
     trigger: float = 1.3
     name: ClassVar[str] = "llep"
-    summary: ClassVar[str] = "excess rows spill to the least loaded ranks (LLEP)"
     _copies: ClassVar[CopiesFrom] = CopiesFrom.PASS
 
     def plan(self, counts_SE: Counts, owner_E: Counts, costs: BalanceCosts, max_copies_per_rank: int) -> Counts:

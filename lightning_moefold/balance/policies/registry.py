@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import difflib
 
-from lightning_moefold.balance.policies.base import Policy
-from lightning_moefold.balance.policies.contiguous import Contiguous
+from lightning_moefold.balance.policies.base import Contiguous, Policy
 from lightning_moefold.balance.policies.eplb import EPLB
 from lightning_moefold.balance.policies.fastermoe_shadow import FasterMoEShadow
 from lightning_moefold.balance.policies.flexmoe import FlexMoE

@@ -28,7 +28,6 @@ class SmartMoEGreedy(Policy):
     """Moves homes by past loads; no copies."""
 
     name: ClassVar[str] = "smartmoe_greedy"
-    summary: ClassVar[str] = "homes move by greedy packing of past loads (SmartMoE)"
     moves: ClassVar[bool] = True
 
     def place(self, load_NE: Counts, current: Placement, costs: BalanceCosts) -> Placement:

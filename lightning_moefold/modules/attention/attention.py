@@ -21,9 +21,8 @@ from lightning_moefold.kernels import rotate
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.attention.blockwise import Seen, Span
-from lightning_moefold.modules.attention.context import context_attention
+from lightning_moefold.modules.attention.context import context_attention, find_runs_of
 from lightning_moefold.modules.attention.rotary import rotary_tables
-from lightning_moefold.modules.attention.varlen import attend_within_runs, takes_runs
 from lightning_moefold.modules.base import Linear, ParallelRoot, column_plans, local, placed, row_plans
 from lightning_moefold.modules.norm import RMSNorm
 from lightning_moefold.modules.sequence import SequenceBatch
@@ -213,20 +212,22 @@ class Attention(ParallelRoot):
         earlier = None  # during generation, the cached keys that each row sees
         if batch.cache is not None:
             k_BLVd, v_BLVd, earlier = batch.cache.extend(self, self.sliding_window, k_BLVd, v_BLVd)
-        elif (y_BLQd := self._attend_within_runs(q_BLQd, k_BLVd, v_BLVd, batch)) is not None:
-            return y_BLQd.reshape(batch.tokens, self.local_heads * self.head_dim)
         q, k, v = (x.transpose(1, 2) for x in (q_BLQd, *self._for_each_group(k_BLVd, v_BLVd)))
         visibility, layout = batch.visibility(self.sliding_window), batch.layout
         if earlier is not None:
             y_BQLd = _attend_to_row(q, k, v, earlier, self.causal)
         elif layout.cp.size > 1 and not self.causal:
             y_BQLd = _attend_to_all_ranks(q, k, v, batch)
-        elif layout.cp.size == 1 and (visibility.is_causal or layout.length <= _WHOLE_MASK or not self.causal):
-            y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
+        elif layout.cp.size == 1 and (visibility.is_causal or not self.causal):
+            y_BQLd = _attend_to_row(q, k, v, Seen.CAUSAL, self.causal)
         else:
             if torch.is_autocast_enabled(q.device.type):  # autocast does not cover custom functions
                 q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-            y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)
+            short = layout.cp.size == 1 and layout.length <= _WHOLE_MASK
+            if short and find_runs_of(q, layout, visibility) is None:
+                y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
+            else:
+                y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)
         return y_BQLd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
 
     def _for_each_group(self, k_BLVd: Tensor, v_BLVd: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,20 +237,6 @@ class Attention(ParallelRoot):
         # By slices, because an index tensor would be copied to the device, and the host would wait.
         k, v = (torch.stack([x[:, :, head] for head in self.kv_of_head], dim=2) for x in (k_BLVd, v_BLVd))
         return k, v
-
-    def _attend_within_runs(
-        self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch
-    ) -> Tensor | None:
-        """Computes attention of whole rows with documents, padding or a window in one fused kernel; None if it cannot."""
-        visibility = batch.visibility(self.sliding_window)
-        if not self.causal or batch.layout.cp.size > 1 or visibility.is_causal:
-            return None
-        if torch.is_autocast_enabled(q_BLQd.device.type):  # autocast does not cover custom functions
-            dtype = torch.get_autocast_dtype(q_BLQd.device.type)
-            q_BLQd, k_BLVd, v_BLVd = (x.to(dtype) for x in (q_BLQd, k_BLVd, v_BLVd))
-        if not takes_runs(q_BLQd) or (runs := visibility.runs(batch.rows, batch.length, q_BLQd.device)) is None:
-            return None
-        return attend_within_runs(q_BLQd, *self._for_each_group(k_BLVd, v_BLVd), runs, visibility.window)
 
 
 def _attend_to_row(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor, causal: bool) -> Tensor:

@@ -101,24 +101,26 @@ class Visibility:
         self._alone_BS = None if real_BS is None else sees_nothing(real_BS, document_BS, window)
         self._alone = None if self._alone_BS is None else self._alone_BS.cpu()
         self._masks: dict[tuple[Span, Span], Tensor] = {}
-        self._runs: dict[tuple[int, int], Runs | None] = {}
+        self._runs: dict[tuple[int, ...], Runs | None] = {}
 
     @property
     def is_causal(self) -> bool:
         """Whether causality is the only restriction."""
         return self.window is None and self._document_BS is None and self._real_BS is None
 
-    def runs(self, rows: int, length: int, device: torch.device) -> Runs | None:
-        """Returns runs of adjacent tokens that see each other (:func:`.varlen.find_runs`); None if runs cannot express this.
+    def runs(self, rows: int, held_GL: Tensor, rank: int, device: torch.device) -> Runs | None:
+        """Returns a rank's runs of adjacent tokens (:func:`.varlen.find_runs`); None if runs cannot express what is seen.
 
         Args:
             rows: Number of rows, B.
-            length: Number of positions per row, S.
+            held_GL: Positions that each rank holds of a row, in its order, on the host.
+            rank: The rank.
             device: Device of the result.
         """
-        if (rows, length) not in self._runs:
-            self._runs[rows, length] = find_runs(rows, length, self._documents, self._hidden, device)
-        return self._runs[rows, length]
+        key = (rows, *held_GL.shape, rank)
+        if key not in self._runs:
+            self._runs[key] = find_runs(rows, held_GL, rank, self._documents, self._hidden, self.window, device)
+        return self._runs[key]
 
     def pieces(self, span: Span) -> list[Span]:
         """Cuts a span into the blocks in which it is computed; blocks of neighbouring spans of a row fit together.

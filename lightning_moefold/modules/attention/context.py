@@ -8,6 +8,9 @@ A row of S positions (padded to a multiple of 2 * cp) is cut into 2 * cp chunks;
     all_gather   keys and values of the whole row on every rank, in one collective
     all_to_all   whole rows with a part of the heads on every rank (Ulysses, arXiv 2309.14509)
 
+Where one kernel computes rows with documents, padding or a window (:mod:`.varlen`), ``"auto"`` gathers keys where it would choose
+a ring by size, because a ring would compute them in blocks.
+
 Legend: B rows, H query heads, V key/value heads, S positions, L = S / cp positions of a rank, C positions of a chunk, d head
 size, G = cp ranks.
 """
@@ -26,6 +29,7 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules.attention.blockwise import PartialAttention, PartialGradient, Span, Visibility
 from lightning_moefold.modules.attention.exchanges import Exchange, exchange_for
+from lightning_moefold.modules.attention.varlen import Runs, runs_backward, runs_forward, takes_runs
 from lightning_moefold.modules.base import wide
 
 #: Bytes of keys and values in one message: large enough for a link's bandwidth, and small compared with what attention
@@ -68,10 +72,20 @@ class ContextLayout:
                 before += span.end - span.start
         raise IndexError(f"a row of {self.length} has no position {position}")
 
+    def held(self, device: torch.device | None = None) -> Tensor:
+        """Returns the positions of each rank, ``[G, L]``."""
+        return torch.stack([self.positions(device, rank) for rank in range(self.cp.size)])
+
     def order(self, device: torch.device | None = None) -> Tensor:
         """Returns the index of each position of the row in the concatenation of all ranks, ``[S]``."""
-        held = [torch.arange(s.start, s.end, device=device) for r in range(self.cp.size) for s in self.spans(r)]
-        return torch.argsort(torch.cat(held))
+        return torch.argsort(self.held(device).flatten())
+
+
+def find_runs_of(q_BHLd: Tensor, layout: ContextLayout, visibility: Visibility) -> Runs | None:
+    """Returns the runs that one fused kernel computes (:mod:`.varlen`); None if blocks must, or need no mask."""
+    if visibility.is_causal or not takes_runs(q_BHLd):
+        return None
+    return visibility.runs(q_BHLd.shape[0], layout.held(torch.device("cpu")), layout.cp.index, q_BHLd.device)
 
 
 def choose_exchange(layout: ContextLayout, q: Tensor, k: Tensor) -> Exchange:
@@ -99,11 +113,12 @@ def context_attention(
     Raises:
         ValueError: If the exchange is ``"all_to_all"`` and cp does not divide the heads.
     """
-    if layout.cp.size > 1 and exchange == "auto":
+    asked, size = exchange, layout.cp.size
+    if size > 1 and asked == "auto":
         exchange = choose_exchange(layout, q_BHLd, k_BVLd)
-    if layout.cp.size == 1 or exchange != "all_to_all":
-        return _Attention.apply(q_BHLd, k_BVLd, v_BVLd, layout, visibility, exchange)
-    size = layout.cp.size
+    if size == 1 or exchange != "all_to_all":
+        runs = None if size > 1 and asked == "ring" else find_runs_of(q_BHLd, layout, visibility)
+        return _Attention.apply(q_BHLd, k_BVLd, v_BVLd, layout, visibility, exchange, runs)
     for name, heads in (("query", q_BHLd.shape[1]), ("key/value", k_BVLd.shape[1])):
         if heads % size:
             raise InputError(
@@ -113,7 +128,8 @@ def context_attention(
     whole = ContextLayout(layout.length)
     order = layout.order(q_BHLd.device)
     q, k, v = (_rows_of_some_heads(x, layout.cp, order) for x in (q_BHLd, k_BVLd, v_BVLd))
-    return _positions_of_all_heads(_Attention.apply(q, k, v, whole, visibility, "ring"), layout.cp, order)
+    y = _Attention.apply(q, k, v, whole, visibility, "ring", find_runs_of(q, whole, visibility))
+    return _positions_of_all_heads(y, layout.cp, order)
 
 
 def _rows_of_some_heads(x_BHLd: Tensor, cp: Axis, order: Tensor) -> Tensor:
@@ -132,28 +148,42 @@ def _positions_of_all_heads(x_BhSd: Tensor, cp: Axis, order: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Ring or all-gather by groups of heads, so that a rank holds keys and values of other ranks for one group only."""
+    """Ring or all-gather by groups of heads, so that a rank holds keys and values of other ranks for one group only.
+
+    If there are runs, keys are gathered and one kernel computes a group; otherwise it is computed in blocks.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: ContextLayout, visibility: Visibility, exchange: Exchange
-    ) -> Tensor:
-        ctx.layout, ctx.visibility, ctx.exchange = layout, visibility, exchange
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device)
-        for heads, kv_heads in _head_groups(q, k, layout):
-            out[:, heads], lse[:, heads] = _forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], ctx)
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: ContextLayout, visibility: Visibility, exchange: Exchange,
+        runs: Runs | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.layout, ctx.visibility, ctx.exchange, ctx.runs = layout, visibility, exchange, runs
+        part, groups = _forward if runs is None else _forward_of_runs, _head_groups(q, k, layout)
+        if len(groups) == 1:  # nothing is copied
+            out, lse = part(q, k, v, ctx)
+            out = out.to(q.dtype)
+        else:
+            out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device)
+            for heads, kv_heads in groups:
+                out[:, heads], lse[:, heads] = part(q[:, heads], k[:, kv_heads], v[:, kv_heads], ctx)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for heads, kv_heads in _head_groups(q, k, ctx.layout):
-            grad_q[:, heads], grad_k[:, kv_heads], grad_v[:, kv_heads] = _backward(
-                grads[0][:, heads], q[:, heads], out[:, heads], lse[:, heads], k[:, kv_heads], v[:, kv_heads], ctx
-            )
-        return grad_q, grad_k, grad_v, None, None, None
+        part, groups = _backward if ctx.runs is None else _backward_of_runs, _head_groups(q, k, ctx.layout)
+        if len(groups) == 1:
+            found = part(grads[0], q, out, lse, k, v, ctx)
+            grad_q, grad_k, grad_v = (x.to(q.dtype) for x in found)
+        else:
+            grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+            for heads, kv_heads in groups:
+                grad_q[:, heads], grad_k[:, kv_heads], grad_v[:, kv_heads] = part(
+                    grads[0][:, heads], q[:, heads], out[:, heads], lse[:, heads], k[:, kv_heads], v[:, kv_heads], ctx
+                )
+        return grad_q, grad_k, grad_v, None, None, None, None
 
 
 def _head_groups(q_BHLd: Tensor, k_BVLd: Tensor, layout: ContextLayout) -> list[tuple[slice, slice]]:
@@ -194,6 +224,45 @@ def _backward(
     else:
         grad_pair = _ring_backward(partial, _stacked(k, v, layout), layout, visibility)
     return partial.grad_q, grad_pair[0], grad_pair[1]
+
+
+def _forward_of_runs(q: Tensor, k: Tensor, v: Tensor, ctx: Any) -> tuple[Tensor, Tensor]:
+    out_MHd, lse_HM = runs_forward(_flat(q), *_selected_keys(k, v, ctx), ctx.runs)
+    return _in_rows(out_MHd, len(q)), lse_HM.unflatten(1, (len(q), -1)).transpose(0, 1)
+
+
+def _backward_of_runs(
+    grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, ctx: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    selected = _selected_keys(k, v, ctx)
+    lse_HM = lse.transpose(0, 1).flatten(1)
+    grad_q, grad_k, grad_v = runs_backward(_flat(grad), _flat(q), *selected, _flat(out), lse_HM, ctx.runs)
+    if ctx.runs.key_K is not None:
+        pair = torch.cat((grad_k, grad_v), dim=1).to(wide(q.dtype))
+        whole = pair.new_zeros((ctx.layout.cp.size * grad_q.shape[0], *pair.shape[1:]))
+        # No key is selected more than twice, so the order of additions does not matter.
+        whole.index_add_(0, ctx.runs.key_K, pair)
+        grad_k, grad_v = comm.reduce_scatter_raw(whole, ctx.layout.cp).chunk(2, dim=1)
+    return _in_rows(grad_q, len(q)), _in_rows(grad_k, len(q)), _in_rows(grad_v, len(q))
+
+
+def _selected_keys(k: Tensor, v: Tensor, ctx: Any) -> tuple[Tensor, Tensor]:
+    """Returns keys and values in the order in which the runs see them, ``[K, V, d]``."""
+    if ctx.runs.key_K is None:
+        return _flat(k), _flat(v)
+    pair = comm.all_gather_raw(torch.cat((_flat(k), _flat(v)), dim=1), ctx.layout.cp)
+    k_KVd, v_KVd = pair.index_select(0, ctx.runs.key_K).chunk(2, dim=1)
+    return k_KVd, v_KVd
+
+
+def _flat(x_BHLd: Tensor) -> Tensor:
+    """Returns ``[B * L, H, d]``."""
+    return x_BHLd.transpose(1, 2).flatten(0, 1)
+
+
+def _in_rows(x_MHd: Tensor, rows: int) -> Tensor:
+    """Inverts :func:`_flat`."""
+    return x_MHd.unflatten(0, (rows, -1)).transpose(1, 2)
 
 
 def _stacked(k: Tensor, v: Tensor, layout: ContextLayout) -> Tensor | tuple[Tensor, Tensor]:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_moefold.comm import linear
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.modules.experts.kernels import Activation, gated_experts
 
@@ -67,17 +69,9 @@ def make_buckets(widths: Sequence[int]) -> Buckets:
     return Buckets(experts, tops, torch.cat(places) if places else torch.empty(0, dtype=torch.int64))
 
 
-class _Pad(torch.autograd.Function):
-    """``[w, D] -> [P, D]`` with zeros between; its adjoint reads the places."""
-
-    @staticmethod
-    def forward(ctx: Any, flat_wD: Tensor, place_w: Tensor, channels: int) -> Tensor:
-        ctx.place_w = place_w
-        return flat_wD.new_zeros(channels, flat_wD.shape[1]).index_copy_(0, place_w, flat_wD)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.place_w), None, None
+def _padded(flat_wD: Tensor, buckets: Buckets) -> Tensor:
+    """``[w, D] -> [P, D]`` with zeros between."""
+    return flat_wD.new_zeros(buckets.channels, flat_wD.shape[1]).index_copy_(0, buckets.place_w, flat_wD)
 
 
 class _Kept:
@@ -108,8 +102,7 @@ class _Kept:
         if number is None:
             return view if self.others is None else self.others[1](view)
         if number not in self.again:
-            flat, places = self.flat[number], self.buckets.place_w
-            self.again[number] = flat.new_zeros(self.buckets.channels, flat.shape[1]).index_copy_(0, places, flat)
+            self.again[number] = _padded(self.flat[number], self.buckets)
         return self.again[number].as_strided(view.shape, view.stride(), view.storage_offset())
 
 
@@ -131,7 +124,8 @@ def in_buckets(
         buckets: Of these experts, on the device.
         activation: Of the gate.
     """
-    padded = [_Pad.apply(stack_wD, buckets.place_w, buckets.channels) for stack_wD in stacks]
+    pad, unpad = partial(_padded, buckets=buckets), partial(torch.index_select, dim=0, index=buckets.place_w)
+    padded = [linear(stack_wD, pad, unpad) for stack_wD in stacks]
     kept = _Kept(stacks, padded, buckets)
     x_parts, weight_parts = x_MD.split(list(counts)), weight_M.split(list(counts))
     y_parts: list[Tensor] = [part.new_zeros(part.shape) for part in x_parts]  # of experts without a channel

@@ -34,7 +34,7 @@ from lightning_moefold.modules.quantized import CodedModule, CodedStack
 from lightning_moefold.modules.recompute import recomputed
 from lightning_moefold.modules.sequence import SequenceBatch
 
-_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
+WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 _ADAPTER = ("gate_up_lora_A", "gate_lora_B", "up_lora_B", "down_lora_A", "down_lora_B")
 
 
@@ -270,13 +270,8 @@ class Experts(RoutedExperts, CodedModule):
         The adapter's are in the dtype of the others, in which they are multiplied. Weights of a quantised base are bytes
         ``[L, X]``.
         """
-        if self.codec is not None:
-            return tuple(
-                local(getattr(self, n)) for n in (*_WEIGHTS, *(_ADAPTER if self.lora_scale is not None else ()))
-            )
-        weights = [local(self.get_parameter(name)) for name in _WEIGHTS]
-        names = () if self.lora_scale is None else _ADAPTER
-        return (*weights, *(local(self.get_parameter(name)).to(weights[0].dtype) for name in names))
+        stacks = [local(getattr(self, n)) for n in (*WEIGHTS, *(() if self.lora_scale is None else _ADAPTER))]
+        return tuple(stacks) if self.codec is not None else tuple(stack.to(stacks[0].dtype) for stack in stacks)
 
     @property
     def computes_again(self) -> bool:
@@ -311,29 +306,25 @@ class Experts(RoutedExperts, CodedModule):
         if torch.is_autocast_enabled(x_AD.device.type):  # outside a language model; autocast knows no custom function
             dtype = torch.get_autocast_dtype(x_AD.device.type)
             x_AD, *stacks = (t.to(dtype) for t in (x_AD, *stacks))
-        (gate_LFD, up_LFD, down_LDF), adapter = stacks[:3], stacks[3:]
-        if self.kernel != "transformer_engine":
-            lora = None
-            if self.codec is not None:
-                adapter = [stack.to(x_AD.dtype) for stack in adapter]
-            if self.lora_scale is not None:
-                up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR = adapter
-                lora = ExpertLoRA(up_A_LRD, gate_B_LFR, up_B_LFR, down_A_LRF, down_B_LDR, self.lora_scale)
-            weights: list[Any] = [gate_LFD, up_LFD, down_LDF]
-            if self.codec is not None:
-                shapes = [self.coded[name][1:] for name in _WEIGHTS]
-                weights = [CodedStack(w, s, self.codec, x_AD.dtype) for w, s in zip(weights, shapes, strict=True)]
-            gate, up, down = weights
-            if lora is not None and drop is not None:
-                return dropping_experts(x_AD, rows, self.activation, (gate, up, down), lora, drop)
-            return gated_experts(x_AD, rows, self.activation, gate, up, down, self.kernel, lora, self.again)
-        if x_AD.dtype == torch.float64:  # which Transformer Engine does not have
-            return gated_experts(x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF, "loop")
-        experts, width, hidden = gate_LFD.shape
-        key = chunk, experts, width, gate_LFD.dtype  # another when the layer is bound to another fold
-        if key not in self._engines:
-            self._engines[key] = TransformerEngineExperts(experts, hidden, width, gate_LFD.dtype)
-        return self._engines[key](x_AD, rows, self.activation, gate_LFD, up_LFD, down_LDF)
+        weights: list[Any] = list(stacks[:3])
+        if self.kernel == "transformer_engine" and x_AD.dtype != torch.float64:
+            experts, width, hidden = weights[0].shape
+            key = chunk, experts, width, weights[0].dtype  # another when the layer is bound to another fold
+            if key not in self._engines:
+                self._engines[key] = TransformerEngineExperts(experts, hidden, width, weights[0].dtype)
+            return self._engines[key](x_AD, rows, self.activation, *weights)
+        lora = None
+        if self.lora_scale is not None:
+            lora = ExpertLoRA._make([*(stack.to(x_AD.dtype) for stack in stacks[3:]), self.lora_scale])
+        if self.codec is not None:
+            shapes = [self.coded[name][1:] for name in WEIGHTS]
+            weights = [CodedStack(w, s, self.codec, x_AD.dtype) for w, s in zip(weights, shapes, strict=True)]
+        gate, up, down = weights
+        if lora is not None and drop is not None:
+            return dropping_experts(x_AD, rows, self.activation, (gate, up, down), lora, drop)
+        kernel = "loop" if self.kernel == "transformer_engine" else self.kernel  # float64, which that does not have
+        again = self.again and self.computes_again
+        return gated_experts(x_AD, rows, self.activation, gate, up, down, kernel, lora, again)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or a pickle, makes engines of its own."""

@@ -25,11 +25,13 @@ adapter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_moefold.comm import linear
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.kernels.compiled import unchanged
 from lightning_moefold.kernels.gated import gated_backward, gated_forward, through_activation
@@ -157,6 +159,7 @@ class _AtOnce(torch.autograd.Function):
         down_LDF: Stack,
         *adapter: Tensor,
     ) -> Tensor:
+        """Computes the weighted rows, ``[M, D] -> [M, D]``."""
         z_MR = products.forward(x_MD, adapter[0]).mul_(scale) if adapter else None
         gate_MF, up_MF = _gate_and_up(products, x_MD, gate_LFD, up_LFD, z_MR, adapter)
         inner_MF = gated_forward(activation, gate_MF, up_MF, weight_M)
@@ -173,6 +176,7 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Computes the gradients of the rows, their weights and the stacks that need one."""
         x_MD, weight_M, gate_MF, up_MF, z_MR, v_MR, *stacks = ctx.saved_tensors
         (gate_LFD, up_LFD, down_LDF), adapter = ctx.coded or stacks[:3], stacks[3:]
         products, scale = ctx.products, ctx.scale
@@ -216,27 +220,9 @@ class _AtOnce(torch.autograd.Function):
         return grad_x, through.weight_M, None, None, None, None, grad_gate, grad_up, grad_down, *of_adapter
 
 
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_AD: Tensor, rows: ExpertRows) -> Tensor:
-        assert rows.token_M is not None
-        ctx.rows, ctx.tokens = rows, x_AD.shape[0]
-        return x_AD.index_select(0, rows.token_M)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _add_rows(grads[0], ctx.rows, ctx.tokens), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
-        ctx.rows = rows
-        return unchanged(_add_rows(y_MD, rows, tokens))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.rows.token_M), None, None
+def _rows_of(x_AD: Tensor, rows: ExpertRows) -> Tensor:
+    assert rows.token_M is not None
+    return x_AD.index_select(0, rows.token_M)
 
 
 def _add_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
@@ -248,31 +234,32 @@ def _add_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
 
 def read_tokens(x_AD: Tensor, rows: ExpertRows) -> Tensor:
     """The token of each row, ``[A, D] -> [M, D]``."""
-    return x_AD if rows.token_M is None else _Read.apply(x_AD, rows)
+    if rows.token_M is None:
+        return x_AD
+    tokens = x_AD.shape[0]
+    return linear(x_AD, lambda x: _rows_of(x, rows), lambda grad: _add_rows(grad, rows, tokens))
 
 
 def sum_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:
     """Sum of each token's rows in at least float32, ``[M, D] -> [A, D]``; zero for tokens that no row reads."""
-    return y_MD if rows.token_M is None else _Sum.apply(y_MD, rows, tokens)
+    if rows.token_M is None:
+        return y_MD
+    return linear(y_MD, lambda y: unchanged(_add_rows(y, rows, tokens)), lambda grad: _rows_of(grad, rows))
 
 
 # ---- expert by expert ------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _Job:
     """What :class:`_ExpertByExpert` is told besides tensors with gradients."""
 
-    def __init__(
-        self,
-        token_M: Tensor | None,
-        distinct: bool,
-        counts: list[int],
-        activation: Activation,
-        scale: float = 0.0,
-        again: bool = False,
-    ) -> None:
-        self.token_M, self.distinct, self.counts, self.activation = token_M, distinct, counts, activation
-        self.scale, self.again = scale, again
+    token_M: Tensor | None
+    distinct: bool
+    counts: list[int]
+    activation: Activation
+    scale: float = 0.0
+    again: bool = False
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, slice, Tensor | slice, bool]]:
         """Experts that have rows, some of their rows, the tokens these read, and whether they are an expert's first."""
@@ -349,6 +336,7 @@ class _ExpertByExpert(torch.autograd.Function):
         down_LDF: Stack,
         *adapter: Tensor,
     ) -> Tensor:
+        """Computes the experts one after the other and sums their rows per token, ``[A, D] -> [A, D]``."""
         kept: list[Tensor | None] = [None, None]
         if not job.again:
             kept = [FOR_BACKWARD.empty(x_AD, weight_M.shape[0], gate_LFD.shape[1]) for _ in range(2)]
@@ -376,6 +364,7 @@ class _ExpertByExpert(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Computes the gradients of the tokens, the rows' weights and the stacks that need one, one expert after the other."""
         x_AD, weight_M, gate_MF, up_MF, z_MR, v_MR, *stacks = ctx.saved_tensors
         (gate_LFD, up_LFD, down_LDF), adapter = ctx.coded or stacks[:3], stacks[3:]
         job: _Job = ctx.job
@@ -387,8 +376,7 @@ class _ExpertByExpert(torch.autograd.Function):
             for w, needed in zip((gate_LFD, up_LFD, down_LDF), need_stacks[:3], strict=True)
         )
         trains_adapter = any(need_stacks[3:])
-        of_adapter = [job.stack_like(w) for w in adapter] if trains_adapter else []
-        no_adapter: list[Tensor | None] = [None] * len(adapter)
+        of_adapter: list[Any] = [job.stack_like(w) if trains_adapter else None for w in adapter]
         for expert, rows, tokens, first in job.blocks(x_AD.dtype):
             grad_cD, weight_c1 = job.read(grad_AD, tokens), weight_M[rows].unsqueeze(1)
             grad_inner = grad_cD @ down_LDF[expert]
@@ -433,4 +421,4 @@ class _ExpertByExpert(torch.autograd.Function):
                 grad_x_cD = torch.mm(grad_gate_cF, gate_LFD[expert]).addmm_(grad_up_cF, up_LFD[expert])
                 job.add(total_AD, tokens, grad_x_cD.addmm_(grad_z_cR, up_A) if adapter else grad_x_cD)
         grad_x = None if total_AD is None else total_AD.to(x_AD.dtype)
-        return grad_x, grad_weight, None, grad_gate, grad_up, grad_down, *(of_adapter or no_adapter)
+        return grad_x, grad_weight, None, grad_gate, grad_up, grad_down, *of_adapter

@@ -125,9 +125,8 @@ class ModuleExperts(RoutedExperts):
         # Dropout follows the mode of the stack: Lightning puts modes back module by module, without train().
         for module, stacked in zip(self._architecture[0].modules(), self.stack.modules(), strict=True):
             module.training = stacked.training
-        if not len(
-            rows.counts_L
-        ):  # of copies, where this rank has none: still a part of the graph, which other ranks wait for
+        # A chunk of copies of which this rank has none is still part of the graph that other ranks wait for.
+        if not len(rows.counts_L):
             return x_AD + sum(stack.sum().to(x_AD.dtype) for stack in stacks)
         names = [name for name, _ in self.stack.named_parameters()]
         experts = [dict(zip(names, values, strict=True)) for values in zip(*(s.unbind(0) for s in stacks), strict=True)]

@@ -24,13 +24,11 @@ from lightning_moefold.layout import Cut, Family, ParameterPlan, TensorGradient
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.modules.base import local
 from lightning_moefold.modules.experts.buckets import Buckets, in_buckets, make_buckets
-from lightning_moefold.modules.experts.experts import RoutedExperts
+from lightning_moefold.modules.experts.experts import WEIGHTS, RoutedExperts
 from lightning_moefold.modules.experts.kernels import ExpertKernel, read_tokens, sum_rows
 from lightning_moefold.modules.experts.products import grouped_never_waits, host_counts
 from lightning_moefold.modules.experts.stack import split_stack
 from lightning_moefold.modules.mlp import ACTIVATIONS
-
-_WEIGHTS = ("gate_proj", "up_proj", "down_proj")
 
 
 class PackedExperts(RoutedExperts):
@@ -55,7 +53,7 @@ class PackedExperts(RoutedExperts):
         super().__init__(len(widths))
         self.widths, self.activation = tuple(widths), ACTIVATIONS[activation]
         self._starts: list[int] = [0]
-        for name in _WEIGHTS:
+        for name in WEIGHTS:
             self.register_parameter(name, nn.Parameter(torch.empty(sum(widths), hidden_size)))
             nn.init.normal_(self.get_parameter(name), std=0.02)
 
@@ -89,7 +87,7 @@ class PackedExperts(RoutedExperts):
             raise FoldError(f"etp={fold.etp} would cut experts of uneven widths, which stay whole; use etp=1.")
         channels = tuple(sum(part) for part in self._parts(fold.ep))
         plan = ParameterPlan(Family.EXPERT, (Cut("ep", 0, channels),), TensorGradient.SHARDED, flat=True)
-        return dict.fromkeys(_WEIGHTS, plan)
+        return dict.fromkeys(WEIGHTS, plan)
 
     def _parts(self, ep: int) -> list[tuple[int, ...]]:
         """Returns the widths of the experts of each ep rank."""
@@ -103,7 +101,7 @@ class PackedExperts(RoutedExperts):
 
     def stacks(self) -> tuple[Tensor, ...]:
         """Gate, up and down, ``[w, D]`` each."""
-        return tuple(local(self.get_parameter(name)) for name in _WEIGHTS)
+        return tuple(local(self.get_parameter(name)) for name in WEIGHTS)
 
     def split(self, stack: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
         """See :meth:`RoutedExperts.split`."""

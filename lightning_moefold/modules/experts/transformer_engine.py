@@ -60,13 +60,9 @@ def load() -> Any:
 
 
 class TransformerEngineExperts:
-    """The three products of gated experts. One for each layer and chunk of experts, because recipes keep their scales here.
+    """The three products of gated experts, with widths of this rank.
 
-    Args:
-        experts: L.
-        hidden_size: D.
-        width: F of this rank.
-        dtype: Of the weights.
+    One for each layer and chunk of experts, because recipes keep their scales here.
     """
 
     def __init__(self, experts: int, hidden_size: int, width: int, dtype: torch.dtype) -> None:

@@ -69,13 +69,7 @@ def router_options(spec: RouterSpec) -> RouterOptions:
 
 
 def make_router(spec: RouterSpec, hidden_size: int, num_experts: int, top_k: int) -> Router:
-    """Makes a router.
-
-    Args:
-        spec: Specification of the router.
-        hidden_size: Size of hidden states, D.
-        num_experts: Number of experts, E.
-        top_k: Number of experts per token, K.
+    """Makes the router that a specification names, for D, E and K.
 
     Raises:
         ValueError: See :func:`router_options`; also if the options do not fit the sizes.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from unittest import mock
 
@@ -11,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moefold.mesh import SINGLE, Axis
-from lightning_moefold.modules.attention import blockwise, context
+from lightning_moefold.modules.attention import blockwise, context, exchanges
 from lightning_moefold.modules.attention.blockwise import Visibility
 from lightning_moefold.modules.attention.context import ContextLayout, context_attention
+from tests.modules.attention.flash_on_cpu import Calls, flash_on_cpu
 
 SIZE = 4
 
@@ -32,9 +34,10 @@ def draw(case: dict[str, Any]) -> dict[str, Tensor]:
         borders = torch.rand(rows, length, generator=chance) < 0.2
         tensors["documents"] = borders.cumsum(1)
     if case.get("padding"):
-        hidden = torch.tensor([[length // 3], [0]])[:rows]
-        tensors["real"] = torch.arange(length) >= hidden
-        if rows == 1:  # nobody learns from padding, and what it sees then is nobody's business
+        hidden = torch.tensor([[length // 3], [0], [length // 2 + 1]])[:rows]
+        place = torch.arange(length)
+        tensors["real"] = place < length - hidden if case["padding"] == "right" else place >= hidden
+        if _is_idle(case):  # nobody learns from padding, and what it sees then is nobody's business
             tensors["grad"] = tensors["grad"] * tensors["real"][:, None, :, None]
     return tensors
 
@@ -56,11 +59,16 @@ def naive(case: dict[str, Any]) -> dict[str, Tensor]:
     k_H, v_H = (x.repeat_interleave(groups, 1) for x in (k, v))
     out = ((q @ k_H.mT) / SIZE**0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v_H
     out.backward(t["grad"])
-    return {"out": _asked_for(out, t), "q": q.grad, "k": k.grad, "v": v.grad}
+    return {"out": _asked_for(out, t, case), "q": q.grad, "k": k.grad, "v": v.grad}
 
 
-def _asked_for(out: Tensor, t: dict[str, Tensor], place: slice | Tensor = slice(None)) -> Tensor:
-    if "real" not in t or len(out) > 1:
+def _is_idle(case: dict[str, Any]) -> bool:
+    """Whether what padding sees is not compared: where pieces or the kernel need no mask."""
+    return "calls" in case or case.get("rows") == 1
+
+
+def _asked_for(out: Tensor, t: dict[str, Tensor], case: dict[str, Any], place: slice | Tensor = slice(None)) -> Tensor:
+    if "real" not in t or not _is_idle(case):
         return out.detach()
     return out.detach() * t["real"][:, None, place, None]
 
@@ -77,8 +85,18 @@ def attend(case: dict[str, Any]) -> dict[str, Tensor]:
     visibility = Visibility(case.get("window"), t.get("documents"), t.get("real"))
     message = case.get("message", context.MESSAGE_BYTES)
     sizes = {"BLOCK": case.get("block", blockwise.BLOCK), "SHORTEST": case.get("shortest", blockwise.SHORTEST)}
-    with mock.patch.object(context, "MESSAGE_BYTES", message), mock.patch.multiple(blockwise, **sizes):
+    kernel = flash_on_cpu() if "calls" in case else contextlib.nullcontext(Calls())
+    with (
+        mock.patch.object(context, "MESSAGE_BYTES", message), mock.patch.object(exchanges, "SMALL_BYTES", case.get("small", 2**25)),
+        mock.patch.multiple(blockwise, **sizes), kernel as calls,
+    ):  # fmt: skip
         out = context_attention(q, k, v, layout, visibility, case["exchange"])
         out.backward(t["grad"][:, :, place])
     assert not (case.get("unmasked") and visibility._masks)
-    return {"place": place, "out": _asked_for(out, t, place), "q": q.grad, "k": k.grad, "v": v.grad}
+    assert len(calls.forward) == len(calls.backward) == case.get("calls", 0), calls
+    return {"place": place, "out": _asked_for(out, t, case, place), "q": q.grad, "k": k.grad, "v": v.grad}
+
+
+def attend_each(cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """:func:`attend` for several cases."""
+    return [attend(case) for case in cases]

@@ -28,13 +28,14 @@ MASKS: list[dict[str, Any]] = [
 BOTH = {"documents": True, "padding": True}
 
 
-def check(pool: RankPool, ranks: int, case: dict[str, Any]) -> None:
-    expected = jobs_context.naive(case)
-    found = {name: torch.full_like(value, torch.nan) for name, value in expected.items()}
-    for part in pool.run(jobs_context.attend, case, ranks=ranks):
-        for name, whole in found.items():
-            whole[:, :, part["place"]] = part[name]
-    assert_close_by_name(found, expected, 1e-12, str(case))
+def check(pool: RankPool, ranks: int, *cases: dict[str, Any]) -> None:
+    for case, *parts in zip(cases, *pool.run(jobs_context.attend_each, list(cases), ranks=ranks), strict=True):
+        expected = jobs_context.naive(case)
+        found = {name: torch.full_like(value, torch.nan) for name, value in expected.items()}
+        for part in parts:
+            for name, whole in found.items():
+                whole[:, :, part["place"]] = part[name]
+        assert_close_by_name(found, expected, 1e-12, str(case))
 
 
 @pytest.mark.parametrize("exchange", ["ring", "all_gather", "all_to_all", "auto"])
@@ -79,6 +80,42 @@ def test_one_row_needs_no_mask(pool: RankPool, ranks: int, mask: dict[str, Any],
     check(pool, ranks, {**case, **mask})
 
 
+RUNS: list[dict[str, Any]] = [
+    {"documents": True},
+    {"window": 3},
+    {"window": 4},
+    {"window": 17},
+    {"padding": "left"},
+    {"documents": True, "window": 3, "padding": "left"},
+    {"documents": True, "window": 20},
+    {"window": 5, "padding": "left", "rows": 1},
+]
+
+
+@pytest.mark.parametrize("ranks", quick([2, 4], 4))
+def test_one_kernel_for_all_rows(pool: RankPool, ranks: int) -> None:
+    """On CUDA (here as loops), whatever hides keys: windows shorter and longer than a piece of a row, which has 4 positions on
+    four ranks; several documents and paddings. No mask is built, and where a ring would go around blocks, keys are gathered."""
+    shape = {"length": 32, "heads": 4, "kv_heads": 2, "rows": 3, "unmasked": True, "calls": 1, "small": 0}
+    gathered = [{**shape, "exchange": "auto", **mask} for mask in RUNS]
+    exchanged = [{**shape, "exchange": "all_to_all", "heads": 8, "kv_heads": 4, **mask} for mask in RUNS[-3:]]
+    check(pool, ranks, *gathered, {**gathered[0], "exchange": "all_gather"}, *exchanged)
+
+
+@pytest.mark.parametrize("ranks", quick([2, 4], 2))
+def test_the_kernel_by_heads_and_where_it_does_not_apply(pool: RankPool, ranks: int) -> None:
+    """One call for each group of heads; none in a ring, without anything to hide, or with padding after a token."""
+    shape = {"length": 16, "heads": 6, "kv_heads": 3, "rows": 3, "exchange": "all_gather", "window": 5}
+    check(
+        pool, ranks,
+        {**shape, "message": 1, "documents": True, "unmasked": True, "calls": 3},
+        {**shape, "exchange": "ring", "calls": 0},
+        {**shape, "window": None, "calls": 0},
+        {**shape, "padding": "right", "calls": 0},
+        {**shape, "padding": "right", "exchange": "auto", "small": 0, "calls": 0},
+    )  # fmt: skip
+
+
 def test_many_short_documents_go_by_blocks() -> None:
     seen = Visibility(None, torch.arange(600)[None] // 2)
     assert seen.pieces(Span(0, 600)) == [Span(0, 600)]
@@ -94,6 +131,7 @@ def test_heads_that_do_not_divide(pool: RankPool) -> None:
     check(pool, 4, {"length": 16, "heads": 6, "kv_heads": 1, "exchange": "auto"})
     with pytest.raises(RankError) as caught:
         check(pool, 4, {"length": 16, "heads": 8, "kv_heads": 2, "exchange": "all_to_all"})
+    assert set(caught.value.messages) == {0, 1, 2, 3}
     assert all("use 'ring' or 'all_gather'" in text for text in caught.value.messages.values())
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.modules import MoELayer, SwipeOptions, TopologyAwareOptions
-from lightning_moefold.modules.routers import SwipeRouter, TopologyAwareRouter
 from lightning_moefold.modules.routers.rows import best_experts
-from lightning_moefold.modules.routers.swipe import balanced
+from lightning_moefold.modules.routers.swipe import SwipeRouter, balanced
+from lightning_moefold.modules.routers.topology_aware import TopologyAwareRouter
 from lightning_moefold.modules.sequence import SequenceBatch
 from tests.modules.routers import naive
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training step costs before and after pruning: a Qwen2-MoE of random weights in its three forms, on this CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/compression.py [--ratios 0.4] [--rounds 3] [--experts 16] [--width 256] [--tokens 1024]
+    OMP_NUM_THREADS=1 python benchmarks/compress.py [--ratios 0.4] [--rounds 3] [--experts 16] [--width 256] [--tokens 1024]
 
 A step is forward, backward and AdamW. Rounds interleave the models, and each has one step before that is not counted. FLOPs are
 those of a forward pass for a token, with the experts that calibration tokens chose and the width that each has. CPU seconds are

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training an adapter: ours beside PEFT on Hugging Face's model, and beside our training of the whole model.
 
-    python benchmarks/lora.py [--experts 64] [--hidden 1024] [--width 512] [--rank 16] [--tokens 4096] [--rounds 2] ...
+    python benchmarks/adapters.py [--experts 64] [--hidden 1024] [--width 512] [--rank 16] [--tokens 4096] [--rounds 2] ...
 
 Each contender has processes of its own, in which it makes ``--steps`` steps after one that is not counted; rounds interleave the
 contenders. All have the same Mixtral of random weights and the same tokens; adapters are on attention and on each expert. A step
@@ -92,7 +92,9 @@ class Steps(pl.LightningModule):
 
     def __init__(self, contender: str, args: argparse.Namespace) -> None:
         super().__init__()
-        self.contender, self.args, self.model, self.seconds = contender, args, None, []
+        self.contender, self.args = contender, args
+        self.model: Any = None  # theirs or ours
+        self.seconds: list[float] = []
 
     def configure_model(self) -> None:
         if self.model is None:
@@ -102,7 +104,7 @@ class Steps(pl.LightningModule):
     def train_dataloader(self) -> Any:
         ids = torch.randint(1000, (self.args.tokens // 512, 512), generator=torch.Generator().manual_seed(0))
         rows = [{"input_ids": row, "labels": row} for row in ids]
-        return DataLoader(rows * (1 + self.args.steps), batch_size=len(rows) // self.args.ranks)  # type: ignore[arg-type]
+        return DataLoader(rows * (1 + self.args.steps), batch_size=len(rows) // self.args.ranks)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.start = time.process_time()
