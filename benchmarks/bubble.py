@@ -30,7 +30,7 @@ from lightning_moefold.parallel import PipelinePlan, Settings, Sharding, paralle
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
 from lightning_moefold.parallel.pipeline.plan import SPLIT_BACKWARD
 from lightning_moefold.planner.cost.schedules import bubble
-from lightning_moefold.planner.cost.simulate import Op, Timeline, run_fixed, run_split, write_chrome_trace
+from lightning_moefold.planner.cost.simulate import Op, Timeline, chrome_trace, run_fixed, run_split
 from lightning_moefold.plots.style import save_figure
 from lightning_moefold.plots.timeline import draw, idle_shares
 
@@ -93,7 +93,7 @@ def work(arguments: argparse.Namespace) -> None:
             steps.append(recorder.finish())
     timeline = sorted(steps, key=lambda t: t.seconds)[1]
     if dist.get_rank() == 0:
-        write_chrome_trace(timeline, Path(arguments.trace))
+        Path(arguments.trace).write_text(chrome_trace(timeline))
     leave()
 
 

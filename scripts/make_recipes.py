@@ -21,7 +21,7 @@ from lightning_moefold.planner.report.recipe import strategy_arguments, trainer_
 from lightning_moefold.planner.search.job import Job
 from lightning_moefold.planner.search.models_zoo import MODELS
 from lightning_moefold.planner.search.robust import search
-from lightning_moefold.planner.search.search import Space
+from lightning_moefold.planner.search.space import Space
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 CHECKPOINTS = {

@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that the monitors share: when to log, over which ranks, and how."""
+"""What the callbacks share: when to log, over which ranks, how, and the files that they write."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from numpy.typing import ArrayLike
 
+from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.strategy import MoEFoldStrategy
+
+T = TypeVar("T")
 
 
 class LogSchedule:
@@ -58,6 +66,20 @@ class LogSchedule:
             )
 
 
+def fold_strategy(trainer: pl.Trainer) -> MoEFoldStrategy:
+    """Returns the strategy of a Trainer that is known to have a MoEFoldStrategy."""
+    assert isinstance(trainer.strategy, MoEFoldStrategy)
+    return trainer.strategy
+
+
+def everyones(mine: T, axis: Axis) -> list[T]:
+    """Gathers an object from every rank of an axis, in their order. Collective."""
+    told = [mine] * axis.size
+    if axis.size > 1:
+        dist.all_gather_object(told, mine, group=axis.group)
+    return told
+
+
 def world_axis(trainer: pl.Trainer) -> Axis:
     """Returns the axis of all ranks, under any strategy."""
     strategy = trainer.strategy
@@ -71,6 +93,21 @@ def world_axis(trainer: pl.Trainer) -> Axis:
 def logged_step(trainer: pl.Trainer) -> int:
     """Returns the step under which Lightning logs its own metrics, for values that are passed to a logger directly."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_file(trainer: pl.Trainer, name: str) -> Path | str | None:
+    """Returns the path of a file in ``log_dir``, or None if nothing is logged. Broadcasts, so every rank has to call it."""
+    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    folder = trainer.log_dir
+    return None if folder is None else stores.join(stores.parse_path(folder), name)
+
+
+def save_arrays(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
+    """Writes arrays to an ``.npz`` file, here or in a store, atomically."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    stores.write(path, file.getvalue())
 
 
 def log_values(trainer: pl.Trainer, module: pl.LightningModule, values: Mapping[str, float]) -> None:

@@ -7,21 +7,17 @@ stage that hold different experts or replicas (edp * ep), C = E + 1 + R columns.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_moefold import comm
-from lightning_moefold.callbacks.common import world_axis
-from lightning_moefold.checkpoint import stores
+from lightning_moefold.callbacks.common import everyones, save_arrays, world_axis
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules import MoELayer
@@ -52,9 +48,7 @@ def find_rows(root: pl.LightningModule, world: Axis) -> list[LoadRow]:
     models = [m for m in root.modules() if isinstance(m, MoECausalLM)]
     numbers = {id(layer): i for model in models for i, layer in model.moe_layers().items()}
     mine = [(name, layer.num_experts, numbers.get(id(layer))) for name, layer in here.items()]
-    everyone: list[Any] = [mine] * world.size
-    if world.size > 1:
-        dist.all_gather_object(everyone, mine, group=world.group)
+    everyone = everyones(mine, world)
     layers = mine if all(theirs == mine for theirs in everyone) else sorted(set().union(*everyone), key=_natural)
     known = [number for _, _, number in layers if number is not None]
     numbers_L = known if len(models) == 1 and len(known) == len(layers) else range(len(layers))
@@ -101,18 +95,18 @@ class LoadReader:
     def __init__(self, trainer: pl.Trainer, root: pl.LightningModule) -> None:
         self.world: Axis = world_axis(trainer)
         self.rows = find_rows(root, self.world)
-        self.device = trainer.strategy.root_device
-        self.replicas, self.replica, self.parts = _expert_grid(trainer)
+        strategy = trainer.strategy
+        self.device = strategy.root_device
+        #: Number of replicas of the experts (edp), this rank's replica, and the parts of each (ep).
+        self.replicas, self.replica, self.parts = trainer.world_size, trainer.global_rank, 1
+        if isinstance(strategy, MoEFoldStrategy):
+            self.replicas, self.replica, self.parts = strategy.fold.edp, strategy.mesh.place["edp"], strategy.fold.ep
         self._seen_LC = self._totals()
 
     @property
     def experts(self) -> int:
         """E, the largest number of experts of any layer."""
         return max((row.num_experts for row in self.rows), default=0)
-
-    def reset(self) -> None:
-        """Leaves out what has been counted until now."""
-        self._seen_LC = self._totals()
 
     def read(self) -> ExpertLoad:
         """Sums over all ranks what was counted since the last reading. One collective; waits for the device."""
@@ -147,14 +141,6 @@ class LoadReader:
         return table_LC
 
 
-def _expert_grid(trainer: pl.Trainer) -> tuple[int, int, int]:
-    """Returns the number of expert replicas (edp), the index of this rank's replica, and the parts of each (ep)."""
-    strategy = trainer.strategy
-    if isinstance(strategy, MoEFoldStrategy):
-        return strategy.fold.edp, strategy.mesh.place["edp"], strategy.fold.ep
-    return trainer.world_size, trainer.global_rank, 1
-
-
 @dataclass
 class LoadHistory:
     """Expert loads over a run.
@@ -174,11 +160,10 @@ class LoadHistory:
 
     def save(self, path: Path | str) -> None:
         """Writes ``steps`` ``[N]``, ``layers`` ``[L]`` and ``counts`` ``[N, L, E]`` (int64), atomically."""
-        file = io.BytesIO()
-        np.savez_compressed(
-            file,
-            steps=np.array([step for step, _ in self.entries], dtype=np.int64),
-            layers=np.array(self.layers, dtype=np.int64),
-            counts=np.stack([counts_LE for _, counts_LE in self.entries]),
-        )
-        stores.write(path, file.getvalue())
+        steps, counts = zip(*self.entries, strict=True)
+        arrays = {
+            "steps": np.array(steps, np.int64),
+            "layers": np.array(self.layers, np.int64),
+            "counts": np.stack(counts),
+        }
+        save_arrays(path, arrays)

@@ -13,7 +13,7 @@ import torch
 from typing_extensions import override
 
 from lightning_moefold import comm
-from lightning_moefold.agreement import agree_on_error
+from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.assignment import Counts
 from lightning_moefold.balance.costs import MARGIN, BalanceCosts
 from lightning_moefold.balance.fast import FAST_POLICIES, ExpertCopies
@@ -25,10 +25,9 @@ from lightning_moefold.balance.policies.joint import Joint
 from lightning_moefold.balance.pool import PlacementPool
 from lightning_moefold.balance.slow import HORIZON, Decision, Place, SlowLoop
 from lightning_moefold.callbacks.balance_statistics import rank_imbalance
-from lightning_moefold.callbacks.common import log_values
+from lightning_moefold.callbacks.common import fold_strategy, log_file, log_values
 from lightning_moefold.callbacks.expert_load import LoadReader
 from lightning_moefold.callbacks.placement_history import PlacementHistory
-from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
 from lightning_moefold.lifecycle.fold_choice import announce
 from lightning_moefold.modules import MoELayer
@@ -145,7 +144,7 @@ class ExpertRebalancer(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy, kind = trainer.strategy, type(pl_module).__name__
+        strategy = trainer.strategy
         if not isinstance(strategy, MoEFoldStrategy):
             raise InputError(
                 "ExpertRebalancer moves experts between ranks of MoEFoldStrategy, and the strategy is "
@@ -158,21 +157,17 @@ class ExpertRebalancer(pl.Callback):
             )
         copies = strategy.settings.dispatch.copies
         self._loop.expect_copies(0 if copies is None else copies.max_copies_per_rank)
-        error: Exception | None = None
-        try:
+        with agreeing(strategy.mesh.world, InputError):  # maybe of one pipeline stage
             for name, layer in strategy.registry.moe_layers().items():
                 check_movable(name, layer)
-        except InputError as failure:  # maybe of one pipeline stage
-            error = failure
-        agree_on_error(error, strategy.mesh.world)
         self._layers = [layer for layer in pl_module.modules() if isinstance(layer, MoELayer)]
         if not strategy.registry.everyones_placements():
-            raise InputError(f"ExpertRebalancer found no MoELayer in {kind}; leave it out.")
+            raise InputError(f"ExpertRebalancer found no MoELayer in {type(pl_module).__name__}; leave it out.")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reader = LoadReader(trainer, pl_module)
-        self._placements = self._strategy(trainer).registry.everyones_placements()
+        self._placements = fold_strategy(trainer).registry.everyones_placements()
         if self._pool is not None:
             number = float(self._pool.fingerprint)
             if sum(self._slowest(trainer, number, -number)):
@@ -183,9 +178,7 @@ class ExpertRebalancer(pl.Callback):
         self._begin_interval(trainer)
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step, before = trainer.global_step, self._seen_step
         self._seen_step = step
         if step > before and self._loop.is_due(step):
@@ -193,9 +186,9 @@ class ExpertRebalancer(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = trainer.log_dir if trainer.loggers and not trainer.fast_dev_run else None  # type: ignore[attr-defined]
-        if trainer.is_global_zero and folder is not None and self._history.steps:
-            self._history.save(stores.join(stores.parse_path(folder), EXPERT_PLACEMENT))
+        path = log_file(trainer, EXPERT_PLACEMENT)
+        if trainer.is_global_zero and path is not None and self._history.steps:
+            self._history.save(path)
 
     def _begin_interval(self, trainer: pl.Trainer) -> None:
         self._seen_step = self._counted_from = trainer.global_step
@@ -209,7 +202,7 @@ class ExpertRebalancer(pl.Callback):
         steps = step - self._counted_from
         seconds = (time.perf_counter() - self._since) / max(1, steps)
         costs = self._constants(trainer)
-        passes = max(1, steps) * costs.passes * self._strategy(trainer).fold.edp
+        passes = max(1, steps) * costs.passes * fold_strategy(trainer).fold.edp
         rows = {
             row.name: (counts_E + passes // 2) // passes
             for row, counts_E in zip(self._reader.rows, load.by_layer(), strict=True)
@@ -220,13 +213,15 @@ class ExpertRebalancer(pl.Callback):
             self._watching = None
         if trainer.is_global_zero:
             self._history.add(step, load, self._placements)
-        decision = self._loop.decide(step, rows, self._placements, costs, self._steps_left(trainer))
+        ends = trainer.estimated_stepping_batches
+        left = HORIZON if not np.isfinite(ends) or ends < 0 else int(ends) - step
+        decision = self._loop.decide(step, rows, self._placements, costs, left)
         if decision.placements and not self._slow:
             decision = Decision(before=decision.before, after=decision.before, reason="slow=False moves nothing")
         self.decision = decision
         if self.decision.placements:
             self._move(trainer, self.decision.placements, seconds)
-        if self._past is not None and self._strategy(trainer).settings.dispatch.copies is self._copies:
+        if self._past is not None and fold_strategy(trainer).settings.dispatch.copies is self._copies:
             self._copy_from_past(trainer, self._past, costs)
         self._say(trainer, step)
         self._figures |= {
@@ -239,7 +234,7 @@ class ExpertRebalancer(pl.Callback):
         self._begin_interval(trainer)
 
     def _move(self, trainer: pl.Trainer, placements: dict[str, Placement], seconds: float) -> None:
-        strategy = self._strategy(trainer)
+        strategy = fold_strategy(trainer)
         if trainer.lightning_module.automatic_optimization:
             drop_gradients(strategy.registry, placements)  # the step has used them up
         began = time.perf_counter()
@@ -248,7 +243,8 @@ class ExpertRebalancer(pl.Callback):
             torch.cuda.synchronize(strategy.root_device)
         took = time.perf_counter() - began
         slowest, sent, before = self._slowest(trainer, took, float(moved.sent_bytes), seconds)
-        self._bytes += self._total(trainer, moved.sent_bytes)
+        sent_bytes = torch.tensor(moved.sent_bytes, dtype=torch.int64, device=strategy.root_device)
+        self._bytes += int(comm.all_reduce_raw(sent_bytes, strategy.mesh.world))
         self.moves += self.decision.moved
         self._placements |= placements
         if sent > 0:
@@ -258,7 +254,7 @@ class ExpertRebalancer(pl.Callback):
 
     def _copy_from_past(self, trainer: pl.Trainer, policy: Policy, costs: BalanceCosts) -> None:
         """Plans copies until the next check from what was counted so far."""
-        for name, layer in self._strategy(trainer).registry.moe_layers().items():
+        for name, layer in fold_strategy(trainer).registry.moe_layers().items():
             load_NE, placement = self._loop.past(name), layer.placement
             if not load_NE.sum():
                 continue
@@ -286,12 +282,9 @@ class ExpertRebalancer(pl.Callback):
     def _constants(self, trainer: pl.Trainer) -> BalanceCosts:
         """Constants that every rank has. Collective where they change."""
         if self._costs is None:
-            strategy, sizes, error = self._strategy(trainer), (0, 0), None
-            try:
+            strategy = fold_strategy(trainer)
+            with agreeing(strategy.mesh.world, InputError):
                 sizes = size_of_expert(strategy.registry, strategy.optimizers)
-            except InputError as failure:
-                error = failure
-            agree_on_error(error, strategy.mesh.world)
             weights, held = (int(size) for size in self._slowest(trainer, *map(float, sizes)))
             self._costs = BalanceCosts.assumed(
                 strategy.root_device.type,
@@ -305,24 +298,10 @@ class ExpertRebalancer(pl.Callback):
 
     def _slowest(self, trainer: pl.Trainer, *values: float) -> list[float]:
         """The largest of each value over all ranks, the same on every rank. Collective."""
-        world = self._strategy(trainer).mesh.world
+        world = fold_strategy(trainer).mesh.world
         table = torch.zeros(world.size, len(values), dtype=torch.float64, device=trainer.strategy.root_device)
         table[world.index] = torch.tensor(values, dtype=torch.float64)
         return [float(value) for value in comm.all_reduce_raw(table, world).amax(0)]
-
-    def _total(self, trainer: pl.Trainer, value: int) -> int:
-        total = torch.tensor(value, dtype=torch.int64, device=trainer.strategy.root_device)
-        return int(comm.all_reduce_raw(total, self._strategy(trainer).mesh.world))
-
-    @staticmethod
-    def _strategy(trainer: pl.Trainer) -> MoEFoldStrategy:
-        assert isinstance(trainer.strategy, MoEFoldStrategy)
-        return trainer.strategy
-
-    @staticmethod
-    def _steps_left(trainer: pl.Trainer) -> int:
-        ends = trainer.estimated_stepping_batches
-        return HORIZON if not np.isfinite(ends) or ends < 0 else int(ends) - trainer.global_step
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from math import prod
 from types import MappingProxyType
 
 from lightning_moefold.models import MoEConfig
@@ -112,12 +113,8 @@ class Savings:
 
     def _product(self, name: str) -> float:
         """Returns the FLOPs of one token's product with a weight."""
-        weights = 1.0
-        for length in self._shapes[name]:
-            weights *= length
-        if ".mlp.experts." in name:
-            weights *= self.config.num_experts_per_tok / self.config.num_experts
-        return 2 * weights
+        weights = 2.0 * prod(self._shapes[name])
+        return weights * (self.config.num_experts_per_tok / self.config.num_experts if ".mlp.experts." in name else 1)
 
     def _repeat(self, index: int, *parts: str) -> None:
         """Subtracts the FLOPs of products with the weights of parts of a layer."""

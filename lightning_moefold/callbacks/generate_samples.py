@@ -74,7 +74,8 @@ class GenerateSamples(Callback):
         model = next((m for m in pl_module.modules() if isinstance(m, MoECausalLM)), None)
         if model is None:
             raise InputTypeError(f"{type(pl_module).__name__} holds no MoECausalLM; GenerateSamples needs one.")
-        self.samples = list(zip(self.prompts, self._texts(model), strict=True))
+        texts = continue_texts(model, self.prompts, lambda: self._load(model), **self.options)
+        self.samples = list(zip(self.prompts, texts, strict=True))
         lines = [f"step {trainer.global_step}: {p} | {' '.join(text.split())}" for p, text in self.samples]
         if trainer.is_global_zero:
             bar = trainer.progress_bar_callback
@@ -85,10 +86,6 @@ class GenerateSamples(Callback):
                 columns = ["step", "prompt", "text"]
                 # A copy, because wandb writes it later.
                 logger.log_table("samples", columns, list(self._table), step=logged_step(trainer))
-
-    def _texts(self, model: MoECausalLM) -> list[str]:
-        """Returns the continuation of each prompt on every rank."""
-        return continue_texts(model, self.prompts, lambda: self._load(model), **self.options)
 
     def _load(self, model: MoECausalLM) -> Any:
         """Loads the tokenizer, on ranks that need it."""

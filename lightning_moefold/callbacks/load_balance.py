@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from lightning_moefold.callbacks.balance_statistics import balance_statistics, layer_statistics, rank_imbalance
-from lightning_moefold.callbacks.common import LogSchedule, log_values
+from lightning_moefold.callbacks.common import LogSchedule, log_file, log_values
 from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, LoadReader
 from lightning_moefold.callbacks.load_images import LoadImages
-from lightning_moefold.checkpoint import stores
 from lightning_moefold.plots.files import EXPERT_LOAD
 
 
@@ -77,28 +76,21 @@ class LoadBalanceMonitor(pl.Callback):
         self.latest = {}
         self._schedule.start(trainer)
         self._reader = LoadReader(trainer, pl_module)
-        self._reader.reset()
         self._history.begin([row.layer for row in self._reader.rows], trainer.global_step)
         if not self._reader.rows:
             rank_zero_warn("LoadBalanceMonitor found no MoELayer in the module and has nothing to log.")
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert self._reader is not None
         if not (self._schedule.step_ended(trainer) and self._reader.rows and self._schedule.is_due(trainer)):
             return
         load = self._reader.read()
         self.latest = load_figures(load, self.per_layer)
         log_values(trainer, pl_module, self.latest)
-        if trainer.is_global_zero:
-            self._keep(trainer, load)
-
-    def _keep(self, trainer: pl.Trainer, load: ExpertLoad) -> None:
-        if self.keep_history:
+        if trainer.is_global_zero and self.keep_history:
             self._history.entries.append((trainer.global_step, load.counts_LE))
-        if self.heatmap:
+        if trainer.is_global_zero and self.heatmap:
             self._images.log(trainer, load)
 
     @override
@@ -106,11 +98,9 @@ class LoadBalanceMonitor(pl.Callback):
         if not self.latest and self._reader is not None and self._reader.rows:
             self._schedule.explain_silence(trainer, self)
         self._reader = None
-        if not self.keep_history or not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        folder = trainer.log_dir  # broadcasts from rank zero, so every rank has to call it
-        if trainer.is_global_zero and self.history and folder is not None:
-            self._history.save(stores.join(stores.parse_path(folder), EXPERT_LOAD))
+        path = log_file(trainer, EXPERT_LOAD) if self.keep_history else None
+        if trainer.is_global_zero and self.history and path is not None:
+            self._history.save(path)
 
 
 def load_figures(load: ExpertLoad, per_layer: bool = True) -> dict[str, float]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lightning_moefold.callbacks.common import logged_step
 from lightning_moefold.callbacks.expert_load import ExpertLoad
-from lightning_moefold.plots.style import draw_heatmap, make_figure
+from lightning_moefold.plots.style import draw_heatmap, fair_shares, make_figure
 
 
 class LoadImages:
@@ -29,7 +29,7 @@ class LoadImages:
     def log(self, trainer: pl.Trainer, load: ExpertLoad) -> None:
         """Logs the pictures to every WandbLogger. Called on rank zero only; never raises."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        share_LE = fair_shares(load)
+        share_LE = fair_shares(load.counts_LE)
         if self._broken or not loggers or not np.isfinite(share_LE).any():
             return
         try:
@@ -39,19 +39,11 @@ class LoadImages:
             rank_zero_warn(f"LoadBalanceMonitor(heatmap=True) continues without pictures: {error!r}")
 
 
-def fair_shares(load: ExpertLoad) -> NDArray[np.float64]:
-    """Returns the load of each expert over the layer's mean, ``[L, E]``; NaN if the layer has no load or no such expert."""
-    share_LE = np.full(load.counts_LE.shape, np.nan)
-    for i, counts_E in enumerate(load.by_layer()):
-        if counts_E.sum() > 0:
-            share_LE[i, : counts_E.size] = counts_E / counts_E.mean()
-    return share_LE
-
-
 def _log(loggers: Iterable[WandbLogger], share_LE: NDArray[np.float64], layers: list[int], step: int) -> None:
     import wandb
 
-    figure = heatmap(share_LE, layers)
+    figure, (axes,) = make_figure("Expert load", [max(1.6, 0.25 * len(layers) + 1)], width=8)
+    draw_heatmap(axes, share_LE, layers)
     histogram = np.histogram(share_LE[np.isfinite(share_LE)], bins=32)
     for logger in loggers:
         # Through the logger and not by wandb.log(step=...), whose x axis would conflict with Lightning's.
@@ -60,10 +52,3 @@ def _log(loggers: Iterable[WandbLogger], share_LE: NDArray[np.float64], layers: 
             "moe/load_histogram": wandb.Histogram(np_histogram=histogram),
         }
         logger.log_metrics(values, step=step)
-
-
-def heatmap(share_LE: NDArray[np.float64], layers: list[int]) -> Any:
-    """Draws the load over the layer's mean, cut off at 2, as a matplotlib figure."""
-    figure, (axes,) = make_figure("Expert load", [max(1.6, 0.25 * len(layers) + 1)], width=8)
-    draw_heatmap(axes, share_LE, layers)
-    return figure

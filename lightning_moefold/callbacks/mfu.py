@@ -12,6 +12,7 @@ Legend: W ranks, K columns.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
@@ -27,7 +28,7 @@ from lightning_moefold import comm
 from lightning_moefold.callbacks.common import LogSchedule, log_values, world_axis
 from lightning_moefold.callbacks.memory import read_memory
 from lightning_moefold.callbacks.peaks import compute_dtype, cuda_peak_flops, measured_peak_flops
-from lightning_moefold.callbacks.stopwatch import Clock, CudaClock, HostClock, Span, Stopwatch
+from lightning_moefold.callbacks.stopwatch import CudaClock, HostClock, Span, Stopwatch
 from lightning_moefold.callbacks.work import UNKNOWN, BatchShape, TokenCount, WorkModel
 from lightning_moefold.errors import InputError
 
@@ -127,22 +128,17 @@ class MFUMonitor(pl.Callback):
         self._schedule.start(trainer)
         self.peak = self._total_peak(trainer)
         self._work.share_frozen(self._axis)
-        self._stopwatch = Stopwatch(self._make_clock(trainer.strategy.root_device))
+        device = trainer.strategy.root_device
+        on_gpu = self.clock is None and device.type == "cuda"
+        self._stopwatch = Stopwatch(CudaClock(device) if on_gpu else HostClock(self.clock or time.perf_counter))
         if not self._work.knows_flops:
             rank_zero_warn(
                 "MFUMonitor does not know how many FLOPs this module computes, so it logs no MFU; give the module the attribute "
                 "flops_per_token or flops_per_batch."
             )
 
-    def _make_clock(self, device: torch.device) -> Clock:
-        if self.clock is not None:
-            return HostClock(self.clock)
-        return CudaClock(device) if device.type == "cuda" else HostClock()
-
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._stopwatch is not None:
             self._skip_saves(trainer)
             self._stopwatch.resume()
@@ -165,32 +161,19 @@ class MFUMonitor(pl.Callback):
             self.latest = self._figures(trainer)
             log_values(trainer, pl_module, self.latest)
 
-    # The stopwatch pauses in these hooks, until the next training batch begins.
-
-    def _pause(self, trainer: pl.Trainer) -> None:
+    def _pause(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        """Pauses the stopwatch until the next training batch begins."""
         if self._stopwatch is not None:
             self._skip_saves(trainer)
             self._stopwatch.pause()
+
+    on_validation_start = on_train_epoch_end = on_save_checkpoint = _pause
 
     def _skip_saves(self, trainer: pl.Trainer) -> None:
         """Leaves out the time since the step if a checkpoint of weights only was saved in it, which no hook announces."""
         assert self._stopwatch is not None
         if self._saved_at != _latest_saves(trainer):
             self._stopwatch.skip()
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._pause(trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._pause(trainer)
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._pause(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

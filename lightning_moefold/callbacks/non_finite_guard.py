@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_moefold.callbacks.common import everyones, fold_strategy
 from lightning_moefold.callbacks.loss_spikes import LossSpike, SpikeDetector, describe_rows
 from lightning_moefold.diagnostics.first_bad import Place, bad_tensors, family_of, layer_of
 from lightning_moefold.errors import InputError, NonFiniteError
 from lightning_moefold.lifecycle.replay import Replay
 from lightning_moefold.lifecycle.step_check import NotFinite, StepCheck, StepNumbers
-from lightning_moefold.mesh import Axis
 from lightning_moefold.strategy import MoEFoldStrategy
 
 #: After this many skipped steps in a row a run stops: skipping does not help.
@@ -117,7 +116,7 @@ class NonFiniteGuard(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = _strategy(trainer)
+        strategy = fold_strategy(trainer)
         self._trainer, self._in_a_row = trainer, 0
         self._replay = Replay(trainer, pl_module, self.locate)
         self._detector = None if self.spike_width is None else SpikeDetector(self.spike_width)
@@ -137,7 +136,7 @@ class NonFiniteGuard(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        _strategy(trainer)._precision.step_check = None
+        fold_strategy(trainer)._precision.step_check = None
         self._replay = self._trainer = None
 
     @override
@@ -150,9 +149,7 @@ class NonFiniteGuard(pl.Callback):
     def _passed(self, numbers: StepNumbers) -> None:
         assert self._trainer is not None
         self._in_a_row = 0
-        if self._detector is None or self._replay is None:
-            return
-        if not any(numbers.loss_D):  # training_step returned None
+        if self._detector is None or self._replay is None or not any(numbers.loss_D):  # training_step returned None
             return
         loss = sum(numbers.loss_D) / len(numbers.loss_D)
         if (usual := self._detector.add(loss)) is None:
@@ -171,21 +168,15 @@ class NonFiniteGuard(pl.Callback):
         trainer, replay = self._trainer, self._replay
         assert trainer is not None
         assert replay is not None
-        registry = _strategy(trainer).registry
+        registry = fold_strategy(trainer).registry
         gradients = bad_tensors((n, p.grad) for n, p in registry.named_parameters() if p.grad is not None)
         replay.take_back()
         event = self._find(trainer, replay, gradients)
         self.events.append(event)
         self.skipped += 1
         self._in_a_row += 1
-        what = " and ".join(
-            name
-            for name, finite in (
-                ("the loss", step.numbers.losses_are_finite),
-                ("the gradients", step.numbers.gradients_are_finite),
-            )
-            if not finite
-        )
+        finite = {"the loss": step.numbers.losses_are_finite, "the gradients": step.numbers.gradients_are_finite}
+        what = " and ".join(name for name, fine in finite.items() if not fine)
         begin = f"step {event.step}: {what} {'is' if what == 'the loss' else 'are'} not finite; first {event}"
         if not replay.batches or event.what == "gradient":
             begin += self._unlocated(replay)
@@ -210,9 +201,9 @@ class NonFiniteGuard(pl.Callback):
 
     def _find(self, trainer: pl.Trainer, replay: Replay, gradients: list[str]) -> NonFinite:
         """Returns the first bad number: a weight, else what the search finds, else a gradient. Collective."""
-        strategy, step = _strategy(trainer), trainer.global_step + 1
+        strategy, step = fold_strategy(trainer), trainer.global_step + 1
         weights = bad_tensors(strategy.registry.named_parameters())
-        told = _everyone((weights[:1], gradients[-1:]), strategy.mesh.world)
+        told = everyones((weights[:1], gradients[-1:]), strategy.mesh.world)
         if (first := _first([names for names, _ in told], "weight")) is not None:
             return _event(step, "weight", *first)
         if replay.searches:
@@ -230,10 +221,8 @@ class NonFiniteGuard(pl.Callback):
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        strategy = _strategy(trainer)
+    def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
+        strategy = fold_strategy(trainer)
         if strategy._registry is None or self._trainer is None:
             return
         registry = strategy.registry
@@ -243,24 +232,12 @@ class NonFiniteGuard(pl.Callback):
             for parameter, values in optimizer.state.items():
                 state = ((key, value) for key, value in values.items() if hasattr(value, "isfinite"))
                 bad += [f"{key} of {names.get(id(parameter), '?')}" for key in bad_tensors(state)]
-        first = _first(_everyone(bad[:1], strategy.mesh.world), "weight")
+        first = _first(everyones(bad[:1], strategy.mesh.world), "weight")
         if first is not None:
             raise NonFiniteError(
                 f"the checkpoint of step {trainer.global_step} is not written, because {first[0]} is not finite on rank "
                 f"{first[1][0]}; resume from an earlier checkpoint."
             )
-
-
-def _strategy(trainer: pl.Trainer) -> MoEFoldStrategy:
-    assert isinstance(trainer.strategy, MoEFoldStrategy)
-    return trainer.strategy
-
-
-def _everyone(mine: Any, world: Axis) -> list[Any]:
-    told: list[Any] = [mine] * world.size
-    if world.size > 1:
-        dist.all_gather_object(told, mine, group=world.group)
-    return told
 
 
 def _first(names_by_rank: list[list[str]], what: str) -> tuple[str, tuple[int, ...]] | None:

@@ -6,17 +6,17 @@ Legend: N checks, L MoE layers, E experts, P parts (ranks of ep).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.balance.placement import Placement
+from lightning_moefold.callbacks.common import save_arrays
 from lightning_moefold.callbacks.expert_load import ExpertLoad
-from lightning_moefold.checkpoint import stores
 from lightning_moefold.plots.files import NO_EXPERT
 
 
@@ -62,14 +62,12 @@ class PlacementHistory:
 
     def save(self, path: Path | str) -> None:
         """Writes ``first``, ``steps``, ``layers``, ``parts``, ``home_rows`` and ``rows``, atomically."""
-        file = io.BytesIO()
-        np.savez_compressed(
-            file,
-            first=self.first,
-            steps=np.array(self.steps, dtype=np.int64),
-            layers=np.array(self.layers, dtype=np.int64),
-            parts=np.stack(self.parts_NLE),
-            home_rows=np.stack(self.home_NLP),
-            rows=np.stack(self.rows_NLP),
-        )
-        stores.write(path, file.getvalue())
+        stacks: dict[str, list[NDArray[Any]]] = {
+            "parts": self.parts_NLE,
+            "home_rows": self.home_NLP,
+            "rows": self.rows_NLP,
+        }
+        lists = {"steps": self.steps, "layers": self.layers}
+        arrays = {name: np.array(numbers, dtype=np.int64) for name, numbers in lists.items()}
+        arrays |= {name: np.stack(stack) for name, stack in stacks.items()}
+        save_arrays(path, {"first": self.first, **arrays})

@@ -12,12 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_moefold import comm
 from lightning_moefold.agreement import PRIME, fingerprint
-from lightning_moefold.callbacks.common import LogSchedule
+from lightning_moefold.callbacks.common import LogSchedule, everyones, fold_strategy
 from lightning_moefold.diagnostics.first_bad import Place, family_of, layer_of
 from lightning_moefold.errors import InputError, ReplicaError
 from lightning_moefold.parallel import local_part
@@ -62,8 +62,7 @@ class ReplicaGuard(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = trainer.strategy
-        assert isinstance(strategy, MoEFoldStrategy)
+        strategy = fold_strategy(trainer)
         self._schedule.start(trainer)
         self._replicas = Replicas(strategy.registry, strategy.root_device)
 
@@ -87,12 +86,14 @@ class Replicas:
 
     def __init__(self, registry: ParameterRegistry, device: torch.device) -> None:
         self._world, self._device = registry.mesh.world, device
+        self._columns = 0  # P, the same on all ranks, once it is known
         pieces = {_key(registry, name): (name, tensor) for name, tensor in _tensors(registry)}
         everyone = self._gather_all(sorted(pieces))
         keys, counts = np.unique(everyone[everyone != 0], return_counts=True)
         copied = set(keys[counts > 1].tolist())
         self._mine = [pieces[key] for key in sorted(pieces) if key in copied]
         self._keys_WP = self._gather_all([key for key in sorted(pieces) if key in copied])
+        self._columns = self._keys_WP.shape[1]
 
     def check(self, step: int) -> None:
         """Compares the copies. One collective, unless they differ.
@@ -112,9 +113,8 @@ class Replicas:
     def _refuse(self, step: int, different: set[int], hashes_WP: np.ndarray) -> None:
         rank = self._world.index
         mine = {int(self._keys_WP[rank, i]): name for i, (name, _) in enumerate(self._mine)}
-        told: list[Any] = [None] * self._world.size
-        dist.all_gather_object(told, {key: mine[key] for key in different & mine.keys()}, group=self._world.group)
-        names: dict[int, str] = {key: name for part in told for key, name in part.items()}
+        told = everyones({key: mine[key] for key in different & mine.keys()}, self._world)
+        names = {key: name for part in told for key, name in part.items()}
         key = min(names, key=lambda key: (Place("weight", names[key]).key(staged=True), names[key]))
         hashes = {r: int(hashes_WP[r, i]) for r, i in zip(*np.nonzero(self._keys_WP == key), strict=True)}
         values = list(hashes.values())
@@ -135,22 +135,11 @@ class Replicas:
         return self._gather(numbers + [0] * (int(lengths.max()) - len(numbers)))
 
     def _gather(self, numbers: list[int] | list[Tensor]) -> np.ndarray:
-        columns = self._columns
-        mine = torch.zeros(columns or len(numbers), dtype=torch.int64, device=self._device)
+        mine_1P = torch.zeros(1, self._columns or len(numbers), dtype=torch.int64, device=self._device)
         if numbers:
-            mine[: len(numbers)] = (
-                torch.stack(numbers) if isinstance(numbers[0], Tensor) else torch.tensor(numbers)
-            ).to(self._device)
-        everyone = [torch.empty_like(mine) for _ in range(self._world.size)]
-        if self._world.size == 1:
-            return mine.unsqueeze(0).cpu().numpy()
-        dist.all_gather(everyone, mine, group=self._world.group)
-        return torch.stack(everyone).cpu().numpy()
-
-    @property
-    def _columns(self) -> int:
-        """P, the same on all ranks, once it is known."""
-        return self._keys_WP.shape[1] if hasattr(self, "_keys_WP") else 0
+            given = torch.stack(numbers) if isinstance(numbers[0], Tensor) else torch.tensor(numbers)
+            mine_1P[0, : len(numbers)] = given.to(self._device)
+        return comm.all_gather_raw(mine_1P, self._world).cpu().numpy()
 
 
 def _tensors(registry: ParameterRegistry) -> list[tuple[str, Tensor]]:

@@ -6,7 +6,6 @@ Legend: N records, L MoE layers, S source ranks (of one pipeline stage), E exper
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from typing_extensions import override
 
 from lightning_moefold import comm
 from lightning_moefold.balance.trace import RoutingTrace, read_trace
-from lightning_moefold.callbacks.common import LogSchedule, world_axis
+from lightning_moefold.callbacks.common import LogSchedule, save_arrays, world_axis
 from lightning_moefold.callbacks.expert_load import LoadRow, find_rows
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
@@ -114,9 +113,7 @@ class RoutingTraceRecorder(pl.Callback):
         self._count()
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._count()
         if not self._schedule.step_ended(trainer):
             return
@@ -140,28 +137,17 @@ class RoutingTraceRecorder(pl.Callback):
 
     # ---- the file ----------------------------------------------------------------------------------------------
 
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(trainer)
-
-    @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._write(trainer)
-
-    def _write(self, trainer: pl.Trainer) -> None:
+    def _write(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if not trainer.is_global_zero or not self.records or self._target is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         counts = np.stack([counts_LSE for _, counts_LSE in self.records])
-        file = io.BytesIO()
-        arrays: dict[str, Any] = {
+        arrays = {
             "iterations": np.array([step for step, _ in self.records], dtype=np.int64),
             "counts": counts.astype(np.min_scalar_type(int(counts.max()))),
-            **_sizes(self._layers()),
         }
-        np.savez_compressed(file, **arrays)
-        stores.write(self._target, file.getvalue())
+        save_arrays(self._target, {**arrays, **_sizes(self._layers())})
+
+    on_train_end = on_save_checkpoint = _write
 
     def _earlier(self, step: int) -> list[tuple[int, NDArray[np.int64]]]:
         """Returns the records up to ``step``, of this object or of the run that it resumes."""

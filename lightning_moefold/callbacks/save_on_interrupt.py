@@ -75,19 +75,13 @@ class SaveOnInterrupt(pl.Callback):
         if launcher is not None:
             launcher.kill(number)
 
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore()
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
+    def _restore(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
         self._trainer = None
+
+    on_train_end = on_exception = _restore
 
     # ---- batches -----------------------------------------------------------------------------------------------
 
@@ -103,12 +97,8 @@ class SaveOnInterrupt(pl.Callback):
             if isinstance(trainer.strategy, MoEFoldStrategy):
                 trainer.strategy.finish_saves()
         if trainer.is_global_zero:
-            how = (
-                "not saved, since the run keeps no checkpoints"
-                if path is None
-                else f"saved; resume with --ckpt_path {path}"
-            )
-            how = how if self.save else "not saved, since save=False"
+            why = "the run keeps no checkpoints" if self.save else "save=False"
+            how = f"not saved, since {why}" if path is None else f"saved; resume with --ckpt_path {path}"
             print(f"stopped by {number.name} after step {trainer.global_step}, {how}", flush=True)
         raise SystemExit(128 + number)
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_moefold.callbacks.common import everyones
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import Axis
@@ -54,14 +56,16 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((VocabularyEmbedding, nn.Embedding), "embedding"),
     ((VocabularyHead,), "head"),
 )
-#: Number of tensors of the parameter's size that an optimizer keeps; its first base class in the list counts.
-_STATES: tuple[tuple[type[Optimizer], str, int], ...] = (
-    (torch.optim.Adam, "Adam", 2),
-    (torch.optim.NAdam, "NAdam", 2),
-    (torch.optim.RAdam, "RAdam", 2),
-    (torch.optim.Adamax, "Adamax", 2),
-    (torch.optim.SGD, "SGD", 0),
-)
+#: Number of tensors of the parameter's size that an optimizer keeps; its first base class here counts.
+_STATES: dict[type[Optimizer], int] = {
+    torch.optim.Adam: 2,
+    torch.optim.NAdam: 2,
+    torch.optim.RAdam: 2,
+    torch.optim.Adamax: 2,
+    torch.optim.SGD: 0,
+}
+#: Units of numbers and of bytes: 10^9, 10^6, 10^3, one.
+_NUMBERS, _BYTES = ("B", "M", "K", ""), ("GB", "MB", "kB", "B")
 
 
 @dataclass
@@ -80,10 +84,13 @@ class Size:
     trainable: int = 0
     per_rank: Counter[int] = field(default_factory=Counter)
 
-    def range(self, world_size: int) -> tuple[int, int]:
-        """Returns the fewest and most parameters that a rank stores."""
-        stored = [self.per_rank[rank] for rank in range(world_size)]
-        return min(stored), max(stored)
+    def add(self, entry: Entry, per_rank: Counter[int]) -> None:
+        """Adds a parameter that ranks store in these numbers."""
+        number = prod(entry.layout.shape)
+        self.total += number
+        self.active += number * entry.active
+        self.trainable += number * entry.trainable
+        self.per_rank.update(per_rank)
 
 
 @dataclass
@@ -111,16 +118,14 @@ class ModelSummary:
         """Returns the rows of the table: name, total, active, trainable, frozen, per rank."""
         rows = []
         for name, size in self.groups.items():
-            low, high = self.size_range(name)
-            stored = _range(low, high, _compact)
-            frozen = size.total - size.trainable
-            numbers = (size.total, round(size.active), size.trainable, frozen)
-            rows.append((name, *(_compact(n) for n in numbers), stored))
+            numbers = (size.total, round(size.active), size.trainable, size.total - size.trainable)
+            rows.append((name, *(_range(n, n) for n in numbers), _range(*self.size_range(name))))
         return rows
 
     def size_range(self, name: str = "total") -> tuple[int, int]:
         """Returns the fewest and most parameters of a group that a rank stores."""
-        return self.groups[name].range(self.fold.world_size)
+        stored = [self.groups[name].per_rank[rank] for rank in range(self.fold.world_size)]
+        return min(stored), max(stored)
 
     def memory(self, optimizer: Optimizer | None = None) -> dict[str, tuple[int, int]]:
         """Returns the fewest and most bytes that a rank keeps between steps: weights, gradients, optimizer states, and their sum.
@@ -139,7 +144,7 @@ class ModelSummary:
 
     def memory_text(self, optimizer: Optimizer | None = None) -> str:
         """:meth:`memory` in a sentence."""
-        parts = {name: _range(*sizes, _compact_bytes) for name, sizes in self.memory(optimizer).items()}
+        parts = {name: _range(*sizes, _BYTES) for name, sizes in self.memory(optimizer).items()}
         together = parts.pop("together")
         summands = " + ".join(f"{name} {sizes}" for name, sizes in parts.items())
         return f"kept by each rank: {summands} = {together}\n(gathered weights and activations come on top)"
@@ -176,11 +181,7 @@ def summarize_model(module: nn.Module, fold: Fold, pp: Axis | None = None) -> Mo
         pp: The ranks that hold the other stages of the model; None counts the parameters that are here.
     """
     entries = _entries(module)
-    parts = [entries]
-    if pp is not None and pp.size > 1:
-        everyone: list[Any] = [None] * pp.size
-        dist.all_gather_object(everyone, entries, group=pp.group)
-        parts = everyone
+    parts = [entries] if pp is None else everyones(entries, pp)
     whole = {name: entry for part in parts for name, entry in part.items()}  # two stages hold a tied embedding
     kinds: dict[str, Size] = defaultdict(Size)
     families: dict[str, Size] = defaultdict(Size)
@@ -193,7 +194,7 @@ def summarize_model(module: nn.Module, fold: Fold, pp: Axis | None = None) -> Mo
         # A model that has not been parallelised has no families in its layouts yet.
         family = Family.EXPERT if entry.kind == "experts" else layout.plan.family
         for size in (kinds[entry.kind], families[family.value], total):
-            _add(size, layout, entry.active, entry.trainable, stored[layout])
+            size.add(entry, stored[layout])
         for rank, number in stored[layout].items():
             weight_bytes[rank] += int(number * entry.element_size)
             gradient_bytes[rank] += int(number * entry.element_size) * entry.trainable
@@ -203,82 +204,53 @@ def summarize_model(module: nn.Module, fold: Fold, pp: Axis | None = None) -> Mo
 
 
 def _entries(module: nn.Module) -> dict[str, Entry]:
-    layouts, roles, entries = _layouts_of(module), _Roles(module), {}
+    layouts: dict[int, ParameterLayout] = {}  # by id, because a part of a model may have a second name
+    for _, root in parallel_roots(module):
+        root.release_gathered_weights()
+        layouts |= {id(p): root.layouts[name] for name, p in root.named_parameters() if name in root.layouts}
+    roles, entries = _roles_of(module), {}
     for name, parameter in module.named_parameters():
         layout = layouts.get(id(parameter)) or ParameterLayout(tuple(parameter.shape), ParameterPlan())
-        entries[name] = Entry(layout, *roles.of(name), parameter.requires_grad, parameter.element_size())
+        role = roles[name.rpartition(".")[0]]
+        entries[name] = Entry(layout, *role, parameter.requires_grad, parameter.element_size())
     for prefix, model in parallel_roots(module):
         if isinstance(model, MoECausalLM) and model.quantized is not None:
             for inner, layout in model.coded_layouts.items():
                 name = f"{prefix}.{inner}".lstrip(".")
-                entries[name] = Entry(layout, *roles.of(name), False, BITS[model.quantized] / 8)
+                entries[name] = Entry(layout, *roles[name.rpartition(".")[0]], False, BITS[model.quantized] / 8)
     return entries
 
 
-def _layouts_of(module: nn.Module) -> dict[int, ParameterLayout]:
-    """Returns layouts by the parameter's ``id``, because a part of a model may have a second name."""
-    layouts: dict[int, ParameterLayout] = {}
-    for _, root in parallel_roots(module):
-        root.release_gathered_weights()
-        layouts |= {id(p): root.layouts[name] for name, p in root.named_parameters() if name in root.layouts}
-    return layouts
-
-
-class _Roles:
-    """Determines the kind of each parameter from the modules that contain it."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._of_module: dict[str, tuple[str, float]] = {}
-        for name, module in root.named_modules(remove_duplicate=False):  # parents first
-            around = self._of_module.get(name.rpartition(".")[0], ("other", 1.0))
-            kind, active = next((kind for types, kind in _KINDS if isinstance(module, types)), around[0]), around[1]
-            if around[0] == "experts" or (isinstance(module, GatedMLP) and around[0] == "shared expert"):
-                kind = around[0]
-            if isinstance(module, MoELayer):
-                self._of_module[f"{name}.experts".lstrip(".")] = "experts", module.top_k / module.num_experts
-            self._of_module.setdefault(name, (kind, active))
-
-    def of(self, parameter: str) -> tuple[str, float]:
-        """Returns the kind of a parameter, and the share of it that is active for a token."""
-        return self._of_module[parameter.rpartition(".")[0]]
-
-
-def _add(size: Size, layout: ParameterLayout, active: float, trainable: bool, per_rank: Counter[int]) -> None:
-    number = 1
-    for length in layout.shape:
-        number *= length
-    size.total += number
-    size.active += number * active
-    size.trainable += number if trainable else 0
-    size.per_rank.update(per_rank)
+def _roles_of(root: nn.Module) -> dict[str, tuple[str, float]]:
+    """Returns the kind of each module's own parameters, and the share of them that is active for a token."""
+    roles: dict[str, tuple[str, float]] = {}
+    for name, module in root.named_modules(remove_duplicate=False):  # parents first
+        around, active = roles.get(name.rpartition(".")[0], ("other", 1.0))
+        kind = next((kind for types, kind in _KINDS if isinstance(module, types)), around)
+        if around == "experts" or (isinstance(module, GatedMLP) and around == "shared expert"):
+            kind = around
+        if isinstance(module, MoELayer):
+            roles[f"{name}.experts".lstrip(".")] = "experts", module.top_k / module.num_experts
+        roles.setdefault(name, (kind, active))
+    return roles
 
 
 def _optimizer_states(optimizer: Optimizer | None) -> tuple[str, int] | None:
     """Returns an optimizer's name and how many tensors it keeps per parameter; None if that is unknown."""
-    for kind, name, states in _STATES:
+    for kind, states in _STATES.items():
         if isinstance(optimizer, kind):
-            defaults = optimizer.defaults
-            return name, states + bool(defaults.get("amsgrad")) + bool(name == "SGD" and defaults.get("momentum"))
+            defaults, sgd = optimizer.defaults, kind is torch.optim.SGD
+            return kind.__name__, states + bool(defaults.get("amsgrad")) + bool(sgd and defaults.get("momentum"))
     return None
 
 
-def _range(low: int, high: int, show: Callable[[int], str]) -> str:
-    return show(high) if show(low) == show(high) else f"{show(low)} .. {show(high)}"
-
-
-def _compact(number: int) -> str:
-    """Formats a number with three or more significant digits: 999, 12.3 K, 46.70 B."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return str(number)
-
-
-def _compact_bytes(number: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return f"{number} B"
+def _range(low: int, high: int, units: Sequence[str] = _NUMBERS) -> str:
+    """Formats one or two numbers with three or more significant digits: 999, 12.3 K, 46.70 B."""
+    shown = []
+    for number in (low, high):
+        unit, size = next(((u, s) for u, s in zip(units, (1e9, 1e6, 1e3), strict=False) if number >= s), (units[-1], 1))
+        shown.append((f"{number} {unit}" if size == 1 else f"{number / size:.2f} {unit}").rstrip())
+    return " .. ".join(dict.fromkeys(shown))
 
 
 class FoldSummary(pl.Callback):
@@ -319,12 +291,11 @@ class FoldSummary(pl.Callback):
 
     @rank_zero_only
     def _print(self, summary: ModelSummary, optimizer: Optimizer | None) -> None:
-        try:
-            from rich.console import Console
-        except ImportError:
-            console = None
-        else:
-            console = Console()
+        console: Console | None = None
+        with suppress(ImportError):
+            from rich import console as rich_console
+
+            console = rich_console.Console()
         if console is not None and (console.is_terminal or console.is_jupyter):
             _print_rich(summary, console)
         else:  # rich assumes that a file has 80 columns, and would cut numbers off

@@ -10,10 +10,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_moefold.callbacks.common import everyones, log_file
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import FoldedMesh
@@ -22,6 +22,9 @@ from lightning_moefold.parallel.pipeline.engine import ScheduleRunner
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
 from lightning_moefold.planner.cost.simulate import Event, Op, Timeline, chrome_trace
 from lightning_moefold.plots.files import PIPELINE_TIMELINE
+
+#: Methods of torch's stages that run a pass, and the kind of pass.
+_PASSES = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_one_chunk": "W"}
 
 
 class PipelineTimeline(pl.Callback):
@@ -59,24 +62,18 @@ class PipelineTimeline(pl.Callback):
         self._recorder = TimelineRecorder(models[0].pipeline.runner)
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._recorder is not None and self.timeline is None and trainer.global_step == self.step - 1:
             self._recorder.start()
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._recorder is None or not self._recorder.recording:
             return
         self.timeline = self._recorder.finish()
-        folder = trainer.log_dir if trainer.loggers else None  # broadcasts from rank zero
-        if trainer.is_global_zero and folder is not None:
-            stores.write(
-                stores.join(stores.parse_path(folder), PIPELINE_TIMELINE), chrome_trace(self.timeline).encode()
-            )
+        path = log_file(trainer, PIPELINE_TIMELINE)
+        if trainer.is_global_zero and path is not None:
+            stores.write(path, chrome_trace(self.timeline).encode())
 
 
 class TimelineRecorder:
@@ -106,8 +103,7 @@ class TimelineRecorder:
         self.runner.watch, self.recording = nullcontext, False
         pp = self._mesh.axis("pp")
         mine = [(op, self._seconds(start), self._seconds(end)) for op, start, end in self._passes]
-        everyone: list[Any] = [None] * pp.size
-        dist.all_gather_object(everyone, mine, group=pp.group)
+        everyone = everyones(mine, pp)
         first = min((start for passes in everyone for _, start, _ in passes), default=0.0)
         events = [
             Event(rank, op, start - first, end - first)
@@ -120,7 +116,7 @@ class TimelineRecorder:
     def _watch(self, schedule: Any) -> Iterator[None]:
         stages = getattr(schedule, "_stages", None) or [schedule._stage]
         for stage in stages:
-            for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+            for name in _PASSES:
                 setattr(stage, name, self._timed(stage, name))
         if self._on_cuda and self._origin is None:
             torch.cuda.synchronize()
@@ -129,12 +125,11 @@ class TimelineRecorder:
             yield
         finally:
             for stage in stages:
-                for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+                for name in _PASSES:
                     delattr(stage, name)  # uncovers the method of its class
 
     def _timed(self, stage: Any, name: str) -> Callable[..., Any]:
-        function = getattr(stage, name)
-        kind = {"forward_one_chunk": "F", "backward_one_chunk": "B", "backward_weight_one_chunk": "W"}[name]
+        function, kind = getattr(stage, name), _PASSES[name]
 
         def run(number: int, *args: Any, **kwargs: Any) -> Any:
             start = self._now()

@@ -18,9 +18,9 @@ from functools import lru_cache
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moefold.callbacks.common import everyones
 from lightning_moefold.callbacks.freezing import Savings
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
@@ -56,24 +56,6 @@ class BatchShape:
         return Counter(int(n) for n in self.length_B.tolist())
 
 
-def read_shape(batch: Any, token_count_fn: TokenCount | None, count_padding: bool) -> BatchShape | None:
-    """Returns the shape of a batch, or None if it is unknown.
-
-    Args:
-        batch: The DataLoader's batch; a mapping with ``input_ids`` ``[B, S]`` unless there is a ``token_count_fn``.
-        token_count_fn: Function that returns the number of rows and their length.
-        count_padding: Whether positions that ``attention_mask`` ``[B, S]`` excludes count.
-    """
-    if token_count_fn is not None:
-        return BatchShape(*token_count_fn(batch))
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        return None
-    mask = batch.get("attention_mask")
-    masked = isinstance(mask, Tensor) and mask.shape == ids.shape and not count_padding
-    return BatchShape(ids.shape[0], ids.shape[1], mask.bool().sum(1) if masked else None)
-
-
 @dataclass(frozen=True)
 class Work:
     """Work of several batches on this rank; NaN if unknown.
@@ -87,9 +69,6 @@ class Work:
     tokens: float
     flops: float
     hardware_flops: float
-
-
-NOT_KNOWN = Work(UNKNOWN, UNKNOWN, UNKNOWN)
 
 
 class WorkModel:
@@ -126,12 +105,22 @@ class WorkModel:
         return self._states_flops or self._stated is not None or self._model is not None
 
     def read(self, batch: Any) -> BatchShape | None:
-        """Returns the shape of a batch, to be counted later."""
-        shape = read_shape(batch, self.token_count_fn, self.count_padding)
+        """Returns the shape of a batch, to be counted later; None if it is unknown."""
+        shape = self._shape(batch)
         if not self._states_flops:
             return shape
         flops: Any = self.module.flops_per_batch
         return replace(shape or BatchShape(0, 0), flops=float(flops))
+
+    def _shape(self, batch: Any) -> BatchShape | None:
+        if self.token_count_fn is not None:
+            return BatchShape(*self.token_count_fn(batch))
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            return None
+        mask = batch.get("attention_mask")
+        masked = isinstance(mask, Tensor) and mask.shape == ids.shape and not self.count_padding
+        return BatchShape(ids.shape[0], ids.shape[1], mask.bool().sum(1) if masked else None)
 
     def count(self, shapes: Iterable[BatchShape | None]) -> Work:
         """Counts the work of batches. Waits for the device if rows are padded."""
@@ -139,7 +128,7 @@ class WorkModel:
         frozen = self._frozen()
         for shape in shapes:
             if shape is None:
-                return NOT_KNOWN
+                return Work(UNKNOWN, UNKNOWN, UNKNOWN)
             by_length = shape.rows_by_length()
             tokens += sum(rows * length for length, rows in by_length.items()) if shape.rows else UNKNOWN
             if shape.flops is not None:
@@ -155,8 +144,7 @@ class WorkModel:
         """Exchanges which parameters are frozen on other pipeline stages. Collective if the model has stages."""
         if self._model is None or self._model.pipeline is None:
             return
-        found: list[Any] = [None] * world.size
-        dist.all_gather_object(found, self._frozen_here(), group=world.group)
+        found = everyones(self._frozen_here(), world)
         self._shared, self._elsewhere = found[world.index], frozenset().union(*found)
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_moefold.balance.costs import BalanceCosts
-from lightning_moefold.balance.policies import POLICIES, make_policy
+from lightning_moefold.balance.policies import POLICIES, Policy, make_policy
 from lightning_moefold.balance.pool import PlacementPool, search_pool
 from lightning_moefold.balance.replay import Replay, check_parts, replay
 from lightning_moefold.balance.trace import WINDOW, RoutingTrace, read_trace
@@ -69,10 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     trace, hardware = read(arguments), find_hardware(arguments.hardware)
     costs = _costs(arguments, trace, hardware)
     pool = PlacementPool.load(arguments.pool) if arguments.pool else None
-    replays = {
-        name: replay(trace, make_policy(name, arguments.max_copies_per_rank), costs, arguments.ep, pool=pool)
-        for name in _policies(arguments.policies)
-    }
+    policies = _policies(arguments.policies, arguments.max_copies_per_rank)
+    replays = {name: replay(trace, policy, costs, arguments.ep, pool=pool) for name, policy in policies.items()}
     notes = []
     if arguments.write_pool:
         found = search_pool(trace, costs, arguments.ep, arguments.max_copies_per_rank)
@@ -125,13 +123,11 @@ def _of_model(trace: RoutingTrace, name: str) -> RoutingTrace:
     return replace(trace, hidden_size=model.hidden_size, expert_width=model.moe_intermediate_size)
 
 
-def _policies(text: str) -> list[str]:
+def _policies(text: str, most_copies: int) -> dict[str, Policy]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise InputError(f"--policies names none; use {', '.join(POLICIES)}.")
-    for name in names:
-        make_policy(name)
-    return list(dict.fromkeys(names))
+    return {name: make_policy(name, most_copies) for name in names}
 
 
 def _costs(arguments: argparse.Namespace, trace: RoutingTrace, hardware: Hardware) -> BalanceCosts:

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.compression.calibration import read_calibration
+from lightning_moefold.compression.ranks import run_on_ranks
 from lightning_moefold.compression.stream import CalibrationRows
 
+T = TypeVar("T")
 _DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -47,6 +51,6 @@ def calibration_of(arguments: argparse.Namespace) -> CalibrationRows:
     return rows
 
 
-def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
-    """Returns the dtype that the arguments name."""
-    return getattr(torch, arguments.dtype)
+def run_calibrated(work: Callable[..., T], arguments: argparse.Namespace) -> tuple[T, bool]:
+    """Runs the work where and in the dtype that the arguments say, see :func:`~.ranks.run_on_ranks`."""
+    return run_on_ranks(work, arguments.fold, arguments.ranks, getattr(torch, arguments.dtype), arguments.batch_size)

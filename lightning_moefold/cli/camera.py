@@ -11,13 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from lightning_moefold.checkpoint.stores import check_folder
-from lightning_moefold.cli.calibrating import add_calibration, calibration_of, dtype_of
+from lightning_moefold.cli.calibrating import add_calibration, calibration_of, run_calibrated
 from lightning_moefold.compression.analysis import analyze
 from lightning_moefold.compression.energies import Energies
 from lightning_moefold.compression.pruning import FORMS, prune, unpack
 from lightning_moefold.compression.quantizing import Bits, quantize
 from lightning_moefold.compression.ranking import check_ratio, keep_by_layer
-from lightning_moefold.compression.ranks import run_on_ranks
 from lightning_moefold.compression.report import analysis_table, channels_of, pruned_table, redundancy, table
 from lightning_moefold.errors import InputError
 from lightning_moefold.plots.energies import write_energy_plot
@@ -37,24 +36,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--alpha", type=float, default=0.9, help="weight of the maximum over tokens against the sum (0.9)")
     one.add_argument("--plot", type=Path, metavar="FILE.png", help="draw energy curves, redundancy and widths")
     two = actions.add_parser("prune", help="write the checkpoint without the micro-experts of least energy")
-    two.add_argument("--checkpoint", required=True, metavar="DIR", help="the model that was analysed")
-    two.add_argument("--energies", required=True, type=Path, metavar="FILE.npz", help="written by camera analyze")
+    three = actions.add_parser("quantize", help="round micro-experts to bits by their energy (fake-quantised)")
+    four = actions.add_parser("unpack", help="write a packed checkpoint as a zeroed one, which transformers loads")
+    for action in (two, three):
+        action.add_argument("--checkpoint", required=True, metavar="DIR", help="the model that was analysed")
+        action.add_argument(
+            "--energies", required=True, type=Path, metavar="FILE.npz", help="written by camera analyze"
+        )
     two.add_argument("--ratio", required=True, type=float, help="share of micro-experts to prune, such as 0.2")
     two.add_argument("--form", choices=FORMS, default="zeroed", help="same shapes, equally narrow, or uneven (zeroed)")
     two.add_argument("--multiple", type=int, default=1, help="of uniform widths, such as 64 for kernels (1)")
-    two.add_argument("--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced")
-    four = actions.add_parser("quantize", help="round micro-experts to bits by their energy (fake-quantised)")
-    four.add_argument("--checkpoint", required=True, metavar="DIR", help="the model that was analysed")
-    four.add_argument("--energies", required=True, type=Path, metavar="FILE.npz", help="written by camera analyze")
-    four.add_argument("--bits", default="3,2,1", help="of each group, those with the most energy first (3,2,1)")
-    four.add_argument("--shares", default="0.25,0.5,0.25", help="of the channels in each group (0.25,0.5,0.25)")
-    four.add_argument("--block", type=int, default=128, help="numbers that share a scale (128)")
-    four.add_argument("--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced")
-    three = actions.add_parser("unpack", help="write a packed checkpoint as a zeroed one, which transformers loads")
-    three.add_argument("--checkpoint", required=True, metavar="DIR", help="packed model")
-    three.add_argument(
-        "--output", required=True, metavar="DIR", help="directory to write; one with a model is replaced"
-    )
+    three.add_argument("--bits", default="3,2,1", help="of each group, those with the most energy first (3,2,1)")
+    three.add_argument("--shares", default="0.25,0.5,0.25", help="of the channels in each group (0.25,0.5,0.25)")
+    three.add_argument("--block", type=int, default=128, help="numbers that share a scale (128)")
+    four.add_argument("--checkpoint", required=True, metavar="DIR", help="packed model")
+    for action in (two, three, four):
+        help_ = "directory to write; one with a model is replaced"
+        action.add_argument("--output", required=True, metavar="DIR", help=help_)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -78,7 +76,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
         analyze, arguments.checkpoint, rows, ratio=arguments.ratio, alpha=arguments.alpha, draft=draft.absolute()
     )
     start = time.perf_counter()
-    energies, writes = run_on_ranks(work, arguments.fold, arguments.ranks, dtype_of(arguments), arguments.batch_size)
+    energies, writes = run_calibrated(work, arguments)
     if writes:
         energies.save(arguments.output)
         print(analysis_table(energies))

@@ -33,14 +33,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates and prints a table; returns the exit status."""
-    from lightning_moefold.cli.terminal import peers_end_too
-
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be at least 1.")
     need_lm_eval()
     trainer = make_trainer(arguments)
-    with peers_end_too(trainer):
-        results = evaluate(trainer, arguments)
+    results = evaluate(trainer, arguments)
     if trainer.is_global_zero:
         from lm_eval.utils import make_table
 

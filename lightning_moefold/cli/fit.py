@@ -60,10 +60,8 @@ def run(subcommand: str, arguments: list[str]) -> int:
             raise
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             print(f"moefold {subcommand}: {unlogged(str(error)) or sentence(error)}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(
-                _GRACE
-            )  # launchers kill the first rank when another ends; the first ends the others when it has spoken
+        else:  # launchers kill the first rank when another ends; the first ends the others when it has spoken
+            time.sleep(_GRACE)
         return 2
     return 0
 
@@ -125,12 +123,10 @@ class Parser(LightningArgumentParser):
 
 def launched() -> dict[str, int]:
     """Returns the Trainer's ``devices`` and ``num_nodes`` if torchrun or SLURM has started the processes."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        return {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local}
-    if "SLURM_NTASKS_PER_NODE" in os.environ:
-        local = int(os.environ["SLURM_NTASKS_PER_NODE"])
-        return {"devices": local, "num_nodes": int(os.environ["SLURM_NTASKS"]) // local}
+    for local, everywhere in (("LOCAL_WORLD_SIZE", "WORLD_SIZE"), ("SLURM_NTASKS_PER_NODE", "SLURM_NTASKS")):
+        if local in os.environ:
+            devices = int(os.environ[local])
+            return {"devices": devices, "num_nodes": int(os.environ[everywhere]) // devices}
     return {}
 
 
@@ -247,13 +243,13 @@ class MoEFoldCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Prints why a run ended early or made no step, and the paths of the checkpoints."""
-        if self.trainer.is_global_zero:
-            for line in endings(self.trainer):
-                print(line)
-        saved = [
-            c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c._last_checkpoint_saved
-        ]
-        if not saved or not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero:
+            return
+        for line in endings(self.trainer):
+            print(line)
+        savers = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        saved = [c for c in savers if c._last_checkpoint_saved]
+        if not saved:
             return
         # A private attribute, because no public one says which checkpoint is the newest if some are kept by their
         # metric.

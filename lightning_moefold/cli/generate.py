@@ -43,8 +43,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Continues the prompts and writes or prints the texts; returns the exit status."""
-    from lightning_moefold.cli.terminal import peers_end_too
-
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be at least 1.")
     given = arguments.temperature != 1.0 or arguments.top_k is not None or arguments.top_p is not None
@@ -53,10 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = cache(lambda: load_tokenizer(arguments.checkpoint))
     prompts = list(read_prompts(arguments.prompts, tokenizer))
     trainer = make_trainer(arguments)
-    with peers_end_too(trainer):
-        texts = run_once(
-            trainer, partial(_make, arguments), lambda model: _continue(model, prompts, tokenizer, arguments)
-        )
+    work = partial(_continue, prompts=prompts, tokenizer=tokenizer, arguments=arguments)
+    texts = run_once(trainer, partial(_make, arguments), work)
     if trainer.is_global_zero:
         _write(prompts, texts, arguments.output)
     return 0
@@ -113,14 +109,9 @@ def _make(arguments: argparse.Namespace) -> MoECausalLM:
 def _continue(
     model: MoECausalLM, prompts: list[tuple[str, bool]], tokenizer: Any, arguments: argparse.Namespace
 ) -> list[str]:
-    drawn = {
-        "do_sample": True,
-        "temperature": arguments.temperature,
-        "top_k": arguments.top_k,
-        "top_p": arguments.top_p,
-    }
     options = {"max_new_tokens": arguments.max_new_tokens, "stop_strings": arguments.stop}
-    options |= drawn if arguments.sample else {}
+    if arguments.sample:
+        options |= {"do_sample": True} | {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
     texts: dict[int, str] = {}
     for special in (True, False):
         numbers = [number for number, (_, adds) in enumerate(prompts) if adds == special]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ``moefold`` command.
 
-A subcommand is one entry of :data:`COMMANDS`, and a module with two functions: ``configure`` adds its arguments to a parser,
-``run`` runs it. Only the module of the requested subcommand is imported. Those of :data:`TRAINER_COMMANDS` are
-LightningCLI's, which reads its arguments itself; so does ``data``.
+A subcommand is one entry of :data:`COMMANDS`, and a module with two functions: ``configure(parser)`` adds its arguments,
+``run(arguments)`` runs it and returns the exit status. Only the module of the requested subcommand is imported. Those of
+:data:`TRAINER_COMMANDS` are LightningCLI's, which reads its arguments itself; so does ``data``.
 """
 
 from __future__ import annotations
@@ -13,37 +13,24 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning_moefold
 from lightning_moefold.errors import InputError, sentence
 
-
-class Command(NamedTuple):
-    """A subcommand.
-
-    Args:
-        help: One line of help.
-        module: Module that defines ``configure(parser)`` and ``run(arguments)``, which returns the exit status.
-    """
-
-    help: str
-    module: str
-
-
-COMMANDS: dict[str, Command] = {
-    "balance": Command("compare policies of expert balance on recorded routing", "lightning_moefold.cli.balance"),
-    "calibrate": Command("measure this machine for the planner", "lightning_moefold.cli.calibrate"),
-    "camera": Command("find the micro-experts that matter, and prune the others", "lightning_moefold.cli.camera"),
-    "eval": Command("run tasks of lm-eval on a checkpoint", "lightning_moefold.cli.evaluate"),
-    "export": Command("write a checkpoint of a run as a Hugging Face directory", "lightning_moefold.cli.export"),
-    "generate": Command("continue the prompts of a file", "lightning_moefold.cli.generate"),
-    "merge": Command("add an adapter to the weights of its model", "lightning_moefold.cli.merge"),
-    "plan": Command("rank the folds of a model on a machine", "lightning_moefold.cli.plan"),
-    "plot": Command("draw the loss, speed, memory and expert load of a run", "lightning_moefold.cli.plot"),
-    "prune-experts": Command("keep the best experts of each layer", "lightning_moefold.cli.prune_experts"),
-    "upcycle": Command("make a mixture of experts of a dense model", "lightning_moefold.cli.upcycle"),
-    "verify": Command("check that a fold computes what one process computes", "lightning_moefold.cli.verify"),
+#: By name, the module in this package and one line of help.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "balance": ("balance", "compare policies of expert balance on recorded routing"),
+    "calibrate": ("calibrate", "measure this machine for the planner"),
+    "camera": ("camera", "find the micro-experts that matter, and prune the others"),
+    "eval": ("evaluate", "run tasks of lm-eval on a checkpoint"),
+    "export": ("export", "write a checkpoint of a run as a Hugging Face directory"),
+    "generate": ("generate", "continue the prompts of a file"),
+    "merge": ("merge", "add an adapter to the weights of its model"),
+    "plan": ("plan", "rank the folds of a model on a machine"),
+    "plot": ("plot", "draw the loss, speed, memory and expert load of a run"),
+    "prune-experts": ("prune_experts", "keep the best experts of each layer"),
+    "upcycle": ("upcycle", "make a mixture of experts of a dense model"),
+    "verify": ("verify", "check that a fold computes what one process computes"),
 }
 
 TRAINER_COMMANDS: dict[str, str] = {
@@ -56,12 +43,11 @@ TRAINER_COMMANDS: dict[str, str] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``moefold``; returns the exit status."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if given == ["--version"]:
         print(f"moefold {lightning_moefold.__version__}")
         return 0
-    given = given or ["--help"]
-    asked = given[0] if given else ""
+    asked = given[0]
     if asked in TRAINER_COMMANDS:
         from lightning_moefold.cli import fit
 
@@ -73,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moefold", description="MoE Parallel Folding for PyTorch Lightning.")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, command in COMMANDS.items():
-        one = commands.add_parser(name, help=command.help, description=command.help.capitalize() + ".")
+    for name, (module_name, text) in COMMANDS.items():
+        one = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         if name == asked:
-            module = importlib.import_module(command.module)
+            module = importlib.import_module(f"lightning_moefold.cli.{module_name}")
             module.configure(one)
     for name, text in TRAINER_COMMANDS.items():
         commands.add_parser(name, help=f"{text} (moefold {name} --help)")

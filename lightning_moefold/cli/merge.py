@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_moefold.adapters.adapter import merges_of
-from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
+from lightning_moefold.checkpoint import HFCheckpoint, write_hf_checkpoint
 from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.checkpoint.stores import local_path
-from lightning_moefold.layout import Box
+from lightning_moefold.compression.rewrite import whole_tensor
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.models.export import DTYPES
 from lightning_moefold.models.hf_config import written_config
-from lightning_moefold.models.names import bias_entries, parameter_entries
+from lightning_moefold.models.names import ParameterEntry, bias_entries, parameter_entries
 from lightning_moefold.models.weights import CheckpointWeights, WeightSource, read_whole
 
 
@@ -64,17 +64,9 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, dtype
     assert added is not None
     entries = parameter_entries(config) | {n: e for n, e in bias_entries(config).items() if source.holds(n)}
     stored = {name: source.dtype(name) or torch.float32 for name in entries}
-    tensors = {
-        name: OutputTensor(
-            entry.shape,
-            getattr(torch, dtype) if dtype else stored[name],
-            entry.sources,
-            entry.stacked,
-            _whole(entry.shape),
-        )
-        for name, entry in entries.items()
-    }
-    parts = {n: OutputTensor(shape, torch.float64, (n,), False, _whole(shape)) for n, shape in added.shapes.items()}
+    kinds = dict.fromkeys(entries, getattr(torch, dtype)) if dtype else stored
+    tensors = {name: whole_tensor(entry, kinds[name]) for name, entry in entries.items()}
+    parts = {n: whole_tensor(ParameterEntry(shape, (n,)), torch.float64) for n, shape in added.shapes.items()}
 
     def piece(name: str) -> Tensor:
         if name in added.shapes:
@@ -91,7 +83,3 @@ def merge(checkpoint: str | Path, adapter: str | Path, output: str | Path, dtype
     )
     source.close()
     added.source.close()
-
-
-def _whole(shape: tuple[int, ...]) -> tuple[tuple[int, tuple[Box, ...]], ...]:
-    return ((0, (Box.whole(shape),)),)

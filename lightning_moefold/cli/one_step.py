@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
+from lightning_moefold.cli.terminal import peers_end_too, quiet
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.strategy import MoEFoldStrategy
 
@@ -34,7 +35,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def make_trainer(arguments: argparse.Namespace) -> pl.Trainer:
     """Returns a Trainer for these arguments."""
     from lightning_moefold.cli.fit import launched
-    from lightning_moefold.cli.terminal import quiet
 
     quiet()
     number, pipeline = arguments.num_microbatches, re.search(r"\bpp(\d+)", arguments.fold)
@@ -79,5 +79,6 @@ class OneStep(pl.LightningModule):
 def run_once(trainer: pl.Trainer, make: Callable[[], MoECausalLM], work: Callable[[MoECausalLM], Any]) -> Any:
     """Makes a model under a Trainer's strategy, calls ``work(model)`` on all ranks, and returns the result of this rank."""
     step = OneStep(make, work)
-    trainer.predict(step, DataLoader(TensorDataset(torch.zeros(1)), batch_size=1), return_predictions=False)
+    with peers_end_too(trainer):
+        trainer.predict(step, DataLoader(TensorDataset(torch.zeros(1)), batch_size=1), return_predictions=False)
     return step.result

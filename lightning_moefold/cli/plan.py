@@ -7,7 +7,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import Fold
 from lightning_moefold.modules.quantization import QUANTIZATIONS
 from lightning_moefold.planner.cost.routing import PROFILES, find_routing
-from lightning_moefold.planner.cost.simulate import simulate, write_chrome_trace
+from lightning_moefold.planner.cost.simulate import chrome_trace, simulate
 from lightning_moefold.planner.machine.hardware import PRESETS, find_hardware
 from lightning_moefold.planner.report.advice import hints, why_not
 from lightning_moefold.planner.report.explain import (
@@ -42,7 +41,8 @@ from lightning_moefold.planner.search.job import (
 )
 from lightning_moefold.planner.search.models_zoo import MODELS, find_model
 from lightning_moefold.planner.search.robust import evaluate, search
-from lightning_moefold.planner.search.search import Result, Space
+from lightning_moefold.planner.search.search import Result
+from lightning_moefold.planner.search.space import Space
 from lightning_moefold.plots.plans import write_plots
 
 
@@ -178,7 +178,7 @@ def _costs_more(recompute: str) -> int:
 
 def _write_timeline(result: Result, path: Path) -> str:
     timeline = simulate(result.best.job, result.best.plan)
-    write_chrome_trace(timeline, path)
+    path.write_text(chrome_trace(timeline))
     return (
         f"Simulated pipeline of the best plan: {timeline.seconds:.3f} s, ranks idle {timeline.idle_fraction:.1%}; "
         f"{path} opens in chrome://tracing or ui.perfetto.dev."
@@ -189,7 +189,14 @@ def _write_timeline(result: Result, path: Path) -> str:
 
 
 def _print(result: Result, notes: list[str], seconds: float, explain: bool) -> None:
-    show = _printer()
+    console = _console()
+
+    def show(what: Any) -> None:
+        if console is None:
+            print(what)
+        else:
+            console.print(what, markup=not isinstance(what, str))
+
     show(answer(result.best) if result.best.fits else notes.pop(0))
     show(header(result.job))
     show("")
@@ -197,10 +204,13 @@ def _print(result: Result, notes: list[str], seconds: float, explain: bool) -> N
         for line in walk(result.best.job, result.best):
             show(line)
     else:
-        show(_table(result.plans))
+        show(table_text(result.plans) if console is None else table_rich(result.plans))
         for line in legend(result):
             show(line)
-        _print_pool(result, show)
+        if result.best.fits and result.plain and not result.plain.fits:
+            show(f"plain expert parallelism ({result.plain.plan}) does not fit")
+        if result.best.fits and (text := pool_text(result)):
+            show(text)
     show("")
     for note in notes:
         show(f"* {note}")
@@ -211,31 +221,12 @@ def _print(result: Result, notes: list[str], seconds: float, explain: bool) -> N
         show(f"{result.examined} folds and micro-batch sizes evaluated in {seconds:.1f} s; --explain FOLD walks one")
 
 
-def _print_pool(result: Result, show: Callable[[Any], None]) -> None:
-    if not result.best.fits:
-        return
-    if result.plain and not result.plain.fits:
-        show(f"plain expert parallelism ({result.plain.plan}) does not fit")
-    if text := pool_text(result):
-        show(text)
-
-
-def _printer() -> Callable[[Any], None]:
-    """Returns the print function of a rich console if there is a terminal and rich is installed; plain print otherwise."""
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-        except ImportError:
-            return print
-        console = Console(highlight=False, soft_wrap=False)
-        return lambda what: console.print(what, markup=False) if isinstance(what, str) else console.print(what)
-    return print
-
-
-def _table(plans: list[Any], labels: list[str] | None = None) -> Any:
-    if sys.stdout.isatty():
-        try:
-            return table_rich(plans, labels)
-        except ImportError:
-            pass
-    return table_text(plans, labels)
+def _console() -> Any:
+    """Returns a rich console if there is a terminal and rich is installed; None otherwise."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    return Console(highlight=False, soft_wrap=False)

@@ -8,9 +8,8 @@ from functools import partial
 
 from lightning_moefold.checkpoint.hf_writer import check_output
 from lightning_moefold.checkpoint.hub import local_directory
-from lightning_moefold.cli.calibrating import add_calibration, calibration_of, dtype_of
+from lightning_moefold.cli.calibrating import add_calibration, calibration_of, run_calibrated
 from lightning_moefold.compression.expert_pruning import number_to_keep, prune_experts, score_experts
-from lightning_moefold.compression.ranks import run_on_ranks
 from lightning_moefold.compression.report import table
 from lightning_moefold.compression.scores import EXPERT_SCORES, expert_score
 from lightning_moefold.models import MoEConfig
@@ -31,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, local_directory(arguments.checkpoint))
     count = number_to_keep(MoEConfig.from_pretrained(arguments.checkpoint), arguments.keep)
     work = partial(score_experts, arguments.checkpoint, calibration_of(arguments), score=arguments.score)
-    scores, writes = run_on_ranks(work, arguments.fold, arguments.ranks, dtype_of(arguments), arguments.batch_size)
+    scores, writes = run_calibrated(work, arguments)
     if not writes:
         return 0
     kept = prune_experts(arguments.checkpoint, scores, arguments.output, arguments.keep)

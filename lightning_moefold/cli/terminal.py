@@ -18,12 +18,13 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 
 def quiet() -> None:
     """Silences messages that do not help the user: tips, device lists, advice on data loading."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.trainer.connectors.signal_connector").setLevel(
-        logging.WARNING
-    )  # SIGTERM to peers
-    logging.getLogger("lightning.fabric.utilities.distributed").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for name in (
+        "pytorch.utilities.rank_zero",
+        "pytorch.trainer.connectors.signal_connector",  # SIGTERM to peers
+        "fabric.utilities.distributed",
+        "fabric.utilities.seed",
+    ):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     for pattern in (
         ".*`tensorboardX` has been removed",
         ".*does not have many workers",  # the data is in memory

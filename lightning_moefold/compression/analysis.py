@@ -40,7 +40,7 @@ from lightning_moefold.compression.stream import (
     world_of,
 )
 from lightning_moefold.errors import InputError
-from lightning_moefold.modules import DecoderLayer, MoELayer
+from lightning_moefold.modules import MoELayer
 from lightning_moefold.modules.base import local
 
 #: Called after each layer with the number of layers done and of all layers.
@@ -116,7 +116,7 @@ def analyze(
             found.append(_analyze_layer(stream, index, rows, hidden, ratio, alpha))
             check_finite(index, computing, found[-1].energy_EF, found[-1].shared_S)
         else:
-            _run_layer(stream.layer(index), stream, rows, hidden)
+            stream.run(stream.layer(index), rows, hidden)
         progress(index + 1, layers)
         if kept is not None and index + 1 < layers:
             kept.save(index + 1, [array for layer in found for array in layer], hidden)
@@ -138,12 +138,6 @@ def analyze(
     )
 
 
-def _run_layer(layer: DecoderLayer, stream: LayerStream, rows: CalibrationRows, hidden: list[Tensor]) -> None:
-    """Replaces the hidden states of each batch by those after a layer."""
-    for number, batch in enumerate(stream.batches(rows)):
-        hidden[number] = feed(layer, attend(layer, hidden[number], batch.sequence), batch.sequence)
-
-
 def _analyze_layer(
     stream: LayerStream, index: int, rows: CalibrationRows, hidden: list[Tensor], ratio: float | None, alpha: float
 ) -> LayerEnergy:
@@ -156,30 +150,30 @@ def _analyze_layer(
         stream.computing.device,
     )
     layer = stream.layer(index, partial(observe, observer=sums))
+    moe = layer.mlp
+    assert isinstance(moe, MoELayer)
     if ratio is None:
-        _run_layer(layer, stream, rows, hidden)
+        stream.run(layer, rows, hidden)
         sums.reduce(world)
-        return _energy(layer, sums, alpha, stream.computing)
+        return _energy(moe, sums, alpha, stream.computing)
     for number, batch in enumerate(stream.batches(rows)):
         hidden[number] = attend(layer, hidden[number], batch.sequence)
         feed(layer, hidden[number], batch.sequence)
     sums.reduce(world)
-    energy = _energy(layer, sums, alpha, stream.computing)
-    _prune(layer, keep_by_layer(energy.energy_EF, energy.shared_S, ratio), stream.computing)
+    energy = _energy(moe, sums, alpha, stream.computing)
+    _prune(moe, keep_by_layer(energy.energy_EF, energy.shared_S, ratio), stream.computing)
     silent = Observer()
-    for part in (layer.mlp.experts, layer.mlp.shared_expert):
+    for part in (moe.experts, moe.shared_expert):
         if part is not None:
-            part.observer = silent  # type: ignore[union-attr]  # observe() has put it there
+            part.observer = silent  # type: ignore[assignment]  # observe() has put it there
     for number, batch in enumerate(stream.batches(rows)):
         hidden[number] = feed(layer, hidden[number], batch.sequence)
     return energy
 
 
-def _energy(layer: DecoderLayer, sums: MicroExpertSums, alpha: float, computing: Computing) -> LayerEnergy:
+def _energy(moe: MoELayer, sums: MicroExpertSums, alpha: float, computing: Computing) -> LayerEnergy:
     norm_EF, norm_S = torch.zeros_like(sums.square_EF), torch.zeros_like(sums.shared_square_F)
-    moe = layer.mlp
-    assert isinstance(moe, MoELayer)
-    experts, channels, shared = _places(layer, computing)
+    experts, channels, shared = _places(moe, computing)
     norm_EF[experts, channels] = local(moe.experts.get_parameter("down_proj")).double().square().sum(1)
     if moe.shared_expert is not None:
         norm_S[shared] = local(moe.shared_expert.down_proj.weight).double().square().sum(0)
@@ -189,11 +183,9 @@ def _energy(layer: DecoderLayer, sums: MicroExpertSums, alpha: float, computing:
     return LayerEnergy(energy_EF.cpu().numpy(), shared_S.cpu().numpy(), sums.load_E.long().cpu().numpy())
 
 
-def _prune(layer: DecoderLayer, kept: Kept, computing: Computing) -> None:
+def _prune(moe: MoELayer, kept: Kept, computing: Computing) -> None:
     """Zeroes the down columns of pruned channels, which takes the channels out of the output."""
-    moe = layer.mlp
-    assert isinstance(moe, MoELayer)
-    experts, channels, shared = _places(layer, computing)
+    experts, channels, shared = _places(moe, computing)
     kept_LF = torch.from_numpy(kept.routed_EF[experts, channels]).to(computing.device)
     local(moe.experts.get_parameter("down_proj")).mul_(kept_LF.unsqueeze(1))
     if moe.shared_expert is not None:
@@ -201,10 +193,9 @@ def _prune(layer: DecoderLayer, kept: Kept, computing: Computing) -> None:
         local(moe.shared_expert.down_proj.weight).mul_(kept_F)
 
 
-def _places(layer: DecoderLayer, computing: Computing) -> tuple[slice, slice, slice]:
+def _places(moe: MoELayer, computing: Computing) -> tuple[slice, slice, slice]:
     """Returns this rank's experts, its channels of them, and its channels of the shared expert."""
-    moe, mesh = layer.mlp, computing.mesh
-    assert isinstance(moe, MoELayer)
+    mesh = computing.mesh
     count, _, width = moe.experts.get_parameter("down_proj").shape
     shared = 0 if moe.shared_expert is None else moe.shared_expert.down_proj.weight.shape[1]
     ep, etp, tp = (0, 0, 0) if mesh is None else (mesh.ep.index, mesh.etp.index, mesh.tp.index)

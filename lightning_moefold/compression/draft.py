@@ -50,9 +50,7 @@ class Draft:
     def resume(self, device: torch.device) -> tuple[int, list[np.ndarray], list[Tensor] | None]:
         """Returns the number of layers done, the arrays and this rank's hidden states; None without a state."""
         state = self.folder / "state.json"
-        if not state.is_file():
-            return 0, [], None
-        read = json.loads(state.read_text())
+        read: dict[str, Any] = json.loads(state.read_text()) if state.is_file() else {"key": None}
         if read["key"] != self.key:
             return 0, [], None
         done = read["done"]

@@ -6,7 +6,7 @@ Legend: L MoE layers, E experts, F expert width, S width of the shared expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +47,6 @@ class Energies:
     fold: str
     dtype: str
 
-    def only(self, row: int) -> Energies:
-        """Returns the energies of one layer."""
-        part = slice(row, row + 1)
-        return replace(self, **{name: getattr(self, name)[part] for name in _ARRAYS})
-
     def save(self, path: str | Path) -> None:
         """Writes the file, complete or not at all."""
         path = Path(path)
@@ -78,19 +73,3 @@ class Energies:
                 f"{path} holds no energies ({type(error).__name__}: {error}); moefold camera analyze writes such a file."
             ) from None
         return cls(**{name: value if name in _ARRAYS else value.item() for name, value in found.items()})
-
-    def check_pruned_at(self, ratio: float, path: str | Path) -> None:
-        """Refuses energies of a model whose layers were pruned at another ratio.
-
-        Args:
-            ratio: That is to be pruned.
-            path: The file, for the message.
-
-        Raises:
-            InputError: If they were.
-        """
-        if not np.isnan(self.ratio) and self.ratio != ratio:
-            raise InputError(
-                f"{path} was analysed with layers pruned at --ratio {self.ratio}, so it cannot prune at {ratio}; analyse again "
-                "with this ratio, or without one for energies that any ratio may use."
-            )

@@ -68,9 +68,7 @@ def score_experts(
             found[index] = _score_layer(stream, index, rows, hidden, function)
             check_finite(index, computing, found[index])
         else:
-            layer = stream.layer(index)
-            for number, batch in enumerate(stream.batches(rows)):
-                hidden[number] = feed(layer, attend(layer, hidden[number], batch.sequence), batch.sequence)
+            stream.run(stream.layer(index), rows, hidden)
         progress(index + 1, layers)
     stream.close()
     return found

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moefold import comm
 from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules import DecoderLayer, GatedMLP, MoELayer
@@ -84,7 +85,7 @@ class ObservedExperts(Experts):
                 output_cD = inner_cF @ down_LDF[expert].t()
                 self.observer.see_inner(first_expert + expert, first_channel, inner_cF, weight_c)
                 if self.observer.wants_outputs:
-                    whole_cD = _summed(output_cD.double(), etp)
+                    whole_cD = comm.all_reduce_raw(output_cD.double(), etp)
                     if etp.index == 0:
                         self.observer.see_output(first_expert + expert, whole_cD, weight_c)
                 total_AD.index_add_(0, token_c, (output_cD * weight_c.unsqueeze(1)).to(total_AD.dtype))
@@ -187,9 +188,3 @@ def _add(square_F: Tensor, most_F: Tensor, inner_cF: Tensor, weight_c: Tensor) -
     squared_cF = (inner_cF.double() * weight_c.double().unsqueeze(1)).square_()
     square_F += squared_cF.sum(0)
     torch.maximum(most_F, squared_cF.amax(0), out=most_F)
-
-
-def _summed(x: Tensor, axis: Axis) -> Tensor:
-    if axis.size > 1:
-        dist.all_reduce(x, group=axis.group)
-    return x

@@ -100,7 +100,8 @@ def prune(
     total = config.num_parameters()
     whole = {layer: Kept(np.ones_like(k.routed_EF), np.ones_like(k.shared_S)) for layer, k in kept.items()}
     flops = tuple(6 * config.hidden_size * _channels_of_a_token(energies, k) for k in (whole, kept))
-    return Pruned(kept, lost_energy(energies, kept), (total, total - gone), (flops[0], flops[1]), form)
+    lost = {layer: lost_energy(energies, row, kept[layer]) for row, layer in enumerate(energies.layers.tolist())}
+    return Pruned(kept, lost, (total, total - gone), (flops[0], flops[1]), form)
 
 
 def _channels_of_a_token(energies: Energies, kept: Mapping[int, Kept]) -> float:
@@ -130,18 +131,18 @@ def choose(
         raise InputError(f"--form {form} is not known; use {', '.join(FORMS)}.")
     if multiple != 1 and form != "uniform":
         raise InputError(f"--multiple {multiple} goes with --form uniform only, as {form} keeps uneven widths.")
-    energies.check_pruned_at(ratio, "the file of energies")
+    if not np.isnan(energies.ratio) and energies.ratio != ratio:
+        raise InputError(
+            f"the file of energies was analysed with layers pruned at --ratio {energies.ratio}, so it cannot prune at {ratio}; "
+            "analyse again with this ratio, or without one for energies that any ratio may use."
+        )
     check_energies(path, energies)
-    chosen: dict[int, Kept] = {}
-    for row, layer in enumerate(energies.layers.tolist()):
-        energy_EF, shared_S = energies.energy[row], energies.shared_energy[row]
-        if form == "uniform":
-            width = uniform_width(config.moe_intermediate_size, ratio, multiple)
-            shared = len(shared_S) and uniform_width(len(shared_S), ratio, multiple, "shared expert's width")
-            chosen[layer] = keep_by_expert(energy_EF, shared_S, width, shared)
-        else:
-            chosen[layer] = keep_by_layer(energy_EF, shared_S, ratio)
-    return chosen
+    layers = list(zip(energies.layers.tolist(), energies.energy, energies.shared_energy, strict=True))
+    if form != "uniform":
+        return {layer: keep_by_layer(energy_EF, shared_S, ratio) for layer, energy_EF, shared_S in layers}
+    width, shared = uniform_width(config.moe_intermediate_size, ratio, multiple), energies.shared_energy.shape[1]
+    shared = shared and uniform_width(shared, ratio, multiple, "shared expert's width")
+    return {layer: keep_by_expert(energy_EF, shared_S, width, shared) for layer, energy_EF, shared_S in layers}
 
 
 def unpack(checkpoint: str | Path, output: str | Path) -> None:
@@ -179,15 +180,12 @@ def unpack(checkpoint: str | Path, output: str | Path) -> None:
     rewrite(path, output, plain, change)
 
 
-def lost_energy(energies: Energies, kept: Mapping[int, Kept]) -> dict[int, float]:
-    """Returns the share of each layer's energy that pruned channels had."""
-    lost = {}
-    for row, layer in enumerate(energies.layers.tolist()):
-        routed_EF, shared_S = energies.energy[row], energies.shared_energy[row]
-        gone = routed_EF[~kept[layer].routed_EF].sum() + shared_S[~kept[layer].shared_S].sum()
-        total = routed_EF.sum() + shared_S.sum()
-        lost[layer] = float(gone / total) if total else 0.0
-    return lost
+def lost_energy(energies: Energies, row: int, kept: Kept) -> float:
+    """Returns the share of a layer's energy that its pruned channels had."""
+    routed_EF, shared_S = energies.energy[row], energies.shared_energy[row]
+    gone = routed_EF[~kept.routed_EF].sum() + shared_S[~kept.shared_S].sum()
+    total = routed_EF.sum() + shared_S.sum()
+    return float(gone / total) if total else 0.0
 
 
 def micro_expert_part(name: str) -> tuple[int, bool, int] | None:
@@ -198,11 +196,8 @@ def micro_expert_part(name: str) -> tuple[int, bool, int] | None:
     if (match := _PART.fullmatch(name)) is None:
         return None
     layer, which, weight = match.groups()
-    return (
-        int(layer),
-        weight is not None,
-        1 if (which == "down") == (weight is not None) else 2 if which == "down" else 0,
-    )
+    shared, down = weight is not None, which == "down"
+    return int(layer), shared, 1 if down == shared else 2 if down else 0
 
 
 def _change(name: str, value: Tensor, kept: Mapping[int, Kept], form: Form) -> Tensor:

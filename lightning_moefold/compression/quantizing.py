@@ -16,7 +16,6 @@ Legend: E experts, F expert width, D hidden size, V vectors, B numbers of a bloc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,9 +109,10 @@ def quantize(
     for row, layer in enumerate(energies.layers.tolist()):
         weigh[layer] = np.concatenate([energies.energy[row].ravel(), energies.shared_energy[row]])
         bits[layer] = how.of(weigh[layer])
-    errors = {layer: np.zeros(4) for layer in bits}
+    errors = {layer: np.zeros((2, 2)) for layer in bits}
 
     def change(name: str, value: Tensor) -> Tensor:
+        """Rounds a parameter of micro-experts to the bits of its channels, and notes the error; others stay as they are."""
         part = micro_expert_part(name)
         if part is None or part[0] not in bits:
             return value
@@ -127,7 +127,7 @@ def quantize(
         return found.mT.contiguous() if is_down else found
 
     rewrite(path, output, config, change)
-    return {layer: _ratios(sums) for layer, sums in errors.items()}
+    return {layer: (_ratio(*plain), _ratio(*weighed)) for layer, (plain, weighed) in errors.items()}
 
 
 def rounded(vectors_VD: Tensor, bits_V: Tensor, block: int) -> Tensor:
@@ -145,10 +145,11 @@ def rounded(vectors_VD: Tensor, bits_V: Tensor, block: int) -> Tensor:
 
 
 def _note(sums: NDArray[np.float64], before_VD: Tensor, after_VD: Tensor, energy_V: Tensor) -> None:
+    """Adds the squares of the error and of the weights, plain and weighed by energy."""
     error_V = (before_VD.double() - after_VD.double()).square().sum(1)
     size_V = before_VD.double().square().sum(1)
-    sums += [v.item() for v in (error_V.sum(), size_V.sum(), (energy_V * error_V).sum(), (energy_V * size_V).sum())]
+    sums += [[(w * x).sum().item() for x in (error_V, size_V)] for w in (1, energy_V)]
 
 
-def _ratios(sums: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
-    return tuple(float(np.sqrt(a / b)) if b else 0.0 for a, b in ((sums[0], sums[1]), (sums[2], sums[3])))  # type: ignore[return-value]
+def _ratio(error: float, size: float) -> float:
+    return float(np.sqrt(error / size)) if size else 0.0

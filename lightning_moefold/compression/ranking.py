@@ -84,10 +84,8 @@ def uniform_width(width: int, ratio: float, multiple: int, name: str = "expert w
     count = max(multiple, round((1 - ratio) * width / multiple) * multiple)
     if count >= width:
         smaller = (width - 1) // multiple * multiple
-        hint = (
-            f"use a ratio near {1 - smaller / width:.3g}, or a smaller --multiple"
-            if smaller
-            else "use a smaller --multiple"
+        hint = f"a ratio near {1 - smaller / width:.3g}, or " if smaller else ""
+        raise InputError(
+            f"a ratio of {ratio} leaves the {name} {width} as it is in multiples of {multiple}; use {hint}a smaller --multiple."
         )
-        raise InputError(f"a ratio of {ratio} leaves the {name} {width} as it is in multiples of {multiple}; {hint}.")
     return count

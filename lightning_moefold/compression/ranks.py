@@ -7,45 +7,35 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lightning_moefold import errors
-from lightning_moefold.compression.analysis import Progress
 from lightning_moefold.compression.stream import Computing
 from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.testing.pool import RankError, RankPool
 
-T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
 
 _HOURS = 7 * 24 * 3600.0
 
 
-class Work(Protocol[T_co]):
-    """What each rank does; picklable."""
-
-    def __call__(self, *, computing: Computing, progress: Progress) -> T_co:
-        """Computes on this rank, and tells of progress after each layer."""
-        ...
-
-
-def run_on_ranks(
-    work: Work[T_co], fold: str = "", ranks: int = 1, dtype: torch.dtype = torch.float32, batch_size: int = 1
-) -> tuple[T_co, bool]:
+def run_on_ranks(work: Callable[..., T], fold: str, ranks: int, dtype: torch.dtype, batch_size: int) -> tuple[T, bool]:
     """Runs the work under a fold with a progress bar.
 
     Under torchrun the ranks are those that it has started, on their GPUs if there are any. Otherwise one rank is this process,
     on a GPU if there is one, and several are CPU processes of this machine.
 
     Args:
-        work: A function at the top level of a module, or a partial of one.
+        work: A function at the top level of a module, or a partial of one, of ``computing`` (:class:`~.stream.Computing`) and
+            ``progress`` (:data:`~.analysis.Progress`).
         fold: Text of the fold, such as ``"tp2 | ep4"``.
         ranks: Number of ranks.
         dtype: Of weights and hidden states.
@@ -85,7 +75,7 @@ def _users(failed: RankError) -> Exception:
     return InputError(failed.messages[rank]) if kind is not None and issubclass(kind, InputError) else failed
 
 
-def _on_pool_rank(work: Work[T_co], fold: str, dtype: torch.dtype, batch_size: int, file: str) -> T_co | None:
+def _on_pool_rank(work: Callable[..., T], fold: str, dtype: torch.dtype, batch_size: int, file: str) -> T | None:
     mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu", replicated=True)
 
     def tell(done: int, total: int) -> None:
@@ -98,7 +88,7 @@ def _on_pool_rank(work: Work[T_co], fold: str, dtype: torch.dtype, batch_size: i
     return result if mesh.rank == 0 else None
 
 
-def _on_launched_ranks(work: Work[T_co], fold: str, dtype: torch.dtype, batch_size: int) -> tuple[T_co, bool]:
+def _on_launched_ranks(work: Callable[..., T], fold: str, dtype: torch.dtype, batch_size: int) -> tuple[T, bool]:
     on_gpu, local = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:

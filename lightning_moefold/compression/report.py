@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_moefold.compression.energies import Energies
 from lightning_moefold.compression.pruning import Pruned, lost_energy
-from lightning_moefold.compression.ranking import Kept, keep_by_expert, keep_by_layer
+from lightning_moefold.compression.ranking import keep_by_expert, keep_by_layer
 
 #: Ratios of the table.
 RATIOS = (0.2, 0.4, 0.6)
@@ -25,16 +25,16 @@ def channels_of(energies: Energies, row: int) -> NDArray[np.float64]:
     return np.sort(every)[::-1]
 
 
-def redundancy(energies: Energies, row: int, share: float = 0.01) -> float:
-    """Returns the share of a layer's channels that together hold at most ``share`` of its energy."""
+def redundancy(energies: Energies, row: int) -> float:
+    """Returns the share of a layer's channels that together hold at most 1% of its energy."""
     rising = np.cumsum(channels_of(energies, row)[::-1])
-    return float((rising <= share * rising[-1]).mean()) if rising[-1] else 1.0
+    return float((rising <= 0.01 * rising[-1]).mean()) if rising[-1] else 1.0
 
 
-def idle_experts(energies: Energies, row: int, ratio: float, below: float = 0.1) -> list[int]:
-    """Returns the experts of which a ratio leaves less than ``below`` of their channels: candidates to go altogether."""
+def idle_experts(energies: Energies, row: int, ratio: float) -> list[int]:
+    """Returns the experts of which a ratio leaves less than a tenth of their channels: candidates to go altogether."""
     kept = keep_by_layer(energies.energy[row], energies.shared_energy[row], ratio)
-    return np.flatnonzero(kept.widths_E < below * energies.energy.shape[2]).tolist()
+    return np.flatnonzero(kept.widths_E < 0.1 * energies.energy.shape[2]).tolist()
 
 
 def analysis_table(energies: Energies) -> str:
@@ -45,8 +45,9 @@ def analysis_table(energies: Energies) -> str:
     for row, layer in enumerate(energies.layers.tolist()):
         load_E = energies.load[row]
         routed_EF, shared_S = energies.energy[row], energies.shared_energy[row]
-        lost = [_lost(energies, row, keep_by_layer(routed_EF, shared_S, ratio)) for ratio in RATIOS]
-        uniform = _lost(energies, row, _kept_uniform(energies, row, 0.4))
+        lost = [lost_energy(energies, row, keep_by_layer(routed_EF, shared_S, ratio)) for ratio in RATIOS]
+        widths = (round((1 - 0.4) * size) for size in (routed_EF.shape[1], len(shared_S)))
+        uniform = lost_energy(energies, row, keep_by_expert(routed_EF, shared_S, *widths))
         idle = idle_experts(energies, row, 0.4)
         shown = ", ".join(map(str, idle[:8])) + (f" and {len(idle) - 8} more" if len(idle) > 8 else "")
         rows.append(
@@ -73,11 +74,8 @@ def pruned_table(pruned: Pruned, energies: Energies) -> str:
         )  # fmt: skip
     before, after = pruned.parameters
     flops = pruned.flops
-    note = (
-        "\nzeroed: the files and their FLOPs stay as before; --form packed has these numbers"
-        if pruned.form == "zeroed"
-        else ""
-    )
+    zeroed = "\nzeroed: the files and their FLOPs stay as before; --form packed has these numbers"
+    note = zeroed if pruned.form == "zeroed" else ""
     return table(rows) + (
         f"\n\n{before:,} parameters before, {after:,} after ({after / before:.1%})"
         f"\n{flops[0]:,.0f} FLOPs of experts for a token in forward, {flops[1]:,.0f} after ({flops[1] / flops[0]:.1%}){note}"
@@ -89,16 +87,3 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines)
-
-
-def _lost(energies: Energies, row: int, kept: Kept) -> float:
-    """Returns the share of a layer's energy that pruned channels had."""
-    layer = int(energies.layers[row])
-    return lost_energy(energies.only(row), {layer: kept})[layer]
-
-
-def _kept_uniform(energies: Energies, row: int, ratio: float) -> Kept:
-    sizes = energies.energy.shape[2], energies.shared_energy.shape[1]
-    return keep_by_expert(
-        energies.energy[row], energies.shared_energy[row], *(round((1 - ratio) * size) for size in sizes)
-    )

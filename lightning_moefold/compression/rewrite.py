@@ -20,7 +20,7 @@ from lightning_moefold.layout import Box
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.hf_config import written_config
-from lightning_moefold.models.names import bias_entries, parameter_entries
+from lightning_moefold.models.names import ParameterEntry, bias_entries, parameter_entries
 from lightning_moefold.models.weights import CheckpointWeights, read_whole
 
 
@@ -35,6 +35,11 @@ def read_plain_config(path: str | Path) -> MoEConfig:
     if config.is_packed:
         raise InputError(f"{path} is packed already; moefold camera unpack makes a plain checkpoint of it first.")
     return config
+
+
+def whole_tensor(entry: ParameterEntry, dtype: torch.dtype) -> OutputTensor:
+    """Describes a parameter to write that this process has whole."""
+    return OutputTensor(entry.shape, dtype, entry.sources, entry.stacked, ((0, (Box.whole(entry.shape),)),))
 
 
 def rewrite(
@@ -60,12 +65,7 @@ def rewrite(
     entries = parameter_entries(config) | {n: e for n, e in bias_entries(config).items() if source.holds(n)}
     some = next(name for name in shapes if name.endswith(".mlp.gate.weight"))
     dtypes = {name: source.dtype(name if source.holds(name) else some) or torch.float32 for name in entries}
-    tensors = {
-        name: OutputTensor(
-            entry.shape, dtypes[name], entry.sources, entry.stacked, ((0, (Box.whole(entry.shape),)),)
-        )
-        for name, entry in entries.items()
-    }  # fmt: skip
+    tensors = {name: whole_tensor(entry, dtypes[name]) for name, entry in entries.items()}
 
     def piece(name: str) -> Tensor:
         if name not in shapes:

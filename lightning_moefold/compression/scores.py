@@ -74,10 +74,23 @@ class ExpertSums(Observer):
         return sum_E / self.count_E.clamp(min=1)
 
 
+def _mone(sums: ExpertSums) -> Tensor:
+    squares_E = sums.square_E - sums.count_E * sums.mean(sums.output_ED.square().sum(1).sqrt()).square()
+    return sums.count_E * (squares_E.clamp(min=0) / (sums.count_E - 1).clamp(min=1)).sqrt()
+
+
 #: Maps sums to a score of each expert, ``[E]``.
 ExpertScore = Callable[[ExpertSums], Tensor]
 
-EXPERT_SCORES: dict[str, ExpertScore] = {}
+#: The scores by name, as above.
+EXPERT_SCORES: dict[str, ExpertScore] = {
+    "frequency": lambda sums: sums.count_E,
+    "reap": lambda sums: sums.mean(sums.weighted_norm_E),
+    "ean": lambda sums: sums.norm_E,
+    "man": lambda sums: sums.mean(sums.norm_E),
+    "msan": lambda sums: sums.mean(sums.square_E),
+    "mone": _mone,
+}
 
 
 def register_expert_score(name: str) -> Callable[[ExpertScore], ExpertScore]:
@@ -105,43 +118,6 @@ def expert_score(name: str) -> ExpertScore:
     if name not in EXPERT_SCORES:
         raise InputError(f"--score {name} is not known; use {', '.join(EXPERT_SCORES)}.")
     return EXPERT_SCORES[name]
-
-
-@register_expert_score("frequency")
-def frequency(sums: ExpertSums) -> Tensor:
-    """Number of tokens."""
-    return sums.count_E
-
-
-@register_expert_score("reap")
-def reap(sums: ExpertSums) -> Tensor:
-    """Mean of weight times norm of the output."""
-    return sums.mean(sums.weighted_norm_E)
-
-
-@register_expert_score("ean")
-def ean(sums: ExpertSums) -> Tensor:
-    """Sum of the norms of outputs."""
-    return sums.norm_E
-
-
-@register_expert_score("man")
-def man(sums: ExpertSums) -> Tensor:
-    """Mean of the norms of outputs."""
-    return sums.mean(sums.norm_E)
-
-
-@register_expert_score("msan")
-def msan(sums: ExpertSums) -> Tensor:
-    """Mean of the squared norms of outputs."""
-    return sums.mean(sums.square_E)
-
-
-@register_expert_score("mone")
-def mone(sums: ExpertSums) -> Tensor:
-    """Frequency times the standard deviation of the output."""
-    squares_E = sums.square_E - sums.count_E * sums.mean(sums.output_ED.square().sum(1).sqrt()).square()
-    return sums.count_E * (squares_E.clamp(min=0) / (sums.count_E - 1).clamp(min=1)).sqrt()
 
 
 def experts_to_keep(score_E: NDArray[np.float64], count: int) -> NDArray[np.int64]:

@@ -84,14 +84,6 @@ class Computing:
     device: torch.device = torch.device("cpu")
     batch_size: int = 1
 
-    @property
-    def rows_axis(self) -> tuple[int, int]:
-        """This rank's share of the rows: its number, and how many there are."""
-        if self.mesh is None:
-            return 0, 1
-        fold, place = self.mesh.fold, self.mesh.place
-        return place["pp"] * fold.dp + place["dp"], fold.pp * fold.dp
-
 
 class LayerStream:
     """A checkpoint whose layers are read one at a time.
@@ -151,10 +143,11 @@ class LayerStream:
 
     def batches(self, rows: CalibrationRows) -> Iterator[CausalLMBatch]:
         """Describes the batches of this rank; every rank has the same number, of which some may be empty."""
-        number, ranks = self.computing.rows_axis
-        size, device = self.computing.batch_size, self.computing.device
-        mesh = self.computing.mesh
-        axes = BatchAxes() if mesh is None else BatchAxes(mesh.tp, mesh.axis("cp"), "auto", (number, ranks))
+        mesh, size, device = self.computing.mesh, self.computing.batch_size, self.computing.device
+        number, ranks, axes = 0, 1, BatchAxes()
+        if mesh is not None:  # ranks of dp and pp have rows of their own
+            number, ranks = mesh.place["pp"] * mesh.fold.dp + mesh.place["dp"], mesh.fold.pp * mesh.fold.dp
+            axes = BatchAxes(mesh.tp, mesh.axis("cp"), "auto", (number, ranks))
         most = -(-len(rows.token_NS) // ranks)
         mine = rows.take(slice(number, None, ranks))
         for first in range(0, most, size):
@@ -162,9 +155,8 @@ class LayerStream:
             if part is None:
                 batch = empty_batch(self.config, axes, rows.token_NS[:1].to(device))
             else:
-                token_BS = part.token_NS.to(device)
-                mask_BS = None if part.mask_NS is None else part.mask_NS.to(device)
-                document_BS = None if part.document_NS is None else part.document_NS.to(device)
+                token_BS, others = part.token_NS.to(device), (part.mask_NS, part.document_NS)
+                mask_BS, document_BS = (None if x is None else x.to(device) for x in others)
                 # With labels, of which none counts, padding is left out of routing: nothing needs its output.
                 labels_BS = torch.full_like(token_BS, IGNORED)
                 batch = read_batch(
@@ -174,6 +166,11 @@ class LayerStream:
             batch.sequence.wants_routing = False
             batch.place(self.computing.dtype)
             yield batch
+
+    def run(self, layer: DecoderLayer, rows: CalibrationRows, hidden: list[Tensor]) -> None:
+        """Replaces the hidden states of each batch by those after a layer."""
+        for number, batch in enumerate(self.batches(rows)):
+            hidden[number] = feed(layer, attend(layer, hidden[number], batch.sequence), batch.sequence)
 
     def close(self) -> None:
         """Closes the checkpoint's files."""

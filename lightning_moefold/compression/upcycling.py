@@ -27,11 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_moefold.checkpoint import HFCheckpoint, OutputTensor, write_hf_checkpoint
+from lightning_moefold.checkpoint import HFCheckpoint, write_hf_checkpoint
 from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.checkpoint.stores import local_path
+from lightning_moefold.compression.rewrite import whole_tensor
 from lightning_moefold.errors import ConfigError, InputError
-from lightning_moefold.layout import Box
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoEConfig
 from lightning_moefold.models.fields import POSITIVE
@@ -120,15 +120,8 @@ def upcycle(dense: str | Path, output: str | Path, how: Upcycling = Upcycling())
     optional = layout.optional()
     checkpoint.check(layout.expected(), optional)
     compare_redundant(checkpoint, config, [name for name in optional if name.endswith(".inv_freq")])
-    tensors = {
-        name: OutputTensor(
-            entry.shape, layout.dtype(name), entry.sources, entry.stacked, ((0, (Box.whole(entry.shape),)),)
-        )
-        for name, entry in parameter_entries(config).items()
-    }
-    write_hf_checkpoint(
-        local_path(output, "output"), written, tensors, layout.make, SINGLE, side_files_from=path
-    )  # fmt: skip
+    tensors = {name: whole_tensor(entry, layout.dtype(name)) for name, entry in parameter_entries(config).items()}
+    write_hf_checkpoint(local_path(output, "output"), written, tensors, layout.make, SINGLE, side_files_from=path)
     checkpoint.close()
     return config
 
@@ -211,10 +204,7 @@ class _Source:
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Returns names and shapes of the dense checkpoint's tensors."""
         width, d = self.config.moe_intermediate_size * self.how.granularity, self.config.hidden_size
-        shapes = {}
-        for name, entry in parameter_entries(self.config).items():
-            if ".mlp." not in name:
-                shapes[name] = entry.shape
+        shapes = {n: entry.shape for n, entry in parameter_entries(self.config).items() if ".mlp." not in n}
         for i in range(self.config.num_hidden_layers):
             mlp = f"model.layers.{i}.mlp"
             shapes |= {f"{mlp}.gate_proj.weight": (width, d), f"{mlp}.up_proj.weight": (width, d)}

@@ -30,7 +30,7 @@ from lightning_moefold.planner.machine.hardware import Hardware, find_hardware
 from lightning_moefold.planner.search.auto import AutoFold, Choice, choose, machine_for
 from lightning_moefold.planner.search.job import RECOMPUTES, SCHEDULES, Job
 from lightning_moefold.planner.search.models_zoo import find_model
-from lightning_moefold.planner.search.search import Space
+from lightning_moefold.planner.search.space import Space
 
 Answer = TypeVar("Answer")
 #: Key of the choice in checkpoints.

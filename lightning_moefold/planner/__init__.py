@@ -10,7 +10,8 @@ from lightning_moefold.planner.search.auto import AutoFold, Choice, choose, mach
 from lightning_moefold.planner.search.job import Job, Plan
 from lightning_moefold.planner.search.models_zoo import MODELS, find_model
 from lightning_moefold.planner.search.robust import search
-from lightning_moefold.planner.search.search import Planner, Result, Space
+from lightning_moefold.planner.search.search import Planner, Result
+from lightning_moefold.planner.search.space import Space
 
 __all__ = [
     "MODELS",

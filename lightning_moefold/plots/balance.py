@@ -6,6 +6,7 @@ Legend: N checks, R ranks, E experts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,7 @@ def write_balance_plots(replays: Mapping[str, Replay], trace: str, folder: str |
         ValueError: If matplotlib is not installed.
     """
     shown = next((name for name in _SHOWN_FIRST if name in replays), list(replays)[-1])
-    found, before = replays[shown], next(iter(replays.values()))
-    before = replays.get("contiguous", before)
+    found, before = replays[shown], replays.get("contiguous", next(iter(replays.values())))
     layer = int(before.imbalance_NL.mean(0).argmax())
     figures = {
         "policies": _policies(replays, trace),
@@ -114,7 +114,7 @@ def _policies(replays: Mapping[str, Replay], trace: str) -> Any:
     """How even ranks are over time, and what a step takes."""
     figure, panels = make_figure(f"Policies on {trace}", [4.0, 1.2 + 0.34 * len(replays)])
     axes = panels[0]
-    for color, (name, found) in zip(_colors(len(replays)), replays.items(), strict=True):
+    for color, (name, found) in zip(itertools.cycle(COLORS), replays.items(), strict=False):
         axes.plot(found.iterations_N, found.imbalance_NL.mean(1), color=color, label=name, linewidth=1.5)
     axes.set_title("Busiest rank over the mean, average of layers", loc="left", fontsize=10)
     axes.set(xlabel="step", ylabel="max / mean", yscale="log")
@@ -130,15 +130,12 @@ def _policies(replays: Mapping[str, Replay], trace: str) -> Any:
 
 def _draw_times(axes: Any, replays: Mapping[str, Replay]) -> None:
     names = list(replays)
-    parts = {
-        "experts": [found.compute_seconds for found in replays.values()],
-        "copies": [found.copy_seconds for found in replays.values()],
-        "moves": [found.move_seconds for found in replays.values()],
-    }
+    parts = {"experts": "compute_seconds", "copies": "copy_seconds", "moves": "move_seconds"}
     left = np.zeros(len(names))
-    for color, (part, seconds) in zip(COLORS, parts.items(), strict=False):
-        axes.barh(names, np.array(seconds) * 1e3, left=left * 1e3, color=color, label=part)
-        left += np.array(seconds)
+    for color, (part, field) in zip(COLORS, parts.items(), strict=False):
+        seconds = np.array([getattr(found, field) for found in replays.values()])
+        axes.barh(names, seconds * 1e3, left=left * 1e3, color=color, label=part)
+        left += seconds
     for row, end in enumerate(left):
         axes.text(end * 1e3, row, f" {end * 1e3:.3g}", va="center", fontsize="small")
     axes.set_title("Experts' part of a step, all layers, predicted", loc="left", fontsize=10)
@@ -187,7 +184,3 @@ def _rank_load(before: Replay, after: Replay, policy: str, trace: str, layer: in
     panels[2].set(xlabel=f"rows / mean (last bar: {bins[-1]:.3g} and more)", ylabel="ranks x checks", yscale="log")
     panels[2].legend(frameon=False, fontsize="small")
     return figure
-
-
-def _colors(number: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(number)]

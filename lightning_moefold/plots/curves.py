@@ -174,18 +174,15 @@ def metric_panels(names: Sequence[str]) -> dict[str, list[str]]:
 
 def _draw_together(axes: Any, run: Run, names: Sequence[str]) -> None:
     """Draws several metrics of one version; those with equal values, such as the rates of two parameter groups, as one line."""
-    lines: dict[tuple[bytes, bytes], list[str]] = {}
+    lines: dict[tuple[bytes, bytes], tuple[Series, list[str]]] = {}
     for name in names:
         (series,) = run.having(name).values()
-        lines.setdefault((series.steps.tobytes(), series.values.tobytes()), []).append(name)
-    drawn = [run.having(members[0]) for members in lines.values()]
-    for index, (found, members) in enumerate(zip(drawn, lines.values(), strict=True)):
-        (series,) = found.values()
-        draw_series(
-            axes, series, ", ".join(members) if len(names) > 1 else "", COLORS[index % len(COLORS)], dashed=index > 0
-        )
-    values = np.concatenate([series.values for found in drawn for series in found.values()])
-    if len(drawn) > 1 and values.min() > 0 and values.max() > _WIDE * values.min():
+        lines.setdefault((series.steps.tobytes(), series.values.tobytes()), (series, []))[1].append(name)
+    for index, (series, members) in enumerate(lines.values()):
+        label = ", ".join(members) if len(names) > 1 else ""
+        draw_series(axes, series, label, COLORS[index % len(COLORS)], dashed=index > 0)
+    values = np.concatenate([series.values for series, _ in lines.values()])
+    if len(lines) > 1 and values.min() > 0 and values.max() > _WIDE * values.min():
         axes.set_yscale("log")
 
 

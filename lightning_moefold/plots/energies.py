@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_moefold.plots.style import make_figure, save_figure
+from lightning_moefold.plots.style import make_figure, name_layers, save_figure
 
 
 def write_energy_plot(
@@ -49,9 +49,9 @@ def write_energy_plot(
         name = f"layer {layer}" if len(layers) <= 8 or layer in (layers[0], layers[-1]) else None
         rest_N = np.clip(1 - np.cumsum(falling_LN[row]) / total, 1e-8, None)
         panels[0].plot(share_N[::step], rest_N[::step], color=colours[row], linewidth=1.3, label=name)
-    panels[0].set(yscale="log", ylim=(1e-6, 1), xlim=(0, 1), xlabel="channels kept, those with the most energy first")
+    panels[0].set(yscale="log", ylim=(1e-6, 1), xlim=(0, 1), ylabel="share of energy")
+    panels[0].set(xlabel="channels kept, those with the most energy first")
     panels[0].set_title("Energy that pruning the others takes from a layer", loc="left", fontsize=10)
-    panels[0].set(ylabel="share of energy")
     panels[0].legend(fontsize="small", frameon=False)
     panels[1].bar([str(layer) for layer in layers], 100 * redundancy_L, width=0.7)
     panels[1].set(xlabel="layer", ylabel="% of channels")
@@ -60,8 +60,7 @@ def write_energy_plot(
         panels[1].set_xticks(range(0, len(layers), -(-len(layers) // 16)))
     panels[2].grid(visible=False)
     image = panels[2].imshow(width_LE, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    shown = range(0, len(layers), -(-len(layers) // 32))
-    panels[2].set_yticks(list(shown), [str(layers[i]) for i in shown])
+    name_layers(panels[2], layers)
     panels[2].xaxis.get_major_locator().set_params(integer=True)
     panels[2].set(xlabel="expert", ylabel="layer")
     panels[2].set_title(f"Share of each expert's channels that a ratio of {ratio:g} keeps", loc="left", fontsize=10)

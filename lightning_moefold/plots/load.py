@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_moefold.plots.lines import STEP, finish
 from lightning_moefold.plots.read import RecordedLoad, Run
-from lightning_moefold.plots.style import COLORS, draw_heatmap, load_colors, make_figure
+from lightning_moefold.plots.style import COLORS, draw_heatmap, load_colors, make_figure, name_layers
 
 FEW_LAYERS = 8
 """Up to so many are drawn as lines."""
@@ -111,8 +111,7 @@ def _draw_imbalance_map(axes: Any, load: RecordedLoad) -> None:
     axes.grid(visible=False)
     rows = np.arange(len(load.layers) + 1) - 0.5
     image = axes.pcolormesh(_interval_edges(load), rows, imbalance(load).T, cmap="viridis", vmin=1)
-    shown = range(0, len(load.layers), -(-len(load.layers) // 12))
-    axes.set_yticks(list(shown), [str(load.layers[i]) for i in shown])
+    name_layers(axes, load.layers.tolist(), most=12)
     axes.invert_yaxis()
     axes.set(ylabel="layer")
     axes.figure.colorbar(image, ax=axes, label="busiest expert / mean")

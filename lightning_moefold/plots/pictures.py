@@ -51,13 +51,10 @@ def write_pictures(run: Run, folder: Path) -> tuple[list[Path], list[str]]:
     """
     written, missing = [], []
     for picture in PICTURES:
-        figure = picture.draw(run)
-        if figure is None and picture.missing is None:
-            continue
-        if figure is None:
-            missing.append(f"No {picture.name}.png: {picture.missing}")
-        else:
+        if (figure := picture.draw(run)) is not None:
             written.append(save_figure(figure, folder / f"{picture.name}.png"))
+        elif picture.missing is not None:
+            missing.append(f"No {picture.name}.png: {picture.missing}")
     return written, missing
 
 

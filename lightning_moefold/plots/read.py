@@ -7,17 +7,21 @@ Legend: N intervals, L MoE layers, E experts.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.errors import DAMAGE, InputError
 from lightning_moefold.planner.cost.simulate import Event, Timeline
-from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, NO_EXPERT, PIPELINE_TIMELINE
+from lightning_moefold.plots.files import EXPERT_LOAD, EXPERT_PLACEMENT, PIPELINE_TIMELINE
+from lightning_moefold.plots.style import fair_shares
 from lightning_moefold.plots.versions import METRICS_NAME, Series, find_versions, name_versions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,7 @@ class RecordedLoad:
 
     def shares(self) -> NDArray[np.float64]:
         """Returns the load of each expert over its layer's mean, ``[N, L, E]``; NaN if there is no load or no such expert."""
-        counts = np.where(self.counts_NLE == NO_EXPERT, np.nan, self.counts_NLE.astype(np.float64))
-        experts = np.isfinite(counts).sum(-1, keepdims=True)
-        total = np.nansum(counts, axis=-1, keepdims=True)
-        return np.divide(counts * experts, total, out=np.full_like(counts, np.nan), where=total > 0)
+        return fair_shares(self.counts_NLE)
 
 
 @dataclass(frozen=True)
@@ -151,36 +152,42 @@ def read_runs(folders: Sequence[Path]) -> Run:
 
 
 def _read_load(run: Run) -> None:
-    files = sorted(run.folder.rglob(EXPERT_LOAD), key=lambda path: path.stat().st_mtime)
-    if not files:
-        return
-    try:
-        with np.load(files[-1], allow_pickle=False) as saved:
-            load = RecordedLoad(saved["steps"], saved["layers"], saved["counts"])
-    except DAMAGE as error:
-        run.notes.append(f"{files[-1]} is left out: it is not what LoadBalanceMonitor writes ({error}).")
-        return
-    if load.counts_NLE.ndim == 3 and load.counts_NLE.size:
-        run.load, run.load_from = load, files[-1].parent
+    def read(saved: Any) -> RecordedLoad:
+        return RecordedLoad(saved["steps"], saved["layers"], saved["counts"])
+
+    load, file = _read_newest(run, EXPERT_LOAD, "LoadBalanceMonitor", read)
+    if load is not None and file is not None and load.counts_NLE.ndim == 3 and load.counts_NLE.size:
+        run.load, run.load_from = load, file.parent
 
 
 def _read_placement(run: Run) -> None:
-    files = sorted(run.folder.rglob(EXPERT_PLACEMENT), key=lambda path: path.stat().st_mtime)
-    if not files:
-        return
+    def read(saved: Any) -> RecordedPlacement:
+        arrays = (saved[name] for name in ("steps", "layers", "parts", "home_rows", "rows"))
+        return RecordedPlacement(int(saved["first"]), *arrays)
+
+    placement, _ = _read_newest(run, EXPERT_PLACEMENT, "ExpertRebalancer", read)
+    if placement is not None and len(placement.steps):
+        run.placement = placement
+
+
+def _read_newest(run: Run, name: str, writer: str, read: Callable[[Any], T]) -> tuple[T | None, Path | None]:
+    """Reads the newest file of a name; None without one, or where it is damaged, which a note then says."""
+    if (file := _newest(run, name)) is None:
+        return None, None
     try:
-        with np.load(files[-1], allow_pickle=False) as saved:
-            steps, *others = (saved[name] for name in ("steps", "layers", "parts", "home_rows", "rows"))
-            first = int(saved["first"])
+        with np.load(file, allow_pickle=False) as saved:
+            return read(saved), file
     except DAMAGE as error:
-        run.notes.append(f"{files[-1]} is left out: it is not what ExpertRebalancer writes ({error}).")
-        return
-    if len(steps):
-        run.placement = RecordedPlacement(first, steps, *others)
+        run.notes.append(f"{file} is left out: it is not what {writer} writes ({error}).")
+        return None, file
+
+
+def _newest(run: Run, name: str) -> Path | None:
+    return max(run.folder.rglob(name), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def read_timeline(path: Path) -> Timeline:
-    """Reads a pipeline from a Chrome trace written by :func:`~lightning_moefold.planner.cost.simulate.write_chrome_trace`.
+    """Reads a pipeline from a file with a :func:`~lightning_moefold.planner.cost.simulate.chrome_trace`.
 
     Raises:
         ValueError: If the file has another format.
@@ -201,10 +208,9 @@ def read_timeline(path: Path) -> Timeline:
 
 
 def _read_timeline(run: Run) -> None:
-    files = sorted(run.folder.rglob(PIPELINE_TIMELINE), key=lambda path: path.stat().st_mtime)
-    if not files:
+    if (file := _newest(run, PIPELINE_TIMELINE)) is None:
         return
     try:
-        run.timeline = read_timeline(files[-1])
+        run.timeline = read_timeline(file)
     except (OSError, ValueError) as error:
-        run.notes.append(f"{files[-1]} is left out: {error}")
+        run.notes.append(f"{file} is left out: {error}")

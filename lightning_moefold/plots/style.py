@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.errors import InputError
+from lightning_moefold.plots.files import NO_EXPERT
 
 COLORS = (
     "#1f5f99", "#d1603d", "#3b8f5c", "#7b5ea7", "#b3892b", "#5aa9c9", "#a33b5e", "#8f8f8f", "#9dbf4e", "#e0a3a3",
@@ -63,11 +64,24 @@ def draw_heatmap(axes: Any, share_LE: NDArray[np.float64], layers: Sequence[int]
     axes.grid(visible=False)
     norm = norm or load_colors(share_LE)
     image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", norm=norm, interpolation="nearest")
-    shown = range(0, len(layers), -(-len(layers) // 32))
-    axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
+    name_layers(axes, layers)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="expert", ylabel="layer")
     axes.figure.colorbar(image, ax=axes, label="load / fair share")
+
+
+def name_layers(axes: Any, layers: Sequence[int], most: int = 32) -> None:
+    """Writes the numbers of the layers beside their rows, of many layers at most so many numbers."""
+    shown = range(0, len(layers), -(-len(layers) // most))
+    axes.set_yticks(list(shown), [str(layers[i]) for i in shown])
+
+
+def fair_shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Returns the load of each expert (the last axis) over its layer's mean; NaN if there is no load or no such expert."""
+    known = np.where(counts == NO_EXPERT, np.nan, counts.astype(np.float64))
+    experts = np.isfinite(known).sum(-1, keepdims=True)
+    total = np.nansum(known, axis=-1, keepdims=True)
+    return np.divide(known * experts, total, out=np.full_like(known, np.nan), where=total > 0)
 
 
 def load_colors(share: NDArray[np.float64]) -> Any:

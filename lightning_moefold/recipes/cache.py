@@ -138,7 +138,9 @@ class TokenCache:
         """
         store, path = self.open(files), self.path(files) / f"{packing}-{length}{'-apart' * apart}.pt"
         if not path.exists():
-            plans = [plan_rows(store, packing, length, chosen) for chosen in (_by_file(store) if apart else [None])]
+            file_N = np.asarray(store.origins_N3[:, 0])
+            parts = [np.flatnonzero(file_N == number) for number in range(len(store.files))] if apart else [None]
+            plans = [plan_rows(store, packing, length, chosen) for chosen in parts]
             _write(path, lambda draft: torch.save(_packed(plans), draft))
         try:
             check_archive(path)
@@ -146,11 +148,6 @@ class TokenCache:
             return Rows(store, _unpacked(saved, length)), saved["sizes"]
         except Exception as error:
             raise _unreadable(path, error) from None
-
-
-def _by_file(store: TokenStore) -> list[np.ndarray | None]:
-    file_N = np.asarray(store.origins_N3[:, 0])
-    return [np.flatnonzero(file_N == number) for number in range(len(store.files))]
 
 
 def _packed(plans: Sequence[Plan]) -> dict[str, Any]:

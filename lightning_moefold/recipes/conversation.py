@@ -57,7 +57,7 @@ def read_row(found: Any, where: str, form: Format = "auto") -> str | Conversatio
     """
     if isinstance(found, str):
         return found
-    fields = {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
+    fields = _fields(found)
     spelled = [name for name, (keys, _) in _SPELLINGS.items() if keys <= set(fields) and form in ("auto", name)]
     if len(spelled) == 1:
         return _SPELLINGS[spelled[0]][1](fields, where)
@@ -65,18 +65,13 @@ def read_row(found: Any, where: str, form: Format = "auto") -> str | Conversatio
         raise InputError(f"{where} can be read in several ways; say format={' or '.join(map(repr, spelled))}.")
     wanted = _SPELLINGS if form == "auto" else {form: _SPELLINGS[form]}
     known = ", or ".join(" with ".join(f'"{key}"' for key in sorted(keys)) for keys, _ in wanted.values())
-    keys = f"; its keys are {', '.join(map(repr, found))}" if isinstance(found, dict) else ""
-    raise InputError(f"{where} is not a JSON object with {known}{keys}.")
+    raise _other_object(found, where, known)
 
 
 def _text(row: Mapping[str, Any], where: str) -> str:
     if not isinstance(row["text"], str):
         raise InputError(f'{where} is not a JSON object with a string "text".')
     return row["text"]
-
-
-def _messages(row: Mapping[str, Any], where: str) -> Conversation:
-    return _made(row["messages"], row, where)
 
 
 def _sharegpt(row: Mapping[str, Any], where: str) -> Conversation:
@@ -174,17 +169,26 @@ def read_feedback(found: Any, where: str) -> tuple[Conversation, bool]:
 
 
 def _object(found: Any, where: str, *keys: str) -> dict[str, Any]:
-    row = {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
+    row = _fields(found)
     if not set(keys) <= set(row):
-        has = f"; its keys are {', '.join(map(repr, found))}" if isinstance(found, dict) else ""
-        raise InputError(f"{where} is not a JSON object with {', '.join(map(repr, keys))}{has}.")
+        raise _other_object(found, where, ", ".join(map(repr, keys)))
     return row
+
+
+def _fields(found: Any) -> dict[str, Any]:
+    """The fields that a row has: in columns of a table, what one row has, all others have as null."""
+    return {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
+
+
+def _other_object(found: Any, where: str, wanted: str) -> InputError:
+    keys = f"; its keys are {', '.join(map(repr, found))}" if isinstance(found, dict) else ""
+    return InputError(f"{where} is not a JSON object with {wanted}{keys}.")
 
 
 #: The keys by which a spelling is known, and what reads it.
 _SPELLINGS: dict[str, tuple[set[str], Callable[[Mapping[str, Any], str], str | Conversation]]] = {
     "text": ({"text"}, _text),
-    "messages": ({"messages"}, _messages),
+    "messages": ({"messages"}, lambda row, where: _made(row["messages"], row, where)),
     "sharegpt": ({"conversations"}, _sharegpt),
     "alpaca": ({"instruction", "output"}, _alpaca),
     "prompt_completion": ({"prompt", "completion"}, _completion),

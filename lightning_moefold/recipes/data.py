@@ -33,23 +33,6 @@ from lightning_moefold.recipes.template import TrainOn
 from lightning_moefold.recipes.tokenizing import Reading
 
 
-class Names(Sequence[str]):
-    """Where each document was found, such as ``"b.jsonl:3"``; made when asked for.
-
-    Args:
-        rows: Of the documents.
-    """
-
-    def __init__(self, rows: Rows) -> None:
-        self._store = rows.store
-
-    def __len__(self) -> int:
-        return len(self._store)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self._store.name(int(number))
-
-
 class Part:
     """Some of the rows, left where they are.
 
@@ -65,7 +48,6 @@ class Part:
     ) -> None:
         self.rows, self.packing, self.mixture = rows, packing, mixture
         self.numbers = torch.arange(len(rows)) if numbers is None else torch.from_numpy(numbers)
-        self.names = Names(rows)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -144,14 +126,11 @@ class TextData(pl.LightningDataModule):
         processes: int | None = None,
     ) -> None:
         super().__init__()
-        files = [files] if isinstance(files, (str, Path)) and str(files) else files
-        val_files, test_files, predict_files = (
-            [some] if isinstance(some, (str, Path)) and str(some) else some
-            for some in (val_files, test_files, predict_files)
-        )
-        given = {"train": files, "val": val_files, "test": test_files, "predict": predict_files}
+        given: dict[str, Any] = {"train": files, "val": val_files, "test": test_files, "predict": predict_files}
         for name, some in given.items():
-            if isinstance(some, str) or (name == "train" and not some):
+            if isinstance(some, (str, Path)) and str(some):
+                given[name] = [some]
+            elif isinstance(some, str) or (name == "train" and not some):
                 key = "files" if name == "train" else f"{name}_files"
                 raise InputError(f"{key}={some!r} must be a file or a list of at least one file.")
         _choose("packing", packing, (None, "blocks", "documents"))
@@ -164,9 +143,9 @@ class TextData(pl.LightningDataModule):
         if processes is not None and processes < 1:
             raise InputError(f"processes={processes} must be at least 1.")
         if weights is not None:
-            check_weights(weights, len(files))
+            check_weights(weights, len(given["train"]))
         self.tokenizer = local_path(local_directory(tokenizer, "tokenizer"), "tokenizer")
-        self.length, self.packing = sequence_length, packing
+        self.sequence_length, self.packing = sequence_length, packing
         self.batch_size, self.shuffle, self.seed = batch_size, shuffle, seed
         self.weights, self.processes = weights, processes
         self.val_fraction = 0.0 if val_files else val_fraction
@@ -191,11 +170,6 @@ class TextData(pl.LightningDataModule):
     def global_batch_size(self) -> int:
         """Rows of a batch over all data ranks together, for ``fold="auto"``."""
         return self.batch_size
-
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of a row, for ``fold="auto"``."""
-        return self.length
 
     # ---- rows --------------------------------------------------------------------------------------------------
 
@@ -222,7 +196,7 @@ class TextData(pl.LightningDataModule):
     def _check_split(self, count: int) -> None:
         if not all(map(len, self._split(count)[: 2 if self.val_fraction else 1])):
             raise InputError(
-                f"the text makes {count} rows of {self.length} tokens, too few to train and validate on with "
+                f"the text makes {count} rows of {self.sequence_length} tokens, too few to train and validate on with "
                 f"val_fraction={self.val_fraction}; give more text or shorter rows."
             )
 
@@ -245,13 +219,11 @@ class TextData(pl.LightningDataModule):
         """Rows of files, how they are packed, and how many there are of each file where they have weights."""
         files = self._files[name]
         chats = self.cache.open(files).counts.chats
-        if chats and self.packing == "blocks":
-            raise InputError(
-                "packing='blocks' cuts conversations anywhere, so that answers lose their questions; use 'documents'."
-            )
+        if chats:
+            check_not_cut(self.packing)
         packing = self.packing or ("documents" if chats else "blocks")
         apart = name == "train" and self.weights is not None
-        rows, sizes = self.cache.rows(files, packing, self.length, apart)
+        rows, sizes = self.cache.rows(files, packing, self.sequence_length, apart)
         return rows, packing, sizes
 
     def _mix(self, train: np.ndarray, sizes: list[int]) -> Mixture | None:
@@ -262,14 +234,17 @@ class TextData(pl.LightningDataModule):
 
     def _tell(self, name: str, rows: Rows) -> None:
         """Says what is not trained on as it was given."""
-        left_out, plan = rows.store.counts.unlabelled, rows.plan
-        said = [
-            (left_out, "left out, as nothing of them is trained on"),
-            (plan.cut, f"cut to their first {self.length} tokens"),
-            (plan.dropped, f"left out, as nothing of their first {self.length} tokens is trained on"),
-        ]
+        of, said = self._changed(rows)
         if told := [f"{count} {what}" for count, what in said if count]:
-            rank_zero_warn(f"{name}: of {rows.store.counts.chats} conversations, {'; '.join(told)}.")
+            rank_zero_warn(f"{name}: of {of}, {'; '.join(told)}.")
+
+    def _changed(self, rows: Rows) -> tuple[str, list[tuple[int, str]]]:
+        """Of what there are how many, and how many of these are left out or cut."""
+        return f"{rows.store.counts.chats} conversations", [
+            (rows.store.counts.unlabelled, "left out, as nothing of them is trained on"),
+            (rows.plan.cut, f"cut to their first {self.sequence_length} tokens"),
+            (rows.plan.dropped, f"left out, as nothing of their first {self.sequence_length} tokens is trained on"),
+        ]
 
     def _agree(self) -> None:
         error, self._error = self._error, None
@@ -329,18 +304,19 @@ class TextData(pl.LightningDataModule):
             raise InputError(
                 f"there is no text to {name} on; give {name}_files or val_files, or a val_fraction above 0."
             )
-        place = {"rank": 0, "num_replicas": 1}
-        if self.trainer is not None:
-            place |= self.trainer.distributed_sampler_kwargs or {}
         order = RowOrder(
-            len(part), self.batch_size, place["rank"], place["num_replicas"], shuffle=shuffle, seed=self.seed,
-            mixture=part.mixture,
-        )  # fmt: skip
+            len(part), self.batch_size, *self._data_rank(), shuffle=shuffle, seed=self.seed, mixture=part.mixture
+        )
         return RowLoader(order, lambda index_B: self._batch(part, index_B, name))
+
+    def _data_rank(self) -> tuple[int, int]:
+        """This data rank, and how many there are."""
+        place = (None if self.trainer is None else self.trainer.distributed_sampler_kwargs) or {}
+        return place.get("rank", 0), place.get("num_replicas", 1)
 
     def _batch(self, part: Part, index_B: Tensor, name: str) -> dict[str, Tensor]:
         """A batch of rows by their number in a part; -1 for an empty one."""
-        return _collate(part.take(index_B), part.packing == "documents", sources=name == "predict")
+        return collate(part.take(index_B), part.packing == "documents", sources=name == "predict")
 
     def _name_tokenizer(self) -> None:
         """Has exports and checkpoints of the models name this tokenizer; loaders are made when the models are there."""
@@ -365,7 +341,20 @@ class TextData(pl.LightningDataModule):
         self.trainer.fit_loop._combined_loader = None
 
 
-def _collate(taken: Taken, packed: bool, sources: bool) -> dict[str, Tensor]:
+def check_not_cut(packing: Packing | None) -> None:
+    """Refuses to lay conversations into rows that cut them.
+
+    Raises:
+        InputError: For ``"blocks"``.
+    """
+    if packing == "blocks":
+        raise InputError(
+            "packing='blocks' cuts conversations anywhere, so that answers lose their questions; use 'documents'."
+        )
+
+
+def collate(taken: Taken, packed: bool, sources: bool = False) -> dict[str, Tensor]:
+    """Makes a batch of rows, with ``document_ids`` where they are packed, and ``source_ids`` where they are asked for."""
     real_BL = taken.document_BL != PADDING
     batch = {"input_ids": taken.token_BL, "labels": taken.token_BL.masked_fill(~taken.trained_BL, IGNORED)}
     if packed:

@@ -64,6 +64,7 @@ def distillation_loss(weight: float = 1.0, temperature: float = 1.0) -> Callable
     def loss_fn(
         logits_BSV: Tensor, labels_BS: Tensor, teacher_logprobs: Tensor, teacher_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Returns the sum of the losses of all positions that count, and how many they are."""
         _check(logits_BSV, teacher_logprobs, teacher_ids)
         mask_BS = labels_BS[:, 1:] != IGNORED
         chosen_NV = logits_BSV[:, :-1][mask_BS]

@@ -16,6 +16,7 @@ object says is the subject of :mod:`.conversation`.
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -129,27 +130,16 @@ def _objects(path: Path, packed: bool) -> _Found:
         yield from _lines(path, packed)
         return
     for number, item in enumerate(found if isinstance(found, list) else [found], start=1):
-        yield number, f"entry {number}", partial(_given_as_is, item)
+        yield number, f"entry {number}", partial(given_as_is, item)
 
 
 def _parquet(path: Path) -> _Found:
+    pyarrow, parquet = _package(path, "pyarrow"), _package(path, "pyarrow.parquet")
     try:
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(
-            f"{path} is read by pyarrow, which is not installed; pip install 'lightning-moefold[data]'."
-        ) from None
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(256):
-                for row in range(batch.num_rows):
-                    number += 1
-                    yield (
-                        number,
-                        f"row {number}",
-                        partial(_table_row, batch, row),
-                    )
+        with parquet.ParquetFile(path) as file:
+            rows = ((batch, row) for batch in file.iter_batches(256) for row in range(batch.num_rows))
+            for number, (batch, row) in enumerate(rows, start=1):
+                yield number, f"row {number}", partial(_table_row, batch, row)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}).") from None
 
@@ -160,21 +150,27 @@ def _directory(path: Path) -> _Found:
         raise InputError(f"{path} holds several datasets; name one of {', '.join(str(path / part) for part in parts)}.")
     if not (path / "state.json").is_file():
         raise InputError(f"{path} is a directory without a dataset that save_to_disk of datasets has written.")
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            f"{path} is read by datasets, which is not installed; pip install 'lightning-moefold[data]'."
-        ) from None
+    datasets = _package(path, "datasets")
     try:
         found = datasets.load_from_disk(str(path))
-        for number in range(len(found)):
-            yield number + 1, f"row {number + 1}", partial(_dataset_row, found, number)
+        for number in range(1, len(found) + 1):
+            yield number, f"row {number}", partial(_dataset_row, found, number - 1)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read by datasets ({str(error).splitlines()[0]}).") from None
 
 
-def _given_as_is(item: Any) -> Any:
+def _package(path: Path, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise InputError(
+            f"{path} is read by {package}, which is not installed; pip install 'lightning-moefold[data]'."
+        ) from None
+
+
+def given_as_is(item: Any) -> Any:
+    """Returns a row that is in memory already."""
     return item
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
@@ -25,7 +24,9 @@ from lm_eval.models.utils import (
 )
 from torch import Tensor
 
+from lightning_moefold.callbacks.common import everyones
 from lightning_moefold.errors import InputError
+from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import IGNORED
 from lightning_moefold.recipes.preference import log_probabilities, sum_over_ranks
@@ -170,11 +171,7 @@ class FoldLM(TemplateLM):
                 mine = self._mine(batch)
                 for number, text in zip(mine, self._say([encoded[n] for n in mine], new, sampled, until), strict=True):
                     texts[number] = text
-        everyone: list[Any] = [texts]
-        if self.model.mesh is not None and self.model.mesh.world.size > 1:
-            world = self.model.mesh.world
-            everyone = [None] * world.size
-            dist.all_gather_object(everyone, texts, group=world.group)
+        everyone = everyones(texts, SINGLE if self.model.mesh is None else self.model.mesh.world)
         said = {number: text for found in everyone for number, text in found.items()}
         return [said[number] for number in range(len(requests))]
 

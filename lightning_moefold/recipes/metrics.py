@@ -10,7 +10,7 @@ Legend: B rows, S positions.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -93,19 +93,19 @@ class DocumentLosses:
         return strategy.reduce(sums.to(strategy.root_device), reduce_op="sum").cpu()
 
 
-def write_document_losses(path: Path | str, sums: Tensor, names: Sequence[str] | None) -> int:
+def write_document_losses(path: Path | str, sums: Tensor, name_of: Callable[[int], str] | None) -> int:
     """Writes one line of JSON for each document that has label tokens; returns how many.
 
     Args:
         path: The file, here or in a store.
         sums: Loss and tokens of each document.
-        names: Where each was found.
+        name_of: Function that returns where a document was found.
     """
     lines = []
     for number, (loss, tokens) in enumerate(sums.tolist()):
         if tokens:
             mean = torch.tensor(loss / tokens, dtype=torch.float64)
-            line: dict[str, object] = {"document": number} | ({"source": names[number]} if names else {})
+            line: dict[str, object] = {"document": number} | ({"source": name_of(number)} if name_of else {})
             line |= {"tokens": int(tokens), "loss": mean.item(), "perplexity": mean.exp().item()}
             lines.append(json.dumps(line) + "\n")
     stores.write(path, "".join(lines).encode())

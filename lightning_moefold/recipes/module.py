@@ -261,6 +261,6 @@ class FineTuneModule(pl.LightningModule):
         path = stores.join(root, "predictions.jsonl") if given is None else stores.parse_path(given)
         if self.trainer.is_global_zero:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            names = data.part("predict").names if hasattr(data, "part") else None
-            self.predicted = path, write_document_losses(path, sums, names)
+            name_of = data.part("predict").rows.store.name if hasattr(data, "part") else None
+            self.predicted = path, write_document_losses(path, sums, name_of)
             rank_zero_info(f"The loss of each document is in {path}.")

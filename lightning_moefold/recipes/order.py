@@ -38,6 +38,18 @@ class Position:
     batches: int = 0
 
 
+def check_batch_size(batch_size: int, ranks: int) -> None:
+    """Refuses a global batch that cannot be dealt evenly to the data ranks.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    if batch_size < 1 or batch_size % ranks:
+        raise InputError(
+            f"batch_size={batch_size} rows cannot be dealt evenly to {ranks} data ranks; use a multiple of {ranks}."
+        )
+
+
 class RowOrder:
     """The order of one data rank.
 
@@ -58,10 +70,7 @@ class RowOrder:
         self, count: int, batch_size: int, rank: int, ranks: int, *, shuffle: bool, seed: int,
         mixture: Mixture | None = None,
     ) -> None:  # fmt: skip
-        if batch_size < 1 or batch_size % ranks:
-            raise InputError(
-                f"batch_size={batch_size} rows cannot be dealt evenly to {ranks} data ranks; use a multiple of {ranks}."
-            )
+        check_batch_size(batch_size, ranks)
         self.count = count if mixture is None else mixture.count
         self.batch_size, self.rank, self.ranks = batch_size, rank, ranks
         self.shuffle, self.seed, self.mixture = shuffle, seed, mixture

@@ -12,7 +12,7 @@ Legend: N rows, L tokens of a row, P pieces, B rows of a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -71,14 +71,8 @@ class Plan:
         """The same rows in another order."""
         pieces = [np.array(self.pieces(row)) for row in order_N.tolist()]
         order_P = np.concatenate(pieces)
-        last_N = np.cumsum([len(part) for part in pieces])
-        return replace(
-            self,
-            begin_P=self.begin_P[order_P],
-            size_P=self.size_P[order_P],
-            document_P=self.document_P[order_P],
-            last_N=last_N,
-        )
+        arrays = (self.begin_P[order_P], self.size_P[order_P], self.document_P[order_P])
+        return Plan(*arrays, np.cumsum([len(part) for part in pieces]), self.length, self.cut, self.dropped)
 
     def pieces(self, row: int) -> range:
         """Those of a row."""
@@ -110,9 +104,8 @@ class Rows:
             for piece in plan.pieces(number) if number >= 0 else ():
                 begin, size = int(plan.begin_P[piece]), int(plan.size_P[piece])
                 token_BL[b, at : at + size] = store.tokens_T[begin : begin + size]
-                trained_BL[b, at : at + size] = (
-                    True if store.trained_T is None else store.trained_T[begin : begin + size]
-                )
+                trained = True if store.trained_T is None else store.trained_T[begin : begin + size]
+                trained_BL[b, at : at + size] = trained
                 document_BL[b, at : at + size] = plan.document_P[piece]
                 at += size
         return Taken(torch.from_numpy(token_BL), torch.from_numpy(document_BL), torch.from_numpy(trained_BL))
@@ -179,9 +172,8 @@ def _pack_documents(store: TokenStore, chosen: np.ndarray, length: int) -> Plan:
 
 def _pieces(store: TokenStore, chosen: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
     """Begin, size and document of each piece, and how many conversations were cut and left out."""
-    ends_N = store.ends_N[chosen]
-    lengths_N = (store.ends_N - np.concatenate([[0], store.ends_N[:-1]]))[chosen]
-    begins_N, dropped = ends_N - lengths_N, 0
+    lengths_N = store.lengths_N[chosen]
+    begins_N, dropped = store.ends_N[chosen] - lengths_N, 0
     chat_N = store.origins_N3[chosen, 2] != Kind.TEXT
     keep_N = lengths_N > 1  # one token predicts nothing
     if store.trained_T is not None:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -152,23 +151,21 @@ class PreferenceData(TextData):
 
     @override
     def _rows(self, name: str) -> tuple[Any, Packing, list[int]]:
-        rows = PairRows(self.cache.open(self._files[name]), self.length, self.kind)
+        rows = PairRows(self.cache.open(self._files[name]), self.sequence_length, self.kind)
         if len(rows) < (2 if self.kind == "feedback" else 1):
             raise InputError(
-                f"{name}: of {rows.store.counts.rows} examples {len(rows)} have an answer within {self.length} tokens; "
+                f"{name}: of {rows.store.counts.rows} examples {len(rows)} have an answer within {self.sequence_length} tokens; "
                 "give more of them, or longer rows."
             )
         return rows, "documents", []
 
     @override
-    def _tell(self, name: str, rows: Any) -> None:
-        said = [
+    def _changed(self, rows: Any) -> tuple[str, list[tuple[int, str]]]:
+        return f"{rows.store.counts.rows} examples", [
             (rows.store.counts.unlabelled, "left out, as nothing of an answer is trained on"),
-            (rows.cut, f"cut to their first {self.length} tokens"),
-            (rows.dropped, f"left out, as nothing of an answer is in their first {self.length} tokens"),
+            (rows.cut, f"cut to their first {self.sequence_length} tokens"),
+            (rows.dropped, f"left out, as nothing of an answer is in their first {self.sequence_length} tokens"),
         ]
-        if told := [f"{count} {what}" for count, what in said if count]:
-            rank_zero_warn(f"{name}: of {rows.store.counts.rows} examples, {'; '.join(told)}.")
 
     @override
     def _batch(self, part: Part, index_B: Tensor, name: str) -> dict[str, Tensor]:

@@ -188,13 +188,15 @@ class PreferenceModule(FineTuneModule):
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         output, measured = self._run(batch, "train")
-        loss, right, margin = (measured[:3] / measured[3].clamp(min=1)).unbind()
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/accuracy", right)
-        self.log("train/margin", margin)
+        self._log_means("train", measured[:3] / measured[3].clamp(min=1))
         if output.aux_loss is not None:
             self.log("train/aux_loss", output.aux_loss)
         return output.loss
+
+    def _log_means(self, stage: str, means: Tensor) -> None:
+        loss, right, margin = means.unbind()
+        self.log(f"{stage}/loss", loss, prog_bar=True)
+        self.log_dict({f"{stage}/accuracy": right, f"{stage}/margin": margin})
 
     def _run(self, batch: dict[str, Tensor], name: str) -> tuple[Any, Tensor]:
         """The model's output, and loss, rightness, margin and number of pairs, summed over all ranks, float64 ``[4]``."""
@@ -266,11 +268,8 @@ class PreferenceModule(FineTuneModule):
     @override
     def on_validation_epoch_end(self) -> None:
         assert self._measured is not None
-        loss, right, margin = (self._measured[:3] / self._measured[3]).unbind()
+        self._log_means("val", self._measured[:3] / self._measured[3])
         self._measured = None
-        self.log("val/loss", loss, prog_bar=True)
-        self.log("val/accuracy", right)
-        self.log("val/margin", margin)
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

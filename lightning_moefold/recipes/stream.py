@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +21,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moefold.errors import InputError
-from lightning_moefold.models.batch import IGNORED
 from lightning_moefold.recipes.conversation import Format
-from lightning_moefold.recipes.data import Part, TextData
-from lightning_moefold.recipes.documents import Raw, name_of, read_rows
-from lightning_moefold.recipes.order import EMPTY
-from lightning_moefold.recipes.packing import Packing, Rows, plan_rows
+from lightning_moefold.recipes.data import Part, TextData, check_not_cut, collate
+from lightning_moefold.recipes.documents import Raw, given_as_is, name_of, read_rows
+from lightning_moefold.recipes.order import EMPTY, check_batch_size
+from lightning_moefold.recipes.packing import Packing, Rows, Taken, plan_rows
 from lightning_moefold.recipes.store import TokenStore
 from lightning_moefold.recipes.template import Document, Kind, TrainOn
 from lightning_moefold.recipes.tokenizing import Encoder, check_vocabulary
@@ -62,10 +61,7 @@ class StreamLoader:
     """
 
     def __init__(self, blocks: Any, collate: Any, batch_size: int, rank: tuple[int, int]) -> None:
-        if batch_size % rank[1]:
-            raise InputError(
-                f"batch_size={batch_size} rows cannot be dealt evenly to {rank[1]} data ranks; use a multiple of {rank[1]}."
-            )
+        check_batch_size(batch_size, rank[1])
         self._blocks, self._collate, self._batch_size, self._rank = blocks, collate, batch_size, rank
         self._begin = StreamPosition()
         self._after = {0: self._begin}  # the latest positions, by the batches of the epoch before them
@@ -187,17 +183,11 @@ class StreamData(TextData):
     @override
     def setup(self, stage: str) -> None:
         self._agree()
-        if self._source is None:
-            self._streamed = [self._there(file) for file in self._streamed]
-        self._parts = {name: Part(*self._rows(name)[:2]) for name in self._files}
-        for name in ("test", "predict"):
-            if name not in self._parts and "val" in self._parts:
-                self._parts[name] = self._parts["val"]
-
-    def _there(self, file: Path) -> Path:
-        if not file.exists():
-            raise InputError(f"{file} is no file; give files with text.")
-        return file
+        for file in self._streamed if self._source is None else ():
+            if not file.exists():
+                raise InputError(f"{file} is no file; give files with text.")
+        parts = {name: Part(*self._rows(name)[:2]) for name in self._files}
+        self._parts = (dict.fromkeys(("test", "predict"), parts["val"]) if "val" in parts else {}) | parts
 
     def blocks(self, epoch: int, first: int = 0) -> Iterator[Rows]:
         """The rows of each block of an epoch.
@@ -218,14 +208,11 @@ class StreamData(TextData):
     def _raws(self, skipped: int) -> Iterator[Raw]:
         if self._source is None:
             return islice(read_rows(self._streamed), skipped, None)
-        source: Iterable[Any] = self._source
-        if skip := getattr(source, "skip", None):
-            source, begin = skip(skipped), skipped
-        else:
-            source, begin = islice(source, skipped, None), skipped
+        skip = getattr(self._source, "skip", None)
+        rows: Iterable[Any] = skip(skipped) if skip else islice(self._source, skipped, None)
         return (
-            Raw(0, number, f"source, row {number}", lambda row=row: row)  # type: ignore[misc]
-            for number, row in enumerate(source, start=begin + 1)
+            Raw(0, number, f"source, row {number}", partial(given_as_is, row))
+            for number, row in enumerate(rows, start=skipped + 1)
         )
 
     def _lay(self, encoder: Encoder, block: list[Raw], generator: torch.Generator | None) -> Rows:
@@ -237,16 +224,16 @@ class StreamData(TextData):
             kept += [(d, raw) for d in documents if d.tokens and (d.trained is None or any(d.trained))]
         if generator is not None:
             kept = [kept[n] for n in torch.randperm(len(kept), generator=generator).tolist()]
-        if self._laid == "blocks" and any(d.kind != Kind.TEXT for d, _ in kept):
-            raise InputError(
-                "packing='blocks' cuts conversations anywhere, so that answers lose their questions; use 'documents'."
-            )
+        if any(d.kind != Kind.TEXT for d, _ in kept):
+            check_not_cut(self._laid)
         check_vocabulary(encoder.reading, max((max(d.tokens) for d, _ in kept), default=0))
         store = TokenStore.of([d for d, _ in kept], [(raw.file, raw.number) for _, raw in kept], self._streamed)
         try:
-            plan = plan_rows(store, self._laid, self.length)
+            plan = plan_rows(store, self._laid, self.sequence_length)
         except InputError:  # too little for a row
-            plan = plan_rows(TokenStore.of([Document([0, 0])], [(0, 0)], self._streamed), "documents", self.length)
+            plan = plan_rows(
+                TokenStore.of([Document([0, 0])], [(0, 0)], self._streamed), "documents", self.sequence_length
+            )
             plan = replace(plan, last_N=plan.last_N[:0])
         if generator is not None and len(plan):
             plan = plan.reordered(torch.randperm(len(plan), generator=generator).numpy())
@@ -257,12 +244,7 @@ class StreamData(TextData):
     @override
     def train_dataloader(self) -> Any:
         self._name_tokenizer()
-        place = {"rank": 0, "num_replicas": 1}
-        if self.trainer is not None:
-            place |= self.trainer.distributed_sampler_kwargs or {}
-        self._stream = StreamLoader(
-            self.blocks, self._collated, self.batch_size, (place["rank"], place["num_replicas"])
-        )
+        self._stream = StreamLoader(self.blocks, self._collated, self.batch_size, self._data_rank())
         if self._place is not None:
             self._stream.go_on(self._place)
             self._place = None
@@ -270,13 +252,7 @@ class StreamData(TextData):
 
     def _collated(self, members: list[tuple[Rows, int]]) -> dict[str, Tensor]:
         taken = [rows.take([number]) for rows, number in members]
-        token_BL, document_BL, trained_BL = (torch.cat(parts) for parts in zip(*taken, strict=True))
-        batch = {"input_ids": token_BL, "labels": token_BL.masked_fill(~trained_BL, IGNORED)}
-        if self._laid == "documents":
-            batch["document_ids"] = document_BL.long()
-        if bool((document_BL < 0).any()):
-            batch["attention_mask"] = (document_BL >= 0).long()
-        return batch
+        return collate(Taken(*map(torch.cat, zip(*taken, strict=True))), self._laid == "documents")
 
     @override
     def val_dataloader(self) -> Any:
@@ -295,7 +271,5 @@ class StreamData(TextData):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             self._place = StreamPosition(**state)
-            if self.trainer is not None:
-                self.trainer.fit_loop._combined_loader = (
-                    None  # made before the position was known, where somebody asked
-                )
+            if self.trainer is not None:  # where somebody asked, it was made before the position was known
+                self.trainer.fit_loop._combined_loader = None

@@ -19,6 +19,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,22 +75,16 @@ class Encoder:
         except CheckpointError as error:
             raise InputError(str(error)) from error.__cause__
         self._added = list(self.tokenizer("", add_special_tokens=reading.add_special_tokens)["input_ids"])
-        self._template: ChatTemplate | None = None
 
-    @property
+    @cached_property
     def template(self) -> ChatTemplate:
         """The chat template.
 
         Raises:
             InputError: If there is none.
         """
-        if self._template is None:
-            reading = self.reading
-            self._template = ChatTemplate(
-                self.tokenizer, reading.tokenizer, read_template(reading.chat_template), reading.template_options,
-                reading.train_on,
-            )  # fmt: skip
-        return self._template
+        reading, template = self.reading, read_template(self.reading.chat_template)
+        return ChatTemplate(self.tokenizer, reading.tokenizer, template, reading.template_options, reading.train_on)
 
     def encode(self, found: Any, name: str, where: str) -> list[Document]:
         """The documents of a row; two of a preference, or none.
@@ -159,7 +154,8 @@ def tokenize(files: Sequence[Path], reading: Reading, folder: Path, processes: i
 
     if processes is None:
         size = sum(part.stat().st_size for file in files for part in dataset_files(file))
-        processes = max(1, min(_processors(), size // _ENOUGH))
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = max(1, min(processors, size // _ENOUGH))
     writer = StoreWriter(folder)
     with tqdm(desc="tokenising", unit=" rows", disable=None, leave=False) as bar:
         if processes == 1:
@@ -179,10 +175,6 @@ def tokenize(files: Sequence[Path], reading: Reading, folder: Path, processes: i
         )
     writer.close()
     return writer.counts
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _add(writer: StoreWriter, encoder: Encoder, files: Sequence[Path], raw: Raw) -> None:

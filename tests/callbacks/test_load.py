@@ -20,9 +20,10 @@ from lightning_moefold.balance.placement import Placement
 from lightning_moefold.callbacks.common import LogSchedule
 from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, LoadReader, LoadRow
 from lightning_moefold.callbacks.load_balance import LoadBalanceMonitor, load_figures
-from lightning_moefold.callbacks.load_images import LoadImages, fair_shares
+from lightning_moefold.callbacks.load_images import LoadImages
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.plots.files import NO_EXPERT
+from lightning_moefold.plots.style import fair_shares
 
 
 class TwoLayers(pl.LightningModule):
@@ -134,7 +135,7 @@ def test_missing_packages_cost_one_warning(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_fair_shares() -> None:
-    found = fair_shares(load([3, 1, 2], [4, 4], [0, 0, 0]))
+    found = fair_shares(load([3, 1, 2], [4, 4], [0, 0, 0]).counts_LE)
     np.testing.assert_equal(found, [[1.5, 0.5, 1], [1, 1, np.nan], [np.nan] * 3])
 
 

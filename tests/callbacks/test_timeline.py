@@ -10,7 +10,7 @@ import pytest
 
 from lightning_moefold.callbacks.timeline import PipelineTimeline
 from lightning_moefold.cli.main import main
-from lightning_moefold.planner.cost.simulate import Event, Timeline, write_chrome_trace
+from lightning_moefold.planner.cost.simulate import Event, Timeline, chrome_trace
 from lightning_moefold.plots import read_run
 from lightning_moefold.plots.files import PIPELINE_TIMELINE
 from lightning_moefold.plots.read import read_timeline
@@ -44,7 +44,7 @@ def test_a_picture_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         Event(0, ("F", 0, 0), 0, 1), Event(1, ("F", 1, 0), 1, 2), Event(1, ("B", 1, 0), 2, 4), Event(0, ("B", 0, 0), 4, 6),
     ]  # fmt: skip
     timeline = Timeline(tuple(events), 2)
-    write_chrome_trace(timeline, tmp_path / PIPELINE_TIMELINE)
+    (tmp_path / PIPELINE_TIMELINE).write_text(chrome_trace(timeline))
     assert read_timeline(tmp_path / PIPELINE_TIMELINE) == timeline
     assert idle_shares(timeline) == [0.5, 0.5]
     assert main(["plot", str(tmp_path)]) == 0

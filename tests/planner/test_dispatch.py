@@ -12,7 +12,8 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan, PlanError
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.routing import PROFILES
-from lightning_moefold.planner.search.search import Planner, Space
+from lightning_moefold.planner.search.search import Planner
+from lightning_moefold.planner.search.space import Space
 
 JOB = Job(MODELS["qwen2-57b-a14b"], 64, PRESETS["dgx-h100"], 256, 4096)
 

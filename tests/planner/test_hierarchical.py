@@ -12,7 +12,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.planner import MODELS, PRESETS, PROFILES, CostModel, Job, Plan, Planner, Space
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.pairs import pairs_of
-from lightning_moefold.planner.search.search import legal_folds
+from lightning_moefold.planner.search.space import legal_folds
 
 JOB = Job(MODELS["qwen2-57b-a14b"], 64, PRESETS["dgx-h100"], 256, 4096)
 ALL = Space(dispatchers=JOB.dispatchers)

@@ -80,7 +80,7 @@ def test_rows_are_the_same_from_every_kind_of_file(tmp_path, tokenizer):
     for name in ("a.json", "a.parquet", "a"):
         data = made([tmp_path / name], tokenizer, tmp_path / "cache")
         assert documents(data) == wanted
-        assert data.part("train").names[2] == f"{name}:3"
+        assert data.part("train").rows.store.name(2) == f"{name}:3"
     [row] = [raw.read() for raw in read_rows([tmp_path / "a.parquet"])][2:]
     assert row == ROWS[2]
     parquet.write_table(table.from_pylist([TOOLS_ROW]), tmp_path / "b.parquet")
@@ -252,7 +252,8 @@ def test_files_with_weights(tmp_path, tokenizer):
     data = made([a, b], tokenizer, tmp_path / "cache", 80, weights=[1, 0.5], shuffle=True)
     part = data.part("train")
     taken = part.take(torch.arange(len(part)))
-    files = [{part.names[d].split(":")[0] for d in row.tolist() if d != PADDING} for row in taken.document_BL]
+    name_of = part.rows.store.name
+    files = [{name_of(d).split(":")[0] for d in row.tolist() if d != PADDING} for row in taken.document_BL]
     assert all(len(names) == 1 for names in files)  # rows of one source
     sizes = Counter(next(iter(names)) for names in files)
     assert len(data.train_dataloader()) == -(-(sizes["a.jsonl"] + round(sizes["b.jsonl"] / 2)) // 2)

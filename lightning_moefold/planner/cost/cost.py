@@ -147,12 +147,11 @@ class CostModel:
         microbatches = plan.num_microbatches(job)
         ranks = self.ranks(plan)
         slowest = max(range(fold.pp), key=lambda r: ranks[r].forward + ranks[r].backward)
+        rank = ranks[slowest]
         times: dict[str, float] = defaultdict(float)
-        self._add_microbatches(times, ranks[slowest], microbatches)
+        self._add_microbatches(times, rank, microbatches)
         if plan.schedule in SPLIT_BACKWARD and fold.pp > 1:
-            times["elementwise"] += (
-                microbatches * job.hardware.kernels.split_backward * ranks[slowest].block.backward_total
-            )
+            times["elementwise"] += microbatches * job.hardware.kernels.split_backward * rank.block.backward_total
         if fold.pp > 1:
             times["bubble"] = job.hardware.kernels.waiting * bubble(
                 plan.schedule, plan.num_stages_per_rank, [r.forward for r in ranks], [r.backward for r in ranks],
@@ -161,12 +160,10 @@ class CostModel:
             times["p2p"] = self.messages(plan, microbatches)
         layout = pipeline_layout(job.model, fold.pp, plan.num_stages_per_rank, plan.schedule)
         held = layout[slowest]
-        times["gradients"] = self.gradients(fold, held, ranks[slowest])
+        times["gradients"] = self.gradients(fold, held, rank)
         times["optimizer"] = self.optimizer(fold, held)
         if plan.offloads("state"):
-            times["offload"] += self._moved_state(
-                plan, held, microbatches * (ranks[slowest].forward + ranks[slowest].backward)
-            )
+            times["offload"] += self._moved_state(plan, held, microbatches * (rank.forward + rank.backward))
         step = sum(times.values())
         mfu = job.model_flops / (step * job.peak_flops * job.world_size)
         memory, load = memory or self.memory.estimate(plan), self.layers.load(fold.ep, fold.tp * fold.cp)
@@ -205,9 +202,8 @@ class CostModel:
 
     def chunk(self, plan: Plan, held: RankLayers) -> RankTimes:
         """Returns the times of a micro-batch in the given layers of the model."""
-        fold = plan.fold
         key = (
-            fold,
+            plan.fold,
             plan.micro_batch_size,
             plan.recompute,
             plan.dispatcher,
@@ -227,18 +223,12 @@ class CostModel:
         parts = recompute_parts(parse_recompute(plan.recompute))
         recompute = held.moe * seconds_again(moe, parts, "moe") + held.dense * seconds_again(dense, parts, "mlp")
         there, back = self._offloaded(plan, held, moe, dense, block.forward_total)
-        if self.job.sharding != "full":
-            return RankTimes(block, recompute, 0.0, 0.0, there, back)
-        gather, scatter = self._sharded_traffic(fold, held)
-        forward = self._links.hidden(gather, block.forward_total)
-        return RankTimes(
-            block,
-            recompute,
-            forward,
-            self._links.hidden(gather + scatter, block.backward_total + recompute),
-            there,
-            back,
-        )
+        forward = backward = 0.0
+        if self.job.sharding == "full":
+            gather, scatter = self._sharded_traffic(fold, held)
+            forward = self._links.hidden(gather, block.forward_total)
+            backward = self._links.hidden(gather + scatter, block.backward_total + recompute)
+        return RankTimes(block, recompute, forward, backward, there, back)
 
     def _offloaded(self, plan: Plan, held: RankLayers, moe: Block, dense: Block, forward: float) -> tuple[float, float]:
         """Returns the exposed seconds, forward and backward, in which a rank's activations of a micro-batch travel.
@@ -256,12 +246,11 @@ class CostModel:
         if not plan.offloads("activations"):
             return 0.0, 0.0
         links, saved = self._links, self.memory.saved(plan)
-        there = links.hidden(
-            sum(n * links.to_host(b) for n, b in zip((held.moe, held.dense), saved, strict=True)), forward
-        )
+        layers = [(held.moe, links.to_host(saved[0]), moe), (held.dense, links.to_host(saved[1]), dense)]
+        there = links.hidden(sum(number * way for number, way, _ in layers), forward)
         back = plan.num_stages_per_rank * links.to_host(self.memory.largest_layer(held, saved))
-        for number, size, layer in ((held.moe, saved[0], moe), (held.dense, saved[1], dense)):
-            back += number * links.hidden(links.to_host(size), layer.backward_total)
+        for number, way, layer in layers:
+            back += number * links.hidden(way, layer.backward_total)
         return there, back
 
     def _moved_state(self, plan: Plan, held: RankLayers, window: float) -> float:
@@ -325,10 +314,8 @@ class CostModel:
         if self.job.sharding == "full":
             return 0.0
         gather, scatter = self._sharded_traffic(fold, held)
-        _, _, _, gathered, reduced, _ = PRECISIONS[self.job.precision]
-        if self.job.sharding == "none":
-            again = scatter  # an all-reduce is a reduce-scatter and an all-gather
-            return self._links.hidden(scatter + again, rank.backward)
+        if self.job.sharding == "none":  # an all-reduce is a reduce-scatter and an all-gather
+            return self._links.hidden(2 * scatter, rank.backward)
         return self._links.hidden(scatter, rank.backward) + self._links.hidden(gather, rank.forward)
 
     def optimizer(self, fold: Fold, held: RankLayers) -> float:
@@ -337,9 +324,8 @@ class CostModel:
         local = self._trained(fold, held)
         sharded = self.job.sharding != "none"
         number = local.dense / (fold.dp * fold.cp if sharded else 1) + local.expert / (fold.edp if sharded else 1)
-        moved = number * (
-            2 * reduced + 2 * stored + 2 * self.job.state_bytes + gathered
-        )  # gradients are read twice: norm, then step
+        # Gradients are read twice: for the norm, then for the step.
+        moved = number * (2 * reduced + 2 * stored + 2 * self.job.state_bytes + gathered)
         return self.layers.compute.stream(moved)
 
     # ---- pipeline ----------------------------------------------------------------------------------------------

@@ -14,19 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
-from types import MappingProxyType
 
-from lightning_moefold.fold import expert_nodes
 from lightning_moefold.modules.attention.exchanges import exchange_for, padded_length
 from lightning_moefold.modules.recompute_parts import LAYER
-from lightning_moefold.planner.cost.pairs import Pairs, pairs_of
+from lightning_moefold.planner.cost.exchange import ExchangeCosts
 from lightning_moefold.planner.machine.kernels import Compute
-from lightning_moefold.planner.machine.links import GroupShape, Links, group_shape
+from lightning_moefold.planner.machine.links import GroupShape
 from lightning_moefold.planner.search.job import Job
 
-#: Kinds of compute time, in the order in which they are shown.
-COMPUTE = ("gemm", "experts", "attention", "elementwise", "head", "launch")
-COMMUNICATION = ("tp", "cp", "a2a", "etp")
 #: Bytes of element-wise work in backward divided by forward: a norm reads one more tensor, a gated activation two.
 _ELEMENTWISE_BACKWARD = 1.5
 #: Kernel launches in the forward pass of a layer's parts; backward launches about twice as many. Each further chunk of
@@ -96,16 +91,11 @@ def seconds_again(layer: Block, parts: frozenset[str], half: str) -> float:
     return seconds + layer.again.get("experts", 0.0) * ("expert_activation" in parts)
 
 
-class LayerCosts:
-    """Computes the blocks of a job's model, memoised.
-
-    Args:
-        job: The training job; its routing profile decides the load of the busiest rank.
-    """
+class LayerCosts(ExchangeCosts):
+    """Computes the blocks of a job's model, memoised."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.model = job, job.model
-        self.links = Links(job.hardware)
+        super().__init__(job)
         self.compute = Compute(job.hardware, job.dtype, job.activation_bytes)
         self.attention = lru_cache(maxsize=None)(self._attention)
         self.experts = lru_cache(maxsize=None)(self._experts)
@@ -121,35 +111,9 @@ class LayerCosts:
         self.mean_keys = sum(w * (1 - (w - 1) / (2 * length)) for w in windows) / len(windows)
         self.mean_window = sum(windows) / len(windows)
 
-    def load(self, ep: int, spread: int = 1) -> float:
-        """Returns the rows on the busiest rank divided by the balanced number without drops.
-
-        With padding, every rank sends each expert as many rows as the expert may serve, so all ranks are equally busy.
-        A row is cut over ``spread`` = tp x cp ranks, and all its tokens that chose an expert may lie on one of them. So
-        each of these ranks sends the full number, unless it has fewer tokens.
-        """
-        model, job = self.model, self.job
-        if job.pad_to_capacity and job.capacity_factor is not None:
-            parts = spread if job.drop_scope == "full_sequence" else 1
-            return min(parts * job.capacity_factor, model.num_experts / model.num_experts_per_tok)
-        return job.routing.load_factor(model.num_experts, model.num_experts_per_tok, ep, job.capacity_factor)
-
-    def pairs(self, places: int) -> Pairs:
-        """Returns the expected pairs of a token and a place (a rank of ep, or a node) that holds some of its experts."""
-        model, job = self.model, self.job
-        return pairs_of(job.routing, model.num_experts, model.num_experts_per_tok, places, job.capacity_factor)
-
-    def nodes(self, ep: int, etp: int, dispatcher: str) -> int:
-        """Returns the number of nodes between which tokens travel in a first step; 1 if tokens travel in a single step."""
-        return expert_nodes(ep, etp, self.job.hardware.gpus_per_node) if dispatcher == "hierarchical" else 1
-
     def tokens(self, micro_batch: int, cp: int) -> int:
         """Returns N, including the padding of lengths that are not a multiple of 2 cp."""
         return micro_batch * padded_length(self.job.sequence_length, cp) // cp
-
-    def shape(self, size: int, stride: int) -> GroupShape:
-        """Returns how a group lies on the nodes."""
-        return group_shape(size, stride, self.job.hardware.gpus_per_node)
 
     # ---- blocks ------------------------------------------------------------------------------------------------
 
@@ -183,7 +147,7 @@ class LayerCosts:
             )
         norm = self._norm(n / tp) + self.links.gather(self.shape(tp, 1), n * d * b)
         made = self._weights * gemm + adapter
-        return self._with_launches("attention", forward, backward, made, again={"attention norm": norm})
+        return self._with_launches("attention", forward, backward, made, {"attention norm": norm})
 
     def _norm(self, tokens: float) -> float:
         """Returns the seconds of a norm, which reads and writes each token."""
@@ -225,7 +189,7 @@ class LayerCosts:
         """
         if (
             exchange == "all_to_all"
-        ):  # sends queries, keys, values, and returns the output; backward sends the gradients the other way
+        ):  # sends queries, keys and values, returns the output; backward sends gradients back
             seconds = self.links.exchange(group, queries + pair) + self.links.exchange(group, queries)
             return seconds, seconds
         if exchange == "all_gather":  # backward gathers again and reduce-scatters gradients in fp32
@@ -233,12 +197,10 @@ class LayerCosts:
             return gather, gather + self.links.scatter(group, group.size * pair * max(4 / self.job.activation_bytes, 1))
         # In backward, gradients of k and v travel with them, in fp32.
         both = pair * (1 + max(4 / self.job.activation_bytes, 1))
-        return self._ring(group, pair, core), self._ring(group, both, core_backward)
-
-    def _ring(self, ring: GroupShape, step_bytes: float, compute: float) -> float:
-        """Returns the exposed seconds of a ring, in which each of cp - 1 messages overlaps with the attention of one step."""
-        message = self.links.neighbour(ring, step_bytes)
-        return (ring.size - 1) * self.links.hidden(message, compute / ring.size)
+        steps = ((self.links.neighbour(group, sent), time) for sent, time in ((pair, core), (both, core_backward)))
+        # Each of cp - 1 messages overlaps with the attention of one step.
+        there, back = ((group.size - 1) * self.links.hidden(one, time / group.size) for one, time in steps)
+        return there, back
 
     def local_kv_heads(self, tp: int) -> int:
         """Returns the key/value heads that a rank computes: its share, or those its queries need if tp does not divide them."""
@@ -254,7 +216,7 @@ class LayerCosts:
         product = self.compute.gemm(rows / local, f, d, local)
         experts = 2 * product + self.compute.gemm(rows / local, d, f, local)
         router = self._router(tokens)
-        comm, comm_backward, moved = self._dispatch(ep, etp, tokens, load, dispatcher, experts)
+        comm, comm_backward, moved = self.exchange_costs(ep, etp, tokens, load, dispatcher, experts)
         elementwise = self.compute.stream(b * (8 * tokens * d + moved)) + self.compute.stream(b * 3 * rows * f)
         waits = (not self.job.pad_to_capacity and ep * etp > 1) + (self.nodes(ep, etp, dispatcher) > 1)
         kernels = self.job.hardware.kernels
@@ -273,87 +235,13 @@ class LayerCosts:
         more = _LAUNCHES["chunk"] * (self.chunks(ep) - 1)
         repeated = {"experts": 2 * product, "feed norm": self._norm(tokens)}
         made = self._weights * (experts + router)
-        return self._with_launches("experts", forward, backward, made, more, repeated)
-
-    def chunks(self, ep: int) -> int:
-        """Returns the number of parts of the token exchange; at most the number of experts per rank."""
-        return min(self.job.dispatch_chunks, self.model.num_experts // ep) if ep > 1 else 1
+        return self._with_launches("experts", forward, backward, made, repeated, more)
 
     def _router(self, tokens: int) -> float:
         """Returns the seconds of the router's scores in fp32; never faster than reading the tokens."""
         model = self.model
         busy = 2 * tokens * model.hidden_size * model.num_experts / (self.job.hardware.peak("fp32") * 0.7)
         return max(busy, self.compute.stream(4 * tokens * (model.hidden_size + model.num_experts)))
-
-    def _dispatch(
-        self, ep: int, etp: int, tokens: int, load: float, dispatcher: str, experts: float
-    ) -> tuple[dict[str, float], dict[str, float], float]:
-        """Returns the communication's seconds, forward and backward, and how many numbers are moved in memory to sort tokens.
-
-        With C parts, sending the first part and returning the last one is exposed. The other transfers overlap with (C
-        - 1) / C of the experts' products, which take twice as long in backward; only what does not fit is exposed.
-        Every part costs a message's latency. Parts are cut between experts, so each product is as large as with one
-        part.
-
-        Args:
-            ep: Ranks among which tokens are exchanged.
-            etp: Ranks that share an expert.
-            tokens: Number of tokens of this rank, T.
-            load: Load of the busiest rank.
-            dispatcher: Name of the dispatcher.
-            experts: Seconds of the experts' products, forward.
-        """
-        model, b = self.model, self.job.activation_bytes
-        d, chosen = model.hidden_size, tokens * model.num_experts_per_tok
-        rows = chosen * load * etp
-        sent = chosen * (load if self.job.pad_to_capacity else 1.0)
-        if dispatcher == "allgather":
-            everyone = tokens * ep * etp
-            both = self.links.reduce(self.shape(ep * etp, 1), everyone * d * b)
-            return {"a2a": both}, {"a2a": both}, d * (2 * rows + rows + everyone)
-        sort = 4 * rows * d if model.num_experts // ep > 1 or etp > 1 else 0.0
-        if dispatcher != "alltoall":
-            there, back, moved = self._once_to_each(ep, etp, tokens, self.nodes(ep, etp, dispatcher))
-            return there, back, d * moved + sort
-        parts = self.chunks(ep)
-        message = self.links.exchange(self.shape(ep, etp), chosen * load * d * b / parts)
-        seen, behind = 2 * message, 2 * (parts - 1) * message
-        ways = [seen + self.links.hidden(behind, (parts - 1) / parts * window) for window in (experts, 2 * experts)]
-        widen = self.links.gather(self.shape(etp, 1), chosen * load * etp * d * b / parts)
-        there, back = ({"a2a": way, "etp": 2 * parts * widen} for way in ways)
-        return there, back, 2 * (tokens + sent) * d + sort
-
-    def _once_to_each(
-        self, ep: int, etp: int, tokens: int, nodes: int
-    ) -> tuple[dict[str, float], dict[str, float], float]:
-        """Returns seconds, forward and backward, of a deduplicated exchange, and the rows that it moves in memory.
-
-        A token travels once to each rank that holds some of its experts; with several nodes, once to each node and from there
-        to its ranks. The second step adds the collectives that `docs/dispatch.md` counts: its tokens there and back,
-        the sizes, and the choices, whose gradients return in backward. (The sizes and choices of the first step are
-        ignored for every dispatcher.)
-
-        Args:
-            ep: Ranks among which tokens are exchanged.
-            etp: Ranks that share an expert.
-            tokens: Number of tokens of this rank, T.
-            nodes: Number of nodes of ep if the exchange has two steps; 1 if it has one.
-        """
-        ranks, row = self.pairs(ep), self.model.hidden_size * self.job.activation_bytes
-        inside = self.shape(ep // nodes, etp)
-        way = self.links.exchange(inside, tokens * ranks.busiest * row)
-        widen = 2 * self.links.gather(self.shape(etp, 1), tokens * ranks.busiest * etp * row)
-        forward, backward = 2 * way, 2 * way
-        moved = 2 * tokens * (1 + ranks.mean)
-        if nodes > 1:
-            pairs, small = self.pairs(nodes), self.links.empty(inside)
-            between = self.links.exchange(
-                self.shape(nodes, self.job.hardware.gpus_per_node), tokens * pairs.busiest * row
-            )
-            forward, backward = forward + 2 * between + 2 * small, backward + 2 * between + small
-            # The rows that reach the busiest node are passed on to its ranks, and return.
-            moved = 2 * tokens * (1 + pairs.mean) + 2 * tokens * pairs.busiest * (1 + ranks.mean / pairs.mean)
-        return {"a2a": forward, "etp": widen}, {"a2a": backward, "etp": widen}, moved
 
     def _mlp(self, tp: int, cp: int, micro_batch: int, width: int, own_norm: bool) -> Block:
         """Computes a gated feed-forward block cut over tp: that of a dense layer, or the shared expert."""
@@ -372,7 +260,7 @@ class LayerCosts:
         self._add_casts(forward, backward, n, d + f, 2 * f + d)
         gather = self.links.gather(self.shape(tp, 1), n * d * b)
         norm = gather + (self._norm(n / tp) if own_norm else 0.0)
-        return self._with_launches("mlp", forward, backward, self._weights * gemm, again={"feed norm": norm})
+        return self._with_launches("mlp", forward, backward, self._weights * gemm, {"feed norm": norm})
 
     def _ends(self, tp: int, cp: int, micro_batch: int) -> tuple[Block, Block]:
         """Computes the ends of the model: the embedding; and the final norm, head and loss."""
@@ -402,8 +290,8 @@ class LayerCosts:
         forward: dict[str, float],
         backward: dict[str, float],
         weight: float,
+        again: Mapping[str, float],
         more: int = 0,
-        again: Mapping[str, float] = MappingProxyType({}),
     ) -> Block:
         """Raises the time of a block to the time the host needs to launch its kernels, plus ``more`` launches."""
         floor = (_LAUNCHES[kind] + more) * self.job.hardware.kernels.launch

@@ -75,7 +75,7 @@ class Memory:
 
     def as_dict(self) -> dict[str, float]:
         """Returns the bytes of each part of the total."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("host_")}
+        return {name: size for name, size in vars(self).items() if not name.startswith("host_")}
 
     @property
     def host(self) -> float:
@@ -161,7 +161,8 @@ class MemoryModel:
         ends = RankLayers(0, 0, layers.first, layers.last)
         weights, gradients, optimizer = self.quantized_bytes(*cut, layers), 0.0, 0.0
         for i, (number, spread) in enumerate(zip((held.dense, held.expert), spreads, strict=True)):
-            mine, largest = self.shards(*cut, layers, *spreads)[i], self._largest(cut, kinds, spreads, i)
+            largest = max(kinds, key=lambda k: self.gathered(*cut, k, *spreads)[i], default=RankLayers(0, 0))
+            mine = self.shards(*cut, layers, *spreads)[i]
             layer = spread * self.shards(*cut, largest, *spreads)[i] if spread > 1 else 0
             if sharding == "full":  # two layers at a time, and the ends from forward to backward
                 live = 2 * self.gathered(*cut, largest, *spreads)[i] + self.gathered(*cut, ends, *spreads)[i]
@@ -180,12 +181,6 @@ class MemoryModel:
                 gradients += mine * own + (number - mine) * reduced
                 optimizer += mine * self.job.state_bytes
         return weights, gradients, optimizer
-
-    def _largest(
-        self, cut: tuple[int, int, int], kinds: list[RankLayers], spreads: tuple[int, int], family: int
-    ) -> RankLayers:
-        """Returns the kind of layer with the most gathered bytes."""
-        return max(kinds, key=lambda kind: self.gathered(*cut, kind, *spreads)[family], default=RankLayers(0, 0))
 
     # ---- activations -------------------------------------------------------------------------------------------
 
@@ -225,23 +220,45 @@ class MemoryModel:
         decoded = self._decoded(tp, ep, etp)
         exchange = t * self._under_way(tp * cp, ep, etp, dispatcher) * d * b
         live = max(exchange + rows * d * b * (1 + (etp > 1)), self._experts_backward(ep, rows, f) + copies) + decoded
-        parts, layer = recompute_parts(parse_recompute(recompute)), t * d * b
+        parts = recompute_parts(parse_recompute(recompute))
+        activation = 2 * gated if "expert_activation" in parts else 0.0
+        halves = (("moe", experts, normed, activation), ("mlp", dense, norm, 0.0))
+        moe, mlp, made = self._kept_of_layers(parts, t * d * b, attention, norm, halves)
+        return moe, mlp, live + made
+
+    def _kept_of_layers(
+        self,
+        parts: frozenset[str],
+        layer: float,
+        attention: float,
+        norm: float,
+        halves: tuple[tuple[str, float, float, float], ...],
+    ) -> tuple[float, float, float]:
+        """Returns the bytes that autograd keeps of both kinds of layer, and the most that backward makes again at a time.
+
+        Args:
+            parts: What is recomputed.
+            layer: Bytes of a layer's input.
+            attention: Bytes of the attention half.
+            norm: Bytes of what its norm makes.
+            halves: Of the half with experts and of the dense one the name, the bytes, those of what its norm makes, and those
+                of recomputed activations.
+        """
+        (_, experts, _, _), (_, dense, _, _) = halves
         if LAYER in parts:
-            most = max(experts if self.costs.num_moe else 0.0, dense)
-            return layer, layer, live + attention + most
+            return layer, layer, attention + max(experts if self.costs.num_moe else 0.0, dense)
         made: list[float] = [attention] if "attention" in parts else [norm] if "norm" in parts else []
         kept = layer if "attention" in parts else attention - norm * ("norm" in parts)
         sizes: list[float] = []
-        for half, all_of_it, of_norm in (("moe", experts, normed), ("mlp", dense, norm)):
-            activation = 2 * gated if half == "moe" and "expert_activation" in parts else 0.0
+        for half, whole, of_norm, activation in halves:
             if half in parts:
-                made.append(all_of_it if half == "mlp" or self.costs.num_moe else 0.0)
+                made.append(whole if half == "mlp" or self.costs.num_moe else 0.0)
                 sizes.append(kept + layer)
             else:
                 dropped = activation + of_norm * ("norm" in parts)
                 made.append(dropped)
-                sizes.append(kept + all_of_it - dropped)
-        return sizes[0], sizes[1], live + max(made)
+                sizes.append(kept + whole - dropped)
+        return sizes[0], sizes[1], max(made)
 
     def _under_way(self, spread: int, ep: int, etp: int, dispatcher: str) -> float:
         """Returns the rows per token of a rank that exist during the exchange: rows sent, and rows received by the busiest rank.
@@ -296,7 +313,7 @@ class MemoryModel:
     def on_rank(self, plan: Plan, rank: int, layers: RankLayers) -> Memory:
         """Predicts the memory of a pipeline rank with ``layers``, on its first data rank, which stores most."""
         fold, microbatches, chunks = plan.fold, plan.num_microbatches(self.job), plan.num_stages_per_rank
-        saved = self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
+        saved = self.saved(plan)
         weights, gradients, optimizer = self.states(fold, layers, microbatches > 1)
         flight = chunks_in_flight(plan.schedule, fold.pp, chunks, microbatches, rank) / chunks
         one = layers.moe * saved[0] + layers.dense * saved[1]
@@ -320,13 +337,10 @@ class MemoryModel:
         """Returns the bytes that the fuller kind of layer on a rank keeps for backward."""
         return max(saved[0] if layers.moe else 0.0, saved[1] if layers.dense else 0.0)
 
-    def saved(self, plan: Plan) -> tuple[float, float]:
-        """Returns the bytes that a layer with experts and a dense layer keep of a micro-batch for backward."""
+    def saved(self, plan: Plan) -> tuple[float, float, float]:
+        """Returns what :meth:`_saved_per_layer` returns of a micro-batch of a plan."""
         fold = plan.fold
-        moe, dense, _ = self._saved(
-            fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher
-        )
-        return moe, dense
+        return self._saved(fold.tp, fold.cp, fold.ep, fold.etp, plan.micro_batch_size, plan.recompute, plan.dispatcher)
 
     def _loss(self, fold: Fold, n: int) -> tuple[float, float]:
         """Returns the peak bytes at the head, and the bytes that the head keeps for backward.

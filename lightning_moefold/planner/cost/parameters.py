@@ -18,43 +18,38 @@ Shapes = dict[tuple[int, ...], int]
 
 def attention_shapes(model: MoEConfig, tp: int) -> Shapes:
     """Returns the shapes of attention and both norms of a layer. Projections whose heads tp does not divide are whole."""
-    d, size = model.hidden_size, model.head_dim
-    q = model.num_attention_heads * size // (tp if model.num_attention_heads % tp == 0 else 1)
-    kv = model.num_key_value_heads * size // (tp if model.num_key_value_heads % tp == 0 else 1)
-    shapes: Shapes = {}
-    _add(shapes, (q, d), 1)
-    _add(shapes, (kv, d), 2)
-    _add(shapes, (d, q), 1)
-    _add(shapes, (d,), 2 + model.output_bias)
-    if model.qkv_bias:
-        _add(shapes, (q,), 1)
-        _add(shapes, (kv,), 2)
-    if model.qk_norm:
-        _add(shapes, (size,), 2)
-    return shapes
+    d, (q, kv) = model.hidden_size, _widths(model, tp)
+    biases, norms = model.qkv_bias, 2 * model.qk_norm
+    return _counted(
+        ((q, d), 1), ((kv, d), 2), ((d, q), 1), ((d,), 2 + model.output_bias), ((q,), biases), ((kv,), 2 * biases),
+        ((model.head_dim,), norms),
+    )  # fmt: skip
+
+
+def _widths(model: MoEConfig, tp: int) -> tuple[int, int]:
+    """Returns the widths of a rank's queries and of its keys."""
+    heads = (model.num_attention_heads, model.num_key_value_heads)
+    q, kv = (n * model.head_dim // (tp if n % tp == 0 else 1) for n in heads)
+    return q, kv
 
 
 def gated_shapes(model: MoEConfig, width: int, tp: int) -> Shapes:
     """Returns the shapes of a dense gated feed-forward layer."""
     f, d = ceil(width / tp), model.hidden_size
-    shapes: Shapes = {}
-    _add(shapes, (f, d), 2)
-    _add(shapes, (d, f), 1)
-    return shapes
+    return _counted(((f, d), 2), ((d, f), 1))
 
 
 def dense_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
     """Returns the shapes of a pipeline rank's layers and ends, without routed experts."""
-    shapes: Shapes = {}
-    d = model.hidden_size
-    _merge(shapes, attention_shapes(model, tp), layers.layers)
-    _merge(shapes, router_shapes(model, layers.moe), 1)
-    if model.shared_expert_intermediate_size:
-        _merge(shapes, gated_shapes(model, model.shared_expert_intermediate_size, tp), layers.moe)
-        _add(shapes, (1, d), layers.moe)
-    _merge(shapes, gated_shapes(model, model.intermediate_size, tp), layers.dense)
-    _merge(shapes, end_shapes(model, tp, layers), 1)
-    return shapes
+    shared = model.shared_expert_intermediate_size
+    return _merged(
+        (attention_shapes(model, tp), layers.layers),
+        (router_shapes(model, layers.moe), 1),
+        (gated_shapes(model, shared, tp), layers.moe),
+        (_counted(((1, model.hidden_size), bool(shared))), layers.moe),
+        (gated_shapes(model, model.intermediate_size, tp), layers.dense),
+        (end_shapes(model, tp, layers), 1),
+    )
 
 
 def router_shapes(model: MoEConfig, layers: int) -> Shapes:
@@ -64,20 +59,15 @@ def router_shapes(model: MoEConfig, layers: int) -> Shapes:
 
 def end_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
     """Returns the shapes of embedding, head and final norm, if the rank holds them."""
-    shapes: Shapes = {}
     matrices = layers.first + layers.last - (layers.first and layers.last and model.tie_word_embeddings)
-    _add(shapes, (ceil(model.vocab_size / tp), model.hidden_size), matrices)
-    _add(shapes, (model.hidden_size,), layers.last)
-    return shapes
+    d = model.hidden_size
+    return _counted(((ceil(model.vocab_size / tp), d), matrices), ((d,), layers.last))
 
 
 def expert_shapes(model: MoEConfig, ep: int, etp: int, layers: int) -> Shapes:
     """Returns the shapes of the stacks of routed experts in ``layers`` layers."""
     local, f, d = model.num_experts // ep, ceil(model.moe_intermediate_size / etp), model.hidden_size
-    shapes: Shapes = {}
-    _add(shapes, (local, f, d), 2 * layers)
-    _add(shapes, (local, d, f), layers)
-    return shapes
+    return _counted(((local, f, d), 2 * layers), ((local, d, f), layers))
 
 
 def without(shapes: Shapes, others: Shapes) -> Shapes:
@@ -88,12 +78,11 @@ def without(shapes: Shapes, others: Shapes) -> Shapes:
 
 def quantized_shapes(model: MoEConfig, tp: int, layers: RankLayers) -> Shapes:
     """Returns the shapes of the dense matrices that ``quantize`` stores in fewer bytes; of experts it stores all."""
-    shapes: Shapes = {}
-    _merge(shapes, {s: n for s, n in attention_shapes(model, tp).items() if len(s) == 2}, layers.layers)
-    if model.shared_expert_intermediate_size:
-        _merge(shapes, gated_shapes(model, model.shared_expert_intermediate_size, tp), layers.moe)
-    _merge(shapes, gated_shapes(model, model.intermediate_size, tp), layers.dense)
-    return shapes
+    return _merged(
+        ({s: n for s, n in attention_shapes(model, tp).items() if len(s) == 2}, layers.layers),
+        (gated_shapes(model, model.shared_expert_intermediate_size, tp), layers.moe),
+        (gated_shapes(model, model.intermediate_size, tp), layers.dense),
+    )
 
 
 def adapter_parameters(model: MoEConfig, tp: int, layers: int, rank: int) -> int:
@@ -101,10 +90,8 @@ def adapter_parameters(model: MoEConfig, tp: int, layers: int, rank: int) -> int
 
     Where tp cuts the rows of a weight, A is whole and B is cut; where it cuts the columns, A is cut and B is whole.
     """
-    d, size = model.hidden_size, model.head_dim
-    q = model.num_attention_heads * size // (tp if model.num_attention_heads % tp == 0 else 1)
-    kv = model.num_key_value_heads * size // (tp if model.num_key_value_heads % tp == 0 else 1)
-    return layers * rank * (3 * d + q + 2 * kv + q + d)
+    q, kv = _widths(model, tp)
+    return layers * rank * (4 * model.hidden_size + 2 * q + 2 * kv)
 
 
 def count(shapes: Shapes) -> int:
@@ -125,11 +112,15 @@ def shard(shapes: Shapes, ranks: int, experts: bool = False) -> int:
     return total
 
 
-def _add(shapes: Shapes, shape: tuple[int, ...], times: int) -> None:
-    if times and 0 not in shape:
-        shapes[shape] = shapes.get(shape, 0) + times
+def _counted(*parameters: tuple[tuple[int, ...], int]) -> Shapes:
+    """Adds up how many parameters have each shape; empty ones are left out."""
+    shapes: Shapes = {}
+    for shape, times in parameters:
+        if times and 0 not in shape:
+            shapes[shape] = shapes.get(shape, 0) + times
+    return shapes
 
 
-def _merge(shapes: Shapes, others: Shapes, times: int) -> None:
-    for shape, number in others.items():
-        _add(shapes, shape, number * times)
+def _merged(*parts: tuple[Shapes, int]) -> Shapes:
+    """Joins shapes, each multiplied by its number."""
+    return _counted(*((shape, number * times) for shapes, times in parts for shape, number in shapes.items()))

@@ -45,13 +45,18 @@ class RoutingProfile:
             return _resampled(self.shares, num_experts)
         return _sampled(self.sigma, num_experts, top_k)
 
+    @lru_cache(maxsize=1024)
     def load_factor(self, num_experts: int, top_k: int, ep: int, capacity_factor: float | None = None) -> float:
         """Returns the rows on the busiest of ``ep`` ranks divided by the balanced number, averaged over layers.
 
         Each rank holds a block of consecutive experts. With a capacity, an expert serves at most ``capacity_factor``
         times the mean.
         """
-        return _load_factor(self, num_experts, top_k, ep, capacity_factor)
+        relative = self.expert_shares(num_experts, top_k) * num_experts
+        if capacity_factor is not None:
+            relative = np.minimum(relative, capacity_factor)
+        ranks = relative.reshape(len(relative), ep, -1).mean(2)
+        return float(ranks.max(1).mean())
 
     @classmethod
     def from_trace(cls, path: str | Path) -> RoutingProfile:
@@ -89,15 +94,10 @@ class RoutingProfile:
 
 
 def _read_counts(file: Path) -> Shares:
-    if file.suffix == ".json":
-        raw = json.loads(file.read_text())
-        return np.asarray(raw["counts"] if isinstance(raw, dict) else raw, dtype=np.float64)
-    loaded = np.load(file, allow_pickle=False)
-    if isinstance(loaded, np.lib.npyio.NpzFile):
-        if "counts" not in loaded.files:
-            raise InputError(f"{file} has no array 'counts'; it has {', '.join(loaded.files)}.")
-        return np.asarray(loaded["counts"], dtype=np.float64)
-    return np.asarray(loaded, dtype=np.float64)
+    raw = json.loads(file.read_text()) if file.suffix == ".json" else np.load(file, allow_pickle=False)
+    if isinstance(raw, np.lib.npyio.NpzFile) and "counts" not in raw.files:
+        raise InputError(f"{file} has no array 'counts'; it has {', '.join(raw.files)}.")
+    return np.asarray(raw["counts"] if isinstance(raw, (dict, np.lib.npyio.NpzFile)) else raw, dtype=np.float64)
 
 
 @lru_cache(maxsize=64)
@@ -127,17 +127,6 @@ def _resampled(shares: tuple[tuple[float, ...], ...], num_experts: int) -> Share
     pieces = np.diff(cut, axis=1)
     random = np.random.default_rng(_SEED)
     return np.stack([row[random.permutation(num_experts)] for row in pieces])
-
-
-@lru_cache(maxsize=1024)
-def _load_factor(
-    profile: RoutingProfile, num_experts: int, top_k: int, ep: int, capacity_factor: float | None
-) -> float:
-    relative = profile.expert_shares(num_experts, top_k) * num_experts
-    if capacity_factor is not None:
-        relative = np.minimum(relative, capacity_factor)
-    ranks = relative.reshape(len(relative), ep, -1).mean(2)
-    return float(ranks.max(1).mean())
 
 
 BALANCED = RoutingProfile("balanced")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -72,14 +71,6 @@ class Timeline:
             found += max(0.0, event.end - max(event.start, until))
             until = max(event.end, until)
         return found
-
-    def most_in_flight(self, rank: int) -> int:
-        """Returns the largest number of chunks of a rank that have run forward but not yet backward."""
-        held = most = 0
-        for event in sorted((e for e in self.events if e.rank == rank), key=lambda e: e.start):
-            held += {"F": 1, "B": -1}.get(event.op[0], 0)
-            most = max(most, held)
-        return most
 
 
 # ---- fixed orders ----------------------------------------------------------------------------------------------------
@@ -176,16 +167,14 @@ class _ListScheduler:
         return Timeline(tuple(self.events), self.pp)
 
     def _next(self, rank: int) -> tuple[float, int, Op]:
-        allowed = {op: at for op, at in self.ready[rank].items() if op[0] != "F" or self._room(rank, op)}
+        # Forwards of later chunks always may start, those of the first chunk while activations are below the limit.
+        room = self.held[rank] < self.limit[rank]
+        allowed = {op: at for op, at in self.ready[rank].items() if op[0] != "F" or op[1] >= self.pp or room}
         if not allowed:
             allowed = self.ready[rank]  # the limit would block forever, so it is ignored for the earliest forward
         start = max(self.free[rank], min(allowed.values()))
         now = [op for op, at in allowed.items() if at <= start]
         return start, rank, min(now, key=self._urgency)
-
-    def _room(self, rank: int, op: Op) -> bool:
-        """Whether a forward may start: always for later chunks; for the first chunk while activations are below the limit."""
-        return self.held[rank] < self.limit[rank] if op[1] < self.pp else True
 
     @staticmethod
     def _urgency(op: Op) -> tuple[int, int, int]:
@@ -255,14 +244,13 @@ def simulate(job: Job, plan: Plan, seed: int = 0) -> Timeline:
 
 def _stages(costs: CostModel, plan: Plan) -> list[RankTimes]:
     model, fold = costs.job.model, plan.fold
-    number = fold.pp * plan.num_stages_per_rank
-    every = [range(model.num_hidden_layers)]
+    cut: tuple[range, ...] = (range(model.num_hidden_layers),)
+    if fold.pp > 1:
+        cut = stage_layers(model, fold.pp, plan.num_stages_per_rank, plan.schedule)
     stages = []
-    for stage, layers in enumerate(
-        stage_layers(model, fold.pp, plan.num_stages_per_rank, plan.schedule) if fold.pp > 1 else every
-    ):
+    for stage, layers in enumerate(cut):
         moe = sum(map(model.is_moe_layer, layers))
-        stages.append(costs.chunk(plan, RankLayers(moe, len(layers) - moe, stage == 0, stage == number - 1)))
+        stages.append(costs.chunk(plan, RankLayers(moe, len(layers) - moe, stage == 0, stage == len(cut) - 1)))
     return stages
 
 
@@ -284,11 +272,6 @@ def _loads(job: Job, plan: Plan, mean: float, stages: int, microbatches: int, se
     random = np.random.default_rng(seed)
     per_stage = max(model.num_hidden_layers // stages, 1)
     return layers[random.integers(len(layers), size=(stages, microbatches, per_stage))].mean(2)
-
-
-def write_chrome_trace(timeline: Timeline, path: Path) -> None:
-    """Writes :func:`chrome_trace` to a file."""
-    path.write_text(chrome_trace(timeline))
 
 
 def chrome_trace(timeline: Timeline) -> str:

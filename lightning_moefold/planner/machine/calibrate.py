@@ -12,9 +12,9 @@ the same time. Each constant comes from the measurement that determines it best:
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import pickle
 import statistics
 import tempfile
 import time
@@ -135,16 +135,13 @@ def describe(
 ) -> Hardware:
     """Turns measurements into a Hardware; ``cores`` is the number of cores that CPU ranks share, None for GPUs."""
     rate, half, _ = fit_products(measured.products)
-    _, short_forward, _ = min(measured.attention)
+    shortest, short_forward, _ = min(measured.attention)
     length, forward, backward = max(measured.attention)
-    shortest = min(measured.attention)[0]
     # efficiency(L) = e L / (L + half): two lengths give both.
     ratio = min(short_forward / forward, 0.999)
     attention_half = max((1 - ratio) / (ratio / shortest - 1 / length), 0.0) if ratio / shortest > 1 / length else 0.0
-    start, gather_rate = fit_link(measured.gather, (ranks - 1) / ranks)
-    (_, exchange_rate), (_, reduce_rate) = (
-        fit_link(samples, (ranks - 1) / ranks) for samples in (measured.exchange, measured.reduce)
-    )
+    messages = (measured.gather, measured.exchange, measured.reduce)
+    (start, gather_rate), (_, exchange_rate), (_, reduce_rate) = (fit_link(m, (ranks - 1) / ranks) for m in messages)
     link = Link(gather_rate, 0.0, 1.0)
     kernels = Kernels(
         gemm_efficiency=1.0,
@@ -169,13 +166,22 @@ def describe(
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(action: Callable[[], Any], synchronize: Callable[[], None], budget: float = 0.15) -> float:
-    """Times ``action``, repeated for ``budget`` seconds but at least five times, without the effect of other programs."""
-    action()
+def seconds_of(action: Callable[[], Any], synchronize: Callable[[], None], count: int | None = None) -> float:
+    """Times ``action`` without the effect of other programs.
+
+    Args:
+        action: What is timed.
+        synchronize: Waits for the device.
+        count: Number of repetitions, which must be equal on all ranks for a collective; by default as many as take 0.15
+            seconds, from 5 to 200.
+    """
+    least, most = (5, 200) if count is None else (count, count)
+    for _ in range(1 if count is None else 2):
+        action()
     synchronize()
     times: list[float] = []
-    ends = time.perf_counter() + budget
-    while len(times) < 5 or (time.perf_counter() < ends and len(times) < 200):
+    ends = time.perf_counter() + 0.15
+    while len(times) < least or (time.perf_counter() < ends and len(times) < most):
         started = time.perf_counter()
         action()
         synchronize()
@@ -191,20 +197,6 @@ def _undisturbed(times: list[float]) -> float:
     if dist.is_initialized() and dist.get_backend() == "gloo" and dist.get_world_size() > (os.cpu_count() or 1):
         return statistics.fmean(times)
     return sorted(times)[len(times) // 10]
-
-
-def _collective_seconds(action: Callable[[], Any], synchronize: Callable[[], None]) -> float:
-    """Times a collective with a fixed number of repetitions, which must be equal on all ranks."""
-    for _ in range(2):
-        action()
-    synchronize()
-    times = []
-    for _ in range(15):
-        started = time.perf_counter()
-        action()
-        synchronize()
-        times.append(time.perf_counter() - started)
-    return _undisturbed(times)
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Measurements:
@@ -264,7 +256,7 @@ def _messages(
             partial(comm.reduce_scatter_raw, whole, world),
         )  # fmt: skip
         for samples, action in zip(found, actions, strict=True):
-            samples.append((whole.nbytes, _collective_seconds(action, synchronize)))
+            samples.append((whole.nbytes, seconds_of(action, synchronize, count=15)))
     return found
 
 
@@ -283,7 +275,7 @@ def _rank_main(rank: int, ranks: int, folder: str, use_gpu: bool) -> None:
     try:
         found = measure(device, torch.bfloat16 if use_gpu else torch.float32)
         if rank == 0:
-            (Path(folder) / "measured.json").write_text(json.dumps(found.__dict__))
+            (Path(folder) / "measured").write_bytes(pickle.dumps(found))
     finally:
         dist.destroy_process_group()
 
@@ -307,13 +299,7 @@ def calibrate(ranks: int, name: str, use_gpu: bool | None = None) -> tuple[Hardw
         )
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank_main, (ranks, folder, use_gpu), nprocs=ranks)
-        found = Measurements(**json.loads((Path(folder) / "measured.json").read_text()))
-    found = Measurements(
-        [(int(m), int(n), int(k), s) for m, n, k, s in found.products],
-        [(int(length), f, b) for length, f, b in found.attention],
-        found.copy, found.launch,
-        *([(int(n), s) for n, s in samples] for samples in (found.gather, found.exchange, found.reduce)),
-    )  # fmt: skip
+        found: Measurements = pickle.loads((Path(folder) / "measured").read_bytes())
     memory = torch.cuda.get_device_properties(0).total_memory if use_gpu else _host_memory() / ranks
     cores = None if use_gpu else os.cpu_count()
     return describe(found, ranks, "bf16" if use_gpu else "fp32", memory, name, cores), found

@@ -45,6 +45,8 @@ else:  # pragma: no cover - the package's own Python is newer
     import tomli as tomllib
 
 GIB = 2**30
+#: Fields of a file that starts from no preset.
+_NEEDED = ("gpus_per_node", "memory_gib", "memory_bandwidth_gb_s", "peak_tflops", "intra")
 #: Kinds of devices, as PyTorch calls them.
 DEVICES = ("cuda", "cpu")
 
@@ -210,8 +212,8 @@ class Hardware:
                 f"[{name}]",
                 f"bandwidth_gb_s = {link.bandwidth / 1e9:.6g}",
                 f"latency_us = {link.latency * 1e6:.6g}",
+                f"efficiency = {link.efficiency:.6g}",
             ]
-            lines.append(f"efficiency = {link.efficiency:.6g}")
         lines += ["", "[kernels]", *(f"{name} = {value:.6g}" for name, value in asdict(self.kernels).items())]
         return "\n".join(lines) + "\n"
 
@@ -224,51 +226,38 @@ def _from_mapping(raw: dict[str, Any], stem: str) -> Hardware:
         raise HardwareError(_unknown(unknown[0], "", known))
     base = find_hardware(raw["base"]) if "base" in raw else None
     if base is None:
-        missing = [
-            n for n in ("gpus_per_node", "memory_gib", "memory_bandwidth_gb_s", "peak_tflops", "intra") if n not in raw
-        ]
+        missing = [n for n in _NEEDED if n not in raw]
+        if not missing and isinstance(raw["intra"], dict) and "bandwidth_gb_s" not in raw["intra"]:
+            missing = ["bandwidth_gb_s"]
         if missing:
+            where = " of [intra]" if missing[0] == "bandwidth_gb_s" else ""
             raise HardwareError(
-                f"field {missing[0]!r} is missing; give it, or base = 'dgx-h100' to start from a preset."
+                f"field {missing[0]!r}{where} is missing; give it, or base = 'dgx-h100' to start from a preset."
             )
-        if isinstance(raw["intra"], dict) and "bandwidth_gb_s" not in raw["intra"]:
-            raise HardwareError(
-                "field 'bandwidth_gb_s' of [intra] is missing; give it, or base = 'dgx-h100' to start from a preset."
-            )
-        base = replace(PRESETS["dgx-h100"], name=stem, **_scalars(raw), **_peaks(raw))
-        intra = _link("intra", raw["intra"], base.intra)
-        base = replace(base, intra=intra, inter=_link("inter", raw["inter"], base.inter) if "inter" in raw else intra)
+    numbers = _numbers(raw)
+    if base is None:
+        base = replace(PRESETS["dgx-h100"], **numbers)
+        base = replace(base, inter=_link("intra", raw["intra"], base.intra)) if "inter" not in raw else base
     links: dict[str, Any] = {
         name: _link(name, raw[name], getattr(base, name)) for name in ("intra", "inter", "host") if name in raw
     }
-    changes: dict[str, Any] = {
-        "name": raw.get("name", stem),
-        "device": raw.get("device", base.device),
-        **_scalars(raw),
-        **_peaks(raw),
-        **links,
-    }
-    if "kernels" in raw:
-        changes["kernels"] = replace(
-            base.kernels, **_checked("kernels", raw["kernels"], {f.name for f in fields(Kernels)})
-        )
-    return replace(base, **changes)
+    kernels = _checked("kernels", raw.get("kernels", {}), {f.name for f in fields(Kernels)})
+    changes = numbers | links | {"kernels": replace(base.kernels, **kernels)}
+    return replace(base, name=raw.get("name", stem), device=raw.get("device", base.device), **changes)
 
 
-def _scalars(raw: dict[str, Any]) -> dict[str, Any]:
+def _numbers(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of Hardware that a file gives as numbers, in SI units."""
     scale = {"gpus_per_node": ("gpus_per_node", 1), "memory_gib": ("memory_bytes", GIB),
              "reserved_gib": ("reserved_bytes", GIB), "memory_bandwidth_gb_s": ("memory_bandwidth", 1e9)}  # fmt: skip
     for name in scale:
         if name in raw and not isinstance(raw[name], (int, float)):
             raise HardwareError(f"{name}={raw[name]!r} must be a number.")
-    return {target: raw[name] * factor for name, (target, factor) in scale.items() if name in raw}
-
-
-def _peaks(raw: dict[str, Any]) -> dict[str, Any]:
-    if "peak_tflops" not in raw:
-        return {}
-    peaks = _checked("peak_tflops", raw["peak_tflops"], {"fp8", "bf16", "fp32", "fp64"})
-    return {"peak_flops": {dtype: value * 1e12 for dtype, value in peaks.items()}}
+    found: dict[str, Any] = {target: raw[name] * factor for name, (target, factor) in scale.items() if name in raw}
+    if "peak_tflops" in raw:
+        peaks = _checked("peak_tflops", raw["peak_tflops"], {"fp8", "bf16", "fp32", "fp64"})
+        found["peak_flops"] = {dtype: value * 1e12 for dtype, value in peaks.items()}
+    return found
 
 
 def _link(table: str, raw: dict[str, Any], base: Link) -> Link:

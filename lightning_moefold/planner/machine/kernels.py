@@ -52,13 +52,8 @@ class Compute:
             longest: Number of keys in a kernel call, which decides the kernel's efficiency.
         """
         kernels = self.hardware.kernels
-        dtype = "bf16" if self.dtype == "fp8" else self.dtype
-        rate = (
-            self.hardware.peak(dtype)
-            * kernels.attention_efficiency
-            * longest
-            / (longest + kernels.attention_half_length)
-        )
+        peak = self.hardware.peak("bf16" if self.dtype == "fp8" else self.dtype)
+        rate = peak * kernels.attention_efficiency * longest / (longest + kernels.attention_half_length)
         product = 2 * queries * keys * dim / rate
         return 2 * product, 5 * product / kernels.attention_backward_ratio
 

@@ -109,11 +109,7 @@ class Links:
         if shape.size == 1 or sent_bytes <= 0:
             return 0.0
         reach = self.hardware.kernels.alltoall_efficiency
-        far = (
-            (shape.size - shape.local) / shape.size * sent_bytes / (self.hardware.inter.rate * reach)
-            if shape.crosses
-            else 0.0
-        )
+        far = (shape.size - shape.local) / shape.size * sent_bytes / (self.hardware.inter.rate * reach)
         near = (shape.local - 1) / shape.size * sent_bytes / (self.hardware.intra.rate * reach)
         return max(far, near) + self._hops(shape)
 

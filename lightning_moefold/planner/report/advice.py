@@ -11,10 +11,11 @@ from lightning_moefold.errors import PlanError
 from lightning_moefold.fold import Fold, divisors
 from lightning_moefold.planner.cost.cost import Estimate
 from lightning_moefold.planner.machine.hardware import PRESETS
-from lightning_moefold.planner.report.explain import describe
+from lightning_moefold.planner.report.explain import describe, gib
 from lightning_moefold.planner.search.job import SHARDINGS, Job
 from lightning_moefold.planner.search.robust import evaluate, search
-from lightning_moefold.planner.search.search import Result, Space
+from lightning_moefold.planner.search.search import Result
+from lightning_moefold.planner.search.space import Space
 
 _MOST_RANKS_TIMES = 64
 #: A hint is given if it gains more than this factor.
@@ -38,16 +39,14 @@ def why_not(result: Result, space: Space, fold: Fold | None = None) -> list[str]
         "No plan fits. The one that needs least memory" if fold is None else "This fold does not fit. Its smallest plan"
     )
     lines = [
-        f"{what}, {describe(smallest)}, needs {_gb(memory.total)} of the {_gb(limit)} that a rank of {job.hardware.name} can "
-        f"fill; most of it is {part} ({_gb(size)}).",
+        f"{what}, {describe(smallest)}, needs {gib(memory.total)} of the {gib(limit)} that a rank of {job.hardware.name} can "
+        f"fill; most of it is {part} ({gib(size)}).",
     ]
     if fold is not None:
         best = _best_that_fits(job, space)
         if best is not None:
-            return [
-                *lines,
-                f"Another fold fits: {describe(best)}, with {best.mfu:.1%} MFU and {_gb(best.memory.total)}.",
-            ]
+            another = f"Another fold fits: {describe(best)}, with {best.mfu:.1%} MFU and {gib(best.memory.total)}."
+            return [*lines, another]
         lines.append("No other fold fits either.")
     return lines + ([f"It would fit {way}." for way in _ways_out(job, space)] or ["Nothing tried here makes it fit."])
 
@@ -55,82 +54,53 @@ def why_not(result: Result, space: Space, fold: Fold | None = None) -> list[str]
 def _ways_out(job: Job, space: Space) -> list[str]:
     """Returns the single changes that make a plan fit, cheapest first."""
     ways = []
-    if "full" not in (space.shardings or (job.sharding,)) and _fits(job, replace(space, shardings=("full",))):
+    if "full" not in (space.shardings or (job.sharding,)) and _best_that_fits(job, replace(space, shardings=("full",))):
         ways.append("with --sharding full")
-    for option, changes in _narrower(job):
-        if _fits(replace(job, **changes), space):
+    for option, precision, masters in _narrower(job):
+        if _best_that_fits(job, space, precision=precision, master_weights=masters):
             ways.append(f"with {option}")
             break
-    if job.lora_rank is None and _fits(replace(job, lora_rank=16, master_weights=False), space):
+    if job.lora_rank is None and _best_that_fits(job, space, lora_rank=16, master_weights=False):
         ways.append("with --lora 16, which trains an adapter instead of the model")
-    if job.lora_rank is not None and job.quantize is None and _fits_quantized(job, space):
+    if job.lora_rank is not None and job.quantize is None and _best_that_fits(job, space, quantize="nf4"):
         ways.append("with --quantize nf4, which stores the frozen weights in 4 bits a number")
-    larger = next((n for n in _larger_batches(job) if _fits(replace(job, global_batch_size=n), space)), None)
-    if larger is not None:
+    larger = -(-job.global_batch_size // job.world_size) * job.world_size
+    if larger > job.global_batch_size and _best_that_fits(job, space, global_batch_size=larger):
         ways.append(f"with --global-batch-size {larger}, which more folds divide")
     shorter = job.sequence_length // 2
-    while shorter >= _SHORTEST and not _fits(replace(job, sequence_length=shorter), space):
+    while shorter >= _SHORTEST and not _best_that_fits(job, space, sequence_length=shorter):
         shorter //= 2
     if shorter >= _SHORTEST:
         ways.append(f"with --sequence-length {shorter}")
     for name, machine in PRESETS.items():
-        if machine.memory_bytes > job.hardware.memory_bytes and _fits(replace(job, hardware=machine), space):
-            ways.append(f"on {name} ({_gb(machine.memory_bytes)} a rank)")
+        if machine.memory_bytes > job.hardware.memory_bytes and _best_that_fits(job, space, hardware=machine):
+            ways.append(f"on {name} ({gib(machine.memory_bytes)} a rank)")
             break
     times = 2
-    while times <= _MOST_RANKS_TIMES and not _fits(replace(job, world_size=job.world_size * times), space):
+    while times <= _MOST_RANKS_TIMES and not _best_that_fits(job, space, world_size=job.world_size * times):
         times *= 2
     if times <= _MOST_RANKS_TIMES:
         ways.append(f"on {job.world_size * times} ranks")
     return ways
 
 
-def _fits_quantized(job: Job, space: Space) -> bool:
-    try:
-        quantized = replace(job, quantize="nf4")
-    except PlanError:  # a width is not a multiple of a block
-        return False
-    return _fits(quantized, space)
-
-
-def _narrower(job: Job) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the changes of precision that save memory, with their options."""
-    mixed: tuple[str, dict[str, Any]] = ("--precision bf16-mixed", {"precision": "bf16-mixed"})
-    masters = ("--precision bf16-true --master-weights", {"precision": "bf16-true", "master_weights": True})
-    true = (
-        "--precision bf16-true, in which most updates are lost",
-        {"precision": "bf16-true", "master_weights": False},
-    )
+def _narrower(job: Job) -> list[tuple[str, str, bool]]:
+    """Returns the options that save memory by precision, each with the precision and whether masters are kept."""
+    mixed = ("--precision bf16-mixed", "bf16-mixed", job.master_weights)
     if job.lora_rank is not None:  # an adapter stays in float32
-        narrow: tuple[str, dict[str, Any]] = (
-            "--precision bf16-true",
-            {"precision": "bf16-true", "master_weights": False},
-        )
-        of_adapters = {"32-true": [mixed, narrow], "bf16-mixed": [narrow]}
-        return of_adapters.get(job.precision, [])
-    known: dict[str, list[tuple[str, dict[str, Any]]]] = {
-        "32-true": [mixed, masters, true],
-        "bf16-mixed": [masters, true],
-    }
+        narrow = [("--precision bf16-true", "bf16-true", False)]
+        return {"32-true": [mixed, *narrow], "bf16-mixed": narrow}.get(job.precision, [])
+    masters = ("--precision bf16-true --master-weights", "bf16-true", True)
+    true = ("--precision bf16-true, in which most updates are lost", "bf16-true", False)
+    known = {"32-true": [mixed, masters, true], "bf16-mixed": [masters, true]}
     return known.get(job.precision, [true] if job.master_weights else [])
 
 
-def _larger_batches(job: Job) -> list[int]:
-    """Returns the next larger batch that the number of ranks divides, unless the job's batch is divisible already."""
-    return (
-        []
-        if job.global_batch_size % job.world_size == 0
-        else [-(-job.global_batch_size // job.world_size) * job.world_size]
-    )
-
-
-def _fits(job: Job, space: Space) -> bool:
-    return _best_that_fits(job, space) is not None
-
-
-def _best_that_fits(job: Job, space: Space) -> Estimate | None:
+def _best_that_fits(job: Job, space: Space, **changes: Any) -> Estimate | None:
+    """Returns the best plan of a changed job, or None if the job cannot be, or none of its plans fits."""
     try:
-        best = search(job, space, 1, [job.routing]).best
+        changed = replace(job, **changes)
+        best = search(changed, space, 1, [changed.routing]).best
     except PlanError:
         return None
     return best if best.fits else None
@@ -162,19 +132,13 @@ def hints(result: Result, space: Space, fold: Fold | None = None) -> list[str]:
             "(docs/training.md), or use bf16-mixed."
         )
     if broken := [name for name, e in best.under.items() if not e.fits]:
-        lines.append(
-            f"This plan does not fit if routing becomes {' or '.join(broken)}"
-            + (
-                "."
-                if fold
-                else ", and plans that would are much slower on average; --routing NAME ranks for such routing alone."
-            )
-        )
+        slower = ", and plans that would are much slower on average; --routing NAME ranks for such routing alone"
+        lines.append(f"This plan does not fit if routing becomes {' or '.join(broken)}{'' if fold else slower}.")
     if best.plan.offload != "none":
         ranks = min(job.world_size, job.hardware.gpus_per_node)
         lines.append(
             ("Without offloading no plan fits. " if space.offloads is None else "")
-            + f"Offloading takes {_gb(best.memory.host)} of host memory a rank, {_gb(best.memory.host * ranks)} a node if all "
+            + f"Offloading takes {gib(best.memory.host)} of host memory a rank, {gib(best.memory.host * ranks)} a node if all "
             "are as full as the fullest. Its time is computed from the link's bandwidth; it was not measured on GPUs."
         )
     elif space.offloads is None and best.plan.recompute != "none" and job.hardware.device != "cpu":
@@ -204,7 +168,3 @@ def _same_fold(result: Result, space: Space, fold: Fold) -> list[str]:
     if not other.fits or other.step_time * _WORTH_SAYING > best.step_time:
         return []
     return [f"The same fold is faster as {describe(other)}: {other.mfu:.1%} MFU instead of {best.mfu:.1%}."]
-
-
-def _gb(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"

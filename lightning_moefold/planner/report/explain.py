@@ -34,10 +34,16 @@ TITLES = {
     "mixtral-8x7b": "Mixtral-8x7B", "mixtral-8x22b": "Mixtral-8x22B", "qwen1.5-moe-a2.7b": "Qwen1.5-MoE-A2.7B",
     "qwen2-57b-a14b": "Qwen2-57B-A14B", "qwen3-30b-a3b": "Qwen3-30B-A3B", "qwen3-235b-a22b": "Qwen3-235B-A22B",
 }  # fmt: skip
+#: What a rank of a machine is called.
 _DEVICES = {
     "dgx-h100": "H100", "dgx-h200": "H200", "a100": "A100", "a100-40gb": "A100 40 GB", "a800": "A800", "h800": "H800",
     "b200": "B200", "cpu": "CPU",
 }  # fmt: skip
+#: Fields of a job that JSON holds as they are.
+_SHOWN_AS_GIVEN = (
+    "global_batch_size", "sequence_length", "precision", "master_weights", "lora_rank", "quantize", "capacity_factor",
+    "drop_scope", "pad_to_capacity", "dispatch_chunks",
+)  # fmt: skip
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -95,18 +101,9 @@ def result_json(result: Result, notes: list[str], seconds: float) -> dict[str, A
             "model": model_title(job),
             "world_size": job.world_size,
             "hardware": job.hardware.name,
-            "device": device_title(job.hardware.name),
+            "device": _DEVICES.get(job.hardware.name, job.hardware.name),
             "gemm_efficiency": job.hardware.kernels.gemm_efficiency,
-            "global_batch_size": job.global_batch_size,
-            "sequence_length": job.sequence_length,
-            "precision": job.precision,
-            "master_weights": job.master_weights,
-            "lora_rank": job.lora_rank,
-            "quantize": job.quantize,
-            "capacity_factor": job.capacity_factor,
-            "drop_scope": job.drop_scope,
-            "pad_to_capacity": job.pad_to_capacity,
-            "dispatch_chunks": job.dispatch_chunks,
+            **{name: getattr(job, name) for name in _SHOWN_AS_GIVEN},
             "routing": job.routing.name,
             "parameters": job.model.num_parameters(),
             "active_parameters": job.model.num_parameters(active=True),
@@ -134,11 +131,11 @@ def time_bar(estimate: Estimate, width: int = 24) -> str:
     return "".join(STYLES[kind][0] * count for kind, count in segments(estimate, width))
 
 
-def memory_bar(estimate: Estimate, width: int = 10) -> str:
+def memory_bar(estimate: Estimate) -> str:
     """Returns a bar that shows how full the fullest rank is."""
     share = estimate.memory.total / estimate.limit
-    filled = min(round(share * width), width)
-    return "#" * filled + "-" * (width - filled) + ("!" if share > 1 else "")
+    filled = min(round(share * 10), 10)
+    return "#" * filled + "-" * (10 - filled) + ("!" if share > 1 else "")
 
 
 def model_title(job: Job) -> str:
@@ -146,11 +143,6 @@ def model_title(job: Job) -> str:
     return (
         TITLES.get(job.name) or Path(job.name).name or f"{job.model.model_type} {job.model.num_parameters() / 1e9:.1f}B"
     )
-
-
-def device_title(hardware: str) -> str:
-    """Returns what a rank of a machine is called: ``"H100"`` for ``"dgx-h100"``."""
-    return _DEVICES.get(hardware, hardware)
 
 
 def header(job: Job) -> str:
@@ -199,13 +191,8 @@ def _settings(estimate: Estimate) -> str:
         parts.append(f"recompute {plan.recompute}")
     if plan.offload != "none":
         parts.append(f"offload {plan.offload.replace(',', ' and ')}")
-    return ", ".join(
-        [*parts, f"sharding {estimate.job.sharding}", *([plan.dispatcher] if _exchanges(estimate) else [])]
-    )
-
-
-def _exchanges(estimate: Estimate) -> bool:
-    return estimate.plan.fold.ep * estimate.plan.fold.etp > 1
+    parts.append(f"sharding {estimate.job.sharding}")
+    return ", ".join([*parts, plan.dispatcher] if plan.fold.ep * plan.fold.etp > 1 else parts)
 
 
 def _list(names: list[str]) -> str:
@@ -234,10 +221,9 @@ def _row(estimate: Estimate) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def table_text(estimates: list[Estimate], labels: list[str] | None = None) -> str:
+def table_text(estimates: list[Estimate]) -> str:
     """Returns the table as plain text, without colours."""
-    names = labels or [str(i + 1) for i in range(len(estimates))]
-    rows = [_columns(estimates)] + [(name, *_row(e)) for name, e in zip(names, estimates, strict=True)]
+    rows = [_columns(estimates)] + [(str(number), *_row(e)) for number, e in enumerate(estimates, start=1)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -289,7 +275,7 @@ def legend(result: Result | None = None) -> list[str]:
     ]
 
 
-def table_rich(estimates: list[Estimate], labels: list[str] | None = None) -> Any:
+def table_rich(estimates: list[Estimate]) -> Any:
     """Returns the table for a terminal, as a rich renderable.
 
     Raises:
@@ -304,9 +290,8 @@ def table_rich(estimates: list[Estimate], labels: list[str] | None = None) -> An
     times, memory = columns.index("where the time goes"), columns.index("memory of limit")
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if len(_BEFORE) <= i < times else "left", overflow="fold")
-    names = labels or [str(i + 1) for i in range(len(estimates))]
-    for label, estimate in zip(names, estimates, strict=True):
-        cells: list[Any] = [label, *_row(estimate)]
+    for number, estimate in enumerate(estimates, start=1):
+        cells: list[Any] = [str(number), *_row(estimate)]
         bar = Text()
         for kind, count in segments(estimate):
             bar.append(STYLES[kind][0] * count, style=f"black on {STYLES[kind][1]}")
@@ -314,6 +299,11 @@ def table_rich(estimates: list[Estimate], labels: list[str] | None = None) -> An
         cells[memory] = Text(cells[memory], style="" if estimate.fits else "bold red")
         table.add_row(*cells)
     return table
+
+
+def gib(size: float) -> str:
+    """Returns a number of bytes in GiB."""
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _seconds(value: float) -> str:

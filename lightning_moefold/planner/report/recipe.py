@@ -71,16 +71,17 @@ def yaml_recipe(estimate: Estimate) -> str:
         PlanError: If the plan does not fit, or the strategy does not run its precision.
     """
     _check(estimate)
-    job, sizes = estimate.job, estimate.plan.fold
+    job, strategy = estimate.job, strategy_arguments(estimate)
     lines = [
         f"# {estimate.plan}",
         f"# predicted for {job.world_size} ranks of {job.hardware.name}, {job.global_batch_size} rows of "
-        f"{job.sequence_length} tokens per step: {_prediction(estimate)}",
+        f"{job.sequence_length} tokens per step: {estimate.step_time:.3g} s, {estimate.mfu:.1%} MFU, "
+        f"{estimate.memory.total / 2**30:.1f} of {estimate.limit / 2**30:.1f} GiB",
         "trainer:",
         "  strategy:",
         "    class_path: lightning_moefold.MoEFoldStrategy",
-        "    init_args:" + " {}" * (not strategy_arguments(estimate)),
-        *(f"      {name}: {_yaml(value)}" for name, value in strategy_arguments(estimate).items()),
+        "    init_args:" + " {}" * (not strategy),
+        *(f"      {name}: {_yaml(value)}" for name, value in strategy.items()),
         *(f"  {name}: {_yaml(value)}" for name, value in trainer_arguments(estimate).items()),
         "model:",
         "  class_path: lightning_moefold.recipes.FineTuneModule",
@@ -96,7 +97,7 @@ def yaml_recipe(estimate: Estimate) -> str:
         "    files: [train.jsonl]",
         f"    tokenizer: {_checkpoint(estimate)}",
         f"    sequence_length: {job.sequence_length}",
-        f"    batch_size: {rows_per_batch(estimate) * sizes.dp}   # rows over all data ranks together",
+        f"    batch_size: {rows_per_batch(estimate) * estimate.plan.fold.dp}   # rows over all data ranks together",
     ]
     return "\n".join(lines) + "\n"
 
@@ -144,12 +145,9 @@ def lines_to_paste(estimate: Estimate) -> Iterator[str]:
     """Yields both recipes with headings; nothing for a plan that does not fit or cannot be run."""
     if refusal(estimate) is not None:
         return
-    yield "for moefold fit (moefold plan --write-config FILE.yaml writes it):"
-    yield ""
+    yield from ("for moefold fit (moefold plan --write-config FILE.yaml writes it):", "")
     yield from ("    " + line for line in yaml_recipe(estimate).splitlines())
-    yield ""
-    yield "in Python:"
-    yield ""
+    yield from ("", "in Python:", "")
     yield from ("    " + line for line in python_recipe(estimate).splitlines())
 
 
@@ -166,14 +164,6 @@ def _check(estimate: Estimate) -> None:
     reason = refusal(estimate)
     if reason is not None:
         raise PlanError(reason)
-
-
-def _prediction(estimate: Estimate) -> str:
-    gib = 2**30
-    return (
-        f"{estimate.step_time:.3g} s, {estimate.mfu:.1%} MFU, {estimate.memory.total / gib:.1f} of "
-        f"{estimate.limit / gib:.1f} GiB"
-    )
 
 
 def _checkpoint(estimate: Estimate) -> str:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import ceil
 
 from lightning_moefold.planner.cost.cost import CostModel, Estimate
 from lightning_moefold.planner.machine.links import axis_shape
-from lightning_moefold.planner.report.explain import describe, legend, time_bar
+from lightning_moefold.planner.report.explain import describe, gib, legend, time_bar
 from lightning_moefold.planner.search.job import Job
 
 _WHAT = {
@@ -43,17 +43,10 @@ def walk(job: Job, estimate: Estimate) -> Iterator[str]:
     )
     yield f"[{time_bar(estimate, 60)}]"
     yield from legend()
-    yield ""
-    yield from _groups(job, estimate)
-    yield ""
-    yield from _sizes(job, estimate, costs)
-    yield ""
-    yield from _times(job, estimate)
-    yield ""
-    yield from _memory(estimate)
-    if estimate.plan.offload != "none":
+    parts = [_groups(job, estimate), _sizes(job, estimate, costs), _times(estimate), _memory(estimate)]
+    for lines in [*parts, _offload(job, estimate, costs)] if estimate.plan.offload != "none" else parts:
         yield ""
-        yield from _offload(job, estimate, costs)
+        yield from lines
 
 
 def _groups(job: Job, estimate: Estimate) -> Iterator[str]:
@@ -101,8 +94,8 @@ def _sizes(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
                 f"  in {parts} parts of {local / parts:g} experts, {one * 1e3:.2f} ms each instead of {whole * 1e3:.2f} ms "
                 f"in one: the first way there and the last way back are seen, the others travel behind the products"
             )
-    yield f"  forward {moe.forward_total * 1e3:.2f} ms = " + _sum(dict(moe.forward))
-    yield f"  backward {moe.backward_total * 1e3:.2f} ms = " + _sum(dict(moe.backward))
+    yield f"  forward {moe.forward_total * 1e3:.2f} ms = " + _sum(moe.forward)
+    yield f"  backward {moe.backward_total * 1e3:.2f} ms = " + _sum(moe.backward)
 
 
 def _exchange(job: Job, estimate: Estimate, costs: CostModel, tokens: int) -> Iterator[str]:
@@ -135,20 +128,19 @@ def _exchange(job: Job, estimate: Estimate, costs: CostModel, tokens: int) -> It
     )
 
 
-def _sum(seconds: dict[str, float]) -> str:
+def _sum(seconds: Mapping[str, float]) -> str:
     parts = sorted(((v, k) for k, v in seconds.items() if v > 0), reverse=True)
     return " + ".join(f"{name} {value * 1e3:.2f}" for value, name in parts)
 
 
-def _times(job: Job, estimate: Estimate) -> Iterator[str]:
-    plan = estimate.plan
-    size = plan.micro_batch_size
+def _times(estimate: Estimate) -> Iterator[str]:
+    size = estimate.plan.micro_batch_size
     yield f"a step on the slowest pipeline rank: {estimate.microbatches} micro-batches of {size} sequences"
     for name, seconds in sorted(estimate.times.items(), key=lambda item: -item[1]):
         if seconds > 0:
             share = seconds / estimate.step_time
             yield f"  {seconds:9.4f} s {share:6.1%} {'=' * round(share * 40):41}{_WHAT[name]}"
-    flops = f"model FLOPs {job.model_flops:.3e}, causal attention counted at half the square"
+    flops = f"model FLOPs {estimate.job.model_flops:.3e}, causal attention counted at half the square"
     yield f"  {estimate.step_time:9.4f} s  sum;  {flops}"
 
 
@@ -164,28 +156,21 @@ def _offload(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
     """Yields what travels over the host link, and how much of the time is seen."""
     plan, link, memory = estimate.plan, job.hardware.host, estimate.memory
     yield (
-        f"offloaded over the host link ({link.rate / 1e9:.0f} GB/s each way): {_gib(memory.host)} of host memory for this rank, "
-        f"{_gib(memory.host * min(job.world_size, job.hardware.gpus_per_node))} on a node whose ranks are all as full"
+        f"offloaded over the host link ({link.rate / 1e9:.0f} GB/s each way): {gib(memory.host)} of host memory for this rank, "
+        f"{gib(memory.host * min(job.world_size, job.hardware.gpus_per_node))} on a node whose ranks are all as full"
     )
     if plan.offloads("activations"):
-        moe, dense = costs.memory.saved(plan)
+        moe, dense, _ = costs.memory.saved(plan)
         sparse = job.model.num_moe_layers
         for name, size, layers in (("MoE", moe, sparse), ("dense", dense, job.model.num_hidden_layers - sparse)):
             if layers:
                 way = costs.layers.links.to_host(size)
-                yield f"  activations of a {name} layer: {_mib(size)}, {way * 1e3:.2f} ms each way in every micro-batch"
+                mib = f"{size / 2**20:.1f} MiB"
+                yield f"  activations of a {name} layer: {mib}, {way * 1e3:.2f} ms each way in every micro-batch"
         yield "  those of two layers stay on the device; copies overlap with computation, but for the last layer's way back"
     if plan.offloads("state"):
         way = costs.layers.links.to_host(memory.host_state)
         yield (
-            f"  optimizer state: {_gib(memory.host_state)}, {way * 1e3:.0f} ms back before the optimizer step, which waits, and "
+            f"  optimizer state: {gib(memory.host_state)}, {way * 1e3:.0f} ms back before the optimizer step, which waits, and "
             f"{way * 1e3:.0f} ms to the host behind the next forward and backward pass"
         )
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:.1f} MiB"

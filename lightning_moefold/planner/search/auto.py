@@ -17,7 +17,8 @@ from lightning_moefold.planner.report.advice import why_not
 from lightning_moefold.planner.report.explain import plan_json
 from lightning_moefold.planner.search.job import Job
 from lightning_moefold.planner.search.robust import search
-from lightning_moefold.planner.search.search import Result, Space
+from lightning_moefold.planner.search.search import Result
+from lightning_moefold.planner.search.space import Space
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,12 @@ def choose(
     Raises:
         PlanError: If no plan fits; the message says what would help.
     """
-    results = _searches(job, space or Space(), rows_per_rank, profiles)
-    best_first = sorted(results, key=_merit)
-    best, job = best_first[0].best, best_first[0].job
+    space = space or Space()
+    results = _searches(job, space, rows_per_rank, profiles)
+    first = min(results, key=_merit)
+    best, job = first.best, first.job
     if not best.fits:
-        raise PlanError(" ".join(why_not(best_first[0], space or Space())))
+        raise PlanError(" ".join(why_not(first, space)))
     others = [(e, _speed(e)) for r in results for e in r.plans if e.fits and e.plan.fold != best.plan.fold]
     reason = (
         f'fold="auto" chose {best.plan}: {_seconds(best.step_time)} per step and {best.mfu:.1%} MFU predicted on '

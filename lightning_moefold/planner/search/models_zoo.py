@@ -4,67 +4,59 @@
 from __future__ import annotations
 
 import difflib
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lightning_moefold.checkpoint.hub import local_directory
 from lightning_moefold.errors import ConfigError
 from lightning_moefold.models.config import MoEConfig
 
-
-def _mixtral(**sizes: Any) -> MoEConfig:
-    common: dict[str, Any] = {
-        "model_type": "mixtral",
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 0,
-        "shared_expert_intermediate_size": 0,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "dtype": "bfloat16",
-    }
-    return MoEConfig(**common | sizes)
-
-
-def _qwen2(**sizes: Any) -> MoEConfig:
-    common: dict[str, Any] = {
-        "model_type": "qwen2_moe",
-        "vocab_size": 151936,
-        "head_dim": 128,
-        "norm_topk_prob": False,
-        "qkv_bias": True,
-        "rope_theta": 1e6,
-        "dtype": "bfloat16",
-    }
-    return MoEConfig(**common | sizes)
-
-
-def _qwen3(**sizes: Any) -> MoEConfig:
-    common: dict[str, Any] = {
-        "model_type": "qwen3_moe",
-        "vocab_size": 151936,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "shared_expert_intermediate_size": 0,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "qk_norm": True,
-        "rope_theta": 1e6,
-        "dtype": "bfloat16",
-    }
-    return MoEConfig(**common | sizes)
-
+_mixtral = partial(
+    MoEConfig,
+    model_type="mixtral",
+    vocab_size=32000,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=0,
+    shared_expert_intermediate_size=0,
+    num_experts=8,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    dtype="bfloat16",
+)
+_qwen2 = partial(
+    MoEConfig,
+    model_type="qwen2_moe",
+    vocab_size=151936,
+    head_dim=128,
+    norm_topk_prob=False,
+    qkv_bias=True,
+    rope_theta=1e6,
+    dtype="bfloat16",
+)
+_qwen3 = partial(
+    MoEConfig,
+    model_type="qwen3_moe",
+    vocab_size=151936,
+    num_key_value_heads=4,
+    head_dim=128,
+    shared_expert_intermediate_size=0,
+    num_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+    qk_norm=True,
+    rope_theta=1e6,
+    dtype="bfloat16",
+)
 
 MODELS: dict[str, MoEConfig] = {
     "mixtral-8x7b": _mixtral(
-        vocab_size=32000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, moe_intermediate_size=14336
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, moe_intermediate_size=14336
     ),
     "mixtral-8x22b": _mixtral(
-        vocab_size=32000, hidden_size=6144, num_hidden_layers=56, num_attention_heads=48, moe_intermediate_size=16384
+        hidden_size=6144, num_hidden_layers=56, num_attention_heads=48, moe_intermediate_size=16384
     ),
     "qwen1.5-moe-a2.7b": _qwen2(
         hidden_size=2048,

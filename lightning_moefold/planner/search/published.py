@@ -17,7 +17,8 @@ from lightning_moefold.planner.cost.cost import Estimate
 from lightning_moefold.planner.machine.hardware import PRESETS, Hardware
 from lightning_moefold.planner.search.job import Job
 from lightning_moefold.planner.search.models_zoo import MODELS
-from lightning_moefold.planner.search.search import Planner, Space, micro_batches
+from lightning_moefold.planner.search.search import Planner
+from lightning_moefold.planner.search.space import Space, micro_batches
 
 #: Bytes per logit: bf16 as the product returns it, fp32, and its gradient in fp32.
 _LOGIT_BYTES = 2 + 4 + 4

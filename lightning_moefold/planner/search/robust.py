@@ -11,7 +11,7 @@ If no plan fits, all is searched once more with activations, the optimizer's sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 
 from lightning_moefold.errors import PlanError
@@ -19,8 +19,9 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.planner.cost.cost import Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.routing import BALANCED, PROFILES, RoutingProfile
-from lightning_moefold.planner.search.job import OFFLOADS, Job
-from lightning_moefold.planner.search.search import Planner, Result, Space
+from lightning_moefold.planner.search.job import OFFLOADS, Job, Plan
+from lightning_moefold.planner.search.search import Planner, Result, by_speed
+from lightning_moefold.planner.search.space import Space
 
 #: Plans that are taken from the search under a profile other than the job's.
 _OF_OTHERS = 3
@@ -49,18 +50,16 @@ def search(
     Raises:
         PlanError: If no fold is legal for the batch.
     """
+    return _offloading_if_needed(lambda space: _search(job, space, keep, profiles), space)
+
+
+def _offloading_if_needed(find: Callable[[Space], Result], space: Space | None) -> Result:
+    """Tries offloading, too, if no plan fits, the user leaves it open, and the devices have memory of their own."""
     space = space or Space()
-    result = _search(job, space, keep, profiles)
-    return (
-        result
-        if not _may_offload(result, space)
-        else _search(job, replace(space, offloads=OFFLOADS[1:]), keep, profiles)
-    )
-
-
-def _may_offload(result: Result, space: Space) -> bool:
-    """Whether offloading could help: no plan fits, the user leaves it open, and the devices have memory of their own."""
-    return space.offloads is None and not result.best.fits and result.job.hardware.device != "cpu"
+    result = find(space)
+    if space.offloads is not None or result.best.fits or result.job.hardware.device == "cpu":
+        return result
+    return find(replace(space, offloads=OFFLOADS[1:]))
 
 
 def _search(job: Job, space: Space, keep: int, profiles: Iterable[RoutingProfile] | None) -> Result:
@@ -88,11 +87,12 @@ def _search(job: Job, space: Space, keep: int, profiles: Iterable[RoutingProfile
         found += kept.values()
         if kept:
             pool[name] = min(kept.values(), key=lambda e: e.step_time)
-    plain = min((e for p in own.values() if (e := p.plain())), key=_plain_first, default=None)
+    plain = min((e for p in own.values() if (e := p.plain())), key=by_speed, default=None)
     if not found:
         smallest = min((p.smallest() for p in own.values()), key=lambda e: e.memory.total)
         return Result(smallest.job, [smallest], plain, examined)
-    ranked = _best_of_each_fold(under_each(e, by_profile, job.routing.name) for e in found)[:keep]
+    everywhere = (under_each(e, by_profile, job.routing.name) for e in found)
+    ranked = _best_of_each(lambda plan: plan.fold, everywhere)[:keep]
     if plain is not None and plain.fits:
         plain = under_each(plain, by_profile, job.routing.name)
         if plain.plan.fold not in {e.plan.fold for e in ranked}:
@@ -110,13 +110,7 @@ def evaluate(
         FoldError: If the fold cannot cut the model.
         PlanError: If dp does not divide the batch.
     """
-    space = space or Space()
-    result = _evaluate(job, fold, space, profiles)
-    return (
-        result
-        if not _may_offload(result, space)
-        else _evaluate(job, fold, replace(space, offloads=OFFLOADS[1:]), profiles)
-    )
+    return _offloading_if_needed(lambda space: _evaluate(job, fold, space, profiles), space)
 
 
 def _evaluate(job: Job, fold: Fold, space: Space, profiles: Iterable[RoutingProfile] | None) -> Result:
@@ -130,10 +124,8 @@ def _evaluate(job: Job, fold: Fold, space: Space, profiles: Iterable[RoutingProf
             refusals.append(error)
     if not found:
         raise refusals[0]
-    sizes: dict[int, list[Estimate]] = {}
-    for estimate in (under_each(e, by_profile, job.routing.name) for e in found):
-        sizes.setdefault(estimate.plan.micro_batch_size, []).append(estimate)
-    ranked = sorted((min(plans, key=_first) for plans in sizes.values()), key=_first)
+    everywhere = (under_each(e, by_profile, job.routing.name) for e in found)
+    ranked = _best_of_each(lambda plan: plan.micro_batch_size, everywhere)
     return Result(job, ranked, None, len(found))
 
 
@@ -157,19 +149,16 @@ def _planners(job: Job, space: Space) -> _Planners:
     }
 
 
-def _best_of_each_fold(estimates: Iterable[Estimate]) -> list[Estimate]:
-    best: dict[Fold, Estimate] = {}
+def _best_of_each(kind: Callable[[Plan], Hashable], estimates: Iterable[Estimate]) -> list[Estimate]:
+    """Returns the best plan of each kind, the best first."""
+    best: dict[Hashable, Estimate] = {}
     for estimate in estimates:
-        fold = estimate.plan.fold
-        if fold not in best or _first(estimate) < _first(best[fold]):
-            best[fold] = estimate
+        mine = kind(estimate.plan)
+        if mine not in best or _first(estimate) < _first(best[mine]):
+            best[mine] = estimate
     return sorted(best.values(), key=_first)
 
 
 def _first(estimate: Estimate) -> tuple[bool, float]:
     """Sorting key: plans that fit first, by their score; then others, by memory."""
     return not estimate.fits, estimate.score if estimate.fits else estimate.memory.total
-
-
-def _plain_first(estimate: Estimate) -> tuple[bool, float]:
-    return not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total

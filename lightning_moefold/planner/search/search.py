@@ -12,89 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from math import gcd
 from typing import cast
 
 from lightning_moefold.errors import FoldError, PlanError
 from lightning_moefold.fold import Fold, FoldableConfig, divisors
 from lightning_moefold.models.blocks import check_blocks
-from lightning_moefold.modules.recompute_parts import parse_recompute
+from lightning_moefold.parallel.pipeline.plan import V_SHAPED
 from lightning_moefold.planner.cost.cost import CostModel, Estimate
 from lightning_moefold.planner.cost.layer import LayerCosts
 from lightning_moefold.planner.cost.schedules import legal, pipeline_layout
-from lightning_moefold.planner.search.job import (
-    DISPATCHERS,
-    OFFLOADS,
-    RECOMPUTES,
-    SCHEDULES,
-    SHARDINGS,
-    V_SHAPED,
-    Job,
-    Plan,
-)
-
-
-@dataclass(frozen=True)
-class Space:
-    """The settings from which the search may choose.
-
-    Args:
-        micro_batch_sizes: Sequences per micro-batch to try; None for the powers of two up to ``largest_micro_batch``.
-        schedules: Pipeline schedules to try.
-        recomputes: Recomputation settings to try, the fastest first; see :class:`Plan`.
-        dispatchers: Token dispatchers to try.
-        largest_micro_batch: Largest micro-batch size tried if ``micro_batch_sizes`` is None.
-        num_microbatches: Number of micro-batches per step of a pipeline; None for any.
-        accumulates: Whether batches may be accumulated if there is no pipeline; otherwise a rank computes its share at
-            once.
-        num_stages_per_rank: Number of stages per rank in interleaved schedules; None for any that divides the layers.
-        data_parallel_size: Required dp of the folds; None for any.
-        shardings: Data-parallel shardings to try; empty for that of the job.
-        offloads: What to keep in host memory, to try; None for nothing, or whatever makes a plan fit if none does
-            (:mod:`.robust`).
-    """
-
-    micro_batch_sizes: tuple[int, ...] | None = None
-    schedules: tuple[str, ...] = tuple(s for s in SCHEDULES if s != "gpipe")
-    recomputes: tuple[str, ...] = RECOMPUTES
-    dispatchers: tuple[str, ...] = ("alltoall",)
-    largest_micro_batch: int = 16
-    num_microbatches: int | None = None
-    accumulates: bool = True
-    num_stages_per_rank: int | None = None
-    data_parallel_size: int | None = None
-    shardings: tuple[str, ...] = ()
-    offloads: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name, values, known in (
-            ("schedule", self.schedules, SCHEDULES), ("dispatcher", self.dispatchers, DISPATCHERS),
-            ("sharding", self.shardings, SHARDINGS), ("offload", self.offloads or (), OFFLOADS),
-        ):  # fmt: skip
-            for value in values:
-                if value not in known:
-                    raise PlanError(f"{name}={value!r} is not known; use one of {', '.join(known)}.")
-        for recompute in self.recomputes:
-            parse_recompute(recompute)
-
-
-def _powers_of_two(largest: int) -> tuple[int, ...]:
-    return tuple(2**i for i in range(largest.bit_length()) if 2**i <= largest)
-
-
-def micro_batches(job: Job, space: Space, fold: Fold) -> list[int]:
-    """Returns the micro-batch sizes to try under ``fold``.
-
-    If neither sizes nor their number is given, they are the powers of two that divide a rank's share of the batch.
-    """
-    share = job.global_batch_size // fold.dp
-    if fold.pp == 1 and not space.accumulates:
-        return [share] if share >= (space.num_microbatches or 1) else []
-    if fold.pp > 1 and space.num_microbatches is not None:
-        return [] if share % space.num_microbatches else [share // space.num_microbatches]
-    sizes = space.micro_batch_sizes or _powers_of_two(space.largest_micro_batch)
-    return [size for size in sizes if share % size == 0]
+from lightning_moefold.planner.search.job import OFFLOADS, Job, Plan
+from lightning_moefold.planner.search.space import Space, legal_folds, micro_batches
 
 
 @dataclass(frozen=True)
@@ -119,31 +48,6 @@ class Result:
     def best(self) -> Estimate:
         """The best plan."""
         return self.plans[0]
-
-
-def legal_folds(job: Job, space: Space | None = None) -> Iterator[Fold]:
-    """Yields every fold of ``Fold.enumerate`` whose data-parallel size divides the batch, in order of pp.
-
-    It applies the same rules as lists of divisors, because enumerating first and refusing later takes seconds for
-    16,384 ranks.
-    """
-    model, world, only = job.model, job.world_size, space.data_parallel_size if space else None
-    dense, expert = gcd(0, *model.dense_widths.values()), gcd(0, *model.expert_widths.values())
-    for pp in divisors(world):
-        if pp > model.num_hidden_layers:
-            break
-        stage = world // pp
-        sizes = divisors(stage)
-        tps = [n for n in sizes if n <= model.num_attention_heads and dense % n == 0]
-        attention = [
-            (tp, cp) for tp in tps for cp in divisors(stage // tp)
-            if job.global_batch_size % (stage // (tp * cp)) == 0 and tp * cp <= job.sequence_length
-            and only in (None, stage // (tp * cp))
-        ]  # fmt: skip
-        eps = [n for n in sizes if model.num_experts % n == 0]
-        moe = [(ep, etp) for ep in eps for etp in sizes if stage % (ep * etp) == 0 and expert % etp == 0]
-        for (tp, cp), (ep, etp) in product(attention, moe):
-            yield Fold(world, tp, cp, pp, ep, etp)
 
 
 class Planner:
@@ -220,7 +124,7 @@ class Planner:
         found = [e for size in sizes if (e := self.best(fold, size)[0]) is not None]
         if not found:
             raise PlanError(f"no schedule of {', '.join(self.space.schedules)} runs fold {fold} with this batch.")
-        return sorted(found, key=_rank)
+        return sorted(found, key=by_speed)
 
     def best(
         self, fold: Fold, micro_batch: int, slowest: float = float("inf"), only_fitting: bool = False
@@ -256,7 +160,7 @@ class Planner:
                     break
                 found = self._first_that_fits(ladder, only_fitting)
                 settled &= found is not None and found.fits and found.plan.recompute == self.space.recomputes[0]
-                if found is not None and (best is None or _rank(found) < _rank(best)):
+                if found is not None and (best is None or by_speed(found) < by_speed(best)):
                     best = found
             if settled:
                 return best, best is not None and dispatcher == fastest
@@ -291,9 +195,7 @@ class Planner:
         plain = self.plain()
         if plain is not None and plain.fits:
             kept.setdefault(plain.plan.fold, plain)
-        if kept:
-            return Result(self.job, sorted(kept.values(), key=_rank), plain, examined)
-        return Result(self.job, [self.smallest()], plain, examined)
+        return Result(self.job, sorted(kept.values(), key=by_speed) or [self.smallest()], plain, examined)
 
     def collect(
         self,
@@ -376,7 +278,7 @@ class Planner:
                 found.append(self.evaluate(Fold(job.world_size, expert_parallel_size=ep))[0])
             except (FoldError, PlanError):
                 continue
-        return min(found, key=_rank, default=None)
+        return min(found, key=by_speed, default=None)
 
     def smallest(self) -> Estimate:
         """Returns the plan that needs the least memory, if none fits; folds are tried in order of their weights and states.
@@ -402,6 +304,6 @@ class Planner:
         return best
 
 
-def _rank(estimate: Estimate) -> tuple[bool, float]:
+def by_speed(estimate: Estimate) -> tuple[bool, float]:
     """Sorting key: plans that fit first, by speed; then others, by memory."""
-    return (not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total)
+    return not estimate.fits, estimate.step_time if estimate.fits else estimate.memory.total

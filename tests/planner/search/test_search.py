@@ -11,7 +11,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.planner import MODELS, PRESETS, Job, PlanError, Planner, Space, find_routing
 from lightning_moefold.planner.report.advice import hints, why_not
 from lightning_moefold.planner.search.robust import evaluate, search
-from lightning_moefold.planner.search.search import legal_folds
+from lightning_moefold.planner.search.space import legal_folds
 from tests.quick import quick
 
 
