@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,8 +18,6 @@ from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.strategy import MoEFoldStrategy
-
-T = TypeVar("T")
 
 
 class LogSchedule:
@@ -70,14 +67,6 @@ def fold_strategy(trainer: pl.Trainer) -> MoEFoldStrategy:
     """Returns the strategy of a Trainer that is known to have a MoEFoldStrategy."""
     assert isinstance(trainer.strategy, MoEFoldStrategy)
     return trainer.strategy
-
-
-def everyones(mine: T, axis: Axis) -> list[T]:
-    """Gathers an object from every rank of an axis, in their order. Collective."""
-    told = [mine] * axis.size
-    if axis.size > 1:
-        dist.all_gather_object(told, mine, group=axis.group)
-    return told
 
 
 def world_axis(trainer: pl.Trainer) -> Axis:

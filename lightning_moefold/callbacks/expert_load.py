@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_moefold import comm
-from lightning_moefold.callbacks.common import everyones, save_arrays, world_axis
+from lightning_moefold.callbacks.common import save_arrays, world_axis
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.modules import MoELayer
@@ -48,7 +48,7 @@ def find_rows(root: pl.LightningModule, world: Axis) -> list[LoadRow]:
     models = [m for m in root.modules() if isinstance(m, MoECausalLM)]
     numbers = {id(layer): i for model in models for i, layer in model.moe_layers().items()}
     mine = [(name, layer.num_experts, numbers.get(id(layer))) for name, layer in here.items()]
-    everyone = everyones(mine, world)
+    everyone = comm.all_gather_objects(mine, world)
     layers = mine if all(theirs == mine for theirs in everyone) else sorted(set().union(*everyone), key=_natural)
     known = [number for _, _, number in layers if number is not None]
     numbers_L = known if len(models) == 1 and len(known) == len(layers) else range(len(layers))

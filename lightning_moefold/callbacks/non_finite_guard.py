@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_moefold.callbacks.common import everyones, fold_strategy
+from lightning_moefold import comm
+from lightning_moefold.callbacks.common import fold_strategy
 from lightning_moefold.callbacks.loss_spikes import LossSpike, SpikeDetector, describe_rows
 from lightning_moefold.diagnostics.first_bad import Place, bad_tensors, family_of, layer_of
 from lightning_moefold.errors import InputError, NonFiniteError
@@ -203,7 +204,7 @@ class NonFiniteGuard(pl.Callback):
         """Returns the first bad number: a weight, else what the search finds, else a gradient. Collective."""
         strategy, step = fold_strategy(trainer), trainer.global_step + 1
         weights = bad_tensors(strategy.registry.named_parameters())
-        told = everyones((weights[:1], gradients[-1:]), strategy.mesh.world)
+        told = comm.all_gather_objects((weights[:1], gradients[-1:]), strategy.mesh.world)
         if (first := _first([names for names, _ in told], "weight")) is not None:
             return _event(step, "weight", *first)
         if replay.searches:
@@ -232,7 +233,7 @@ class NonFiniteGuard(pl.Callback):
             for parameter, values in optimizer.state.items():
                 state = ((key, value) for key, value in values.items() if hasattr(value, "isfinite"))
                 bad += [f"{key} of {names.get(id(parameter), '?')}" for key in bad_tensors(state)]
-        first = _first(everyones(bad[:1], strategy.mesh.world), "weight")
+        first = _first(comm.all_gather_objects(bad[:1], strategy.mesh.world), "weight")
         if first is not None:
             raise NonFiniteError(
                 f"the checkpoint of step {trainer.global_step} is not written, because {first[0]} is not finite on rank "

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_moefold import comm
 from lightning_moefold.agreement import PRIME, fingerprint
-from lightning_moefold.callbacks.common import LogSchedule, everyones, fold_strategy
+from lightning_moefold.callbacks.common import LogSchedule, fold_strategy
 from lightning_moefold.diagnostics.first_bad import Place, family_of, layer_of
 from lightning_moefold.errors import InputError, ReplicaError
 from lightning_moefold.parallel import local_part
@@ -113,7 +113,7 @@ class Replicas:
     def _refuse(self, step: int, different: set[int], hashes_WP: np.ndarray) -> None:
         rank = self._world.index
         mine = {int(self._keys_WP[rank, i]): name for i, (name, _) in enumerate(self._mine)}
-        told = everyones({key: mine[key] for key in different & mine.keys()}, self._world)
+        told = comm.all_gather_objects({key: mine[key] for key in different & mine.keys()}, self._world)
         names = {key: name for part in told for key, name in part.items()}
         key = min(names, key=lambda key: (Place("weight", names[key]).key(staged=True), names[key]))
         hashes = {r: int(hashes_WP[r, i]) for r, i in zip(*np.nonzero(self._keys_WP == key), strict=True)}

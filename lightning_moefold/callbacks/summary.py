@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_moefold.callbacks.common import everyones
+from lightning_moefold import comm
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import Family, ParameterLayout, ParameterPlan
 from lightning_moefold.mesh import Axis
@@ -181,7 +181,7 @@ def summarize_model(module: nn.Module, fold: Fold, pp: Axis | None = None) -> Mo
         pp: The ranks that hold the other stages of the model; None counts the parameters that are here.
     """
     entries = _entries(module)
-    parts = [entries] if pp is None else everyones(entries, pp)
+    parts = [entries] if pp is None else comm.all_gather_objects(entries, pp)
     whole = {name: entry for part in parts for name, entry in part.items()}  # two stages hold a tied embedding
     kinds: dict[str, Size] = defaultdict(Size)
     families: dict[str, Size] = defaultdict(Size)

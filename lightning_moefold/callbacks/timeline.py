@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_moefold.callbacks.common import everyones, log_file
+from lightning_moefold import comm
+from lightning_moefold.callbacks.common import log_file
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import FoldedMesh
@@ -103,7 +104,7 @@ class TimelineRecorder:
         self.runner.watch, self.recording = nullcontext, False
         pp = self._mesh.axis("pp")
         mine = [(op, self._seconds(start), self._seconds(end)) for op, start, end in self._passes]
-        everyone = everyones(mine, pp)
+        everyone = comm.all_gather_objects(mine, pp)
         first = min((start for passes in everyone for _, start, _ in passes), default=0.0)
         events = [
             Event(rank, op, start - first, end - first)

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_moefold.callbacks.common import everyones
+from lightning_moefold import comm
 from lightning_moefold.callbacks.freezing import Savings
 from lightning_moefold.mesh import Axis
 from lightning_moefold.models import MoECausalLM
@@ -144,7 +144,7 @@ class WorkModel:
         """Exchanges which parameters are frozen on other pipeline stages. Collective if the model has stages."""
         if self._model is None or self._model.pipeline is None:
             return
-        found = everyones(self._frozen_here(), world)
+        found = comm.all_gather_objects(self._frozen_here(), world)
         self._shared, self._elsewhere = found[world.index], frozenset().union(*found)
 
     @property

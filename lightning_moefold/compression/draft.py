@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_moefold import comm
 from lightning_moefold.mesh import Axis
 
 
@@ -61,10 +62,7 @@ class Draft:
 
     def save(self, done: int, found: Sequence[np.ndarray], hidden: Sequence[Tensor]) -> None:
         """Saves, if the last save is long enough ago on the first rank. Collective."""
-        due = [time.monotonic() - self._saved >= self.every]
-        if self.world.size > 1:
-            dist.broadcast_object_list(due, src=self.world.ranks[0], group=self.world.group)
-        if not due[0]:
+        if not comm.broadcast_object(time.monotonic() - self._saved >= self.every, self.world):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file({str(i): x.contiguous() for i, x in enumerate(hidden)}, self._hidden(done))

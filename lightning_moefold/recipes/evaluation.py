@@ -24,7 +24,7 @@ from lm_eval.models.utils import (
 )
 from torch import Tensor
 
-from lightning_moefold.callbacks.common import everyones
+from lightning_moefold import comm
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoECausalLM
@@ -171,7 +171,7 @@ class FoldLM(TemplateLM):
                 mine = self._mine(batch)
                 for number, text in zip(mine, self._say([encoded[n] for n in mine], new, sampled, until), strict=True):
                     texts[number] = text
-        everyone = everyones(texts, SINGLE if self.model.mesh is None else self.model.mesh.world)
+        everyone = comm.all_gather_objects(texts, SINGLE if self.model.mesh is None else self.model.mesh.world)
         said = {number: text for found in everyone for number, text in found.items()}
         return [said[number] for number in range(len(requests))]
 
