@@ -204,6 +204,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         self._own: ReplicatedModules | None = None
         self._predicting: Predicting | None = None
         self._even: EvenBatches | None = None
+        self._epoch_begins = True
         self._watched: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     # ---- what Lightning asks -----------------------------------------------------------------------------------
@@ -337,6 +338,7 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def on_train_start(self) -> None:
         self._check_hooks()  # hooks may have been registered since the set-up
+        self._epoch_begins = True
         requeue_together(self._module.trainer)
         self._stop_quietly()
         self._data_order.begin(self._module.trainer, self.dp_size)
@@ -345,10 +347,11 @@ class MoEFoldStrategy(SharedCheckpoints):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
-            self._check_hooks()  # the user's hooks before the epoch and this batch come after on_train_start
         if self._even is not None:
             self._even.train()
+        if self._epoch_begins or batch_idx == 0:  # hooks of the user's that come before this one may register some
+            self._check_hooks()
+            self._epoch_begins = False
         if self._step_ahead is not None:
             self._step_ahead.begin(batch)
 

@@ -128,25 +128,5 @@ def check_successor(previous: Placement, placement: Placement) -> None:
         )
 
 
-def least_loaded(
-    proposed: Placement, offered: Sequence[Placement], load_NE: NDArray[np.int64], current: Placement
-) -> Placement:
-    """Returns the placement whose busiest part had the fewest rows in all past intervals; ``proposed`` if that ties.
-
-    Args:
-        proposed: By a policy.
-        offered: Others.
-        load_NE: Rows of each expert in past intervals.
-        current: The placement now, which slots follow.
-
-    Raises:
-        InputError: If ``proposed`` cannot follow.
-    """
-    check_successor(current, proposed)
-    load_E = load_NE.sum(0)
-    best = min((proposed, *offered), key=lambda placement: float(placement.part_load(load_E).max()))
-    return best if best is proposed else best.renumbered(current)
-
-
 def _shown(values: Sequence[int], most: int = 12) -> str:
     return f"({', '.join(map(str, values[:most]))}{', ...' if len(values) > most else ''})"

@@ -80,7 +80,9 @@ class PlacementPool:
 
     def save(self, path: str | Path) -> None:
         """Writes a JSON file: ``parts``, and for each layer and placement the part of each expert."""
-        Path(path).write_text(self._text())
+        draft = Path(path).with_name(f"{Path(path).name}.tmp")
+        draft.write_text(self._text())
+        draft.replace(path)
 
     def _text(self) -> str:
         layers = [[placement.part_of_expert for placement in layer] for layer in self.layers]
@@ -97,7 +99,7 @@ class PlacementPool:
             content = json.loads(Path(path).read_text())
             parts = int(content["parts"])
             layers = [[_placement(part_E, parts) for part_E in layer] for layer in content["layers"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(
                 f"{path} is no pool of placements ({error}); write one with moefold balance TRACE --write-pool FILE."
             ) from error

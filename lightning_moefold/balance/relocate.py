@@ -59,18 +59,22 @@ def relocated(
     if not eager and not judge.could_gain():
         return current
     load_E = predicted(load_NE)
-    candidates = [*candidates_for(load_E, here_E, costs, parts), *(np.asarray(p.part_of_expert) for p in offered)]
-    best = max(range(len(candidates)), key=lambda i: judge.latest_gain(candidates[i]))
-    if not judge.latest_gain(candidates[best]):
-        return current
+    made = candidates_for(load_E, here_E, costs, parts)
+    known = [np.asarray(placement.part_of_expert) for placement in offered]
     if eager:
-        return placed(candidates[best], current)
-    if not judge.is_clear(candidates[best]):
-        return current
-    earlier = [*candidates_for(predicted(load_NE[:-1]), here_E, costs, parts), *candidates[len(_LEVELS) + 1 :]]
-    older_E = earlier[best]
-    part_E = judge.with_fewer_moves(candidates[best], load_E)
-    return placed(part_E, current) if judge.latest_gain(older_E) and judge.pays(part_E) else current
+        best_E = max(made + known, key=judge.latest_gain)
+        return placed(best_E, current) if judge.latest_gain(best_E) else current
+    worth = []
+    best = max(range(len(made)), key=lambda i: judge.latest_gain(made[i]))
+    if judge.latest_gain(made[best]) and judge.is_clear(made[best]):
+        older_E = _candidate(predicted(load_NE[:-1]), here_E, costs, parts, best)
+        part_E = judge.with_fewer_moves(made[best], load_E)
+        worth += [part_E] if judge.latest_gain(older_E) and judge.pays(part_E) else []
+    for known_E in known:
+        if judge.latest_gain(known_E) and judge.is_clear(known_E):
+            part_E = judge.with_fewer_moves(known_E, load_E)
+            worth += [part_E] if judge.pays(part_E) else []
+    return placed(max(worth, key=judge.worth), current) if worth else current
 
 
 class _Judge:
@@ -130,7 +134,7 @@ class _Judge:
 
         An expert goes home again in exchange for the one there whose load is nearest to its own.
         """
-        best_E, best, tries = part_E, self._worth(part_E), 0
+        best_E, best, tries = part_E, self.worth(part_E), 0
         for expert in np.argsort(load_E, kind="stable").tolist():
             home, away = int(self.here_E[expert]), int(best_E[expert])
             guests = [e for e in np.flatnonzero(best_E == home).tolist() if self.here_E[e] != home]
@@ -140,12 +144,12 @@ class _Judge:
             tried_E = best_E.copy()
             tried_E[expert], tried_E[guest] = home, away
             tries += 1
-            worth = self._worth(tried_E)
+            worth = self.worth(tried_E)
             if worth >= best:
                 best_E, best = tried_E, worth
         return best_E
 
-    def _worth(self, part_E: Counts) -> int:
+    def worth(self, part_E: Counts) -> int:
         """Picoseconds that a placement would have saved within the horizon, moves paid, by the latest interval."""
         last = len(self.load_NE) - 1
         gain = self._score(last, self.here_E) - self._score(last, part_E)
@@ -154,10 +158,14 @@ class _Judge:
 
 def candidates_for(load_E: Counts, here_E: Counts, costs: BalanceCosts, parts: int) -> list[Counts]:
     """A placement for each level above the mean, and last the greedy packing, which relies on no copy."""
+    return [_candidate(load_E, here_E, costs, parts, number) for number in range(len(_LEVELS) + 1)]
+
+
+def _candidate(load_E: Counts, here_E: Counts, costs: BalanceCosts, parts: int, number: int) -> Counts:
+    if number == len(_LEVELS):
+        return greedy_parts(load_E, here_E, parts)
     total = int(load_E.sum())
-    levels = [-(-total // parts) + total * sixty_fourths // (64 * parts) for sixty_fourths in _LEVELS]
-    found = [settled(load_E, here_E, costs, parts, level) for level in levels]
-    return [*found, greedy_parts(load_E, here_E, parts)]
+    return settled(load_E, here_E, costs, parts, -(-total // parts) + total * _LEVELS[number] // (64 * parts))
 
 
 def least_score(rows_E: Counts, parts: int, costs: BalanceCosts) -> int:

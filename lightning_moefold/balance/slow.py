@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moefold.balance.costs import MARGIN, BalanceCosts
-from lightning_moefold.balance.placement import Placement, least_loaded
+from lightning_moefold.balance.placement import Placement
 from lightning_moefold.balance.policies import make_policy
 from lightning_moefold.balance.policies.joint import Joint
+from lightning_moefold.balance.worth import best_that_pays, worth_of
 from lightning_moefold.errors import InputError
 
 #: ``(load_NE, current, costs) -> placement``: rows of a pass in past intervals, where experts are, and constants that all ranks
@@ -169,16 +170,11 @@ class SlowLoop:
         uneven = _imbalance(load_NE[-1], current)
         if placement == current:
             return _Proposal(name, current, uneven, uneven)
-        now, then = (
-            [int(p.part_load(load_E).max()) for load_E in (load_NE.sum(0), load_NE[-1])] for p in (current, placement)
-        )
-        gain = (now[0] - then[0]) * costs.row_ps * costs.passes // len(load_NE)
-        cost = costs.move_ps(current.part_of_expert, placement.part_of_expert, current.parts)
-        better = self._weighs_itself or (then[0] < now[0] and then[1] < now[1])
-        clear = (now[0] - then[0]) * 1_000_000 > costs.margin_ppm * now[0] and gain * costs.horizon > cost
-        worth = better and (self._weighs_itself or not costs.margin_ppm or clear)
-        moved = placement.moved(current)
-        return _Proposal(name, placement, uneven, _imbalance(load_NE[-1], placement), moved, gain, cost, better, worth)
+        worth = worth_of(placement, load_NE, current, costs)
+        return _Proposal(
+            name, placement, uneven, _imbalance(load_NE[-1], placement), placement.moved(current), worth.gain_ps,
+            worth.cost_ps, self._weighs_itself or worth.better, self._weighs_itself or worth.pays,
+        )  # fmt: skip
 
     def _place(
         self, load_NE: NDArray[np.int64], current: Placement, costs: BalanceCosts, offered: Sequence[Placement]
@@ -186,7 +182,7 @@ class SlowLoop:
         if self._made is not None:
             return self._made.choose(load_NE, current, costs, offered)
         assert callable(self._policy)
-        return least_loaded(self._policy(load_NE, current, costs), offered, load_NE, current)
+        return best_that_pays(self._policy(load_NE, current, costs), offered, load_NE, current, costs)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ class ExpertRebalancer(pl.Callback):
         self._begin_interval(trainer)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         step, before = trainer.global_step, self._seen_step
         self._seen_step = step
         if step > before and self._loop.is_due(step):

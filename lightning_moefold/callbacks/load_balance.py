@@ -81,7 +81,7 @@ class LoadBalanceMonitor(pl.Callback):
             rank_zero_warn("LoadBalanceMonitor found no MoELayer in the module and has nothing to log.")
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         assert self._reader is not None
         if not (self._schedule.step_ended(trainer) and self._reader.rows and self._schedule.is_due(trainer)):
             return

@@ -138,7 +138,7 @@ class MFUMonitor(pl.Callback):
             )
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if self._stopwatch is not None:
             self._skip_saves(trainer)
             self._stopwatch.resume()

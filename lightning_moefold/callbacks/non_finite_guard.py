@@ -131,7 +131,7 @@ class NonFiniteGuard(pl.Callback):
         self._replay.begin(batch, batch_idx)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if self._replay is not None and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._replay.end()
 
@@ -222,7 +222,7 @@ class NonFiniteGuard(pl.Callback):
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     @override
-    def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         strategy = fold_strategy(trainer)
         if strategy._registry is None or self._trainer is None:
             return

@@ -67,7 +67,7 @@ class ReplicaGuard(pl.Callback):
         self._replicas = Replicas(strategy.registry, strategy.root_device)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if self._schedule.step_ended(trainer) and self._schedule.is_due(trainer) and self._replicas is not None:
             self._replicas.check(trainer.global_step)
 

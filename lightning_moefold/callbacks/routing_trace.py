@@ -113,7 +113,7 @@ class RoutingTraceRecorder(pl.Callback):
         self._count()
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         self._count()
         if not self._schedule.step_ended(trainer):
             return

@@ -86,7 +86,7 @@ class SaveOnInterrupt(pl.Callback):
     # ---- batches -----------------------------------------------------------------------------------------------
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         told = None if self._batch is None else self._batch.ended(self.signal)
         if told is None:
             return

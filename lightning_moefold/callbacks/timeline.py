@@ -63,12 +63,12 @@ class PipelineTimeline(pl.Callback):
         self._recorder = TimelineRecorder(models[0].pipeline.runner)
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if self._recorder is not None and self.timeline is None and trainer.global_step == self.step - 1:
             self._recorder.start()
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         if self._recorder is None or not self._recorder.recording:
             return
         self.timeline = self._recorder.finish()

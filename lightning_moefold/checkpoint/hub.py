@@ -41,7 +41,7 @@ def local_directory(
             local_path,
         )  # imported here, because the planner does without torch
 
-        path = local_path(path, "the model's directory")
+        path = local_path(path, f"the {part}'s directory")
     match = _NAME.match(str(path))
     if match is None or isinstance(path, Path) or Path(path).exists():
         if revision is not None:

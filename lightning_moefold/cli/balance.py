@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lightning_moefold.balance.costs import BalanceCosts
@@ -69,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     trace, hardware = read(arguments), find_hardware(arguments.hardware)
     costs = _costs(arguments, trace, hardware)
     pool = PlacementPool.load(arguments.pool) if arguments.pool else None
+    if arguments.write_pool:
+        Path(arguments.write_pool).parent.mkdir(parents=True, exist_ok=True)  # fails before anything is computed
     policies = _policies(arguments.policies, arguments.max_copies_per_rank)
     replays = {name: replay(trace, policy, costs, arguments.ep, pool=pool) for name, policy in policies.items()}
     notes = []

@@ -40,6 +40,10 @@ TRAINER_COMMANDS: dict[str, str] = {
     "predict": "write the loss of every document",
 }
 
+#: Arguments that are local files or directories though they are read as text; and those that are no options.
+LOCAL_FILES = ("output", "plot", "pool", "write_pool", "timeline", "trace")
+POSITIONAL = ("trace", "runs")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs ``moefold``; returns the exit status."""
@@ -69,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("data", help="show what a run will be trained on (moefold data preview --help)")
     arguments = parser.parse_args(given)
     try:
-        check_paths(arguments)
+        check_paths(arguments, given)
         status: int = module.run(arguments)
     except BrokenPipeError:
         return 1
@@ -79,19 +83,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def check_paths(arguments: argparse.Namespace) -> None:
+def check_paths(arguments: argparse.Namespace, given: Sequence[str]) -> None:
     """Refuses addresses in a store for arguments that are local files, before anything is computed for them.
 
+    Args:
+        arguments: What was read; a Path there has lost a slash, and would be a folder named ``s3:`` here.
+        given: What it was read from.
+
     Raises:
-        InputError: Naming the argument. Its Path has lost a slash, and would be a folder named ``s3:`` here.
+        InputError: Naming the argument.
     """
-    for name, value in vars(arguments).items():
-        scheme = value.parts[0] if isinstance(value, Path) and value.parts else ""
-        if scheme.endswith(":") and len(scheme) > 2:  # a drive of Windows has one letter
-            raise InputError(
-                f"--{name.replace('_', '-')} {scheme}//{'/'.join(value.parts[1:])} is an address, and files of moefold "
-                f"{arguments.command} are local; give a plain path."
-            )
+    addresses = {str(Path(text)): text for text in (one.rpartition("=")[2] for one in given) if "://" in text}
+    for name, value in vars(arguments).items() if addresses else ():
+        for one in value if isinstance(value, list) else [value]:
+            # A checkpoint, model or tokenizer that is given as text says itself where it may lie.
+            if (isinstance(one, Path) or name in LOCAL_FILES) and str(Path(str(one))) in addresses:
+                option = "" if name in POSITIONAL else f"--{name.replace('_', '-')} "
+                raise InputError(
+                    f"{option}{addresses[str(Path(str(one)))]} is an address, and files of moefold {arguments.command} are "
+                    "local; give a plain path."
+                )
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs ``moefold prune-experts``."""
     expert_score(arguments.score)
-    check_output(arguments.output, local_directory(arguments.checkpoint))
     count = number_to_keep(MoEConfig.from_pretrained(arguments.checkpoint), arguments.keep)
+    check_output(arguments.output, local_directory(arguments.checkpoint))
     work = partial(score_experts, arguments.checkpoint, calibration_of(arguments), score=arguments.score)
     scores, writes = run_calibrated(work, arguments)
     if not writes:

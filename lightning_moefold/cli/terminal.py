@@ -80,13 +80,13 @@ class ProgressLines(ProgressBar):
         """Turns the display off; Lightning calls it on all ranks except the first."""
         self.enabled = False
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Shows the loss in training."""
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every == 0 and trainer.global_step > self.shown:
             self._show(trainer, "train/loss")
 
-    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Shows the loss in validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._show(trainer, "val/loss")

@@ -170,7 +170,7 @@ class TokenDispatcher(ABC):
 
         Where there are any, the last parcel is that of this rank's copies.
         """
-        return parcels[0].plan.experts
+        return getattr(parcels[0].plan, "experts", None)
 
     @abstractmethod
     def token_dispatch(self, parcel: Parcel) -> Parcel:

@@ -101,7 +101,8 @@ class SharedCheckpoints(FoldedRanks):
             self._sweep(root)  # where Lightning saves before a job is requeued
         for callback in trainer.checkpoint_callbacks:
             directory = getattr(callback, "dirpath", None)
-            if directory is None:
+            saves = getattr(callback, "save_top_k", True) or getattr(callback, "save_last", None)
+            if directory is None or not saves:
                 continue
             place = stores.parse_path(directory)
             if isinstance(place, str):

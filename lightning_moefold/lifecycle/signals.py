@@ -99,7 +99,7 @@ class RequeueTogether(Callback):
         """Notes the signal."""
         self._told = int(signum)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """Saves and requeues once, if a rank was told to."""
         if self._handler is not None and (number := self._batch.ended(self._told)) is not None:
             handler, self._handler = self._handler, None

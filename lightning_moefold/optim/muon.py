@@ -168,6 +168,7 @@ class Muon(Optimizer):
         assert parameter.grad is not None
         pieces = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         piece, grad, mean, square = ([local_part(tensor)] for tensor in pieces)
+        grad[0] = grad[0].to(mean[0].dtype)  # which a checkpoint of another precision has kept
         adamw(
             piece, grad, mean, square, [], [state["step"]], foreach=False, amsgrad=False, beta1=beta1, beta2=beta2,
             lr=group["lr"] * group["adamw_ratio"], weight_decay=group["weight_decay"], eps=group["adamw_eps"],

@@ -105,6 +105,21 @@ def test_the_loop_and_a_replay_ask_for_it() -> None:
     assert replay(trace, policy, COSTS, 2, pool=pool).imbalance < replay(trace, policy, COSTS, 2).imbalance
 
 
+def test_a_dear_placement_hides_no_cheap_one() -> None:
+    """The pool's is better by a little and moves more; the policy's move is made, with the pool as without it."""
+    load_NE = np.array([[400, 400, 110, 100, 100, 90, 90, 90]])
+    here, dear = {"layer": Placement.contiguous(8, 2)}, Placement((0, 2, 5, 6, 1, 3, 4, 7), 2)
+    swapped = Placement((0, 4, 2, 3, 1, 5, 6, 7), 2)
+    costs = BalanceCosts(**{**vars(COSTS), "near_move_ps": 700_000})
+    found = []
+    for pool in ({}, {"layer": (dear,)}):
+        loop = SlowLoop(lambda load_NE, current, costs: swapped, 1)
+        loop.offer(pool)
+        found.append(loop.decide(1, {"layer": load_NE[0]}, here, costs, 4).placements)
+    assert busiest(dear, load_NE) < busiest(swapped, load_NE) < busiest(here["layer"], load_NE)
+    assert found[0] == found[1] == {"layer": swapped}
+
+
 def test_the_command_writes_and_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "pool.json")
     arguments = ["balance", "hot_rank", "--ep", "8", "--policies", "contiguous"]

@@ -58,17 +58,20 @@ def test_a_metric_that_was_never_logged_is_the_users():
 @pytest.mark.parametrize(
     ("command", "option"),
     [
-        (["camera", "analyze", "--checkpoint", "m", "--data", "a.txt", "--output", "memory://a/e.npz"], "--output memory://a"),
-        (["camera", "analyze", "--checkpoint", "m", "--data", "a.txt", "--output", "e.npz", "--plot", "s3://a/e.png"], "--plot s3://a"),
-        (["camera", "prune", "--checkpoint", "m", "--energies", "file:///e.npz", "--ratio", "0.2", "--output", "o"], "--energies file://e"),
+        (["camera", "analyze", "--checkpoint", "m", "--data", "a.txt", "--output", "memory://a/e.npz"], "--output memory://a/e.npz"),
+        (["camera", "analyze", "--checkpoint", "m", "--data", "a.txt", "--output", "e.npz", "--plot", "s3://a/e.png"], "--plot s3://a/e.png"),
+        (["camera", "prune", "--checkpoint", "m", "--energies", "file:///e.npz", "--ratio", "0.2", "--output", "o"], "--energies file:///e.npz"),
+        (["balance", "balanced", "--ep", "4", "--plot", "s3://b/pics"], "--plot s3://b/pics"),
+        (["balance", "balanced", "--ep", "4", "--write-pool=s3://b/pool.json"], "--write-pool s3://b/pool.json"),
+        (["balance", "s3://b/trace.npz", "--ep", "4"], "s3://b/trace.npz"),
+        (["plot", "here", "s3://b/run"], "s3://b/run"),
     ],
 )  # fmt: skip
 def test_files_of_a_command_are_local(command, option, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert f"moefold camera: {option}" in said
-    assert "is an address" in said
+    assert f"moefold {command[0]}: {option} is an address" in said
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

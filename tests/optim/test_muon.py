@@ -37,6 +37,21 @@ def test_bits_of_torch(shape: tuple[int, int], nesterov: bool) -> None:
     assert not torch.equal(ours, start)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_state_of_another_precision_goes_on(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """A checkpoint keeps the dtypes of the run that wrote it."""
+    weight = nn.Parameter(torch.full((6,), 0.01, dtype=dtypes[0]))
+    optimizer = Muon([("norm.weight", weight)], lr=1.0)
+    for dtype in dtypes:
+        weight.grad = torch.full_like(weight, 0.5)
+        optimizer.step()
+        state = optimizer.state[weight]
+        state |= {key: state[key].to(dtype) for key in ("exp_avg", "exp_avg_sq")}
+    weight.grad = torch.full_like(weight, 0.5)
+    optimizer.step()
+    assert bool((weight < 0.0095).all())
+
+
 #: Data ranks that cut matrices, and experts of one rank; tp and etp beside them; heads that tp does not divide; stages.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("tp2 | ep2 etp2", {"shape": "12 experts", "family": "qwen2_moe"}),

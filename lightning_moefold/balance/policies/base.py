@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from lightning_moefold.balance.assignment import Counts, at_home, shared_out
 from lightning_moefold.balance.costs import BalanceCosts
-from lightning_moefold.balance.placement import Placement, least_loaded
+from lightning_moefold.balance.placement import Placement
+from lightning_moefold.balance.worth import best_that_pays
 
 
 class CopiesFrom(Enum):
@@ -66,8 +67,8 @@ class Policy:
     def choose(
         self, load_NE: Counts, current: Placement, costs: BalanceCosts, offered: Sequence[Placement] = ()
     ) -> Placement:
-        """:meth:`place`, or a placement that a pool offers and that has less to do on its busiest rank (:mod:`..pool`)."""
-        return least_loaded(self.place(load_NE, current, costs), offered, load_NE, current)
+        """:meth:`place`, or a placement that a pool offers (:mod:`..pool`), if its moves pay and gain more."""
+        return best_that_pays(self.place(load_NE, current, costs), offered, load_NE, current, costs)
 
     def replicas(self, load_NE: Counts, held_RE: Counts, owner_E: Counts, costs: BalanceCosts) -> Counts:
         """Rows that each rank is to compute of the loads' sum, ``[R, E]``: where copies are.

@@ -18,6 +18,7 @@ size, G = cp ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ class ContextLayout:
         """Returns the positions of each rank, ``[G, L]``."""
         return torch.stack([self.positions(device, rank) for rank in range(self.cp.size)])
 
+    @cached_property
+    def held_on_host(self) -> Tensor:
+        """:meth:`held` in host memory, made once for all layers."""
+        return self.held(torch.device("cpu"))
+
     def order(self, device: torch.device | None = None) -> Tensor:
         """Returns the index of each position of the row in the concatenation of all ranks, ``[S]``."""
         return torch.argsort(self.held(device).flatten())
@@ -85,7 +91,7 @@ def find_runs_of(q_BHLd: Tensor, layout: ContextLayout, visibility: Visibility) 
     """Returns the runs that one fused kernel computes (:mod:`.varlen`); None if blocks must, or need no mask."""
     if visibility.is_causal or not takes_runs(q_BHLd):
         return None
-    return visibility.runs(q_BHLd.shape[0], layout.held(torch.device("cpu")), layout.cp.index, q_BHLd.device)
+    return visibility.runs(q_BHLd.shape[0], layout.held_on_host, layout.cp.index, q_BHLd.device)
 
 
 def choose_exchange(layout: ContextLayout, q: Tensor, k: Tensor) -> Exchange:
