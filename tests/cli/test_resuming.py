@@ -14,7 +14,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_moefold.cli.resuming import agreed_last_checkpoint, endings, last_checkpoint, remove_empty_start
 from lightning_moefold.errors import CheckpointError
@@ -115,14 +114,11 @@ def test_a_fit_says_why_it_ended() -> None:
     (None, "resuming after step 12, fold tp2 | ep1: last.ckpt"),  # a single file of Lightning's, which names no fold
 ])  # fmt: skip
 def test_a_resumed_run_says_where_it_goes_on(capsys: pytest.CaptureFixture[str], before: str | None, told: str) -> None:
-    strategy: Any = SimpleNamespace(
-        lightning_module=SimpleNamespace(trainer=SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))),
-        _mesh=SimpleNamespace(fold="tp2 | ep1"), resumed_step=None,
-    )  # fmt: skip
+    strategy: Any = SimpleNamespace(_fitting=True, _mesh=SimpleNamespace(fold="tp2 | ep1"), resumed_step=None)
     SharedCheckpoints._say_resumed(strategy, "last.ckpt", {"global_step": 12, "fold": before})
     assert capsys.readouterr().out.strip() == told
     assert strategy.resumed_step == 12
-    strategy.lightning_module.trainer.state.fn = TrainerFn.VALIDATING
+    strategy._fitting = False
     SharedCheckpoints._say_resumed(strategy, "last.ckpt", {"global_step": 12})
     assert not capsys.readouterr().out
 
