@@ -14,7 +14,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.strategy import MoEFoldStrategy
 from lightning_moefold.testing import PoolEnvironment
 from lightning_moefold.testing.pieces import owned_pieces
-from lightning_moefold.testing.verification import RankRecord, _Module, _Steps, train_on_rank
+from lightning_moefold.testing.verification import RankRecord, _Module, train_on_rank
 
 OVERRIDES = {"output_router_logits": True}
 
@@ -35,7 +35,7 @@ def train_in_two_runs(path: str, folds: tuple[str, str], batches: Any, folder: s
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
         )  # fmt: skip
         place = Fold.parse(fold, world).coordinates(dist.get_rank())
-        data = DataLoader(_Steps([batches[step][place["dp"]]]), batch_size=None)  # an epoch of one batch
+        data = DataLoader([batches[step][place["dp"]]], batch_size=None)  # an epoch of one batch
         trainer.fit(module, data, ckpt_path=str(Path(folder) / "first.ckpt") if step else None)
         if not step:
             trainer.save_checkpoint(Path(folder) / "first.ckpt")
