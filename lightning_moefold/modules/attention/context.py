@@ -164,6 +164,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: ContextLayout, visibility: Visibility, exchange: Exchange,
         runs: Runs | None,
     ) -> Tensor:  # fmt: skip
+        """Computes the output ``[B, H, L, d]``, one group of heads after the other."""
         ctx.layout, ctx.visibility, ctx.exchange, ctx.runs = layout, visibility, exchange, runs
         part, groups = _forward if runs is None else _forward_of_runs, _head_groups(q, k, layout)
         if len(groups) == 1:  # nothing is copied
@@ -178,6 +179,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Computes the gradients of queries, keys and values from what forward has kept; keys travel again."""
         q, k, v, out, lse = ctx.saved_tensors
         part, groups = _backward if ctx.runs is None else _backward_of_runs, _head_groups(q, k, ctx.layout)
         if len(groups) == 1:
