@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader
 from training import Finetune
 
 from lightning_moefold import MoEFoldStrategy
+from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.placement import Placement
 from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.checkpoint.chunk_reader import StoredTensors
@@ -143,7 +144,8 @@ def read_again(path: Path, world: Axis, done: Synchronized[int]) -> NoReturn:
     """Loads this rank's part of a checkpoint without a pause."""
     while True:
         wanted = {n: piece(torch.zeros(SHAPE), world.index, world.size) for n in state(1)}
-        StoredTensors(path, load_meta(path)).fill(wanted)
+        with agreeing(world):
+            StoredTensors(path, load_meta(path)).fill(wanted)
         if world.index == 0:
             done.value += 1
 
