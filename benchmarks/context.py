@@ -25,8 +25,9 @@ from measuring import machine, resident_peak
 
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules.attention.blockwise import Visibility
-from lightning_moefold.modules.attention.context import ContextLayout, context_attention
+from lightning_moefold.modules.attention.context import context_attention
 from lightning_moefold.modules.attention.exchanges import Exchange
+from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.testing import RankPool
 
 

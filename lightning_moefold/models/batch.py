@@ -24,8 +24,8 @@ from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.masks import IGNORED, find_targets, read_mask, shift, shortest_window
-from lightning_moefold.modules.attention.context import ContextLayout
 from lightning_moefold.modules.attention.exchanges import Exchange, padded_length
+from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.attention.rotary import rotary_tables
 from lightning_moefold.modules.sequence import SequenceBatch
 

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from lightning_moefold import comm
 from lightning_moefold.mesh import SINGLE, Axis
 from lightning_moefold.modules.attention.blockwise import Visibility
-from lightning_moefold.modules.attention.context import ContextLayout
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
+from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.dropped import also_dropped
 from lightning_moefold.modules.lora import Places
 from lightning_moefold.modules.offload import OffloadedLayer

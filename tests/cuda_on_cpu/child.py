@@ -26,7 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules.attention import blockwise
 from lightning_moefold.modules.attention.blockwise import Visibility
-from lightning_moefold.modules.attention.context import ContextLayout, context_attention
+from lightning_moefold.modules.attention.context import context_attention
+from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.attention.varlen import Runs
 from tests.cuda_on_cpu import models, products
 

@@ -28,7 +28,7 @@ from lightning_moefold import MoECausalLM, MoEFoldStrategy, comm
 from lightning_moefold.async_comm import Handle
 from lightning_moefold.cli.terminal import quiet
 from lightning_moefold.mesh import Axis
-from lightning_moefold.modules.attention import context
+from lightning_moefold.modules.attention import head_groups
 from lightning_moefold.parallel.pipeline.stage import Stage
 
 #: The optimizer step in which it happens.
@@ -62,7 +62,7 @@ class Case:
 FSDP_GATHER = (dist, comm.ALL_GATHER)
 CASES = {
     "tp": Case("tp2", (comm, "all_gather_raw"), "tp"),
-    "cp": Case("cp2", (context, "_Rotation"), "cp"),
+    "cp": Case("cp2", (head_groups, "_Rotation"), "cp"),
     "ep": Case("| ep2", (Handle, "start"), "ep"),
     "etp": Case("| etp2", (comm, "all_gather_uneven"), "etp"),
     "pp": Case("pp2", (Stage, "forward")),

@@ -17,7 +17,8 @@ from lightning_moefold.kernels.float32 import exact_linear
 from lightning_moefold.mesh import Axis
 from lightning_moefold.modules import Attention, RMSNorm
 from lightning_moefold.modules.attention.blockwise import Span, Visibility
-from lightning_moefold.modules.attention.context import ContextLayout, context_attention
+from lightning_moefold.modules.attention.context import context_attention
+from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.sequence import SequenceBatch
 from tests.kernels.triton_checks import (  # noqa: F401
     test_gated,

@@ -9,6 +9,9 @@ Exchange = Literal["auto", "ring", "all_gather", "all_to_all"]
 EXCHANGES = ("auto", "ring", "all_gather", "all_to_all")
 #: Up to this size of gathered keys and values, one all-gather is better than a ring's many messages.
 SMALL_BYTES = 32 * 1024 * 1024
+#: Bytes of a rank's keys and values in one message: large enough for a link's bandwidth, and small compared with what attention
+#: keeps of a long row.
+MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 def padded_length(length: int, cp: int) -> int:
@@ -33,3 +36,18 @@ def exchange_for(cp: int, heads: int, kv_heads: int, row_bytes: int) -> Exchange
     if heads % cp == 0 and kv_heads % cp == 0 and heads + kv_heads < cp * kv_heads:
         return "all_to_all"
     return "all_gather" if row_bytes <= SMALL_BYTES else "ring"
+
+
+def heads_of_message(kv_heads: int, head_bytes: int) -> int:
+    """Returns how many key/value heads travel together: as many as fit into ``MESSAGE_BYTES``, but at least one.
+
+    Args:
+        kv_heads: Number of key/value heads of a tp rank.
+        head_bytes: Bytes of the keys and values of one head at a cp rank's positions.
+    """
+    return max(1, min(kv_heads, MESSAGE_BYTES // max(head_bytes, 1)))
+
+
+def has_kernel_for_runs(head_size: int, bytes_of_number: int) -> bool:
+    """Returns whether CUDA's kernel for runs (:mod:`.varlen`) takes such heads: 16-bit, of at most 256 numbers, 8 at a time."""
+    return bytes_of_number == 2 and head_size % 8 == 0 and head_size <= 256

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_moefold.modules.attention.exchanges import has_kernel_for_runs
+
 _ATEN = torch.ops.aten
-_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class Runs(NamedTuple):
@@ -103,9 +104,9 @@ def _runs(q_N1: Tensor, k_N1: Tensor, window: int | None, key_K: Tensor | None, 
 
 
 def takes_runs(q_BHLd: Tensor) -> bool:
-    """Whether the kernel takes these queries: 16-bit, on CUDA, head size at most 256."""
+    """Whether the kernel takes these queries: of any row, on CUDA, see :func:`~.exchanges.has_kernel_for_runs`."""
     q = q_BHLd
-    return q.is_cuda and q.dtype in _DTYPES and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 and q.shape[0] > 0
+    return q.is_cuda and q.shape[0] > 0 and has_kernel_for_runs(q.shape[-1], q.element_size())
 
 
 def runs_forward(q_MHd: Tensor, k_KVd: Tensor, v_KVd: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,8 @@ from torch import Tensor
 from lightning_moefold import comm
 from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import Axis
-from lightning_moefold.modules.attention.context import ContextLayout
 from lightning_moefold.modules.attention.exchanges import Exchange, padded_length
+from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.base import ParallelRoot
 
 

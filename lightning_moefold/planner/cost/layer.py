@@ -10,12 +10,18 @@ two ends of the model. A block depends on few sizes, so thousands of folds share
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil
 
-from lightning_moefold.modules.attention.exchanges import exchange_for, padded_length
+from lightning_moefold.modules.attention.exchanges import (
+    exchange_for,
+    has_kernel_for_runs,
+    heads_of_message,
+    padded_length,
+)
 from lightning_moefold.modules.recompute_parts import LAYER
 from lightning_moefold.planner.cost.exchange import ExchangeCosts
 from lightning_moefold.planner.machine.kernels import Compute
@@ -107,9 +113,8 @@ class LayerCosts(ExchangeCosts):
         #: Products in backward for one in forward, and those of them that make gradients of weights.
         self._backward, self._weights = (2, 1) if job.lora_rank is None else (1, 0)
         windows = [min(w or job.sequence_length, job.sequence_length) for w in self.model.sliding_windows]
-        length = job.sequence_length
-        self.mean_keys = sum(w * (1 - (w - 1) / (2 * length)) for w in windows) / len(windows)
-        self.mean_window = sum(windows) / len(windows)
+        #: Number of keys that a query sees at most, and the share of layers of which that is true.
+        self._windows = {w: number / len(windows) for w, number in Counter(windows).items()}
 
     def tokens(self, micro_batch: int, cp: int) -> int:
         """Returns N, including the padding of lengths that are not a multiple of 2 cp."""
@@ -124,9 +129,7 @@ class LayerCosts(ExchangeCosts):
         q = ceil(model.num_attention_heads / tp) * model.head_dim
         kv = self.local_kv_heads(tp) * model.head_dim
         gemm = self.compute.gemm(n, q + 2 * kv, d) + self.compute.gemm(n, d, q)
-        exchange = self.context_exchange(tp, cp, micro_batch)
-        longest = self.mean_window / cp if exchange == "ring" else self.mean_window
-        core, core_backward = self.compute.attention(n, self.mean_keys, q, longest)
+        core, core_backward, meet, meet_backward = self._core(n, q, kv, tp, cp, micro_batch)
         elementwise = self.compute.stream(b * (5 * n / tp * d + 2 * n * (q + kv)))
         tp_comm = self.links.reduce(self.shape(tp, 1), n * d * b)
         forward = {"gemm": gemm, "attention": core, "elementwise": elementwise, "tp": tp_comm}
@@ -142,9 +145,7 @@ class LayerCosts(ExchangeCosts):
         }
         self._add_casts(forward, backward, n, d + q, q + 2 * kv + d)
         if cp > 1:
-            forward["cp"], backward["cp"] = self._meet(
-                exchange, self.shape(cp, tp), n * q * b, 2 * n * kv * b, core, core_backward
-            )
+            forward["cp"], backward["cp"] = meet, meet_backward
         norm = self._norm(n / tp) + self.links.gather(self.shape(tp, 1), n * d * b)
         made = self._weights * gemm + adapter
         return self._with_launches("attention", forward, backward, made, {"attention norm": norm})
@@ -166,16 +167,56 @@ class LayerCosts(ExchangeCosts):
         gemm = self.compute.gemm
         return 3 * gemm(n, r, d) + gemm(n, q, r) + 2 * gemm(n, kv, r) + gemm(n, r, q) + gemm(n, d, r)
 
-    def context_exchange(self, tp: int, cp: int, micro_batch: int) -> str:
-        """Returns the exchange that ``context_parallel_exchange="auto"`` chooses (:func:`~.attention.context.exchange_for`)."""
+    def _core(self, n: int, q: int, kv: int, tp: int, cp: int, micro_batch: int) -> tuple[float, float, float, float]:
+        """Returns mean seconds of a layer: of attention to keys, forward and backward, and of the exchanges over cp that it awaits.
+
+        Args:
+            n: Number of query tokens.
+            q: Number of query heads times head size on this rank.
+            kv: Number of key/value heads times head size on this rank.
+            tp: Tensor parallel size.
+            cp: Context parallel size.
+            micro_batch: Number of rows.
+        """
+        length, b, seconds = self.job.sequence_length, self.job.activation_bytes, [0.0] * 4
+        pair, heads = 2 * n * kv * b, self.local_kv_heads(tp)
+        groups = ceil(heads / heads_of_message(heads, pair // heads))
+        for window, share in self._windows.items():
+            exchange = self.context_exchange(tp, cp, micro_batch, hidden=window < length)
+            keys = window * (1 - (window - 1) / (2 * length))
+            core = self.compute.attention(n, keys, q, window / cp if exchange == "ring" else window)
+            meet = self._meet(exchange, self.shape(cp, tp), n * q * b, pair, groups, *core) if cp > 1 else (0.0, 0.0)
+            seconds = [total + share * value for total, value in zip(seconds, (*core, *meet), strict=True)]
+        return seconds[0], seconds[1], seconds[2], seconds[3]
+
+    def context_exchange(self, tp: int, cp: int, micro_batch: int, *, hidden: bool = False) -> str:
+        """Returns the exchange that ``context_parallel_exchange="auto"`` chooses (:func:`~.attention.context.exchange_for`).
+
+        Args:
+            tp: Tensor parallel size.
+            cp: Context parallel size.
+            micro_batch: Number of rows.
+            hidden: Whether a window hides keys, so that CUDA's kernel takes gathered keys where others go around a ring.
+        """
         if cp == 1:
             return "none"
-        heads, kv = ceil(self.model.num_attention_heads / tp), self.local_kv_heads(tp)
-        row = 2 * self.tokens(micro_batch, cp) * cp * kv * self.model.head_dim * self.job.activation_bytes
-        return exchange_for(cp, heads, kv, row)
+        heads, kv, size = ceil(self.model.num_attention_heads / tp), self.local_kv_heads(tp), self.model.head_dim
+        row = 2 * self.tokens(micro_batch, cp) * cp * kv * size * self.job.activation_bytes
+        exchange = exchange_for(cp, heads, kv, row)
+        one_kernel = (
+            hidden and self.job.hardware.device == "cuda" and has_kernel_for_runs(size, self.job.activation_bytes)
+        )
+        return "all_gather" if exchange == "ring" and one_kernel else exchange
 
     def _meet(
-        self, exchange: str, group: GroupShape, queries: float, pair: float, core: float, core_backward: float
+        self,
+        exchange: str,
+        group: GroupShape,
+        queries: float,
+        pair: float,
+        groups: int,
+        core: float,
+        core_backward: float,
     ) -> tuple[float, float]:
         """Returns the exposed seconds, forward and backward, of the exchange of a row's queries and keys over cp.
 
@@ -184,19 +225,22 @@ class LayerCosts(ExchangeCosts):
             group: The cp group.
             queries: Bytes of a rank's queries.
             pair: Bytes of a rank's keys and values.
-            core: Seconds of attention forward, which overlaps with a ring's messages.
+            groups: Number of groups of heads that travel one after the other.
+            core: Seconds of attention forward, which overlaps with a ring's messages and with gathered keys of other heads.
             core_backward: Seconds of attention backward.
         """
-        if (
-            exchange == "all_to_all"
-        ):  # sends queries, keys and values, returns the output; backward sends gradients back
+        wide = max(4 / self.job.activation_bytes, 1)  # gradients of keys and values travel in fp32
+        if exchange == "all_to_all":
+            # Sends queries, keys and values, returns the output; backward sends gradients back.
             seconds = self.links.exchange(group, queries + pair) + self.links.exchange(group, queries)
             return seconds, seconds
-        if exchange == "all_gather":  # backward gathers again and reduce-scatters gradients in fp32
-            gather = self.links.gather(group, group.size * pair)
-            return gather, gather + self.links.scatter(group, group.size * pair * max(4 / self.job.activation_bytes, 1))
-        # In backward, gradients of k and v travel with them, in fp32.
-        both = pair * (1 + max(4 / self.job.activation_bytes, 1))
+        if exchange == "all_gather":  # backward gathers again and reduce-scatters gradients
+            # What travels for one group of heads overlaps with another group's attention.
+            gather = self.links.gather(group, group.size * pair / groups)
+            back = gather + self.links.scatter(group, group.size * pair * wide / groups)
+            there = gather + (groups - 1) * self.links.hidden(gather, core / groups)
+            return there, back + (groups - 1) * self.links.hidden(back, core_backward / groups)
+        both = pair * (1 + wide)  # gradients travel with keys and values
         steps = ((self.links.neighbour(group, sent), time) for sent, time in ((pair, core), (both, core_backward)))
         # Each of cp - 1 messages overlaps with the attention of one step.
         there, back = ((group.size - 1) * self.links.hidden(one, time / group.size) for one, time in steps)

@@ -21,8 +21,7 @@ from collections.abc import Iterator
 from lightning_moefold.fold import Fold
 from lightning_moefold.layout import even_split
 from lightning_moefold.models import MoEConfig
-from lightning_moefold.modules.attention.context import MESSAGE_BYTES
-from lightning_moefold.modules.attention.exchanges import exchange_for
+from lightning_moefold.modules.attention.exchanges import exchange_for, heads_of_message
 from lightning_moefold.modules.recompute_parts import LAYER, recompute_parts
 from lightning_moefold.testing.rehearsal.messages import Expected, Message
 from lightning_moefold.testing.rehearsal.scale import Step
@@ -88,5 +87,5 @@ def _local_heads(config: MoEConfig, tp: int, index: int) -> tuple[int, int]:
 
 def _groups(kv_heads: int, bytes_of_a_head: int) -> Counter[int]:
     """Returns how many groups of heads there are of each size."""
-    some = max(1, min(kv_heads, MESSAGE_BYTES // bytes_of_a_head))
+    some = heads_of_message(kv_heads, bytes_of_a_head)
     return Counter(min(some, kv_heads - start) for start in range(0, kv_heads, some))

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moefold.async_comm import Handle
 from lightning_moefold.mesh import SINGLE, Axis
-from lightning_moefold.modules.attention import blockwise, context, exchanges
+from lightning_moefold.modules.attention import blockwise, exchanges, head_groups
 from lightning_moefold.modules.attention.blockwise import Visibility
-from lightning_moefold.modules.attention.context import ContextLayout, context_attention
+from lightning_moefold.modules.attention.context import context_attention
+from lightning_moefold.modules.attention.layout import ContextLayout
 from tests.modules.attention.flash_on_cpu import Calls, flash_on_cpu
 
 SIZE = 4
@@ -83,13 +85,15 @@ def attend(case: dict[str, Any]) -> dict[str, Tensor]:
     place = layout.positions()
     q, k, v = (t[n][:, :, place].clone().requires_grad_() for n in "qkv")
     visibility = Visibility(case.get("window"), t.get("documents"), t.get("real"))
-    message = case.get("message", context.MESSAGE_BYTES)
+    message = case.get("message", exchanges.MESSAGE_BYTES)
     sizes = {"BLOCK": case.get("block", blockwise.BLOCK), "SHORTEST": case.get("shortest", blockwise.SHORTEST)}
     kernel = flash_on_cpu() if "calls" in case else contextlib.nullcontext(Calls())
     with (
-        mock.patch.object(context, "MESSAGE_BYTES", message), mock.patch.object(exchanges, "SMALL_BYTES", case.get("small", 2**25)),
-        mock.patch.multiple(blockwise, **sizes), kernel as calls,
-    ):  # fmt: skip
+        mock.patch.object(exchanges, "MESSAGE_BYTES", message),
+        mock.patch.object(exchanges, "SMALL_BYTES", case.get("small", 2**25)),
+        mock.patch.multiple(blockwise, **sizes),
+        kernel as calls,
+    ):
         out = context_attention(q, k, v, layout, visibility, case["exchange"])
         out.backward(t["grad"][:, :, place])
     assert not (case.get("unmasked") and visibility._masks)
@@ -100,3 +104,27 @@ def attend(case: dict[str, Any]) -> dict[str, Tensor]:
 def attend_each(cases: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
     """:func:`attend` for several cases."""
     return [attend(case) for case in cases]
+
+
+def order_of_events(case: dict[str, Any]) -> list[str]:
+    """What a rank starts, waits for and computes, in order, forward and backward; groups of heads are numbered."""
+    events: list[str] = []
+
+    class Noted(Handle):
+        def start(self, tensors: Any, *, back: bool = False) -> Any:
+            self.name = f"{self.routes[0].kind} {sum(e.startswith(f'start {self.routes[0].kind}') for e in events)}"
+            events.append(f"start {self.name}")
+            return super().start(tensors, back=back)
+
+        def wait(self) -> Any:
+            events.append(f"wait {self.name}")
+            return super().wait()
+
+    def noted(name: str) -> Any:
+        compute = getattr(head_groups, name)
+        return lambda *given: (events.append(name.strip("_")), compute(*given))[1]
+
+    computing = ("_forward", "_backward", "_forward_of_runs", "_backward_of_runs")
+    with mock.patch.multiple(head_groups, Handle=Noted, **{name: noted(name) for name in computing}):
+        attend(case)
+    return events

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from lightning_moefold.mesh import Axis
-from lightning_moefold.modules.attention import context
+from lightning_moefold.modules.attention import exchanges, head_groups
 from lightning_moefold.modules.attention.blockwise import Seen, Span, Visibility, block_backward, block_forward
-from lightning_moefold.modules.attention.context import ContextLayout, choose_exchange
+from lightning_moefold.modules.attention.context import choose_exchange
+from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from tests.modules.attention import jobs_context
 from tests.quick import quick
@@ -55,8 +56,8 @@ def test_some_heads_after_the_others(pool: RankPool, message: int, mask: dict[st
     check(pool, 4, {**shape, **mask})
     layout = ContextLayout(24, Axis("cp", (0, 1, 2, 3)))
     q, k = (torch.empty(2, heads, 6, jobs_context.SIZE, dtype=torch.float64) for heads in (6, 3))
-    with mock.patch.object(context, "MESSAGE_BYTES", message):
-        groups = context._head_groups(q, k, layout)
+    with mock.patch.object(exchanges, "MESSAGE_BYTES", message):
+        groups = head_groups._head_groups(q, k, layout)
     assert [kv.stop - kv.start for _, kv in groups] == ([1, 1, 1] if message == 1 else [2, 2])
     assert torch.cat([k[0, kv, 0, 0] for _, kv in groups]).numel() == 3
 
@@ -114,6 +115,22 @@ def test_the_kernel_by_heads_and_where_it_does_not_apply(pool: RankPool, ranks: 
         {**shape, "padding": "right", "calls": 0},
         {**shape, "padding": "right", "exchange": "auto", "small": 0, "calls": 0},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [None, 5], ids=["blocks", "a kernel"])
+def test_keys_of_the_next_heads_travel_while_heads_are_computed(pool: RankPool, window: int | None) -> None:
+    """And gradients of the previous heads' keys: each is waited for when the heads after it have been computed."""
+    case = {"length": 16, "heads": 6, "kv_heads": 3, "exchange": "all_gather", "message": 1, "window": window}
+    found = pool.run(jobs_context.order_of_events, case | ({} if window is None else {"calls": 3}), ranks=2)
+    kernel = "" if window is None else "_of_runs"
+    expected = f"""
+        start all-gather 0, start all-gather 1, wait all-gather 0, forward{kernel},
+        start all-gather 2, wait all-gather 1, forward{kernel}, wait all-gather 2, forward{kernel},
+        start all-gather 3, start all-gather 4, wait all-gather 3, backward{kernel}, start reduce-scatter 0,
+        start all-gather 5, wait all-gather 4, backward{kernel}, start reduce-scatter 1, wait reduce-scatter 0,
+        wait all-gather 5, backward{kernel}, start reduce-scatter 2, wait reduce-scatter 1, wait reduce-scatter 2
+    """
+    assert found == [[event.strip() for event in expected.split(",")]] * 2
 
 
 def test_many_short_documents_go_by_blocks() -> None:

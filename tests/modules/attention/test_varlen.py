@@ -15,7 +15,8 @@ from lightning_moefold.mesh import Axis
 from lightning_moefold.modules import Attention
 from lightning_moefold.modules.attention import context, varlen
 from lightning_moefold.modules.attention.blockwise import Span, Visibility
-from lightning_moefold.modules.attention.context import ContextLayout, find_runs_of
+from lightning_moefold.modules.attention.context import find_runs_of
+from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.sequence import SequenceBatch
 from tests.modules.attention.flash_on_cpu import flash_on_cpu
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_moefold.mesh import Axis
-from lightning_moefold.modules.attention import context
+from lightning_moefold.modules.attention import head_groups
 from lightning_moefold.modules.attention.exchanges import Exchange
 from lightning_moefold.modules.recompute_parts import Recompute
 from lightning_moefold.parallel import PipelinePlan
@@ -62,14 +62,14 @@ def test_heads_that_tp_does_not_divide() -> None:
         check(Step(config, 1, 2048, exchange="ring"), "tp4 cp2 | ep4", 16, rank)
 
 
-class _Backwards(context._Rotation):
+class _Backwards(head_groups._Rotation):
     """Sends to the rank that should be received from."""
 
     def __init__(self, x: torch.Tensor, axis: Axis) -> None:
         super().__init__(x, replace(axis, ranks=axis.ranks[::-1], index=axis.size - 1 - axis.index))
 
 
-class _Homeless(context._Rotation):
+class _Homeless(head_groups._Rotation):
     """Leaves gradients, which are float32, where they were computed."""
 
     def __init__(self, x: torch.Tensor, axis: Axis) -> None:
@@ -80,7 +80,7 @@ class _Homeless(context._Rotation):
 
 
 def test_a_ring_that_turns_the_wrong_way_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "_Rotation", _Backwards)
+    monkeypatch.setattr(head_groups, "_Rotation", _Backwards)
     _, missing, unforeseen = differences(Step(SMALL, 1, 2048, exchange="ring"), "cp4 | ep4", 8, 5)
     assert {m.ranks for m in missing} == {(5, 6), (4, 5)}
     assert {m.ranks for m in unforeseen} == {(5, 4), (6, 5)}
@@ -88,7 +88,7 @@ def test_a_ring_that_turns_the_wrong_way_shows(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_gradients_of_keys_that_do_not_travel_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(context, "_Rotation", _Homeless)
+    monkeypatch.setattr(head_groups, "_Rotation", _Homeless)
     _, missing, unforeseen = differences(Step(SMALL, 1, 2048, exchange="ring"), "cp4 | ep4", 8, 5)
     # Two layers, six heads of 2 * 512 * 128 float32 in one message, four rounds.
     assert {(m.kind, m.ranks, m.bytes, n) for m, n in missing.items()} == {
