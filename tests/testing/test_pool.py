@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,17 @@ def dtensor_sum(shape: tuple[int, ...]) -> float:
     return float(total.full_tensor())
 
 
+def dtensor_entries(shape: tuple[int, ...] | None) -> int:
+    """Returns the number of entries in the caches of DTensor's functions and methods, after a sum if a shape is given."""
+    if shape is not None:
+        dtensor_sum(shape)
+    modules = [module for name, module in sys.modules.items() if name.startswith("torch.distributed.tensor")]
+    values = [value for module in modules for value in vars(module).values()]
+    values += [method for value in values if isinstance(value, type) for method in vars(value).values()]
+    cached = type(functools.lru_cache(lambda: None))
+    return sum(value.cache_info().currsize for value in values if type(value) is cached)
+
+
 def return_a_dtensor() -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
@@ -117,11 +131,29 @@ def fit_boring_model(root: str) -> tuple[int, int, bool]:
     return trainer.global_rank, trainer.global_step, all(torch.equal(weight, other) for other in gathered)
 
 
+class Cycle:
+    """Refers to itself, so that only the collector frees it."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+_cycles: weakref.WeakSet[Cycle] = weakref.WeakSet()
+
+
+def leave_a_cycle(module: str) -> int:
+    """Returns how many there are, this one included."""
+    importlib.import_module(module)
+    held = Cycle()
+    _cycles.add(held)
+    return len(_cycles)
+
+
 def refuse_devices() -> None:
     PoolEnvironment().validate_settings(num_devices=3, num_nodes=1)
 
 
-@pytest.mark.parametrize("ranks", quick([1, 2, 4], 4))
+@pytest.mark.parametrize("ranks", quick([1, 2, 4], 2))
 def test_results_come_in_rank_order(pool: RankPool, ranks: int) -> None:
     results = pool.run(total, 1.0, ranks=ranks)
     assert [result["rank"] for result in results] == list(range(ranks))
@@ -168,6 +200,20 @@ def test_equal_meshes_of_different_groups(pool: RankPool) -> None:
         assert pool.run(dtensor_sum, shape, ranks=4, timeout=30.0) == [240.0] * 4
 
 
+def test_cached_decisions_of_a_case_end_with_it(pool: RankPool) -> None:
+    """Those of DTensor, also when its module is hidden from the collector, after the case that imports it."""
+    for _ in range(2):
+        assert min(pool.run(dtensor_entries, (4,), ranks=4)) > 0
+        assert max(pool.run(dtensor_entries, None, ranks=4)) == 0
+
+
+def test_what_a_case_leaves_is_collected(pool: RankPool) -> None:
+    """A cycle, made in a case that also imports a module, so that the next case hides what it imported."""
+    assert pool.run(leave_a_cycle, "colorsys", ranks=1) == [1]
+    assert pool.run(leave_a_cycle, "wave", ranks=1) == [1]
+    assert pool.run(leave_a_cycle, "wave", ranks=1) == [1]
+
+
 def test_environment_follows_the_parent(pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POOL_TEST_VARIABLE", "here")
     assert pool.run(os.getenv, "POOL_TEST_VARIABLE", ranks=1) == ["here"]
@@ -212,6 +258,7 @@ def test_failure_while_others_hang(pool: RankPool) -> None:
     assert "in fail_while_others_sleep" in str(caught.value).split("rank 1 was at")[1]
 
 
+@pytest.mark.more
 def test_death_of_a_process(pool: RankPool) -> None:
     with pytest.raises(RankError) as caught:
         pool.run(die_on, 1, ranks=2)
