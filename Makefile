@@ -24,7 +24,7 @@ test-more: setup-test ## set up, then run a share of what test leaves out: about
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile -m "more and not slow" $(ARGS)
 
 test-all: setup-test ## set up, then run all the tests: hours; goes on where it was stopped, ARGS="--fresh" begins anew
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --resume $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --resume -n 2 --dist worksteal $(ARGS)
 
 lint: setup-test ## check the style and the layout of the code (ruff)
 	$(PYTHON) -m ruff check .

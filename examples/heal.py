@@ -37,7 +37,8 @@ from lightning_moefold.recipes import distillation_loss, top_log_probabilities
 
 RATIOS = (0.2, 0.4, 0.6)
 METHODS = ("CAMERA-P", "CAMERA-P uniform", "magnitude", "frequency", "REAP")
-#: Ten experts, so that each ratio is a whole number of experts, and no shared one: all methods leave the same size.
+#: Ten experts, so that each ratio is a whole number of experts, and no shared one: all methods leave the same size, but for the
+#: router's rows of experts that are gone.
 CONFIG = {
     "model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 80, "num_local_experts": 10, "num_experts_per_tok": 2, "output_router_logits": True,

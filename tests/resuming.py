@@ -131,12 +131,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fresh"):
         file.unlink(missing_ok=True)
     config.stash[_LEDGER] = Ledger(file, code_version())
-    config.pluginmanager.register(_Recorder(config.stash[_LEDGER]), "moefold-ledger")
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist, whose first process hears of all tests
+    config.pluginmanager.register(_Recorder(config.stash[_LEDGER], writes=not is_worker), "moefold-ledger")
 
 
 class _Recorder:
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger, self.earlier = ledger, len(ledger.passed)
+    def __init__(self, ledger: Ledger, *, writes: bool) -> None:
+        self.ledger, self.earlier, self.writes = ledger, len(ledger.passed), writes
         self._seconds: dict[str, float] = {}
 
     @pytest.hookimpl(trylast=True)
@@ -149,7 +150,7 @@ class _Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
             self._seconds[report.nodeid] = report.duration
-        elif report.when == "teardown" and report.passed and report.nodeid in self._seconds:
+        elif report.when == "teardown" and report.passed and report.nodeid in self._seconds and self.writes:
             self.ledger.add(report.nodeid, self._seconds.pop(report.nodeid), dict(report.user_properties))
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:

@@ -57,7 +57,10 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     again = _run(tmp_path)
     assert again.returncode == pytest.ExitCode.OK
     assert "4 deselected" in again.stdout
-    assert "4 passed" in _run(tmp_path, "--fresh").stdout
+    two = ("-p", "xdist", "-n", "2")
+    assert "4 passed" in _run(tmp_path, "--fresh", *two).stdout
+    assert len((tmp_path / "build" / "ledger.jsonl").read_text().splitlines()) == 4, "of two processes one writes"
+    assert _run(tmp_path, *two).returncode == pytest.ExitCode.OK
 
 
 def test_another_version_of_the_code_is_another_run(tmp_path: Path) -> None:

@@ -59,7 +59,9 @@ def test_the_example(tmp_path: Path) -> None:
     assert len(found) == 1 + 5 * 3
     assert all(math.isfinite(value) and value > 1 for pair in found.values() for value in pair)
     lines = [line.split() for line in done.stdout.splitlines() if line.endswith("of the size")]
-    shares = {(line[-8], line[-4]) for line in lines}
     assert len(lines) == 15
-    assert len(shares) == 3, "at each ratio, all methods leave the same size"
+    for ratio in ("20%", "40%", "60%"):
+        shares = [float(line[-4].rstrip("%")) for line in lines if line[-8] == ratio]
+        assert len(shares) == 5
+        assert max(shares) - min(shares) < 0.5  # whole experts leave with their rows of the router
     assert "| CAMERA-P |" in done.stdout

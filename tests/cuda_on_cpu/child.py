@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import fake_cuda
 
@@ -68,7 +69,8 @@ def runs() -> dict[str, Any]:
                 torch.empty(2, 256, heads, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
                 for heads in (8, 2, 2)
             ]
-            with cuda_bytes.Counter() as counter:
+            stream = mock.patch.object(torch.cuda, "current_stream", return_value=None)
+            with cuda_bytes.Counter() as counter, stream:
                 out = context_attention(*(x.transpose(1, 2) for x in inputs), layout, visibility, "auto")
                 grads = torch.autograd.grad(out.sum(), inputs)
     finally:

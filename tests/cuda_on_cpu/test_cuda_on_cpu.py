@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(fake_cuda.compiler() is None, reason="fake CUDA tensors need a C++ compiler")
 
-MODELS = (
-    "one rank, bf16-mixed", "one rank, bf16-true", "tp, ep", "etp", "plain experts", "cp", "full recomputation",
-    "selective recomputation", "ring", "all-gather", "all-to-all", "1f1b", "interleaved", "zbv",
+QUICK = ("one rank, bf16-mixed", "tp, ep", "etp", "cp", "full recomputation", "interleaved", "zbv")
+OTHERS = (
+    "one rank, bf16-true", "plain experts", "selective recomputation", "ring", "all-gather", "all-to-all", "1f1b",
 )  # fmt: skip
+MODELS = [*QUICK, *(pytest.param(name, marks=pytest.mark.more) for name in OTHERS)]
 
 #: Of a layer at 8,192 tokens in bfloat16: elementwise GB at most, and the bound on MFU at least. To be tightened by whoever
 #: makes a layer move less (benchmarks/cuda_bytes.py prints what it moves).
@@ -28,9 +29,19 @@ BUDGETS = {"Mixtral-8x22B": (11.5, 0.69), "Qwen2-57B-A14B": (14.1, 0.65)}
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """All parts, in one process: starting one costs more than any part."""
-    command = [sys.executable, str(Path(__file__).with_name("child.py"))]
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """All parts that are asked for, in one process: starting one costs more than any part."""
+    asked = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    models = [f"model: {name}" for name in (*QUICK, *OTHERS) if name in asked]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("child.py")),
+        "budget",
+        "products",
+        "flash",
+        "runs",
+        *models,
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -17,11 +17,12 @@ from lightning_moefold.kernels import availability
 HERE = Path(__file__).parent
 
 
-def test_kernels_by_interpreter() -> None:
-    """All of ``triton_checks.py``, in a process that has not imported Triton yet."""
+@pytest.mark.parametrize("cases", ["not more", pytest.param("more", marks=pytest.mark.more)])
+def test_kernels_by_interpreter(cases: str) -> None:
+    """``triton_checks.py``, in a process that has not imported Triton yet."""
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_checks.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", cases, str(HERE / "triton_checks.py")],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}, cwd=HERE.parents[1],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from lightning_moefold import kernels
 
-DTYPES = [torch.float32, torch.bfloat16]
+FLOAT32 = pytest.param(torch.float32, marks=pytest.mark.more)
+DTYPES = [FLOAT32, torch.bfloat16]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
@@ -46,7 +47,10 @@ def _gradients(function: Callable[..., Tensor], inputs: list[Tensor], slope: Ten
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("shape", [(3, 5), (7, 2500), (0, 8), (2, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 5), (0, 8), pytest.param((7, 2500), marks=pytest.mark.more), pytest.param((2, 16), marks=pytest.mark.more)],
+)
 def test_gated(shape: tuple[int, int], weighted: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     inputs = [_draw(*shape, dtype=dtype), _draw(*shape, dtype=dtype)]
@@ -81,7 +85,7 @@ def test_gated_makes_the_inner_again_and_writes_where_it_may() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 24, 1500])
+@pytest.mark.parametrize("width", [1, 24, pytest.param(1500, marks=pytest.mark.more)])
 def test_sum_of_copies(width: int, dtype: torch.dtype) -> None:
     """Tokens with all their rows, with some, and with none."""
     torch.manual_seed(0)
@@ -110,7 +114,9 @@ def test_sum_of_tokens(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "tables"), [(2, 2), (3, 1)])
-@pytest.mark.parametrize(("heads", "size"), [(3, 6), (4, 16), (1, 2)])
+@pytest.mark.parametrize(
+    ("heads", "size"), [(3, 6), pytest.param(4, 16, marks=pytest.mark.more), pytest.param(1, 2, marks=pytest.mark.more)]
+)
 def test_rotate(heads: int, size: int, rows: int, tables: int, dtype: torch.dtype) -> None:
     """Heads inside a wider product (not contiguous), tables for each row or for all."""
     torch.manual_seed(0)
@@ -132,7 +138,7 @@ def test_rotate(heads: int, size: int, rows: int, tables: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 33, 5000])
+@pytest.mark.parametrize("size", [1, 33, pytest.param(5000, marks=pytest.mark.more)])
 def test_softmax(size: int, dtype: torch.dtype) -> None:
     """Statistics and slope of rows whose target is here, or on another rank."""
     torch.manual_seed(0)
