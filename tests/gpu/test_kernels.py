@@ -5,20 +5,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_moefold import comm, kernels
+from lightning_moefold import kernels
 from lightning_moefold.kernels.float32 import exact_linear
-from lightning_moefold.mesh import Axis
 from lightning_moefold.modules import Attention, RMSNorm
-from lightning_moefold.modules.attention.blockwise import Span, Visibility
-from lightning_moefold.modules.attention.context import context_attention
-from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.sequence import SequenceBatch
 from tests.kernels.triton_checks import (  # noqa: F401
     test_gated,
@@ -29,6 +23,8 @@ from tests.kernels.triton_checks import (  # noqa: F401
     test_sum_of_copies,
     test_sum_of_tokens,
 )
+from tests.modules.attention import one_device
+from tests.modules.attention.one_device import relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,10 +36,6 @@ pytestmark = [
 def _on_device() -> Iterator[None]:
     with torch.device("cuda"):
         yield
-
-
-def _error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
 def test_triton_is_there() -> None:
@@ -75,10 +67,10 @@ def test_a_router_is_exact_whatever_is_allowed_elsewhere(precision: str) -> None
             torch.set_float32_matmul_precision(precision)
         before = torch.backends.cuda.matmul.fp32_precision
         found = exact_linear(x, w)
-        errors = [_error(found, exact)]
-        errors += [_error(a, b) for a, b in zip(torch.autograd.grad(found, (x, w), slope), grads, strict=True)]
+        errors = [relative_error(found, exact)]
+        errors += [relative_error(a, b) for a, b in zip(torch.autograd.grad(found, (x, w), slope), grads, strict=True)]
         assert torch.backends.cuda.matmul.fp32_precision == before
-        rounded = _error(x.detach() @ w.detach().t(), exact)
+        rounded = relative_error(x.detach() @ w.detach().t(), exact)
     finally:
         torch.backends.cuda.matmul.fp32_precision = newer
         torch.set_float32_matmul_precision(legacy)
@@ -104,15 +96,7 @@ def test_norm(dtype: torch.dtype) -> None:
     bound = {torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
     for a, b in pairs:
         assert a.dtype == dtype
-        assert _error(a, b) < bound
-
-
-def _naive(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """``[B, S, heads, d]``, in float64, scores and all."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    score = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
-    return (score.softmax(-1) @ v).transpose(1, 2)
+        assert relative_error(a, b) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -141,48 +125,19 @@ def test_attention_branches(kind: str, window: int | None, dtype: torch.dtype) -
     q, k, v = (torch.randn(rows, length, h, size, dtype=dtype, requires_grad=True) for h in (heads, groups, groups))
     slope = torch.randn(rows, length, heads, size, dtype=dtype) * real[..., None, None]
     found = attention._attend(q, k, v, batch).view(rows, length, heads, size)
-    exact = _naive(q, k, v, seen)
+    exact = one_device.naive(q, k, v, seen)
     grads = torch.autograd.grad(found, (q, k, v), slope), torch.autograd.grad(exact, (q, k, v), slope.double())
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    assert _error(found[real], exact[real]) < bound
-    assert all(_error(a, b) < bound for a, b in zip(*grads, strict=True))
+    assert relative_error(found[real], exact[real]) < bound
+    assert all(relative_error(a, b) < bound for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("kind", "window"), list(itertools.product(["documents", "left"], [None, 9, 70])))
-def test_attention_to_the_keys_of_other_ranks(kind: str, window: int | None, dtype: torch.dtype) -> None:
-    """What each of four context parallel ranks computes from gathered keys, one rank after the other on one device."""
-    torch.manual_seed(0)
-    rows, length, heads, groups, size = 2, 200, 6, 2, 64
-    visibility = Visibility(window, (torch.rand(rows, length) < 0.03).cumsum(1))
-    real = torch.ones(rows, length, dtype=torch.bool)
-    if kind == "left":
-        real[0, :60] = False
-        visibility = Visibility(window, None, real)
-    row = Span(0, length)
-    q, k, v = (torch.randn(rows, length, h, size, dtype=dtype, requires_grad=True) for h in (heads, groups, groups))
-    slope = torch.randn(rows, length, heads, size, dtype=dtype) * real[..., None, None]
-    exact = _naive(q, k, v, visibility.of(row, row))
-    grads = torch.autograd.grad(exact, (q, k, v), slope.double())
-    held_GL = ContextLayout(length, Axis("cp", (0, 1, 2, 3))).held()
-    pair = torch.cat((k, v), 2)[:, held_GL].transpose(0, 1).flatten(0, 2).detach()
-    found, grad_q, grad_pair = torch.zeros_like(exact), torch.zeros_like(q), torch.zeros_like(pair, dtype=torch.float64)
-
-    def scatter(whole: Tensor, _: Axis) -> Tensor:
-        grad_pair.add_(whole)
-        return whole[: rows * length // 4]
-
-    with mock.patch.multiple(comm, all_gather_raw=lambda *_: pair, reduce_scatter_raw=scatter):
-        for rank, place in enumerate(held_GL):
-            mine = [x[:, place].detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
-            layout = ContextLayout(length, Axis("cp", (0, 1, 2, 3), rank))
-            y = context_attention(*mine, layout, visibility, "auto")
-            y.backward(slope[:, place].transpose(1, 2))
-            found[:, place], grad_q[:, place] = y.transpose(1, 2).to(found.dtype), mine[0].grad.transpose(1, 2)
-    order = torch.argsort(held_GL.flatten())
-    grad_k, grad_v = grad_pair.unflatten(0, (4, rows, -1)).transpose(0, 1).flatten(1, 2)[:, order].chunk(2, dim=2)
-    assert _error(found[real], exact[real]) < 2e-2
-    assert all(_error(a, b) < 2e-2 for a, b in zip((grad_q, grad_k, grad_v), grads, strict=True))
+def test_attention_to_the_keys_of_other_ranks(kind: str, window: int | None, dtype: torch.dtype, groups: int) -> None:
+    sizes = {"length": 200, "heads": 6, "kv_heads": 2, "size": 64, "groups": groups}
+    assert max(one_device.errors(kind, window, dtype, **sizes)) < 2e-2
 
 
 def test_swiglu_of_a_wide_layer() -> None:
@@ -198,4 +153,4 @@ def test_swiglu_of_a_wide_layer() -> None:
         [exact, *torch.autograd.grad(exact, wide, slope.double())],
         strict=True,
     ):
-        assert _error(a, b) < 1e-2
+        assert relative_error(a, b) < 1e-2

@@ -18,6 +18,7 @@ from lightning_moefold.modules.attention.blockwise import Span, Visibility
 from lightning_moefold.modules.attention.context import find_runs_of
 from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.sequence import SequenceBatch
+from tests.modules.attention import one_device
 from tests.modules.attention.flash_on_cpu import flash_on_cpu
 
 CPU = torch.device("cpu")
@@ -111,6 +112,15 @@ def test_a_layer_calls_the_kernel_once(window: int | None) -> None:
     assert calls.forward == calls.backward == [(3 * LENGTH, 3 * LENGTH)]
     assert not batch.visibility(window)._masks
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("kind", "window"), [("documents", 9), ("left", None)])
+def test_ranks_on_one_device(kind: str, window: int | None, groups: int) -> None:
+    """What ``tests/gpu`` asks of the real kernel."""
+    with flash_on_cpu():
+        found = one_device.errors(kind, window, torch.float64, length=24, heads=4, kv_heads=2, size=8, groups=groups)
+    assert max(found) < 1e-12
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
