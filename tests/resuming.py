@@ -127,30 +127,49 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--resume"):
         return
+    if hasattr(config, "workerinput"):  # of pytest-xdist: the first process hears of all tests, and writes
+        config.pluginmanager.register(_Selection(set(config.workerinput["moefold_passed"])), "moefold-selection")
+        return
     file: Path = config.getoption("--ledger")
     if config.getoption("--fresh"):
         file.unlink(missing_ok=True)
     config.stash[_LEDGER] = Ledger(file, code_version())
-    is_worker = hasattr(config, "workerinput")  # of pytest-xdist, whose first process hears of all tests
-    config.pluginmanager.register(_Recorder(config.stash[_LEDGER], writes=not is_worker), "moefold-ledger")
+    config.pluginmanager.register(_Recorder(config.stash[_LEDGER]), "moefold-ledger")
 
 
-class _Recorder:
-    def __init__(self, ledger: Ledger, *, writes: bool) -> None:
-        self.ledger, self.earlier, self.writes = ledger, len(ledger.passed), writes
-        self._seconds: dict[str, float] = {}
+class _Selection:
+    """Leaves out tests.
+
+    Args:
+        earlier: The tests that passed before this run.
+    """
+
+    def __init__(self, earlier: set[str]) -> None:
+        self.earlier = earlier
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        done = [item for item in items if item.nodeid in self.ledger.passed]
+        done = [item for item in items if item.nodeid in self.earlier]
         if done:
             config.hook.pytest_deselected(items=done)
-            items[:] = [item for item in items if item.nodeid not in self.ledger.passed]
+            items[:] = [item for item in items if item.nodeid not in self.earlier]
+
+
+class _Recorder(_Selection):
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(set(ledger.passed))
+        self.ledger = ledger
+        self._seconds: dict[str, float] = {}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tells a worker what this run leaves out; one that replaces a worker that died leaves out no more."""
+        node.workerinput["moefold_passed"] = sorted(self.earlier)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" and report.passed:
             self._seconds[report.nodeid] = report.duration
-        elif report.when == "teardown" and report.passed and report.nodeid in self._seconds and self.writes:
+        elif report.when == "teardown" and report.passed and report.nodeid in self._seconds:
             self.ledger.add(report.nodeid, self._seconds.pop(report.nodeid), dict(report.user_properties))
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -163,6 +182,6 @@ class _Recorder:
             terminalreporter.write_line("\n".join(table))
         if self.earlier:
             terminalreporter.write_line(
-                f"{self.earlier} tests passed in an earlier run of this version of the code ({self.ledger.file}); "
+                f"{len(self.earlier)} tests passed in an earlier run of this version of the code ({self.ledger.file}); "
                 "--fresh runs them again."
             )

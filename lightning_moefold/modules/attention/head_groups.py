@@ -45,8 +45,8 @@ class AttentionByHeads(torch.autograd.Function):
             out = out.to(q.dtype)
         else:
             out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=wide(q.dtype), device=q.device)
-            for (heads, _), pair in zip(groups, keys, strict=True):
-                out[:, heads], lse[:, heads] = part(q[:, heads], *pair, ctx)
+            for heads, _ in groups:
+                out[:, heads], lse[:, heads] = part(q[:, heads], *next(keys), ctx)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -63,11 +63,12 @@ class AttentionByHeads(torch.autograd.Function):
         else:
             grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
             travelling: list[tuple[slice, Callable[[], tuple[Tensor, Tensor]]]] = []
-            for (heads, kv_heads), pair in zip(groups, keys, strict=True):
+            for heads, kv_heads in groups:
                 grad_q[:, heads], key_grads = part(
-                    grads[0][:, heads], q[:, heads], out[:, heads], lse[:, heads], *pair, ctx
+                    grads[0][:, heads], q[:, heads], out[:, heads], lse[:, heads], *next(keys), ctx
                 )
                 travelling.append((kv_heads, _sum_over_ranks(key_grads, q, ctx)))
+                del key_grads  # a message holds them, or nothing does
                 if len(travelling) > 1:
                     _arrive(*travelling.pop(0), grad_k, grad_v)
             _arrive(*travelling.pop(), grad_k, grad_v)
@@ -99,11 +100,11 @@ def _keys_of(
         handle.start([message])
         return handle
 
-    coming = start(groups[0][1])
+    coming = [start(groups[0][1])]
     for _, some in groups[1:]:
-        now, coming = coming, start(some)
-        yield unpack(now.wait()[0], ctx)
-    yield unpack(coming.wait()[0], ctx)
+        coming.append(start(some))
+        yield unpack(coming.pop(0).wait()[0], ctx)
+    yield unpack(coming.pop().wait()[0], ctx)
 
 
 def _sum_over_ranks(key_grads: Any, q: Tensor, ctx: Any) -> Callable[[], tuple[Tensor, Tensor]]:

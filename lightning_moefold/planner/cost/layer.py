@@ -112,9 +112,9 @@ class LayerCosts(ExchangeCosts):
         self.num_moe = job.model.num_moe_layers
         #: Products in backward for one in forward, and those of them that make gradients of weights.
         self._backward, self._weights = (2, 1) if job.lora_rank is None else (1, 0)
-        windows = [min(w or job.sequence_length, job.sequence_length) for w in self.model.sliding_windows]
-        #: Number of keys that a query sees at most, and the share of layers of which that is true.
-        self._windows = {w: number / len(windows) for w, number in Counter(windows).items()}
+        windows = self.model.sliding_windows
+        #: The share of layers that have each window.
+        self._windows = {window: number / len(windows) for window, number in Counter(windows).items()}
 
     def tokens(self, micro_batch: int, cp: int) -> int:
         """Returns N, including the padding of lengths that are not a multiple of 2 cp."""
@@ -182,30 +182,32 @@ class LayerCosts(ExchangeCosts):
         pair, heads = 2 * n * kv * b, self.local_kv_heads(tp)
         groups = ceil(heads / heads_of_message(heads, pair // heads))
         for window, share in self._windows.items():
-            exchange = self.context_exchange(tp, cp, micro_batch, hidden=window < length)
-            keys = window * (1 - (window - 1) / (2 * length))
-            core = self.compute.attention(n, keys, q, window / cp if exchange == "ring" else window)
+            exchange = self.context_exchange(tp, cp, micro_batch, window)
+            most = min(window or length, length)
+            keys = most * (1 - (most - 1) / (2 * length))
+            core = self.compute.attention(n, keys, q, most / cp if exchange == "ring" else most)
             meet = self._meet(exchange, self.shape(cp, tp), n * q * b, pair, groups, *core) if cp > 1 else (0.0, 0.0)
             seconds = [total + share * value for total, value in zip(seconds, (*core, *meet), strict=True)]
         return seconds[0], seconds[1], seconds[2], seconds[3]
 
-    def context_exchange(self, tp: int, cp: int, micro_batch: int, *, hidden: bool = False) -> str:
-        """Returns the exchange that ``context_parallel_exchange="auto"`` chooses (:func:`~.attention.context.exchange_for`).
+    def context_exchange(self, tp: int, cp: int, micro_batch: int, window: int | None) -> str:
+        """Returns the exchange that ``context_parallel_exchange="auto"`` chooses (:mod:`~.attention.context`).
 
         Args:
             tp: Tensor parallel size.
             cp: Context parallel size.
             micro_batch: Number of rows.
-            hidden: Whether a window hides keys, so that CUDA's kernel takes gathered keys where others go around a ring.
+            window: A query sees at most this many keys; None for all. Where a window hides keys, CUDA's kernel takes gathered
+                keys that would otherwise go around a ring.
         """
         if cp == 1:
             return "none"
         heads, kv, size = ceil(self.model.num_attention_heads / tp), self.local_kv_heads(tp), self.model.head_dim
         row = 2 * self.tokens(micro_batch, cp) * cp * kv * size * self.job.activation_bytes
         exchange = exchange_for(cp, heads, kv, row)
-        one_kernel = (
-            hidden and self.job.hardware.device == "cuda" and has_kernel_for_runs(size, self.job.activation_bytes)
-        )
+        hidden = window is not None and window < padded_length(self.job.sequence_length, cp)
+        on_cuda = self.job.hardware.device == "cuda"
+        one_kernel = hidden and on_cuda and has_kernel_for_runs(size, self.job.activation_bytes)
         return "all_gather" if exchange == "ring" and one_kernel else exchange
 
     def _meet(
@@ -240,11 +242,13 @@ class LayerCosts(ExchangeCosts):
             back = gather + self.links.scatter(group, group.size * pair * wide / groups)
             there = gather + (groups - 1) * self.links.hidden(gather, core / groups)
             return there, back + (groups - 1) * self.links.hidden(back, core_backward / groups)
-        both = pair * (1 + wide)  # gradients travel with keys and values
-        steps = ((self.links.neighbour(group, sent), time) for sent, time in ((pair, core), (both, core_backward)))
-        # Each of cp - 1 messages overlaps with the attention of one step.
-        there, back = ((group.size - 1) * self.links.hidden(one, time / group.size) for one, time in steps)
-        return there, back
+        # Each of cp - 1 messages of a group of heads overlaps with the attention of one step. In backward, gradients follow one
+        # step behind, and the last step home is exposed.
+        steps, part = group.size - 1, group.size * groups
+        there = steps * self.links.hidden(self.links.neighbour(group, pair / groups), core / part)
+        both = self.links.neighbour(group, pair * (1 + wide) / groups)
+        back = steps * self.links.hidden(both, core_backward / part) + self.links.neighbour(group, pair * wide / groups)
+        return groups * there, groups * back
 
     def local_kv_heads(self, tp: int) -> int:
         """Returns the key/value heads that a rank computes: its share, or those its queries need if tp does not divide them."""
