@@ -365,7 +365,6 @@ class _Imported:
         """Called between two cases, when nothing of a case is left."""
         if len(sys.modules) > self._modules:
             self._modules = len(sys.modules)
-            gc.collect()
             self.caches += _dtensor_caches()
             gc.freeze()
 
