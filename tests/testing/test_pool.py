@@ -23,7 +23,6 @@ import torch.distributed as dist
 from lightning_moefold.testing import PoolEnvironment, RankError, RankPool, RankTimeout
 from tests.quick import quick
 
-
 #: Seconds that a rank sleeps; a machine under load needs minutes to end and start processes.
 LONG = 3600
 
