@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoEFoldStrategy: the Lightning life cycle of a folded run."""
+"""MoEFoldStrategy: the Lightning life cycle of a folded run. Fold and groups are in ``lifecycle/ranks.py``."""
 
 from __future__ import annotations
 

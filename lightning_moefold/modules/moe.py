@@ -297,11 +297,11 @@ class MoELayer(ParallelRoot):
             if plan is not None and self.training and torch.is_grad_enabled() and not is_recomputing():
                 self.copies.count(plan, self.experts.copy_bytes)
 
-        shared_TD = self._shared(x_TD, batch, visit_experts)
+        shared_TD = self._around_shared_expert(x_TD, batch, visit_experts)
         y_TD = dispatcher.combine_postprocess(returns, [parcel.plan for parcel in parcels])
         return y_TD if shared_TD is None else y_TD + shared_TD
 
-    def _shared(self, x_TD: Tensor, batch: SequenceBatch, halfway: Callable[[], None]) -> Tensor | None:
+    def _around_shared_expert(self, x_TD: Tensor, batch: SequenceBatch, halfway: Callable[[], None]) -> Tensor | None:
         """Runs the shared expert, with ``halfway`` called in its middle; returns None if there is no shared expert."""
         if self.shared_expert is None:
             halfway()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradient sums that FSDP2 does not do: partial gradients over tp, and modules of the user's own over data ranks.
+"""Gradient sums that FSDP2 does not do.
+
+These are partial gradients over tp (of experts' adapters over etp), those of whatever is replicated over data ranks, and those of
+weights that two stages share. FSDP2 sums all others, those of experts over edp (:mod:`.roots`).
 
 All of them are summed together in a few flat collectives after backward, on the pieces that each rank stores, rather
 than in one small collective per parameter inside it.

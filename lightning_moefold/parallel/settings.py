@@ -64,19 +64,19 @@ def splits_backward() -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """How modules are cut and how they run; the arguments of :class:`~.strategy.MoEFoldStrategy` but for the fold.
+    """How modules are cut and how they run: those arguments of :class:`~.strategy.MoEFoldStrategy` that ``parallelize`` applies.
 
     Args:
         sharding: Data-parallel storage and the dtype of computation.
-        plan: Schedule and cut of a pipeline.
+        plan: Schedule and cut of a pipeline (``pipeline_schedule``, ``pipeline_split``).
         num_microbatches: Micro-batches of a batch, M.
-        dispatch: How tokens travel, of MoE layers that were not made with a choice of their own; ``node_size`` is also that
-            of layers that give none.
+        dispatch: How tokens travel (``dispatcher``, ``expert_copies`` and others), of MoE layers that were not made with a choice of
+            their own; ``node_size`` is also that of layers that give none.
         expert_kernel: How gated experts compute.
         recompute: What decoder layers compute again in backward: None, ``"selective"``, ``"full"``, or a list of parts.
-        exchange: How attention works over cp.
-        compiler: Back end of :func:`torch.compile` for decoder layers; None to leave them as they are.
-        offload: Whether what decoder layers keep for backward goes to host memory.
+        exchange: How attention works over cp (``context_parallel_exchange``).
+        compiler: Back end of :func:`torch.compile` for decoder layers (``compile``); None to leave them as they are.
+        offload: Whether (``offload_activations``) what decoder layers keep for backward goes to host memory.
 
     Raises:
         InputError: For a value that is not known.

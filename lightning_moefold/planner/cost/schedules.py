@@ -111,7 +111,7 @@ def chunks_in_flight(schedule: str, pp: int, chunks: int, microbatches: int, ran
 def legal(
     schedule: str, pp: int, chunks: int, microbatches: int, model: MoEConfig, sharding: str, recompute: str = "none"
 ) -> str | None:
-    """Returns the reason why the strategy cannot run a schedule, or None."""
+    """Returns why the strategy cannot run a schedule, or why it is not planned; None if there is no reason."""
     if pp == 1:
         return None if schedule == "1f1b" and chunks == 1 else "there is no pipeline at pp=1"
     if schedule in V_SHAPED and chunks != 2:
