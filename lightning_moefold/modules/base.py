@@ -59,7 +59,7 @@ class ParallelModule(nn.Module):
         """Creates the process groups that only this block needs. All ranks call it, including those of other pipeline stages."""
 
     def bind(self, mesh: FoldedMesh) -> None:
-        """Gives the block its axes; called when the strategy parallelises the block, and again if a later one changes the dispatch."""
+        """Gives the block its axes; called by the strategy, and again by one that changes the dispatch."""
         self.mesh = mesh
 
 

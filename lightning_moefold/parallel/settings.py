@@ -70,8 +70,8 @@ class Settings:
         sharding: Data-parallel storage and the dtype of computation.
         plan: Schedule and cut of a pipeline (``pipeline_schedule``, ``pipeline_split``).
         num_microbatches: Micro-batches of a batch, M.
-        dispatch: How tokens travel (``dispatcher``, ``expert_copies`` and others), of MoE layers that were not made with a choice of
-            their own; ``node_size`` is also that of layers that give none.
+        dispatch: How tokens travel (``dispatcher``, ``expert_copies`` and others), of MoE layers that were not made with a choice
+            of their own; ``node_size`` is also that of layers that give none.
         expert_kernel: How gated experts compute.
         recompute: What decoder layers compute again in backward: None, ``"selective"``, ``"full"``, or a list of parts.
         exchange: How attention works over cp (``context_parallel_exchange``).
