@@ -101,6 +101,12 @@ class SlowLoop:
         self.next_check = 0
         self._past: deque[dict[str, NDArray[np.int64]]] = deque(maxlen=history)
 
+    def forget(self) -> None:
+        """Forgets what was counted: another run begins."""
+        self._between = FIRST if self.interval == "auto" else self.interval
+        self.next_check = 0
+        self._past.clear()
+
     def expect_copies(self, most: int) -> None:
         """Has ``joint`` reckon with what copies for one pass will mend.
 

@@ -67,18 +67,25 @@ class ExpertLoad:
     Args:
         rows: The MoE layers.
         counts_LE: How often each expert was chosen; :data:`NO_EXPERT` if a layer has fewer experts.
-        dropped_L: Number of these choices that were dropped.
-        rank_rows_LR: Number of rows that each rank computed, with copies of experts.
+        dropped_LE: How many of these choices were dropped, 0 if a layer has fewer experts.
+        rank_rows_LR: Number of rows that each rank computed, with copies of experts, without what was dropped.
     """
 
     rows: list[LoadRow]
     counts_LE: NDArray[np.int64]
-    dropped_L: NDArray[np.int64]
+    dropped_LE: NDArray[np.int64]
     rank_rows_LR: NDArray[np.int64]
 
     def by_layer(self) -> list[NDArray[np.int64]]:
         """Returns the counts of each layer's experts."""
         return [counts_E[: row.num_experts] for row, counts_E in zip(self.rows, self.counts_LE, strict=True)]
+
+    def served_by_layer(self) -> list[NDArray[np.int64]]:
+        """Returns how many choices each layer's experts have served."""
+        return [
+            counts_E - dropped_E[: len(counts_E)]
+            for counts_E, dropped_E in zip(self.by_layer(), self.dropped_LE, strict=True)
+        ]
 
 
 class LoadReader:
@@ -116,7 +123,9 @@ class LoadReader:
         counts_LE = table_LC[:, : self.experts].copy()
         for row, counts_E in zip(self.rows, counts_LE, strict=True):
             counts_E[row.num_experts :] = NO_EXPERT
-        return ExpertLoad(self.rows, counts_LE, table_LC[:, self.experts], table_LC[:, self.experts + 1 :])
+        return ExpertLoad(
+            self.rows, counts_LE, table_LC[:, self.experts : 2 * self.experts], table_LC[:, 2 * self.experts :]
+        )
 
     @torch.no_grad()
     def _totals(self) -> Tensor:
@@ -128,13 +137,13 @@ class LoadReader:
         each token once.
         """
         table_LC = torch.zeros(
-            len(self.rows), self.experts + 1 + self.replicas * self.parts, dtype=torch.int64, device=self.device
+            len(self.rows), 2 * self.experts + self.replicas * self.parts, dtype=torch.int64, device=self.device
         )
-        first = self.experts + 1 + self.replica * self.parts
+        first = 2 * self.experts + self.replica * self.parts
         for i, row in enumerate(self.rows):
             if row.module is not None:
                 table_LC[i, : row.num_experts] = row.module.load_E
-                table_LC[i, self.experts] = row.module.dropped
+                table_LC[i, self.experts : self.experts + row.num_experts] = row.module.dropped_E
                 table_LC[i, first : first + self.parts] = row.module.part_rows()
                 if (gained_R := row.module.gained_rows()) is not None:
                     table_LC[i, first : first + self.parts] += gained_R

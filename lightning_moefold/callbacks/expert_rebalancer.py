@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from lightning_moefold.balance.costs import MARGIN, BalanceCosts
 from lightning_moefold.balance.fast import FAST_POLICIES, ExpertCopies
 from lightning_moefold.balance.past import PastCopies
 from lightning_moefold.balance.placement import Placement
-from lightning_moefold.balance.policies import Policy, make_policy
+from lightning_moefold.balance.policies import make_policy
 from lightning_moefold.balance.policies.base import CopiesFrom
 from lightning_moefold.balance.policies.joint import Joint
 from lightning_moefold.balance.pool import PlacementPool
@@ -139,8 +140,11 @@ class ExpertRebalancer(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy = trainer.strategy
-        if stage == "fit" and self._copies is not None and isinstance(strategy, MoEFoldStrategy):
-            strategy.copy_experts(self._copies)
+        if stage == "fit":  # a checkpoint is read after this
+            self._shares, self._watching = {}, None
+            self._loop.forget()
+            if self._copies is not None and isinstance(strategy, MoEFoldStrategy):
+                strategy.copy_experts(self._copies)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,6 +158,11 @@ class ExpertRebalancer(pl.Callback):
             raise InputError(
                 f"ExpertRebalancer has nothing to move under {strategy.fold}, because with ep=1 every rank holds all experts; use "
                 "expert_parallel_size=2 or more, or leave it out."
+            )
+        if strategy.settings.dispatch.pad_to_capacity:
+            raise InputError(
+                "ExpertRebalancer has nothing to gain with pad_to_capacity=True, which has every expert compute equally many rows; "
+                "leave one of them out."
             )
         copies = strategy.settings.dispatch.copies
         self._loop.expect_copies(0 if copies is None else copies.max_copies_per_rank)
@@ -175,6 +184,8 @@ class ExpertRebalancer(pl.Callback):
             self._loop.offer(self._pool.by_name([row.name for row in self._reader.rows], self._placements))
         self._costs, self._history = None, PlacementHistory(trainer.global_step)
         self._loop.start(trainer.global_step)
+        if self._plans_from_past(trainer):
+            self._copy_from_past(trainer, self._constants(trainer))
         self._begin_interval(trainer)
 
     @override
@@ -202,10 +213,10 @@ class ExpertRebalancer(pl.Callback):
         steps = step - self._counted_from
         seconds = (time.perf_counter() - self._since) / max(1, steps)
         costs = self._constants(trainer)
-        passes = max(1, steps) * costs.passes * fold_strategy(trainer).fold.edp
+        rows_of = max(1, steps) * costs.passes * fold_strategy(trainer).fold.edp
         rows = {
-            row.name: (counts_E + passes // 2) // passes
-            for row, counts_E in zip(self._reader.rows, load.by_layer(), strict=True)
+            row.name: (counts_E + rows_of // 2) // rows_of
+            for row, counts_E in zip(self._reader.rows, load.served_by_layer(), strict=True)
         }
         if self._watching is not None:
             (after,) = self._slowest(trainer, seconds)
@@ -214,15 +225,16 @@ class ExpertRebalancer(pl.Callback):
         if trainer.is_global_zero:
             self._history.add(step, load, self._placements)
         ends = trainer.estimated_stepping_batches
-        left = HORIZON if not np.isfinite(ends) or ends < 0 else int(ends) - step
+        # Lightning counts the steps to come by the present number of accumulated batches.
+        left = int(ends) - step if np.isfinite(ends) and ends >= step else HORIZON
         decision = self._loop.decide(step, rows, self._placements, costs, left)
         if decision.placements and not self._slow:
             decision = Decision(before=decision.before, after=decision.before, reason="slow=False moves nothing")
         self.decision = decision
         if self.decision.placements:
             self._move(trainer, self.decision.placements, seconds)
-        if self._past is not None and fold_strategy(trainer).settings.dispatch.copies is self._copies:
-            self._copy_from_past(trainer, self._past, costs)
+        if self._plans_from_past(trainer):
+            self._copy_from_past(trainer, costs)
         self._say(trainer, step)
         self._figures |= {
             "balance/imbalance": rank_imbalance(load.rank_rows_LR) or 1.0,
@@ -252,11 +264,16 @@ class ExpertRebalancer(pl.Callback):
         self._watching = before
         self._figures |= {"balance/predicted_gain_s": self.decision.gain_ps / 1e12, "balance/move_s": slowest}
 
-    def _copy_from_past(self, trainer: pl.Trainer, policy: Policy, costs: BalanceCosts) -> None:
+    def _plans_from_past(self, trainer: pl.Trainer) -> bool:
+        return self._past is not None and fold_strategy(trainer).settings.dispatch.copies is self._copies
+
+    def _copy_from_past(self, trainer: pl.Trainer, costs: BalanceCosts) -> None:
         """Plans copies until the next check from what was counted so far."""
+        policy = self._past
+        assert policy is not None
         for name, layer in fold_strategy(trainer).registry.moe_layers().items():
             load_NE, placement = self._loop.past(name), layer.placement
-            if not load_NE.sum():
+            if not load_NE.sum() or layer.dispatcher.config.copies is None:  # nothing counted, or a dispatch of its own
                 continue
             held_RE = self._shares.get(name, np.zeros((placement.parts, placement.num_experts), dtype=np.int64))
             owner_E = np.asarray(placement.part_of_expert)
@@ -292,9 +309,11 @@ class ExpertRebalancer(pl.Callback):
                 parts=strategy.fold.ep,
                 byte_ps=self._byte_ps,
                 move_bytes=held,
-                passes=strategy.settings.num_microbatches * trainer.accumulate_grad_batches,
             )
-        return self._costs
+        # Without a pipeline, micro-batches of a batch pass a layer together.
+        settings, fold = fold_strategy(trainer).settings, fold_strategy(trainer).fold
+        passes = trainer.accumulate_grad_batches * (settings.num_microbatches if fold.pp > 1 else 1)
+        return replace(self._costs, passes=passes)
 
     def _slowest(self, trainer: pl.Trainer, *values: float) -> list[float]:
         """The largest of each value over all ranks, the same on every rank. Collective."""

@@ -108,7 +108,7 @@ def load_figures(load: ExpertLoad, per_layer: bool = True) -> dict[str, float]:
     counts = load.by_layer()
     figures = {f"moe/{name}": value for name, value in balance_statistics(counts).items()}
     if figures:
-        figures["moe/dropped_frac"] = float(load.dropped_L.sum() / sum(counts_E.sum() for counts_E in counts))
+        figures["moe/dropped_frac"] = float(load.dropped_LE.sum() / sum(counts_E.sum() for counts_E in counts))
     if (imbalance := rank_imbalance(load.rank_rows_LR)) is not None:
         figures["moe/rank_load_max_over_mean"] = imbalance
     if per_layer:

@@ -6,6 +6,7 @@ Legend: N records, L MoE layers, S source ranks (of one pipeline stage), E exper
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moefold import comm
+from lightning_moefold.agreement import agreeing
 from lightning_moefold.balance.trace import RoutingTrace, read_trace
 from lightning_moefold.callbacks.common import LogSchedule, save_arrays, world_axis
 from lightning_moefold.callbacks.expert_load import LoadRow, find_rows
@@ -88,11 +90,12 @@ class RoutingTraceRecorder(pl.Callback):
         folder = trainer.log_dir  # asks rank zero: every rank has to call it
         here = None if folder is None else stores.join(stores.parse_path(folder), ROUTING_TRACE)
         path = self.path or here
-        if path is None:
+        if path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError("RoutingTraceRecorder needs a path, as this Trainer has no logger and so no folder.")
-        self._target = stores.parse_path(path)
-        if trainer.is_global_zero:
-            self.records = self._earlier(trainer.global_step)
+        self._target = None if path is None else stores.parse_path(path)
+        with agreeing(self._world, InputError):
+            if trainer.is_global_zero:
+                self.records = self._earlier(trainer.global_step)
         self._schedule.start(trainer)
         self._seen = [layer.load_E.clone() for layer in self._layers()]
         self._step = [torch.zeros_like(seen_E) for seen_E in self._seen]
@@ -102,10 +105,10 @@ class RoutingTraceRecorder(pl.Callback):
 
     @torch.no_grad()
     def _count(self) -> None:
-        """Adds what was counted since the last call. A counter that is less than it was has been reset by its reader."""
+        """Adds what was counted since the last call; less than nothing where a step was taken back (:class:`.NonFiniteGuard`)."""
         for layer, seen_E, step_E in zip(self._layers(), self._seen, self._step, strict=True):
             load_E = layer.load_E
-            step_E += torch.where((load_E < seen_E).any(), load_E, load_E - seen_E)
+            step_E += load_E - seen_E
             seen_E.copy_(load_E)
 
     @override
@@ -132,7 +135,7 @@ class RoutingTraceRecorder(pl.Callback):
         table_LSE = torch.zeros(shape, dtype=torch.int64, device=trainer.strategy.root_device)
         here = [i for i, row in enumerate(self._rows) if row.module is not None]
         for i, step_E in zip(here, self._step, strict=True):
-            table_LSE[i, self._world.index % self._sources] = step_E
+            table_LSE[i, self._world.index % self._sources] = step_E.clamp(min=0)  # less if a counter was reset
         return comm.all_reduce_raw(table_LSE, self._world).cpu().numpy()
 
     # ---- the file ----------------------------------------------------------------------------------------------
@@ -155,7 +158,8 @@ class RoutingTraceRecorder(pl.Callback):
         if kept or self._before is None or step == 0:
             return kept
         try:
-            trace: RoutingTrace = read_trace(self._before)
+            with tempfile.TemporaryDirectory() as folder:
+                trace: RoutingTrace = read_trace(_local_copy(self._before, folder))
         except InputError as error:
             rank_zero_warn(f"RoutingTraceRecorder begins a new trace: {error}")
             return []
@@ -175,6 +179,16 @@ class RoutingTraceRecorder(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict["path"]
+
+
+def _local_copy(path: str, folder: str) -> str | Path:
+    """Returns the path of a trace, or of its copy in ``folder`` if it is in a store."""
+    place = stores.parse_path(path)
+    if isinstance(place, Path) or not stores.is_file(place):
+        return path
+    copy = Path(folder, ROUTING_TRACE)
+    copy.write_bytes(stores.read(place))
+    return copy
 
 
 def _sizes(layers: list[Any]) -> dict[str, int]:

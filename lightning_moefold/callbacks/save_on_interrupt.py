@@ -77,7 +77,7 @@ class SaveOnInterrupt(pl.Callback):
 
     def _restore(self, *_: Any, **__: Any) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not installed by Python
         self._before.clear()
         self._trainer = None
 

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     ThroughputMonitor,
     WeightAveraging,
 )
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -212,7 +213,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
             f"under {fold}; search under a fold of data ranks only."
         )
     for logger in trainer.loggers if spread and trainer.checkpoint_callbacks else ():
-        if uploads := getattr(logger, "_log_model", False):  # also of MLFlowLogger and LitLogger
+        # Also of MLFlowLogger and LitLogger. Lightning's DummyLogger of fast_dev_run has every attribute that is asked for.
+        if uploads := not isinstance(logger, DummyLogger) and getattr(logger, "_log_model", False):
             raise UnsupportedFeature(
                 f"{type(logger).__name__}(log_model={uploads!r}) uploads files, but checkpoints of this strategy are "
                 "directories; leave log_model out, and upload what save_pretrained writes."

@@ -59,7 +59,7 @@ class MoELayer(ParallelRoot):
         routing: Statistics of the latest forward pass, with ``keep_routing``; None if that was in evaluation.
         load_E: How often each expert was chosen on this rank in training since the counter was last reset (int64;
             without padding). By logical number, wherever the experts are.
-        dropped: Number of these choices that were dropped because the expert was full (int64 scalar; 0 if dropless).
+        dropped_E: How many of these choices were dropped because the expert was full (int64; 0 if dropless).
         copies: Counters of expert copies in training since the last reset.
         placement: Which ep rank holds which expert, and in which slot of its stacks; :meth:`place` changes it.
 
@@ -110,20 +110,20 @@ class MoELayer(ParallelRoot):
         self.routing: Routing | None = None
         # Not buffers, which the strategy makes equal on all ranks before each step; each rank has its own counters.
         self.load_E = torch.zeros(num_experts, dtype=torch.int64)
-        self.dropped = torch.zeros((), dtype=torch.int64)
+        self.dropped_E = torch.zeros(num_experts, dtype=torch.int64)
         self.copies = CopyCounter()
         self.placement = Placement.contiguous(num_experts, 1)
         self._slot_E: Tensor | None = None  # until an expert has moved
-        self._load_then_E: Tensor | None = None  # when one last moved, and what parts had computed by then
+        self._rows_then_E: Tensor | None = None  # when one last moved, and what parts had computed by then
         self._earlier_rows_P: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
         """Moves the counters with the layer and resets them."""
         super()._apply(fn, recurse)
-        self.load_E, self.dropped = (
-            torch.zeros_like(fn(counter), dtype=torch.int64) for counter in (self.load_E, self.dropped)
+        self.load_E, self.dropped_E = (
+            torch.zeros_like(fn(counter), dtype=torch.int64) for counter in (self.load_E, self.dropped_E)
         )
-        self._earlier_rows_P = self._load_then_E = None
+        self._earlier_rows_P = self._rows_then_E = None
         if self._slot_E is not None:
             self._slot_E = torch.tensor(self.placement.slot_of_expert, device=self.load_E.device)
         return self
@@ -142,7 +142,7 @@ class MoELayer(ParallelRoot):
             InputError: If the placement has other numbers of experts or parts.
         """
         check_successor(self.placement, placement)
-        self._earlier_rows_P, self._load_then_E = self.part_rows(), self.load_E.clone()
+        self._earlier_rows_P, self._rows_then_E = self.part_rows(), self._rows_E()
         self.placement = placement
         slot_E = torch.tensor(placement.slot_of_expert, device=self.load_E.device)
         if self._slot_E is not None:
@@ -150,11 +150,19 @@ class MoELayer(ParallelRoot):
         elif not placement.is_contiguous:
             self._slot_E = slot_E
 
+    @property
+    def dropped(self) -> Tensor:
+        """Number of choices of :attr:`load_E` that were dropped, of all experts (int64 scalar)."""
+        return self.dropped_E.sum()
+
+    def _rows_E(self) -> Tensor:
+        return self.load_E - self.dropped_E
+
     def part_rows(self) -> Tensor:
-        """Returns how many choices of :attr:`load_E` were for each ep rank, by the placement at that time, ``[P]``."""
-        since_E = self.load_E if self._load_then_E is None else self.load_E - self._load_then_E
-        load_S = since_E if self._slot_E is None else since_E[self._slot_E.argsort()]
-        rows_P = load_S.view(self.placement.parts, -1).sum(1)
+        """Returns how many choices of :attr:`load_E` each ep rank computed, by the placement at that time, ``[P]``."""
+        since_E = self._rows_E() if self._rows_then_E is None else self._rows_E() - self._rows_then_E
+        rows_S = since_E if self._slot_E is None else since_E[self._slot_E.argsort()]
+        rows_P = rows_S.view(self.placement.parts, -1).sum(1)
         return rows_P if self._earlier_rows_P is None else rows_P + self._earlier_rows_P
 
     def gained_rows(self) -> Tensor | None:
@@ -170,8 +178,8 @@ class MoELayer(ParallelRoot):
     def reset_load(self) -> None:
         """Sets the counters to zero."""
         self.load_E.zero_()
-        self.dropped.zero_()
-        self._earlier_rows_P = self._load_then_E = None
+        self.dropped_E.zero_()
+        self._earlier_rows_P = self._rows_then_E = None
 
     def make_groups(self, mesh: FoldedMesh) -> None:
         """Creates the groups of a hierarchical exchange."""
@@ -231,7 +239,7 @@ class MoELayer(ParallelRoot):
         counts_GE = count_choices(expert_TK, self.num_experts, batch)
         kept_TK, served = self._served(expert_TK, routed.probability_TE, batch)
         if self.training and not is_recomputing():
-            self._count(counts_GE.sum(0), kept_TK)
+            self._count(counts_GE.sum(0), expert_TK, kept_TK)
         capacity = self._padded_capacity(hidden.shape[0], batch)
         # From here on experts are known by their slots.
         slot_TK = expert_TK if self._slot_E is None else self._slot_E[expert_TK]
@@ -257,11 +265,12 @@ class MoELayer(ParallelRoot):
         if self.training and (self.gate.call is not None or self.experts.drops):
             batch.token_places(device)
 
-    def _count(self, counts_E: Tensor, kept_TK: Tensor | None) -> None:
+    def _count(self, counts_E: Tensor, expert_TK: Tensor, kept_TK: Tensor | None) -> None:
         learning = torch.is_grad_enabled()
         with torch.no_grad():
             if self.dispatcher.config.capacity_factor is not None and kept_TK is not None:
-                self.dropped += counted_once(counts_E.sum() - kept_TK.sum())
+                kept_E = torch.zeros_like(self.dropped_E).index_add_(0, expert_TK.flatten(), kept_TK.flatten().long())
+                self.dropped_E += counted_once(counts_E - kept_E)
             counts_E = counted_once(counts_E)
             self.load_E += counts_E
             if learning:

@@ -211,6 +211,7 @@ def refusals() -> dict[str, str]:
         "ep = 1": (OneBlock(), "tp2", {}, None),
         "random numbers": (OneBlock(**dropping), "| ep2", {}, None),
         "transformer engine": (OneBlock(), "| ep2", {"expert_kernel": "transformer_engine"}, None),
+        "padding": (OneBlock(), "| ep2", {"capacity_factor": 1.0, "pad_to_capacity": True}, None),
         "no permutation": (OneBlock(), "| ep2", {}, lambda load_NE, current, costs: Placement((0, 0, 1, 2), 2)),
         "another layer's": (OneBlock(), "| ep2", {}, lambda load_NE, current, costs: Placement.contiguous(6, 2)),
         "no layer": (_Plain(), "", {}, None),

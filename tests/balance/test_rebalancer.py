@@ -200,6 +200,7 @@ def test_what_is_refused(pool: RankPool) -> None:
         "ep = 1": "InputError: ExpertRebalancer has nothing to move under tp2",
         "random numbers": "UnsupportedFeature: experts of layer cannot move to other ranks: Sequential draws random numbers",
         "transformer engine": "UnsupportedFeature: experts of layer cannot move to other ranks: expert_kernel='transformer_engine'",
+        "padding": "InputError: ExpertRebalancer has nothing to gain with pad_to_capacity=True",
         "no permutation": "InputError: a placement of 4 experts must name each of 0 to 3 once, which (0, 0, 1, 2) does not",
         "another layer's": "InputError: a placement of 6 experts on 2 parts cannot follow one of 4 experts on 2",
         "unknown state": "'columns' of shape [8] for 'layer.experts.",

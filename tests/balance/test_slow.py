@@ -43,6 +43,14 @@ def test_moves_where_it_pays() -> None:
     assert twice.gain_ps == 2 * decision.gain_ps
 
 
+def test_another_run_begins_anew() -> None:
+    loop = greedy()
+    decide(loop, SKEWED, Placement.contiguous(4, 2))
+    loop.forget()
+    assert loop.past("layer").size == 0
+    assert decide(loop, np.array([50, 50, 0, 0, 0, 0]), Placement.contiguous(6, 2)).kind == "moved"
+
+
 def test_joint_waits_for_some_intervals_and_weighs_by_itself() -> None:
     loop, here = SlowLoop(), Placement.contiguous(4, 2)
     kinds = [decide(loop, SKEWED, here, step=8 * n).kind for n in range(5)]

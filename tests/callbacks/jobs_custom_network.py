@@ -90,10 +90,10 @@ def uneven_table(holds: list[list[str]]) -> tuple[list[str], list[int], list[lis
     reader = LoadReader(trainer, root)
     for layer in layers.values():
         layer.load_E += rank + 1
-        layer.dropped += rank + 1
+        layer.dropped_E[0] += rank + 1
     load = reader.read()
     names = {id(module): name for name, module in layers.items()}
     return (
         [names.get(id(row.module), "") for row in load.rows], [row.layer for row in load.rows],
-        load.counts_LE.tolist(), load.dropped_L.tolist(),
+        load.counts_LE.tolist(), load.dropped_LE.sum(1).tolist(),
     )  # fmt: skip

@@ -21,6 +21,7 @@ from lightning_moefold.callbacks.common import LogSchedule
 from lightning_moefold.callbacks.expert_load import ExpertLoad, LoadHistory, LoadReader, LoadRow
 from lightning_moefold.callbacks.load_balance import LoadBalanceMonitor, load_figures
 from lightning_moefold.callbacks.load_images import LoadImages
+from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.plots.files import NO_EXPERT
 from lightning_moefold.plots.style import fair_shares
@@ -44,7 +45,7 @@ def load(*counts: list[int]) -> ExpertLoad:
     rows = [LoadRow(i, f"blocks.{i}", len(counts_E), None) for i, counts_E in enumerate(counts)]
     width = max(map(len, counts))
     table = np.array([counts_E + [NO_EXPERT] * (width - len(counts_E)) for counts_E in counts])
-    return ExpertLoad(rows, table, np.zeros(len(rows), dtype=np.int64), np.array([[sum(c)] for c in counts]))
+    return ExpertLoad(rows, table, np.zeros_like(table), np.array([[sum(c)] for c in counts]))
 
 
 def test_layers_without_load_are_left_out() -> None:
@@ -58,7 +59,7 @@ def test_layers_without_load_are_left_out() -> None:
 def test_dropped_choices_are_a_share_of_all() -> None:
     even = load([3, 1], [4, 0])
     assert load_figures(even)["moe/dropped_frac"] == 0
-    assert load_figures(replace(even, dropped_L=np.array([1, 0])))["moe/dropped_frac"] == 1 / 8
+    assert load_figures(replace(even, dropped_LE=np.array([[1, 0], [0, 0]])))["moe/dropped_frac"] == 1 / 8
 
 
 def test_counters_are_no_state_of_the_model() -> None:
@@ -94,14 +95,15 @@ def test_a_reading_begins_where_the_last_one_ended() -> None:
     )
     reader, other = LoadReader(trainer, module), LoadReader(trainer, module)
     module.first.load_E += torch.tensor([1, 2, 3, 4])
-    module.second.dropped += 5
+    module.second.load_E[1] += 7
+    module.second.dropped_E[1] += 5
     load = reader.read()
-    assert load.counts_LE.tolist() == [[1, 2, 3, 4], [0, 0, NO_EXPERT, NO_EXPERT]]
-    assert load.dropped_L.tolist() == [0, 5]
-    assert load.rank_rows_LR.tolist() == [[10], [0]]
-    assert reader.read().dropped_L.tolist() == [0, 0]
+    assert load.counts_LE.tolist() == [[1, 2, 3, 4], [0, 7, NO_EXPERT, NO_EXPERT]]
+    assert load.dropped_LE.tolist() == [[0, 0, 0, 0], [0, 5, 0, 0]]
+    assert load.rank_rows_LR.tolist() == [[10], [2]]
+    assert not reader.read().dropped_LE.any()
     assert reader.read().counts_LE.sum(1).tolist() == [0, 2 * NO_EXPERT]
-    assert other.read().rank_rows_LR.tolist() == [[10], [0]]
+    assert other.read().rank_rows_LR.tolist() == [[10], [2]]
 
 
 def test_rows_of_ranks_are_those_of_the_placement_at_their_time() -> None:
@@ -118,6 +120,25 @@ def test_rows_of_ranks_are_those_of_the_placement_at_their_time() -> None:
     assert layer.part_rows().tolist() == [3 + 5 + 12, 12 + 10 + 3]
     layer.reset_load()
     assert layer.part_rows().tolist() == [0, 0]
+
+
+def test_a_rank_has_not_computed_what_was_dropped() -> None:
+    """By a layer with a capacity of its own, against the counts of choices that were served."""
+    torch.manual_seed(0)
+    layer = MoELayer(8, 4, 2, 8, dispatch=DispatchConfig(capacity_factor=0.5))
+    served = []
+    compute = layer._served
+    layer._served = lambda *given: (served.append((given[0], compute(*given)[0])), compute(*given))[1]  # type: ignore[method-assign, func-returns-value]
+    layer(torch.randn(2, 20, 8))
+    [(expert_TK, kept_TK)] = served
+    assert layer.load_E.sum() == 80
+    assert layer.dropped == 80 - kept_TK.sum() > 0
+    assert torch.equal(layer.load_E - layer.dropped_E, torch.bincount(expert_TK[kept_TK], minlength=4))
+    assert layer.part_rows().tolist() == [int(kept_TK.sum())]
+    figures = ExpertLoad(
+        [LoadRow(0, "", 4, layer)], layer.load_E[None].numpy(), layer.dropped_E[None].numpy(), np.zeros((1, 1))
+    )
+    assert figures.served_by_layer()[0].sum() == int(kept_TK.sum())
 
 
 def test_missing_packages_cost_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:

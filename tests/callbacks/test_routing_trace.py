@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from torch.utils.data import DataLoader
 from lightning_moefold import Fold, MoEFoldStrategy
 from lightning_moefold.balance.trace import read_trace
 from lightning_moefold.callbacks import LoadBalanceMonitor, RoutingTraceRecorder
+from lightning_moefold.callbacks.expert_load import LoadRow
 from lightning_moefold.errors import InputError
+from lightning_moefold.modules import MoELayer
 from lightning_moefold.testing import PoolEnvironment, RankPool, join_rows, make_batches, make_checkpoint
 from tests.exactness.runs import BatchList, Case, RankRun
 
@@ -100,6 +103,41 @@ def test_only_the_steps_asked_for(checkpoint: Path, tmp_path: Path) -> None:
     assert trace.iterations_N.tolist() == [3]
     with np.load(tmp_path / "trace.npz") as saved:
         assert saved["counts"].dtype == np.uint8
+
+
+def test_a_step_that_is_taken_back_counts_nothing(tmp_path: Path) -> None:
+    """As NonFiniteGuard does after backward."""
+    recorder, layer = RoutingTraceRecorder(path=tmp_path / "a.npz"), MoELayer(8, 4, 2, 8)
+    layer.load_E += 5
+    recorder._rows = [LoadRow(0, "layer", 4, layer)]
+    recorder._seen, recorder._step = [layer.load_E.clone()], [torch.zeros(4, dtype=torch.int64)]
+    layer.load_E += torch.tensor([1, 2, 3, 4])
+    recorder._count()
+    assert recorder._step[0].tolist() == [1, 2, 3, 4]
+    layer.load_E -= torch.tensor([1, 2, 3, 4])
+    recorder._count()
+    assert not recorder._step[0].any()
+
+
+def test_a_trace_in_a_store_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+    """And a dry run, which writes nothing, needs no path."""
+    recorded_fit(str(checkpoint), "", str(tmp_path), {})
+    place = f"memory://{tmp_path.name}/trace.npz"
+    with fsspec.open(place, "wb") as file:
+        file.write((tmp_path / "trace.npz").read_bytes())
+    recorder = RoutingTraceRecorder(path=place)
+    recorder.load_state_dict({"path": place})
+    recorder._rows, recorder._sources = [LoadRow(i, "", 8, None) for i in range(2)], 1
+    assert [step for step, _ in recorder._earlier(3)] == [1, 2, 3]
+    trainer = pl.Trainer(
+        accelerator="cpu", strategy=MoEFoldStrategy(), callbacks=[RoutingTraceRecorder()], fast_dev_run=True,
+        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    batches = make_batches(1, 1, 2, LENGTH, 96)[0]
+    trainer.fit(
+        Case(str(checkpoint), RankRun(), {"root": "", "lr": 0.0, "optimizer": "sgd"}),
+        DataLoader(BatchList(batches), batch_size=None),
+    )
 
 
 class _Plain(pl.LightningModule):

@@ -156,7 +156,7 @@ def _train(run: Run, fold: Fold) -> dict[str, Any]:
         model.to_empty(device="cuda")
         for layer in model.moe_layers().values():  # made on meta, which moving does not reach
             layer.load_E = torch.zeros(layer.num_experts, dtype=torch.int64, device="cuda")
-            layer.dropped = torch.zeros((), dtype=torch.int64, device="cuda")
+            layer.dropped_E = torch.zeros(layer.num_experts, dtype=torch.int64, device="cuda")
         ids = torch.zeros(run.rows, run.length, dtype=torch.int64, device="cuda")
         registry = ParameterRegistry(model, mesh)
         sums = GradientSum(registry.unfinished_gradients())

@@ -108,7 +108,7 @@ def write_placement(folder: Path) -> None:
     history, rows = PlacementHistory(4), [LoadRow(1, "a", 4, None), LoadRow(3, "b", 2, None)]
     for step, slots in ((10, (0, 1, 2, 3)), (20, (0, 2, 1, 3))):
         counts_LE, rank_rows_LR = np.array([[6, 3, 1, 0], [5, 5, -1, -1]]), np.array([[4, 1, 3, 2], [3, 2, 2, 3]])
-        load = ExpertLoad(rows, counts_LE, np.zeros(2, np.int64), rank_rows_LR)  # two replicas of two ranks
+        load = ExpertLoad(rows, counts_LE, np.zeros_like(counts_LE), rank_rows_LR)  # two replicas of two ranks
         history.add(step, load, {"a": Placement(slots, 2), "b": Placement.contiguous(2, 2)})
     history.save(folder / EXPERT_PLACEMENT)
 

@@ -116,6 +116,8 @@ def loggers(path: str, folder: str) -> tuple[str, int, str]:
     saving = {"callbacks": [ModelCheckpoint(folder)], "enable_checkpointing": True}
     message = told(lambda: make("", {"max_steps": 1, "logger": Uploading(folder), **saving}).fit(module))
     steps = len(module.report.losses)
+    dry = told(lambda: make("", {"fast_dev_run": True, **saving}).fit(Finetune(path)))
+    assert dry == "no error", dry
     return message, steps, told(lambda: make("", {"max_steps": 1, "logger": Uploading(folder)}).fit(Finetune(path)))
 
 

@@ -123,7 +123,7 @@ class ScheduleRunner:
     def counters_kept(self) -> Iterator[None]:
         """Tokens are counted once, however often they pass."""
         layers = [m for m in self._network.modules() if isinstance(m, MoELayer)]
-        counters = [(c, c.clone()) for layer in layers for c in (layer.load_E, layer.dropped)]
+        counters = [(c, c.clone()) for layer in layers for c in (layer.load_E, layer.dropped_E)]
         yield
         for counter, before in counters:
             counter.copy_(before)
