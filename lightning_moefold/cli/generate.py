@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from lightning_moefold.checkpoint.stores import check_file
 from lightning_moefold.checkpoint.tokenizers import load_tokenizer
 from lightning_moefold.cli.one_step import add_run_arguments, make_trainer, run_once
 from lightning_moefold.errors import InputError
@@ -50,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     given = arguments.temperature != 1.0 or arguments.top_k is not None or arguments.top_p is not None
     if given and not arguments.sample:
         raise InputError("--temperature, --top-k and --top-p are for drawing tokens; add --sample.")
+    if arguments.output is not None:
+        check_file(arguments.output, "texts")
     tokenizer = cache(lambda: load_tokenizer(arguments.checkpoint))
     prompts = list(read_prompts(arguments.prompts, tokenizer))
     trainer = make_trainer(arguments)

@@ -106,6 +106,35 @@ REFUSED = [
 ]
 
 
+def test_an_output_that_cannot_be_written_is_refused_first(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a")
+    monkeypatch.setattr("lightning_moefold.cli.generate.run_once", lambda *_: pytest.fail("texts were generated"))
+    command = [
+        "generate",
+        "--checkpoint",
+        str(path),
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--accelerator",
+        "cpu",
+    ]
+    for output, says in ((tmp_path, "it is a directory"), (tmp_path / "prompts.txt" / "out.jsonl", "is a file")):
+        assert main([*command, "--output", str(output)]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_an_accelerator_that_is_not_there_is_one_sentence(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path.parent / "prompts.txt").write_text("a")
+    command = ["generate", "--checkpoint", str(path), "--prompts", str(path.parent / "prompts.txt")]
+    assert main([*command, "--accelerator", "cuda"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("moefold generate: ")
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize(("name", "rows", "options", "says"), REFUSED, ids=range(len(REFUSED)))
 def test_refusals(
     path: Path, name: str, rows: str, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
