@@ -22,6 +22,28 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise InputError(f"{name}={value} must be at least {least}.")
 
 
+def check_number(
+    name: str, value: object, least: float = 0.0, most: float = math.inf, *, above: bool = False, below: bool = False
+) -> None:
+    """Raises an InputError unless an argument is a finite number in a range.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        least: The smallest.
+        most: The largest.
+        above: Whether it must be larger than ``least``.
+        below: Whether it must be smaller than ``most``.
+    """
+    low = f"{'above' if above else 'at least'} {least:g}"
+    wanted = low if most == math.inf else f"{low} and {'below' if below else 'at most'} {most:g}"
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise InputTypeError(f"{name}={value!r} must be a number, {wanted}.")
+    small, large = (value <= least if above else value < least), (value >= most if below else value > most)
+    if not is_number(value) or small or large:
+        raise InputError(f"{name}={value} must be {wanted}.")
+
+
 def is_number(value: object) -> bool:
     """Whether a value is a finite real number, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

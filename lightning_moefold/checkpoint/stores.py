@@ -183,6 +183,14 @@ def check_folder(path: Path, what: str = "checkpoints") -> None:
     raise CheckpointError(f"{what} cannot be saved to {path}, because {reason}; give another directory.")
 
 
+def check_file(path: Path, what: str) -> None:
+    """Checks that a local file can be written, or made, without making it; see :func:`check_folder`."""
+    check_folder(path.parent, what)
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        reason = "it is a directory" if path.is_dir() else "it cannot be written"
+        raise CheckpointError(f"{what} cannot be saved to {path}, because {reason}; give another file.")
+
+
 def check_store(path: str, world: Axis) -> None:
     """Checks that a store can be written, and that every rank sees a file written by another. Collective.
 

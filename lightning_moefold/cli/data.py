@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 
+from lightning_moefold.arguments import check_count
 from lightning_moefold.errors import InputError, is_users
 from lightning_moefold.recipes.data import Part, TextData
 from lightning_moefold.recipes.pairs import PreferenceData
@@ -49,6 +50,7 @@ def run(words: list[str]) -> int:
 
 def _preview(config: Any) -> None:
     data = config.data
+    check_count("rows", config.rows, 0)
     if not isinstance(data, TextData) or isinstance(data, PreferenceData):
         raise InputError(f"data preview shows TextData, not {type(data).__name__}.")
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_moefold.checkpoint.stores import check_file
 from lightning_moefold.checkpoint.tokenizers import load_tokenizer
 from lightning_moefold.cli.one_step import add_run_arguments, make_trainer, run_once
 from lightning_moefold.errors import InputError
@@ -35,6 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluates and prints a table; returns the exit status."""
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size} must be at least 1.")
+    limit = arguments.limit
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit.is_integer())):
+        raise InputError(
+            f"--limit {limit:g} must be a whole number of examples, at least 1, or a share between 0 and 1."
+        )
+    if arguments.output is not None:
+        check_file(arguments.output, "results")
     need_lm_eval()
     trainer = make_trainer(arguments)
     results = evaluate(trainer, arguments)

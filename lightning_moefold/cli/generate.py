@@ -11,11 +11,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from lightning_moefold.checkpoint.stores import check_file
 from lightning_moefold.checkpoint.tokenizers import load_tokenizer
 from lightning_moefold.cli.one_step import add_run_arguments, make_trainer, run_once
 from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.texts import continue_texts
+from lightning_moefold.recipes.conversation import Conversation, read_row
+from lightning_moefold.recipes.documents import Raw, read_lines, read_rows
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="a prompt a line; .jsonl: rows with prompt or messages",
+        help="a prompt a line; .jsonl, .json, .parquet: rows with prompt or messages",
     )
     add("--adapter", type=Path, metavar="DIR", help="adapter in PEFT's format")
     add("--output", type=Path, metavar="FILE", help="where rows of prompt and text go as JSON lines (default: printed)")
@@ -38,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=1.0, help="divides the logits (1.0)")
     add("--top-k", type=int, help="draw from this many tokens")
     add("--top-p", type=float, help="draw from the most probable tokens that have this probability together")
-    add("--seed", type=int, default=0, help="of the draws (0)")
+    add("--seed", type=int, default=0, help="of the draws (0); other --batch-size, other texts")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     given = arguments.temperature != 1.0 or arguments.top_k is not None or arguments.top_p is not None
     if given and not arguments.sample:
         raise InputError("--temperature, --top-k and --top-p are for drawing tokens; add --sample.")
+    if arguments.output is not None:
+        check_file(arguments.output, "texts")
     tokenizer = cache(lambda: load_tokenizer(arguments.checkpoint))
     prompts = list(read_prompts(arguments.prompts, tokenizer))
     trainer = make_trainer(arguments)
@@ -62,39 +67,45 @@ def read_prompts(path: Path, tokenizer: Any) -> Iterator[tuple[str, bool]]:
     """Yields each prompt, and whether the tokenizer is to add its special tokens, which a chat template writes itself.
 
     Args:
-        path: A text file with a prompt a line, or JSON lines with ``prompt`` (text) or ``messages`` (a conversation).
+        path: A text file with a prompt a line, or one of :mod:`.documents` whose rows have ``prompt`` (text) or ``messages`` (a
+            conversation, with ``tools`` beside it). Without an ending, as that of a pipe, it is text.
         tokenizer: Returns the tokenizer, whose chat template is used.
 
     Raises:
         InputError: Naming file and line.
     """
-    number = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            raise InputError(f"{where}: there is no prompt; leave empty lines out.")
-        if path.suffix != ".jsonl":
-            yield line, True
+    found = False
+    for raw in read_rows([path]) if path.suffix else [Raw(0, 0, path.name, lambda: "".join(read_lines(path)))]:
+        row = raw.read()
+        if not raw.number:  # a whole text
+            for number, line in enumerate(row.removesuffix("\n").split("\n") if row else [], start=1):
+                if not line.strip():
+                    raise InputError(f"{path}, line {number}: there is no prompt; leave empty lines out.")
+                found = True
+                yield line, True
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            raise InputError(f'{where}: this is no JSON; write one object a line, such as {{"prompt": ...}}.') from None
+        found = True
         if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == isinstance(row.get("messages"), list):
-            raise InputError(f"{where}: a row holds either a text 'prompt' or a list 'messages'.")
+            raise InputError(f"{raw.where}: a row holds either a text 'prompt' or a list 'messages'.")
         if isinstance(row.get("prompt"), str):
             yield row["prompt"], True
         else:
-            yield _conversation(row["messages"], tokenizer(), where), False
-    if not number:
+            yield _conversation(row, tokenizer(), raw.where), False
+    if not found:
         raise InputError(f"{path} holds no prompt; write one a line.")
 
 
-def _conversation(messages: list[Any], tokenizer: Any, where: str) -> str:
+def _conversation(row: dict[str, Any], tokenizer: Any, where: str) -> str:
     if not tokenizer.chat_template:
         raise InputError(f"{where}: 'messages' need a chat template, which the tokenizer does not have; give 'prompt'.")
+    talk = read_row(row, where, "messages")
+    assert isinstance(talk, Conversation)
+    if row.get("system") and {"role": "system", "content": row["system"]} not in talk.messages[:1]:
+        raise InputError(f"{where}: 'system' is not read beside 'messages'; make it the first of them.")
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(talk.messages, tools=talk.tools, tokenize=False, add_generation_prompt=True)
+        )
     except Exception as error:  # of the template, which is a program
         raise InputError(f"{where}: the chat template refuses the messages: {error}") from error
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning_moefold
-from lightning_moefold.errors import InputError, sentence
+from lightning_moefold.errors import InputError, is_users, sentence
 
 #: By name, the module in this package and one line of help.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = module.run(arguments)
     except BrokenPipeError:
         return 1
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not (isinstance(error, ValueError) or is_users(error)):
+            raise
         print(f"moefold {arguments.command}: {sentence(error)}", file=sys.stderr)
         return 2
     return status

@@ -373,7 +373,7 @@ class MoECausalLM(PretrainedModel):
             seed: Seed of the draws. Row b of data rank r of R draws the numbers of row ``b * R + r``, so prompts dealt
                 in turn to the data ranks get the same texts under every fold. By default torch's generator gives the
                 seed.
-            stop_strings: A text ends, too, with the token that completes one of these.
+            stop_strings: A text ends, too, with the token that completes one of these, special tokens included.
             tokenizer: Decodes tokens; ``stop_strings`` need it.
 
         Returns:

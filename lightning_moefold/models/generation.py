@@ -91,7 +91,7 @@ def _uniforms(model: MoECausalLM, seed: int | None, rows: int, count: int, devic
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Strings that end a text, and the tokenizer that decodes tokens."""
+    """Strings that end a text, such as a special token's, and the tokenizer that decodes tokens."""
 
     texts: tuple[str, ...] = ()
     tokenizer: Any = None
@@ -107,13 +107,32 @@ class StopStrings:
         """Returns which of the wanted rows hold a stop string in their new tokens, ``[B]`` bool."""
         found_B = torch.zeros_like(wanted_B)
         for row in wanted_B.nonzero().flatten().tolist():
-            text = self.tokenizer.decode(token_Bn[row].tolist(), skip_special_tokens=True)
-            found_B[row] = any(stop in text for stop in self.texts)
+            found_B[row] = self._first(self._decode(token_Bn[row].tolist())) is not None
         return found_B
 
-    def cut(self, text: str) -> str:
-        """Returns a new text up to the first stop string."""
-        return text[: min((place for stop in self.texts if (place := text.find(stop)) >= 0), default=len(text))]
+    def cut(self, tokens: list[int]) -> str:
+        """Returns the text of new tokens up to the first stop string, without special tokens."""
+        whole = self._decode(tokens)
+        place = self._first(whole)
+        if place is None:
+            return self._decode(tokens, skips=True)
+        # The tokens that lie before the stop string as a whole; of a letter cut in two, the text is no beginning.
+        count, before = 0, ""
+        for number in range(1, len(tokens) + 1):
+            text = self._decode(tokens[:number])
+            if whole.startswith(text):
+                if len(text) > place:
+                    break
+                count, before = number, text
+        # A special token that a stop string cuts is left out like a whole one.
+        of_cut = whole[len(before) : place] if self._decode(tokens[count : count + 1], skips=True) else ""
+        return self._decode(tokens[:count], skips=True) + of_cut
+
+    def _first(self, text: str) -> int | None:
+        return min((place for stop in self.texts if (place := text.find(stop)) >= 0), default=None)
+
+    def _decode(self, tokens: list[int], skips: bool = False) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=skips))
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def continue_texts(
         prompts: The prompts; they are dealt to the data ranks in turn.
         load_tokenizer: Returns the tokenizer; called on ranks that have prompts.
         special_tokens: Whether the tokenizer adds its special tokens, such as the one that begins a text.
-        stop_strings: Strings that end a text; they are not part of it.
+        stop_strings: Strings that end a text, special tokens among them; they are not part of it.
         **options: Arguments of :meth:`.causal_lm.MoECausalLM.generate`.
     """
     place, size = model.batch_axes().data_rank
@@ -56,8 +56,8 @@ def continue_texts(
             rows = [list(tokenizer(text, **plain)["input_ids"]) for text in mine]
         ids_BS, mask_BS = (x.to(device) for x in pad_left(rows))
         tokens = model.generate(ids_BS, mask_BS, stop_strings=stop_strings, tokenizer=tokenizer, **options)
-    new, stop = tokens[:, ids_BS.shape[1] :].tolist(), StopStrings(tuple(stop_strings))
-    texts = [] if tokenizer is None else [stop.cut(tokenizer.decode(row, skip_special_tokens=True)) for row in new]
+    new, stop = tokens[:, ids_BS.shape[1] :].tolist(), StopStrings(tuple(stop_strings), tokenizer)
+    texts = [] if tokenizer is None else [stop.cut(row) for row in new]
     found = {place: texts}
     if size > 1:
         everyone: list[tuple[int, list[str]]] = [(0, [])] * dist.get_world_size()

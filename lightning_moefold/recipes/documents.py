@@ -91,7 +91,7 @@ def _ending(path: Path) -> tuple[str, bool]:
 _Found = Iterator[tuple[int, str, Callable[[], Any]]]
 
 
-def _open(path: Path, packed: bool) -> Iterator[str]:
+def read_lines(path: Path, packed: bool = False) -> Iterator[str]:
     """The lines of a file, without the byte-order mark that some editors put first, and with line feeds alone as line ends."""
     number = 0
     try:
@@ -106,11 +106,11 @@ def _open(path: Path, packed: bool) -> Iterator[str]:
 
 
 def _whole(path: Path, packed: bool) -> str:
-    return "".join(_open(path, packed))
+    return "".join(read_lines(path, packed))
 
 
 def _lines(path: Path, packed: bool) -> _Found:
-    for number, line in enumerate(_open(path, packed), start=1):
+    for number, line in enumerate(read_lines(path, packed), start=1):
         line = line.removeprefix("\ufeff")  # of a file that was joined to another
         if line.strip():
             yield number, f"line {number}", partial(_parse, path, line, number)

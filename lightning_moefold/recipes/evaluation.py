@@ -29,6 +29,7 @@ from lightning_moefold.errors import InputError
 from lightning_moefold.mesh import SINGLE
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import IGNORED
+from lightning_moefold.models.generation import StopStrings
 from lightning_moefold.recipes.preference import log_probabilities, sum_over_ranks
 
 _SAMPLED = {"do_sample", "temperature", "top_k", "top_p"}
@@ -181,9 +182,9 @@ class FoldLM(TemplateLM):
         mask_RS = torch.zeros_like(ids_RS)
         for row, tokens in enumerate(prompts):
             ids_RS[row, length - len(tokens) :], mask_RS[row, length - len(tokens) :] = torch.tensor(tokens), 1
+        stop = StopStrings(tuple(filter(None, until)), self.tokenizer)  # with the tokenizer's end of text
         out = self.model.generate(
-            ids_RS.to(self._here), mask_RS.to(self._here), max_new_tokens=new, eos_token_id=self.eot_token_id,
-            pad_token_id=self.eot_token_id, **sampled,
+            ids_RS.to(self._here), mask_RS.to(self._here), max_new_tokens=new, pad_token_id=self.eot_token_id,
+            stop_strings=stop.texts, tokenizer=self.tokenizer, **sampled,
         )  # fmt: skip
-        said = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in out[:, length:].tolist()]
-        return [postprocess_generated_text(text, until, None) for text in said]
+        return [postprocess_generated_text(stop.cut(tokens), until, None) for tokens in out[:, length:].tolist()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,7 @@ from torch.optim import AdamW
 from typing_extensions import override
 
 from lightning_moefold.adapters import LoRA
+from lightning_moefold.arguments import check_choice, check_count, check_number
 from lightning_moefold.checkpoint import stores
 from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
@@ -89,8 +90,17 @@ class FineTuneModule(pl.LightningModule):
         quantize: Quantization | None = None,
     ) -> None:
         super().__init__()
-        if total_steps is not None and total_steps < 1:
-            raise InputError(f"total_steps={total_steps} must be at least 1.")
+        check_number("learning_rate", learning_rate)
+        check_count("warmup_steps", warmup_steps, 0)
+        check_choice("schedule", schedule, get_args(Schedule))
+        check_number("final_learning_rate", final_learning_rate)
+        check_number("weight_decay", weight_decay)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise InputError(f"betas={betas!r} must be two numbers, such as (0.9, 0.95).")
+        for number, beta in enumerate(betas):
+            check_number(f"betas[{number}]", beta, most=1, below=True)
+        if total_steps is not None:
+            check_count("total_steps", total_steps)
         self.save_hyperparameters()
         if adapter is not None:
             LoRA.of(adapter)  # says at once what is wrong
@@ -142,6 +152,8 @@ class FineTuneModule(pl.LightningModule):
                 )
             for name in frozen:
                 parameters[name].requires_grad_(False)
+        if self.hparams["freeze"] and not any(parameter.requires_grad for parameter in parameters.values()):
+            raise InputError(f"freeze={self.hparams['freeze']!r} leaves no parameter to train; leave out a pattern.")
 
     # ---- training ----------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_moefold import comm
+from lightning_moefold.arguments import check_number
 from lightning_moefold.errors import InputError
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import IGNORED
@@ -107,8 +108,12 @@ class PreferenceModule(FineTuneModule):
             )
         if loss not in ("dpo", "ipo", "kto"):
             raise InputError(f"loss={loss!r} is not known; use 'dpo', 'ipo' or 'kto'.")
-        if not beta > 0:
-            raise InputError(f"beta={beta} must be greater than 0.")
+        check_number("beta", beta, above=True)
+        weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+        for name, weight in weights.items():
+            check_number(name, weight)
+            if loss != "kto" and weight != 1:
+                raise InputError(f"{name}={weight} is KTO's, and loss={loss!r} has no such weight; leave it out.")
         super().__init__(checkpoint, learning_rate=learning_rate, calculate_per_token_loss=False, **options)
         self._loss, self._beta, self._weights = loss, beta, (desirable_weight, undesirable_weight)
         self._reference: dict[str, Tensor] = {}  # [N, 2] of each part: both rows of an example

@@ -277,6 +277,8 @@ def test_preview(tmp_path, tokenizer, capsys, colour):
             }
         )
     )
+    assert main(["data", "preview", "--config", str(config), "--rows", "-1"]) == 2
+    assert capsys.readouterr().err == "moefold data: rows=-1 must be at least 0.\n"
     assert main(["data", "preview", "--config", str(config), "--rows", "1", "--color", colour]) == 0
     shown = capsys.readouterr().out
     two = "⟦Two.<|im_end|>⟧" if colour == "never" else "\033[1;32mTwo.<|im_end|>\033[0m"

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lightning_moefold import MoECausalLM
+from lightning_moefold.checkpoint.tokenizers import load_tokenizer
 from lightning_moefold.cli.main import main
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.recipes import evaluated
@@ -44,6 +48,34 @@ def by_hugging_face(folder: Path) -> dict[str, list[Any]]:
     manager = TaskManager(include_path=str(folder / "tasks"))
     results = lm_eval.simple_evaluate(model, tasks=TASKS.split(","), task_manager=manager, bootstrap_iters=10)
     return evaluated.found(results), results["results"]
+
+
+def test_texts_end_where_those_of_hugging_face_end(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from lightning_moefold.recipes.evaluation import FoldLM
+
+    path = folder / "ends"
+    shutil.copytree(folder / "checkpoint", path)
+
+    def said(until: list[str]) -> tuple[list[str], list[str]]:
+        asked = {"until": until, "max_gen_toks": 8}
+        requests = [Instance("generate_until", {}, (text, asked), 0) for text in ("one, then two", "three")]
+        ours = FoldLM(MoECausalLM.from_pretrained(path, torch.float32), load_tokenizer(path), 1, "ours")
+        theirs = HFLM(pretrained=str(path), device="cpu", dtype="float32", batch_size=1)
+        return ours.generate_until(requests), theirs.generate_until(requests)
+
+    free, wanted = said(["\n\n"])
+    assert free == wanted
+    tokenizer = load_tokenizer(path)
+    ids = torch.tensor([tokenizer("one, then two")["input_ids"]])
+    tokens = MoECausalLM.from_pretrained(path, torch.float32).generate(ids, max_new_tokens=8, eos_token_id=())
+    end = int(tokens[0, -4])
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, end]}))
+    ended, wanted = said(["\n\n"])
+    assert ended == wanted
+    assert ended != free
 
 
 @pytest.mark.slow  # lm-eval and datasets on every rank
@@ -88,6 +120,11 @@ def test_wrong_arguments(folder: Path, capsys: pytest.CaptureFixture[str], monke
     words = ["eval", "--checkpoint", str(folder / "checkpoint"), "--tasks", "next_choice"]
     assert main([*words, "--batch-size", "0"]) == 2
     assert "--batch-size 0 must be at least 1" in capsys.readouterr().err
+    for limit in ("0", "-1", "10.5", "nan", "inf"):
+        assert main([*words, f"--limit={limit}"]) == 2
+        assert f"--limit {limit} must be a whole number of examples" in capsys.readouterr().err
+    assert main([*words, "--output", str(folder)]) == 2
+    assert "it is a directory" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert main(words) == 2
     assert "lm-eval, which is not installed; pip install 'lightning-moefold[eval]'" in capsys.readouterr().err

@@ -192,6 +192,34 @@ def test_wrong_arguments_end_on_all_ranks(pool: RankPool, folder: Path, tmp_path
             assert message.startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": -1}, "learning_rate=-1 must be at least 0."),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be at least 0."),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be a number, at least 0."),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be at least 0."),
+        ({"schedule": "step"}, "schedule='step' is not available; use 'cosine' or 'linear' or 'constant'."),
+        ({"final_learning_rate": -0.1}, "final_learning_rate=-0.1 must be at least 0."),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be at least 0."),
+        ({"betas": (0.9, 1.5)}, "betas[1]=1.5 must be at least 0 and below 1."),
+        ({"betas": (0.9, 1.0)}, "betas[1]=1.0 must be at least 0 and below 1."),
+        ({"betas": (0.9,)}, "betas=(0.9,) must be two numbers, such as (0.9, 0.95)."),
+        ({"total_steps": 1.5}, "total_steps=1.5 must be a whole number, at least 1."),
+    ],
+)
+def test_wrong_settings_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        FineTuneModule("somewhere", **changes)
+    assert str(caught.value) == message
+
+
+def test_something_is_left_to_train(folder: Path) -> None:
+    module = FineTuneModule(str(folder / "checkpoint"), freeze=["*.mlp.*", "*"])
+    with pytest.raises(InputError, match=r"freeze=.* leaves no parameter to train"):
+        module.configure_model()
+
+
 def test_weight_decay_is_for_matrices(folder: Path):
     model = MoECausalLM.from_pretrained(folder / "checkpoint", output_router_logits=True)
     model.model.norm.weight.requires_grad_(False)
