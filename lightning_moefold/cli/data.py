@@ -134,6 +134,8 @@ def statistics(part: Part) -> list[str]:
         f"packed       {len(rows):,} rows of {length:,} tokens ({len(part):,} here), {used / (len(rows) * length):.1%} filled",
         f"labels       {counts.trained:,} of {counts.tokens:,} tokens ({counts.trained / counts.tokens:.1%})",
     ]
+    if counts.empty:
+        lines.append(f"left out     {counts.empty:,} rows with an empty text")
     left_out = counts.unlabelled, rows.plan.cut, rows.plan.dropped
     if any(left_out):
         lines.append(

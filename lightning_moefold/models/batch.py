@@ -38,7 +38,8 @@ class CausalLMBatch:
         token_N: Token ids; ids outside the vocabulary have been replaced.
         sequence: Description of the rows for the layers.
         true_length: S as passed by the caller; rows may be padded beyond it.
-        labels: The labels as passed by the caller, ``[B, S]``, for a custom loss.
+        labels: The labels of whole rows for a custom loss, ``[B, S]`` at the positions of the tokens; ``IGNORED`` where no
+            position predicts them.
         target_N: The label that each position predicts; ``IGNORED`` if none.
         weight_N: Weight of each position's loss.
         labelled_index: Positions that have a target.
@@ -159,7 +160,7 @@ def read_batch(
         token_N=here.cut(token_BS, 0).flatten(),
         sequence=sequence,
         true_length=length,
-        labels=labels,
+        labels=None if labels is None else torch.cat([labels[:, :1].long(), target_BS[:, :-1]], dim=1),
         target_N=target_N,
         weight_N=here.cut(weight_BS, 0).flatten(),
         labelled_index=(target_N != IGNORED).nonzero().squeeze(1),

@@ -186,7 +186,9 @@ class MoECausalLM(PretrainedModel):
             loss_weights: Weight of each label, ``[B, S]``, at the positions of ``labels``; the loss is then ``sum(w *
                 l) / sum(w)``.
             loss_fn: ``loss_fn(logits, labels, **extras) -> (sum, weight)`` replaces cross-entropy and gets whole logits
-                ``[B, S, V]``; the loss is the sum over all ranks divided by the weight over all ranks.
+                ``[B, S, V]``; the loss is the sum over all ranks divided by the weight over all ranks. Its labels are those
+                of whole rows, -100 too where the model's own loss counts none: across the border of documents, and
+                after padding that sees no token.
             gather_logits: Whether to return whole logits on every rank, even with tensor parallelism and with labels.
             last_logits: Whether to return the logits of the last position only, ``[B, 1, V]``, on every rank.
             cache: Keys and values of the positions before ``input_ids``; those of ``input_ids`` are added, and

@@ -26,7 +26,7 @@ from lightning_moefold.recipes.store import TokenStore, write_sums
 from lightning_moefold.recipes.tokenizing import Reading, tokenize
 
 #: Of what is kept; another number for tokens that the same text would not make today.
-_FORMAT = 4
+_FORMAT = 5
 
 
 class TokenCache:

@@ -3,24 +3,28 @@
 
     text                 {"text": "..."}
     messages             {"messages": [{"role", "content"}, ...]}, with ``tools`` beside
-    ShareGPT             {"conversations": [{"from", "value"}, ...]}, with ``system`` and ``tools`` beside
-    Alpaca               {"instruction", "output"}, with ``input``, ``system`` and ``history`` beside
+    ShareGPT             {"conversations": [{"from", "value"}, ...]}, with ``tools`` beside
+    Alpaca               {"instruction", "output"}, with ``input`` and ``history`` beside
     prompt, completion   {"prompt", "completion"}, strings or lists of messages; what the prompt says is not trained on
+
+A ``system`` beside any of the conversations is their first message. A completion that repeats its prompt, as answers of
+preferences often do, is read without it.
 
 Every conversation becomes messages as chat templates of ``transformers`` take them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lightning_moefold.errors import InputError
+from lightning_moefold.recipes.documents import RepeatedKey, parsed
 
 Format = Literal["auto", "text", "messages", "sharegpt", "alpaca", "prompt_completion"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_ASKING = ("system", "developer", "user")
 _SHAREGPT = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
     "assistant": "assistant", "model": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool",
@@ -37,11 +41,17 @@ class Conversation:
             ``reasoning_content``, ...).
         tools: Descriptions of the tools that the assistant may call.
         trained: Of each message, whether it may be trained on: an assistant's, without ``"weight": 0``, not in a prompt.
+        masked: Of each message, whether it is never trained on, whoever says it: with ``"weight": 0``, or in a prompt.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     trained: list[bool] = field(default_factory=list)
+    masked: list[bool] = field(default_factory=list)
+
+    def mask(self, count: int) -> None:
+        """Has the first messages not trained on."""
+        self.trained[:count], self.masked[:count] = [False] * count, [True] * count
 
 
 def read_row(found: Any, where: str, form: Format = "auto") -> str | Conversation:
@@ -55,7 +65,7 @@ def read_row(found: Any, where: str, form: Format = "auto") -> str | Conversatio
     Raises:
         InputError: If it is spelled otherwise, or in several ways.
     """
-    if isinstance(found, str):
+    if isinstance(found, str) and form in ("auto", "text"):
         return found
     fields = _fields(found)
     spelled = [name for name, (keys, _) in _SPELLINGS.items() if keys <= set(fields) and form in ("auto", name)]
@@ -80,28 +90,30 @@ def _sharegpt(row: Mapping[str, Any], where: str) -> Conversation:
         raise InputError(f'{where}: "conversations" is not a list of turns.')
     if turns and "role" in turns[0]:  # messages under another name
         return _made(turns, row, where)
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = []
     for turn in turns:
-        role = _SHAREGPT.get(turn.get("from", ""))
+        said = turn.get("from")
+        role = _SHAREGPT.get(said) if isinstance(said, str) else None
         if role is None or not isinstance(turn.get("value"), str):
             raise InputError(
-                f'{where} has a turn from {turn.get("from")!r}; turns have a string "value" and are from '
+                f'{where} has a turn from {said!r}; turns have a string "value" and are from '
                 f"{', '.join(map(repr, _SHAREGPT))}."
             )
+        beside = _only(turn, "weight", "reasoning_content")
         if role == "call":
             call = _json(turn["value"], where, "function_call")
             calls = [{"type": "function", "function": one} for one in (call if isinstance(call, list) else [call])]
-            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls} | beside)
         else:
-            messages.append({"role": role, "content": turn["value"]} | _only(turn, "weight", "reasoning_content"))
+            messages.append({"role": role, "content": turn["value"]} | beside)
     return _made(messages, row, where)
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> Conversation:
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for pair in row.get("history") or []:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise InputError(f'{where}: "history" is not a list of pairs of an instruction and an output.')
+    messages, history = [], row.get("history") or []
+    if not isinstance(history, (list, tuple)) or any(not isinstance(x, (list, tuple)) or len(x) != 2 for x in history):
+        raise InputError(f'{where}: "history" is not a list of pairs of an instruction and an output.')
+    for pair in history:
         messages += [{"role": role, "content": said} for role, said in zip(("user", "assistant"), pair, strict=True)]
     asked, given = row["instruction"], row.get("input", "")
     if not isinstance(asked, str) or not isinstance(given, str):
@@ -117,7 +129,20 @@ def _completion(row: Mapping[str, Any], where: str) -> Conversation:
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise InputError(f'{where}: "prompt" and "completion" must be strings or lists of messages.')
     made = _made([*prompt, *completion], row, where)
-    made.trained[: len(prompt)] = [False] * len(prompt)
+    begin = len(made.messages) - len(completion)
+    asked, answer = made.messages[begin - len(prompt) : begin], made.messages[begin:]
+    if prompt and completion and answer[: len(prompt)] == asked:
+        for part in (made.messages, made.trained, made.masked):
+            del part[begin : begin + len(prompt)]
+        answer = made.messages[begin:]
+    if completion and not answer:
+        raise InputError(f"{where}: an answer holds nothing but its prompt; leave the row out.")
+    if asked and answer and asked[-1]["role"] == "user" and answer[0]["role"] in _ASKING:
+        raise InputError(
+            f"{where}: an answer begins with a message of {answer[0]['role']!r} that does not belong to the whole prompt; let it "
+            "begin with all messages of the prompt, or with what the assistant says."
+        )
+    made.mask(begin)
     return made
 
 
@@ -139,12 +164,12 @@ def read_preference(found: Any, where: str) -> tuple[Conversation, Conversation]
         made = [_made(answer, row, where) for answer in (chosen, rejected)]
         pairs = zip(made[0].messages, made[1].messages, strict=False)
         same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(one.messages) for one in made))
-        if not same:
+        if same <= len(made[0].messages) - len(chosen):  # no more than the system beside both
             raise InputError(
                 f'{where}: "chosen" and "rejected" begin with different messages; give a "prompt" beside them.'
             )
         for one in made:
-            one.trained[:same] = [False] * same
+            one.mask(same)
     if made[0].messages == made[1].messages:
         raise InputError(
             f'{where}: "chosen" and "rejected" are the same, so that nothing can be learned; leave the row out.'
@@ -204,6 +229,8 @@ def _made(messages: Any, row: Mapping[str, Any], where: str) -> Conversation:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise InputError(f"{where} holds no list of messages; each is an object with role and content.")
     made = [_message(message, f"{where}, message {number}") for number, message in enumerate(messages, start=1)]
+    if system := row.get("system"):
+        made = _with_system(system, made, where)
     weights = [message.pop("weight", 1) for message in made]
     if any(weight not in (0, 1) for weight in weights):
         raise InputError(
@@ -215,7 +242,16 @@ def _made(messages: Any, row: Mapping[str, Any], where: str) -> Conversation:
         tools = _json(tools, where, "tools") if tools.strip() else None
     if tools is not None and not isinstance(tools, list):
         raise InputError(f'{where}: "tools" is not a list of descriptions.')
-    return Conversation(made, tools or None, trained)
+    return Conversation(made, tools or None, trained, [not weight for weight in weights])
+
+
+def _with_system(system: Any, made: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Messages that begin with the ``system`` beside them."""
+    if not isinstance(system, str):
+        raise InputError(f'{where}: "system" is not a string.')
+    if any(message["role"] in ("system", "developer") for message in made):
+        raise InputError(f'{where} has a system message and a "system" beside the messages; leave one of them out.')
+    return [{"role": "system", "content": system}, *made]
 
 
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -232,6 +268,8 @@ def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise InputError(f"{where} has no string content.")
     made["content"] = content
     if calls := made.pop("tool_calls", None):
+        if not isinstance(calls, list):
+            raise InputError(f"{where} has tool_calls that are no list.")
         made["tool_calls"] = [_call(call, where) for call in calls]
     if made["role"] == "assistant" and not content.strip() and "tool_calls" not in made:
         raise InputError(f"{where} is an assistant's turn without content; leave such rows out.")
@@ -255,6 +293,8 @@ def _only(mapping: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 def _json(text: str, where: str, name: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return parsed(text)
+    except RepeatedKey as error:
+        raise InputError(f"{where}: {name} has {error}; leave one of them out.") from None
+    except (ValueError, RecursionError):
         raise InputError(f"{where}: {name} is not JSON.") from None

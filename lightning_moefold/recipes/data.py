@@ -91,7 +91,8 @@ class TextData(pl.LightningDataModule):
             has already. Conversations have what their template writes.
         trust_remote_code: Whether Python code that comes with the tokenizer may be run.
         format: How rows are spelled; seen by their keys if not given.
-        train_on: What of conversations is trained on: every turn of an ``"assistant"``, the ``"last"`` one, or ``"all"``.
+        train_on: What of conversations is trained on: every turn of an ``"assistant"``, the ``"last"`` one, or ``"all"``; never
+            prompts and messages with ``"weight": 0``.
         chat_template: A file of jinja in place of the tokenizer's own chat template.
         template_options: Further values that the template reads, such as ``{"enable_thinking": False}``.
         weights: How often the rows of each of ``files`` are read in an epoch: 2 for twice, 0.5 for half of them, drawn anew
@@ -237,6 +238,8 @@ class TextData(pl.LightningDataModule):
         of, said = self._changed(rows)
         if told := [f"{count} {what}" for count, what in said if count]:
             rank_zero_warn(f"{name}: of {of}, {'; '.join(told)}.")
+        if empty := rows.store.counts.empty:
+            rank_zero_warn(f"{name}: of {rows.store.counts.rows} rows, {empty} left out, as their text is empty.")
 
     def _changed(self, rows: Rows) -> tuple[str, list[tuple[int, str]]]:
         """Of what there are how many, and how many of these are left out or cut."""

@@ -46,7 +46,7 @@ def distillation_loss(weight: float = 1.0, temperature: float = 1.0) -> Callable
 
         output = model(**batch, loss_fn=distillation_loss(0.5), teacher_logprobs=..., teacher_ids=...)
 
-    A position counts if it predicts a label that is not -100.
+    A position counts if it predicts a label that is not -100 and not of another document.
 
     Args:
         weight: Of the divergence; the rest is that of the cross-entropy with the labels.

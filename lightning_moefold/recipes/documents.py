@@ -116,21 +116,67 @@ def _lines(path: Path, packed: bool) -> _Found:
             yield number, f"line {number}", partial(_parse, path, line, number)
 
 
+class RepeatedKey(ValueError):
+    """An object in JSON has a key twice, of which ``json`` would keep the last."""
+
+
+def parsed(text: str) -> Any:
+    """What JSON says.
+
+    Raises:
+        RepeatedKey: If an object has a key twice.
+        ValueError: If it is no JSON.
+        RecursionError: If it is nested too deep.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(f"the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return made
+
+
 def _parse(path: Path, line: str, number: int) -> Any:
     try:
-        return json.loads(line)
+        return parsed(line)
+    except RepeatedKey as error:
+        raise InputError(f"{path}, line {number} has {error}; leave one of them out.") from None
+    except RecursionError:
+        raise InputError(f"{path}, line {number} is nested too deep to be read.") from None
     except ValueError:
         raise InputError(f"{path}, line {number} is not a JSON object.") from None
 
 
 def _objects(path: Path, packed: bool) -> _Found:
-    try:
-        found = json.loads(_whole(path, packed))
-    except ValueError:
+    text = _whole(path, packed)
+    if _holds_lines(text):
         yield from _lines(path, packed)
         return
+    try:
+        found = parsed(text)
+    except RepeatedKey as error:
+        raise InputError(f"{path} has {error} in one object; leave one of them out.") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deep to be read.") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno} is not JSON ({error.msg.lower()}).") from None
     for number, item in enumerate(found if isinstance(found, list) else [found], start=1):
         yield number, f"entry {number}", partial(given_as_is, item)
+
+
+def _holds_lines(text: str) -> bool:
+    """Whether each line is JSON by itself, as the first of them says, or there is none."""
+    first, _, rest = text.lstrip().partition("\n")
+    if not rest or rest.isspace():
+        return not first
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _parquet(path: Path) -> _Found:

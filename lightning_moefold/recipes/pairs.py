@@ -6,8 +6,10 @@ Legend: P pairs of a rank's batch, R = 2 P rows, L tokens of a row.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +59,17 @@ class PairRows:
 
     def __len__(self) -> int:
         return len(self._first_E)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same rows in the same order."""
+        digest = hashlib.blake2b(f"{self.kind} {self.length}".encode(), digest_size=16)
+        store = self.store
+        arrays: list[Any] = [self._first_E, store.ends_N, store.origins_N3[:, 2], store.tokens_T]
+        for array in arrays if store.trained_T is None else [*arrays, store.trained_T]:
+            for begin in range(0, len(array), 1 << 20):
+                digest.update(array[begin : begin + (1 << 20)].tobytes())
+        return digest.hexdigest()
 
     def desired(self, number: int) -> bool:
         """Whether the answer of an example is one that people want."""
@@ -179,6 +192,12 @@ class PreferenceData(TextData):
             "pair": index_B.clone(),
             "desired": torch.tensor(desired) & (index_B != EMPTY),
         }
+
+    def fingerprint(self, name: str) -> str:
+        """Tells the examples of a part, and their order, from all others."""
+        part = self.part(name)
+        numbers = part.numbers.numpy().tobytes()
+        return hashlib.blake2b(part.rows.fingerprint.encode() + numbers, digest_size=16).hexdigest()  # type: ignore[attr-defined]
 
     def in_order(self, name: str) -> RowLoader:
         """Every example of ``"train"`` or ``"val"`` once, dealt to the data ranks."""

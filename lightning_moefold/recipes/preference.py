@@ -30,7 +30,7 @@ from lightning_moefold.recipes.module import FineTuneModule
 from lightning_moefold.recipes.pairs import PreferenceData, placed
 
 PreferenceLoss = Literal["dpo", "ipo", "kto"]
-_KEPT = "preference_reference"  # the name in checkpoints
+_KEPT, _ROWS = "preference_reference", "preference_rows"  # the names in checkpoints
 
 
 def log_probabilities(logits_RSV: Tensor, labels_RS: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +117,7 @@ class PreferenceModule(FineTuneModule):
         super().__init__(checkpoint, learning_rate=learning_rate, calculate_per_token_loss=False, **options)
         self._loss, self._beta, self._weights = loss, beta, (desirable_weight, undesirable_weight)
         self._reference: dict[str, Tensor] = {}  # [N, 2] of each part: both rows of an example
+        self._rows: dict[str, str] = {}  # a fingerprint of the examples of each part
         self._measured: Tensor | None = None  # loss, rightness, margin and number of pairs, summed
 
     # ---- the reference -----------------------------------------------------------------------------------------
@@ -165,6 +166,12 @@ class PreferenceModule(FineTuneModule):
                 f"the checkpoint holds the reference of {len(self._reference[name])} examples, but {name} has {count}; resume "
                 "with the same data."
             )
+        found = data.fingerprint(name)
+        if self._rows.setdefault(name, found) != found:  # a checkpoint of before has none
+            raise InputError(
+                f"the checkpoint holds the reference of other rows than those of {name} (their text, tokens, order or "
+                "sequence_length differ); resume with the same data and settings."
+            )
 
     def _log_probabilities(self, batch: dict[str, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
         """Those of some rows of a batch, ``[R]`` float64, and whether this rank has them: it needs the logits."""
@@ -182,11 +189,11 @@ class PreferenceModule(FineTuneModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_KEPT] = dict(self._reference)
+        checkpoint[_KEPT], checkpoint[_ROWS] = dict(self._reference), dict(self._rows)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._reference = dict(checkpoint.get(_KEPT, {}))
+        self._reference, self._rows = dict(checkpoint.get(_KEPT, {})), dict(checkpoint.get(_ROWS, {}))
 
     # ---- training ----------------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ class Counts:
         documents: Documents made of them.
         tokens: Tokens of these.
         trained: How many of them are trained on.
-        unlabelled: Rows left out, as nothing of them is trained on.
+        unlabelled: Conversations left out, as nothing of them is trained on.
+        empty: Texts left out, as they are empty.
         largest: The largest token.
     """
 
@@ -50,6 +51,7 @@ class Counts:
     tokens: int = 0
     trained: int = 0
     unlabelled: int = 0
+    empty: int = 0
     largest: int = 0
 
     def add(self, other: Counts) -> None:
@@ -240,7 +242,9 @@ class StoreWriter:
             self._write("trained", trained)
             self._write("ends", np.array([self.counts.tokens], np.int64))
             self._write("origins", np.array([file, number, document.kind], np.int64))
-        self.counts.add(Counts(rows=1, chats=int(chat), unlabelled=int(not kept)))
+        self.counts.add(
+            Counts(rows=1, chats=int(chat), unlabelled=int(chat and not kept), empty=int(not chat and not kept))
+        )
 
     def append(self, part: Path, counts: Counts, documents: slice, tokens: slice) -> None:
         """Adds some of the documents that another writer has written.

@@ -65,7 +65,8 @@ class ChatTemplate:
         name: What the tokenizer is called in sentences.
         template: Jinja to use in place of the tokenizer's own.
         options: Further values that the template reads, such as ``{"enable_thinking": False}``.
-        train_on: ``"assistant"`` for every turn of an assistant, ``"last"`` for the last one, ``"all"`` for all tokens.
+        train_on: ``"assistant"`` for every turn of an assistant, ``"last"`` for the last one, ``"all"`` for all
+            tokens but those of masked messages.
 
     Raises:
         InputError: If there is no template, or it does not tell roles apart.
@@ -118,11 +119,13 @@ class ChatTemplate:
         # A turn that begins a conversation answers nothing.
         turns = [number for number, trained in enumerate(talk.trained) if trained and number]
         if self._train_on == "last":
-            turns = turns[-1:]
+            last = max(number for number, one in enumerate(talk.messages) if one["role"] == "assistant" or not number)
+            turns = [number for number in turns if number == last]
         try:
             if self._train_on == "all":
-                rendered = [_Rendered(self._render(talk.messages, talk.tools, False), None)]
-                self._check_whole(talk, len(talk.messages), rendered[0].text, where, turns)
+                rendered = [] if all(talk.masked) else [self._all(talk, where)]
+                for one in rendered:
+                    self._check_whole(talk, len(talk.messages), one.text, where, turns)
             else:
                 rendered = self._turns(talk, turns, where) if turns else []
         except InputError:
@@ -133,6 +136,27 @@ class ChatTemplate:
                 f"{where}: the chat template of {self._name} does not take this conversation ({said[:200]})."
             ) from None
         return [self._tokenized(one, where) for one in rendered]
+
+    def _all(self, talk: Conversation, where: str) -> _Rendered:
+        """The whole conversation, of which all is trained on but messages that are masked."""
+        text, masked = self._render(talk.messages, talk.tools, False), talk.masked
+        borders = [n for n in range(1, len(masked)) if masked[n] != masked[n - 1]]
+        if not borders:
+            return _Rendered(text, None)
+        places = {0: 0, len(masked): len(text)}
+        for number in borders:
+            # The header that asks for an answer is what the model is given, unless the answer is left out with it.
+            prompt = talk.messages[number]["role"] == "assistant" and not masked[number]
+            before = self._render(talk.messages[:number], talk.tools, prompt)
+            if not text.startswith(before):
+                raise InputError(
+                    f"{where}: what the chat template of {self._name} writes before message {number + 1} is no beginning of what "
+                    "it writes in all, so that what is not trained on cannot be told from the rest; give train_on='assistant'."
+                )
+            places[number] = len(before)
+        begins = [n for n in (0, *borders) if not masked[n]]
+        ends = [next(place for place in (*borders, len(masked)) if place > n) for n in begins]
+        return _Rendered(text, [(places[a], places[b]) for a, b in zip(begins, ends, strict=True)])
 
     def _turns(self, talk: Conversation, turns: list[int], where: str) -> list[_Rendered]:
         """The conversation until the last turn that is trained on."""

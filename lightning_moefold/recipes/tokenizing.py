@@ -124,7 +124,9 @@ class Encoder:
         return documents[0] if documents else None
 
     def _encode_text(self, text: str, name: str) -> list[int]:
-        """Begun as the tokenizer begins a text, and closed by the end-of-text token, each once."""
+        """Begun as the tokenizer begins a text, and closed by the end-of-text token, each once; nothing of an empty one."""
+        if not text:
+            return []  # there is nothing to learn in an end of text alone
         tokenizer, add = self.tokenizer, self.reading.add_special_tokens
         try:
             tokens = list(tokenizer(text, add_special_tokens=add, verbose=False)["input_ids"])
@@ -169,7 +171,7 @@ def tokenize(files: Sequence[Path], reading: Reading, folder: Path, processes: i
     if not writer.counts.documents:
         raise InputError(
             f"nothing of the {writer.counts.rows} rows of {', '.join(map(str, files))} is trained on; "
-            "conversations need a turn of an assistant that answers another."
+            "texts must not be empty, and conversations need a turn of an assistant that answers another."
             if writer.counts.rows
             else f"{', '.join(map(str, files))} holds no row; give files with text."
         )

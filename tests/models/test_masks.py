@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.models.masks import find_targets
+from lightning_moefold.recipes import distillation_loss
 from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint
 from tests.models import jobs_masks
 
@@ -99,6 +100,34 @@ def test_a_mask_that_numbers_documents(path: Path) -> None:
     assert got.lm_loss.item() == pytest.approx(total / count, rel=1e-10)
     target_BS = find_targets(data["labels"], data["attention_mask"], None, None)
     assert int((target_BS != -100).sum()) == count
+
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
+LEFT = torch.tensor([[1] * 10, [0] * 3 + [1] * 7])
+
+
+@pytest.mark.parametrize(
+    "given", [{"document_ids": DOCUMENTS}, {"attention_mask": 1 + DOCUMENTS}, {"attention_mask": LEFT}]
+)
+def test_a_loss_fn_gets_the_labels_that_the_models_own_loss_counts(path: Path, given: dict[str, Tensor]) -> None:
+    model = MoECausalLM.from_pretrained(path, torch.float64)
+    ids = torch.randint(3, 90, (2, 10), generator=torch.Generator().manual_seed(1))
+    data = {"input_ids": ids, "labels": ids.masked_fill(ids % 5 == 0, -100), **given}
+    counts = []
+
+    def loss_fn(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        counts.append(int((labels[:, 1:] != -100).sum()))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"), torch.tensor(
+            counts[-1]
+        )
+
+    own, usual = model(**data, loss_fn=loss_fn), model(**data)
+    wanted = find_targets(data["labels"], given.get("attention_mask"), given.get("document_ids"), None)
+    assert counts == [int((wanted != -100).sum())]
+    assert own.lm_loss.item() == pytest.approx(usual.lm_loss.item(), rel=1e-12)
+    teacher = {"teacher_logprobs": torch.zeros(2, 10, 1), "teacher_ids": torch.zeros(2, 10, 1, dtype=torch.int64)}
+    distilled = model(**data, loss_fn=distillation_loss(0.0), **teacher)
+    assert distilled.lm_loss.item() == pytest.approx(usual.lm_loss.item(), rel=1e-12)
 
 
 TOKENS = torch.arange(12).view(2, 6)

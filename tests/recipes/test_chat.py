@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_moefold.recipes import InputError
-from lightning_moefold.recipes.conversation import read_row
+from lightning_moefold.recipes.conversation import read_feedback, read_preference, read_row
 from lightning_moefold.recipes.template import Document
 from lightning_moefold.recipes.tokenizing import Encoder, Reading
 from tests.recipes import chats
@@ -153,6 +153,84 @@ def test_other_parts_of_spellings():
 
 
 U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+S, B = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "No"}
+BESIDE = [
+    {"messages": [U, A]},
+    {"conversations": [U, A]},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+    {"instruction": "Hi", "output": "Ho"},
+    {"prompt": "Hi", "completion": "Ho"},
+    {"prompt": [U], "completion": [U, A]},
+]
+
+
+@pytest.mark.parametrize("row", BESIDE)
+def test_a_system_beside_the_messages_is_the_first_of_them(row):
+    talk = read_row(row | {"system": "Be brief."}, "")
+    assert talk.messages == [S, U, A]
+    assert talk.trained == [False, False, True]
+    assert read_row(row | {"system": ""}, "").messages == read_row(row, "").messages == [U, A]
+    with pytest.raises(InputError, match='"system" is not a string'):
+        read_row(row | {"system": ["Be brief."]}, "")
+
+
+def test_a_system_beside_preferences_and_feedback():
+    system = {"system": "Be brief."}
+    for row in ({"prompt": "Hi", "chosen": "Ho", "rejected": "No"}, {"chosen": [U, A], "rejected": [U, B]}):
+        both = read_preference(row | system, "")
+        assert [talk.messages for talk in both] == [[S, U, A], [S, U, B]]
+        assert [talk.trained for talk in both] == [[False, False, True]] * 2
+    assert read_feedback({"prompt": "Hi", "completion": "Ho", "label": True} | system, "")[0].messages == [S, U, A]
+    other = {"role": "user", "content": "Hey"}
+    with pytest.raises(InputError, match="begin with different messages"):
+        read_preference({"chosen": [U, A], "rejected": [other, B]} | system, "")
+
+
+@pytest.mark.parametrize("prompt", ["Hi", [U], [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]])
+def test_an_answer_that_repeats_its_prompt_is_read_without_it(prompt):
+    both = read_preference({"prompt": prompt, "chosen": [U, A], "rejected": [B]}, "")
+    assert [talk.messages for talk in both] == [[U, A], [U, B]]
+    assert [(talk.trained, talk.masked) for talk in both] == [([False, True], [True, False])] * 2
+    assert read_feedback({"prompt": prompt, "completion": [U, A], "label": True}, "")[0].messages == [U, A]
+    longer = read_row({"prompt": [U, A], "completion": [U, B]}, "")  # another question is no repetition
+    assert longer.messages == [U, A, U, B]
+    assert longer.trained == [False, False, False, True]
+
+
+def test_a_call_with_weight_0_is_not_trained_on():
+    turns = [{"from": "human", "value": "Add."}, {"from": "function_call", "value": '{"name": "add"}', "weight": 0},
+             {"from": "observation", "value": "2"}, {"from": "gpt", "value": "Two."}]  # fmt: skip
+    assert read_row({"conversations": turns}, "").trained == [False, False, False, True]
+
+
+def test_a_last_turn_with_weight_0_leaves_nothing_to_train_on(tmp_path):
+    chat_tokenizer(tmp_path, "qwen2")
+    row = {"messages": [*TALK[:4], TALK[4] | {"weight": 0}]}
+    assert encode(tmp_path, row, train_on="last") == []
+    assert said(tmp_path, encode(tmp_path, row)) == ["Two.<|im_end|>"]
+    [found] = encode(tmp_path, {"messages": [*TALK, TALK[1]]}, train_on="last")
+    assert said(tmp_path, [found]) == ["Three, I think.<|im_end|>"]
+
+
+def test_all_is_trained_on_but_messages_with_weight_0_and_prompts(tmp_path):
+    chat_tokenizer(tmp_path, "qwen2")
+    weighed = {"messages": [TALK[0], TALK[1], TALK[2] | {"weight": 0}, TALK[3] | {"weight": 1}, TALK[4]]}
+    found = encode(tmp_path, weighed, train_on="all")
+    assert found[0].tokens == encode(tmp_path, {"messages": TALK}, train_on="all")[0].tokens
+    parts = chats.qwen2(TALK, {4})[0]
+    whole = "".join(part for part, _ in parts)
+    assert said(tmp_path, found) == [whole.replace("<|im_start|>assistant\nTwo.<|im_end|>\n", "")]
+    prompted = {"prompt": TALK[:4], "completion": [*TALK[4:], U]}
+    assert said(tmp_path, encode(tmp_path, prompted, train_on="all")) == [
+        "Three, I think.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    ]
+    nothing = {"messages": [message | {"weight": 0} for message in TALK]}
+    assert encode(tmp_path, nothing, train_on="all") == []
+    chat_tokenizer(tmp_path / "other", BACKWARDS)
+    with pytest.raises(
+        InputError, match="what is not trained on cannot be told from the rest; give train_on='assistant'"
+    ):
+        encode(tmp_path / "other", weighed, train_on="all")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +246,15 @@ U, A = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
         ({"messages": [U, A | {"tool_calls": [{"function": {}}]}]}, "a tool call without a name"),
         ({"messages": [U, A], "tools": "{"}, "tools is not JSON"),
         ({"conversations": [{"from": "me", "value": "Hi"}]}, "a turn from 'me'; turns have a string"),
+        ({"conversations": [{"from": ["x"], "value": "Hi"}]}, r"a turn from \['x'\]; turns have a string"),
+        ({"instruction": "a", "output": "b", "history": 5}, '"history" is not a list of pairs'),
+        ({"messages": [U, A | {"tool_calls": 5}]}, "message 2 has tool_calls that are no list"),
+        ({"messages": [U, A], "tools": "[" * 100_000}, "tools is not JSON"),
+        ({"messages": [U, A], "tools": '[{"name": "a", "name": "b"}]'}, "tools has the key 'name' twice; leave one of them out"),
+        ({"messages": [S, U, A], "system": "Be kind."}, 'a system message and a "system" beside the messages'),
+        ({"prompt": "Hi", "completion": [S, U, A]}, "begins with a message of 'system' that does not belong to the whole prompt"),
+        ({"prompt": [S, U], "completion": [U, A]}, "begins with a message of 'user' that does not belong to the whole prompt"),
+        ({"prompt": "Hi", "completion": [U]}, "an answer holds nothing but its prompt"),
         ({"prompt": "a", "completion": 3}, "must be strings or lists"),
         ({"instruction": 3, "output": "a"}, "must be strings"),
         ({"question": "a"}, "not a JSON object with \"text\", or \"messages\", .*; its keys are 'question'"),
@@ -178,6 +265,13 @@ def test_wrong_rows(row, message):
         read_row(row, "a.jsonl, line 1")
     assert str(caught.value).startswith("a.jsonl, line 1")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt", "alpaca", "prompt_completion"])
+def test_a_bare_string_is_no_conversation(form):
+    assert read_row("words", "", "auto") == read_row("words", "", "text") == "words"
+    with pytest.raises(InputError, match='a.txt is not a JSON object with "'):
+        read_row("words", "a.txt", form)
 
 
 FLAT = "{% for m in messages %}{{ m.content + '\\n' }}{% endfor %}"

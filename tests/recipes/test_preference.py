@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from lightning_moefold.recipes.preference import dpo_loss, ipo_loss, kto_loss, l
 from lightning_moefold.testing import RankPool, hf_reference, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.recipes import preferred
-from tests.recipes.chats import TALK, chat_tokenizer, write
+from tests.recipes.chats import TALK, TEMPLATES, chat_tokenizer, write
 
 # ---- formulas ----------------------------------------------------------------------------------------------------
 
@@ -141,11 +142,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(folder: Path, rows: list[dict[str, Any]], kind: str = "preference", length: int = 96) -> PreferenceData:
+def made(
+    folder: Path, rows: list[dict[str, Any]], kind: str = "preference", length: int = 96, **changes: Any
+) -> PreferenceData:
     file = write(folder / "rows.jsonl", rows)
     data = PreferenceData(
-        [str(file)], str(folder / "checkpoint"), kind, length, 2, val_fraction=0.0, shuffle=False,
-        cache_dir=str(folder / "tokens"),
+        [str(file)], str(folder / "checkpoint"), kind, length, 2, val_fraction=0.0,
+        **{"shuffle": False, "cache_dir": str(folder / "tokens")} | changes,
     )  # fmt: skip
     data.prepare_data()
     data.setup("fit")
@@ -190,6 +193,35 @@ def test_feedback_has_the_answer_of_the_next_example(folder):
             f"Answer {n}<|im_end|>", f"Answer {(n + 1) % 3}<|im_end|>"
         ]  # fmt: skip
     assert [batch["desired"].tolist() for batch in batches] == [[True, False], [True, False]]
+
+
+def test_a_reference_of_other_rows_is_refused(folder):
+    rows = [json.loads(line) for line in (folder / "preference.jsonl").read_text().splitlines()]
+    edited = [rows[0] | {"chosen": "Other."}, *rows[1:]]
+
+    def resumed(data: PreferenceData, checkpoint: dict[str, Any]) -> PreferenceModule:
+        module = PreferenceModule(str(folder / "checkpoint"))
+        module._check_data, module._model = lambda: data, lambda: None
+        module.on_load_checkpoint(checkpoint)
+        module._refer("train")
+        return module
+
+    first = made(folder, rows)
+    old = {"preference_reference": {"train": torch.zeros(len(first.part("train")), 2)}}
+    checkpoint: dict[str, Any] = {}
+    resumed(first, old).on_save_checkpoint(checkpoint)  # that of a version without fingerprints is believed
+    assert set(checkpoint["preference_rows"]) == {"train"}
+    resumed(made(folder, rows, shuffle=True, seed=5, processes=1), checkpoint)
+    template = {"chat_template": str(TEMPLATES / "qwen3.jinja")}
+    for other in (
+        made(folder, rows[::-1]),
+        made(folder, edited),
+        made(folder, rows, length=90),
+        made(folder, rows, **template),
+    ):
+        assert len(other.part("train")) == len(first.part("train"))
+        with pytest.raises(InputError, match="the reference of other rows than those of train"):
+            resumed(other, checkpoint)
 
 
 def test_long_answers(folder):

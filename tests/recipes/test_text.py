@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lightning_moefold.cli.data import statistics
 from lightning_moefold.recipes import InputError, TextData
 from lightning_moefold.recipes.documents import name_of, read_rows
 from lightning_moefold.recipes.packing import PADDING
@@ -72,6 +73,25 @@ def test_packed_documents_are_whole():
         ("e.json", b'[{"text": "one"}, {"text": null}]', "entry 2 is not"),
         ("f.json", b'{"text": ["one", "two"]}', "entry 1 is not"),
         ("g.json", b'{"text": "one"', "line 1 is not"),
+        (
+            "g2.json",
+            b'[\n  {\n    "text": "one"\n  },\n  {\n    "text": two\n  }\n]',
+            r"g2.json, line 6 is not JSON \(expecting value\)",
+        ),
+        ("g3.json", b'{"text": "one"}\n{"text"}\n', "line 2 is not a JSON object"),
+        (
+            "g4.json",
+            b'[\n{"text": "one", "text": "two"}]',
+            "has the key 'text' twice in one object; leave one of them out",
+        ),
+        ("g5.json", b"[" * 100_000, "g5.json is nested too deep"),
+        ("p.jsonl", b'{"text": "one"}\n' + b"[" * 100_000, "line 2 is nested too deep"),
+        (
+            "q.jsonl",
+            b'{"text": "one", "of": {"a": 1, "b": 2, "a": 3}}',
+            "line 1 has the key 'a' twice; leave one of them out",
+        ),
+        ("r.jsonl", b'{"text": ""}\n', "nothing of the 1 rows of .* texts must not be empty"),
         ("h.jsonl", b'{"text": "half \\ud800"}', "h.jsonl:1 holds characters that are no Unicode text"),
         ("i.jsonl.gz", b'{"text": "not packed"}', "cannot be read"),
         ("j.txt.gz", gzip.compress(b"cut short", mtime=0)[:-9], "cannot be read"),
@@ -256,9 +276,26 @@ def test_documents_end_with_the_end_of_text(folder, tmp_path):
     assert [rows.store.name(0), rows.store.name(1)] == ["a.jsonl:1", "a.jsonl:3"]
 
 
+@pytest.mark.parametrize("packing", ["blocks", "documents"])
+def test_empty_texts_are_left_out_and_told(folder, tmp_path, packing):
+    lines = ["", "one", "", "two", " "]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    with pytest.warns(UserWarning, match="train: of 5 rows, 2 left out, as their text is empty"):
+        made = data(
+            folder, tmp_path / "cache", [str(tmp_path / "a.jsonl")], packing=packing, sequence_length=2, val_fraction=0
+        )
+    store = made.part("train").rows.store
+    assert [store.name(n) for n in range(len(store))] == ["a.jsonl:2", "a.jsonl:4", "a.jsonl:5"]
+    assert "left out     2 rows with an empty text" in statistics(made.part("train"))
+    assert (store.counts.rows, store.counts.chats, store.counts.empty, store.counts.unlabelled) == (5, 0, 2, 0)
+
+
 def data(folder: Path, cache: Path, files: list[str], **changes: object) -> TextData:
     made = TextData(
-        [str(folder / f) for f in files], str(folder / "checkpoint"), 64, 4, cache_dir=str(cache), **changes
+        [str(folder / f) for f in files],
+        str(folder / "checkpoint"),
+        **{"sequence_length": 64, "batch_size": 4} | changes,
+        cache_dir=str(cache),
     )
     made.prepare_data()
     made.setup("fit")
