@@ -23,7 +23,7 @@ from lightning_moefold.errors import InputError
 
 def generator_of_epoch(seed: int, epoch: int) -> torch.Generator:
     """Returns the random numbers with which an epoch is shuffled."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
 def order_of_rows(count: int, seed: int, epoch: int) -> Tensor:

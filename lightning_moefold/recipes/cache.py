@@ -55,17 +55,14 @@ class TokenCache:
             *tokenizer_files(tokenizer), *tokenizer.glob("*.jinja"), *tokenizer.glob("additional_chat_templates/*"),
             *tokenizer.glob("*.py"), *([config] if config.is_file() else []),
         ]  # fmt: skip
-        if self.reading.chat_template is not None:
-            beside.append(Path(self.reading.chat_template))
-        parts = [part for file in files for part in dataset_files(file)]
-        seen = [self._digest(part) for part in [*parts, *sorted({f for f in beside if f.is_file()})]]
-        # Endings say how files are read. Names of documents come from those of their files.
-        settings = [
-            _FORMAT,
-            [file.name for file in files],
-            asdict(self.reading) | {"tokenizer": "", "chat_template": ""},
-        ]
-        key = hashlib.sha256(json.dumps([seen, settings], sort_keys=True).encode()).hexdigest()
+        # Names say what a file is: how text is read and what its documents are called, or what a tokenizer takes it for.
+        seen = [(file.name, [(part.name, self._digest(part)) for part in dataset_files(file)]) for file in files]
+        owned = [(str(f.relative_to(tokenizer)), self._digest(f)) for f in sorted({f for f in beside if f.is_file()})]
+        template = None if self.reading.chat_template is None else Path(self.reading.chat_template)
+        settings = asdict(self.reading) | {
+            "tokenizer": owned, "chat_template": self._digest(template) if template and template.is_file() else str(template),
+        }  # fmt: skip
+        key = hashlib.sha256(json.dumps([_FORMAT, seen, settings], sort_keys=True).encode()).hexdigest()
         return self.folder / key[:16]
 
     def _digest(self, file: Path) -> str:

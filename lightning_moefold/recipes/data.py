@@ -7,7 +7,6 @@ Legend: B rows of this rank's batch, L tokens of a row, N rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from lightning_moefold.models.batch import IGNORED
 from lightning_moefold.recipes.cache import TokenCache
 from lightning_moefold.recipes.conversation import Format
 from lightning_moefold.recipes.mixture import Mixture, check_weights
-from lightning_moefold.recipes.order import EMPTY, Position, RowLoader, RowOrder
+from lightning_moefold.recipes.order import EMPTY, RowLoader, RowOrder
 from lightning_moefold.recipes.packing import PADDING, Packing, Rows, Taken
 from lightning_moefold.recipes.template import TrainOn
 from lightning_moefold.recipes.tokenizing import Reading
@@ -165,7 +164,7 @@ class TextData(pl.LightningDataModule):
         self._parts: dict[str, Part] = {}
         self._error: Exception | None = None
         self._loader: RowLoader | None = None
-        self._position: Position | None = None
+        self._position: dict[str, Any] | None = None
 
     @property
     def global_batch_size(self) -> int:
@@ -281,7 +280,7 @@ class TextData(pl.LightningDataModule):
         self._loader = self._make_loader("train", shuffle=self.shuffle and not overfit)
         usual = len(self._loader)
         if self._position is not None:
-            self._loader.load_state_dict(asdict(self._position))
+            self._loader.load_state_dict(self._position)
             self._position = None
         if self.trainer is not None and len(self._loader) != usual:
             # Resumed in the middle of an epoch with another batch size: later epochs have another number of batches.
@@ -290,7 +289,11 @@ class TextData(pl.LightningDataModule):
 
     @override
     def val_dataloader(self) -> RowLoader | list[RowLoader]:
-        return self._make_loader("val") if len(self.part("val")) else []
+        return self._make_loader("val") if self._must_validate() or len(self.part("val")) else []
+
+    def _must_validate(self) -> bool:
+        """Whether somebody asked for validation alone, which is then not left out without a word."""
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.VALIDATING
 
     @override
     def test_dataloader(self) -> RowLoader:
@@ -304,13 +307,13 @@ class TextData(pl.LightningDataModule):
         self._name_tokenizer()
         part = self.part(name)
         if not len(part):
-            raise InputError(
-                f"there is no text to {name} on; give {name}_files or val_files, or a val_fraction above 0."
-            )
+            what, files = ("validate", "") if name == "val" else (name, f"{name}_files or ")
+            raise InputError(f"there is no text to {what} on; give {files}val_files, or a val_fraction above 0.")
         order = RowOrder(
             len(part), self.batch_size, *self._data_rank(), shuffle=shuffle, seed=self.seed, mixture=part.mixture
         )
-        return RowLoader(order, lambda index_B: self._batch(part, index_B, name))
+        laid = {"packing": part.packing, "sequence_length": self.sequence_length}
+        return RowLoader(order, lambda index_B: self._batch(part, index_B, name), laid)
 
     def _data_rank(self) -> tuple[int, int]:
         """This data rank, and how many there are."""
@@ -338,7 +341,7 @@ class TextData(pl.LightningDataModule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        self._position = Position(**state)
+        self._position = state
         # A module that asks for trainer.estimated_stepping_batches has had the loader made, and its batches counted,
         # before the position was known.
         self.trainer.fit_loop._combined_loader = None

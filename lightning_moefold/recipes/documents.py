@@ -52,6 +52,20 @@ def name_of(file: Path, number: int) -> str:
     return f"{file.name}:{number}" if number else file.name
 
 
+def check_readable(file: Path) -> None:
+    """Refuses what :func:`read_rows` could not read, without reading it.
+
+    Raises:
+        InputError: If it is not there, or nothing is known that reads it.
+    """
+    if not file.exists():
+        raise InputError(f"{file} is no file; give {READABLE}, or a directory of datasets.")
+    if file.is_dir():
+        _check_dataset(file)
+    elif _ending(file)[0] in _PARQUET:
+        _package(file, "pyarrow")
+
+
 def read_rows(files: Iterable[Path]) -> Iterator[Raw]:
     """Every row of the files, in order.
 
@@ -190,12 +204,17 @@ def _parquet(path: Path) -> _Found:
         raise InputError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}).") from None
 
 
-def _directory(path: Path) -> _Found:
+def _check_dataset(path: Path) -> None:
     if (path / "dataset_dict.json").is_file():
         parts = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         raise InputError(f"{path} holds several datasets; name one of {', '.join(str(path / part) for part in parts)}.")
     if not (path / "state.json").is_file():
         raise InputError(f"{path} is a directory without a dataset that save_to_disk of datasets has written.")
+    _package(path, "datasets")
+
+
+def _directory(path: Path) -> _Found:
+    _check_dataset(path)
     datasets = _package(path, "datasets")
     try:
         found = datasets.load_from_disk(str(path))

@@ -21,11 +21,20 @@ class Mixture:
     Args:
         sizes: Rows of each source; the rows are numbered through.
         weights: Of each source.
+
+    Raises:
+        InputError: If weights do not fit their sources, or a source that has one is never read.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float]) -> None:
         check_weights(weights, len(sizes))
-        self._sizes, self._weights = sizes, weights
+        for size, weight in zip(sizes, weights, strict=True):
+            if size and weight and not round(size * weight):
+                raise InputError(
+                    f"a weight of {weight} takes none of the {size} rows of its file in any epoch; use at least {1 / size:.2g}, or "
+                    "0 to leave the file out."
+                )
+        self._sizes, self.weights = sizes, weights
         self.count = sum(round(size * weight) for size, weight in zip(sizes, weights, strict=True))
 
     def draw(self, generator: torch.Generator | None) -> Tensor:
@@ -35,7 +44,7 @@ class Mixture:
             generator: Of the draws; None for the rows in order, and the first ones where a part is read.
         """
         parts, first = [], 0
-        for size, weight in zip(self._sizes, self._weights, strict=True):
+        for size, weight in zip(self._sizes, self.weights, strict=True):
             whole, rest = divmod(round(size * weight), size) if size else (0, 0)
             order = torch.arange(size) if generator is None else torch.randperm(size, generator=generator)
             parts.append(torch.cat([torch.arange(size).repeat(whole), order[:rest]]) + first)

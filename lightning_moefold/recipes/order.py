@@ -9,13 +9,14 @@ each row once: where rows run out, ranks are given empty ones (:data:`EMPTY`), f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_moefold.errors import InputError
+from lightning_moefold.errors import CheckpointError, InputError
 from lightning_moefold.recipes.mixture import Mixture
 from lightning_moefold.sampler import generator_of_epoch, order_of_rows
 
@@ -50,6 +51,25 @@ def check_batch_size(batch_size: int, ranks: int) -> None:
         )
 
 
+def check_same_order(saved: Mapping[str, Any] | None, here: Mapping[str, Any]) -> None:
+    """Refuses to go on in the middle of an epoch whose rows came in another order.
+
+    Args:
+        saved: What decided the order of the run that saved; None where it was not kept.
+        here: What decides it now.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    other = [name for name in here if saved is not None and saved.get(name) != here[name]]
+    if saved is not None and other:
+        there, now = (", ".join(f"{name}={of.get(name)}" for name in other) for of in (saved, here))
+        raise CheckpointError(
+            f"the checkpoint was saved in the middle of an epoch of data with {there}, and this run has {now}, so rows would be "
+            "repeated or skipped; give what it had, or resume at the end of an epoch."
+        )
+
+
 class RowOrder:
     """The order of one data rank.
 
@@ -80,6 +100,12 @@ class RowOrder:
         """Begins an epoch, unless the order was told to go on in the middle of it. Lightning calls this."""
         if epoch != self._begin.epoch:
             self._begin = Position(epoch)
+
+    @property
+    def decided_by(self) -> dict[str, Any]:
+        """What the order depends on: a position says nothing about another one."""
+        weights = None if self.mixture is None else list(self.mixture.weights)
+        return {"rows": self.count, "shuffle": self.shuffle, "seed": self.seed, "weights": weights}
 
     def go_on(self, position: Position) -> None:
         """Begins the epoch of ``position`` there; at its end, if no row is left of it."""
@@ -125,13 +151,19 @@ class RowLoader:
     Args:
         order: Gives row numbers.
         collate: Makes a batch of them.
+        decided_by: What the rows depend on, besides their order.
     """
 
     has_exact_length = True  # so ranks need not tell each other before every batch that they have it
 
-    def __init__(self, order: RowOrder, collate: Callable[[Tensor], dict[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        order: RowOrder,
+        collate: Callable[[Tensor], dict[str, Tensor]],
+        decided_by: Mapping[str, Any] | None = None,
+    ) -> None:
         self.sampler = self.batch_sampler = order  # the names under which Lightning looks for set_epoch
-        self._collate = collate
+        self._collate, self._decided_by = collate, order.decided_by | dict(decided_by or {})
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -139,10 +171,20 @@ class RowLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         return map(self._collate, self.sampler)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position; the same on all ranks."""
-        return asdict(self.sampler.position)
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what the order depends on; the same on all ranks."""
+        return asdict(self.sampler.position) | {"order": self._decided_by}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from a position, under any number of ranks and batch size."""
-        self.sampler.go_on(Position(**state))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a position, under any number of ranks and batch size.
+
+        Raises:
+            CheckpointError: If it is in the middle of an epoch of another order.
+        """
+        order = state.get("order")
+        position = Position(**{name: state[name] for name in ("epoch", "rows", "batches")})
+        if order is not None and position.rows >= order["rows"]:  # the end, of however many rows there are now
+            position = replace(position, rows=self.sampler.count)
+        elif position.rows:
+            check_same_order(order, self._decided_by)
+        self.sampler.go_on(position)

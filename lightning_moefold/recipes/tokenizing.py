@@ -225,7 +225,8 @@ def _share(
 
         def watch(number: int) -> None:
             for line in started[number].stdout or ():
-                advance(int(line))
+                if line.strip().isdigit():  # anything else was printed by code that is not ours
+                    advance(int(line))
             if started[number].wait():
                 errors[number] = logs[number].read_text(encoding="utf-8", errors="replace").strip()
 
@@ -251,7 +252,9 @@ def _start(job: dict[str, Any], log: Path) -> subprocess.Popen[str]:
     }  # fmt: skip
     command = [sys.executable, "-m", "lightning_moefold.recipes.tokenizing", json.dumps(job)]
     with log.open("wb") as errors:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace", env=environment
+        )
 
 
 def _raise(errors: list[str]) -> None:
@@ -269,6 +272,11 @@ def _join(parts: str, writer: StoreWriter, processes: int) -> None:
     while (found := next(readers[chunk % processes], None)) is not None:
         writer.append(Path(parts, str(chunk % processes)), *found)
         chunk += 1
+    ends = [Path(parts, str(number), "end") for number in range(processes)]  # each reads all rows, and counts them
+    if {end.read_text() if end.is_file() else "" for end in ends} != {str(writer.counts.rows)}:
+        raise RuntimeError(
+            f"a process that tokenises has ended before its last row: {writer.counts.rows} rows were written; start again."
+        )
 
 
 def _chunks(folder: Path) -> Iterator[tuple[Counts, slice, slice]]:
@@ -298,6 +306,7 @@ def _work(job: dict[str, Any]) -> None:
                 before = Counts(**asdict(now))
                 print(gained["rows"], flush=True)
 
+            index = -1
             for index, raw in enumerate(read_rows(files)):
                 chunk = index // _CHUNK
                 if chunk % processes == number:
@@ -307,6 +316,7 @@ def _work(job: dict[str, Any]) -> None:
             if writer.counts.rows > before.rows:
                 mark()
         writer.close()
+        (folder / "end").write_text(str(index + 1))
     except InputError as error:
         print(json.dumps({"chunk": chunk, "message": str(error)}), file=sys.stderr)
         raise SystemExit(1) from None

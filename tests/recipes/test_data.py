@@ -5,23 +5,29 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_moefold import MoECausalLM
 from lightning_moefold.cli.main import main
+from lightning_moefold.errors import CheckpointError
 from lightning_moefold.recipes import InputError, TextData
 from lightning_moefold.recipes.documents import read_rows
 from lightning_moefold.recipes.mixture import Mixture
 from lightning_moefold.recipes.order import Position, RowOrder
 from lightning_moefold.recipes.packing import PADDING
-from lightning_moefold.recipes.store import TokenStore
+from lightning_moefold.recipes.store import TokenStore, write_sums
 from lightning_moefold.recipes.template import Document, Kind
 from lightning_moefold.recipes.tokenizing import Reading, tokenize
 from lightning_moefold.testing import hf_reference, make_checkpoint
@@ -108,6 +114,7 @@ def test_processes_do_not_change_the_tokens(tmp_path, tokenizer):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         tokenize(files, Reading(str(tokenizer)), folder, processes)
+        write_sums(folder)
         stores.append(TokenStore.open(folder, files))
     one, three = stores
     assert one.counts == three.counts
@@ -130,6 +137,43 @@ def test_tokens_are_found_again_by_content(tmp_path, tokenizer):
     assert made([moved], tokenizer, cache, train_on="last").cache.path([moved]) != first
     write(moved, ROWS[:2])
     assert made([moved], tokenizer, cache).cache.path([moved]) != first
+
+
+def test_tokens_of_another_chat_template_are_not_found(tmp_path, tokenizer):
+    own = Path(shutil.copytree(tokenizer, tmp_path / "own"))
+    file = write(tmp_path / "a.jsonl", ROWS)
+    texts = [own / "one.jinja", own / "two.jinja"]
+    for number, text in enumerate(texts):
+        text.write_text("{# " + str(number) + " #}")
+
+    def path(template: Path | None = None) -> Path:
+        chosen = None if template is None else str(template)
+        return TextData([str(file)], str(own), chat_template=chosen, cache_dir=str(tmp_path)).cache.path([file])
+
+    found = {path(), *map(path, texts)}
+    assert len(found) == 3
+    (own / "chat_template.jinja").rename(own / "chat_template.jinja.bak")
+    assert path() not in found
+
+
+class _Ended:
+    """Processes that end at once, after they have printed something that is no number."""
+
+    def __init__(self, code: int) -> None:
+        self.code, self.run = code, subprocess.Popen
+
+    def __call__(self, *_: Any, **how: Any) -> subprocess.Popen[str]:
+        told = f"import sys; print('loaded', flush=True); print(512); sys.stderr.write('broken'); sys.exit({self.code})"
+        return self.run([sys.executable, "-S", "-c", told], **how)
+
+
+@pytest.mark.parametrize(("code", "message"), [(3, "has ended: broken"), (0, "has ended before its last row")])
+def test_a_process_that_prints_and_ends_early_is_an_error(tmp_path, tokenizer, monkeypatch, code, message):
+    monkeypatch.setattr("lightning_moefold.recipes.tokenizing.subprocess.Popen", _Ended(code))
+    chunks = "lightning_moefold.recipes.tokenizing._chunks"
+    monkeypatch.setattr(chunks, lambda folder: iter(()))  # it wrote none
+    with pytest.raises(RuntimeError, match=message):
+        tokenize([write(tmp_path / "a.jsonl", ROWS)], Reading(str(tokenizer)), tmp_path / "folder", 2)
 
 
 # ---- packing -----------------------------------------------------------------------------------------------------
@@ -223,6 +267,10 @@ def test_a_mixture_reads_each_source_as_often_as_its_weight_says():
         assert not any(times[n] for n in range(20, 25))
     assert {n for n in epochs[0] if n > 15} != {n for n in epochs[1] if n > 15} or epochs[0] != epochs[1]
     assert mixture.draw(None).tolist() == [*range(10), *range(10, 16), *range(10, 16), 10, 11, 12, 16, 17]
+    with pytest.raises(
+        InputError, match=r"a weight of 0.01 takes none of the 40 rows of its file .* at least 0.025, or 0"
+    ):
+        Mixture([10, 40], [1, 0.01])
 
 
 def test_a_mixture_goes_on_under_another_number_of_ranks():
@@ -257,6 +305,50 @@ def test_files_with_weights(tmp_path, tokenizer):
     assert all(len(names) == 1 for names in files)  # rows of one source
     sizes = Counter(next(iter(names)) for names in files)
     assert len(data.train_dataloader()) == -(-(sizes["a.jsonl"] + round(sizes["b.jsonl"] / 2)) // 2)
+
+
+# ---- resuming and evaluating -------------------------------------------------------------------------------------
+
+
+def test_no_run_goes_on_in_the_middle_of_an_epoch_of_another_order(tmp_path, tokenizer):
+    file = write(tmp_path / "a.jsonl", [{"messages": TALK}] * 6)
+    data = made([file], tokenizer, tmp_path, 80, shuffle=True)
+    batches = list(data.train_dataloader().sampler)
+    fitting = SimpleNamespace(
+        state=SimpleNamespace(fn=TrainerFn.FITTING), fit_loop=SimpleNamespace(), overfit_batches=0,
+        distributed_sampler_kwargs=None, lightning_module=torch.nn.Module(),
+    )  # fmt: skip
+
+    def resumed(state: dict[str, Any], **changes: Any) -> list[list[int]]:
+        other = made([file], tokenizer, tmp_path, changes.pop("length", 80), **{"shuffle": True, **changes})
+        other.trainer = fitting
+        other.load_state_dict(state)
+        return [rows.tolist() for rows in other.train_dataloader().sampler]
+
+    loader = data.train_dataloader()
+    next(iter(loader))
+    state = data.state_dict()
+    assert resumed(state) == [rows.tolist() for rows in batches[1:]]
+    for changes, told in [
+        ({"seed": 1}, "seed=0, and this run has seed=1,"),
+        ({"shuffle": False}, "shuffle=True, and this run has shuffle=False,"),
+        ({"weights": [2]}, r"rows=6, weights=None, and this run has rows=12, weights=\[2\],"),
+        ({"packing": "documents", "length": 90}, "sequence_length=80, and this run has sequence_length=90,"),
+    ]:
+        with pytest.raises(CheckpointError, match=f"in the middle of an epoch of data with {told} so rows would be"):
+            resumed(state, **changes)
+    old = {name: value for name, value in state.items() if name != "order"}  # of an earlier version
+    assert len(resumed(old, seed=1)) == 2
+    list(loader)
+    assert resumed(data.state_dict(), weights=[2]) == []  # this epoch is over, and more rows do not prolong it
+
+
+def test_validation_alone_without_rows_is_refused(tmp_path, tokenizer):
+    data = made([write(tmp_path / "a.jsonl", ROWS)], tokenizer, tmp_path)
+    assert data.val_dataloader() == []
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.VALIDATING), lightning_module=torch.nn.Module())
+    with pytest.raises(InputError, match="there is no text to validate on; give val_files, or"):
+        data.val_dataloader()
 
 
 # ---- preview -----------------------------------------------------------------------------------------------------
@@ -309,6 +401,14 @@ def test_preview_of_wrong_settings_is_one_sentence(tmp_path, capsys):
     words = ["data", "preview", "--data.files", "[nowhere.jsonl]", "--data.tokenizer", str(tmp_path)]
     assert main([*words, "--data.cache_dir", str(tmp_path / "cache")]) == 2
     assert "nowhere.jsonl is no file; give .txt" in capsys.readouterr().err
+    stream = [
+        "--data",
+        "lightning_moefold.recipes.StreamData",
+        "--data.files",
+        f"[{write(tmp_path / 'a.jsonl', ROWS)}]",
+    ]
+    assert main(["data", "preview", *stream, "--data.tokenizer", str(tmp_path)]) == 2
+    assert "the rows of a stream are made while it is trained on" in capsys.readouterr().err
     assert main([*words, "--part", "middle"]) == 2
     assert "part" in capsys.readouterr().err
 

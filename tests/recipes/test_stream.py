@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_moefold.recipes import InputError, StreamData, TextData
+from lightning_moefold.recipes.stream import StreamPosition
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.recipes import jobs_run_length as streams
 from tests.recipes.chats import TALK, chat_tokenizer, write
@@ -115,8 +119,107 @@ def test_conversations_and_small_blocks(tokenizer, tmp_path):
     text = write(tmp_path / "b.jsonl", [{"text": "one"}])
     short = StreamData(str(tokenizer), [str(text)], packing="blocks", sequence_length=64)
     short.setup("fit")
-    with pytest.raises(InputError, match="nothing that is trained on"):
+    with (
+        pytest.warns(UserWarning, match="block 0 of the stream is left out: the text has"),
+        pytest.raises(InputError, match="no block of buffer=10000 rows fills a row of 64 tokens; give a larger buffer"),
+    ):
         list(short.train_dataloader())
+
+
+def test_what_a_stream_leaves_out_is_told_once(tokenizer):
+    long = [{"role": "user", "content": "What? " * 200}, TALK[2]]
+    source = [{"messages": long if n % 2 else TALK[1:3]} for n in range(8)]
+    data = StreamData(str(tokenizer), source=source, buffer=4, sequence_length=100, batch_size=2)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="conversations") as seen:
+        list(data.train_dataloader())
+    told = [str(w.message) for w in seen if "conversations" in str(w.message)]
+    assert [line.split(". ")[0] for line in told] == [
+        "block 0 of the stream: of 4 conversations, 2 left out, as nothing of their first 100 tokens is trained on"
+    ]
+
+
+def test_an_epoch_that_is_cut_short_is_followed_by_the_rows_after_it(tokenizer, file):
+    wanted = [rows_of(batch) for batch in made(tokenizer, files=[str(file)]).train_dataloader()]
+    data = made(tokenizer, files=[str(file)])
+    loader = data.train_dataloader()
+    size = len(wanted)
+    seen = [rows_of(batch) for _ in range(-(-size // 3)) for batch in islice(loader, 3)]
+    assert seen[:size] == wanted
+    # Of batches taken ahead, only those count that were trained on, those of a loader made anew as well.
+    trained = 5  # of an epoch before
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace())))
+    data.trainer = SimpleNamespace(
+        fit_loop=loop, overfit_batches=0, distributed_sampler_kwargs=None, lightning_module=torch.nn.Module()
+    )
+    data._stream, loop.epoch_loop.batch_progress.total.processed = None, trained
+    seen = []
+    for anew in (False, False, True):
+        if anew or not seen:
+            loader = data.train_dataloader()
+        ahead = [rows_of(batch) for batch in islice(loader, 6)]
+        seen += ahead[:2]
+        loop.epoch_loop.batch_progress.total.processed += 2
+    assert seen == wanted[:6]
+    rest = made(tokenizer, files=[str(file)])
+    rest.load_state_dict(data.state_dict())
+    assert [rows_of(batch) for batch in rest.train_dataloader()] == wanted[6:]
+    data.trainer.overfit_batches = 2
+    loader = data.train_dataloader()
+    for _ in range(2):
+        assert [rows_of(batch) for batch in islice(loader, 2)] == wanted[:2]
+        loop.epoch_loop.batch_progress.total.processed += 2
+
+
+def test_a_stream_does_not_go_on_in_the_middle_under_another_order(tokenizer, file):
+    data = made(tokenizer, files=[str(file)])
+    loader = data.train_dataloader()
+    list(islice(loader, 2))
+    other = made(tokenizer, files=[str(file)])
+    other.seed = 4
+    other.load_state_dict(data.state_dict())
+    with pytest.raises(
+        InputError, match=r"in the middle of an epoch of data with seed=3, and this run has seed=4, so rows"
+    ):
+        other.train_dataloader()
+    list(loader)  # at the end of the epoch, any order follows
+    other.load_state_dict(data.state_dict())
+    assert other.train_dataloader().position() == StreamPosition(1)
+
+
+def test_any_seed_draws_an_order(tokenizer):
+    data = StreamData(str(tokenizer), source=TEXTS, seed=20240601, sequence_length=64)
+    data.setup("fit")
+    assert rows_of(next(iter(data.train_dataloader())))
+
+
+def test_files_and_template_are_checked_before_the_first_batch(tokenizer, file, tmp_path):
+    (tmp_path / "bad.csv").write_text("a,b")
+    with pytest.raises(InputError, match="bad.csv is not read"):
+        StreamData(str(tokenizer), [str(file), str(tmp_path / "bad.csv")]).setup("fit")
+    with pytest.raises(InputError, match="a directory without a dataset"):
+        StreamData(str(tokenizer), [str(file), str(tmp_path)]).setup("fit")
+    with pytest.raises(InputError, match=r"nowhere.jinja cannot be read"):
+        StreamData(str(tokenizer), [str(file)], chat_template=str(tmp_path / "nowhere.jinja")).setup("fit")
+    plain = chat_tokenizer(tmp_path / "plain", None)
+    with pytest.raises(InputError, match="has no chat template"):
+        StreamData(str(plain), [str(file)], format="messages").setup("fit")
+    StreamData(str(plain), [str(file)]).setup("fit")
+
+
+def test_a_stream_without_rows_to_evaluate_says_so(tokenizer, file):
+    data = made(tokenizer, files=[str(file)])
+    assert data.val_dataloader() == []
+    for loader, name in ((data.test_dataloader, "test"), (data.predict_dataloader, "predict")):
+        with pytest.raises(
+            InputError, match=f"no text to {name} on, as a stream has no rows of its own .* give val_files"
+        ):
+            loader()
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.VALIDATING), lightning_module=torch.nn.Module())
+    with pytest.raises(InputError, match="no text to validate on"):
+        data.val_dataloader()
+    with pytest.raises(InputError, match="made while it is trained on"):
+        data.part("train")
 
 
 @pytest.mark.more
