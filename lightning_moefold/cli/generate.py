@@ -68,7 +68,7 @@ def read_prompts(path: Path, tokenizer: Any) -> Iterator[tuple[str, bool]]:
 
     Args:
         path: A text file with a prompt a line, or one of :mod:`.documents` whose rows have ``prompt`` (text) or ``messages`` (a
-            conversation, with ``tools`` beside it). Without an ending, as that of a pipe, it is text.
+            conversation, with ``tools`` and ``system`` beside it). Without an ending, as that of a pipe, it is text.
         tokenizer: Returns the tokenizer, whose chat template is used.
 
     Raises:
@@ -100,8 +100,6 @@ def _conversation(row: dict[str, Any], tokenizer: Any, where: str) -> str:
         raise InputError(f"{where}: 'messages' need a chat template, which the tokenizer does not have; give 'prompt'.")
     talk = read_row(row, where, "messages")
     assert isinstance(talk, Conversation)
-    if row.get("system") and {"role": "system", "content": row["system"]} not in talk.messages[:1]:
-        raise InputError(f"{where}: 'system' is not read beside 'messages'; make it the first of them.")
     try:
         return str(
             tokenizer.apply_chat_template(talk.messages, tools=talk.tools, tokenize=False, add_generation_prompt=True)

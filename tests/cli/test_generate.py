@@ -83,18 +83,21 @@ def test_prompts_are_lines_whatever_they_hold(tmp_path: Path) -> None:
         assert list(read_prompts(tmp_path / name, None)) == wanted, name
 
 
-def test_templates_are_given_the_tools(path: Path, tmp_path: Path) -> None:
+def test_templates_are_given_the_tools_and_the_system_message(path: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(path)
     tokenizer.chat_template = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TALK, "tools": TOOLS}) + "\n")
     [(text, adds)] = read_prompts(tmp_path / "rows.jsonl", lambda: tokenizer)
     assert not adds
     assert json.loads(text.removesuffix(TALK[0]["content"])) == TOOLS
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TALK, "system": "Be brief."}) + "\n")
+    assert next(iter(read_prompts(tmp_path / "rows.jsonl", lambda: tokenizer)))[0].endswith(
+        "Be brief." + TALK[0]["content"]
+    )
 
 
 REFUSED = [
     ("prompts.csv", "a", [], "text is taken from"),
-    ("prompts.jsonl", json.dumps({"messages": TALK, "system": "Be brief."}), [], "make it the first of them"),
     ("prompts.jsonl", json.dumps({"messages": [{"role": "me", "content": "a"}]}), [], "has the role 'me'"),
     ("prompts.txt", "a\n\nb", [], "line 2: there is no prompt"),
     ("prompts.txt", "", [], "holds no prompt"),
