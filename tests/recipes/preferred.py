@@ -50,7 +50,17 @@ def fit(
         [f"{folder}/{kind}.jsonl"], f"{folder}/checkpoint", kind, 96, 4, seed=2, val_fraction=0.2,
         cache_dir=f"{folder}/tokens",
     )  # fmt: skip
-    module = Recorded(f"{folder}/checkpoint", loss, 0.3, 1.0, 1.5, 2e-3, warmup_steps=0, schedule="constant", **options)
+    module = Recorded(
+        f"{folder}/checkpoint",
+        loss,
+        0.3,
+        1.0,
+        1.5 if loss == "kto" else 1.0,
+        2e-3,
+        warmup_steps=0,
+        schedule="constant",
+        **options,
+    )
     callbacks = [ModelCheckpoint(save, filename="{step}", save_top_k=-1, every_n_train_steps=1)] if save else []
     run = trainer(
         MoEFoldStrategy(fold=fold, num_microbatches=microbatches), precision="64-true", num_sanity_val_steps=0,
