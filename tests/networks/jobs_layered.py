@@ -203,7 +203,8 @@ def stop_and_resume(folds: list[str], data: list[list[Batch]], path: str) -> Run
     """One step under each fold, from the checkpoint of the one before."""
     for index, fold in enumerate(folds):
         module = Module({"head": "pair", "rank": dist.get_rank()})
-        trainer, loader = make_trainer(fold, [data[index]], {}, epochs=index + 1)
+        few = {"microbatches": 4 if fold.startswith("pp4") else 2}
+        trainer, loader = make_trainer(fold, [data[index]], few, epochs=index + 1)
         trainer.fit(module, loader, ckpt_path=None if index == 0 else path)
         trainer.save_checkpoint(path)
     module.run.weights = owned_pieces(module.network)
