@@ -248,7 +248,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         check_run(trainer, self._module, self._settings_of_run(), self.mesh)
         if self._fitting:
             self._check_hooks()
-            if self._roots() and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if self._spreads and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._check_places(trainer, self.mesh.world)
         self.accelerator.setup(trainer)
         validation = trainer.fit_loop.epoch_loop.val_loop
@@ -277,7 +277,7 @@ class MoEFoldStrategy(SharedCheckpoints):
         if trainer.state.fn == TrainerFn.PREDICTING:
             self._predicting = Predicting(trainer, self._module)
         elif self.world_size > 1:
-            self._even = EvenBatches(trainer, self.mesh, evaluation=bool(self._roots()))
+            self._even = EvenBatches(trainer, self.mesh, evaluation=self._spreads)
 
     @property
     def _per_token_loss(self) -> bool:

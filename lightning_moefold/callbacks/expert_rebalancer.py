@@ -213,9 +213,9 @@ class ExpertRebalancer(pl.Callback):
         steps = step - self._counted_from
         seconds = (time.perf_counter() - self._since) / max(1, steps)
         costs = self._constants(trainer)
-        rows_of = max(1, steps) * costs.passes * fold_strategy(trainer).fold.edp
+        passes = max(1, steps) * costs.passes * fold_strategy(trainer).fold.edp
         rows = {
-            row.name: (counts_E + rows_of // 2) // rows_of
+            row.name: (counts_E + passes // 2) // passes
             for row, counts_E in zip(self._reader.rows, load.served_by_layer(), strict=True)
         }
         if self._watching is not None:

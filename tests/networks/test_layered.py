@@ -49,6 +49,7 @@ QUICK = [
     (4, "cp2 pp2 | etp2", {"head": "mean", "balance": True}),
     (4, "tp2 pp2 | ep2", {"schedule": "interleaved_zero_bubble", "chunks": 2}),
     (4, "pp2 | ep2", {"short": True, "microbatches": 3, "balance": True, "moves": True}),
+    (4, "pp4", {"microbatches": 4, "tied": True, "balance": True}),  # a stage without a block
 ]
 MORE = [
     *((2, "pp2", {"schedule": s, "chunks": 2, "balance": True, "microbatches": 4})
@@ -57,7 +58,6 @@ MORE = [
       for s, c in (("gpipe", 1), ("interleaved_1f1b", 2), ("interleaved_zero_bubble", 2), ("zbv", 1), ("dualpipev", 1))),
     *((2, "pp2", {"frozen": frozen, "balance": True}) for frozen in ("ends", "first", "last")),
     (2, "pp2", {"recompute": "full", "balance": True, "sharding": "none"}),
-    (4, "pp4", {"microbatches": 4, "tied": True, "balance": True}),
     (4, "pp2", {"sharding": "none", "head": "mean", "calls": True}),
     (4, "cp2 | ep4", {"exchange": "ring", "calls": True}),
     (4, "tp2 cp2 | etp2", {"head": "mean", "sharding": "full", "accumulate": 2}),
@@ -82,7 +82,7 @@ def _named(cases: list[Any]) -> list[Any]:
     return [pytest.param(*case, id=f"{case[0]}-{case[1]}-{i}") for i, case in enumerate(cases)]
 
 
-@pytest.mark.parametrize(("world", "fold", "spec"), quick(_named(QUICK), QUICK[0], QUICK[4]))
+@pytest.mark.parametrize(("world", "fold", "spec"), quick(_named(QUICK), QUICK[0], QUICK[4], QUICK[-1]))
 def test_a_layered_network(pool: RankPool, world: int, fold: str, spec: dict[str, Any]) -> None:
     check(pool, world, fold, spec)
 
