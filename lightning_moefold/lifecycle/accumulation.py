@@ -21,6 +21,7 @@ from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from torch import Tensor
 
 from lightning_moefold.errors import UnsupportedFeature
+from lightning_moefold.lifecycle.data_positions import same_state
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import label_weight
 from lightning_moefold.models.losses import StepLabels
@@ -98,12 +99,15 @@ class StepAhead:
         return self._step
 
     def correct(self, checkpoint: dict[str, Any]) -> None:
-        """Replaces the data position in a checkpoint by the one before the held batches."""
+        """Replaces the data position in a checkpoint by the one before the held batches.
+
+        That of a data module stays if reading does not move it: the module counts what was trained on, and is right.
+        """
         if self._held is not None and self._held.positions:
             loaders, data = self._held.positions[0]
             if loaders and "loops" in checkpoint:
                 checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = loaders
-            if data:
+            if data and self._held.moves_data:
                 checkpoint[self._trainer.datamodule.__class__.__qualname__] = data  # type: ignore[attr-defined]
 
     def _look_ahead(self, count: int) -> list[Any]:
@@ -128,12 +132,14 @@ class _Held:
 
     Attributes:
         positions: Position of the data before each held batch.
+        moves_data: Whether the position of the data module has moved while batches were read.
     """
 
     def __init__(self, iterator: Iterator[Any], position: Any) -> None:
         self._iterator, self._position = iterator, position
         self._batches: deque[Any] = deque()
         self.positions: deque[Any] = deque()
+        self.moves_data = False
         self._over = False
 
     def __iter__(self) -> _Held:
@@ -157,6 +163,7 @@ class _Held:
                 self._over = True
             else:
                 self.positions.append(position)
+                self.moves_data |= not same_state(position[1], self._position()[1])
         return list(self._batches)[:count]
 
 

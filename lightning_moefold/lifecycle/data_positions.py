@@ -33,7 +33,7 @@ def gather_positions(checkpoint: dict[str, Any], trainer: pl.Trainer, mesh: Fold
     everyone = comm.all_gather_objects((mesh.place["dp"], mine), mesh.world)
     by_data_rank = dict(reversed(everyone))  # what the first of those who share rows says counts
     positions = [by_data_rank[data_rank] for data_rank in range(mesh.fold.dp)]
-    if not all(_same(theirs, positions[0]) for theirs in positions):
+    if not all(same_state(theirs, positions[0]) for theirs in positions):
         checkpoint[POSITIONS] = positions
 
 
@@ -73,7 +73,8 @@ def _data_key(trainer: pl.Trainer) -> str:
     return type(trainer.datamodule).__qualname__  # type: ignore[attr-defined]
 
 
-def _same(first: Any, second: Any) -> bool:
+def same_state(first: Any, second: Any) -> bool:
+    """Whether two states hold the same, tensors and arrays included."""
     (ours, form), (theirs, other) = tree_flatten(first), tree_flatten(second)
     return form == other and all(_equal(a, b) for a, b in zip(ours, theirs, strict=True))
 

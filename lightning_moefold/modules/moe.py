@@ -20,6 +20,7 @@ from lightning_moefold.balance.placement import Placement, check_successor
 from lightning_moefold.dispatch import Choices, DispatchConfig, ExpertAxes, Return, make_dispatcher, settle
 from lightning_moefold.dispatch.capacity import keep_within_capacity
 from lightning_moefold.errors import InputError
+from lightning_moefold.kernels.fan_out import fan_out
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.balance import Routing
 from lightning_moefold.modules.base import Linear, ParallelRoot, placed
@@ -234,7 +235,9 @@ class MoELayer(ParallelRoot):
             whole = hidden.dim() > 2 and self.rows is None
             rows = SequenceBatch(hidden[..., 0, 0].numel(), hidden.shape[-2], tp=self.tp) if whole else None
             return run_standalone(self, hidden, rows)
-        routed: RouterOutput = self.gate(hidden, batch)
+        readers = 2 + (self.shared_expert is not None) + (self.shared_expert_gate is not None)
+        x_TD, *readers_TD = fan_out(hidden, readers)
+        routed: RouterOutput = self.gate(x_TD, batch)
         expert_TK = routed.expert_TK
         counts_GE = count_choices(expert_TK, self.num_experts, batch)
         kept_TK, served = self._served(expert_TK, routed.probability_TE, batch)
@@ -245,9 +248,9 @@ class MoELayer(ParallelRoot):
         slot_TK = expert_TK if self._slot_E is None else self._slot_E[expert_TK]
         choices = Choices(routed.weight_TK, slot_TK, kept_TK, served, capacity)
         if self.dispatcher.etp_ep.size == 1:
-            y_TD = self._routed(hidden, choices, batch)
+            y_TD = self._routed(readers_TD, choices, batch)
         else:  # the number of received rows differs from step to step
-            y_TD = comm.uncompiled(self._routed, hidden, choices, batch)
+            y_TD = comm.uncompiled(self._routed, readers_TD, choices, batch)
         if batch.wants_routing:
             return y_TD, routing_table(routed, counts_GE, batch)
         if self.keep_routing:
@@ -293,9 +296,15 @@ class MoELayer(ParallelRoot):
         )
         return kept_TK, None
 
-    def _routed(self, x_TD: Tensor, choices: Choices, batch: SequenceBatch) -> Tensor:
-        """Runs routed and shared experts. One half of the shared expert overlaps with dispatch, the other half with combine."""
-        dispatcher = self.dispatcher
+    def _routed(self, readers_TD: Sequence[Tensor], choices: Choices, batch: SequenceBatch) -> Tensor:
+        """Runs routed and shared experts. One half of the shared expert overlaps with dispatch, the other half with combine.
+
+        Args:
+            readers_TD: The tokens, once for the routed experts, the shared expert, and its gate, each as far as there is one.
+            choices: Where each token goes.
+            batch: Description of the batch.
+        """
+        dispatcher, (x_TD, *shared_TD) = self.dispatcher, readers_TD
         returns: list[Return] = []
         parcels = dispatcher.dispatch_preprocess(self.experts.travelling(x_TD, batch), choices)
         parcels[0] = dispatcher.token_dispatch(parcels[0])  # drops the list's reference to the sent rows
@@ -306,18 +315,20 @@ class MoELayer(ParallelRoot):
             if plan is not None and self.training and torch.is_grad_enabled() and not is_recomputing():
                 self.copies.count(plan, self.experts.copy_bytes)
 
-        shared_TD = self._around_shared_expert(x_TD, batch, visit_experts)
+        change_TD = self._around_shared_expert(shared_TD, batch, visit_experts)
         y_TD = dispatcher.combine_postprocess(returns, [parcel.plan for parcel in parcels])
-        return y_TD if shared_TD is None else y_TD + shared_TD
+        return y_TD if change_TD is None else y_TD + change_TD
 
-    def _around_shared_expert(self, x_TD: Tensor, batch: SequenceBatch, halfway: Callable[[], None]) -> Tensor | None:
+    def _around_shared_expert(
+        self, readers_TD: Sequence[Tensor], batch: SequenceBatch, halfway: Callable[[], None]
+    ) -> Tensor | None:
         """Runs the shared expert, with ``halfway`` called in its middle; returns None if there is no shared expert."""
         if self.shared_expert is None:
             halfway()
             return None
-        shared_TD = self.shared_expert(x_TD, batch, halfway)
+        shared_TD = self.shared_expert(readers_TD[0], batch, halfway)
         if self.shared_expert_gate is not None:
-            gate = self.shared_expert_gate
+            x_TD, gate = readers_TD[1], self.shared_expert_gate
             shared_TD = gate(x_TD, **placed(gate, batch.own_tokens(x_TD.device))).sigmoid() * shared_TD
         return shared_TD
 

@@ -75,7 +75,7 @@ def parallelize(module: nn.Module, mesh: FoldedMesh, settings: Settings, device:
         part.use(settings)
     layers = [part for part in module.modules() if isinstance(part, DecoderLayer)]
     if settings.compiler is not None and layers:
-        rank_zero_info(compile_layers(layers, settings.compiler))
+        rank_zero_info(compile_layers(layers, settings.compiler, settings.sharding.mixed_dtype))
     elif any(before.compiles for before in earlier):
         for layer in layers:
             layer.uncompile()

@@ -45,8 +45,13 @@ def has_compiler(device: torch.device, everywhere: Callable[[bool], bool]) -> bo
     return False
 
 
-def break_reasons(layer: DecoderLayer) -> list[str]:
-    """Where compiled code of this layer stops and goes on, besides batches whose attention needs a mask."""
+def break_reasons(layer: DecoderLayer, mixed_dtype: torch.dtype | None) -> list[str]:
+    """Where compiled code of this layer stops and goes on, besides batches whose attention needs a mask.
+
+    Args:
+        layer: The layer.
+        mixed_dtype: The dtype in which it computes, if that is not the dtype of its parameters.
+    """
     reasons = []
     fold, mlp = layer.fold, layer.mlp
     if fold.tp * fold.cp > 1 or (isinstance(mlp, MoELayer) and mlp.dispatcher.etp_ep.size > 1):
@@ -55,7 +60,7 @@ def break_reasons(layer: DecoderLayer) -> list[str]:
         reasons.append("the hooks of FSDP2 around experts and routers")
     if isinstance(mlp, MoELayer):
         weight = next(mlp.experts.parameters())
-        compute = torch.empty(0, dtype=layer.compute_dtype or weight.dtype, device=weight.device)
+        compute = torch.empty(0, dtype=mixed_dtype or weight.dtype, device=weight.device)
         if not mlp.experts.compiles(compute):
             reasons.append("experts that are not computed by grouped_mm in bfloat16")
         router = next(kind for kind in type(mlp.gate).__mro__ if not issubclass(kind, FSDPModule))
@@ -64,15 +69,20 @@ def break_reasons(layer: DecoderLayer) -> list[str]:
     return reasons
 
 
-def compile_layers(layers: Sequence[DecoderLayer], backend: str) -> str:
+def compile_layers(layers: Sequence[DecoderLayer], backend: str, mixed_dtype: torch.dtype | None) -> str:
     """Compiles decoder layers of this rank in place, each as one graph where nothing stands against it.
+
+    Args:
+        layers: The layers.
+        backend: The back end of ``torch.compile``.
+        mixed_dtype: The dtype in which they compute, if that is not the dtype of their parameters.
 
     Returns:
         A sentence on what was compiled, and where graphs break.
     """
     whole, reasons = 0, dict[str, None]()
     for layer in layers:
-        found = break_reasons(layer)
+        found = break_reasons(layer, mixed_dtype)
         layer.compile(backend=backend, fullgraph=not found)
         whole += not found
         reasons |= dict.fromkeys(found)

@@ -30,6 +30,13 @@ class Data(pl.LightningDataModule):
         return {"at": self.steps.done}
 
 
+class CountsTrained(Data):
+    """Says what was trained on, whatever was read."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed}
+
+
 class Saves(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -39,13 +46,13 @@ class Saves(Callback):
         trainer.save_checkpoint(f"{self.folder}/{batch_idx}.ckpt")
 
 
-def places(path: str, folder: str) -> list[tuple[dict[str, int], dict[str, int]]]:
+def places(path: str, folder: str, data: str) -> list[tuple[dict[str, int], dict[str, int]]]:
     """Where loader and data module stood in a checkpoint after each of five batches, three to a step."""
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "max_epochs": 1, "limit_val_batches": 0}
     run = finetune.make("| ep2", {**options, "callbacks": [Saves(folder)]}, calculate_per_token_loss=True)
-    run.fit(finetune.Finetune(path), datamodule=Data())
+    run.fit(finetune.Finetune(path), datamodule={"Data": Data, "CountsTrained": CountsTrained}[data]())
     metas = [load_meta(Path(folder) / f"{number}.ckpt") for number in range(1, 6)]
-    return [(m["loops"]["fit_loop"]["state_dict"]["combined_loader"][0], m["Data"]) for m in metas]
+    return [(m["loops"]["fit_loop"]["state_dict"]["combined_loader"][0], m[data]) for m in metas]
 
 
 class Odd(finetune.Finetune):

@@ -9,6 +9,7 @@ import pytest
 
 from lightning_moefold.testing import RankPool, make_checkpoint
 from tests.lifecycle import jobs_accumulation
+from tests.quick import quick
 from tests.strategy.test_bad_input import sentence
 
 
@@ -17,10 +18,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("model") / "qwen", "qwen3_moe", num_experts=4))
 
 
-@pytest.mark.more
-def test_batches_that_were_looked_at_are_not_done(pool: RankPool, path: str, tmp_path: Path) -> None:
-    """A checkpoint in the middle of a step goes on with the next batch, not with that of the next step."""
-    for seen in pool.run(jobs_accumulation.places, path, str(tmp_path), ranks=2):
+@pytest.mark.parametrize("data", quick(["Data", "CountsTrained"], "CountsTrained"))
+def test_batches_that_were_looked_at_are_not_done(pool: RankPool, path: str, tmp_path: Path, data: str) -> None:
+    """A checkpoint in the middle of a step goes on with the next batch, not with that of the next step, nor an earlier one."""
+    for seen in pool.run(jobs_accumulation.places, path, str(tmp_path), data, ranks=2):
         assert seen == [({"done": number % 5}, {"at": number}) for number in range(1, 6)]
 
 

@@ -50,9 +50,10 @@ def test_a_fold_keeps_its_bits(pool: RankPool, path: str, recompute: str | None)
             [said] = ours["said"]
             assert "collectives" in said
             assert "FSDP2" in said
+            assert "grouped_mm" not in said  # it computes in bfloat16
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_a_pipeline_keeps_its_bits(pool: RankPool, path: str) -> None:
     for ranks in pool.run(jobs_compile.beside, path, ["pp2"], {1: make_batches(2, 1, 4, 16, 96)}, SPEC, ranks=2):
         for plain, ours in ranks:
