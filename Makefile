@@ -17,10 +17,10 @@ help: ## list the targets
 demo: setup-demo ## set up, then run the main job on CPU ranks: minutes; shorter with ARGS="--steps 40"
 	$(PYTHON) examples/demo.py $(ARGS)
 
-test: setup-test ## set up, then run the quick tests: every feature once, about 15 minutes on two cores
+test: setup-test ## set up, then run the quick tests: every feature once, under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not more and not slow" $(ARGS)
 
-test-more: setup-test ## set up, then run a share of what test leaves out: up to three quarters of an hour on two cores
+test-more: setup-test ## set up, then run a share of what test leaves out: about half an hour on two cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile -m "more and not slow" $(ARGS)
 
 test-all: setup-test ## set up, then run all the tests: hours; goes on where it was stopped, ARGS="--fresh" begins anew

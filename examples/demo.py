@@ -3,7 +3,7 @@
     python examples/demo.py
 
 Writes a small Qwen2-MoE with random weights, trains it on English text under a fold (by default four ranks: attention
-tp2 x dp2, experts ep4), exports it to Hugging Face format, and checks that `transformers` computes the same logits from
+tp2 dp2, experts ep4), exports it to Hugging Face format, and checks that `transformers` computes the same logits from
 the export as the ranks did together. The module, the data and the Trainer are those of finetune.py.
 """
 

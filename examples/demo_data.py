@@ -71,7 +71,7 @@ def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
 def demo_config(vocab_size: int, **overrides: object) -> Qwen2MoeConfig:
     """The shape of the demo's model, 6.4 million parameters with 4096 tokens.
 
-    Heads, widths and experts divide by 4, so that tp2 x dp2 with ep4, tp4, or pp2 with ep2 are legal folds.
+    Heads, widths and experts divide by 4, so that tp2 dp2 with ep4, tp4, or pp2 with ep2 are legal folds.
     """
     shape: dict[str, object] = {
         "hidden_size": 192,

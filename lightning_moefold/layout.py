@@ -117,7 +117,7 @@ class ParameterLayout:
         shape: Global shape, without padding.
         plan: The parameter's family, its cuts over tensor axes, and how its gradient is summed over tp.
         data_dim: Dimension that ``fully_shard`` cuts over the family's data axis; None if the parameter is replicated.
-        stages: Pipeline ranks that hold the parameter (a tied embedding is on two); None if all do.
+        pp_ranks: Pipeline ranks that hold the parameter (a tied embedding is on two); None if all do.
         order: Index in the global tensor of each index along dimension 0 as it is stored (the expert of each slot), where
             those differ; None if they are the same.
     """
@@ -125,7 +125,7 @@ class ParameterLayout:
     shape: tuple[int, ...]
     plan: ParameterPlan
     data_dim: int | None = None
-    stages: tuple[int, ...] | None = None
+    pp_ranks: tuple[int, ...] | None = None
     order: tuple[int, ...] | None = None
 
     @property
@@ -167,7 +167,7 @@ class ParameterLayout:
         Empty where its pipeline stage does not hold the parameter. Where it lies in the global tensor, :meth:`boxes` says.
         """
         place = fold.coordinates(rank)
-        if self.stages is not None and place["pp"] not in self.stages:
+        if self.pp_ranks is not None and place["pp"] not in self.pp_ranks:
             return Box((0,) * len(self.shape), (0,) * len(self.shape))
         whole = self.tensor_box(place)
         if self.data_dim is None or (self.plan.flat and whole.numel == 0):
@@ -189,7 +189,7 @@ class ParameterLayout:
         else:
             copies = [axis for axis in ("tp",) if axis not in cut_axes]
             copies += [] if self.data_dim is not None else ["dp", "cp"]
-        return place["pp"] == (self.stages or (0,))[0] and all(place[axis] == 0 for axis in copies)
+        return place["pp"] == (self.pp_ranks or (0,))[0] and all(place[axis] == 0 for axis in copies)
 
     def owners(self, fold: Fold, ranks: list[int]) -> list[tuple[int, tuple[Box, ...]]]:
         """Returns the owners among ``ranks`` with their boxes, which together hold every element exactly once."""

@@ -76,11 +76,11 @@ class MoEFoldStrategy(SharedCheckpoints):
         expert_tensor_parallel_size: Ranks over which each expert is cut.
         fold: All sizes in one string, such as ``"tp2 | ep4"``, instead of the arguments above; or ``"auto"``, and the
             planner chooses them for the model, the batch and the devices at hand, with ``num_microbatches``,
-            ``pipeline_schedule``, ``num_stages_per_rank`` and ``recompute`` where those are left alone. Of a list, the first
-            fold that the ranks at hand can form: a run may resume on fewer.
-        auto: What ``fold="auto"`` is to plan for, where the strategy cannot see it.
-        num_microbatches: Micro-batches of a batch; part of the mathematics of the auxiliary loss. None means 1; a
-            pipeline needs a number.
+            ``pipeline_schedule``, ``num_stages_per_rank`` and ``recompute`` where those are left alone. Or a list, of which the
+            first fold is taken that fits the number of ranks, so that a run can resume on fewer ranks.
+        auto: The model, the batch or the machine that ``fold="auto"`` plans for, as far as the strategy cannot detect them.
+        num_microbatches: Micro-batches of a batch; another number changes the auxiliary loss. None means 1; a pipeline
+            needs a number.
         pipeline_schedule: ``"gpipe"``, ``"1f1b"``, ``"interleaved_1f1b"``, ``"interleaved_zero_bubble"``, ``"zbv"`` or
             ``"dualpipev"``.
         num_stages_per_rank: Pipeline stages on each rank, for the interleaved schedules; two for ``zbv`` and ``dualpipev``.
@@ -88,9 +88,10 @@ class MoEFoldStrategy(SharedCheckpoints):
         dispatcher: How tokens travel to their experts: ``"alltoall"`` once for each expert, ``"deduplicated"`` once for
             each rank that holds some of them, ``"allgather"`` to all ranks, ``"hierarchical"`` once to each node and
             from there once to each rank, or ``"auto"`` (:func:`~.dispatch.choose_dispatcher`).
-        capacity_factor: An expert serves ``ceil(capacity_factor * k * L / E)`` tokens of a row of L and drops the others;
-            None to drop none.
-        drop_policy: Which it serves: those of highest probability, ``"probs"``, or the first of the row, ``"position"``.
+        capacity_factor: Each expert computes at most ``ceil(capacity_factor * k * L / E)`` tokens of a row of L, and drops
+            the rest; None to drop none.
+        drop_policy: Which tokens an expert keeps: those of highest probability, ``"probs"``, or the first of the row,
+            ``"position"``.
         drop_scope: Capacity is counted over whole rows, ``"full_sequence"``, the same under every fold, or over the tokens of a
             rank, ``"sub_sequence"``, whose result *depends on the fold*.
         pad_to_capacity: In training, send each expert as many rows as it may serve, so that no size depends on the data. Every
@@ -100,21 +101,23 @@ class MoEFoldStrategy(SharedCheckpoints):
         node_size: Ranks that share fast links, for ``"hierarchical"``, ``"auto"`` and ``fold="auto"``; by default a machine's.
         expert_copies: Copies of busy experts on other ranks of ep, made anew in each pass
             (:class:`~.balance.fast.ExpertCopies`); the result is the same. None for none. Not with padding.
-        expert_kernel: How gated experts compute: ``"loop"``, one after the other, ``"grouped_mm"``, all at once, ``"fp8"``, so with
-            products in FP8 but for the weights' gradient, or ``"transformer_engine"``, so and, inside its ``autocast``, in FP8.
-            ``"auto"`` is a loop, but on CUDA from Hopper on, where it never waits for the device, ``grouped_mm`` for bfloat16.
+        expert_kernel: How gated experts compute. ``"loop"``: one expert after the other. ``"grouped_mm"``: all in one product.
+            ``"fp8"``: like ``grouped_mm``, in FP8 except for the gradients of weights. ``"transformer_engine"``: its grouped
+            products, in FP8 inside its ``autocast``. ``"auto"``: ``grouped_mm`` for bfloat16 on Hopper or newer GPUs, where
+            the host then never waits for the device; otherwise ``loop``.
         data_parallel_sharding: ``"optimizer"`` shards with ``fully_shard`` and keeps weights gathered between forward
-            and backward; ``"full"`` lets go of them after forward; ``"none"`` replicates weights and optimizer state.
-        recompute: Activations that decoder layers make again in backward: ``"full"`` all but a layer's input, ``"selective"``
+            and backward; ``"full"`` frees them after forward; ``"none"`` replicates weights and optimizer state.
+        recompute: Activations that decoder layers compute again in backward: ``"full"`` all but a layer's input, ``"selective"``
             those of attention, or a list of ``"norm"``, ``"attention"``, ``"expert_activation"``, ``"moe"``, ``"mlp"``.
-        offload_activations: Keep in host memory, from forward to backward, what decoder layers keep. Nothing on CPU.
+        offload_activations: Move the activations that decoder layers save for backward to host memory until then. No effect
+            on CPU.
         context_parallel_exchange: How attention works over cp: ``"ring"``, ``"all_gather"``, ``"all_to_all"``, or
             ``"auto"`` by shape (:func:`~.modules.attention.context.choose_exchange`).
         calculate_per_token_loss: Divide the language-model loss of accumulated batches by the labels of the whole optimizer
             step, so that every label weighs the same, as in one large batch; auxiliary losses are averaged over the batches all
             the same. False averages the losses of the batches, as Lightning does. By default what the module's attribute of
             this name says (that of ``FineTuneModule`` is True), or False.
-        sequence_parallel: Between blocks the tokens are always spread over tp; None or True.
+        sequence_parallel: Tokens between blocks are always spread over tp; only None and True are accepted.
         compile: Compile decoder layers with :func:`torch.compile`, in place: names, checkpoints and exports stay the same. On
             one rank a layer whose experts go by ``grouped_mm`` in bfloat16 is one graph; elsewhere graphs break at collectives,
             FSDP2's hooks, experts in a loop, and attention with a mask, which set-up says. Embedding, head and your modules run
@@ -122,7 +125,7 @@ class MoEFoldStrategy(SharedCheckpoints):
             compiled. Not for schedules that split backward.
         checksums: Save checkpoints with a checksum of each stored part, and compare it when the part is read.
         async_save: Go on training while a checkpoint is written from a copy in the host's memory, one at a time.
-        timeout: Of the collectives.
+        timeout: Timeout of the collectives.
         process_group_backend: ``"gloo"`` or ``"nccl"``; chosen by the device if not given.
 
     Raises:
@@ -184,15 +187,15 @@ class MoEFoldStrategy(SharedCheckpoints):
             dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
         )  # fmt: skip
         self.settings = Settings(
-            Sharding(data_parallel_sharding),
-            PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
-            1 if num_microbatches is None else num_microbatches,
-            dispatch,
-            expert_kernel,
-            recompute,
-            context_parallel_exchange,
-            COMPILER if compile else None,
-            offload_activations,
+            sharding=Sharding(data_parallel_sharding),
+            plan=PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
+            num_microbatches=1 if num_microbatches is None else num_microbatches,
+            dispatch=dispatch,
+            expert_kernel=expert_kernel,
+            recompute=recompute,
+            exchange=context_parallel_exchange,
+            compiler=COMPILER if compile else None,
+            offload=offload_activations,
         )
         self._microbatches_given = num_microbatches is not None
         self._sizes, self._fold_text = sizes, fold if isinstance(fold, str) or fold is None else tuple(fold)

@@ -164,7 +164,7 @@ class LayerStream:
                     document_ids=document_BS, loss_weights=None, keep_all=False,
                 )  # fmt: skip
             batch.sequence.wants_routing = False
-            batch.place(self.computing.dtype)
+            batch.set_rotary_tables(self.computing.dtype)
             yield batch
 
     def run(self, layer: DecoderLayer, rows: CalibrationRows, hidden: list[Tensor]) -> None:

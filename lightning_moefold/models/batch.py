@@ -70,7 +70,7 @@ class CausalLMBatch:
     is_empty: bool = False
     last_only: bool = False
 
-    def place(self, dtype: torch.dtype) -> None:
+    def set_rotary_tables(self, dtype: torch.dtype) -> None:
         """Computes the rotary tables in the dtype of the hidden states."""
         config = self._config
         tables = rotary_tables(self._position_BL, config.head_dim, config.rope_theta, dtype, config.rope_scaling_factor)

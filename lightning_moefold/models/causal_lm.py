@@ -66,7 +66,7 @@ class Decoder(nn.Module):
     def forward(self, batch: CausalLMBatch) -> Tensor:
         """Returns the hidden states after the final norm, ``[T, D]``."""
         x_TD = self.embed_tokens(batch.token_N, batch.sequence)
-        batch.place(x_TD.dtype)
+        batch.set_rotary_tables(x_TD.dtype)
         for layer in self.layers.values():
             output = layer(x_TD, batch.sequence)
             if isinstance(output, tuple):

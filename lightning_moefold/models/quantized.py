@@ -78,8 +78,8 @@ class QuantizedModel(ParallelRoot):
         shapes, self.coded_layouts = {name: old.shape for name, old in self.coded_layouts.items()}, {}
         for name, module, leaf in coded_weights(self):
             layer = ".".join(name.split(".")[:3])
-            stages = self.layouts[f"{layer}.input_layernorm.weight"].stages
-            layout = ParameterLayout(shapes[name], plans.get(name, ParameterPlan()), stages=stages)
+            holders = self.layouts[f"{layer}.input_layernorm.weight"].pp_ranks
+            layout = ParameterLayout(shapes[name], plans.get(name, ParameterPlan()), pp_ranks=holders)
             self.coded_layouts[name] = layout
             module.cut_coded(leaf, layout.tensor_box(mesh.place).sizes)
 

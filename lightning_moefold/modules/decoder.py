@@ -44,10 +44,10 @@ class DecoderLayer(ParallelRoot):
 
     Attributes:
         recompute: The parts that are recomputed in backward instead of keeping activations: ``"full"`` for the whole
-            layer; ``"selective"`` for ``["attention"]``, its attention half (the other half communicates, and experts
-            recompute their activations anyway); a list of parts; None for nothing. ``"moe"`` and ``"mlp"`` are the
-            other half of a layer with experts, and of a dense one; ``"norm"`` is what the norms make for the halves
-            that are not recomputed; ``"expert_activation"`` concerns the experts, which are told themselves.
+            layer; ``"selective"`` for ``["attention"]``, its attention half; a list of parts; None for nothing. ``"moe"``
+            and ``"mlp"`` are the other half of a layer with experts, and of a dense one; ``"norm"`` is the output of the
+            norms, for the halves that are not recomputed; ``"expert_activation"`` are the experts' gate and up
+            products, which they recompute themselves.
         offload: Whether what is kept for backward goes to host memory.
         counts_adapter_calls: Whether the layer counts training calls (``adapter_call``, int64 scalar), for the dropout of an
             adapter.

@@ -52,7 +52,7 @@ class MoELayer(ParallelRoot):
         shared_gate: Whether to scale the shared expert by ``sigmoid(shared_expert_gate(x))`` (Qwen2-MoE).
         activation: Activation function of all gated experts.
         dispatch: How tokens travel to experts, and how many tokens an expert serves. By default the strategy's
-            arguments ``dispatcher``, ``capacity_factor`` and those after them; dropless without a strategy.
+            dispatch arguments; dropless without a strategy.
         keep_routing: Whether to keep the statistics of the latest training forward pass for
             :func:`~.balance.load_balancing_loss` (a language model does not need this).
 
@@ -115,7 +115,8 @@ class MoELayer(ParallelRoot):
         self.copies = CopyCounter()
         self.placement = Placement.contiguous(num_experts, 1)
         self._slot_E: Tensor | None = None  # until an expert has moved
-        self._rows_then_E: Tensor | None = None  # when one last moved, and what parts had computed by then
+        # Rows of each expert at the latest move, and the rows that each ep rank had computed by then.
+        self._rows_then_E: Tensor | None = None
         self._earlier_rows_P: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoELayer:
@@ -134,7 +135,7 @@ class MoELayer(ParallelRoot):
         return self.__dict__ | {"routing": None}
 
     def place(self, placement: Placement) -> None:
-        """Sends tokens to their experts under another placement from now on; who calls it moves the experts.
+        """Sends tokens to their experts under another placement from now on; the caller must move the weights.
 
         Args:
             placement: Placement of the layer's experts over ep.
@@ -167,9 +168,10 @@ class MoELayer(ParallelRoot):
         return rows_P if self._earlier_rows_P is None else rows_P + self._earlier_rows_P
 
     def gained_rows(self) -> Tensor | None:
-        """Returns how many rows more each ep rank has computed because of copies, ``[P]``; on one of the ranks that share a plan.
+        """Returns the extra rows that each ep rank has computed because of copies, ``[P]``.
 
-        Sums over ranks of :meth:`part_rows` and of this are the rows that parts have computed. None where nothing is to be added.
+        One of the ranks that share a plan returns them and the others None, so that a sum over ranks counts them once. Added to the
+        sum of :meth:`part_rows`, they give the rows that each ep rank has computed.
         """
         gained_R = self.copies.gained_R
         if gained_R is None or self.dispatcher.etp_ep.index:

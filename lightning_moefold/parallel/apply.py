@@ -2,7 +2,7 @@
 """The one door by which a fold and its settings reach a module: the strategy, ``fold="auto"`` and rehearsals go through it.
 
 What decides how a module is cut (the fold, sharding, precision, where pipeline stages lie) is settled when it comes here
-first. All else may be another the next time, and is then as if the module had never run under anything else.
+first. All other settings may differ in a later call, and then apply as on a fresh module.
 """
 
 from __future__ import annotations

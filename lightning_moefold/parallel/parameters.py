@@ -31,7 +31,9 @@ class ParameterRegistry:
         for part in self.roots.values():
             part.release_gathered_weights()
         everywhere = {f"{prefix}.{name}".lstrip(".") for prefix, part in self.roots.items() for name in part.layouts}
-        shared = any(len(layout.stages or ()) == 2 for part in self.roots.values() for layout in part.layouts.values())
+        shared = any(
+            len(layout.pp_ranks or ()) == 2 for part in self.roots.values() for layout in part.layouts.values()
+        )
         for prefix, runner in network_runners(root):
             if runner.pipeline is not None:
                 shared = shared or runner.shares_ends
@@ -148,6 +150,6 @@ class ParameterRegistry:
                 yield parameter, self.mesh.axis("etp") if layout.plan.family is Family.EXPERT else self.mesh.tp
             if layout.data_dim is None:  # replicated, or there is but one copy
                 yield parameter, self.mesh.axis(layout.data_axis)
-            if layout.stages is not None and len(layout.stages) == 2:  # used by both, each of which has a part
+            if layout.pp_ranks is not None and len(layout.pp_ranks) == 2:  # used by both, each of which has a part
                 assert self._ends is not None
                 yield parameter, self._ends

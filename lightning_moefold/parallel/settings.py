@@ -108,7 +108,7 @@ class Settings:
         return self.compiler is not None
 
     def check_pipeline(self, pp: int) -> None:
-        """Whether ``pp`` pipeline ranks can run so; see :meth:`~.pipeline.plan.PipelinePlan.check`.
+        """Raises unless ``pp`` pipeline ranks can run so; see :meth:`~.pipeline.plan.PipelinePlan.check`.
 
         Raises:
             UnsupportedFeature: For a schedule that this release of torch computes wrongly.
@@ -121,7 +121,7 @@ class Settings:
         self.plan.check(pp, self.num_microbatches, self.sharding.mode, self.recompute, self.compiles)
 
     def check_successor(self, later: Settings, pp: int) -> None:
-        """Whether a module that was cut under these settings can go on under later ones, with ``pp`` pipeline ranks.
+        """Raises unless a module that was cut under these settings can go on under later ones, with ``pp`` pipeline ranks.
 
         Raises:
             InputError: Naming the first setting that decided how the module was cut.

@@ -135,7 +135,7 @@ def cut_network(network: LayeredNetwork, mesh: FoldedMesh, settings: Settings, d
         cut_root(block, mesh, settings, device)
         if parts:
             here = (mesh.place["pp"],)
-            block.layouts = {name: replace(layout, stages=here) for name, layout in block.layouts.items()}
+            block.layouts = {name: replace(layout, pp_ranks=here) for name, layout in block.layouts.items()}
     network.module.to(device)
     if parts:
         runner.pipeline = Pipeline(StagedNetwork(network, mesh, device), mesh, settings.plan, parts)

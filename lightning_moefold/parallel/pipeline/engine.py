@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of a pipeline: runs stages by a schedule and keeps what gradients it made.
+"""The engine of a pipeline: runs stages by a schedule and keeps the gradients that it computed.
 
 Lightning calls ``training_step``, then ``zero_grad``, then ``backward``; gradients that a schedule left behind would be
 wiped. So a call puts the gradients that are there aside, runs the schedule, takes what it made and puts the old ones
@@ -67,7 +67,7 @@ class ScheduleRunner:
             stage before.
 
     Attributes:
-        watch: Makes, of torch's schedule, a context in which it runs; for who would see what happens when.
+        watch: Makes a context around torch's schedule, in which it runs; the pipeline timeline sets it.
     """
 
     def __init__(self, network: nn.Module, mesh: FoldedMesh, plan: PipelinePlan, stages: Sequence[Stage]) -> None:
@@ -89,7 +89,7 @@ class ScheduleRunner:
         return pp.ranks[self.plan.owner(stage, pp.size)]
 
     def from_last(self, mine: Tensor | None, shape: Wire | None, device: torch.device) -> Tensor:
-        """What the rank of the last stage has, ``mine``, on every rank of the pipeline. Collective over them.
+        """Broadcasts ``mine`` from the rank of the last stage to every rank of the pipeline. Collective over them.
 
         ``shape`` is None where only that rank knows it.
         """

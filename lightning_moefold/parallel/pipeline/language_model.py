@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_moefold.agreement import PRIME
 from lightning_moefold.errors import InputError
+from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.models import MoECausalLM
 from lightning_moefold.models.batch import CausalLMBatch, check_shapes, empty_batch, read_batch, stand_in
@@ -34,7 +35,7 @@ from lightning_moefold.modules.base import wide
 from lightning_moefold.parallel.pipeline.engine import Kept, ScheduleRunner, Wire, differentiable, value_only
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
 from lightning_moefold.parallel.pipeline.plan import PipelinePlan
-from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, Staged, cut_rows, split_evenly
+from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, Staged, cut_rows
 
 _VALUES = (
     "only output.loss can be differentiated: its gradients were made during the call, and logits, lm_loss, aux_loss and z_loss "
@@ -145,7 +146,7 @@ class StagedLanguageModel(Staged[LanguageCall]):
     def _microbatches(
         self, tensors: Mapping[str, Any], extras: Mapping[str, Any], *, keep_all: bool
     ) -> tuple[list[CausalLMBatch], list[dict[str, Any]]]:
-        """In place of what cannot be read, something whose fault all ranks will hear of."""
+        """Returns the micro-batches and their extras; if they cannot be read, a stand-in that carries the error to all ranks."""
         model, input_ids, m = self.module, tensors["input_ids"], self.module.num_microbatches
         axes = model.batch_axes()
         try:
@@ -154,7 +155,7 @@ class StagedLanguageModel(Staged[LanguageCall]):
             if m == 1:
                 return [read_batch(model.config, axes, 1, keep_all=keep_all, **tensors)], [dict(extras)]
             rows = input_ids.shape[0]
-            sizes = split_evenly(rows, m)
+            sizes = even_split(rows, m)
             whole = {name: tensor for name, tensor in tensors.items() if tensor is None or tensor.dim() != 2}
             parts = cut_rows({name: tensor for name, tensor in tensors.items() if name not in whole}, rows, sizes)
             batches = [
@@ -226,7 +227,7 @@ class StagedLanguageModel(Staged[LanguageCall]):
         x_TD, *tables = carried
         batch = call.batches[number]
         if batch.sequence.cos_BLh is None:
-            batch.place(x_TD.dtype)
+            batch.set_rotary_tables(x_TD.dtype)
         for name, layer in zip(stage.names, stage.layers, strict=True):
             output = layer(x_TD, batch.sequence)
             if isinstance(output, tuple):
@@ -360,7 +361,7 @@ def cut_into_stages(model: MoECausalLM, mesh: FoldedMesh, plan: PipelinePlan) ->
             )
         holders["model.embed_tokens."] = (first, last)
     holders_of = {name: next(v for k, v in holders.items() if name.startswith(k)) for name in model.layouts}
-    model.layouts = {name: replace(layout, stages=holders_of[name]) for name, layout in model.layouts.items()}
+    model.layouts = {name: replace(layout, pp_ranks=holders_of[name]) for name, layout in model.layouts.items()}
     place = mesh.place["pp"]
     for prefix, ranks in holders.items():
         if place not in ranks:

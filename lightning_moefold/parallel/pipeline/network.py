@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A custom network in a pipeline: its own code in ``embed`` and ``head``, its layers between them.
 
-Of a micro-batch without rows, which a short last batch leaves, only the layers hear, whose blocks communicate.
+A short last batch leaves micro-batches without rows. Such a one runs through the layers only, because their blocks communicate.
 
-The gradients of the load-balancing loss need the choices of the whole batch, of all its micro-batches, which are known only
-after the schedule; and by how much the user weighs that loss is known later still. So asking for it runs the schedule once
-more, with nothing but this loss.
+The gradients of the load-balancing loss need the choices of all micro-batches, which are known only after the schedule, and the
+user's coefficient is known only in backward. So that loss gets a schedule of its own, which runs when it is asked for.
 
 Legend: R rows of a micro-batch, C rows of the largest, E experts.
 """
@@ -25,6 +24,7 @@ from typing_extensions import override
 from lightning_moefold import comm
 from lightning_moefold.agreement import PRIME, fingerprint
 from lightning_moefold.errors import BatchError, InputError, InputTypeError
+from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.moe import MoELayer
@@ -34,7 +34,7 @@ from lightning_moefold.parallel.network.protocol import LOSS, OUTPUT, RATIO, Lay
 from lightning_moefold.parallel.network.row_cut import RowCut, tell_blocks
 from lightning_moefold.parallel.pipeline.engine import Kept, ScheduleRunner, Wire, differentiable
 from lightning_moefold.parallel.pipeline.pipeline import Pipeline
-from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, Staged, cut_rows, split_evenly
+from lightning_moefold.parallel.pipeline.stage import Call, Carried, Objective, Stage, Staged, cut_rows
 from lightning_moefold.parallel.randomness import Randomness
 from lightning_moefold.parallel.settings import Settings
 
@@ -51,7 +51,7 @@ class NetworkCall(Call):
         settings: How the network runs.
         autocast: Whether the user's code runs under autocast, and in which dtype.
         rows: Of the whole batch; the ``lengths`` are R of each micro-batch.
-        wire: A row of the hidden states as it travels, ``[1, ...]``; known to the first stage until all have agreed.
+        wire: A row of the hidden states as it travels, ``[1, ...]``; known only to the first stage until ``agree``.
         cut: How rows are cut over cp; None where they are whole.
         slopes: For the load-balancing loss alone: by what each layer's probabilities ``[E]`` are weighed.
 
@@ -154,7 +154,7 @@ class StagedNetwork(Staged[NetworkCall]):
         dimensions, *shape, dtype = (int(n) for n in slots.view(self.mesh.fold.dp, -1)[self.mesh.place["dp"]].tolist())
         # In a short last batch some micro-batches have no rows. A schedule needs all of them; an evaluation does not.
         m = 1 if bool(few) and not call.training else call.settings.num_microbatches
-        call.lengths = split_evenly(call.rows, m)
+        call.lengths = list(even_split(call.rows, m))
         call.batches = cut_rows(call.batch, call.rows, call.lengths)
         call.cut = RowCut.of(shape[:dimensions], self.mesh.axis("cp"), call.settings.exchange)
         inner = shape[1:dimensions] if call.cut is None else [call.cut.length, *shape[2:dimensions]]
@@ -194,7 +194,9 @@ class StagedNetwork(Staged[NetworkCall]):
                 return (x_R,)
             self._tried.add(stage.index)
         y_R = x_R
-        with call.keeping_errors():  # if it is that of all ranks of the stage; otherwise the others wait for this one
+        with (
+            call.keeping_errors()
+        ):  # helps if all ranks of the stage raise; if one does, its peers wait until the timeout
             for layer in stage.layers:
                 y_R = layer(y_R)
             if y_R.shape != x_R.shape:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A network in a pipeline: one call runs the whole schedule, forward and backward, over the micro-batches.
 
-    read      the arguments become micro-batches; what is wrong with them is kept          (:class:`~.stage.Staged`)
-    agree     one sum over all ranks: is all data sound, have the ranks of a replica the same, what must everybody know
+    read      the arguments become micro-batches; errors in them are kept                  (:class:`~.stage.Staged`)
+    agree     one sum over all ranks: errors in the data, equal batches within a replica, numbers that all ranks need
     schedule  torch's schedule calls every stage, forward and backward, for each micro-batch
-    found     one sum over all ranks: losses and weights, and whether code of the user's has failed
+    found     one sum over all ranks: losses and weights, and whether the user's code has failed
     finish    the result, through which backward returns the gradients that the schedule made     (:mod:`.engine`)
 
 Errors are agreed on, before the schedule and after it: a rank that raised alone would leave the others waiting.
 
-Where the gradient of no micro-batch is known before all of them have been looked at, they pass forward once more, before the
-schedule.
+If a loss needs numbers of all micro-batches, they run forward once before the schedule.
 """
 
 from __future__ import annotations

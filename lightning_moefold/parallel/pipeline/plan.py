@@ -23,7 +23,7 @@ from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules.recompute_parts import Recompute
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
-#: Two stages a rank, there and back again.
+#: V-shaped: two stages on each rank, the second ones in reverse order.
 V_SHAPED = ("zbv", "dualpipev")
 #: Backward in two parts, so that gradients of weights fill the gaps.
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
@@ -87,7 +87,7 @@ class PipelinePlan:
     def check(
         self, pp: int, num_microbatches: int, sharding: str, recompute: Recompute | None = None, compiled: bool = False
     ) -> None:
-        """Whether ``pp`` ranks can run the schedule.
+        """Raises unless ``pp`` ranks can run the schedule.
 
         Raises:
             ValueError: Naming the rule and what to use.
@@ -108,7 +108,8 @@ class PipelinePlan:
             )
         if name.startswith("interleaved") and m % max(1, m // pp):
             raise InputError(
-                f"num_microbatches={m} does not go with {name!r} and pipeline_parallel_size={pp}; use a multiple of {pp}."
+                f"num_microbatches={m} does not go with {name!r} and pipeline_parallel_size={pp}, which deal them in groups of equal "
+                f"size; use a multiple of {pp}."
             )
         if name in SPLIT_BACKWARD and sharding == "full":
             raise InputError(

@@ -36,10 +36,10 @@ class Call:
         batches: The micro-batches, as the network understands them.
         device: Of the tensors.
         training: Whether backward runs, too.
-        number: Below :data:`~.agreement.PRIME`, for all that this rank was given; on the device.
+        number: Fingerprint of this rank's arguments, below :data:`~.agreement.PRIME`; on the device.
         fault: Why the batch cannot be read, or None; all ranks agree on it before the schedule.
         may_fail: Whether code of the user's runs in the schedule.
-        looks_ahead: Whether gradients depend on what all micro-batches do: they pass forward once more, before the schedule.
+        looks_ahead: Whether the loss needs numbers of all micro-batches, which then run forward once more before the schedule.
 
     Attributes:
         lengths: T of each micro-batch.
@@ -91,7 +91,7 @@ class Objective(NamedTuple):
 
     Args:
         value: What is differentiated; scalar, float64.
-        end: The tensor from which every rank goes backward, whatever the value depends on.
+        end: The tensor from which backward begins, times zero, if the value does not require a gradient.
         reaches_end: Whether the value was computed from it.
     """
 
@@ -105,7 +105,7 @@ class Staged(ABC, Generic[C]):
 
     Attributes:
         module: The network, cut down to what this rank holds.
-        users_code: What of the user's may fail in the schedule.
+        users_code: Name, for error messages, of the user's code that runs in the schedule.
     """
 
     module: nn.Module
@@ -225,8 +225,3 @@ def cut_rows(values: Any, rows: int, sizes: Sequence[int]) -> list[Any]:
         )
         for start, size in zip(starts, sizes, strict=True)
     ]
-
-
-def split_evenly(rows: int, parts: int) -> list[int]:
-    """Rows of each micro-batch, as ``tensor_split`` deals them; some have none where there are few."""
-    return [rows // parts + (i < rows % parts) for i in range(parts)]

@@ -167,7 +167,7 @@ class _Parts:
         units: dict[str, list[ParameterLayout]] = {}
         partial: list[int] = []
         for name, layout in layouts.items():
-            if layout.stages is not None and self.place["pp"] not in layout.stages:
+            if layout.pp_ranks is not None and self.place["pp"] not in layout.pp_ranks:
                 continue
             units.setdefault(self._unit(name), []).append(layout)
             if layout.plan.family is Family.DENSE and layout.plan.gradient is TensorGradient.PARTIAL:
