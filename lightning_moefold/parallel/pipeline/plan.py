@@ -108,8 +108,8 @@ class PipelinePlan:
             )
         if name.startswith("interleaved") and m % max(1, m // pp):
             raise InputError(
-                f"num_microbatches={m} does not go with {name!r} and pipeline_parallel_size={pp}, which deal them in groups of equal "
-                f"size; use a multiple of {pp}."
+                f"num_microbatches={m} does not go with {name!r} and pipeline_parallel_size={pp}, which deal them in equal "
+                f"groups; use a multiple of {pp}."
             )
         if name in SPLIT_BACKWARD and sharding == "full":
             raise InputError(
