@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     need_lm_eval()
     trainer = make_trainer(arguments)
     results = evaluate(trainer, arguments)
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and results is not None:
         from lm_eval.utils import make_table
 
         print(make_table(results))
@@ -71,17 +71,17 @@ def need_lm_eval() -> None:
         ) from None
 
 
-def evaluate(trainer: pl.Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs the tasks on all ranks of a Trainer, each of which has the results."""
+def evaluate(trainer: pl.Trainer, arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Runs the tasks on all ranks of a Trainer; returns the results on the first rank of each machine, and None on the others."""
 
     def make() -> MoECausalLM:
         return MoECausalLM.from_pretrained(arguments.checkpoint, output_router_logits=False, router_aux_loss_coef=0.0)
 
-    results: dict[str, Any] = run_once(trainer, make, partial(_run_tasks, arguments))
+    results: dict[str, Any] | None = run_once(trainer, make, partial(_run_tasks, arguments))
     return results
 
 
-def _run_tasks(arguments: argparse.Namespace, model: MoECausalLM) -> dict[str, Any]:
+def _run_tasks(arguments: argparse.Namespace, model: MoECausalLM) -> dict[str, Any] | None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -98,7 +98,7 @@ def _run_tasks(arguments: argparse.Namespace, model: MoECausalLM) -> dict[str, A
         )
     evaluated = FoldLM(model, load_tokenizer(given.checkpoint), given.batch_size, str(given.checkpoint))
     limit = given.limit if given.limit is None or given.limit < 1 else int(given.limit)
-    results: dict[str, Any] = simple_evaluate(
+    results: dict[str, Any] | None = simple_evaluate(
         evaluated, tasks=tasks, num_fewshot=given.num_fewshot, limit=limit, task_manager=manager, log_samples=True,
         apply_chat_template=given.chat, bootstrap_iters=1000,
     )  # fmt: skip
