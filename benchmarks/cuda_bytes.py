@@ -6,8 +6,8 @@
 
 Forward and backward of a layer run on fake CUDA tensors in bfloat16 (:mod:`fake_cuda`); every operation is written
 down with the bytes that it has to read and write. A step is the sum of what each operation takes at the rates below: products
-at 0.78 of the peak or by bandwidth, flash attention at its own rates, everything else by bandwidth. Launches and gaps between
-kernels are left out, so the MFU is a bound from above, and two states of the code can be compared by it.
+at 0.78 of the peak (of twice the peak in FP8) or by bandwidth, flash attention at its own rates, everything else by bandwidth.
+Launches and gaps between kernels are left out, so the MFU is a bound from above, and two states of the code can be compared by it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_moefold.modules import Attention, DecoderLayer, MoELayer
+from lightning_moefold.modules import Attention, DecoderLayer, Experts, MoELayer
+from lightning_moefold.modules.experts.kernels import ExpertKernel
 from lightning_moefold.modules.routers import RouterOptions
 
 # One H100 SXM: peak in bfloat16, share of it that large products reach, float32 products, memory, flash forward and backward.
@@ -56,6 +57,7 @@ class Slice:
     shared: int = 0
     qkv_bias: bool = False
     norm_topk: bool = True
+    kernel: ExpertKernel = "auto"
 
     def make(self) -> DecoderLayer:
         attention = Attention(self.hidden, self.heads, self.kv_heads, 128, qkv_bias=self.qkv_bias)
@@ -63,6 +65,8 @@ class Slice:
         moe = MoELayer(
             self.hidden, self.experts, self.top_k, self.width, router=router, shared_ffn_hidden_size=self.shared
         )
+        assert isinstance(moe.experts, Experts)
+        moe.experts.kernel = self.kernel
         return DecoderLayer(self.hidden, attention, moe)
 
 
@@ -70,6 +74,8 @@ SLICES = {
     "Mixtral-8x22B": Slice(6144, 48, 8, 8, 2, 16384),
     "Qwen2-57B-A14B": Slice(3584, 28, 4, 64, 8, 2560, 20480, qkv_bias=True, norm_topk=False),
 }
+#: The same with ``expert_kernel="fp8"``.
+FLOAT8 = {f"{name}, experts in FP8": replace(layer, kernel="fp8") for name, layer in SLICES.items()}
 
 
 class Operation(NamedTuple):
@@ -88,6 +94,8 @@ class Operation(NamedTuple):
             return self.flops / (PEAK * FLASH[self.phase])
         if self.kind == "products":
             return max(self.flops / (PEAK * PRODUCTS), by_bytes)
+        if self.kind == "float8 products":
+            return max(self.flops / (2 * PEAK * PRODUCTS), by_bytes)
         if self.kind == "float32 products":
             return max(self.flops / FLOAT32, by_bytes)
         return max(by_bytes, SHORTEST)
@@ -197,9 +205,10 @@ def _work(name: str, args: Any, ins: list[Tensor]) -> tuple[str, float]:
         a, b = args[1:3] if name.startswith("addmm") else args[:2]
         kind = "float32 products" if a.dtype == torch.float32 else "products"
         return kind, 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
-    if name == "_grouped_mm":
+    if name in ("_grouped_mm", "_scaled_grouped_mm"):
         a, b = args[:2]
-        return "products", 2.0 * a.shape[0] * a.shape[1] * (b.shape[2] if b.dim() == 3 else b.shape[1])
+        kind = "products" if name == "_grouped_mm" else "float8 products"
+        return kind, 2.0 * a.shape[0] * a.shape[1] * (b.shape[2] if b.dim() == 3 else b.shape[1])
     if "scaled_dot_product" in name:
         backward = name.endswith("backward")
         rows, heads, length, size = ins[1 if backward else 0].shape
@@ -271,7 +280,7 @@ def _print(found: dict[str, tuple[Counter, Figures]], top: int) -> None:
     print("| layer | elementwise GB | step ms | products | attention | rest | MFU at most | kernels | host reads |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     for name, (_, f) in found.items():
-        products = f.share.get("products", 0) + f.share.get("float32 products", 0)
+        products = sum(share for kind, share in f.share.items() if kind.endswith("products"))
         print(
             f"| {name} | {f.elementwise_gb:.1f} | {f.total_ms:.1f} | {products:.1%} | {f.share['attention']:.1%} | "
             f"{f.share['rest']:.1%} | {f.mfu:.3f} | {f.kernels} | {f.host_reads} |"
@@ -295,13 +304,14 @@ def main() -> None:
     options = parser.parse_args()
     kernels.use_triton()
     found = {}
-    for name, layer in SLICES.items():
+    slices = {**SLICES, **FLOAT8}
+    for name, layer in slices.items():
         counter = count(layer, options.tokens)
         found[name] = counter, figures(counter)
     _print(found, options.top)
     if options.json:
         every = {
-            name: {"slice": asdict(SLICES[name]), "operations": [o._asdict() for o in counter.operations]}
+            name: {"slice": asdict(slices[name]), "operations": [o._asdict() for o in counter.operations]}
             for name, (counter, _) in found.items()
         }
         options.json.write_text(json.dumps(every))

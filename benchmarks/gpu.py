@@ -9,7 +9,8 @@ Parts, in order of worth:
     machine    versions, copy bandwidth, a large product
     tests      pytest tests/gpu
     correct    default optimizers, attention against a plain softmax in float64, cross-entropy, save and resume, text,
-               recomputation, equal bits of equal steps
+               recomputation, equal bits of equal steps; state and activations in host memory, saves in the background, FP8 and
+               adapters with dropout beside runs without them
     layers     a decoder layer of Mixtral-8x22B and of Qwen2-57B-A14B on 8,192 tokens, beside Hugging Face's, compiled, beside
                a dense layer of equal FLOPs and its products alone; the longest kernels
     packed     rows of several documents and sliding windows, beside one causal row

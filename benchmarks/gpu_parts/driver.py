@@ -40,7 +40,7 @@ class Budget:
 PARTS = {
     "machine": Budget(40, 15),
     "tests": Budget(110, 40),
-    "correct": Budget(80, 30),
+    "correct": Budget(110, 30),
     "layers": Budget(165, 45),
     "packed": Budget(45, 25),
     "pieces": Budget(75, 25),

@@ -17,8 +17,9 @@ from gpu_parts.clock import median_ms
 from gpu_parts.record import Context, free_memory
 from gpu_parts.shapes import MODELS, layer_config, tokens_of
 from lightning_moefold.models.config import MoEConfig
-from lightning_moefold.modules import MoELayer, RMSNorm, RouterOptions, logit_chunks
+from lightning_moefold.modules import Experts, MoELayer, RMSNorm, RouterOptions, logit_chunks
 from lightning_moefold.modules.attention.rotary import rotary_tables
+from lightning_moefold.modules.experts.float8_products import Float8Products, to_float8
 from lightning_moefold.modules.experts.products import ExpertProducts
 from lightning_moefold.modules.vocabulary import VocabularyHead
 
@@ -116,10 +117,24 @@ def _grouped_products(ctx: Context) -> None:
             add("expert by expert, forward", partial(alone.forward, x, w))
             add("expert by expert, gradient of rows", partial(alone.input_gradient, y, w))
             add("expert by expert, gradient of weights", partial(alone.weight_gradient, y, x, w))
+            eight = Float8Products(count_E)
+            add("fp8 forward, both factors rounded", _in_float8(ctx, partial(eight.forward, x, w)))
+            add("fp8 gradient of rows, both factors rounded", _in_float8(ctx, partial(eight.input_gradient, y, w)))
+            for way, stack in (("along", w), ("across", w.transpose(1, 2))):
+                _time(ctx, table, f"fp8: rounding the weights {way} their rows", partial(to_float8, stack), moved=5.0 * w.numel(),
+                      model=name, product=label)  # fmt: skip
             add("mm forward", partial(torch.mm, x, w[0].t()))
             add("mm gradient of weights", partial(torch.mm, y.t(), x))
-            del x, w, y, add, alone
+            del x, w, y, add, alone, stack
             free_memory()
+
+
+def _in_float8(ctx: Context, step: Step) -> Step:
+    def call() -> Any:
+        ctx.needs_float8()
+        return step()
+
+    return call
 
 
 def _forward(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
@@ -269,6 +284,9 @@ def _moe_layers(ctx: Context) -> None:
         flops = 18.0 * tokens_of(ctx) * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size
         step = _both_ways(lambda x, *_, m=layer: m(x), [x, *layer.parameters()])
         _time(ctx, table, "moefold", step, flops=flops, model=name)
+        assert isinstance(layer.experts, Experts)
+        layer.experts.kernel = "fp8"
+        _time(ctx, table, "moefold, expert_kernel='fp8'", _in_float8(ctx, step), flops=flops, model=name)
         del layer, step
         free_memory()
 

@@ -158,6 +158,11 @@ class Context:
         if not self.on_gpu:
             raise NotHere("needs a GPU")
 
+    def needs_float8(self) -> None:
+        """Raises :class:`NotHere` on a GPU without FP8; on CPU its numbers are computed in float32."""
+        if self.on_gpu and _cuda().get_device_capability(self.device) < (9, 0):
+            raise NotHere("FP8 needs a GPU of compute capability 9.0 or newer")
+
 
 def _cuda() -> Any:
     """``torch.cuda`` if this process uses a GPU, else None."""

@@ -33,7 +33,8 @@ def connect_processes(
         timeout: Timeout of collectives.
 
     Raises:
-        InputError: If the existing group has another backend than the given one.
+        InputError: If the existing group has another backend than the given one, or several ranks on CUDA have none for tensors
+            on the CPU.
     """
     on_cuda = device.type == "cuda"
     fresh = not dist.is_initialized()
@@ -48,16 +49,33 @@ def connect_processes(
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device if on_cuda else None)
     if fresh:  # at exit, open groups may abort the process (gloo) or cause a warning (NCCL)
         atexit.register(_end_processes)
+    if on_cuda and dist.get_world_size() > 1:
+        _check_cpu_backend()
 
 
 def _check_backend(asked: str | None, device: str) -> None:
-    found = dist.get_backend_config()
-    on_devices = dict(part.split(":") for part in found.split(",") if ":" in part)
+    found, on_devices = _backends()
     if asked is not None and asked not in (found, on_devices.get(device)):
         raise InputError(
             f"process_group_backend={asked!r} is not that of the process group which exists already ({found}); leave it out, "
             "or start the processes anew."
         )
+
+
+def _check_cpu_backend() -> None:
+    found, on_devices = _backends()
+    if "cpu" not in on_devices:
+        raise InputError(
+            f"the default process group has no backend for the CPU ({found}), over which ranks count batches and send weights to "
+            "files; make it with init_process_group('cpu:gloo,cuda:nccl'), or leave that to the strategy, without "
+            "process_group_backend."
+        )
+
+
+def _backends() -> tuple[str, dict[str, str]]:
+    """Returns the configuration of the default group, such as ``"cpu:gloo,cuda:nccl"``, and the backend of each device."""
+    found = dist.get_backend_config()
+    return found, dict(part.split(":") for part in found.split(",") if ":" in part)
 
 
 def _end_processes() -> None:

@@ -9,8 +9,8 @@ memory already, they stay where they are.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,10 +25,16 @@ DEVICES = {"cuda"}
 
 
 class _Streams:
-    """One stream each way, on the current device."""
+    """One stream each way."""
 
-    def __init__(self) -> None:
-        self.there, self.back = torch.cuda.Stream(), torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self.there, self.back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+@cache
+def _streams_of(device: torch.device) -> _Streams:
+    """Returns the streams of a device, the same for all layers: what comes back is allocated in the pool of its stream."""
+    return _Streams(device)
 
 
 class _Kept:
@@ -42,7 +48,7 @@ class _Kept:
         if streams is None:
             self.host.copy_(tensor)
             return
-        streams.there.wait_stream(torch.cuda.current_stream())
+        streams.there.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(streams.there):
             self.host.copy_(tensor, non_blocking=True)
             self._copied = streams.there.record_event()
@@ -52,7 +58,7 @@ class _Kept:
         """Starts the way back."""
         if self._back is not None or self.streams is None:
             return
-        with torch.cuda.stream(self.streams.back):
+        with torch.cuda.stream(self.streams.back):  # allocates there, too: memory of another stream may still be in use
             self.streams.back.wait_event(self._copied)
             tensor = self.host.to(self.device, non_blocking=True)
             self._back = tensor, self.streams.back.record_event()
@@ -67,8 +73,9 @@ class _Kept:
         tensor, event = self._back
         if self._reads % self.times == 0:
             self._back = None
-        torch.cuda.current_stream().wait_event(event)
-        tensor.record_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        tensor.record_stream(current)
         return tensor
 
 
@@ -84,11 +91,11 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
     """
 
     def __init__(self, layer: nn.Module, before: OffloadedLayer | None = None) -> None:
-        self._layer, self._before = layer, None if before is None else weakref.ref(before)
+        self._parts, self._before = list(layer.modules()), None if before is None else weakref.ref(before)
         self._members: list[weakref.ref[_Kept]] = []
         self.count = 0
         self._by_storage: dict[int, tuple[Tensor, _Kept]] = {}
-        self._streams = _Streams() if torch.cuda.is_available() and "cuda" in DEVICES else None
+        self._weights: set[int] = set()
 
     def __enter__(self) -> OffloadedLayer:
         self._hooks = saved_tensors_hooks(self.pack, unpack)
@@ -98,18 +105,21 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
     def __exit__(self, *exc_info: Any) -> None:
         self._hooks.__exit__(*exc_info)
         self._by_storage.clear()
+        self._weights.clear()
 
     def pack(self, tensor: Tensor) -> Any:
         """Returns what autograd keeps instead of a tensor."""
         whole = tensor.untyped_storage()
         if isinstance(tensor, DTensor) or tensor.device.type not in DEVICES or whole.nbytes() < SMALLEST:
             return tensor
-        if tensor.numel() * tensor.element_size() != whole.nbytes() or whole._cdata in set(self._weights()):
+        if tensor.numel() * tensor.element_size() != whole.nbytes():
             return tensor
         found = self._by_storage.get(whole._cdata)
         if found is None:  # several operations may keep the same tensor, which travels once
+            if self._is_weight(whole._cdata):
+                return tensor
             flat = tensor.detach().as_strided((tensor.numel(),), (1,), 0)
-            kept = _Kept(flat, self._streams if tensor.is_cuda else None)
+            kept = _Kept(flat, _streams_of(tensor.device) if tensor.is_cuda else None)
             self._members.append(weakref.ref(kept))
             self.count += 1
             found = self._by_storage[whole._cdata] = tensor, kept
@@ -129,10 +139,15 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
         if before is not None:
             before.fetch()
 
-    def _weights(self) -> Iterator[int]:
-        for parameter in self._layer.parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            yield local.untyped_storage()._cdata
+    def _is_weight(self, storage: int) -> bool:
+        """Looks again for a storage that is not known, because FSDP2 gathers the experts' weights while the layer runs."""
+        if storage not in self._weights:
+            for part in self._parts:
+                for parameter in part._parameters.values():
+                    if parameter is not None:
+                        local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+                        self._weights.add(local.untyped_storage()._cdata)
+        return storage in self._weights
 
 
 def unpack(packed: Any) -> Tensor:

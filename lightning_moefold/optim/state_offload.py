@@ -91,8 +91,12 @@ class _Offloaded:
 
     def bring(self) -> None:
         """Brings back what is in host memory."""
-        for tensor, size, host in self._away:
+        for tensor, size, _ in self._away:
             tensor.untyped_storage().resize_(size)
+        if self._away and self._stream is not None:
+            # Kernels that are queued may still use the memory that the state was just given.
+            self._stream.wait_stream(torch.cuda.current_stream())
+        for tensor, _, host in self._away:
             if tensor.is_cuda:
                 with torch.cuda.stream(self._stream):  # after the copy that took it there
                     tensor.copy_(host, non_blocking=True)

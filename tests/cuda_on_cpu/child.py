@@ -40,7 +40,7 @@ def budget() -> dict[str, Any]:
             "reads": counter.reads,
             "moved": counter.copies,
         }
-        for name, layer in cuda_bytes.SLICES.items()
+        for name, layer in {**cuda_bytes.SLICES, **cuda_bytes.FLOAT8}.items()
     }
 
 

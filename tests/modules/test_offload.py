@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -86,3 +87,31 @@ def test_nothing_to_offload() -> None:
         check_recompute(torch.nn.Linear(2, 2), Settings(offload=True))
     with pytest.raises(InputError, match="offload_activations='cpu'"):
         Settings(offload="cpu")  # type: ignore[arg-type]
+
+
+def test_layers_share_the_streams_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stream has memory of its own: with streams of their own, layers could not use each other's."""
+    given = mock.Mock(return_value=mock.Mock(times=0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: object())
+    monkeypatch.setattr(offload, "_Kept", given)
+    for number in (98, 98, 99):  # no such device: what is remembered is not found again
+        tensor = mock.MagicMock(is_cuda=True, device=torch.device("cuda", number))
+        tensor.numel.return_value, tensor.element_size.return_value = offload.SMALLEST, 1
+        tensor.untyped_storage().nbytes.return_value = offload.SMALLEST
+        with offload.OffloadedLayer(torch.nn.Linear(2, 2)) as layer:
+            layer.pack(tensor)
+    first, second, other = (call.args[1] for call in given.call_args_list)
+    assert first is second is not other
+
+
+def test_a_weight_that_is_gathered_while_the_layer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays: FSDP2 gathers the experts' weights when the layer has begun, and registers them in the place of the pieces."""
+    monkeypatch.setattr(offload, "DEVICES", {"cpu"})
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    linear = torch.nn.Linear(2, 2)
+    with offload.OffloadedLayer(linear) as layer:
+        layer.pack(torch.ones(3))
+        linear.weight = torch.nn.Parameter(torch.ones(2, 2))
+        assert layer.pack(linear.weight) is linear.weight
+    assert layer.count == 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_moefold.modules import offload
-from lightning_moefold.optim import MasterWeights, Muon, offload_state
+from lightning_moefold.optim import MasterWeights, Muon, offload_state, state_offload
 
 MAKE: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "adamw": lambda net: torch.optim.AdamW(net.parameters(), lr=0.1),
@@ -77,3 +78,21 @@ def test_on_a_cpu_nothing_moves() -> None:
     _, optimizer, held = train("adamw", True)
     assert held[1] == held[2] > 0
     assert optimizer.state_dict()["state"]
+
+
+def test_memory_is_written_when_what_is_queued_is_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state gets its memory on the compute stream, where kernels of backward may still use it: the copies wait for them."""
+    seen = mock.MagicMock()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: seen.compute)
+    monkeypatch.setattr(torch.cuda, "stream", seen.on)
+    offloaded = state_offload._Offloaded(mock.Mock())
+    offloaded._stream = seen.copies
+    offloaded._away = [(tensor, 16, torch.empty(4)) for tensor in (seen.first, seen.second)]
+    offloaded.bring()
+    order = [name for name, _, _ in seen.mock_calls if name.endswith(("resize_", "copy_", "wait_stream"))]
+    assert order == [
+        "first.untyped_storage().resize_", "second.untyped_storage().resize_", "copies.wait_stream",
+        "first.copy_", "second.copy_", "compute.wait_stream",
+    ]  # fmt: skip
+    assert seen.copies.wait_stream.call_args == mock.call(seen.compute)
+    assert seen.compute.wait_stream.call_args == mock.call(seen.copies)

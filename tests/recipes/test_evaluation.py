@@ -78,7 +78,7 @@ def test_texts_end_where_those_of_hugging_face_end(folder: Path, monkeypatch: py
     assert ended != free
 
 
-@pytest.mark.slow  # lm-eval and datasets on every rank
+@pytest.mark.more  # lm-eval and datasets on every rank
 def test_tasks_under_folds_are_those_of_hugging_face(pool: RankPool, folder: Path):
     wanted, metrics = by_hugging_face(folder)
     for ranks, fold, tasks in ((2, "| ep2", TASKS), (4, "tp2 pp2 | ep2", "next_choice,next_text")):

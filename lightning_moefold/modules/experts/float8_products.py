@@ -29,12 +29,13 @@ _LARGEST = torch.finfo(_FP8).max
 def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers in E4M3 and a scale for each row, so that ``number * scale`` is ``x`` rounded; ``[..., N]`` and ``[...]``.
 
-    A scale is the smallest power of two with which a row's largest value stays below the largest of E4M3, 448.
+    A scale is the smallest power of two with which a row's largest value stays below the largest of E4M3, 448. ``x`` is read
+    twice and never copied to float32: the norm is exact in any dtype, and the division, in float32, writes E4M3.
     """
-    wide = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)  # contiguous, whatever x is
-    share = wide.abs().amax(-1) / _LARGEST
+    share = torch.linalg.vector_norm(x, float("inf"), -1).float() / _LARGEST
     scale = torch.ldexp(torch.ones_like(share), torch.frexp(share).exponent)
-    return (wide / scale.unsqueeze(-1)).to(_FP8), scale
+    number = torch.empty(x.shape, dtype=_FP8, device=x.device)  # contiguous, whatever x is
+    return torch.div(x, scale.unsqueeze(-1), out=number), scale
 
 
 class Float8Products(GroupedProducts):

@@ -53,6 +53,22 @@ def test_rounding() -> None:
     assert float((number.float().abs().amax(1)[:5]).min()) > 200  # the range is used
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounding_has_the_bits_of_a_copy_in_float32(dtype: torch.dtype) -> None:
+    """Of rows of all magnitudes, numbers below the normal ones and zeros included, read along and across."""
+    torch.manual_seed(0)
+    x = (torch.randn(40, 16, 24) * torch.logspace(-44, 38, 40).view(-1, 1, 1)).to(dtype)
+    x = x.where(x.isfinite(), 0)
+    for rows in (x, x.transpose(1, 2)):
+        number, scale = to_float8(rows)
+        wide = rows.float()
+        share = wide.abs().amax(-1) / 448
+        assert torch.equal(scale, torch.ldexp(torch.ones_like(share), torch.frexp(share).exponent))
+        expected = (wide / scale.unsqueeze(-1)).to(torch.float8_e4m3fn)
+        assert torch.equal(number.view(torch.uint8), expected.view(torch.uint8))
+        assert number.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products(dtype: torch.dtype) -> None:
     """Forward and the gradient of rows from rounded factors, the gradient of weights from unrounded ones."""
