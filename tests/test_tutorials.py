@@ -48,7 +48,7 @@ def test_there_is_a_tutorial_for_each_job() -> None:
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in WHEN.items()])
 def test_tutorial(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "evaluation":
-        pytest.importorskip("lm_eval")  # the extra "eval", which make test does not install
+        pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(L, "Trainer", OneRank)
     torch.manual_seed(0)
