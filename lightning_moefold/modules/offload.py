@@ -2,8 +2,10 @@
 """Activations in host memory between forward and backward.
 
 A layer's forward pass copies what autograd keeps to pinned memory, on a stream of its own, while the layer computes. When backward
-enters a layer, all of it comes back on another stream, and so does what the layer before it kept. On CPU, where tensors are in host
-memory already, they stay where they are.
+enters a layer, all of it comes back on another stream, and so does what the layer before it kept. The host queues work faster than
+it is done, so it waits for the device now and then: otherwise memory would be taken for layers whose turn is far off. Two layers'
+activations are on the device in forward, three in backward. On CPU, where tensors are in host memory already, they stay where they
+are.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class _Kept:
 
     def __init__(self, tensor: Tensor, streams: _Streams | None) -> None:
         self.streams, self.device = streams, tensor.device
-        self._back: tuple[Tensor, Any] | None = None
+        self.copied: torch.cuda.Event | None = None
+        self._back: tuple[Tensor, torch.cuda.Event] | None = None
         self.times = self._reads = 0
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=streams is not None)
         if streams is None:
@@ -51,7 +54,7 @@ class _Kept:
         streams.there.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(streams.there):
             self.host.copy_(tensor, non_blocking=True)
-            self._copied = streams.there.record_event()
+            self.copied = streams.there.record_event()
         tensor.record_stream(streams.there)  # so that its memory is not given away before it has been read
 
     def fetch(self) -> None:
@@ -59,7 +62,8 @@ class _Kept:
         if self._back is not None or self.streams is None:
             return
         with torch.cuda.stream(self.streams.back):  # allocates there, too: memory of another stream may still be in use
-            self.streams.back.wait_event(self._copied)
+            assert self.copied is not None
+            self.streams.back.wait_event(self.copied)
             tensor = self.host.to(self.device, non_blocking=True)
             self._back = tensor, self.streams.back.record_event()
 
@@ -91,13 +95,24 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
     """
 
     def __init__(self, layer: nn.Module, before: OffloadedLayer | None = None) -> None:
-        self._parts, self._before = list(layer.modules()), None if before is None else weakref.ref(before)
+        self._parts = list(layer.modules())
+        self._before = None if before is None else weakref.ref(before)
+        self._after: weakref.ref[OffloadedLayer] | None = None
+        if before is not None:
+            before._after = weakref.ref(self)
+        self._copied: torch.cuda.Event | None = None  # the latest copy to the host
+        self._entered: torch.cuda.Event | None = None  # by backward
+        self._in_backward = False
         self._members: list[weakref.ref[_Kept]] = []
         self.count = 0
         self._by_storage: dict[int, tuple[Tensor, _Kept]] = {}
         self._weights: set[int] = set()
 
     def __enter__(self) -> OffloadedLayer:
+        before = _alive(self._before)
+        earlier = None if before is None else _alive(before._before)
+        if earlier is not None and earlier._copied is not None:
+            earlier._copied.synchronize()
         self._hooks = saved_tensors_hooks(self.pack, unpack)
         self._hooks.__enter__()
         return self
@@ -121,6 +136,7 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
             flat = tensor.detach().as_strided((tensor.numel(),), (1,), 0)
             kept = _Kept(flat, _streams_of(tensor.device) if tensor.is_cuda else None)
             self._members.append(weakref.ref(kept))
+            self._copied = kept.copied
             self.count += 1
             found = self._by_storage[whole._cdata] = tensor, kept
         found[1].times += 1
@@ -133,9 +149,20 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
                 kept.fetch()
         self._members = []
 
-    def fetch_before(self) -> None:
-        """Starts the way back of what the layer before it has kept."""
-        before = None if self._before is None else self._before()
+    def enter_backward(self) -> None:
+        """Starts the way back of what this layer and the one before it have kept, when backward enters this one.
+
+        The host waits until the device has entered the layer after it.
+        """
+        if self._in_backward:
+            return
+        self._in_backward = True
+        if self._copied is not None:
+            self._entered = torch.cuda.current_stream().record_event()
+        before, after = _alive(self._before), _alive(self._after)
+        if after is not None and after._entered is not None:
+            after._entered.synchronize()
+        self.fetch()
         if before is not None:
             before.fetch()
 
@@ -150,12 +177,15 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
         return storage in self._weights
 
 
+def _alive(layer: weakref.ref[OffloadedLayer] | None) -> OffloadedLayer | None:
+    return None if layer is None else layer()
+
+
 def unpack(packed: Any) -> Tensor:
     """Returns the tensor that was packed."""
     if isinstance(packed, Tensor):
         return packed
     layer, kept, size, stride = packed
-    layer.fetch()
+    layer.enter_backward()
     tensor: Tensor = kept.read().as_strided(size, stride)
-    layer.fetch_before()
     return tensor

@@ -105,6 +105,47 @@ def test_layers_share_the_streams_of_a_device(monkeypatch: pytest.MonkeyPatch) -
     assert first is second is not other
 
 
+class Event:
+    """Tells a log when the host waits for it."""
+
+    def __init__(self, log: list[str], name: str) -> None:
+        self._log, self._name = log, name
+
+    def synchronize(self) -> None:
+        self._log.append(self._name)
+
+
+def test_the_host_does_not_run_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In forward it waits for the copies of two layers before, in backward until the device has entered the layer after."""
+    log: list[str] = []
+    stream, place = mock.Mock(), "none"
+    stream.record_event = lambda: Event(log, f"in {place}")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(offload, "DEVICES", {"cpu"})
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    real, fetched = offload._Kept.__init__, offload._Kept.fetch
+
+    def copied(kept: offload._Kept, tensor: torch.Tensor, streams: object) -> None:
+        real(kept, tensor, None)
+        kept.copied, kept.name = Event(log, f"copies of {place}"), place  # type: ignore[assignment, attr-defined]
+
+    def fetch(kept: offload._Kept) -> None:
+        log.append(f"fetch {kept.name}")  # type: ignore[attr-defined]
+        fetched(kept)
+
+    monkeypatch.setattr(offload._Kept, "__init__", copied)
+    monkeypatch.setattr(offload._Kept, "fetch", fetch)
+    packed, before = [], None
+    for place in ("0", "1", "2", "3"):
+        with offload.OffloadedLayer(torch.nn.Linear(1, 1), before) as before:
+            packed.append(before.pack(torch.ones(3)))
+    assert log == ["copies of 0", "copies of 1"]
+    log.clear()
+    for place in ("3", "2", "1", "0"):
+        offload.unpack(packed[int(place)])
+    assert log == ["fetch 3", "fetch 2", "in 3", "fetch 1", "in 2", "fetch 0", "in 1"]
+
+
 def test_a_weight_that_is_gathered_while_the_layer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays: FSDP2 gathers the experts' weights when the layer has begun, and registers them in the place of the pieces."""
     monkeypatch.setattr(offload, "DEVICES", {"cpu"})

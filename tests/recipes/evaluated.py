@@ -72,7 +72,9 @@ def run(folder: str, fold: str, tasks: str) -> tuple[dict[str, list[Any]], dict[
         limit=None, chat=False,
     )  # fmt: skip
     made = trainer(MoEFoldStrategy(fold=fold, num_microbatches=2), precision="32-true", use_distributed_sampler=False)
-    with mock.patch.dict(os.environ, {"LOCAL_RANK": "0"}):  # lm-eval returns results to the first rank of a machine only
+    with mock.patch.dict(
+        os.environ, {"LOCAL_RANK": "0"}
+    ):  # lm-eval returns results to the first rank of a machine only
         results = evaluate.evaluate(made, given)
     assert results is not None
     return found(results), {

@@ -12,9 +12,9 @@ two layers at a time and scatters the gradients of each micro-batch. ``"none"`` 
 stores in fewer bytes are on every data rank, and are decoded for a product at a time. Activations are the
 tensors that autograd saves between forward and backward, times the chunks in flight of the pipeline schedule.
 
-Offloaded activations leave two layers' on the device: that in which backward is, and the one before it, which comes back
-meanwhile. Offloaded state is away in forward and backward, and whole during the optimizer's step, when no activations
-exist; so it counts as far as it is larger than what exists only before the step.
+Offloaded activations leave three layers' on the device: that in which backward is, the one before it, and the one before that,
+which comes back meanwhile. Offloaded state is away in forward and backward, and whole during the optimizer's step, when no
+activations exist; so it counts as far as it is larger than what exists only before the step.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ class MemoryModel:
         one = layers.moe * saved[0] + layers.dense * saved[1]
         activations, away, state = flight * one, 0.0, 0.0
         if plan.offloads("activations"):
-            away, activations = activations, min(activations, 2 * self.largest_layer(layers, saved))
+            away, activations = activations, min(activations, 3 * self.largest_layer(layers, saved))
         elif fold.pp > 1 and plan.schedule in ("gpipe", "1f1b") and flight >= microbatches:
             # No forward follows a backward, so whole gradients never exist together with the activations they came
             # from.

@@ -167,7 +167,7 @@ def _offload(job: Job, estimate: Estimate, costs: CostModel) -> Iterator[str]:
                 way = costs.layers.links.to_host(size)
                 mib = f"{size / 2**20:.1f} MiB"
                 yield f"  activations of a {name} layer: {mib}, {way * 1e3:.2f} ms each way in every micro-batch"
-        yield "  those of two layers stay on the device; copies overlap with computation, but for the last layer's way back"
+        yield "  those of three layers stay on the device; copies overlap with computation, but for the last layer's way back"
     if plan.offloads("state"):
         way = costs.layers.links.to_host(memory.host_state)
         yield (
