@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(fake_cuda.compiler() is None, reason="fake CUDA tensors need a C++ compiler")
 
-QUICK = ("one rank, bf16-mixed", "tp, ep", "etp", "cp", "full recomputation", "interleaved", "zbv")
+QUICK = (
+    "one rank, bf16-mixed", "float32, window", "tp, ep", "etp", "cp", "full recomputation", "ring, window", "interleaved", "zbv",
+)  # fmt: skip
 OTHERS = (
     "one rank, bf16-true", "plain experts", "selective recomputation", "ring", "all-gather", "all-to-all", "1f1b",
 )  # fmt: skip

@@ -225,7 +225,9 @@ class Attention(ParallelRoot):
                 q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
             short = layout.cp.size == 1 and layout.length <= _WHOLE_MASK
             if short and find_runs_of(q, layout, visibility) is None:
-                y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
+                y_BQLd = _attend_to_row(
+                    q, k, v, visibility.of(row := Span(0, layout.length), row, q.device), self.causal
+                )
             else:
                 y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)
         return y_BQLd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
