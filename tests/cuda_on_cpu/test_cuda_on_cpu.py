@@ -39,6 +39,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
         sys.executable,
         str(Path(__file__).with_name("child.py")),
         "budget",
+        "noise",
         "products",
         "flash",
         "runs",
@@ -86,6 +87,10 @@ def test_a_layer_neither_waits_nor_copies(found: dict[str, Any], name: str) -> N
     figures = _part(found, "budget")[name]
     assert figures["reads"] == []
     assert figures["moved"] == []
+
+
+def test_jitter_and_dropout_neither_wait_nor_copy(found: dict[str, Any]) -> None:
+    assert _part(found, "noise") == {"reads": [], "moved": []}
 
 
 def test_grouped_products_have_operands_that_the_kernel_takes(found: dict[str, Any]) -> None:
