@@ -20,6 +20,7 @@ from lightning_moefold import comm
 from lightning_moefold.errors import InputError
 from lightning_moefold.models.batch import check_kinds
 from lightning_moefold.models.masks import read_mask
+from lightning_moefold.modules.attention.backends import without_cudnn
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.noise import generator_of
@@ -208,7 +209,7 @@ def generate(
 ) -> Tensor:
     """See :meth:`.causal_lm.MoECausalLM.generate`; ``sampling`` is None for the most probable token."""
     # Inside the context, so that the other ranks learn of a bad prompt on one rank.
-    with _evaluating(model), model.unequal_calls():
+    with _evaluating(model), model.unequal_calls(), without_cudnn():
         if input_ids.dim() == 2 and not input_ids.shape[0]:
             return input_ids
         ends, pad = _special_tokens(model, eos_token_id, pad_token_id)
