@@ -33,7 +33,7 @@ from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.attention.varlen import Runs
 from lightning_moefold.modules.base import Linear
 from lightning_moefold.modules.routers import RouterOptions
-from tests.cuda_on_cpu import models, products
+from tests.cuda_on_cpu import deterministic, models, products
 
 
 def budget() -> dict[str, Any]:
@@ -61,9 +61,9 @@ def noise() -> dict[str, Any]:
         finally:
             torch.set_default_dtype(torch.float32)
         x_BSD = torch.empty(4, 64, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-        with counter:
+        with counter, deterministic.Refusals() as refusals:
             layer(x_BSD).sum().backward()
-    return {"reads": counter.reads, "moved": counter.copies}
+    return {"reads": counter.reads, "moved": counter.copies, "refused": refusals.found}
 
 
 def flash() -> dict[str, Any]:
@@ -105,6 +105,7 @@ def runs() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], Any]] = {
     "budget": budget, "noise": noise, "products": products.check, "flash": flash, "runs": runs,
+    "sampling": deterministic.sampling,
 }  # fmt: skip
 PARTS |= {f"model: {name}": lambda run=run: models.train(run) for name, run in models.RUNS.items()}
 

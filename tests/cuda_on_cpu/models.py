@@ -41,6 +41,7 @@ from lightning_moefold.parallel import (
 )
 from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.testing.rehearsal import scale
+from tests.cuda_on_cpu.deterministic import Refusals
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _train(run: Run, fold: Fold) -> dict[str, Any]:
         registry = ParameterRegistry(model, mesh)
         sums = GradientSum(registry.unfinished_gradients())
         norm = GradientNorm(registry, torch.device("cuda"))
-        with counter:
+        with counter, Refusals() as refusals:
             with sums.around_backward():
                 model(input_ids=ids, labels=ids).loss.backward()
             norm.clip(list(model.parameters()), 1.0)
@@ -176,6 +177,7 @@ def _train(run: Run, fold: Fold) -> dict[str, Any]:
         "reads": counter.reads,
         "copies": counter.copies,
         "moe_layers": len(model.moe_layers()),
+        "refused": refusals.found,
     }
 
 

@@ -43,6 +43,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
         "products",
         "flash",
         "runs",
+        "sampling",
         *models,
     ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
@@ -74,6 +75,15 @@ def test_waits_of_a_step(found: dict[str, Any], name: str) -> None:
     assert len(done["reads"]) <= 8 * (4 if "pp" in name or name in ("1f1b", "interleaved", "zbv") else 1)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_deterministic_run_refuses_nothing_of_a_step(found: dict[str, Any], name: str) -> None:
+    assert _part(found, f"model: {name}")["refused"] == []
+
+
+def test_a_deterministic_run_draws_tokens(found: dict[str, Any]) -> None:
+    assert _part(found, "sampling") == {"True": [], "False": ["cumsum", "cumsum"]}
+
+
 @pytest.mark.parametrize("name", BUDGETS)
 def test_memory_traffic_of_a_layer(found: dict[str, Any], name: str) -> None:
     figures, (gigabytes, mfu) = _part(found, "budget")[name], BUDGETS[name]
@@ -90,7 +100,7 @@ def test_a_layer_neither_waits_nor_copies(found: dict[str, Any], name: str) -> N
 
 
 def test_jitter_and_dropout_neither_wait_nor_copy(found: dict[str, Any]) -> None:
-    assert _part(found, "noise") == {"reads": [], "moved": []}
+    assert _part(found, "noise") == {"reads": [], "moved": [], "refused": []}
 
 
 def test_grouped_products_have_operands_that_the_kernel_takes(found: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
 from lightning_moefold.callbacks.memory import read_memory
 from lightning_moefold.dispatch import DispatchConfig
+from lightning_moefold.models.generation import Sampling, draw
 from lightning_moefold.modules import Attention, DecoderLayer, Experts, MoELayer
 from lightning_moefold.modules.base import Linear
 from lightning_moefold.modules.experts import kernels
@@ -196,6 +197,18 @@ def test_bfloat16_forward_and_backward(tmp_path: Path) -> None:
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
         losses.append(loss.item())
     assert abs(losses[1] / losses[0] - 1) < 0.02
+
+
+def test_a_deterministic_run_draws_the_same_tokens() -> None:
+    logits_BV, uniform_B = torch.randn(4, 5000) * 3, torch.rand(4, dtype=torch.float64)
+    sampling = Sampling(top_p=0.8)
+    expected = draw(sampling.probabilities(logits_BV), uniform_B)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = draw(sampling.probabilities(logits_BV.cuda()), uniform_B.cuda())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.tolist() == expected.tolist()
 
 
 def test_memory_of_the_device() -> None:
