@@ -37,6 +37,15 @@ _norm_backward = _define(
     "rms_norm_backward(Tensor g, Tensor x, Tensor scale, Tensor w) -> (Tensor, Tensor)",
     lambda g, x, scale, w: (torch.empty_like(x), torch.empty_like(w)),
 )
+_efficient = _define(
+    "efficient_attention(Tensor q, Tensor k, Tensor v, Tensor? mask) -> (Tensor, Tensor)",
+    lambda q, k, v, mask: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
+)
+_efficient_backward = _define(
+    "efficient_attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda g, q, k, v, mask, out, lse: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+)
 _launch = _define("triton_launch(Tensor[] tensors) -> Tensor", lambda tensors: tensors[0].new_empty(0))
 
 
@@ -81,16 +90,32 @@ class _Flash(torch.autograd.Function):
         return *through, None
 
 
+class _MaskedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out, lse = _efficient(q, k, v, mask)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_efficient_backward(grads[0], *ctx.saved_tensors), None
+
+
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """What dispatch chooses on CUDA for 16 bits without a mask, and nothing else."""
-    if attn_mask is not None or dropout_p or scale is not None or q.dtype not in (torch.bfloat16, torch.float16):
-        raise NotImplementedError("only what flash attention takes has a stand-in.")
+    """What dispatch chooses on CUDA: the flash kernel for 16 bits without a mask, otherwise the memory-efficient one."""
+    if dropout_p or scale is not None:
+        raise NotImplementedError("dropout and scales have no stand-in.")
     if q.shape[1] != k.shape[1] and not enable_gqa:
         raise ValueError("grouped heads need enable_gqa.")
-    return _Flash.apply(q, k, v, is_causal)
+    if attn_mask is None and q.dtype in (torch.bfloat16, torch.float16):
+        return _Flash.apply(q, k, v, is_causal)
+    if enable_gqa or q.dtype == torch.float64:
+        raise NotImplementedError("the memory-efficient kernel takes neither grouped heads nor float64.")
+    return _MaskedAttention.apply(q, k, v, attn_mask)
 
 
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # an H100

@@ -20,6 +20,7 @@ from lightning_moefold import comm
 from lightning_moefold.errors import InputError
 from lightning_moefold.models.batch import check_kinds
 from lightning_moefold.models.masks import read_mask
+from lightning_moefold.modules.attention.backends import without_cudnn
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.noise import generator_of
@@ -59,7 +60,7 @@ class Sampling:
             logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
         if self.top_p is not None and self.top_p < 1:
             ascending_BV, order_BV = logits_BV.sort()
-            below_BV = ascending_BV.softmax(-1).cumsum(-1) <= 1 - self.top_p
+            below_BV = _cumulative(ascending_BV.softmax(-1)) <= 1 - self.top_p
             below_BV[:, -1] = False
             logits_BV = logits_BV.masked_fill(below_BV.scatter(1, order_BV, below_BV), float("-inf"))
         return logits_BV.softmax(-1)
@@ -67,10 +68,16 @@ class Sampling:
 
 def draw(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Returns the token at which the cumulative probability exceeds a uniform number, ``[B]``."""
-    sum_BV = probability_BV.double().cumsum(-1)
+    sum_BV = _cumulative(probability_BV.double())
     total_B1 = sum_BV[:, -1:]
     token_B = (sum_BV <= uniform_B.unsqueeze(1) * total_B1).sum(-1)
     return token_B.minimum((sum_BV < total_B1).sum(-1))  # rounding may lead past the last token with any probability
+
+
+def _cumulative(x_BV: Tensor) -> Tensor:
+    """Adds up along rows; in a deterministic run on the host, because CUDA's sum of floats is refused there."""
+    on_host = x_BV.is_cuda and torch.are_deterministic_algorithms_enabled()
+    return x_BV.cpu().cumsum(-1).to(x_BV.device) if on_host else x_BV.cumsum(-1)
 
 
 def _uniforms(model: MoECausalLM, seed: int | None, rows: int, count: int, device: torch.device) -> Tensor:
@@ -208,7 +215,7 @@ def generate(
 ) -> Tensor:
     """See :meth:`.causal_lm.MoECausalLM.generate`; ``sampling`` is None for the most probable token."""
     # Inside the context, so that the other ranks learn of a bad prompt on one rank.
-    with _evaluating(model), model.unequal_calls():
+    with _evaluating(model), model.unequal_calls(), without_cudnn():
         if input_ids.dim() == 2 and not input_ids.shape[0]:
             return input_ids
         ends, pad = _special_tokens(model, eos_token_id, pad_token_id)

@@ -14,7 +14,9 @@ import hashlib
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+#: Bits of a shift and the multiplier that follows it.
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+_ALL_BITS = (1 << 64) - 1
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
@@ -25,13 +27,18 @@ def generator_of(seed: int, name: object) -> torch.Generator:
 
 
 def hashed(*coordinates: Tensor | int) -> Tensor:
-    """Hashes integer coordinates to int64; tensors among them are broadcast."""
-    value = torch.zeros((), dtype=torch.int64)
+    """Hashes integer coordinates to int64; tensors among them are broadcast.
+
+    Integers before the first tensor are hashed in Python: a tensor of them would be copied to the device, and the host would wait.
+    """
+    value: Tensor | int = 0
     for coordinate in coordinates:
-        if isinstance(coordinate, Tensor):
-            value = value.to(coordinate.device)
-        value = _mix(value + _STEP + coordinate)
-    return value
+        if isinstance(value, int):
+            value = _signed(value + _STEP)
+            value = _mix_number(value + coordinate) if isinstance(coordinate, int) else _mix_(coordinate + value)
+        else:
+            value = _mix_(value + _STEP + coordinate)
+    return value if isinstance(value, Tensor) else torch.tensor(value)
 
 
 def uniform(key_T: Tensor, size: int, dtype: torch.dtype, first: int = 0) -> Tensor:
@@ -44,17 +51,36 @@ def uniform(key_T: Tensor, size: int, dtype: torch.dtype, first: int = 0) -> Ten
         first: Number of the first component.
     """
     component_D = torch.arange(first + 1, first + size + 1, device=key_T.device) * _STEP
-    bits_TD = _shift(_mix(key_T.unsqueeze(-1) + component_D), 40)
-    return bits_TD.to(dtype) * 2.0**-24
+    # The last step of the finalizer is left out: it changes only bits below the first 31, and the first 24 are used.
+    bits_TD = _shift(_multiply_(key_T.unsqueeze(-1) + component_D), 40)
+    return bits_TD.to(dtype).mul_(2.0**-24)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Applies the finalizer of SplitMix64; integer products wrap around, as the hash requires."""
-    x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
-    x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]
-    return x ^ _shift(x, 31)
+def _mix_(x: Tensor) -> Tensor:
+    """Applies the finalizer of SplitMix64 in place; integer products wrap around, as the hash requires."""
+    return x.bitwise_xor_(_shift(_multiply_(x), 31))
+
+
+def _multiply_(x: Tensor) -> Tensor:
+    """Applies the finalizer in place, but for its last step."""
+    for bits, multiplier in _ROUNDS:
+        x.bitwise_xor_(_shift(x, bits)).mul_(multiplier)
+    return x
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Shifts to the right and fills with zeros (``>>`` would repeat the sign)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _mix_number(x: int) -> int:
+    """Applies the finalizer to a number of the host."""
+    x &= _ALL_BITS
+    for bits, multiplier in _ROUNDS:
+        x = (x ^ x >> bits) * multiplier & _ALL_BITS
+    return _signed(x ^ x >> 31)
+
+
+def _signed(x: int) -> int:
+    """Wraps around as int64 does."""
+    return (x + (1 << 63) & _ALL_BITS) - (1 << 63)

@@ -25,12 +25,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_moefold.mesh import Axis
+from lightning_moefold.modules import Attention, DecoderLayer, MoELayer
 from lightning_moefold.modules.attention import blockwise
 from lightning_moefold.modules.attention.blockwise import Visibility
 from lightning_moefold.modules.attention.context import context_attention
 from lightning_moefold.modules.attention.layout import ContextLayout
 from lightning_moefold.modules.attention.varlen import Runs
-from tests.cuda_on_cpu import models, products
+from lightning_moefold.modules.base import Linear
+from lightning_moefold.modules.routers import RouterOptions
+from tests.cuda_on_cpu import deterministic, models, products
 
 
 def budget() -> dict[str, Any]:
@@ -42,6 +45,25 @@ def budget() -> dict[str, Any]:
         }
         for name, layer in {**cuda_bytes.SLICES, **cuda_bytes.FLOAT8}.items()
     }
+
+
+def noise() -> dict[str, Any]:
+    """A step of a layer whose router has jitter and whose linear layers drop inputs of adapters."""
+    counter = cuda_bytes.Counter(64)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                moe = MoELayer(256, 8, 2, 128, router=RouterOptions(input_jitter=0.1), shared_ffn_hidden_size=128)
+                layer = DecoderLayer(256, Attention(256, 8, 4), moe)
+                for key, part in enumerate(m for m in layer.modules() if isinstance(m, Linear)):
+                    part.adapt(4, 1.0, dropout=0.1, key=key << 50)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        x_BSD = torch.empty(4, 64, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        with counter, deterministic.Refusals() as refusals:
+            layer(x_BSD).sum().backward()
+    return {"reads": counter.reads, "moved": counter.copies, "refused": refusals.found}
 
 
 def flash() -> dict[str, Any]:
@@ -81,7 +103,10 @@ def runs() -> dict[str, Any]:
     return {**shapes, "masks": len(visibility._masks), "reads": counter.reads, "kernels": kernels_called}
 
 
-PARTS: dict[str, Callable[[], Any]] = {"budget": budget, "products": products.check, "flash": flash, "runs": runs}
+PARTS: dict[str, Callable[[], Any]] = {
+    "budget": budget, "noise": noise, "products": products.check, "flash": flash, "runs": runs,
+    "sampling": deterministic.sampling,
+}  # fmt: skip
 PARTS |= {f"model: {name}": lambda run=run: models.train(run) for name, run in models.RUNS.items()}
 
 

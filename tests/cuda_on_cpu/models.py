@@ -41,6 +41,7 @@ from lightning_moefold.parallel import (
 )
 from lightning_moefold.parallel.parameters import ParameterRegistry
 from lightning_moefold.testing.rehearsal import scale
+from tests.cuda_on_cpu.deterministic import Refusals
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,27 @@ class Run:
     rank: int = 0
     rows: int = 2
     length: int = 64
-    mixed: bool = True
+    precision: str = "bf16-mixed"
     recompute: Any = None
     exchange: Any = "auto"
     plan: PipelinePlan = field(default_factory=PipelinePlan)
     config: dict[str, Any] = field(default_factory=dict)
 
 
+_WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 4}
+
 RUNS = {
     "one rank, bf16-mixed": Run("tp1", 1),
-    "one rank, bf16-true": Run("tp1", 1, mixed=False),
+    "one rank, bf16-true": Run("tp1", 1, precision="bf16-true"),
+    "float32, window": Run("tp1", 1, precision="32-true", config=_WINDOW),
     "tp, ep": Run("tp2 | ep4", 8),
     "etp": Run("tp2 | ep2 etp2", 8),
-    "plain experts": Run("tp2 | ep2", 8, mixed=False, config={"num_experts": 4}),
+    "plain experts": Run("tp2 | ep2", 8, precision="bf16-true", config={"num_experts": 4}),
     "cp": Run("cp2 | ep4", 8),
     "full recomputation": Run("cp2 tp2 | ep4", 8, recompute="full"),
     "selective recomputation": Run("tp1", 1, recompute="selective"),
     "ring": Run("cp2 | ep2", 4, exchange="ring", length=128),
+    "ring, window": Run("cp2 | ep2", 4, exchange="ring", length=128, config=_WINDOW),
     "all-gather": Run("cp2 | ep2", 4, exchange="all_gather", length=128),
     "all-to-all": Run("cp2 | ep2", 4, exchange="all_to_all", length=128),
     "1f1b": Run("pp2 | ep2", 4, plan=PipelinePlan("1f1b")),
@@ -149,7 +154,7 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def _train(run: Run, fold: Fold) -> dict[str, Any]:
-    mesh = FoldedMesh(fold, "cuda", wrap_single=run.mixed)
+    mesh = FoldedMesh(fold, "cuda", wrap_single=run.precision == "bf16-mixed")
     model = _model(run, mesh)
     counter = cuda_bytes.Counter()  # zeros: what the host asks for is faults in the data
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -161,7 +166,7 @@ def _train(run: Run, fold: Fold) -> dict[str, Any]:
         registry = ParameterRegistry(model, mesh)
         sums = GradientSum(registry.unfinished_gradients())
         norm = GradientNorm(registry, torch.device("cuda"))
-        with counter:
+        with counter, Refusals() as refusals:
             with sums.around_backward():
                 model(input_ids=ids, labels=ids).loss.backward()
             norm.clip(list(model.parameters()), 1.0)
@@ -172,15 +177,16 @@ def _train(run: Run, fold: Fold) -> dict[str, Any]:
         "reads": counter.reads,
         "copies": counter.copies,
         "moe_layers": len(model.moe_layers()),
+        "refused": refusals.found,
     }
 
 
 def _model(run: Run, mesh: FoldedMesh) -> MoECausalLM:
     with deferred_weights(), torch.device("meta"):
         model = MoECausalLM(MoEConfig.from_hf({**_CONFIG, **run.config}))
-    if not run.mixed:
+    if run.precision == "bf16-true":
         model.to(torch.bfloat16)
-    sharding = Sharding("optimizer", torch.bfloat16 if run.mixed else None)
+    sharding = Sharding("optimizer", torch.bfloat16 if run.precision == "bf16-mixed" else None)
     microbatches = run.rows if mesh.fold.pp > 1 else 1
     settings = Settings(sharding, run.plan, microbatches, recompute=run.recompute, exchange=run.exchange)
     with FakeTensorMode(allow_non_fake_inputs=True):

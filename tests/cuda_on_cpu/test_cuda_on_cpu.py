@@ -17,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(fake_cuda.compiler() is None, reason="fake CUDA tensors need a C++ compiler")
 
-QUICK = ("one rank, bf16-mixed", "tp, ep", "etp", "cp", "full recomputation", "interleaved", "zbv")
+QUICK = (
+    "one rank, bf16-mixed", "float32, window", "tp, ep", "etp", "cp", "full recomputation", "ring, window", "interleaved", "zbv",
+)  # fmt: skip
 OTHERS = (
     "one rank, bf16-true", "plain experts", "selective recomputation", "ring", "all-gather", "all-to-all", "1f1b",
 )  # fmt: skip
@@ -40,9 +42,11 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
         sys.executable,
         str(Path(__file__).with_name("child.py")),
         "budget",
+        "noise",
         "products",
         "flash",
         "runs",
+        "sampling",
         *models,
     ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"}
@@ -74,6 +78,15 @@ def test_waits_of_a_step(found: dict[str, Any], name: str) -> None:
     assert len(done["reads"]) <= 8 * (4 if "pp" in name or name in ("1f1b", "interleaved", "zbv") else 1)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_deterministic_run_refuses_nothing_of_a_step(found: dict[str, Any], name: str) -> None:
+    assert _part(found, f"model: {name}")["refused"] == []
+
+
+def test_a_deterministic_run_draws_tokens(found: dict[str, Any]) -> None:
+    assert _part(found, "sampling") == {"True": [], "False": ["cumsum", "cumsum"]}
+
+
 @pytest.mark.parametrize("name", BUDGETS)
 def test_memory_traffic_of_a_layer(found: dict[str, Any], name: str) -> None:
     figures, (gigabytes, mfu) = _part(found, "budget")[name], BUDGETS[name]
@@ -87,6 +100,10 @@ def test_a_layer_neither_waits_nor_copies(found: dict[str, Any], name: str) -> N
     figures = _part(found, "budget")[name]
     assert figures["reads"] == []
     assert figures["moved"] == []
+
+
+def test_jitter_and_dropout_neither_wait_nor_copy(found: dict[str, Any]) -> None:
+    assert _part(found, "noise") == {"reads": [], "moved": [], "refused": []}
 
 
 def test_grouped_products_have_operands_that_the_kernel_takes(found: dict[str, Any]) -> None:

@@ -18,9 +18,12 @@ from torch.utils.data import DataLoader
 from lightning_moefold import MoECausalLM, MoEFoldStrategy
 from lightning_moefold.callbacks.memory import read_memory
 from lightning_moefold.dispatch import DispatchConfig
-from lightning_moefold.modules import Experts, MoELayer
+from lightning_moefold.models.generation import Sampling, draw
+from lightning_moefold.modules import Attention, DecoderLayer, Experts, MoELayer
+from lightning_moefold.modules.base import Linear
 from lightning_moefold.modules.experts import kernels
 from lightning_moefold.modules.recompute import recomputed
+from lightning_moefold.modules.routers import RouterOptions
 from lightning_moefold.testing import assert_close_by_name, make_batches, make_checkpoint, reference_run
 from lightning_moefold.testing.pieces import assemble
 from tests.exactness import runs
@@ -133,15 +136,24 @@ def test_how_often_a_layer_waits_for_transformer_engine(dispatch: DispatchConfig
     assert sum("synchroniz" in str(warning.message) for warning in caught) == waits
 
 
+@pytest.mark.parametrize("noisy", [False, True], ids=["", "jitter and dropout"])
 @pytest.mark.parametrize("dispatch", [DispatchConfig(), DispatchConfig(capacity_factor=1.0, pad_to_capacity=True)])
-def test_a_layer_never_waits_for_the_device(dispatch: DispatchConfig) -> None:
+def test_a_layer_never_waits_for_the_device(dispatch: DispatchConfig, noisy: bool) -> None:
     """On one device neither forward nor backward synchronises the host, dropless or padded to capacity.
 
     In bfloat16, on Hopper and newer: elsewhere PyTorch's grouped product is a loop that asks the device for the counts.
     """
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("the grouped product waits for this device")
-    layer = MoELayer(64, 8, 2, 32, dispatch=dispatch).to("cuda", torch.bfloat16)
+    router = RouterOptions(input_jitter=0.1 if noisy else 0.0)
+    moe = MoELayer(64, 8, 2, 32, router=router, dispatch=dispatch, shared_ffn_hidden_size=32)
+    layer = DecoderLayer(64, Attention(64, 4, 2), moe)
+    for key, part in enumerate(m for m in layer.modules() if isinstance(m, Linear)):
+        if noisy:
+            part.adapt(4, 1.0, dropout=0.1, key=key)
+            torch.nn.init.normal_(part.lora_A)
+            torch.nn.init.normal_(part.lora_B)
+    layer = layer.to("cuda", torch.bfloat16)
     x = torch.randn(2, 16, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     layer(x).sum().backward()  # warms up allocator and libraries
     torch.cuda.synchronize()
@@ -185,6 +197,18 @@ def test_bfloat16_forward_and_backward(tmp_path: Path) -> None:
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
         losses.append(loss.item())
     assert abs(losses[1] / losses[0] - 1) < 0.02
+
+
+def test_a_deterministic_run_draws_the_same_tokens() -> None:
+    logits_BV, uniform_B = torch.randn(4, 5000) * 3, torch.rand(4, dtype=torch.float64)
+    sampling = Sampling(top_p=0.8)
+    expected = draw(sampling.probabilities(logits_BV), uniform_B)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = draw(sampling.probabilities(logits_BV.cuda()), uniform_B.cuda())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found.tolist() == expected.tolist()
 
 
 def test_memory_of_the_device() -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels on a CUDA device: each against PyTorch's operations in float64, and the paths that choose them."""
+"""Fused kernels on a CUDA device: each against PyTorch's operations in float64, and the paths that choose them.
+
+The default device stays the CPU, as in a training run, so that a tensor that is made in the wrong place is noticed.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,21 +34,16 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _on_device() -> Iterator[None]:
-    with torch.device("cuda"):
-        yield
-
-
 def test_triton_is_there() -> None:
     """So that none of the tests above compares PyTorch's operations with themselves."""
-    assert kernels.runs_triton(torch.zeros(1))
+    assert kernels.runs_triton(torch.zeros(1, device="cuda"))
 
 
 def test_two_runs_agree_in_every_bit() -> None:
     """Sums of rows per token, for which CUDA's own ``index_add_`` takes the order in which threads arrive."""
     torch.manual_seed(0)
-    x, token = torch.randn(20000, 256, dtype=torch.bfloat16), torch.randint(0, 50, (20000,))
+    x = torch.randn(20000, 256, dtype=torch.bfloat16, device="cuda")
+    token = torch.randint(0, 50, (20000,), device="cuda")
     sums = [kernels.sum_of_tokens(x, token, 50) for _ in range(4)]
     assert all(torch.equal(sums[0], other) for other in sums[1:])
 
@@ -55,10 +52,10 @@ def test_two_runs_agree_in_every_bit() -> None:
 def test_a_router_is_exact_whatever_is_allowed_elsewhere(precision: str) -> None:
     """In TF32 the error would be a thousand times as large; afterwards the setting is as it was."""
     torch.manual_seed(0)
-    x, w = (torch.randn(n, 4096, requires_grad=True) for n in (512, 64))
+    x, w = (torch.randn(n, 4096, device="cuda", requires_grad=True) for n in (512, 64))
     legacy, newer = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision
     exact = x.double() @ w.double().t()
-    slope = torch.randn(512, 64)
+    slope = torch.randn(512, 64, device="cuda")
     grads = torch.autograd.grad(exact, (x, w), slope.double())
     try:
         if precision == "newer setting":
@@ -83,7 +80,8 @@ def test_norm(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     norm = RMSNorm(192, 1e-5).to("cuda", dtype)
     norm.weight.data.normal_()
-    x, slope = torch.randn(7, 5, 192, dtype=dtype, requires_grad=True), torch.randn(7, 5, 192, dtype=dtype)
+    x, slope = (torch.randn(7, 5, 192, dtype=dtype, device="cuda") for _ in range(2))
+    x.requires_grad_()
     wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
     exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
     found = norm(x)
@@ -109,21 +107,22 @@ def test_attention_branches(kind: str, window: int | None, dtype: torch.dtype) -
     rows, length, heads, groups, size = 2, 200, 6, 2, 64
     attention = Attention(heads * size, heads, groups, sliding_window=window).to("cuda", dtype)
     batch = SequenceBatch(rows, length)
-    real = torch.ones(rows, length, dtype=torch.bool)
-    position = torch.arange(length)
+    real = torch.ones(rows, length, dtype=torch.bool, device="cuda")
+    position = torch.arange(length, device="cuda")
     seen = (position[:, None] >= position) & (position[:, None] - position < (window or length))
     seen = seen.expand(rows, 1, length, length)
     if kind == "documents":
-        batch.document_BS = (torch.rand(rows, length) < 0.03).cumsum(1)
+        batch.document_BS = (torch.rand(rows, length, device="cuda") < 0.03).cumsum(1)
         seen = seen & (batch.document_BS[:, None, :, None] == batch.document_BS[:, None, None, :])
     elif kind in ("left", "hole"):
         real[0, : 50 if kind == "left" else 0] = False
         real[1, 60:80] = kind == "left"
         batch.real_BS = real
         seen = seen & real[:, None, None]
-        seen = seen | (~seen.any(-1, keepdim=True) & torch.eye(length, dtype=torch.bool))
-    q, k, v = (torch.randn(rows, length, h, size, dtype=dtype, requires_grad=True) for h in (heads, groups, groups))
-    slope = torch.randn(rows, length, heads, size, dtype=dtype) * real[..., None, None]
+        seen = seen | (~seen.any(-1, keepdim=True) & torch.eye(length, dtype=torch.bool, device="cuda"))
+    like = {"dtype": dtype, "device": "cuda"}
+    q, k, v = (torch.randn(rows, length, h, size, **like, requires_grad=True) for h in (heads, groups, groups))
+    slope = torch.randn(rows, length, heads, size, **like) * real[..., None, None]
     found = attention._attend(q, k, v, batch).view(rows, length, heads, size)
     exact = one_device.naive(q, k, v, seen)
     grads = torch.autograd.grad(found, (q, k, v), slope), torch.autograd.grad(exact, (q, k, v), slope.double())
@@ -137,14 +136,15 @@ def test_attention_branches(kind: str, window: int | None, dtype: torch.dtype) -
 @pytest.mark.parametrize(("kind", "window"), list(itertools.product(["documents", "left"], [None, 9, 70])))
 def test_attention_to_the_keys_of_other_ranks(kind: str, window: int | None, dtype: torch.dtype, groups: int) -> None:
     sizes = {"length": 200, "heads": 6, "kv_heads": 2, "size": 64, "groups": groups}
-    assert max(one_device.errors(kind, window, dtype, **sizes)) < 2e-2
+    assert max(one_device.errors(kind, window, dtype, torch.device("cuda"), **sizes)) < 2e-2
 
 
 def test_swiglu_of_a_wide_layer() -> None:
     """A width beyond one block of the kernel, at the size of a model."""
     torch.manual_seed(0)
-    gate, up = (torch.randn(512, 20480, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    slope = torch.randn(512, 20480, dtype=torch.bfloat16)
+    like = {"dtype": torch.bfloat16, "device": "cuda"}
+    gate, up = (torch.randn(512, 20480, **like, requires_grad=True) for _ in range(2))
+    slope = torch.randn(512, 20480, **like)
     found = kernels.gated(F.silu, gate, up)
     wide = [x.detach().double().requires_grad_() for x in (gate, up)]
     exact = F.silu(wide[0]) * wide[1]

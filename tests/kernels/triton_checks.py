@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,14 +23,12 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
 @pytest.fixture(autouse=True)
-def _on_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        assert kernels.runs_triton(torch.zeros(1))
-        yield
+def _kernels_run() -> None:
+    assert kernels.runs_triton(torch.zeros(1, device=DEVICE))
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype)
+    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 def _close(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -55,7 +53,7 @@ def test_gated(shape: tuple[int, int], weighted: bool, dtype: torch.dtype) -> No
     torch.manual_seed(0)
     inputs = [_draw(*shape, dtype=dtype), _draw(*shape, dtype=dtype)]
     if weighted:
-        inputs.append(torch.rand(shape[0]))
+        inputs.append(torch.rand(shape[0], device=DEVICE))
     slope = _draw(*shape)
 
     def exact(gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -71,7 +69,7 @@ def test_gated(shape: tuple[int, int], weighted: bool, dtype: torch.dtype) -> No
 
 def test_gated_makes_the_inner_again_and_writes_where_it_may() -> None:
     torch.manual_seed(0)
-    gate, up, weight, grad = _draw(4, 9), _draw(4, 9), torch.rand(4), _draw(4, 9)
+    gate, up, weight, grad = _draw(4, 9), _draw(4, 9), torch.rand(4, device=DEVICE), _draw(4, 9)
     kept = grad.clone()
     first = kernels.gated_backward(F.silu, gate, up, weight, grad, owns_grad=False, wants_inner=True)
     assert torch.equal(grad, kept)
@@ -90,12 +88,12 @@ def test_sum_of_copies(width: int, dtype: torch.dtype) -> None:
     """Tokens with all their rows, with some, and with none."""
     torch.manual_seed(0)
     x_RD, rows = _draw(9, width, dtype=dtype), 9
-    row_TJ = torch.tensor([[0, 5, 2], [9, 9, 9], [8, 9, 1], [3, 4, 9]])
-    padded = torch.cat((x_RD.double(), torch.zeros(1, width, dtype=torch.float64)))
+    row_TJ = torch.tensor([[0, 5, 2], [9, 9, 9], [8, 9, 1], [3, 4, 9]], device=DEVICE)
+    padded = torch.cat((x_RD.double(), torch.zeros(1, width, dtype=torch.float64, device=DEVICE)))
     _close(kernels.sum_of_copies(x_RD, row_TJ, False), padded[row_TJ].sum(1), dtype)
-    whole_TJ = torch.randperm(rows).view(3, 3)
+    whole_TJ = torch.randperm(rows, device=DEVICE).view(3, 3)
     _close(kernels.sum_of_copies(x_RD, whole_TJ, True), padded[whole_TJ].sum(1), dtype)
-    nothing = kernels.sum_of_copies(x_RD[:0], torch.zeros(2, 3, dtype=torch.int64), False)
+    nothing = kernels.sum_of_copies(x_RD[:0], torch.zeros(2, 3, dtype=torch.int64, device=DEVICE), False)
     assert not nothing.any()
 
 
@@ -103,9 +101,9 @@ def test_sum_of_copies(width: int, dtype: torch.dtype) -> None:
 def test_sum_of_tokens(dtype: torch.dtype) -> None:
     """Any number of rows a token, none among them, in any order; the same bits twice."""
     torch.manual_seed(0)
-    token_R = torch.tensor([3, 0, 3, 3, 5, 0, 3])
+    token_R = torch.tensor([3, 0, 3, 3, 5, 0, 3], device=DEVICE)
     x_RD = _draw(7, 40, dtype=dtype)
-    exact = torch.zeros(7, 40, dtype=torch.float64).index_add_(0, token_R, x_RD.double())
+    exact = torch.zeros(7, 40, dtype=torch.float64, device=DEVICE).index_add_(0, token_R, x_RD.double())
     found = kernels.sum_of_tokens(x_RD, token_R, 7)
     _close(found, exact, dtype)
     assert torch.equal(found, kernels.sum_of_tokens(x_RD, token_R, 7))
@@ -122,7 +120,7 @@ def test_rotate(heads: int, size: int, rows: int, tables: int, dtype: torch.dtyp
     torch.manual_seed(0)
     wide = _draw(rows, 5, heads * size + 7, dtype=dtype)
     x = wide[..., : heads * size].view(rows, 5, heads, size)
-    angle = torch.rand(tables, 5, size // 2) * 6
+    angle = torch.rand(tables, 5, size // 2, device=DEVICE) * 6
     cos, sin, slope = angle.cos().to(dtype), angle.sin().to(dtype), _draw(rows, 5, heads, size, dtype=dtype)
 
     def exact(x: Tensor) -> Tensor:
@@ -142,10 +140,10 @@ def test_rotate(heads: int, size: int, rows: int, tables: int, dtype: torch.dtyp
 def test_softmax(size: int, dtype: torch.dtype) -> None:
     """Statistics and slope of rows whose target is here, or on another rank."""
     torch.manual_seed(0)
-    logits, scale = _draw(4, size, dtype=dtype) * 5, torch.rand(4)
-    target = torch.tensor([0, size - 1, -3, size + 2])
+    logits, scale = _draw(4, size, dtype=dtype) * 5, torch.rand(4, device=DEVICE)
+    target = torch.tensor([0, size - 1, -3, size + 2], device=DEVICE)
     exact = logits.double()
-    held = torch.tensor([True, True, False, False])
+    held = torch.tensor([True, True, False, False], device=DEVICE)
     found, kept = kernels.row_statistics(logits.clone(), target, torch.float32)
     assert torch.equal(found[0].double(), exact.amax(-1))
     _close(found[1], (exact - exact.amax(-1, keepdim=True)).exp().sum(-1), torch.float32)
@@ -161,5 +159,5 @@ def test_softmax(size: int, dtype: torch.dtype) -> None:
 
 def test_no_triton_where_it_cannot_run() -> None:
     """float64, and tensors that are not real."""
-    assert not kernels.runs_triton(torch.zeros(1, dtype=torch.float64))
+    assert not kernels.runs_triton(torch.zeros(1, dtype=torch.float64, device=DEVICE))
     assert not kernels.runs_triton(torch.zeros(1, device="meta"))

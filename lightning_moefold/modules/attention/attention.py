@@ -20,6 +20,7 @@ from lightning_moefold.fold import Fold
 from lightning_moefold.kernels import rotate
 from lightning_moefold.layout import Cut, ParameterPlan, TensorGradient, even_split
 from lightning_moefold.mesh import FoldedMesh
+from lightning_moefold.modules.attention.backends import without_cudnn
 from lightning_moefold.modules.attention.blockwise import Seen, Span
 from lightning_moefold.modules.attention.context import context_attention, find_runs_of
 from lightning_moefold.modules.attention.rotary import rotary_tables
@@ -209,23 +210,23 @@ class Attention(ParallelRoot):
         return x_BSHd
 
     def _attend(self, q_BLQd: Tensor, k_BLVd: Tensor, v_BLVd: Tensor, batch: SequenceBatch) -> Tensor:
-        earlier = None  # during generation, the cached keys that each row sees
+        earlier = None  # during generation, which of the cached keys each row sees
         if batch.cache is not None:
             k_BLVd, v_BLVd, earlier = batch.cache.extend(self, self.sliding_window, k_BLVd, v_BLVd)
         q, k, v = (x.transpose(1, 2) for x in (q_BLQd, *self._for_each_group(k_BLVd, v_BLVd)))
         visibility, layout = batch.visibility(self.sliding_window), batch.layout
         if earlier is not None:
-            y_BQLd = _attend_to_row(q, k, v, earlier, self.causal)
+            y_BQLd = _attend_to_row(q, k, v, earlier)
         elif layout.cp.size > 1 and not self.causal:
             y_BQLd = _attend_to_all_ranks(q, k, v, batch)
         elif layout.cp.size == 1 and (visibility.is_causal or not self.causal):
-            y_BQLd = _attend_to_row(q, k, v, Seen.CAUSAL, self.causal)
+            y_BQLd = _attend_to_row(q, k, v, Seen.CAUSAL if self.causal else Seen.ALL)
         else:
             if torch.is_autocast_enabled(q.device.type):  # autocast does not cover custom functions
                 q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
             short = layout.cp.size == 1 and layout.length <= _WHOLE_MASK
             if short and find_runs_of(q, layout, visibility) is None:
-                y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row), self.causal)
+                y_BQLd = _attend_to_row(q, k, v, visibility.of(row := Span(0, layout.length), row, q.device))
             else:
                 y_BQLd = context_attention(q, k, v, layout, visibility, batch.exchange)
         return y_BQLd.transpose(1, 2).reshape(batch.tokens, self.local_heads * self.head_dim)
@@ -239,17 +240,19 @@ class Attention(ParallelRoot):
         return k, v
 
 
-def _attend_to_row(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor, causal: bool) -> Tensor:
+def _attend_to_row(q: Tensor, k: Tensor, v: Tensor, seen: Seen | Tensor) -> Tensor:
     """Computes attention of whole rows in one kernel, ``[B, Q, S, d]``."""
-    mask = seen if isinstance(seen, Tensor) and causal else None
+    mask = seen if isinstance(seen, Tensor) else None
     flash = mask is None and q.dtype in (torch.bfloat16, torch.float16)
     if q.is_cuda and not flash and q.shape[1] != k.shape[1]:
         # On CUDA only the flash kernel (and the one that computes all scores) supports grouped heads; the next best
         # does not.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    grouped = q.shape[1] != k.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=seen is Seen.CAUSAL, enable_gqa=grouped)
+    with without_cudnn():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
 def _attend_to_all_ranks(q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch) -> Tensor:
@@ -258,7 +261,7 @@ def _attend_to_all_ranks(q: Tensor, k: Tensor, v: Tensor, batch: SequenceBatch) 
     pair = comm.all_gather(torch.stack([k, v]).unsqueeze(0), layout.cp)  # keys of all ranks, one rank after the other
     k, v = pair.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
     if batch.real_BS is None:
-        return _attend_to_row(q, k, v, Seen.ALL, causal=False)
+        return _attend_to_row(q, k, v, Seen.ALL)
     held_S = torch.argsort(layout.order(q.device))
     mask = batch.real_BS[:1, None, None].index_select(3, held_S)
-    return _attend_to_row(q, k, v, mask, causal=True)
+    return _attend_to_row(q, k, v, mask)

@@ -140,8 +140,8 @@ class Visibility:
                 return [Span(a, b - a) for a, b in itertools.pairwise(edges)]
         return span.cut(BLOCK)
 
-    def of(self, q: Span, k: Span) -> Seen | Tensor:
-        """Returns what queries ``q`` see of keys ``k``: a :class:`Seen`, or a mask ``[B or 1, 1, L, K]`` (bool)."""
+    def of(self, q: Span, k: Span, device: torch.device) -> Seen | Tensor:
+        """Returns what queries ``q`` see of keys ``k``: a :class:`Seen`, or a mask ``[B or 1, 1, L, K]`` (bool) on the device."""
         if k.start >= q.end or (self.window is not None and q.start - (k.end - 1) >= self.window):
             return Seen.NOTHING
         crosses = k.end - 1 > q.start
@@ -159,7 +159,7 @@ class Visibility:
             if q.start == k.start:
                 return Seen.CAUSAL
         if (q, k) not in self._masks:
-            self._masks[q, k] = self._mask(q, k)
+            self._masks[q, k] = self._mask(q, k, device)
         return self._masks[q, k]
 
     def _all_hidden(self, q: Span, k: Span) -> bool:
@@ -177,9 +177,7 @@ class Visibility:
             return True
         return self._hidden is not None and bool(self._hidden[:, k.start : k.end].any())
 
-    def _mask(self, q: Span, k: Span) -> Tensor:
-        like = self._document_BS if self._document_BS is not None else self._real_BS
-        device = None if like is None else like.device
+    def _mask(self, q: Span, k: Span, device: torch.device) -> Tensor:
         distance_LK = (
             torch.arange(q.start, q.end, device=device)[:, None] - torch.arange(k.start, k.end, device=device)[None]
         )
@@ -196,7 +194,7 @@ class Visibility:
 
 
 def _pairs(
-    q_spans: Sequence[Span], k_spans: Sequence[Span], visibility: Visibility
+    q_spans: Sequence[Span], k_spans: Sequence[Span], visibility: Visibility, device: torch.device
 ) -> Iterator[tuple[slice, slice, Seen | Tensor]]:
     """Yields pairs of query and key blocks, as slices of tensors that hold the spans one after the other.
 
@@ -208,7 +206,7 @@ def _pairs(
         k_at, whole = 0, None
         for k in k_spans:
             keys, k_at = slice(k_at, k_at + k.length), k_at + k.length
-            seen = visibility.of(q, k)
+            seen = visibility.of(q, k, device)
             if seen is Seen.ALL:
                 whole = keys if whole is None else slice(whole.start, keys.stop)
                 continue
@@ -238,7 +236,7 @@ class PartialAttention:
 
     def add(self, k_BVKd: Tensor, v_BVKd: Tensor, spans: Sequence[Span]) -> None:
         """Adds keys and values at the positions ``spans``."""
-        for rows, keys, seen in _pairs(self.spans, spans, self.visibility):
+        for rows, keys, seen in _pairs(self.spans, spans, self.visibility, self.q.device):
             out, lse = block_forward(self.q[:, :, rows], k_BVKd[:, :, keys], v_BVKd[:, :, keys], seen)
             before, total = self.lse[:, :, rows], torch.logaddexp(self.lse[:, :, rows], lse)
             self.out[:, :, rows].mul_((before - total).exp_().unsqueeze(-1))
@@ -269,7 +267,7 @@ class PartialGradient:
     def add(self, k_BVKd: Tensor, v_BVKd: Tensor, spans: Sequence[Span]) -> Tensor:
         """Returns the gradients of these keys and values from these queries, ``[2, B, V, K, d]``, in at least float32."""
         grads = torch.zeros((2, *k_BVKd.shape), dtype=self.grad_q.dtype, device=k_BVKd.device)
-        for rows, keys, seen in _pairs(self.spans, spans, self.visibility):
+        for rows, keys, seen in _pairs(self.spans, spans, self.visibility, self.q.device):
             grad_q, grad_k, grad_v = block_backward(
                 self.grad[:, :, rows], self.q[:, :, rows], k_BVKd[:, :, keys], v_BVKd[:, :, keys],
                 self.out[:, :, rows], self.lse[:, :, rows], seen,

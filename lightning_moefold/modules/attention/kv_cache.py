@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_moefold.modules.attention.blockwise import Seen
+
 
 class _Slots:
     def __init__(self, like_BSVd: Tensor, count: int) -> None:
@@ -51,12 +53,13 @@ class KeyValueCache:
     """
 
     def __init__(self, real_BS: Tensor, max_length: int) -> None:
+        self._padded = not bool(real_BS.all())
         self._real_BL = F.pad(real_BS.bool(), [0, max_length - real_BS.shape[1]], value=True)
         self._layers: dict[Hashable, _Slots] = {}
 
     def extend(
         self, layer: Hashable, window: int | None, k_BSVd: Tensor, v_BSVd: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Seen | Tensor | None]:
         """Adds the keys and values of new positions.
 
         Args:
@@ -66,8 +69,8 @@ class KeyValueCache:
             v_BSVd: Values of the same positions.
 
         Returns:
-            The keys and values that the new positions attend to, and a mask of those that each row may see, ``[B, 1, 1,
-            K]``. The mask is None for the prompt, which is masked as in training.
+            The keys and values that the new positions attend to, and which of them each row sees: all, or a mask ``[B, 1, 1, K]``
+            where prompts are padded. None for the prompt, which is masked as in training.
         """
         if layer not in self._layers:
             longest = self._real_BL.shape[1]
@@ -76,6 +79,7 @@ class KeyValueCache:
             return k_BSVd, v_BSVd, None
         slots = self._layers[layer]
         slots.write(k_BSVd, v_BSVd)
-        position_K = slots.positions()
-        used = len(position_K)
-        return slots.key[:, :used], slots.value[:, :used], self._real_BL[:, None, None, position_K]
+        used = min(slots.seen, slots.count)
+        # Flash kernels take no mask.
+        seen = self._real_BL[:, None, None, slots.positions()] if self._padded else Seen.ALL
+        return slots.key[:, :used], slots.value[:, :used], seen

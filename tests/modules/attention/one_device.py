@@ -62,14 +62,16 @@ class Network:
 
 
 def errors(
-    kind: str, window: int | None, dtype: torch.dtype, *, length: int, heads: int, kv_heads: int, size: int, groups: int
-) -> list[float]:
+    kind: str, window: int | None, dtype: torch.dtype, device: torch.device, *, length: int, heads: int, kv_heads: int,
+    size: int, groups: int,
+) -> list[float]:  # fmt: skip
     """Returns the relative errors of outputs and of the gradients of queries, keys and values.
 
     Args:
         kind: What hides keys: ``"documents"`` or padding at the ``"left"``.
         window: A query sees at most this many keys.
         dtype: Of queries, keys and values.
+        device: The same; the default device stays as it is, so that tensors made elsewhere are noticed.
         length: Number of positions of a row.
         heads: Number of query heads.
         kv_heads: Number of key/value heads.
@@ -78,15 +80,16 @@ def errors(
     """
     torch.manual_seed(0)
     rows = 2
-    real = torch.ones(rows, length, dtype=torch.bool)
-    visibility = Visibility(window, (torch.rand(rows, length) < 0.03).cumsum(1))
+    real = torch.ones(rows, length, dtype=torch.bool, device=device)
+    visibility = Visibility(window, (torch.rand(rows, length, device=device) < 0.03).cumsum(1))
     if kind == "left":
         real[0, : length // 3] = False
         visibility = Visibility(window, None, real)
     row = Span(0, length)
-    q, k, v = (torch.randn(rows, length, h, size, dtype=dtype, requires_grad=True) for h in (heads, kv_heads, kv_heads))
-    slope = torch.randn(rows, length, heads, size, dtype=dtype) * real[..., None, None]
-    exact = naive(q, k, v, visibility.of(row, row))
+    like = {"dtype": dtype, "device": device}
+    q, k, v = (torch.randn(rows, length, h, size, **like, requires_grad=True) for h in (heads, kv_heads, kv_heads))
+    slope = torch.randn(rows, length, heads, size, **like) * real[..., None, None]
+    exact = naive(q, k, v, visibility.of(row, row, device))
     exact_grads = torch.autograd.grad(exact, (q, k, v), slope.double())
 
     held_GL = ContextLayout(length, Axis("cp", RANKS)).held(q.device)

@@ -18,6 +18,7 @@ from lightning_moefold.testing import RankError, RankPool, assert_close_by_name
 from tests.modules.attention import jobs_context
 from tests.quick import quick
 
+CPU = torch.device("cpu")
 MASKS: list[dict[str, Any]] = [
     {},
     {"documents": True},
@@ -179,7 +180,7 @@ def test_work_is_even_under_zig_zag() -> None:
         for q in layout.spans(rank):
             for source in range(4):
                 for k in layout.spans(source):
-                    kind = seen.of(q, k)
+                    kind = seen.of(q, k, CPU)
                     pairs += {Seen.ALL: q.length * k.length, Seen.CAUSAL: q.length * (q.length + 1) // 2}.get(kind, 0)
         work.append(pairs)
     assert len(set(work)) == 1
@@ -189,10 +190,10 @@ def test_work_is_even_under_zig_zag() -> None:
 def test_blocks_that_nobody_sees_are_skipped() -> None:
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
     seen = Visibility(None, documents)
-    assert seen.of(Span(4, 4), Span(0, 4)) is Seen.NOTHING
-    assert seen.of(Span(4, 4), Span(4, 4)) is Seen.CAUSAL
-    assert Visibility(3).of(Span(8, 4), Span(0, 4)) is Seen.NOTHING
-    assert Visibility().of(Span(8, 4), Span(0, 4)) is Seen.ALL
+    assert seen.of(Span(4, 4), Span(0, 4), CPU) is Seen.NOTHING
+    assert seen.of(Span(4, 4), Span(4, 4), CPU) is Seen.CAUSAL
+    assert Visibility(3).of(Span(8, 4), Span(0, 4), CPU) is Seen.NOTHING
+    assert Visibility().of(Span(8, 4), Span(0, 4), CPU) is Seen.ALL
 
 
 @pytest.mark.parametrize(

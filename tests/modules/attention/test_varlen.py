@@ -65,7 +65,7 @@ def test_runs_are_what_the_mask_shows(documents: str, padding: str, window: int 
     document, real = _documents(documents), _padding(padding)
     visibility = Visibility(window, document, real)
     row = Span(0, LENGTH)
-    mask = visibility.of(row, row)
+    mask = visibility.of(row, row, CPU)
     mask = mask if isinstance(mask, Tensor) else torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     mask_BSS = mask.expand(3, 1, LENGTH, LENGTH)[:, 0]
     real = torch.ones(3, LENGTH, dtype=torch.bool) if real is None else real
@@ -119,7 +119,8 @@ def test_a_layer_calls_the_kernel_once(window: int | None) -> None:
 def test_ranks_on_one_device(kind: str, window: int | None, groups: int) -> None:
     """What ``tests/gpu`` asks of the real kernel."""
     with flash_on_cpu():
-        found = one_device.errors(kind, window, torch.float64, length=24, heads=4, kv_heads=2, size=8, groups=groups)
+        sizes = {"length": 24, "heads": 4, "kv_heads": 2, "size": 8, "groups": groups}
+        found = one_device.errors(kind, window, torch.float64, CPU, **sizes)
     assert max(found) < 1e-12
 
 
