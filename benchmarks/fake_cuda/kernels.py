@@ -155,6 +155,7 @@ def use_triton() -> None:
         return
     triton: Any = ModuleType("triton")
     triton.language = _Anything("triton.language")
+    triton.language.constexpr = int
     triton.jit, triton.cdiv = _Kernel, lambda a, b: -(-a // b)
     triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
     names = ("triton", "triton.language")

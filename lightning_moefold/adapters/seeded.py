@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_moefold.kernels.noise import generator_of
 from lightning_moefold.layout import Box
-from lightning_moefold.modules.noise import generator_of
 
 
 class SeededAdapter:

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 
 from lightning_moefold import comm
 from lightning_moefold.errors import InputError
+from lightning_moefold.kernels.noise import generator_of
 from lightning_moefold.models.batch import check_kinds
 from lightning_moefold.models.masks import read_mask
 from lightning_moefold.modules.attention.backends import without_cudnn
 from lightning_moefold.modules.attention.kv_cache import KeyValueCache
 from lightning_moefold.modules.base import wide
-from lightning_moefold.modules.noise import generator_of
 
 if TYPE_CHECKING:
     from lightning_moefold.models.causal_lm import MoECausalLM

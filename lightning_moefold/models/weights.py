@@ -19,11 +19,11 @@ from torch import Tensor
 
 from lightning_moefold.checkpoint import HFCheckpoint
 from lightning_moefold.errors import CheckpointError
+from lightning_moefold.kernels.noise import generator_of
 from lightning_moefold.layout import Box
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.models.hf_config import written_config
 from lightning_moefold.models.names import ParameterEntry, base_entries, bias_entries, disk_name, entries_on_disk
-from lightning_moefold.modules.noise import generator_of
 
 _ROWS_COMPARED = 8192  # at a time, of tensors that should be equal
 _DEFERRED: ContextVar[bool] = ContextVar("moefold_deferred_weights", default=False)

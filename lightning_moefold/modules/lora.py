@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_moefold import comm
+from lightning_moefold.kernels.dropout import drop_by
+from lightning_moefold.kernels.noise import hashed
 from lightning_moefold.mesh import Axis
-from lightning_moefold.modules.noise import hashed, uniform
 
 Places: TypeAlias = Callable[[], tuple[Tensor, Tensor, Tensor]]
 """Returns the number of the training call, and row and position of each token, ``[N]``."""
@@ -33,13 +34,7 @@ def drop(x_NI: Tensor, probability: float, key: int, places: Places, first: int)
         places: Of the tokens.
         first: Number of the first of these inputs among all that the module has.
     """
-    return drop_by(x_NI, probability, hashed(key, *places()), first)
-
-
-def drop_by(x_NI: Tensor, probability: float, key_N: Tensor, first: int) -> Tensor:
-    """As :func:`drop`, by a number for each token."""
-    kept_NI = uniform(key_N, x_NI.shape[-1], torch.float32, first) >= probability
-    return x_NI * kept_NI * (1 / (1 - probability))
+    return drop_by(x_NI, hashed(key, *places()), probability, first)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_moefold import Fold, LoRA, MoECausalLM
 from lightning_moefold.balance.fast import ExpertCopies
-from lightning_moefold.modules.noise import hashed, uniform
+from lightning_moefold.kernels.noise import hashed, uniform
 from lightning_moefold.testing import RankPool, assert_close_by_name, make_batches, make_checkpoint
 from lightning_moefold.testing.pieces import assemble
 from tests.adapters.made import make_adapter

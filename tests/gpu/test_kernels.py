@@ -17,6 +17,7 @@ from lightning_moefold.kernels.float32 import exact_linear
 from lightning_moefold.modules import Attention, RMSNorm
 from lightning_moefold.modules.sequence import SequenceBatch
 from tests.kernels.triton_checks import (  # noqa: F401
+    test_dropout,
     test_gated,
     test_gated_makes_the_inner_again_and_writes_where_it_may,
     test_no_triton_where_it_cannot_run,

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_moefold.dispatch import ExpertRows
+from lightning_moefold.kernels.dropout import drop_by
+from lightning_moefold.kernels.noise import hashed
 from lightning_moefold.modules.experts.kernels import ExpertLoRA, Stack, read_tokens, sum_rows
 from lightning_moefold.modules.experts.products import host_counts
-from lightning_moefold.modules.lora import Places, drop_by
-from lightning_moefold.modules.noise import hashed
+from lightning_moefold.modules.lora import Places
 from lightning_moefold.modules.quantized import CodedStack, product
 
 #: Without these bits a number is finite, whichever of the dtypes it is read as.
@@ -104,8 +105,8 @@ def _one(
     down_A_RF: Tensor,
     down_B_DR: Tensor,
 ) -> Tensor:
-    z_cR = scale * F.linear(drop_by(x_cD, drop.probability, hashed(key_c, 1), 0), up_A_RD)
+    z_cR = scale * F.linear(drop_by(x_cD, hashed(key_c, 1), drop.probability, 0), up_A_RD)
     inner_cF = activation(gate(x_cD) + F.linear(z_cR, gate_B_FR)) * (up(x_cD) + F.linear(z_cR, up_B_FR))
-    v_cR = scale * F.linear(drop_by(inner_cF, drop.probability, hashed(key_c, 2), drop.first), down_A_RF)
+    v_cR = scale * F.linear(drop_by(inner_cF, hashed(key_c, 2), drop.probability, drop.first), down_A_RF)
     y_cD = down(inner_cF) + F.linear(v_cR, down_B_DR)
     return (y_cD * weight_c.unsqueeze(1)).to(x_cD.dtype)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_moefold.kernels.float32 import exact_linear
+from lightning_moefold.kernels.noise import hashed, uniform
 from lightning_moefold.modules.base import ParallelModule, local, new_adapter, sparing_adapters, wide
-from lightning_moefold.modules.noise import hashed, uniform
 from lightning_moefold.modules.routers.options import RouterOptions
 from lightning_moefold.modules.routers.registry import register_router
 from lightning_moefold.modules.sequence import SequenceBatch

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 #: Bits of a shift and the multiplier that follows it.
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
+ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
 _ALL_BITS = (1 << 64) - 1
-_STEP = 0x9E3779B97F4A7C15 - (1 << 64)
+STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def generator_of(seed: int, name: object) -> torch.Generator:
@@ -34,10 +34,10 @@ def hashed(*coordinates: Tensor | int) -> Tensor:
     value: Tensor | int = 0
     for coordinate in coordinates:
         if isinstance(value, int):
-            value = _signed(value + _STEP)
+            value = _signed(value + STEP)
             value = _mix_number(value + coordinate) if isinstance(coordinate, int) else _mix_(coordinate + value)
         else:
-            value = _mix_(value + _STEP + coordinate)
+            value = _mix_(value + STEP + coordinate)
     return value if isinstance(value, Tensor) else torch.tensor(value)
 
 
@@ -50,7 +50,7 @@ def uniform(key_T: Tensor, size: int, dtype: torch.dtype, first: int = 0) -> Ten
         dtype: Of the numbers.
         first: Number of the first component.
     """
-    component_D = torch.arange(first + 1, first + size + 1, device=key_T.device) * _STEP
+    component_D = torch.arange(first + 1, first + size + 1, device=key_T.device) * STEP
     # The last step of the finalizer is left out: it changes only bits below the first 31, and the first 24 are used.
     bits_TD = _shift(_multiply_(key_T.unsqueeze(-1) + component_D), 40)
     return bits_TD.to(dtype).mul_(2.0**-24)
@@ -63,7 +63,7 @@ def _mix_(x: Tensor) -> Tensor:
 
 def _multiply_(x: Tensor) -> Tensor:
     """Applies the finalizer in place, but for its last step."""
-    for bits, multiplier in _ROUNDS:
+    for bits, multiplier in ROUNDS:
         x.bitwise_xor_(_shift(x, bits)).mul_(multiplier)
     return x
 
@@ -76,7 +76,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def _mix_number(x: int) -> int:
     """Applies the finalizer to a number of the host."""
     x &= _ALL_BITS
-    for bits, multiplier in _ROUNDS:
+    for bits, multiplier in ROUNDS:
         x = (x ^ x >> bits) * multiplier & _ALL_BITS
     return _signed(x ^ x >> 31)
 
