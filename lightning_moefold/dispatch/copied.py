@@ -54,7 +54,7 @@ class Travel:
     @property
     def shift_B(self) -> Counts:
         """How far from its place each block begins among the rows in the order of experts."""
-        return self.starts_B - (self.rows_B.cumsum() - self.rows_B)
+        return self.starts_B - (np.cumsum(self.rows_B, dtype=np.int64) - self.rows_B)
 
     @property
     def in_order(self) -> bool:

@@ -71,10 +71,9 @@ def place_choices(choices: Choices, options: ExpertCopies, dispatcher: TokenDisp
     copy_RE = plan.copied_RE.cumsum(1) - 1
     is_home_B = expert_B // plan.local_experts == rank_B
     number_B = np.where(is_home_B, expert_B, experts + rank_B * each + copy_RE[rank_B, expert_B])
-    rows_B = sent_RE[rank_B, expert_B]
-    number_B, rows_B = to_device([number_B, rows_B], ordered.slot_S.device)
+    number, rows = to_device([number_B, sent_RE[rank_B, expert_B]], ordered.slot_S.device)
     served = int(counts_SE[dispatcher.ep.index * dispatcher.etp.size + dispatcher.etp.index].sum())
     number_TK = choices.expert_TK.reshape(-1).clone()
-    number_TK[ordered.slot_S[:served]] = number_B.repeat_interleave(rows_B, output_size=served)
+    number_TK[ordered.slot_S[:served]] = number.repeat_interleave(rows, output_size=served)
     placed = replace(choices, expert_TK=number_TK.view(tokens, k), served=served)
     return PlacedChoices(plan, placed, known[:, experts].tolist(), experts, each)
