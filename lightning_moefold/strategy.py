@@ -536,7 +536,10 @@ class MoEFoldStrategy(SharedCheckpoints):
     @override
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to these processes and to this set-up; the copy's own set-up makes it anew."""
-        here = ("_mesh", "_registry", "_converted", "_own", "_roll_call", "_predicting", "_background", "_watched")
+        here = (
+            "_mesh", "_registry", "_converted", "_own", "_roll_call", "_predicting", "_even", "_step_ahead", "_background",
+            "_watched",
+        )  # fmt: skip
         return {**super().__getstate__(), **dict.fromkeys(here)}
 
     @override

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,7 +43,8 @@ from lightning_moefold.dispatch.base import (
     expert_of_rows,
 )
 from lightning_moefold.dispatch.config import DispatchConfig
-from lightning_moefold.dispatch.copied import Travel, travel_of
+from lightning_moefold.dispatch.copied import travel_of
+from lightning_moefold.dispatch.host import to_device
 from lightning_moefold.dispatch.permutation import (
     Copies,
     SortedChoices,
@@ -124,11 +124,13 @@ class AllToAllDispatcher(TokenDispatcher):
         known_SE = counts_SE.cpu().numpy().reshape(-1, self.num_experts)
         plan = options.plan(known_SE, self.ep.size)
         travel = travel_of(known_SE, plan, self._sizes, self.ep.index, self.etp.index)
-        ordered = _in_travelling_order(ordered, travel)
+        arrays = [travel.shift_B, travel.rows_B, *(part.counts_PSX for part in travel.parts)]
+        shift_B, rows_B, *counts = to_device(arrays, x_TD.device)
+        if not travel.in_order:
+            ordered = _in_travelling_order(ordered, shift_B, rows_B, int(travel.rows_B.sum()))
         copies = Copies.of_choices(ordered, int(travel.rows_B.sum()), x_TD.shape[0])
         plans = []
-        for number, part in enumerate(travel.parts):
-            counts_PSL = torch.from_numpy(part.counts_PSX).to(x_TD.device)
+        for number, (part, counts_PSL) in enumerate(zip(travel.parts, counts, strict=True)):
             sizes, optional = (part.send, part.receive, part.arrived), number == len(self._sizes)
             plans.append(ChunkPlan(copies, *sizes, counts_PSL, part.counts, plan, optional))
         return _parcels(permute(x_TD, copies), choices.weight_TK, ordered.slot_S, plans)
@@ -238,13 +240,8 @@ def _parcels(x_RD: Tensor, weight_TK: Tensor, slot_S: Tensor, plans: list[ChunkP
     ]
 
 
-def _in_travelling_order(ordered: SortedChoices, travel: Travel) -> SortedChoices:
+def _in_travelling_order(ordered: SortedChoices, shift_B: Tensor, rows_B: Tensor, rows: int) -> SortedChoices:
     """The served choices in the blocks in which they travel, the others behind them; its counts stay those of the experts."""
-    if travel.in_order:
-        return ordered
-    rows, device = int(travel.rows_B.sum()), ordered.slot_S.device
-    shift_B = travel.starts_B - (travel.rows_B.cumsum() - travel.rows_B)
-    shift_B, rows_B = torch.from_numpy(np.stack([shift_B, travel.rows_B])).to(device)
-    place_R = shift_B.repeat_interleave(rows_B, output_size=rows) + torch.arange(rows, device=device)
+    place_R = shift_B.repeat_interleave(rows_B, output_size=rows) + torch.arange(rows, device=rows_B.device)
     slot_S = torch.cat([ordered.slot_S[place_R], ordered.slot_S[rows:]])
     return SortedChoices(slot_S, ordered.counts_E, ordered.top_k, rows)

@@ -52,6 +52,11 @@ class Travel:
     parts: list[Part]
 
     @property
+    def shift_B(self) -> Counts:
+        """How far from its place each block begins among the rows in the order of experts."""
+        return self.starts_B - (np.cumsum(self.rows_B, dtype=np.int64) - self.rows_B)
+
+    @property
     def in_order(self) -> bool:
         """Whether rows travel in the order of experts."""
         return bool((self.starts_B[1:] >= self.starts_B[:-1]).all())

@@ -19,6 +19,7 @@ from lightning_moefold import comm
 from lightning_moefold.balance.copies import CopyPlan, RowSplit
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.dispatch.base import Choices, TokenDispatcher
+from lightning_moefold.dispatch.host import to_device
 from lightning_moefold.dispatch.permutation import sort_by_expert
 
 
@@ -60,7 +61,7 @@ def place_choices(choices: Choices, options: ExpertCopies, dispatcher: TokenDisp
     experts, ranks, each = dispatcher.num_experts, dispatcher.ep.size, options.max_copies_per_rank
     tokens, k = choices.expert_TK.shape
     ordered = sort_by_expert(choices.expert_TK, experts, choices.kept_TK, choices.served)
-    mine = torch.cat([ordered.counts_E, ordered.counts_E.new_tensor([tokens])])
+    mine = torch.cat([ordered.counts_E, ordered.counts_E.new_full((1,), tokens)])
     known = comm.all_gather_raw(mine, dispatcher.etp_ep).cpu().numpy().reshape(-1, experts + 1)
     counts_SE = known[:, :experts]
     plan = options.plan(counts_SE, ranks)
@@ -70,10 +71,9 @@ def place_choices(choices: Choices, options: ExpertCopies, dispatcher: TokenDisp
     copy_RE = plan.copied_RE.cumsum(1) - 1
     is_home_B = expert_B // plan.local_experts == rank_B
     number_B = np.where(is_home_B, expert_B, experts + rank_B * each + copy_RE[rank_B, expert_B])
-    rows_B = sent_RE[rank_B, expert_B]
-    number_B, rows_B = torch.from_numpy(np.stack([number_B, rows_B])).to(ordered.slot_S.device)
+    number, rows = to_device([number_B, sent_RE[rank_B, expert_B]], ordered.slot_S.device)
     served = int(counts_SE[dispatcher.ep.index * dispatcher.etp.size + dispatcher.etp.index].sum())
     number_TK = choices.expert_TK.reshape(-1).clone()
-    number_TK[ordered.slot_S[:served]] = number_B.repeat_interleave(rows_B, output_size=served)
+    number_TK[ordered.slot_S[:served]] = number.repeat_interleave(rows, output_size=served)
     placed = replace(choices, expert_TK=number_TK.view(tokens, k), served=served)
     return PlacedChoices(plan, placed, known[:, experts].tolist(), experts, each)

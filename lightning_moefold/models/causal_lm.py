@@ -268,7 +268,8 @@ class MoECausalLM(PretrainedModel):
 
     def next_call(self) -> Tensor | None:
         """Returns the number of this call for routers with noise, the same for all micro-batches; None if no router has noise."""
-        return next((call for call in [layer.gate.next_call() for layer in self.moe_layers().values()]), None)
+        calls = [layer.gate.next_call() for layer in self.moe_layers().values()]
+        return next((call for call in calls if call is not None), None)
 
     def next_adapter_call(self) -> Tensor | None:
         """Returns the number of this call for the dropout of an adapter; None if there is none."""

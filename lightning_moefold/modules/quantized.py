@@ -70,19 +70,24 @@ class Codec:
         return torch.cat([codes_B.view(-1).view(torch.uint8), scale_B.view(torch.uint8)])
 
     @torch.no_grad()
-    def decode(self, bytes_X: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Returns the rounded weight, ``[O, I]``: products in float32, rounded to ``dtype``."""
+    def decode(self, bytes_X: Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """Returns the rounded weight, ``[O, I]``: products in float32, rounded to ``dtype``; in ``out``, where that is given."""
         number = prod(shape)
         codes, scale_B = bytes_X[: -number // BLOCK * 4], bytes_X[-number // BLOCK * 4 :].view(torch.float32)
         if self.kind == "int8":
-            weight = torch.empty(number // BLOCK, BLOCK, dtype=dtype, device=bytes_X.device)
-            torch.mul(codes.view(torch.int8).view(-1, BLOCK), scale_B.unsqueeze(1), out=weight)
-            return weight.view(shape)
+            weight = torch.empty(shape, dtype=dtype, device=bytes_X.device) if out is None else out
+            torch.mul(codes.view(torch.int8).view(-1, BLOCK), scale_B.unsqueeze(1), out=weight.view(-1, BLOCK))
+            return weight
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         there = torch.float32 if dtype == torch.float64 else dtype  # which the library does not have
         state = QuantState(scale_B, torch.Size(shape), blocksize=BLOCK, quant_type="nf4", dtype=there)
-        return dequantize_4bit(codes.unsqueeze(1), state).to(dtype)
+        if (
+            out is not None and out.is_cuda and out.dtype == there
+        ):  # elsewhere the library decodes into no tensor of ours
+            return dequantize_4bit(codes.unsqueeze(1), state, out=out)
+        weight = dequantize_4bit(codes.unsqueeze(1), state)
+        return weight.to(dtype) if out is None else out.copy_(weight)
 
 
 class CodedStack:
@@ -98,7 +103,10 @@ class CodedStack:
 
     def whole(self) -> Tensor:
         """All matrices, ``[L, O, I]``."""
-        return torch.stack([self[expert] for expert in range(self.shape[0])])
+        out_LOI = torch.empty(self.shape, dtype=self.dtype, device=self.bytes_LX.device)
+        for bytes_X, out_OI in zip(self.bytes_LX, out_LOI, strict=True):
+            self.codec.decode(bytes_X, self.shape[1:], self.dtype, out_OI)
+        return out_LOI
 
 
 def decoded(stack: Tensor | CodedStack) -> Tensor:

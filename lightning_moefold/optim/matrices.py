@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole matrices from the pieces that ranks hold of them, and the pieces of whole matrices.
+"""Functions of whole matrices of which ranks hold pieces: the ranks divide the matrices among them.
 
 A parameter is cut over at most one axis of its data ranks and one of its tensor ranks. The axis of experts stays cut: each of
-their matrices is gathered only over what cuts the matrix itself.
+their matrices is made whole only over what cuts the matrix itself.
 
 Legend: E experts here, A rows, B columns of a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -19,10 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_moefold.comm import ALL_GATHER
-
-#: Numbers of one collective.
-_BUCKET = 1 << 24
+#: Of whole matrices that a rank holds at a time.
+MOST_NUMBERS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -81,60 +79,161 @@ def cuts_of(parameter: Tensor, experts: bool) -> tuple[MatrixCut, ...]:
     return tuple(cuts)
 
 
-def gather_matrices(pieces: Sequence[Tensor], cuts: Sequence[tuple[MatrixCut, ...]]) -> list[Tensor]:
-    """Returns whole matrices. Collective over the groups of the cuts: every rank passes its pieces of the same ones in order."""
-    whole = list(pieces)
-    for depth in range(max((len(c) for c in cuts), default=0)):
-        by_group: dict[int, list[int]] = {}
-        for number, found in enumerate(cuts):
-            if len(found) > depth:
-                by_group.setdefault(id(found[depth].group), []).append(number)
-        for numbers in by_group.values():
-            for bucket in _buckets(numbers, whole):
-                _gather(whole, bucket, [cuts[n][depth] for n in bucket])
-    return whole
+def most_experts(parameter: Tensor) -> int:
+    """Returns the largest number of experts that a rank holds of a stack, which all ranks know."""
+    cut_over = 1
+    if isinstance(parameter, DTensor):
+        for number, placement in enumerate(parameter.placements):
+            if not placement.is_replicate() and placement.dim == 0:  # type: ignore[attr-defined]
+                cut_over *= parameter.device_mesh.size(number)
+    return -(-parameter.shape[0] // cut_over)
 
 
-def own_piece(whole: Tensor, cuts: Sequence[MatrixCut]) -> Tensor:
-    """Returns this rank's piece of a whole matrix; the inverse of :func:`gather_matrices`."""
-    for cut in reversed(cuts):
-        piece = cut.piece(cut.index)
-        whole = whole.narrow(cut.dim, piece.start, piece.stop - piece.start)
-    return whole
+@dataclass(frozen=True)
+class Part:
+    """A matrix, or the matrices of some experts of a stack, of which this rank holds pieces.
+
+    Args:
+        parameter: The parameter.
+        place: Where they are in this rank's piece of the parameter.
+        cuts: Cuts of the matrices, the innermost first.
+        whole: Numbers of the whole matrices on the rank that has most of them; all ranks know it.
+    """
+
+    parameter: Tensor
+    place: Any
+    cuts: tuple[MatrixCut, ...]
+    whole: int
+
+    @property
+    def numbers(self) -> int:
+        """Numbers that a rank makes whole, if those that divide the work make equally many."""
+        return -(-self.whole // prod(cut.ranks for cut in self.cuts))
 
 
-def _buckets(numbers: list[int], tensors: list[Tensor]) -> list[list[int]]:
-    buckets: list[list[int]] = []
-    size = _BUCKET
-    for number in numbers:
-        same = bool(buckets) and tensors[buckets[-1][0]].dtype == tensors[number].dtype
-        if size + tensors[number].numel() > _BUCKET or not same:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(number)
-        size += tensors[number].numel()
-    return buckets
+def in_chunks(matrices: Iterable[tuple[Tensor, bool]]) -> Iterator[list[Part]]:
+    """Yields parts of matrices that have at most :data:`MOST_NUMBERS`, or a single part, the same on all ranks.
+
+    Args:
+        matrices: Parameters, and whether their first dimension is that of experts.
+    """
+    chunk: list[Part] = []
+    for parameter, experts in matrices:
+        for part in _parts_of(parameter, experts):
+            if chunk and sum(other.numbers for other in chunk) + part.numbers > MOST_NUMBERS:
+                yield chunk
+                chunk = []
+            chunk.append(part)
+    if chunk:
+        yield chunk
 
 
-def _gather(whole: list[Tensor], numbers: list[int], cuts: list[MatrixCut]) -> None:
-    """Puts the pieces of all ranks together, in place, in one collective."""
-    padded = []
-    for number, cut in zip(numbers, cuts, strict=True):
-        piece, missing = whole[number], cut.largest - whole[number].shape[cut.dim]
-        if missing:
-            shape = list(piece.shape)
-            shape[cut.dim] = missing
-            piece = torch.cat([piece, piece.new_zeros(shape)], dim=cut.dim)
-        padded.append(piece)
-    flat = torch.cat([piece.flatten() for piece in padded])
-    ranks = cuts[0].ranks
-    everyone = flat.new_empty(ranks * flat.numel())
-    getattr(dist, ALL_GATHER)(everyone, flat, group=cuts[0].group)
-    rows = everyone.view(ranks, -1)
-    ends = torch.tensor([0, *(piece.numel() for piece in padded)]).cumsum(0).tolist()
-    for (start, end), number, cut, piece in zip(pairwise(ends), numbers, cuts, padded, strict=True):
-        parts = [
-            rows[rank, start:end].view(piece.shape).narrow(cut.dim, 0, cut.piece(rank).stop - cut.piece(rank).start)
-            for rank in range(ranks)
-        ]
-        whole[number] = torch.cat(parts, dim=cut.dim)
+def _parts_of(parameter: Tensor, experts: bool) -> Iterator[Part]:
+    """A stack in so many parts that each of the ranks that divide the work has one, or in more."""
+    cuts = cuts_of(parameter, experts)
+    ranks, matrix = prod(cut.ranks for cut in cuts), prod(parameter.shape[-2:])
+    if not experts:
+        yield Part(parameter, ..., cuts, matrix)
+        return
+    held = most_experts(parameter)
+    size = max(1, min(-(-held // ranks), MOST_NUMBERS // max(1, matrix)))
+    for first in range(0, held, size):
+        yield Part(parameter, slice(first, first + size), cuts, matrix * size)
+
+
+def apply_to_whole(
+    matrices: list[Tensor],
+    cuts: Sequence[tuple[MatrixCut, ...]],
+    sizes: Sequence[int],
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    """Puts this rank's pieces of ``function(whole matrix)`` in the place of its pieces of the matrices.
+
+    The ranks that hold pieces of the same matrices divide these among them: one rank makes a matrix whole, applies the function,
+    and sends the pieces back. Collective over the groups of the cuts.
+
+    Args:
+        matrices: Pieces, of the same matrices on all ranks in the same order.
+        cuts: Cuts of each, the innermost first.
+        sizes: By which the matrices are divided, the same on all ranks; pieces, and what is put together of some, may differ.
+        function: Whose result has the shape and the dtype of its argument.
+    """
+    by_group: dict[Any, list[int]] = {}
+    for number, found in enumerate(cuts):
+        by_group.setdefault((id(found[0].group), matrices[number].dtype) if found else None, []).append(number)
+    for key, numbers in by_group.items():
+        if key is None:
+            for number in numbers:
+                matrices[number] = function(matrices[number])
+        else:
+            pieces = [matrices[n] for n in numbers]
+            done = _divided(pieces, [cuts[n] for n in numbers], [sizes[n] for n in numbers], function)
+            for number, matrix in zip(numbers, done, strict=True):
+                matrices[number] = matrix
+
+
+def _divided(
+    pieces: list[Tensor],
+    cuts: list[tuple[MatrixCut, ...]],
+    sizes: list[int],
+    function: Callable[[Tensor], Tensor],
+) -> list[Tensor]:
+    """As :func:`apply_to_whole`, of matrices of one dtype whose innermost cut is over one group."""
+    first = [found[0] for found in cuts]
+    group, index = first[0].group, first[0].index
+    owned = _owned(sizes, first[0].ranks)
+    mine = owned[index]
+
+    def shape(number: int, rank: int) -> list[int]:
+        sizes, there = list(pieces[number].shape), first[number].piece(rank)
+        sizes[first[number].dim] = there.stop - there.start
+        return sizes
+
+    sent = [[pieces[n] for n in numbers] for numbers in owned]
+    arrived = _exchange(sent, [[shape(n, rank) for n in mine] for rank in range(len(owned))], pieces[0], group)
+    whole = [torch.cat(parts, first[n].dim) for n, *parts in zip(mine, *arrived, strict=True)]
+    del sent, arrived
+    apply_to_whole(whole, [cuts[n][1:] for n in mine], [sizes[n] for n in mine], function)
+    back = [
+        [_piece_of(matrix, first[n], rank) for n, matrix in zip(mine, whole, strict=True)] for rank in range(len(owned))
+    ]
+    returned = _exchange(back, [[shape(n, index) for n in numbers] for numbers in owned], pieces[0], group)
+    found = {
+        n: piece
+        for numbers, parts in zip(owned, returned, strict=True)
+        for n, piece in zip(numbers, parts, strict=True)
+    }
+    return [found[n] for n in range(len(pieces))]
+
+
+def _piece_of(whole: Tensor, cut: MatrixCut, rank: int) -> Tensor:
+    piece = cut.piece(rank)
+    return whole.narrow(cut.dim, piece.start, piece.stop - piece.start)
+
+
+def _owned(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which matrices each rank makes whole: the largest first, each by the rank with the fewest numbers so far."""
+    owned: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * len(owned)
+    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        rank = loads.index(min(loads))
+        owned[rank].append(number)
+        loads[rank] += sizes[number]
+    return owned
+
+
+def _exchange(
+    send: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]], like: Tensor, group: Any
+) -> list[list[Tensor]]:
+    """Sends tensors to each rank of a group and returns those of each rank, whose shapes are known, in one collective."""
+    flat = torch.cat([like.new_empty(0), *(tensor.flatten() for tensors in send for tensor in tensors)])
+    sizes = [[prod(shape) for shape in of_rank] for of_rank in shapes]
+    receive = [sum(of_rank) for of_rank in sizes]
+    out = like.new_empty(sum(receive))
+    dist.all_to_all_single(out, flat, receive, [sum(t.numel() for t in tensors) for tensors in send], group=group)
+    return [
+        [tensor.view(*shape) for tensor, shape in zip(part.split(of_rank), shapes_of_rank, strict=True)]
+        if of_rank
+        else []
+        for part, of_rank, shapes_of_rank in zip(out.split(receive), sizes, shapes, strict=True)
+    ]

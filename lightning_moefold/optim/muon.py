@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Muon: momentum whose matrices are made orthogonal by Newton-Schulz iterations, the same under every fold.
 
-The iteration needs whole matrices, so each is gathered over what cuts it, and a rank keeps its piece of the result. All else
-(embedding, head, routers, norms, biases) goes by AdamW.
+The iteration needs whole matrices. So the ranks that hold pieces of the same matrices divide these among them, and the rank that
+has made a matrix whole sends the pieces of the result back. All else (embedding, head, routers, norms, biases) goes by AdamW.
 
 Legend: E experts, A rows, B columns of a matrix.
 """
@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 from typing_extensions import override
 
 from lightning_moefold.errors import InputError
-from lightning_moefold.optim.matrices import cuts_of, gather_matrices, own_piece
+from lightning_moefold.optim.matrices import Part, apply_to_whole, in_chunks
 from lightning_moefold.parallel.gradients import local_part
 
 #: Names of matrices that go by AdamW.
@@ -33,8 +33,8 @@ class Muon(Optimizer):
 
     Weights with two dimensions and each matrix of each expert go by Newton-Schulz, with the learning rate times
     ``sqrt(max(1, rows / columns))``. They are told by their names: under :class:`~lightning_moefold.MoEFoldStrategy` plain
-    ``module.parameters()`` will do, elsewhere give ``module.named_parameters()``. A step gathers each matrix that is cut, and
-    every rank that holds a piece of it computes its update.
+    ``module.parameters()`` will do, elsewhere give ``module.named_parameters()``. The update of
+    a matrix that is cut is computed by one of the ranks that hold a piece of it.
 
     Args:
         params: Parameters, pairs of name and parameter, or groups of either.
@@ -140,25 +140,27 @@ class Muon(Optimizer):
         return "matrix" if parameter.dim() == 2 else None
 
     def _by_newton_schulz(self, group: dict[str, Any], matrices: list[tuple[nn.Parameter, bool]]) -> None:
-        updates = []
-        for parameter, _ in matrices:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            assert parameter.grad is not None
-            grad, buffer = local_part(parameter.grad), local_part(state["momentum_buffer"])
-            buffer.lerp_(grad.to(buffer.dtype), 1 - group["momentum"])
-            updates.append(grad.lerp(buffer.to(grad.dtype), group["momentum"]) if group["nesterov"] else buffer)
-        cuts = [cuts_of(parameter, experts) for parameter, experts in matrices]
-        whole = gather_matrices(updates, cuts)
-        for (parameter, _), update, cut in zip(matrices, whole, cuts, strict=True):
-            rows, columns = update.shape[-2:]
-            if not update.numel():
-                continue
-            direction = own_piece(orthogonal(update, group["ns_steps"]), cut)
-            piece = local_part(parameter)
-            piece.mul_(1 - group["lr"] * group["weight_decay"])
-            piece.add_(direction.to(piece.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+        def direction(update: Tensor) -> Tensor:
+            return orthogonal(update, group["ns_steps"]) if update.numel() else update
+
+        for chunk in in_chunks(matrices):
+            updates = [self._update(group, part) for part in chunk]
+            apply_to_whole(updates, [part.cuts for part in chunk], [part.whole for part in chunk], direction)
+            for part, update in zip(chunk, updates, strict=True):
+                rows, columns = part.parameter.shape[-2:]
+                piece = local_part(part.parameter)[part.place]
+                piece.mul_(1 - group["lr"] * group["weight_decay"])
+                piece.add_(update.to(piece.dtype), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _update(self, group: dict[str, Any], part: Part) -> Tensor:
+        """Adds to the momentum; returns this rank's piece of what is to be made orthogonal, as the iterations take it."""
+        state = self.state[part.parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(part.parameter)
+        assert part.parameter.grad is not None
+        grad, buffer = (local_part(tensor)[part.place] for tensor in (part.parameter.grad, state["momentum_buffer"]))
+        buffer.lerp_(grad.to(buffer.dtype), 1 - group["momentum"])
+        return _narrow(grad.lerp(buffer.to(grad.dtype), group["momentum"]) if group["nesterov"] else buffer)
 
     def _by_adamw(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
         state, (beta1, beta2) = self.state[parameter], group["adamw_betas"]
@@ -184,7 +186,7 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
         steps: Number of iterations.
     """
     a, b, c = _COEFFICIENTS
-    x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
+    x = _narrow(matrix)
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -193,3 +195,8 @@ def orthogonal(matrix: Tensor, steps: int) -> Tensor:
         square = x @ x.mT
         x = product(x, product(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def _narrow(matrix: Tensor) -> Tensor:
+    """In the dtype of the iterations."""
+    return matrix if matrix.dtype == torch.float64 else matrix.bfloat16()

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_moefold import Fold, LoRA, MoECausalLM
 from lightning_moefold.adapters.attach import is_adapter
@@ -27,7 +28,7 @@ from lightning_moefold.lifecycle.fold_choice import _frozen_base
 from lightning_moefold.lifecycle.unsupported import check_trainer
 from lightning_moefold.models.blocks import check_blocks
 from lightning_moefold.modules.quantization import BITS, QUANTIZATIONS
-from lightning_moefold.modules.quantized import Codec, coded_weights
+from lightning_moefold.modules.quantized import Codec, CodedStack, coded_weights
 from lightning_moefold.parallel.apply import check_compiler
 from lightning_moefold.parallel.settings import Settings
 from lightning_moefold.planner import PRESETS, CostModel, Job
@@ -163,6 +164,37 @@ def test_codec(kind: Any) -> None:
         cut = codec.decode(codec.encode(part), tuple(part.shape), torch.float32)
         place = (slice(None), slice(64, None)) if part.shape[0] == 48 else (slice(5, 17), slice(None))
         torch.testing.assert_close(cut, codec.decode(stored, (48, 192), torch.float32)[place], rtol=0, atol=0)
+
+
+class _Made(TorchDispatchMode):
+    """Keeps the tensors that are made, and the bytes of each by its memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+        self.bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in [result] if isinstance(result, Tensor) else []:
+            self.tensors.append(tensor)
+            self.bytes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_stack_is_decoded_in_its_place(kind: Any, dtype: torch.dtype) -> None:
+    """To the bits of its matrices one by one, and without a second copy of the stack."""
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    codec = Codec(kind, dtype)
+    weight_LOI = torch.randn(8, 16, 128, generator=torch.Generator().manual_seed(0))
+    stack = CodedStack(torch.stack([codec.encode(weight_OI) for weight_OI in weight_LOI]), (16, 128), codec, dtype)
+    with _Made() as made:
+        whole = stack.whole()
+    assert torch.equal(whole, torch.stack([stack[expert] for expert in range(8)]))
+    assert [size for size in made.bytes.values() if size >= whole.nbytes] == [whole.nbytes]
 
 
 def test_what_is_bytes(folder: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_moefold import Fold
 from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.dispatch import DispatchConfig
+from lightning_moefold.dispatch.host import to_device
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import MoELayer
 from lightning_moefold.testing import RankPool
@@ -72,6 +74,13 @@ def count_questions(fold: str, fields: dict[str, Any]) -> list[str]:
         with asked("tolist"), asked("cpu"):
             layer(x).square().sum().backward()
     return questions.found
+
+
+def test_arrays_of_the_host_travel_as_one() -> None:
+    arrays = [np.arange(3), np.zeros((2, 0), dtype=np.int64), np.arange(12).reshape(2, 3, 2)]
+    found = to_device(arrays, torch.device("cpu"))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
+    assert all(np.array_equal(tensor.numpy(), array) for tensor, array in zip(found, arrays, strict=True))
 
 
 @pytest.mark.parametrize(

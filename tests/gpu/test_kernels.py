@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_moefold import kernels
 from lightning_moefold.kernels.float32 import exact_linear
 from lightning_moefold.modules import Attention, RMSNorm
+from lightning_moefold.modules.routers.statistics import sum_of_groups
 from lightning_moefold.modules.sequence import SequenceBatch
 from tests.kernels.triton_checks import (  # noqa: F401
     test_dropout,
@@ -47,6 +48,13 @@ def test_two_runs_agree_in_every_bit() -> None:
     token = torch.randint(0, 50, (20000,), device="cuda")
     sums = [kernels.sum_of_tokens(x, token, 50) for _ in range(4)]
     assert all(torch.equal(sums[0], other) for other in sums[1:])
+
+
+def test_sums_of_groups_have_the_same_bits_in_every_run() -> None:
+    x_TE, group_T = torch.rand(65536, 64), torch.randint(4, (65536,))
+    sums = [sum_of_groups(x_TE, group_T, 4) for _ in range(5)]
+    assert all(torch.equal(again, sums[0]) for again in sums[1:])
+    assert relative_error(sums[0], torch.zeros(4, 64, dtype=torch.float64).index_add_(0, group_T, x_TE.double())) < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium", "newer setting"])

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_moefold.dispatch import ExpertRows
 from lightning_moefold.layout import even_split
 from lightning_moefold.models import MoECausalLM, MoEConfig
 from lightning_moefold.models.batch import BatchAxes, read_batch
 from lightning_moefold.modules import Experts
+from lightning_moefold.modules.experts.packed import PackedExperts
 
 _READS = {
     getattr(Tensor, name): name
@@ -74,6 +76,18 @@ def test_a_forward_pass(names: tuple[str, ...], microbatches: int) -> None:
         loss = model(**_tensors(names)).loss
     assert loss.isfinite()
     assert +seen.seen == {"nonzero": 1, "tolist": 1}
+
+
+def test_experts_of_uneven_widths() -> None:
+    """For the rows of each expert, once for all buckets."""
+    experts = PackedExperts(16, [64, 3, 40, 0, 9])
+    experts.kernel = "grouped_mm"
+    rows = ExpertRows(torch.arange(8), torch.ones(8), torch.tensor([2, 1, 3, 1, 1]), distinct=True)
+    x_AD = torch.ones(8, 16, requires_grad=True)
+    experts.compute(x_AD, rows, experts.stacks())  # brings to the device where buckets lie
+    with Waits() as seen:
+        experts.compute(x_AD, rows, experts.stacks()).sum().backward()
+    assert +seen.seen == {"tolist": 1}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_moefold import Fold, MoEFoldStrategy
+from lightning_moefold.balance.fast import ExpertCopies
 from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules import (
@@ -56,12 +57,14 @@ class Layers(nn.Module):
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()
         dispatch = DispatchConfig(capacity_factor=spec["capacity"]) if "capacity" in spec else None
+        router = RouterOptions(norm_topk_prob=False, **spec.get("router", {}))
         causal = DecoderLayer(
             SIZE,
             Attention(SIZE, 4, 2, 4, sliding_window=3),
-            MoELayer(SIZE, 8, 3, 8, router=RouterOptions(norm_topk_prob=False), keep_routing=True, dispatch=dispatch),
+            MoELayer(SIZE, 8, 3, 8, router=router, keep_routing=True, dispatch=dispatch),
         )
-        moe = MoELayer(SIZE, 4, 2, 8, shared_ffn_hidden_size=4, keep_routing=True, dispatch=dispatch)
+        own = {"router": router} if "router" in spec else {}
+        moe = MoELayer(SIZE, 4, 2, 8, shared_ffn_hidden_size=4, keep_routing=True, dispatch=dispatch, **own)
         blocks = [Block(moe), Plain(), causal, Block(GatedMLP(SIZE, 8, "gelu"))][: spec.get("layers", 4)]
         self.lift = nn.Linear(7, SIZE)
         self.position = nn.Parameter(torch.randn(1, 8, SIZE))
@@ -323,6 +326,35 @@ def refused(fold: str, wrongs: list[str]) -> dict[str, str]:
         finally:
             Layers.pipeline_layers = "body.blocks"
     return said
+
+
+def counted(fold: str) -> tuple[list[Any], list[Any], list[Tensor], list[Tensor]]:
+    """Counters of the layers of this rank, and their choices, in a call and in that of its load-balancing loss."""
+    mesh = FoldedMesh(Fold.parse(fold, dist.get_world_size()), "cpu")
+    router = {"bias_update_rate": 0.1, "input_jitter": 0.3}
+    network = Layers({"head": "pair", "dtype": torch.float32, "router": router})
+    settings = Settings(num_microbatches=2, dispatch=DispatchConfig(copies=ExpertCopies("greedy")))
+    parallelize(network, mesh, settings, torch.device("cpu"))
+    layers = [layer for layer in network.modules() if isinstance(layer, MoELayer)]
+    chosen: list[Tensor] = []
+    for layer in layers:
+        layer.gate.register_forward_hook(lambda gate, given, routed: chosen.append(routed.expert_TK))
+
+    def counters() -> list[Any]:
+        return [
+            [layer.load_E.tolist(), layer.gate.counts_E.tolist(), int(layer.gate.call), vars(layer.copies).copy()]
+            for layer in layers
+        ]
+
+    found = []
+    for run in (
+        lambda: network(make_data(1, mesh.fold.dp, 4)[0][mesh.place["dp"]]),
+        lambda: load_balancing_loss(network),
+    ):
+        run().backward()
+        found += [counters(), chosen.copy()]
+        chosen.clear()
+    return found[0], found[2], found[1], found[3]
 
 
 def calls(fold: str) -> dict[str, Any]:

@@ -125,6 +125,17 @@ def test_a_rank_holds_its_stages_only(pool: RankPool) -> None:
     assert first.losses == last.losses
 
 
+def test_tokens_are_counted_once(pool: RankPool) -> None:
+    """And meet the same noise when they pass again for the load-balancing loss."""
+    for once, twice, chosen, again in pool.run(jobs_layered.counted, "pp2 | ep2", ranks=4):
+        assert repr(once) == repr(twice)
+        assert once[0][0] == once[0][1]
+        assert once[0][2:3] == [2]  # micro-batches
+        assert once[0][3]["passes"] == 2
+        assert len(chosen) == len(again) == 2
+        assert all(torch.equal(*pair) for pair in zip(chosen, again, strict=True))
+
+
 @pytest.mark.parametrize("fold", ["pp2", pytest.param("cp2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sharding", ["optimizer", pytest.param("none", marks=pytest.mark.slow)])
 @pytest.mark.more

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from torch import nn
 
 from lightning_moefold import Fold
 from lightning_moefold.optim import Muon
-from lightning_moefold.optim.matrices import MatrixCut, own_piece
+from lightning_moefold.optim.matrices import MatrixCut
 from lightning_moefold.testing import RankPool
 from tests.exactness import compare, matrix
 from tests.exactness.optimizers import muon
+from tests.optim import jobs_muon
 from tests.quick import quick
 
 
@@ -77,6 +77,14 @@ def test_folds(pool: RankPool, folder: Path, fold: str, factors: dict[str, Any])
     compare.check(pool, folder, Fold.parse(fold, 4), {**matrix.PLAIN, **factors, "optimizer": muon})
 
 
+@pytest.mark.parametrize("most", [None, 60, 1])
+def test_bits_of_one_process_whoever_computes(pool: RankPool, most: int | None) -> None:
+    """All matrices at once, a few, or one at a time."""
+    expected = jobs_muon.train(None, spread=False)
+    for found in pool.run(jobs_muon.train, most, ranks=4):
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
 def test_a_schedule_scales_both() -> None:
     weight, norm = (nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in ((3, 4), (4,)))
     optimizer = Muon([("a.weight", weight), ("norm.weight", norm)], lr=0.02, adamw_lr=0.01, weight_decay=0)
@@ -89,12 +97,10 @@ def test_a_schedule_scales_both() -> None:
 
 
 def test_pieces_of_a_matrix() -> None:
-    """Seven rows over three ranks are three, three and one, as fully_shard cuts them; within half of eight columns."""
-    whole = torch.arange(56).view(7, 8)
+    """Seven rows over three ranks are three, three and one, as fully_shard cuts them."""
     rows, columns = MatrixCut(None, 3, 0, 0, 7), MatrixCut(None, 2, 1, 1, 8)
-    parts = [own_piece(whole, [replace(rows, index=index), columns]) for index in range(3)]
-    assert [len(part) for part in parts] == [3, 3, 1]
-    assert torch.equal(torch.cat(parts), whole[:, 4:])
+    assert [rows.piece(rank) for rank in range(3)] == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert [columns.piece(rank) for rank in range(2)] == [slice(0, 4), slice(4, 8)]
 
 
 @pytest.mark.parametrize(

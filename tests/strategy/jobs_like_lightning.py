@@ -160,9 +160,18 @@ def tuned(
 
 
 def copies(folder: str, path: str | None) -> list[str]:
-    """A Trainer that has run can be copied in every way, and the copy can train."""
-    module, run = Learner(path), make("", folder)
+    """A strategy can be copied while it trains, a Trainer that has run in every way, and the copy can train."""
+    midway: list[Any] = []
+
+    def copy_strategy(trainer: pl.Trainer, *_: Any) -> None:
+        midway.append(copy.deepcopy(trainer.strategy))
+
+    callback = lightning_callbacks.LambdaCallback(on_train_batch_start=copy_strategy)
+    module, run = Learner(path), make("", folder, [callback])
     run.fit(module)
+    here = ("_mesh", "_registry", "_even", "_step_ahead", "_predicting", "_background", "_roll_call")
+    assert [name for twin in midway for name in here if getattr(twin, name) is not None] == []
+    run.callbacks.remove(callback)  # type: ignore[attr-defined]
     again = pickle.loads(pickle.dumps(run))
     kinds = [type(again.strategy).__name__, type(copy.deepcopy(run.strategy)).__name__]
     torch.save(module, io.BytesIO())

@@ -4,14 +4,14 @@
 Padded channels are zero in all three projections, so they add nothing and have no gradient that anybody reads. A padded stack is
 not kept for backward: it is made again from the flat one.
 
-Legend: M rows in expert order, L local experts, D hidden size, w channels of the local experts, P channels with padding, B experts
-of a bucket, F width of a bucket, b rows of a bucket.
+Legend: M rows in expert order, L local experts, D hidden size, w channels of the local experts, P channels with padding, X experts
+that have channels, B experts of a bucket, F width of a bucket, b rows of a bucket.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,16 +38,22 @@ class Buckets:
         experts: Experts of each bucket, the widest first; those without a channel are in none.
         widths: F of each bucket.
         place_w: Where each channel of the flat stack is among the P padded ones, int64.
+        order_X: The experts of all buckets one after the other, int64.
     """
 
     experts: list[list[int]]
     widths: list[int]
     place_w: Tensor
+    order_X: Tensor
 
     @property
     def channels(self) -> int:
         """P."""
         return sum(len(part) * width for part, width in zip(self.experts, self.widths, strict=True))
+
+    def to(self, device: torch.device) -> Buckets:
+        """With tensors on a device."""
+        return replace(self, place_w=self.place_w.to(device), order_X=self.order_X.to(device))
 
 
 def make_buckets(widths: Sequence[int]) -> Buckets:
@@ -66,7 +72,8 @@ def make_buckets(widths: Sequence[int]) -> Buckets:
         for expert in part:
             starts[expert], begin = begin, begin + top
     places = [torch.arange(starts[e], starts[e] + width) for e, width in enumerate(widths) if width]
-    return Buckets(experts, tops, torch.cat(places) if places else torch.empty(0, dtype=torch.int64))
+    none, order = torch.empty(0, dtype=torch.int64), [expert for part in experts for expert in part]
+    return Buckets(experts, tops, torch.cat([none, *places]), torch.tensor(order, dtype=torch.int64))
 
 
 def _padded(flat_wD: Tensor, buckets: Buckets) -> Tensor:
@@ -110,6 +117,7 @@ def in_buckets(
     x_MD: Tensor,
     weight_M: Tensor,
     counts: Sequence[int],
+    counts_L: Tensor,
     stacks: Sequence[Tensor],
     buckets: Buckets,
     activation: Activation,
@@ -120,6 +128,7 @@ def in_buckets(
         x_MD: Token of each row.
         weight_M: Router weight of each row.
         counts: Rows of each expert.
+        counts_L: The same on the device.
         stacks: Gate, up and down, ``[w, D]`` each.
         buckets: Of these experts, on the device.
         activation: Of the gate.
@@ -129,12 +138,12 @@ def in_buckets(
     kept = _Kept(stacks, padded, buckets)
     x_parts, weight_parts = x_MD.split(list(counts)), weight_M.split(list(counts))
     y_parts: list[Tensor] = [part.new_zeros(part.shape) for part in x_parts]  # of experts without a channel
+    counts_X = counts_L.index_select(0, buckets.order_X).split([len(part) for part in buckets.experts])
     start = 0
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-        for experts, width in zip(buckets.experts, buckets.widths, strict=True):
+        for experts, width, counts_B in zip(buckets.experts, buckets.widths, counts_X, strict=True):
             end, own = start + len(experts) * width, [counts[e] for e in experts]
             gate, up, down = (stack_PD[start:end].view(len(experts), width, -1) for stack_PD in padded)
-            counts_B = torch.tensor(own, device=x_MD.device)
             weight_b = torch.cat([weight_parts[e] for e in experts])
             rows = ExpertRows(None, weight_b, counts_B, distinct=True, counts=own)
             x_bD = torch.cat([x_parts[e] for e in experts])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +123,7 @@ class PackedExperts(RoutedExperts):
         x_MD = read_tokens(x_AD, rows)
         if grouped:
             buckets = _buckets(widths, x_AD.device)
-            y_MD = in_buckets(x_MD, rows.weight_M, counts, stacks, buckets, self.activation)
+            y_MD = in_buckets(x_MD, rows.weight_M, counts, rows.counts_L, stacks, buckets, self.activation)
         else:
             flat = (stack.split(widths) for stack in stacks)
             parts = zip(x_MD.split(counts), rows.weight_M.split(counts), *flat, strict=True)
@@ -143,5 +142,4 @@ class PackedExperts(RoutedExperts):
 
 @functools.lru_cache(maxsize=4096)
 def _buckets(widths: tuple[int, ...], device: torch.device) -> Buckets:
-    buckets = make_buckets(widths)
-    return replace(buckets, place_w=buckets.place_w.to(device))
+    return make_buckets(widths).to(device)

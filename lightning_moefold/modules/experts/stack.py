@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stack of experts in parts whose gradients are written where they belong in the stack's, so that none is copied."""
+"""A stack of experts in parts, whose gradients are written where they belong in the stack's, by kernels that write there.
+
+The loop and cuBLAS do, and none is copied. Grouped products and those in FP8 return gradients in memory of their own; those of
+several parts are then copied into one stack.
+"""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_moefold.balance.fast import CopyCounter
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.base import parallel_roots
 from lightning_moefold.modules.moe import MoELayer
@@ -121,12 +122,20 @@ class ScheduleRunner:
 
     @contextmanager
     def counters_kept(self) -> Iterator[None]:
-        """Tokens are counted once, however often they pass."""
+        """Tokens and calls are counted once, however often tokens pass."""
         layers = [m for m in self._network.modules() if isinstance(m, MoELayer)]
-        counters = [(c, c.clone()) for layer in layers for c in (layer.load_E, layer.dropped_E)]
-        yield
-        for counter, before in counters:
-            counter.copy_(before)
+        found = (c for m in layers for c in (m.load_E, m.dropped_E, m.gate.counts_E, m.gate.call))
+        counters = [(counter, counter.clone()) for counter in found if counter is not None]
+        copies = [(layer, layer.copies) for layer in layers]
+        for layer in layers:
+            layer.copies = CopyCounter()
+        try:
+            yield
+        finally:
+            for counter, before in counters:
+                counter.copy_(before)
+            for layer, before_copies in copies:
+                layer.copies = before_copies
 
     # ---- forward and backward ----------------------------------------------------------------------------------
 

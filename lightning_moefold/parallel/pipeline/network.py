@@ -28,6 +28,7 @@ from lightning_moefold.layout import even_split
 from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.base import wide
 from lightning_moefold.modules.moe import MoELayer
+from lightning_moefold.modules.routers import Router
 from lightning_moefold.modules.routers.statistics import split_table
 from lightning_moefold.parallel.network.position_check import check_positions
 from lightning_moefold.parallel.network.protocol import LOSS, OUTPUT, RATIO, LayeredNetwork, check_shape, read_head
@@ -86,7 +87,7 @@ class StagedNetwork(Staged[NetworkCall]):
         self._shapes: dict[Any, Wire] = {}
         self._tried: set[int] = set()
         self._keeping: dict[int, dict[str, MoELayer]] = {}
-        self._latest: tuple[NetworkCall, Randomness] | None = None
+        self._latest: tuple[NetworkCall, _Drawn] | None = None
 
     @property
     @override
@@ -160,7 +161,7 @@ class StagedNetwork(Staged[NetworkCall]):
         inner = shape[1:dimensions] if call.cut is None else [call.cut.length, *shape[2:dimensions]]
         call.wires = (Wire((max(call.lengths), *inner), _DTYPES[dtype]),)
         tell_blocks(self.network.blocks(), call.cut)
-        self._latest = call, Randomness(self.device)
+        self._latest = call, _Drawn(self.module, self.device)
 
     @property
     def _is_first_of_stage(self) -> bool:
@@ -309,7 +310,7 @@ class StagedNetwork(Staged[NetworkCall]):
         Raises:
             InputError: On every rank, if no layer has kept its routing.
         """
-        call, randomness = self._latest or (None, None)
+        call, drawn = self._latest or (None, None)
         routed = {} if call is None else dict(sorted(call.routed.items()))
         none = torch.zeros(0, dtype=torch.float64, device=self.device)
         flat = comm.all_reduce_raw(torch.cat([none, *(t.flatten() for t in routed.values())]), self.mesh.stage)
@@ -327,17 +328,32 @@ class StagedNetwork(Staged[NetworkCall]):
                 "no MoE layer has kept its routing; make layers with keep_routing=True and run the network in training mode first."
             )
         assert call is not None
-        assert randomness is not None
+        assert drawn is not None
         loss = (value[0] / layers).to(wide(call.wires[0].dtype))
         if not torch.is_grad_enabled():
             return loss
         again = replace(call, slopes={name: slope / layers for name, slope in slopes.items()})
         tell_blocks(self.network.blocks(), again.cut)
-        with pipeline.runner.counters_kept(), randomness.again():
+        with pipeline.runner.counters_kept(), drawn.again():
             kept = pipeline.schedule(again, training=True)
         if again.error is not None:
             raise again.error
         return differentiable(loss, kept, float(self.mesh.dp_cp.size))
+
+
+class _Drawn:
+    """What a call of the network is to draw: generators, and the calls that routers make their noise of."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self._randomness = Randomness(device)
+        calls = (m.call for m in network.modules() if isinstance(m, Router))
+        self._calls = [(call, call.clone()) for call in calls if call is not None]
+
+    def again(self) -> AbstractContextManager[None]:
+        """A context in which it is drawn once more; for use in ``counters_kept``, which sets calls of routers back."""
+        for call, then in self._calls:
+            call.copy_(then)
+        return self._randomness.again()
 
 
 def _tensors(batch: Any) -> list[Tensor]:

@@ -24,9 +24,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.models.config import MoEConfig
 from lightning_moefold.modules.recompute_parts import parse_recompute
-from lightning_moefold.parallel.pipeline.plan import V_SHAPED, PipelinePlan, stage_owner
+from lightning_moefold.parallel.pipeline.plan import SCHEDULES, V_SHAPED, PipelinePlan, stage_owner
 
 
 @dataclass(frozen=True)
@@ -80,31 +81,48 @@ def bubble(schedule: str, chunks: int, forward: list[float], backward: list[floa
         forward: F of every rank, seconds per micro-batch.
         backward: B of every rank.
         weight: W of every rank.
+
+    Raises:
+        InputError: For a schedule that is not known.
     """
     totals = [f + b for f, b in zip(forward, backward, strict=True)]
     slowest = max(range(len(totals)), key=totals.__getitem__)
     others = sum(totals) - totals[slowest]
-    if schedule in ("gpipe", "1f1b"):
-        return others
-    if schedule == "interleaved_1f1b":
-        return others / chunks
     filled = sum(weight) - weight[slowest]
-    if schedule == "interleaved_zero_bubble":
-        return max(0.0, others - 2 * filled) / chunks
-    return max(0.0, others - 3 * filled) / 2
+    match schedule:
+        case "gpipe" | "1f1b":
+            return others
+        case "interleaved_1f1b":
+            return others / chunks
+        case "interleaved_zero_bubble":
+            return max(0.0, others - 2 * filled) / chunks
+        case "zbv" | "dualpipev":
+            return max(0.0, others - 3 * filled) / 2
+    raise _unknown(schedule)
 
 
 def chunks_in_flight(schedule: str, pp: int, chunks: int, microbatches: int, rank: int) -> float:
-    """Returns how many model chunks' activations ``rank`` holds at most; ``chunks`` of them are one micro-batch."""
+    """Returns how many model chunks' activations ``rank`` holds at most; ``chunks`` of them are one micro-batch.
+
+    Raises:
+        InputError: For a schedule that is not known.
+    """
     if pp == 1:
         return chunks
-    if schedule == "gpipe":
-        return microbatches * chunks
-    if schedule == "1f1b":
-        return min(microbatches, pp - rank)
-    if schedule in ("interleaved_1f1b", "interleaved_zero_bubble"):
-        return min(microbatches * chunks, 2 * (pp - rank - 1) + (chunks - 1) * pp + 1)
-    return min(microbatches * 2, 2 * pp + (schedule == "dualpipev"))
+    match schedule:
+        case "gpipe":
+            return microbatches * chunks
+        case "1f1b":
+            return min(microbatches, pp - rank)
+        case "interleaved_1f1b" | "interleaved_zero_bubble":
+            return min(microbatches * chunks, 2 * (pp - rank - 1) + (chunks - 1) * pp + 1)
+        case "zbv" | "dualpipev":
+            return min(microbatches * 2, 2 * pp + (schedule == "dualpipev"))
+    raise _unknown(schedule)
+
+
+def _unknown(schedule: str) -> InputError:
+    return InputError(f"the planner has no formulas for pipeline_schedule={schedule!r}; use {' or '.join(SCHEDULES)}.")
 
 
 @lru_cache(maxsize=65536)

@@ -33,6 +33,10 @@ from tests.modules.routers import custom_router, naive
 
 D, E, K, T = 12, 8, 3, 40
 TOPOLOGY = {"name": "topology_aware", "nodes": 2}
+TINY = {
+    "model_type": "mixtral", "vocab_size": 8, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "intermediate_size": 8, "num_local_experts": 4, "max_position_embeddings": 16,
+}  # fmt: skip
 
 
 def _deepseek_v3(**fields: Any) -> tuple[Any, RouterOptions]:
@@ -204,6 +208,18 @@ def test_noise_changes_with_each_call_and_is_off_in_evaluation() -> None:
     other = copy.deepcopy(router).train()
     assert torch.equal(other.call, torch.tensor(3))
     assert "call" in other.state_dict()
+
+
+def test_frozen_first_layers_leave_the_count_of_calls_to_the_others() -> None:
+    """As in fine-tuning with part of the model in evaluation mode."""
+    fields = {"num_hidden_layers": 3, "router": {"input_jitter": 0.3}}
+    model = MoECausalLM(MoEConfig.from_hf(TINY | fields)).train()
+    first, *others = model.moe_layers().values()
+    first.eval()
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    for calls in (1, 2):
+        model(ids, labels=ids)
+        assert [int(layer.gate.call) for layer in (first, *others)] == [0, calls, calls]
 
 
 # ---- forced balance, own routers ---------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from itertools import accumulate
 
 import pytest
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
-from lightning_moefold.parallel.pipeline.plan import PipelinePlan
+from lightning_moefold.parallel.pipeline.plan import SCHEDULES, PipelinePlan
 from lightning_moefold.planner import MODELS, PRESETS, CostModel, Job, Plan, RoutingProfile, find_routing
 from lightning_moefold.planner.cost.schedules import bubble, chunks_in_flight, legal, pipeline_layout
 from lightning_moefold.planner.cost.simulate import chrome_trace, run_fixed, run_split, simulate
@@ -66,6 +67,20 @@ def test_split_backward_waits_less_than_1f1b(schedule, chunks):
     assert len(timeline.events) == 4 * 16 * chunks * 3
     predicted = busy + bubble(schedule, chunks, [chunks * 1.0] * 4, [chunks * 2.0] * 4, [chunks * 1.0] * 4)
     assert timeline.seconds == pytest.approx(predicted, rel=0.12)
+
+
+def test_every_schedule_has_formulas_of_its_own():
+    """Told by the costs of a pipeline whose stages are unequal, and by the chunks that its first rank holds."""
+    costs = [3.0, 2.0, 2.5], [6.0, 4.0, 5.0], [1.0, 0.5, 0.25]
+    found = {name: (bubble(name, 2, *costs), chunks_in_flight(name, 3, 2, 9, 0)) for name in SCHEDULES}
+    assert len(set(found.values())) == len(SCHEDULES)
+
+
+@pytest.mark.parametrize("function", [bubble, chunks_in_flight])
+def test_an_unknown_schedule_has_none(function):
+    arguments = ([1.0] * 4,) * 3 if function is bubble else (4, 8, 0)
+    with pytest.raises(InputError, match="no formulas for pipeline_schedule='another'"):
+        function("another", 2, *arguments)
 
 
 def test_layers_and_ends_are_all_held():
