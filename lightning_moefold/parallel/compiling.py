@@ -69,6 +69,17 @@ def break_reasons(layer: DecoderLayer, mixed_dtype: torch.dtype | None) -> list[
     return reasons
 
 
+def _allow_graphs(layers: int) -> None:
+    """Lets each layer have graphs of its own: noise of routers and dropout depend on a layer's number, a constant of its graphs.
+
+    A layer has two, for the first length and for all lengths, each with and without gradients. torch's own limit is 8 for all
+    layers together, and more is an error where a layer must be one graph.
+    """
+    config, graphs = torch._dynamo.config, 4 * layers + 8
+    config.recompile_limit = max(config.recompile_limit, graphs)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, graphs)
+
+
 def compile_layers(layers: Sequence[DecoderLayer], backend: str, mixed_dtype: torch.dtype | None) -> str:
     """Compiles decoder layers of this rank in place, each as one graph where nothing stands against it.
 
@@ -80,6 +91,7 @@ def compile_layers(layers: Sequence[DecoderLayer], backend: str, mixed_dtype: to
     Returns:
         A sentence on what was compiled, and where graphs break.
     """
+    _allow_graphs(len(layers))
     whole, reasons = 0, dict[str, None]()
     for layer in layers:
         found = break_reasons(layer, mixed_dtype)

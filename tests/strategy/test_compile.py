@@ -70,6 +70,19 @@ def test_one_rank_is_one_graph(pool: RankPool, path: str) -> None:
     assert ours["said"] == ["compile=True: 2 of 2 decoder layers of this rank are one graph each."]
 
 
+@pytest.mark.more
+def test_noise_of_many_layers(pool: RankPool, tmp_path: Path) -> None:
+    """Each layer has a graph of its own, more than torch allows by itself."""
+    path = make_checkpoint(tmp_path / "deep", "qwen2_moe", num_experts=4, num_hidden_layers=10)
+    spec = {**SPEC, "precision": "bf16-true", "overrides": {"router": {"input_jitter": 0.1}}}
+    [[(plain, ours)]] = pool.run(
+        jobs_compile.beside, str(path), [""], {2: make_batches(1, 1, 2, 16, 96)}, spec, ranks=1
+    )
+    _assert_same(plain, ours)
+    assert ours["graphs"] == 10
+    assert ours["breaks"] == 0
+
+
 def test_no_compiler_one_warning(pool: RankPool, path: str, tmp_path: Path) -> None:
     """The run goes on, not compiled."""
     [(said, graphs, losses)] = pool.run(
