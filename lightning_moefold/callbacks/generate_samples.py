@@ -87,6 +87,14 @@ class GenerateSamples(Callback):
                 # A copy, because wandb writes it later.
                 logger.log_table("samples", columns, list(self._table), step=logged_step(trainer))
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self._validations, "table": list(self._table)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validations, self._table = state_dict["validations"], list(state_dict["table"])
+
     def _load(self, model: MoECausalLM) -> Any:
         """Loads the tokenizer, on ranks that need it."""
         path = self._tokenizer if self._tokenizer is not None else model.tokenizer_path

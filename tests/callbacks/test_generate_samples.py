@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_moefold.callbacks import GenerateSamples
 from lightning_moefold.models.texts import pad_left
@@ -62,3 +65,16 @@ def test_arguments() -> None:
     assert ids.tolist() == [[1, 2], [0, 3]]
     assert mask.tolist() == [[1, 1], [0, 1]]
     assert pad_left([])[0].shape == (0, 0)
+
+
+def test_a_resumed_run_counts_on() -> None:
+    """The third validation is the first after the resume; the earlier texts stay in the table."""
+    trainer, module = mock.Mock(sanity_checking=False), BoringModel()
+    before, after = (GenerateSamples(["a"], every_n_validations=3) for _ in range(2))
+    before._table = [[4, "a", "b"]]
+    for _ in range(2):
+        before.on_validation_end(trainer, module)
+    after.load_state_dict(before.state_dict())
+    assert after._table == [[4, "a", "b"]]
+    with pytest.raises(TypeError, match="holds no MoECausalLM"):
+        after.on_validation_end(trainer, module)
