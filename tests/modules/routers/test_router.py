@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from lightning_moefold import MoECausalLM, MoEConfig
 from lightning_moefold.errors import ConfigError
+from lightning_moefold.kernels import noise
 from lightning_moefold.modules import (
     MoELayer,
     Router,
     RouterOptions,
     SwipeOptions,
     TopologyAwareOptions,
-    noise,
     router_z_loss,
     update_expert_bias,
 )
