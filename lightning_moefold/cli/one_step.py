@@ -40,9 +40,12 @@ def make_trainer(arguments: argparse.Namespace) -> pl.Trainer:
     number, pipeline = arguments.num_microbatches, re.search(r"\bpp(\d+)", arguments.fold)
     if number is None and pipeline:
         number = int(pipeline[1])
+    accelerator = arguments.accelerator
+    if accelerator == "auto":  # Lightning's own takes an Apple GPU, on which it runs no strategy of several ranks
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     places = {"devices": arguments.devices, "num_nodes": arguments.num_nodes} | launched()
     return pl.Trainer(
-        strategy=MoEFoldStrategy(fold=arguments.fold, num_microbatches=number), accelerator=arguments.accelerator,
+        strategy=MoEFoldStrategy(fold=arguments.fold, num_microbatches=number), accelerator=accelerator,
         precision=arguments.precision, logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, use_distributed_sampler=False, **places,
     )  # fmt: skip

@@ -59,7 +59,8 @@ class Fixed:
         """Returns the settings that are left to choose, among those that the strategy runs in one call of the model."""
         plan, recompute, dispatcher = self.settings.plan, self.settings.recompute, self.settings.dispatch.dispatcher
         looped = plan.schedule.startswith("interleaved")
-        run_here = [s for s in SCHEDULES if s != "gpipe" and (splits_backward() or s not in SPLIT_BACKWARD)]
+        split = splits_backward() and not self.settings.one_backward
+        run_here = [s for s in SCHEDULES if s != "gpipe" and (split or s not in SPLIT_BACKWARD)]
         return Space(
             schedules=tuple(run_here) if plan == PipelinePlan() else (plan.schedule,),
             recomputes=RECOMPUTES if recompute is None else (recompute_text(recompute),),

@@ -25,8 +25,9 @@ class SameBatch:
     """Lets all ranks act after the same batch on what any of them was told, at whatever moment.
 
     Whoever was told something writes into the store of the process group after which batch all ranks act: that which ends the
-    optimizer step after the next, which no rank can have passed, since every step has collectives of all ranks. Ranks ask
-    the store after each batch, without waiting for a device.
+    optimizer step after the next. No rank can have passed that one, because Lightning tells all ranks before each batch whether
+    SIGTERM came, and each waits until it has heard (on CUDA collectives of a step alone would not hold the host). Ranks ask the
+    store after each batch, without waiting for a device.
 
     Args:
         trainer: The Trainer, about to train.

@@ -124,8 +124,13 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
 
     def pack(self, tensor: Tensor) -> Any:
         """Returns what autograd keeps instead of a tensor."""
+        if type(tensor) not in (
+            Tensor,
+            nn.Parameter,
+        ):  # what a subclass holds (DTensor, tensors in FP8) is its own affair
+            return tensor
         whole = tensor.untyped_storage()
-        if isinstance(tensor, DTensor) or tensor.device.type not in DEVICES or whole.nbytes() < SMALLEST:
+        if tensor.device.type not in DEVICES or whole.nbytes() < SMALLEST:
             return tensor
         if tensor.numel() * tensor.element_size() != whole.nbytes():
             return tensor

@@ -107,18 +107,31 @@ class Settings:
         """Whether decoder layers are compiled."""
         return self.compiler is not None
 
+    @property
+    def one_backward(self) -> str | None:
+        """The setting under which layers compute their gradients in one piece, so that no schedule can split them; or None."""
+        if self.compiles:
+            return "compile=True"
+        return f"expert_kernel={self.expert_kernel!r}" if self.expert_kernel == "transformer_engine" else None
+
     def check_pipeline(self, pp: int) -> None:
         """Raises unless ``pp`` pipeline ranks can run so; see :meth:`~.pipeline.plan.PipelinePlan.check`.
 
         Raises:
             UnsupportedFeature: For a schedule that this release of torch computes wrongly.
+            InputError: For a schedule that splits backward, where layers compute their gradients in one piece.
         """
+        if pp > 1 and self.plan.schedule in SPLIT_BACKWARD and self.one_backward is not None:
+            raise InputError(
+                f"pipeline_schedule={self.plan.schedule!r} splits backward, and with {self.one_backward} a layer computes its "
+                f"gradients in one piece; leave {self.one_backward.partition('=')[0]} out, or use 'interleaved_1f1b'."
+            )
         if pp > 1 and self.plan.schedule in SPLIT_BACKWARD and not splits_backward():
             raise UnsupportedFeature(
                 f"pipeline_schedule={self.plan.schedule!r} splits backward, in which torch {torch.__version__} loses gradients; "
                 "use torch 2.12 or newer, or 'interleaved_1f1b'."
             )
-        self.plan.check(pp, self.num_microbatches, self.sharding.mode, self.recompute, self.compiles)
+        self.plan.check(pp, self.num_microbatches, self.sharding.mode, self.recompute)
 
     def check_successor(self, later: Settings, pp: int) -> None:
         """Raises unless a module that was cut under these settings can go on under later ones, with ``pp`` pipeline ranks.

@@ -101,9 +101,14 @@ def test_activations_are_offloaded_as_the_strategy_does() -> None:
     assert fixed.space(("alltoall",)).offloads == ("none",)
 
 
-def test_schedules_that_this_torch_computes_wrongly_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedules_that_cannot_run_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = Fixed(8, 8, "32-true", Settings(), None)
     assert {"zbv", "dualpipev", "interleaved_zero_bubble"} < set(fixed.space(("alltoall",)).schedules)
+    for settings in (Settings(compiler="inductor"), Settings(expert_kernel="transformer_engine")):  # which refuse them
+        assert set(Fixed(8, 8, "32-true", settings, None).space(("alltoall",)).schedules) == {
+            "1f1b",
+            "interleaved_1f1b",
+        }
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
     assert set(fixed.space(("alltoall",)).schedules) == {"1f1b", "interleaved_1f1b"}
 

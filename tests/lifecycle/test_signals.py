@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from lightning_moefold.lifecycle.signals import requeue_together, stop_quietly
 from lightning_moefold.testing import make_checkpoint
@@ -131,3 +133,9 @@ def test_a_validation_before_training_leaves_sigterm_to_slurm() -> None:
         signal.signal(signal.SIGTERM, before)
     assert not connector.received_sigterm
     assert [callback._told for callback in trainer.callbacks] == [signal.SIGTERM]
+
+
+def test_ranks_wait_for_each_other_before_each_batch() -> None:
+    """By Lightning's own broadcast, whose value the host reads: so none is more than a batch ahead, as ``SameBatch`` needs it."""
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(_TrainingEpochLoop.advance)
+    assert ".item()" in inspect.getsource(_TrainingEpochLoop._broadcast_sigterm_tensor)

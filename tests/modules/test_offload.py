@@ -91,18 +91,24 @@ def test_nothing_to_offload() -> None:
 
 def test_layers_share_the_streams_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each stream has memory of its own: with streams of their own, layers could not use each other's."""
-    given = mock.Mock(return_value=mock.Mock(times=0))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: object())
-    monkeypatch.setattr(offload, "_Kept", given)
-    for number in (98, 98, 99):  # no such device: what is remembered is not found again
-        tensor = mock.MagicMock(is_cuda=True, device=torch.device("cuda", number))
-        tensor.numel.return_value, tensor.element_size.return_value = offload.SMALLEST, 1
-        tensor.untyped_storage().nbytes.return_value = offload.SMALLEST
-        with offload.OffloadedLayer(torch.nn.Linear(2, 2)) as layer:
-            layer.pack(tensor)
-    first, second, other = (call.args[1] for call in given.call_args_list)
+    # No such devices: what is remembered is not found again.
+    first, second, other = (offload._streams_of(torch.device("cuda", number)) for number in (98, 98, 99))
     assert first is second is not other
+
+
+def test_a_subclass_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds is not what its storage says: tensors in FP8 of Transformer Engine, for example."""
+
+    class Holder(torch.Tensor):
+        pass
+
+    monkeypatch.setattr(offload, "DEVICES", {"cpu"})
+    monkeypatch.setattr(offload, "SMALLEST", 0)
+    held = torch.ones(3).as_subclass(Holder)
+    with offload.OffloadedLayer(torch.nn.Linear(2, 2)) as layer:
+        assert layer.pack(held) is held
+    assert layer.count == 0
 
 
 class Event:

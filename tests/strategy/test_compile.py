@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,9 +109,10 @@ def test_what_each_device_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 
 @pytest.mark.parametrize("schedule", ["zbv", "dualpipev", "interleaved_zero_bubble"])
-def test_schedules_that_split_backward_are_refused(schedule: str) -> None:
+@pytest.mark.parametrize("option", [{"compile": True}, {"expert_kernel": "transformer_engine"}])
+def test_schedules_that_split_backward_are_refused(schedule: str, option: dict[str, Any]) -> None:
     strategy = MoEFoldStrategy(
-        fold="pp2", num_microbatches=4, pipeline_schedule=schedule, num_stages_per_rank=2, compile=True
+        fold="pp2", num_microbatches=4, pipeline_schedule=schedule, num_stages_per_rank=2, **option
     )
-    with pytest.raises(ValueError, match="compile=False"):
+    with pytest.raises(ValueError, match=f"leave {next(iter(option))} out, or use 'interleaved_1f1b'"):
         strategy.settings.check_pipeline(2)

@@ -28,7 +28,7 @@ from lightning_moefold.modules.experts.float8_products import check_float8
 from lightning_moefold.modules.experts.kernels import ExpertKernel, ExpertLoRA, gated_experts
 from lightning_moefold.modules.experts.products import grouped_never_waits
 from lightning_moefold.modules.experts.stack import split_stack
-from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts
+from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts, check_recipe
 from lightning_moefold.modules.mlp import ACTIVATIONS
 from lightning_moefold.modules.quantized import CodedModule, CodedStack
 from lightning_moefold.modules.recompute import recomputed
@@ -308,6 +308,7 @@ class Experts(RoutedExperts, CodedModule):
             x_AD, *stacks = (t.to(dtype) for t in (x_AD, *stacks))
         weights: list[Any] = list(stacks[:3])
         if self.kernel == "transformer_engine" and x_AD.dtype != torch.float64:
+            check_recipe(self.mesh)
             experts, width, hidden = weights[0].shape
             key = chunk, experts, width, weights[0].dtype  # another when the layer is bound to another fold
             if key not in self._engines:

@@ -37,6 +37,7 @@ from lightning_moefold.dispatch.base import expert_of_rows
 from lightning_moefold.dispatch.permutation import take_distinct
 from lightning_moefold.errors import InputError
 from lightning_moefold.kernels import gated
+from lightning_moefold.mesh import FoldedMesh
 from lightning_moefold.modules.experts.kernels import Activation, read_tokens, sum_rows
 
 
@@ -57,6 +58,29 @@ def load() -> Any:
             "[te], or use 'auto'."
         ) from error
     return te
+
+
+def check_recipe(mesh: FoldedMesh | None) -> None:
+    """Checks that ranks agree on scales within their pipeline stage only, as other stages are in other passes.
+
+    With delayed scaling, Transformer Engine's ``autocast`` takes the largest values of all ranks of a group, by default the world.
+
+    Raises:
+        InputError: If the group is another one than the stage's.
+    """
+    quantization = sys.modules.get("transformer_engine.pytorch.quantization")
+    if mesh is None or mesh.fold.pp == 1 or quantization is None:
+        return
+    state = quantization.FP8GlobalStateManager
+    if not state.is_fp8_enabled():
+        return
+    recipe, group = state.get_fp8_recipe(), state.get_fp8_group()
+    if recipe.delayed() and recipe.reduce_amax and (group is None or group is not mesh.stage.group):
+        raise InputError(
+            "in a pipeline, delayed scaling would wait for ranks of other stages; give Transformer Engine's autocast "
+            "amax_reduction_group=trainer.strategy.mesh.stage.group, or recipe=DelayedScaling(reduce_amax=False) or "
+            "Float8CurrentScaling()."
+        )
 
 
 class TransformerEngineExperts:

@@ -84,9 +84,7 @@ class PipelinePlan:
             f"more, and {2 * pp} or more keep ranks busy."
         )
 
-    def check(
-        self, pp: int, num_microbatches: int, sharding: str, recompute: Recompute | None = None, compiled: bool = False
-    ) -> None:
+    def check(self, pp: int, num_microbatches: int, sharding: str, recompute: Recompute | None = None) -> None:
         """Raises unless ``pp`` ranks can run the schedule.
 
         Raises:
@@ -117,11 +115,6 @@ class PipelinePlan:
                 "with data_parallel_sharding='full'; use data_parallel_sharding='optimizer', or 'interleaved_1f1b'."
             )
 
-        if name in SPLIT_BACKWARD and compiled:
-            raise InputError(
-                f"pipeline_schedule={name!r} splits backward, and a compiled layer computes its gradients in one piece; use "
-                "compile=False, or 'interleaved_1f1b'."
-            )
         if name in SPLIT_BACKWARD and recompute is not None:
             raise InputError(
                 f"pipeline_schedule={name!r} splits backward, and each part would compute again what recompute={recompute!r} has "

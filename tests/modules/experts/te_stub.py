@@ -39,7 +39,7 @@ class FP8GlobalStateManager:
 
     @classmethod
     def get_fp8_recipe(cls) -> Any:
-        return cls.recipe or SimpleNamespace(name="default")
+        return cls.recipe or SimpleNamespace(name="default", delayed=lambda: False)
 
     @classmethod
     def get_fp8_group(cls) -> Any:

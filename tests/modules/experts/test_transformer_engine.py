@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import pickle
 import sys
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_moefold.dispatch import DispatchConfig
 from lightning_moefold.dispatch.registry import DISPATCHERS
 from lightning_moefold.modules import Experts, MoELayer
 from lightning_moefold.modules.experts.kernels import gated_experts
-from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts, load
+from lightning_moefold.modules.experts.transformer_engine import TransformerEngineExperts, check_recipe, load
 from lightning_moefold.modules.mlp import ACTIVATIONS
 from lightning_moefold.modules.recompute import recomputed
 from lightning_moefold.testing import RankPool
@@ -237,3 +238,20 @@ def test_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
     with pytest.raises(RuntimeError, match=r"needs Transformer Engine 2.9 or newer and a CUDA device"):
         load()
+
+
+@pytest.mark.parametrize("group", ["none", "another", "of the stage"])
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("recipe", ["current", "delayed", "delayed by rank"])
+def test_scales_of_a_stage(recipe: str, pp: int, group: str) -> None:
+    """Delayed scaling waits for a group, which must not be more than the stage."""
+    stage = object()
+    mesh: Any = SimpleNamespace(fold=SimpleNamespace(pp=pp), stage=SimpleNamespace(group=stage))
+    given = SimpleNamespace(delayed=lambda: recipe != "current", reduce_amax=recipe == "delayed")
+    groups = {"none": None, "another": object(), "of the stage": stage}
+    refused = pp == 2 and recipe == "delayed" and group != "of the stage"
+    with (
+        te_stub.autocast(recipe=given, amax_reduction_group=groups[group]),
+        pytest.raises(ValueError, match="amax_reduction_group=trainer") if refused else nullcontext(),
+    ):
+        check_recipe(mesh)
