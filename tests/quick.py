@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-EVERY = 5
+EVERY = 3
 """Of this many cases that ``make test`` leaves out, ``make test-more`` runs one."""
 
 
 def quick(cases: Iterable[Any], *chosen: Any) -> list[Any]:
-    """Marks those of ``cases`` that are not chosen: the first of every five as ``more``, the others as ``slow``.
+    """Marks those of ``cases`` that are not chosen: the first of every three as ``more``, the others as ``slow``.
 
     Args:
         cases: Arguments of ``pytest.mark.parametrize``: values, tuples of values, or ``pytest.param``. What is marked
