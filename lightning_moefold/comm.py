@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_moefold.mesh import Axis
 
@@ -121,6 +122,10 @@ def reduce_scatter_uneven_raw(x_ND: Tensor, counts: Counts, axis: Axis) -> Tenso
 # ---- differentiable collectives --------------------------------------------------------------------------------------
 
 
+def _back(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    return ctx.adjoint(grads[0]), None, None
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -131,7 +136,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.adjoint(grads[0]), None, None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            found: tuple[Tensor, None, None] = once_differentiable(_back)(
+                ctx, *grads
+            )  # a second derivative is an error, not zero
+            return found
+        return _back(ctx, *grads)
 
 
 def linear(x: Tensor, forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 
 A layer's forward pass copies what autograd keeps to pinned memory, on a stream of its own, while the layer computes. When backward
 enters a layer, all of it comes back on another stream, and so does what the layer before it kept. The host queues work faster than
-it is done, so it waits for the device now and then: otherwise memory would be taken for layers whose turn is far off. Two layers'
+it is done, so it waits for the device in each layer: otherwise memory would be taken for layers whose turn is far off. Two layers'
 activations are on the device in forward, three in backward. On CPU, where tensors are in host memory already, they stay where they
 are.
 """
@@ -11,6 +11,7 @@ are.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
@@ -24,6 +25,11 @@ from torch.distributed.tensor import DTensor
 SMALLEST = 1 << 20
 #: Devices whose tensors are copied. Tests add the CPU.
 DEVICES = {"cuda"}
+
+#: The last copy to the host of each of the two layers that ran last, and the moment when the device enters the layer that backward
+#: entered last; of whatever micro-batch and pipeline stage, in the order in which the host queued them.
+_COPIED: deque[torch.cuda.Event] = deque(maxlen=2)
+_ENTERED: deque[torch.cuda.Event] = deque(maxlen=1)
 
 
 class _Streams:
@@ -97,11 +103,8 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
     def __init__(self, layer: nn.Module, before: OffloadedLayer | None = None) -> None:
         self._parts = list(layer.modules())
         self._before = None if before is None else weakref.ref(before)
-        self._after: weakref.ref[OffloadedLayer] | None = None
-        if before is not None:
-            before._after = weakref.ref(self)
         self._copied: torch.cuda.Event | None = None  # the latest copy to the host
-        self._entered: torch.cuda.Event | None = None  # by backward
+        self._device: torch.device | None = None
         self._in_backward = False
         self._members: list[weakref.ref[_Kept]] = []
         self.count = 0
@@ -109,16 +112,16 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
         self._weights: set[int] = set()
 
     def __enter__(self) -> OffloadedLayer:
-        before = _alive(self._before)
-        earlier = None if before is None else _alive(before._before)
-        if earlier is not None and earlier._copied is not None:
-            earlier._copied.synchronize()
+        if len(_COPIED) == 2:
+            _COPIED[0].synchronize()
         self._hooks = saved_tensors_hooks(self.pack, unpack)
         self._hooks.__enter__()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
         self._hooks.__exit__(*exc_info)
+        if self._copied is not None:
+            _COPIED.append(self._copied)
         self._by_storage.clear()
         self._weights.clear()
 
@@ -141,7 +144,7 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
             flat = tensor.detach().as_strided((tensor.numel(),), (1,), 0)
             kept = _Kept(flat, _streams_of(tensor.device) if tensor.is_cuda else None)
             self._members.append(weakref.ref(kept))
-            self._copied = kept.copied
+            self._copied, self._device = kept.copied, tensor.device
             self.count += 1
             found = self._by_storage[whole._cdata] = tensor, kept
         found[1].times += 1
@@ -157,17 +160,19 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
     def enter_backward(self) -> None:
         """Starts the way back of what this layer and the one before it have kept, when backward enters this one.
 
-        The host waits until the device has entered the layer after it.
+        The host waits until the device has entered the layer in which backward was before. In another backward of the same graph,
+        and in the second part where a pipeline schedule splits backward, tensors come back one by one.
         """
         if self._in_backward:
             return
         self._in_backward = True
         if self._copied is not None:
-            self._entered = torch.cuda.current_stream().record_event()
-        before, after = _alive(self._before), _alive(self._after)
-        if after is not None and after._entered is not None:
-            after._entered.synchronize()
+            entered = torch.cuda.current_stream(self._device).record_event()
+            if _ENTERED:
+                _ENTERED[0].synchronize()
+            _ENTERED.append(entered)
         self.fetch()
+        before = None if self._before is None else self._before()
         if before is not None:
             before.fetch()
 
@@ -180,10 +185,6 @@ class OffloadedLayer(AbstractContextManager["OffloadedLayer"]):
                         local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
                         self._weights.add(local.untyped_storage()._cdata)
         return storage in self._weights
-
-
-def _alive(layer: weakref.ref[OffloadedLayer] | None) -> OffloadedLayer | None:
-    return None if layer is None else layer()
 
 
 def unpack(packed: Any) -> Tensor:

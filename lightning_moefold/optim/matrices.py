@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-#: Of whole matrices that a rank holds at a time.
+#: Numbers of whole matrices that a rank holds at a time, if the ranks divide them evenly; the busiest may hold one part more.
 MOST_NUMBERS = 1 << 28
 
 
@@ -112,7 +112,7 @@ class Part:
 
 
 def in_chunks(matrices: Iterable[tuple[Tensor, bool]]) -> Iterator[list[Part]]:
-    """Yields parts of matrices that have at most :data:`MOST_NUMBERS`, or a single part, the same on all ranks.
+    """Yields parts of matrices of about :data:`MOST_NUMBERS` a rank, or a single part, the same on all ranks.
 
     Args:
         matrices: Parameters, and whether their first dimension is that of experts.
@@ -129,7 +129,7 @@ def in_chunks(matrices: Iterable[tuple[Tensor, bool]]) -> Iterator[list[Part]]:
 
 
 def _parts_of(parameter: Tensor, experts: bool) -> Iterator[Part]:
-    """A stack in so many parts that each of the ranks that divide the work has one, or in more."""
+    """Cuts a stack into about as many parts as there are ranks that divide the work, or into more so that none is too large."""
     cuts = cuts_of(parameter, experts)
     ranks, matrix = prod(cut.ranks for cut in cuts), prod(parameter.shape[-2:])
     if not experts:

@@ -73,11 +73,10 @@ def _allow_graphs(layers: int) -> None:
     """Lets each layer have graphs of its own: noise of routers and dropout depend on a layer's number, a constant of its graphs.
 
     A layer has two, for the first length and for all lengths, each with and without gradients. torch's own limit is 8 for all
-    layers together, and more is an error where a layer must be one graph.
+    layers of a process together, those of earlier models included, and more is an error where a layer must be one graph.
     """
-    config, graphs = torch._dynamo.config, 4 * layers + 8
-    config.recompile_limit = max(config.recompile_limit, graphs)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, graphs)
+    torch._dynamo.config.recompile_limit += 4 * layers
+    torch._dynamo.config.accumulated_recompile_limit += 4 * layers
 
 
 def compile_layers(layers: Sequence[DecoderLayer], backend: str, mixed_dtype: torch.dtype | None) -> str:

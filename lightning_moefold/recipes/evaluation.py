@@ -124,12 +124,9 @@ class FoldLM(TemplateLM):
 
         def note(logits: Tensor, labels: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
             sum_R, count_R = log_probabilities(logits, labels)
-            for row, number in enumerate(place.tolist()):
-                if number >= 0:
-                    kept = labels[row, 1:] != IGNORED
-                    best = logits[row, :-1][kept].argmax(-1)
-                    table_N2[number, 0] = sum_R[row].double()
-                    table_N2[number, 1] = bool((best == labels[row, 1:][kept]).all())
+            if mine:  # otherwise the only row is nobody's
+                right_RS = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
+                table_N2[place] = torch.stack([sum_R.double(), right_RS.all(1).double()], dim=1)
             return sum_R.sum(), count_R.sum()
 
         inputs = {"input_ids": ids_RS, "labels": labels_RS, "attention_mask": mask_RS, "place": place_R}

@@ -103,3 +103,14 @@ def test_a_copy_is_not_compiled(tmp_path: Path) -> None:
     layer.compile(backend="aot_eager", fullgraph=True)
     assert copy.deepcopy(model).model.layers["0"]._compiled is None
     assert layer._compiled is not None
+
+
+@pytest.mark.parametrize("family", quick(["mixtral", "qwen2_moe", "qwen3_moe"], "mixtral"))
+def test_padded_rows_of_changing_lengths(family: str, tmp_path: Path) -> None:
+    """The graph breaks at attention's mask, and the rest begins in the middle of a layer, where lengths are symbolic."""
+    path = make_checkpoint(tmp_path / "model", family, num_experts=8, num_hidden_layers=2)
+    plain, compiled = _model(path, None), _model(path, None)
+    for layer in _layers(compiled):
+        layer.compile(backend="aot_eager", fullgraph=True)
+    for length in (24, 32, 40):
+        _same_step(plain, compiled, length, "left")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -126,7 +127,9 @@ def test_the_host_does_not_run_far_ahead(monkeypatch: pytest.MonkeyPatch) -> Non
     log: list[str] = []
     stream, place = mock.Mock(), "none"
     stream.record_event = lambda: Event(log, f"in {place}")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    monkeypatch.setattr(offload, "_COPIED", deque(maxlen=2))
+    monkeypatch.setattr(offload, "_ENTERED", deque(maxlen=1))
     monkeypatch.setattr(offload, "DEVICES", {"cpu"})
     monkeypatch.setattr(offload, "SMALLEST", 0)
     real, fetched = offload._Kept.__init__, offload._Kept.fetch
@@ -150,6 +153,12 @@ def test_the_host_does_not_run_far_ahead(monkeypatch: pytest.MonkeyPatch) -> Non
     for place in ("3", "2", "1", "0"):
         offload.unpack(packed[int(place)])
     assert log == ["fetch 3", "fetch 2", "in 3", "fetch 1", "in 2", "fetch 0", "in 1"]
+    log.clear()
+    for place in ("next", "next but one"):  # another micro-batch: a chain of its own, such as a stage of one layer has
+        with offload.OffloadedLayer(torch.nn.Linear(1, 1)) as layer:
+            packed.append(layer.pack(torch.ones(3)))
+        offload.unpack(packed[-1])
+    assert log == ["copies of 2", "in 0", "fetch next", "copies of 3", "in next", "fetch next but one"]
 
 
 def test_a_weight_that_is_gathered_while_the_layer_runs(monkeypatch: pytest.MonkeyPatch) -> None:

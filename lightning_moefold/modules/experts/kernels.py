@@ -236,8 +236,9 @@ def read_tokens(x_AD: Tensor, rows: ExpertRows) -> Tensor:
     """The token of each row, ``[A, D] -> [M, D]``."""
     if rows.token_M is None:
         return x_AD
-    tokens = x_AD.shape[0]
-    return linear(x_AD, lambda x: _rows_of(x, rows), lambda grad: _add_rows(grad, rows, tokens))
+    # torch.compile, where it begins in the middle of a layer, loses a symbolic number that the adjoint holds, but not a tensor.
+    like_A0 = x_AD.new_empty(x_AD.shape[0], 0)
+    return linear(x_AD, lambda x: _rows_of(x, rows), lambda grad: _add_rows(grad, rows, like_A0.shape[0]))
 
 
 def sum_rows(y_MD: Tensor, rows: ExpertRows, tokens: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_moefold.comm import linear
 from lightning_moefold.kernels.float32 import exact_linear
 from lightning_moefold.modules.routers.router import RouterOutput
 from lightning_moefold.modules.sequence import SequenceBatch
@@ -61,6 +62,15 @@ def sum_of_groups(x_TE: Tensor, group_T: Tensor, groups: int) -> Tensor:
         group_T: The group of each row.
         groups: G.
     """
+    total = _by_product if x_TE.is_cuda else _by_index
+    return linear(x_TE, lambda x: total(x, group_T, groups), lambda grad_GE: grad_GE.index_select(0, group_T))
+
+
+def _by_index(x_TE: Tensor, group_T: Tensor, groups: int) -> Tensor:
+    return x_TE.new_zeros(groups, x_TE.shape[1]).index_add_(0, group_T, x_TE)
+
+
+def _by_product(x_TE: Tensor, group_T: Tensor, groups: int) -> Tensor:
     member_GT = group_T == torch.arange(groups, device=group_T.device).unsqueeze(1)
     with torch.autocast(x_TE.device.type, enabled=False):  # it would sum in 16 bits
         return exact_linear(member_GT.to(x_TE.dtype), x_TE.t())

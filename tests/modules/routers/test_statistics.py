@@ -6,13 +6,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_moefold.modules.routers import statistics
 from lightning_moefold.modules.routers.statistics import sum_of_groups
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_sums_and_gradients_are_those_of_index_add(dtype: torch.dtype, bound: float, autocast: bool) -> None:
-    """Group 2 has no tokens; under autocast nothing is rounded to 16 bits."""
+@pytest.mark.parametrize("way", ["_by_index", "_by_product"])
+def test_sums_and_gradients_are_those_of_index_add(
+    way: str, dtype: torch.dtype, bound: float, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU and, here too, as on CUDA. Group 2 has no tokens; under autocast nothing is rounded to 16 bits."""
+    monkeypatch.setattr(statistics, "_by_index", getattr(statistics, way))
     generator = torch.Generator().manual_seed(0)
     x_TE = torch.rand(1000, 8, generator=generator, dtype=dtype).requires_grad_()
     group_T = torch.tensor([0, 1, 3, 4])[torch.randint(4, (1000,), generator=generator)]
