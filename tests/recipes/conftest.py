@@ -36,4 +36,4 @@ def fitted(folder: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run of examples/finetune.yaml on two ranks that one command has started, and what it printed."""
     output = folder / "fitted"
     words = [sys.executable, "-m", "lightning_moefold", "fit", *arguments(folder, output)]
-    return output, subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    return output, subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
