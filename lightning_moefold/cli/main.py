@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(given)
     try:
         check_paths(arguments, given)
+        check_replaces_nothing_read(arguments)
         status: int = module.run(arguments)
     except BrokenPipeError:
         return 1
@@ -105,6 +106,20 @@ def check_paths(arguments: argparse.Namespace, given: Sequence[str]) -> None:
                     f"{option}{addresses[str(Path(str(one)))]} is an address, and files of moefold {arguments.command} are "
                     "local; give a plain path."
                 )
+
+
+def check_replaces_nothing_read(arguments: argparse.Namespace) -> None:
+    """Refuses an output that is the model which the command reads, and which would be gone.
+
+    Raises:
+        InputError: If it is.
+    """
+    source, output = (getattr(arguments, name, None) for name in ("checkpoint", "output"))
+    both = source is not None and output is not None and Path(source).is_dir() and Path(output).is_dir()
+    if both and Path(str(output)).samefile(str(source)):
+        raise InputError(
+            f"--output {output} is the model of --checkpoint, which it would replace; give another directory."
+        )
 
 
 if __name__ == "__main__":

@@ -161,6 +161,8 @@ def read_space(arguments: argparse.Namespace, job: Job) -> Space:
         space = replace(space, offloads=tuple(name for name in OFFLOADS if {name, "any"} & set(arguments.offload)))
     if arguments.recompute:
         space = replace(space, recomputes=tuple(sorted(arguments.recompute, key=_costs_more)))
+    if arguments.top < 1:
+        raise PlanError(f"--top {arguments.top} must be at least 1.")
     size = arguments.micro_batch_size
     if size == "auto":
         return replace(space, micro_batch_sizes=(1,)) if one and arguments.sharding == "full" else space

@@ -7,6 +7,7 @@ import argparse
 
 from lightning_moefold.fold import Fold
 from lightning_moefold.modules.recompute_parts import parse_recompute
+from lightning_moefold.testing import RankError
 from lightning_moefold.testing.verification import TOLERANCE, verify
 
 
@@ -47,10 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
         "recompute": parse_recompute(arguments.recompute), "context_parallel_exchange": arguments.exchange,
         "pipeline_schedule": arguments.schedule, "num_stages_per_rank": arguments.stages_per_rank,
     }  # fmt: skip
-    findings = verify(
-        arguments.checkpoint, arguments.fold, arguments.ranks, layers=arguments.layers, steps=arguments.steps,
-        length=arguments.length, seed=arguments.seed, strategy=strategy,
-    )  # fmt: skip
+    try:
+        findings = verify(
+            arguments.checkpoint, arguments.fold, arguments.ranks, layers=arguments.layers, steps=arguments.steps,
+            length=arguments.length, seed=arguments.seed, strategy=strategy,
+        )  # fmt: skip
+    except RankError as failed:
+        raise failed.for_user() from failed
     print(f"{Fold.parse(arguments.fold, arguments.ranks)} against Hugging Face's code in one process, float64\n")
     width = max(len(f.what) for f in findings)
     for finding in findings:

@@ -15,7 +15,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from lightning_moefold import errors
 from lightning_moefold.compression.stream import Computing
 from lightning_moefold.errors import InputError
 from lightning_moefold.fold import Fold
@@ -64,15 +63,8 @@ def run_on_ranks(work: Callable[..., T], fold: str, ranks: int, dtype: torch.dty
             try:
                 found = pool.run(_on_pool_rank, work, fold, dtype, batch_size, file, ranks=ranks, timeout=_HOURS)
             except RankError as failed:
-                raise _users(failed) from failed
+                raise failed.for_user() from failed
             return found[0], True
-
-
-def _users(failed: RankError) -> Exception:
-    """The error of the first rank that failed, if a user can mend it; else all of them."""
-    rank = next(iter(failed.exception_types))
-    kind = getattr(errors, failed.exception_types[rank], None)
-    return InputError(failed.messages[rank]) if kind is not None and issubclass(kind, InputError) else failed
 
 
 def _on_pool_rank(work: Callable[..., T], fold: str, dtype: torch.dtype, batch_size: int, file: str) -> T | None:

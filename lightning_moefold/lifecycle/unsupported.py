@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_moefold import comm
-from lightning_moefold.errors import UnsupportedFeature
+from lightning_moefold.errors import InputError, UnsupportedFeature
 from lightning_moefold.fold import Fold
 from lightning_moefold.mesh import Axis, FoldedMesh
 from lightning_moefold.models import MoECausalLM
@@ -175,7 +175,14 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule, fold: Fold) -
 
     Raises:
         UnsupportedFeature: If a feature cannot work; the message names it and says what to do.
+        InputError: If a number of the Trainer's means nothing.
     """
+    if trainer.gradient_clip_val is not None and trainer.gradient_clip_val < 0:
+        raise InputError(
+            f"gradient_clip_val={trainer.gradient_clip_val} would clip nothing; give a positive number, or leave it out."
+        )
+    if trainer.accumulate_grad_batches < 1:
+        raise InputError(f"accumulate_grad_batches={trainer.accumulate_grad_batches} must be at least 1.")
     spread = bool(parallel_roots(module)) or fold.pp > 1
     shared = spread and fold.world_size > 1
     # In mixed precision FSDP2 casts, and so wraps the model, also on one rank.

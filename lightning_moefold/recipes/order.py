@@ -45,7 +45,9 @@ def check_batch_size(batch_size: int, ranks: int) -> None:
     Raises:
         InputError: If it cannot.
     """
-    if batch_size < 1 or batch_size % ranks:
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be at least 1.")
+    if batch_size % ranks:
         raise InputError(
             f"batch_size={batch_size} rows cannot be dealt evenly to {ranks} data ranks; use a multiple of {ranks}."
         )

@@ -30,6 +30,7 @@ from typing import Any
 import torch.distributed as dist
 from typing_extensions import Self
 
+from lightning_moefold import errors
 from lightning_moefold.errors import InputError
 from lightning_moefold.testing.worker import LOOPBACK, Outcome, RankFailure, Request
 
@@ -64,6 +65,14 @@ class RankError(RuntimeError):
         self.exception_types = {rank: failure.exception_type for rank, failure in failures.items()}
         self.messages = {rank: failure.message for rank, failure in failures.items()}
         self.hung = list(hung)
+
+    def for_user(self) -> Exception:
+        """Returns the error of the first rank that failed, if a user can mend it; otherwise this one, which tells of all ranks."""
+        rank = next(iter(self.exception_types), None)
+        kind = None if rank is None else getattr(errors, self.exception_types[rank], None)
+        if rank is None or kind is None or not issubclass(kind, InputError):
+            return self
+        return InputError(self.messages[rank])
 
 
 class RankTimeout(TimeoutError):

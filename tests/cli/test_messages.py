@@ -123,3 +123,22 @@ def test_an_unknown_key_without_a_near_name_says_what_lists_them():
     assert told == "model: Option 'lrr' is not accepted; --model.help lists the known ones"
     assert one_sentence("model: Option 'lr' is not accepted").endswith("did you mean learning_rate?")
     assert one_sentence("trainer: Option 'xyzw' is not accepted") == "trainer: Option 'xyzw' is not accepted"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["merge", "--adapter", "adapter"], ["camera", "prune", "--energies", "e.npz", "--ratio", "0.5"], ["upcycle"]],
+    ids=lambda words: words[0],
+)
+def test_the_model_that_is_read_is_not_replaced(words, tmp_path, capsys):
+    """Also under another spelling of its path; nothing is read before."""
+    model = tmp_path / "model"
+    model.mkdir()
+    assert main([*words, "--checkpoint", str(model), "--output", f"{tmp_path}/./model/"]) == 2
+    assert "is the model of --checkpoint, which it would replace; give another directory." in capsys.readouterr().err
+    assert list(model.iterdir()) == []
+
+
+def test_no_plans_to_show(capsys):
+    assert main(["plan", "--model", "mixtral-8x7b", "--gpus", "8", "--global-batch-size", "8", "--top", "0"]) == 2
+    assert "--top 0 must be at least 1." in capsys.readouterr().err

@@ -12,11 +12,7 @@ import torch
 from demo_data import read_python_topics, train_tokenizer
 from lightning_moefold import MoECausalLM, MoEConfig
 from lightning_moefold.cli.main import main
-from lightning_moefold.compression.ranks import _users
-from lightning_moefold.errors import InputError
 from lightning_moefold.testing import make_checkpoint
-from lightning_moefold.testing.pool import RankError
-from lightning_moefold.testing.worker import RankFailure
 from tests.compression.test_upcycling import dense_checkpoint
 
 
@@ -112,17 +108,6 @@ def test_bad_input_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[s
         assert message in said
         assert said.count("\n") == 1
     assert not (folder / "x.npz").exists()
-
-
-def test_an_error_of_a_rank_that_the_user_can_mend_is_its_sentence() -> None:
-    def failed(kind: str) -> RankError:
-        first = RankFailure(kind, "use ep in 1,2.", "Traceback", 0.0)
-        return RankError("two ranks failed", {1: first, 0: RankFailure("PeerError", "rank 1 failed", "Traceback", 1.0)})
-
-    for kind, expected in (("FoldError", InputError), ("ZeroDivisionError", RankError), ("PeerError", RankError)):
-        error = _users(failed(kind))
-        assert type(error) is expected
-        assert str(error) == ("use ep in 1,2." if expected is InputError else "two ranks failed")
 
 
 @pytest.mark.more

@@ -20,7 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_moefold.errors import InputError
 from lightning_moefold.testing import PoolEnvironment, RankError, RankPool, RankTimeout
+from lightning_moefold.testing.worker import RankFailure
 from tests.quick import quick
 
 #: Seconds that a rank sleeps; a machine under load needs minutes to end and start processes.
@@ -307,3 +309,14 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_an_error_that_a_user_can_mend() -> None:
+    """Is that of the first rank that failed; another one tells of all ranks."""
+    missing, lost = (RankFailure(kind, f"a {kind}", "...", 0.0) for kind in ("CheckpointError", "PeerError"))
+    found = RankError("all", {1: missing, 0: lost}).for_user()
+    assert isinstance(found, InputError)
+    assert str(found) == "a CheckpointError"
+    for failures in ({0: lost, 1: missing}, {0: RankFailure("KeyError", "'x'", "...", 0.0)}, {}):
+        error = RankError("all", failures)
+        assert error.for_user() is error
