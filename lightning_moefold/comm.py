@@ -136,10 +136,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            found: tuple[Tensor, None, None] = once_differentiable(_back)(
-                ctx, *grads
-            )  # a second derivative is an error, not zero
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # With create_graph=True: a second derivative is an error, and not silently zero.
+            found: tuple[Tensor, None, None] = once_differentiable(_back)(ctx, *grads)
             return found
         return _back(ctx, *grads)
 

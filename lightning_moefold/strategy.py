@@ -187,16 +187,11 @@ class MoEFoldStrategy(SharedCheckpoints):
             dispatcher, capacity_factor, drop_policy, drop_scope, pad_to_capacity, dispatch_chunks, node_size, expert_copies,
         )  # fmt: skip
         self.settings = Settings(
-            sharding=Sharding(data_parallel_sharding),
-            plan=PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
-            num_microbatches=1 if num_microbatches is None else num_microbatches,
-            dispatch=dispatch,
-            expert_kernel=expert_kernel,
-            recompute=recompute,
-            exchange=context_parallel_exchange,
-            compiler=COMPILER if compile else None,
+            sharding=Sharding(data_parallel_sharding), plan=PipelinePlan(pipeline_schedule, num_stages_per_rank, split),
+            num_microbatches=1 if num_microbatches is None else num_microbatches, dispatch=dispatch, expert_kernel=expert_kernel,
+            recompute=recompute, exchange=context_parallel_exchange, compiler=COMPILER if compile else None,
             offload=offload_activations,
-        )
+        )  # fmt: skip
         self._microbatches_given = num_microbatches is not None
         self._sizes, self._fold_text = sizes, fold if isinstance(fold, str) or fold is None else tuple(fold)
         self._auto = auto or AutoFold()

@@ -82,7 +82,9 @@ def _on_pool_rank(work: Callable[..., T], fold: str, dtype: torch.dtype, batch_s
 
 def _on_launched_ranks(work: Callable[..., T], fold: str, dtype: torch.dtype, batch_size: int) -> tuple[T, bool]:
     local, here = int(os.environ["LOCAL_RANK"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_gpu = torch.cuda.device_count() >= here  # with fewer GPUs than ranks all compute on the CPU
+    on_gpu = torch.cuda.device_count() >= here
+    if torch.cuda.is_available() and not on_gpu and local == 0:
+        print(f"{here} ranks share {torch.cuda.device_count()} GPU(s), so all compute on the CPU.", file=sys.stderr)
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)

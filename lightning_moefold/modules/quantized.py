@@ -82,9 +82,8 @@ class Codec:
 
         there = torch.float32 if dtype == torch.float64 else dtype  # which the library does not have
         state = QuantState(scale_B, torch.Size(shape), blocksize=BLOCK, quant_type="nf4", dtype=there)
-        if (
-            out is not None and out.is_cuda and out.dtype == there
-        ):  # elsewhere the library decodes into no tensor of ours
+        # Elsewhere the library decodes into no tensor of ours.
+        if out is not None and out.is_cuda and out.dtype == there:
             return dequantize_4bit(codes.unsqueeze(1), state, out=out)
         weight = dequantize_4bit(codes.unsqueeze(1), state)
         return weight.to(dtype) if out is None else out.copy_(weight)

@@ -33,8 +33,8 @@ class Muon(Optimizer):
 
     Weights with two dimensions and each matrix of each expert go by Newton-Schulz, with the learning rate times
     ``sqrt(max(1, rows / columns))``. They are told by their names: under :class:`~lightning_moefold.MoEFoldStrategy` plain
-    ``module.parameters()`` will do, elsewhere give ``module.named_parameters()``. The update of
-    a matrix that is cut is computed by one of the ranks that hold a piece of it.
+    ``module.parameters()`` will do, elsewhere give ``module.named_parameters()``. The update of a matrix that is cut is computed
+    by one of the ranks that hold a piece of it.
 
     Args:
         params: Parameters, pairs of name and parameter, or groups of either.

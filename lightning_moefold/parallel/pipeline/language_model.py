@@ -226,9 +226,8 @@ class StagedLanguageModel(Staged[LanguageCall]):
     def run(self, stage: Stage, carried: Carried, call: LanguageCall, number: int) -> Carried:
         x_TD, *tables = carried
         batch = call.batches[number]
-        batch.sequence.offloaded = (
-            None  # backward comes to another stage of this rank much later: it brings nothing of it back
-        )
+        # Backward comes to another stage of this rank much later, so this one brings back nothing of it.
+        batch.sequence.offloaded = None
         if batch.sequence.cos_BLh is None:
             batch.set_rotary_tables(x_TD.dtype)
         for name, layer in zip(stage.names, stage.layers, strict=True):

@@ -195,9 +195,8 @@ class StagedNetwork(Staged[NetworkCall]):
                 return (x_R,)
             self._tried.add(stage.index)
         y_R = x_R
-        with (
-            call.keeping_errors()
-        ):  # helps if all ranks of the stage raise; if one does, its peers wait until the timeout
+        # Helps if all ranks of the stage raise; if one does, its peers wait until the timeout.
+        with call.keeping_errors():
             for layer in stage.layers:
                 y_R = layer(y_R)
             if y_R.shape != x_R.shape:

@@ -5,8 +5,8 @@ DualPipeV pairs a forward with a backward of the rank's other stage. torch runs 
 to a function of ours. Here backward runs on a second thread, but never at the same time: a pass that is about to wait for a
 handle (:mod:`.async_comm`) has the other go on, up to its own next wait. So what was sent is under way meanwhile, and the
 order in which a rank asks for collectives depends on the layers of its two stages alone, never on data or on the clock: it is
-the same on all ranks that share a stage, as NCCL wants it. The two passes use
-different parameters, and each computes what it would alone in the same order, so results are bit-identical.
+the same on all ranks that share a stage, as NCCL wants it. The two passes use different parameters, and each computes what it
+would alone in the same order, so results are bit-identical.
 
 Both queue what they compute on the same CUDA stream. Where the host waits for the device (once per layer, for the sizes of the
 exchange), it waits for what the other pass has queued too.
